@@ -1,0 +1,47 @@
+"""What can go wrong, each with its exit code. A message says who, got, wanted, remedy, in one or two lines."""
+
+import sys
+import traceback
+
+
+class CriaError(Exception):
+    """A failure at run time."""
+
+    exit_code = 1
+
+
+class UsageError(CriaError):
+    """The command line asks for what cannot be done."""
+
+    exit_code = 2
+
+
+class DataError(CriaError):
+    """A dataset, a model folder or a checkpoint is not what it should be."""
+
+    exit_code = 3
+
+
+class DivergedError(CriaError):
+    """The loss or the gradient stopped being a number."""
+
+    exit_code = 4
+
+
+class Stopped(CriaError):
+    """A signal asked the run to end; its state is saved."""
+
+    exit_code = 143
+
+
+def exit_code_of(main, argv=None):
+    """Runs main(argv); a CriaError becomes its message on stderr and its exit code. --debug adds the traceback."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        main(argv)
+    except CriaError as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        print(error if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0

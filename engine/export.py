@@ -1,0 +1,63 @@
+"""A model from one layout to another.
+
+python -m engine.export --model out/demo --out out/demo-meta --layout meta
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.cli import from_cli
+from engine.config import knob
+from engine.errors import UsageError, exit_code_of
+from engine.load import DTYPES, find_model, find_tokenizer
+from engine.model import new_model
+from engine.run import need_disk
+from engine.weights import open_source, save_hf, save_meta
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a model as a complete Hugging Face folder, which vLLM and llama.cpp's converter read too, or in Meta's layout."""
+
+    model: str = knob("smollm2-135m", "folder (Hugging Face or Meta layout), .gguf file, or the embedded smollm2-135m")
+    out: str = knob("", "folder to write; it must be new or empty")
+    layout: str = knob("hf", "of the folder written", ("hf", "meta"))
+    dtype: str = knob("auto", "of the weights written; auto keeps what the model has", ("auto", "bf16", "fp16", "fp32"))
+    max_shard_bytes: int = knob(5_000_000_000, "largest safetensors file (hf)")
+    debug: bool = knob(False, "show tracebacks")
+
+    def __post_init__(self):
+        if not self.out:
+            raise ValueError("--out is missing")
+        if self.max_shard_bytes < 1:
+            raise ValueError(f"--max-shard-bytes is {self.max_shard_bytes}, wanted 1 or more")
+
+
+def main(argv):
+    config, _ = from_cli(ExportConfig, argv)
+    out = Path(config.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"--out {out}: exists and is not empty; choose another folder")
+    source = open_source(find_model(config.model))
+    tokenizer = find_tokenizer(source.config, "", source.path)
+    dtype = source.dtype if config.dtype == "auto" else DTYPES[config.dtype]
+    out.mkdir(parents=True, exist_ok=True)
+    need_disk(out, source.config.n_parameters * torch.finfo(dtype).bits // 8)
+    model = new_model(source.config, "cpu", dtype)
+    source.read_into(model)
+    if config.layout == "meta":
+        save_meta(out, model)
+    else:
+        save_hf(
+            out, model, max_shard_bytes=config.max_shard_bytes, bos_id=tokenizer.bos_id,
+            eos_ids=sorted(tokenizer.stop_ids), generation_config=source.generation_config,
+        )  # fmt: skip
+    tokenizer.save(out)
+    print(f"wrote {out}: {source.config.n_parameters / 1e6:.1f}M parameters, {str(dtype).removeprefix('torch.')}")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main))

@@ -1,0 +1,284 @@
+"""Fine-tune a LLaMA.
+
+    python -m engine.finetune --model DIR --data alpaca.json --out DIR
+
+main() prepares, train() is the loop, finish() writes what others load.
+"""
+
+import dataclasses
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine import checkpoint, data
+from engine.cli import from_cli, stanford
+from engine.config import EMBEDDED, FinetuneConfig
+from engine.errors import CriaError, DivergedError, Stopped, exit_code_of
+from engine.generate import generate, stop_ids
+from engine.job import Job, find_resume, finished, plan, prepare
+from engine.log import Metrics, Progress
+from engine.model import Transformer, new_model
+from engine.optim import AdamW, lr_factor
+from engine.report import write_report
+from engine.rows import Row
+from engine.run import METRICS, RUN, Signals, claim, environment, need_disk, start_over, write_json
+from engine.weights import save_hf
+
+SAMPLE_PROMPTS = (
+    "Name three things you can do with an old glass jar.",
+    "Rewrite the sentence so that it sounds polite: Send me the report now.",
+    "Write a two-line poem about rain.",
+)
+PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense, of the SXM cards; 4090 and others: no MFU
+
+
+# ---- train ----------------------------------------------------------------------------------------------------------
+
+
+def forward_backward(job: Job, model: Transformer, examples: np.ndarray):
+    """Gradients of one global batch, micro-batch by micro-batch. Returns the loss (a scalar on the device) and counts
+    of what was computed; or None when a signal asks to stop, as if the step had not begun."""
+    lengths = job.train.lengths()
+    runs = data.split(examples, lengths, job.max_tokens, job.config.micro_batch_size)
+    batches = [data.collate(job.train, run) for run in runs]
+    n_loss = sum(len(batch.targets) for batch in batches)
+    loss = torch.zeros((), device=job.device)
+    for batch in batches:
+        if job.signals.pending():
+            return None
+        part = model.loss(batch.to(job.device))
+        mean_of_means = job.config.loss_norm == "micro-mean"
+        part = part / (len(batch.targets) * len(batches) if mean_of_means else n_loss)
+        part.backward()
+        loss += part.detach()
+    tokens = int(lengths[examples].sum())
+    return loss, {"examples": len(examples), "tokens": tokens, "computed_tokens": tokens, "loss_tokens": n_loss}
+
+
+def train(job: Job, model: Transformer, optimizer: AdamW, start: int) -> None:
+    """The loop. Raises Stopped after saving on a signal, DivergedError when the loss stops being a number."""
+    config, n_skipped = job.config, 0
+    every = data.steps_per_epoch(len(job.train), config.global_batch_size)
+    for step in range(start + 1, job.total_steps + 1):
+        began = time.perf_counter()
+        examples = data.examples_of_step(step, len(job.train), config.global_batch_size, config.seed, config.shuffle)
+        done = forward_backward(job, model, examples)
+        if done is None:
+            stop(job, optimizer, step - 1)
+        loss, counts = done
+        norm = optimizer.grad_norm()
+        lr = config.lr * lr_factor(config.lr_schedule, step, job.total_steps, config.warmup_ratio)
+        if bool(torch.isfinite(loss + norm)):
+            optimizer.step(lr, norm, config.grad_clip)
+            n_skipped = 0
+        else:
+            n_skipped += 1
+            skip(job, step, n_skipped, float(loss), float(norm), examples)
+        optimizer.zero_grad()
+        log_step(job, step, (step - 1) // every, float(loss), lr, float(norm), counts, time.perf_counter() - began)
+
+        if step < job.total_steps:  # the last step's are finish()'s
+            if job.held_out and job.due(config.eval_every, step):
+                evaluate(job, model, step, optimizer)
+            if job.due(config.sample_every, step):
+                show_samples(job, model, step)
+            if job.due(config.save_every, step):
+                save(job, optimizer, step)
+        if job.signals.pending():
+            stop(job, optimizer, step)
+
+
+def log_step(job, step, epoch, loss, lr, norm, counts, seconds):
+    rate, mfu = counts["tokens"] / seconds, None
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if job.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(job.device)
+        card = torch.cuda.get_device_name(job.device)
+        peak = next((flops for name, flops in PEAK_BF16_FLOPS.items() if name in card), None)
+        mfu = 6 * job.model_config.n_parameters * rate / peak if peak else None
+    job.progress.step(step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate)
+    job.metrics.write(
+        "train", step=step, epoch=epoch, loss=loss, lr=lr, grad_norm=norm, **counts, step_seconds=seconds,
+        tokens_per_second=rate, mfu=mfu, peak_memory_bytes=memory,
+    )  # fmt: skip
+
+
+def skip(job, step, n_skipped, loss, norm, examples):
+    """A step whose loss or gradient is not finite changes nothing; too many in a row end the run."""
+    rows = [job.train.sources[i] for i in examples]
+    job.metrics.write("skip", step=step, reason="non-finite", loss=loss, grad_norm=norm, rows=rows)
+    job.progress.say(f"step {step}: loss {loss}, gradient norm {norm}; no update ({n_skipped} in a row)")
+    if n_skipped > job.config.max_skips:
+        raise DivergedError(
+            f"step {step}: {n_skipped} steps in a row had no finite loss or gradient (loss {loss}, norm {norm}); "
+            f"lower --lr, or look at the rows: {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}"
+        )
+
+
+@torch.no_grad()
+def evaluate(job: Job, model: Transformer, step: int, optimizer: AdamW) -> float:
+    """The loss a token on the held-out examples."""
+    held = job.held_out
+    runs = data.split(np.arange(len(held)), held.lengths(), job.max_tokens, job.config.micro_batch_size)
+    total, n_tokens = torch.zeros((), device=job.device), held.counts["loss_tokens"]
+    for run in job.progress.phase("evaluating", runs):
+        if job.signals.pending():
+            stop(job, optimizer, step)
+        total += model.loss(data.collate(held, run).to(job.device))
+    loss = float(total) / n_tokens
+    job.metrics.write("eval", step=step, loss=loss, perplexity=float(np.exp(loss)), loss_tokens=n_tokens)
+    job.progress.say(f"step {step}: held-out loss {loss:.4f}")
+    return loss
+
+
+def show_samples(job: Job, model: Transformer, step: int) -> None:
+    """Greedy answers to the sample prompts, to the terminal and metrics.jsonl."""
+    prompts = list(SAMPLE_PROMPTS)
+    if job.config.sample_prompts:
+        prompts = [line for line in Path(job.config.sample_prompts).read_text().splitlines() if line.strip()]
+    ids = [data.encode_prompt(Row("", None, p), job.tokenizer, job.config.prompt_style) for p in prompts]
+    stops = stop_ids(job.tokenizer, job.config.prompt_style)
+    answers = generate(model, ids, stops, job.config.sample_tokens)
+    title = "before" if step == 0 else "after" if step == job.total_steps else f"after {step} steps"
+    for prompt, answer in zip(prompts, answers, strict=True):
+        text = job.tokenizer.decode(answer).strip()
+        job.metrics.write("sample", step=step, prompt=prompt, text=text)
+        job.progress.say(f"[{title}] {prompt}\n    " + text.replace("\n", "\n    "))
+
+
+# ---- save -----------------------------------------------------------------------------------------------------------
+
+
+def save(job: Job, optimizer: AdamW, step: int, final: bool = False) -> None:
+    """A training state. A full disk costs this save and, unless it is the last, not the run."""
+    began = time.perf_counter()
+    facts = job.facts | {"n_updates": optimizer.n_updates}
+    try:
+        folder = checkpoint.save(job.out, step, optimizer.tensors(), facts, job.config.keep)
+    except OSError as error:
+        message = f"step {step}: the state could not be saved ({error.strerror}); older states are intact"
+        if final:
+            raise CriaError(message) from None
+        job.metrics.write("skip", step=step, reason=message)
+        job.progress.say(f"warning: {message}")
+        return
+    size = (folder / checkpoint.STATE).stat().st_size
+    job.metrics.write("save", step=step, path=folder.name, seconds=time.perf_counter() - began, bytes=size)
+
+
+def stop(job: Job, optimizer: AdamW, step: int):
+    """A signal came: saves once, and ends."""
+    if not any(saved == step for saved, _ in checkpoint.checkpoints(job.out)):
+        save(job, optimizer, step, final=True)
+    raise Stopped(f"stopped by {job.signals.received} after step {step}; run the same command again to go on")
+
+
+def finish(job: Job, model: Transformer, optimizer: AdamW) -> None:
+    """Last evaluation and samples, then the model as a complete Hugging Face folder."""
+    step = job.total_steps
+    if job.held_out and job.config.eval_every != "off":
+        evaluate(job, model, step, optimizer)
+    if job.config.sample_every != "off":
+        show_samples(job, model, step)
+    if job.signals.pending():
+        stop(job, optimizer, step)
+    if job.config.save_every not in ("end", "off"):
+        save(job, optimizer, step)
+    save_hf(
+        job.out, model, max_shard_bytes=job.config.max_shard_bytes, bos_id=job.tokenizer.bos_id,
+        eos_ids=sorted(job.tokenizer.stop_ids), generation_config=job.source.generation_config if job.source else None,
+    )  # fmt: skip
+    job.tokenizer.save(job.out)
+
+
+# ---- main -----------------------------------------------------------------------------------------------------------
+
+
+def build(job: Job, found) -> tuple[Transformer, AdamW, int]:
+    """The model, its optimizer and the step they stand at."""
+    config = job.config
+    model = new_model(job.model_config, job.device, job.dtype, config.kernels, config.recompute)
+    if found is None and job.source:
+        job.source.read_into(model)
+    elif found is None:
+        model.init_weights(config.seed)
+    optimizer = AdamW(
+        model, beta1=config.beta1, beta2=config.beta2, eps=config.adam_eps, weight_decay=config.weight_decay,
+        impl=config.kernels,
+    )  # fmt: skip
+    if found is None:
+        return model, optimizer, 0
+    folder, manifest = found
+    checkpoint.load(folder, optimizer.tensors())
+    optimizer.loaded(manifest["n_updates"])
+    return model, optimizer, manifest["step"]
+
+
+def main(argv):
+    config, notes = from_cli(FinetuneConfig, argv, stanford, EMBEDDED)
+    signals = Signals()
+    with claim(Path(config.out)) as out:
+        for note in notes:
+            print(note)
+        job = prepare(config, out, signals, print)
+        if config.dry_run:
+            return print(plan(job))
+        if finished(job):
+            return print(f"{out} holds this run, finished; --resume never starts it over")
+        found = find_resume(job, print)
+        run(job, found)
+
+
+def run(job: Job, found) -> None:
+    config, out = job.config, job.out
+    n = job.model_config.n_parameters
+    size = torch.finfo(job.dtype).bits // 8
+    need_disk(out, n * size + (n * 12 * (config.keep + 1) if config.save_every not in ("end", "off") else 0))
+    if config.resume == "never":
+        start_over(out)
+    print(plan(job))
+    model, optimizer, start = build(job, found)
+    if start:
+        print(f"going on after step {start}, from {found[0]}")
+    record = {
+        "status": "running",
+        "config": dataclasses.asdict(config),
+        "model": {"name": config.model, "parameters": n, **dataclasses.asdict(job.model_config)},
+        "data": job.train.counts | {"held_out": len(job.held_out) if job.held_out else 0},
+        "total_steps": job.total_steps,
+        "facts": job.facts,
+        "environment": environment(job.device),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    write_json(out / RUN, record)
+    began, status = time.monotonic(), "failed"
+    job.metrics = Metrics(out / METRICS, start if found else None)
+    job.signals.training = True
+    with Progress(job.total_steps, start, every=config.log_every) as job.progress:
+        try:
+            if start == 0:
+                if job.held_out and config.eval_every != "off":
+                    evaluate(job, model, 0, optimizer)
+                if config.sample_every != "off":
+                    show_samples(job, model, 0)
+            train(job, model, optimizer, start)
+            finish(job, model, optimizer)
+            status = "done"
+        except Stopped:
+            status = "stopped"
+            raise
+        finally:
+            seconds = time.monotonic() - began
+            write_json(out / RUN, record | {"status": status, "seconds": seconds})
+            job.metrics.write("end", step=job.total_steps if status == "done" else None, seconds=seconds, status=status)
+            job.metrics.close()
+            write_report(out)
+    print(f"the model is in {out}, the report in {out / 'report.html'}")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main))

@@ -1,0 +1,192 @@
+"""A run made ready: data read, plan made, resume found. Everything that can be refused is refused here, before any
+weight is loaded."""
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine import checkpoint, data
+from engine.config import MODELS, FinetuneConfig, ModelConfig
+from engine.errors import DataError, UsageError
+from engine.load import choose_device, choose_dtype, find_model, find_tokenizer
+from engine.log import Metrics, Progress
+from engine.rows import read_rows
+from engine.run import RUN, Signals, read_json
+from engine.tokenizer import Tokenizer
+from engine.weights import Source, open_source
+
+SEED_TASKS = Path(__file__).parent.parent / "data_gen" / "seed_tasks.jsonl"
+# What may differ when a run goes on: it changes where things go or how often, not what is computed. Files are compared
+# by what they hold (the hash of the tokens, the shape of the model), not by their names.
+FREE = {
+    "model", "tokenizer", "data", "eval_data", "out", "device", "micro_batch_tokens", "micro_batch_size", "recompute",
+    "eval_every", "sample_every", "sample_prompts", "sample_tokens", "save_every", "keep", "resume", "max_shard_bytes",
+    "kernels", "deterministic", "dry_run", "skip_bad_rows", "allow_changed", "max_skips", "log_every", "debug",
+}  # fmt: skip
+
+
+@dataclass
+class Job:
+    """Everything that the loop needs, ready."""
+
+    config: FinetuneConfig
+    out: Path
+    device: torch.device
+    dtype: torch.dtype
+    model_config: ModelConfig
+    source: Source | None  # None: random weights
+    tokenizer: Tokenizer
+    train: data.Dataset
+    held_out: data.Dataset | None
+    total_steps: int
+    max_tokens: int  # of a micro-batch
+    facts: dict  # what a checkpoint records and resume compares
+    signals: Signals
+    progress: Progress | None = None
+    metrics: Metrics | None = None
+
+    def due(self, every: str, step: int) -> bool:
+        """Whether something that happens every so often happens after this step."""
+        if every in ("off", "end") or step == 0:
+            return every == "end" and step == self.total_steps
+        epoch = data.steps_per_epoch(len(self.train), self.config.global_batch_size)
+        return step == self.total_steps or step % (epoch if every == "epoch" else int(every)) == 0
+
+
+def prepare(config: FinetuneConfig, out: Path, signals: Signals, say) -> Job:
+    """Checks and reads everything but the weights. Raises UsageError or DataError."""
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+    source = None if config.random_init else open_source(find_model(config.model))
+    model_config = MODELS[config.model] if source is None else source.config
+    tokenizer = find_tokenizer(model_config, config.tokenizer, None if source is None else source.path)
+    if config.max_length > model_config.max_seq_len:
+        raise UsageError(f"--max-length {config.max_length} is over the model's {model_config.max_seq_len} positions")
+
+    rows, skipped = read_data(config.data, config.skip_bad_rows)
+    held_rows = read_data(config.eval_data, config.skip_bad_rows)[0] if config.eval_data else []
+    if config.eval_fraction:
+        rows, held_rows = data.hold_out(rows, config.eval_fraction, config.seed)
+        if not rows:
+            raise DataError(f"--eval-fraction {config.eval_fraction} of {len(held_rows)} rows leaves none to train on")
+    train, held_out = (
+        data.tokenize(part, tokenizer, config.prompt_style, config.max_length, config.train_on_prompt) if part else None
+        for part in (rows, held_rows)
+    )
+    train.counts["skipped"] = len(skipped)
+    for bad in skipped[:5]:
+        say(f"skipped {bad.source}: {bad.reason}")
+    say(
+        f"data: {train.counts['rows']} rows, {train.counts['examples']} examples, {train.counts['tokens']} tokens, "
+        f"{train.counts['loss_tokens']} with loss; {train.counts['truncated']} truncated at {config.max_length}, "
+        f"{train.counts['dropped']} dropped without a response token, {len(skipped)} bad rows skipped"
+        + (f"; held out: {len(held_out)} examples" if held_out else "")
+    )
+    total_steps = config.epochs * data.steps_per_epoch(len(train), config.global_batch_size)
+    total_steps = min(total_steps, config.max_steps or total_steps)
+    facts = {
+        "settings": {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE},
+        "dtype": str(dtype).removeprefix("torch."),
+        "model": dataclasses.asdict(model_config),
+        "data_sha256": data_hash(train),
+        "world_size": 1,
+        "random_state": "none: order and samples are functions of seed, epoch and step",
+    }
+    max_tokens = config.micro_batch_tokens or auto_tokens(model_config, config, device, dtype)
+    return Job(
+        config, out, device, dtype, model_config, source, tokenizer, train, held_out, total_steps, max_tokens, facts,
+        signals,
+    )  # fmt: skip
+
+
+def read_data(paths, skip_bad_rows):
+    return read_rows([SEED_TASKS if path == "seed-tasks" else Path(path) for path in paths], skip_bad_rows)
+
+
+def data_hash(dataset):
+    """sha256 of what is trained on: tokens, targets and where examples start."""
+    digest = hashlib.sha256()
+    for array in (dataset.tokens, dataset.is_target, dataset.starts):
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+
+
+def auto_tokens(c, config, device, dtype):
+    """Tokens of a micro-batch: on CPU 4096, where more gains nothing; on CUDA what fits the free memory.
+
+    A token keeps about 16 D + 8 F numbers a layer in the references, and three fp32 rows of logits.
+    """
+    if device.type == "cpu":
+        return max(4096, config.max_length)
+    size = torch.finfo(dtype).bits // 8
+    state = c.n_parameters * (2 * size + 12 if dtype != torch.float32 else 16)
+    layers = 1 if config.recompute == "block" else c.n_layers
+    token = layers * (16 * c.dim + 8 * c.hidden_dim) * size + c.n_layers * c.dim * size + 12 * c.vocab_size
+    room = torch.cuda.mem_get_info(device)[0] * 0.9 - state
+    return max(config.max_length, min(32768, int(room / token)))
+
+
+def changes(old: dict, new: dict) -> list[str]:
+    """How the facts of a saved run differ from this one's."""
+    found = []
+    for part in ("settings", "model"):
+        a, b = old.get(part, {}), new[part]
+        found += [f"{k}: {a.get(k)} -> {b.get(k)}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+    found += [f"{k}: {old.get(k)} -> {new[k]}" for k in ("dtype", "world_size") if old.get(k) != new[k]]
+    if old.get("data_sha256") != new["data_sha256"]:
+        found.append("the data: its tokens have another sha256")
+    return found
+
+
+def find_resume(job: Job, say):
+    """(folder, manifest) of the state to go on from, or None to start. Raises UsageError when the run changed."""
+    config, out = job.config, job.out
+    if config.resume == "never":
+        return None
+    if config.resume == "auto":
+        found = checkpoint.newest(out, say)
+    else:
+        found = Path(config.resume), checkpoint.verify(Path(config.resume))
+    if found is None:
+        return None
+    changed = changes(found[1], job.facts)
+    if changed and not config.allow_changed:
+        raise UsageError(
+            f"{found[0]}: saved by a run with other settings ({'; '.join(changed)}); "
+            "pass --allow-changed to go on all the same, or --resume never to start over"
+        )
+    return found
+
+
+def finished(job: Job) -> bool:
+    """Whether --out holds this very run, done. Raises UsageError when it holds another one, done."""
+    run = read_json(job.out / RUN)
+    if job.config.resume != "auto" or run.get("status") != "done":
+        return False
+    changed = changes(run.get("facts", {}), job.facts)
+    if changed and not job.config.allow_changed:
+        raise UsageError(
+            f"--out {job.out}: holds a finished run with other settings ({'; '.join(changed)}); "
+            "choose another folder, or pass --resume never to replace it"
+        )
+    return not changed
+
+
+def plan(job: Job) -> str:
+    """What is about to happen, in two lines."""
+    c, config = job.model_config, job.config
+    size = torch.finfo(job.dtype).bits // 8
+    state = c.n_parameters * (2 * size + (8 if job.dtype == torch.float32 else 12))
+    return (
+        f"model: {config.model}, {c.n_parameters / 1e6:.1f}M parameters, {job.facts['dtype']} on {job.device}, "
+        f"kernels: torch references; weights, gradients and optimizer {state / 1e9:.2f} GB\n"
+        f"plan: {job.total_steps} steps of {config.global_batch_size} examples in micro-batches of at most "
+        f"{job.max_tokens} tokens{f' and {most} examples' if (most := config.micro_batch_size) else ''}; "
+        f"{len(job.train)} examples, {config.epochs} epochs{' at most' if config.max_steps else ''}"
+    )

@@ -1,0 +1,25 @@
+"""Every op of the training step except the GEMMs; one file each: the formula, the reference, the public function."""
+
+from kernels.adamw import adamw
+from kernels.attention import attend, attention
+from kernels.grad_norm import grad_norm
+from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.norm_linear import norm_linear
+from kernels.rms_norm import rms_norm
+from kernels.rope import rope, rope_cos_sin, rope_frequencies
+from kernels.swiglu import swiglu, swiglu_linear
+
+__all__ = [
+    "adamw",
+    "attend",
+    "attention",
+    "grad_norm",
+    "linear_cross_entropy",
+    "norm_linear",
+    "rms_norm",
+    "rope",
+    "rope_cos_sin",
+    "rope_frequencies",
+    "swiglu",
+    "swiglu_linear",
+]

@@ -1,0 +1,58 @@
+"""The loop that others would write: transformers' LlamaForCausalLM, padded batches, torch's AdamW.
+
+What our runs are compared with, for the same losses and for speed. Needs transformers.
+"""
+
+import math
+
+import torch
+import transformers
+
+from engine.data import ALPACA_INPUT, ALPACA_NO_INPUT
+
+
+def masked(rows, tokenizer, max_length):
+    """Stanford's preparation: [(ids, labels)], prompt and output as one string, EOS, the prompt's labels -100."""
+    examples = []
+    for row in rows:
+        prompt = (ALPACA_INPUT if row.get("input") else ALPACA_NO_INPUT).format(**row)
+        ids = tokenizer(prompt + row["output"])["input_ids"] + [tokenizer.eos_token_id]
+        n_prompt = len(tokenizer(prompt)["input_ids"])
+        examples.append((ids[:max_length], ([-100] * n_prompt + ids[n_prompt:])[:max_length]))
+    return examples
+
+
+def padded(examples):
+    """(ids, attention mask, labels), each (B, longest), padded on the right."""
+    width = max(len(ids) for ids, _ in examples)
+    ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in examples])
+    mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in examples])
+    return ids, mask, torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in examples])
+
+
+class TransformersLoop:
+    """Steps of a LlamaForCausalLM; total_steps and warmup_ratio make the cosine schedule."""
+
+    def __init__(self, folder, *, lr, total_steps, dtype=torch.float32, warmup_ratio=0.03, fused=False):
+        self.model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
+        self.model.train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, weight_decay=0.0, fused=fused)
+        warmup = math.ceil(warmup_ratio * total_steps)
+        self.schedule = transformers.get_cosine_schedule_with_warmup(self.optimizer, warmup, total_steps)
+
+    def step(self, examples, micro, loss_norm="token"):
+        """One optimizer step over examples in micro-batches of `micro`. Returns (loss, gradient norm)."""
+        parts = [padded(examples[i : i + micro]) for i in range(0, len(examples), micro)]
+        counts = [int((labels[:, 1:] != -100).sum()) for *_, labels in parts]
+        loss = 0.0
+        for (ids, mask, labels), count in zip(parts, counts, strict=True):
+            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].flatten(0, 1)
+            summed = torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:].flatten(), reduction="sum")
+            part = summed / (sum(counts) if loss_norm == "token" else count * len(parts))
+            part.backward()
+            loss += part.item()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        return loss, norm.item()

