@@ -165,15 +165,16 @@ def tokenize(
     style: str = "alpaca",
     max_length: int = 512,
     train_on_prompt: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    watch: Callable[[range], Iterator[int]] = iter,
 ) -> Dataset:
     """The rows as a Dataset: cut at max_length tokens, dropped where no loss token is left, both counted.
 
+    watch: wraps the loop over blocks of rows, to show progress.
     Raises DataError when nothing is left, or the tokenizer lacks a token of the style.
     """
     tokens, targets, lengths, sources = [], [], [], []
     counts = {"rows": len(rows), "examples": 0, "truncated": 0, "dropped": 0, "tokens": 0, "loss_tokens": 0}
-    for first in range(0, len(rows), 1024):
+    for first in watch(range(0, len(rows), 1024)):
         block = rows[first : first + 1024]
         for row, (ids, is_target) in zip(block, encode_rows(block, tokenizer, style), strict=True):
             if train_on_prompt:
@@ -188,8 +189,6 @@ def tokenize(
             targets.append(np.array(is_target, bool))
             lengths.append(len(ids))
             sources.append(row.source)
-        if progress:
-            progress(first + len(block), len(rows))
     if not sources:
         raise DataError(
             f"no example is left of {len(rows)} rows: {counts['dropped']} had no response token within "

@@ -35,13 +35,15 @@ class Stopped(CriaError):
 
 
 def exit_code_of(main, argv=None):
-    """Runs main(argv); a CriaError becomes its message on stderr and its exit code. --debug adds the traceback."""
+    """Runs main(argv) and returns the exit code; a failure is told on stderr, with its traceback under --debug."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         main(argv)
-    except CriaError as error:
+    except Exception as error:
         if "--debug" in argv:
             traceback.print_exc()
-        print(error if isinstance(error, Stopped) else f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        known = isinstance(error, CriaError)
+        text = str(error) if known else f"{type(error).__name__}: {error}; --debug shows where"
+        print(text if isinstance(error, Stopped) else f"error: {text}", file=sys.stderr, flush=True)
+        return error.exit_code if known else 1
     return 0

@@ -20,7 +20,7 @@ from engine.weights import open_source, save_hf, save_meta
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write a model as a complete Hugging Face folder, which vLLM and llama.cpp's converter read too, or in Meta's layout."""
+    """Write a model as a complete Hugging Face folder, or in Meta's layout."""
 
     model: str = knob("smollm2-135m", "folder (Hugging Face or Meta layout), .gguf file, or the embedded smollm2-135m")
     out: str = knob("", "folder to write; it must be new or empty")

@@ -6,6 +6,7 @@ main() prepares, train() is the loop, finish() writes what others load.
 """
 
 import dataclasses
+import os
 import resource
 import sys
 import time
@@ -17,15 +18,16 @@ import torch
 from engine import checkpoint, data
 from engine.cli import from_cli, stanford
 from engine.config import EMBEDDED, FinetuneConfig
-from engine.errors import CriaError, DivergedError, Stopped, exit_code_of
+from engine.errors import CriaError, DivergedError, Stopped, UsageError, exit_code_of
 from engine.generate import generate, stop_ids
 from engine.job import Job, find_resume, finished, plan, prepare
+from engine.load import cpu_multiplies_bf16
 from engine.log import Metrics, Progress
 from engine.model import Transformer, new_model
 from engine.optim import AdamW, lr_factor
 from engine.report import write_report
 from engine.rows import Row
-from engine.run import METRICS, RUN, Signals, claim, environment, need_disk, start_over, write_json
+from engine.run import METRICS, RUN, Signals, claim, environment, need_disk, read_lines, start_over, write_json
 from engine.weights import save_hf
 
 SAMPLE_PROMPTS = (
@@ -81,15 +83,19 @@ def train(job: Job, model: Transformer, optimizer: AdamW, start: int) -> None:
         optimizer.zero_grad()
         log_step(job, step, (step - 1) // every, float(loss), lr, float(norm), counts, time.perf_counter() - began)
 
-        if step < job.total_steps:  # the last step's are finish()'s
-            if job.held_out and job.due(config.eval_every, step):
-                evaluate(job, model, step, optimizer)
-            if job.due(config.sample_every, step):
-                show_samples(job, model, step)
-            if job.due(config.save_every, step):
-                save(job, optimizer, step)
+        after_step(job, model, optimizer, step)
+        if job.keeps_states and job.due(config.save_every, step):
+            save(job, optimizer, step, final=step == job.total_steps)
         if job.signals.pending():
             stop(job, optimizer, step)
+
+
+def after_step(job: Job, model: Transformer, optimizer: AdamW, step: int) -> None:
+    """What is due after a step (0: before the first) and was not done before a resume: held-out loss, samples."""
+    if job.held_out and job.due(job.config.eval_every, step) and ("eval", step) not in job.told:
+        evaluate(job, model, step, optimizer)
+    if job.due(job.config.sample_every, step) and ("sample", step) not in job.told:
+        show_samples(job, model, step)
 
 
 def log_step(job, step, epoch, loss, lr, norm, counts, seconds):
@@ -120,7 +126,7 @@ def skip(job, step, n_skipped, loss, norm, examples):
 
 
 @torch.no_grad()
-def evaluate(job: Job, model: Transformer, step: int, optimizer: AdamW) -> float:
+def evaluate(job: Job, model: Transformer, step: int, optimizer: AdamW) -> None:
     """The loss a token on the held-out examples."""
     held = job.held_out
     runs = data.split(np.arange(len(held)), held.lengths(), job.max_tokens, job.config.micro_batch_size)
@@ -132,7 +138,6 @@ def evaluate(job: Job, model: Transformer, step: int, optimizer: AdamW) -> float
     loss = float(total) / n_tokens
     job.metrics.write("eval", step=step, loss=loss, perplexity=float(np.exp(loss)), loss_tokens=n_tokens)
     job.progress.say(f"step {step}: held-out loss {loss:.4f}")
-    return loss
 
 
 def show_samples(job: Job, model: Transformer, step: int) -> None:
@@ -177,17 +182,8 @@ def stop(job: Job, optimizer: AdamW, step: int):
     raise Stopped(f"stopped by {job.signals.received} after step {step}; run the same command again to go on")
 
 
-def finish(job: Job, model: Transformer, optimizer: AdamW) -> None:
-    """Last evaluation and samples, then the model as a complete Hugging Face folder."""
-    step = job.total_steps
-    if job.held_out and job.config.eval_every != "off":
-        evaluate(job, model, step, optimizer)
-    if job.config.sample_every != "off":
-        show_samples(job, model, step)
-    if job.signals.pending():
-        stop(job, optimizer, step)
-    if job.config.save_every not in ("end", "off"):
-        save(job, optimizer, step)
+def finish(job: Job, model: Transformer) -> None:
+    """The model as a complete Hugging Face folder."""
     save_hf(
         job.out, model, max_shard_bytes=job.config.max_shard_bytes, bos_id=job.tokenizer.bos_id,
         eos_ids=sorted(job.tokenizer.stop_ids), generation_config=job.source.generation_config if job.source else None,
@@ -219,7 +215,10 @@ def build(job: Job, found) -> tuple[Transformer, AdamW, int]:
 
 
 def main(argv):
-    config, notes = from_cli(FinetuneConfig, argv, stanford, EMBEDDED)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("WORLD_SIZE is over 1: this version trains in one process; start it without torchrun")
+    embedded = EMBEDDED | ({"dtype": "bf16"} if cpu_multiplies_bf16() else {})  # twice as fast there
+    config, notes = from_cli(FinetuneConfig, argv, stanford, embedded)
     signals = Signals()
     with claim(Path(config.out)) as out:
         for note in notes:
@@ -237,7 +236,7 @@ def run(job: Job, found) -> None:
     config, out = job.config, job.out
     n = job.model_config.n_parameters
     size = torch.finfo(job.dtype).bits // 8
-    need_disk(out, n * size + (n * 12 * (config.keep + 1) if config.save_every not in ("end", "off") else 0))
+    need_disk(out, n * size + (n * 12 * (config.keep + 1) if job.keeps_states else 0))
     if config.resume == "never":
         start_over(out)
     print(plan(job))
@@ -257,16 +256,13 @@ def run(job: Job, found) -> None:
     write_json(out / RUN, record)
     began, status = time.monotonic(), "failed"
     job.metrics = Metrics(out / METRICS, start if found else None)
+    job.told = frozenset((line["event"], line.get("step")) for line in read_lines(out / METRICS))
     job.signals.training = True
     with Progress(job.total_steps, start, every=config.log_every) as job.progress:
         try:
-            if start == 0:
-                if job.held_out and config.eval_every != "off":
-                    evaluate(job, model, 0, optimizer)
-                if config.sample_every != "off":
-                    show_samples(job, model, 0)
+            after_step(job, model, optimizer, start)
             train(job, model, optimizer, start)
-            finish(job, model, optimizer)
+            finish(job, model)
             status = "done"
         except Stopped:
             status = "stopped"

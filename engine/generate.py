@@ -176,7 +176,7 @@ def rows_of(config: GenerateConfig) -> list[Row]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--prompts {path}: cannot be read ({error}); give a UTF-8 text, JSON or JSONL file") from None
     if text.lstrip()[:1] in ("[", "{"):
-        return read_rows([path])[0]
+        return read_rows([path], answers=False)[0]
     rows = [Row(f"{path.name}:{n}", None, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not rows:
         raise DataError(f"--prompts {path}: holds no prompt; write one a line")
@@ -213,7 +213,7 @@ def main(argv):
     for first in range(0, len(rows), config.batch_size):
         answers = generate(model, prompts[first : first + config.batch_size], stops, *settings)
         for row, answer in zip(rows[first:], answers, strict=False):
-            question = row.messages[-1][1] if row.messages else row.instruction
+            question = [text for role, text in row.messages if role == "user"][-1] if row.messages else row.instruction
             print(f"### {question}\n{tokenizer.decode(answer).strip()}\n", flush=True)
 
 

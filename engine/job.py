@@ -12,8 +12,8 @@ import torch
 from engine import checkpoint, data
 from engine.config import MODELS, FinetuneConfig, ModelConfig
 from engine.errors import DataError, UsageError
-from engine.load import choose_device, choose_dtype, find_model, find_tokenizer
-from engine.log import Metrics, Progress
+from engine.load import choose_device, choose_dtype, cpu_multiplies_bf16, find_model, find_tokenizer
+from engine.log import Metrics, Progress, phase
 from engine.rows import read_rows
 from engine.run import RUN, Signals, read_json
 from engine.tokenizer import Tokenizer
@@ -48,13 +48,19 @@ class Job:
     signals: Signals
     progress: Progress | None = None
     metrics: Metrics | None = None
+    told: frozenset = frozenset()  # (event, step) that metrics.jsonl held when the run was resumed
 
     def due(self, every: str, step: int) -> bool:
-        """Whether something that happens every so often happens after this step."""
-        if every in ("off", "end") or step == 0:
-            return every == "end" and step == self.total_steps
+        """Whether what happens every so often happens after this step; it does after step 0 and after the last."""
+        if every == "off" or step in (0, self.total_steps):
+            return every != "off"
         epoch = data.steps_per_epoch(len(self.train), self.config.global_batch_size)
-        return step == self.total_steps or step % (epoch if every == "epoch" else int(every)) == 0
+        return every != "end" and step % (epoch if every == "epoch" else int(every)) == 0
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether training states are kept on the way, not only when a signal asks."""
+        return self.config.save_every not in ("off", "end")
 
 
 def prepare(config: FinetuneConfig, out: Path, signals: Signals, say) -> Job:
@@ -76,7 +82,9 @@ def prepare(config: FinetuneConfig, out: Path, signals: Signals, say) -> Job:
         if not rows:
             raise DataError(f"--eval-fraction {config.eval_fraction} of {len(held_rows)} rows leaves none to train on")
     train, held_out = (
-        data.tokenize(part, tokenizer, config.prompt_style, config.max_length, config.train_on_prompt) if part else None
+        data.tokenize(part, tokenizer, config.prompt_style, config.max_length, config.train_on_prompt, watch)
+        if part
+        else None
         for part in (rows, held_rows)
     )
     train.counts["skipped"] = len(skipped)
@@ -103,6 +111,10 @@ def prepare(config: FinetuneConfig, out: Path, signals: Signals, say) -> Job:
         config, out, device, dtype, model_config, source, tokenizer, train, held_out, total_steps, max_tokens, facts,
         signals,
     )  # fmt: skip
+
+
+def watch(blocks):
+    return phase("tokenising", blocks) if len(blocks) > 1 else blocks
 
 
 def read_data(paths, skip_bad_rows):
@@ -183,9 +195,11 @@ def plan(job: Job) -> str:
     c, config = job.model_config, job.config
     size = torch.finfo(job.dtype).bits // 8
     state = c.n_parameters * (2 * size + (8 if job.dtype == torch.float32 else 12))
+    emulated = job.device.type == "cpu" and job.dtype == torch.bfloat16 and not cpu_multiplies_bf16()
+    slow = " (this CPU has no bf16 instructions: --dtype fp32 is faster)" if emulated else ""
     return (
         f"model: {config.model}, {c.n_parameters / 1e6:.1f}M parameters, {job.facts['dtype']} on {job.device}, "
-        f"kernels: torch references; weights, gradients and optimizer {state / 1e9:.2f} GB\n"
+        f"kernels: torch references{slow}; weights, gradients and optimizer {state / 1e9:.2f} GB\n"
         f"plan: {job.total_steps} steps of {config.global_batch_size} examples in micro-batches of at most "
         f"{job.max_tokens} tokens{f' and {most} examples' if (most := config.micro_batch_size) else ''}; "
         f"{len(job.train)} examples, {config.epochs} epochs{' at most' if config.max_steps else ''}"

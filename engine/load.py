@@ -22,6 +22,15 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def cpu_multiplies_bf16() -> bool:
+    """Whether the CPU has bf16 instructions; without them bf16 on a CPU is correct and very slow."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """ "auto" is bf16 on a GPU that has it, fp32 elsewhere."""
     has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported()

@@ -45,7 +45,7 @@ class AdamW:
         return kernels.grad_norm([p.grad for p in self.params.values()], self.impl)
 
     def step(self, lr: float, norm: torch.Tensor, clip: float) -> None:
-        """One update. Gradients times min(1, clip / (norm + 1e-6)), as torch's clip_grad_norm_; untouched if clip is 0."""
+        """One update, gradients times min(1, clip / (norm + 1e-6)) as torch's clip_grad_norm_; clip 0 leaves them."""
         self.n_updates += 1
         scale = (clip / (norm + 1e-6)).clamp(max=1.0) if clip else 1.0
         for name, p in self.params.items():

@@ -50,9 +50,12 @@ class BadRow(ValueError):
     """Why a row is bad."""
 
 
-def read_rows(paths: Sequence[Path], skip_bad_rows: bool = False, progress=None) -> tuple[list[Row], list[Skipped]]:
+def read_rows(
+    paths: Sequence[Path], skip_bad_rows: bool = False, progress=None, answers: bool = True
+) -> tuple[list[Row], list[Skipped]]:
     """The rows of Alpaca or chat files, JSON list or JSONL (told apart by content), in order; and the bad rows skipped.
 
+    answers: whether a row must hold one; without, rows are prompts: no output, or a user's message at the end, will do.
     Raises DataError naming file and row: for all bad rows at once unless skip_bad_rows, and in any case for a file that
     cannot be read, a broken list, or no row left. progress(done_bytes, total_bytes) is called every 1000 rows.
     """
@@ -63,7 +66,7 @@ def read_rows(paths: Sequence[Path], skip_bad_rows: bool = False, progress=None)
         for number, start, end in split(data, path):
             source = f"{path}:{number}"
             try:
-                rows.append(parse_row(data, start, end, source))
+                rows.append(parse_row(data, start, end, source, answers))
             except BadRow as bad:
                 skipped.append(Skipped(source, str(bad)))
             if progress and number % 1000 == 0:
@@ -196,7 +199,7 @@ def is_cut_off(data, start):
     return False
 
 
-def parse_row(data, start, end, source):
+def parse_row(data, start, end, source, answers):
     """The Row in data[start:end]. Raises BadRow."""
     if end is None:
         raise BadRow(f"the file is cut off inside this row, which starts at byte {start}")
@@ -206,16 +209,18 @@ def parse_row(data, start, end, source):
     if "messages" in row:
         if "instruction" in row:
             raise BadRow("got both messages and instruction, wanted one of them")
-        return Row(source, parse_messages(check(row["messages"], list, "messages")))
-    instruction, output = text_of(row, "instruction"), text_of(row, "output")
+        return Row(source, parse_messages(check(row["messages"], list, "messages"), answers))
+    instruction = text_of(row, "instruction")
+    output = text_of(row, "output") if answers or row.get("output") is not None else ""
     input = "" if row.get("input") is None else text_of(row, "input")
     if not instruction and not input:
         raise BadRow("got instruction and input both empty, wanted text in one of them")
     return Row(source, None, instruction, input, output)
 
 
-def parse_messages(messages):
-    """((role, content), ...): a system message or none, then user and assistant in turn, an assistant's at the end."""
+def parse_messages(messages, answers):
+    """((role, content), ...): a system message or none, then user and assistant in turn, an assistant's at the end; or,
+    of a prompt, a user's."""
     parsed, role = [], "none"
     for i, message in enumerate(messages):
         name = f"messages[{i}]"
@@ -225,7 +230,7 @@ def parse_messages(messages):
         if role != wanted and not (role == "system" and i == 0):
             raise BadRow(f"{name}.role: got {short(role)}, wanted '{wanted}'{' or a system message' * (i == 0)}")
         parsed.append((role, content))
-    if role != "assistant":
+    if role != "assistant" and (answers or role != "user"):
         raise BadRow(f"messages: got {role} as the last role, wanted assistant")
     return tuple(parsed)
 

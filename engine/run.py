@@ -107,6 +107,11 @@ def read_json(path: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
+def read_lines(path: Path) -> list[dict]:
+    """The events of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def environment(device: torch.device) -> dict:
     """Where the run happened, for run.json."""
     root = Path(__file__).parent.parent

@@ -212,7 +212,7 @@ GGUF_FLOAT32, GGUF_STRING, GGUF_ARRAY = 6, 8, 9
 
 
 def open_gguf(path: Path) -> tuple[dict, dict[str, Stored]]:
-    """Metadata (an array is given as "array of N") and tensors, which are dequantised to fp32 a few rows at a time.
+    """Metadata and tensors, which are dequantised to fp32 a few rows at a time.
 
     gguf.GGUFReader checks no length against the file: a flipped bit in a count makes it fill memory. Source:
     https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -262,11 +262,10 @@ def read_gguf(file, pages, gguf):
             raise ValueError(f"unknown kind of metadata {kind}")
         element, length = take("I"), take("Q")
         if element in GGUF_SCALARS:
-            skip(length * struct.calcsize(GGUF_SCALARS[element]))
-        else:
-            for _ in range(length):  # ends at the end of the file: each takes some of it
-                skip(take("Q")) if element == GGUF_STRING else value(element)
-        return f"array of {length}"
+            code = GGUF_SCALARS[element]
+            start = skip(length * struct.calcsize(code))
+            return list(struct.unpack_from(f"<{length}{code}", pages, start))
+        return [value(element) for _ in range(length)]  # ends at the end of the file: each takes some of it
 
     if pages[:4] != b"GGUF":
         raise ValueError("it does not begin with GGUF")

@@ -28,18 +28,23 @@ def attend(q, k, v):
 
 
 def attention_ref(q, k, v, documents):
-    pieces, row = [], 0
-    for start, end, prefix_start, prefix_end in documents.tolist():
-        pieces.append(q.new_zeros(start - row, *q.shape[1:]))  # rows of no document
-        keys, values = k[start:end], v[start:end]
-        if prefix_end > prefix_start:
-            keys = torch.cat((k[prefix_start:prefix_end], keys))
-            values = torch.cat((v[prefix_start:prefix_end], values))
-        if end > start:
-            pieces.append(attend(q[start:end], keys, values))
-        row = end
-    pieces.append(q.new_zeros(q.shape[0] - row, *q.shape[1:]))
-    return torch.cat(pieces)
+    bounds, row = [], 0  # (start, end, prefix start, prefix end), the rows of no document among them as (start, end)
+    for document in documents.tolist():
+        bounds += [(row, document[0]), document]
+        row = document[1]
+    bounds.append((row, q.shape[0]))
+    # Split, not sliced: autograd then joins the pieces' gradients once instead of adding a zero-filled whole for each.
+    pieces = zip(bounds, *(t.split([b[1] - b[0] for b in bounds]) for t in (q, k, v)), strict=True)
+    out = []
+    for (_, _, *prefix), queries, keys, values in pieces:
+        if not prefix or not len(queries):
+            out.append(torch.zeros_like(queries))
+            continue
+        if prefix[1] > prefix[0]:
+            keys = torch.cat((k[slice(*prefix)], keys))
+            values = torch.cat((v[slice(*prefix)], values))
+        out.append(attend(queries, keys, values))
+    return torch.cat(out)
 
 
 def attention(

@@ -62,7 +62,7 @@ def test_every_flag_that_readme_uses_exists():
 
 def test_the_figures_are_those_of_the_measurements():
     done = subprocess.run(
-        [sys.executable, "scripts/render_benchmarks.py", "--check"],
+        [sys.executable, "-m", "scripts.render_benchmarks", "--check"],
         cwd=ROOT,
         capture_output=True,
         text=True,

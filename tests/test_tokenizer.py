@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from engine.errors import DataError
+from engine.errors import DataError, UsageError
 from engine.tokenizer import load_tokenizer
 
 SPELLED = [
@@ -38,7 +38,7 @@ TRICKY = [
     "👨‍👩‍👧‍👦 🏳️‍🌈 👍🏽", "漢字かな交じり文", "العربية لغة", "नमस्ते", "ﬁ Å", "\u00a0a\u3000b\u200bc", "\ufeffa", "\ufffd",
     "\0", "a\0b", "\x01\x02\x7f\x85", "\U0010ffff", "\ufdd0",
 ]  # fmt: skip
-NUMBERS = ["0", "12345 678", "a1b22c333", "\n 1", "3.14159e-10", "½ ² ٣٤ Ⅷ 一", "1,000,000 $5"]
+NUMBERS = ["0", "12345 678", "a1b22c333", "\n 1", "3.14159e-10", "½ ² ٣٤ Ⅷ 一", "1,000,000 $5", "3 times"]
 ALL = TRICKY + NUMBERS + SPELLED
 parts = st.lists(st.sampled_from([*" \n▁ab<s/>0'é漢\0\u0301👍\u200d", "the", "  "]), max_size=30)
 text = parts.map("".join) | st.text(max_size=20)
@@ -169,7 +169,7 @@ CORPUS = [
 @pytest.fixture(scope="module")
 def bpe():
     """A byte-level BPE cut as Llama 3 cuts; special tokens last. Its corpus spells two of them."""
-    from engine.tokenizer import LLAMA3_SPLIT
+    from engine.tokenizer_json import LLAMA3_SPLIT
 
     bpe = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
     split = pre_tokenizers.Split(tokenizers.Regex(LLAMA3_SPLIT), "isolated")
@@ -177,6 +177,9 @@ def bpe():
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False))
+    spec = json.loads(bpe.to_str())
+    assert spec["model"]["merges"].pop() == ["Ġtim", "es"]  # a word that only ignore_merges finds
+    bpe = tokenizers.Tokenizer.from_str(json.dumps(spec))
     bpe.add_special_tokens(SPECIALS)
     return bpe
 
@@ -254,6 +257,13 @@ def test_tokenizer_json_without_bos_and_eos_from_the_model_config(bpe, tmp_path)
     assert (ours.bos_id, ours.add_bos, ours.eos_id, ours.stop_ids) == (None, False, 7, {7})
     with pytest.raises(DataError, match="eos_token"):
         load_tokenizer(hf_folder(tmp_path, bpe, {}, config={}))
+
+
+@pytest.mark.parametrize("more", [{}, {"added_tokens_decoder": {}}], ids=["old", "new"])
+def test_two_files_that_name_different_tokens(bpe, more, tmp_path):
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", **more}
+    folder = hf_folder(tmp_path, bpe, config, special_tokens_map={"eos_token": {"content": "<|eot_id|>"}})
+    assert load_tokenizer(folder).eos_id == AutoTokenizer.from_pretrained(folder).eos_token_id
 
 
 def test_merges_do_not_make_special_tokens(bpe, tmp_path):
@@ -343,6 +353,12 @@ def test_hugging_face_folder_with_tokenizer_model_alone(llama_model, reference, 
     assert {" a", "a  b"} <= set(differs) <= {text for text in ALL if text[:1] == " " or "  " in text}
 
 
+def test_meta_folder_with_an_added_token(llama_model, tmp_path):
+    shutil.copy(llama_model, tmp_path / "tokenizer.model")
+    (tmp_path / "added_tokens.json").write_text('{"[PAD]": 32000}')
+    assert check_save(load_tokenizer(tmp_path), tmp_path).convert_tokens_to_ids("[PAD]") == 32000
+
+
 def test_folder_of_stanford_alpaca(llama_model, reference, tmp_path):
     folder = hf_llama_folder(tmp_path / "m", llama_model, bos_token="", eos_token="</s>", add_bos_token=False)
     (folder / "added_tokens.json").write_text('{"[PAD]": 32000}')
@@ -412,5 +428,5 @@ def test_corrupt_gguf(smollm2, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="neither"):
         load_tokenizer(tmp_path / "missing")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(DataError, match="pip install gguf"):
+    with pytest.raises(UsageError, match=r"pip install 'cria-engine\[gguf\]'"):
         load_tokenizer(smollm2)
