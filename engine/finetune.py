@@ -81,7 +81,7 @@ def train(job: Job, model: Transformer, optimizer: AdamW, start: int) -> None:
             n_skipped += 1
             skip(job, step, n_skipped, float(loss), float(norm), examples)
         optimizer.zero_grad()
-        log_step(job, step, (step - 1) // every, float(loss), lr, float(norm), counts, time.perf_counter() - began)
+        log_step(job, step, round(step / every, 4), float(loss), lr, float(norm), counts, time.perf_counter() - began)
 
         after_step(job, model, optimizer, step)
         if job.keeps_states and job.due(config.save_every, step):
@@ -215,8 +215,8 @@ def build(job: Job, found) -> tuple[Transformer, AdamW, int]:
 
 
 def main(argv):
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("WORLD_SIZE is over 1: this version trains in one process; start it without torchrun")
+    if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise UsageError(f"WORLD_SIZE is {world}: this version trains in one process; start it without torchrun")
     embedded = EMBEDDED | ({"dtype": "bf16"} if cpu_multiplies_bf16() else {})  # twice as fast there
     config, notes = from_cli(FinetuneConfig, argv, stanford, embedded)
     signals = Signals()

@@ -20,10 +20,10 @@ from engine.tokenizer import Tokenizer
 from engine.weights import Source, open_source
 
 SEED_TASKS = Path(__file__).parent.parent / "data_gen" / "seed_tasks.jsonl"
-# What may differ when a run goes on: it changes where things go or how often, not what is computed. Files are compared
-# by what they hold (the hash of the tokens, the shape of the model), not by their names.
+# What may differ when a run goes on: it changes where things go or how often, not what is computed. Data is compared by
+# the hash of its tokens, which depends on the tokenizer too, not by the names of its files.
 FREE = {
-    "model", "tokenizer", "data", "eval_data", "out", "device", "micro_batch_tokens", "micro_batch_size", "recompute",
+    "tokenizer", "data", "eval_data", "out", "device", "micro_batch_tokens", "micro_batch_size", "recompute",
     "eval_every", "sample_every", "sample_prompts", "sample_tokens", "save_every", "keep", "resume", "max_shard_bytes",
     "kernels", "deterministic", "dry_run", "skip_bad_rows", "allow_changed", "max_skips", "log_every", "debug",
 }  # fmt: skip
@@ -99,7 +99,8 @@ def prepare(config: FinetuneConfig, out: Path, signals: Signals, say) -> Job:
     total_steps = config.epochs * data.steps_per_epoch(len(train), config.global_batch_size)
     total_steps = min(total_steps, config.max_steps or total_steps)
     facts = {
-        "settings": {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE},
+        "settings": {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
+        | {"model": config.model if source is None else str(source.path.resolve())},
         "dtype": str(dtype).removeprefix("torch."),
         "model": dataclasses.asdict(model_config),
         "data_sha256": data_hash(train),
@@ -130,12 +131,12 @@ def data_hash(dataset):
 
 
 def auto_tokens(c, config, device, dtype):
-    """Tokens of a micro-batch: on CPU 4096, where more gains nothing; on CUDA what fits the free memory.
+    """Tokens of a micro-batch: on CPU 2048, where more gains nothing; on CUDA what fits the free memory.
 
     A token keeps about 16 D + 8 F numbers a layer in the references, and three fp32 rows of logits.
     """
     if device.type == "cpu":
-        return max(4096, config.max_length)
+        return max(2048, config.max_length)
     size = torch.finfo(dtype).bits // 8
     state = c.n_parameters * (2 * size + 12 if dtype != torch.float32 else 16)
     layers = 1 if config.recompute == "block" else c.n_layers
@@ -182,7 +183,7 @@ def finished(job: Job) -> bool:
     if job.config.resume != "auto" or run.get("status") != "done":
         return False
     changed = changes(run.get("facts", {}), job.facts)
-    if changed and not job.config.allow_changed:
+    if changed and not (job.config.allow_changed and checkpoint.checkpoints(job.out)):
         raise UsageError(
             f"--out {job.out}: holds a finished run with other settings ({'; '.join(changed)}); "
             "choose another folder, or pass --resume never to replace it"
@@ -202,5 +203,6 @@ def plan(job: Job) -> str:
         f"kernels: torch references{slow}; weights, gradients and optimizer {state / 1e9:.2f} GB\n"
         f"plan: {job.total_steps} steps of {config.global_batch_size} examples in micro-batches of at most "
         f"{job.max_tokens} tokens{f' and {most} examples' if (most := config.micro_batch_size) else ''}; "
-        f"{len(job.train)} examples, {config.epochs} epochs{' at most' if config.max_steps else ''}"
+        f"{len(job.train)} examples, {config.epochs} epoch{'s' * (config.epochs > 1)}"
+        f"{' at most' if config.max_steps else ''}"
     )

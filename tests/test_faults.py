@@ -127,16 +127,16 @@ def test_kill_9_at_random_moments_then_resume_is_bit_equal(unbroken, tmp_path):
     assert_as_unbroken(tmp_path / "out", unbroken)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 @pytest.mark.parametrize(
-    ("where", "saved"),
+    ("name", "where", "saved"),
     [
-        ("before(finetune.Transformer, 'loss', 29, term)", 6),  # within step 7: it is as if it had not begun
-        ("before(finetune.data, 'collate', 34, term)", None),
-        ("before(finetune, 'evaluate', 3, term)", 6),
-        ("before(checkpoint, 'write_safetensors', 2, term)", 4),
+        ("SIGTERM", "before(finetune.Transformer, 'loss', 29, term)", 6),  # within step 7: as if it had not begun
+        ("SIGINT", "before(finetune.data, 'collate', 34, term)", None),
+        ("SIGTERM", "before(finetune, 'evaluate', 3, term)", 6),
+        ("SIGTERM", "before(checkpoint, 'write_safetensors', 2, term)", 4),
+        ("SIGINT", "before(finetune, 'evaluate', 1, term)", 0),
     ],
-    ids=["step", "collate", "eval", "save"],
+    ids=["step", "collate", "eval", "save", "first eval"],
 )
 def test_a_signal_saves_once_and_exits_143_and_the_run_goes_on_bit_equal(unbroken, tmp_path, where, saved, name):
     patch = BEFORE_CALL + where.replace("term", f"lambda: os.kill(os.getpid(), signal.{name})")
@@ -323,7 +323,7 @@ def test_bad_rows_can_be_skipped_and_are_counted(tmp_path, rows_file):
         "--model", "tiny", "--random-init", "--data", rows_file, "--out", tmp_path / "o", "--skip-bad-rows",
         "--max-steps", 1,
     )  # fmt: skip
-    assert "1 bad rows skipped" in done.stdout and "skipped rows.json:6" in done.stdout
+    assert "1 bad rows skipped" in done.stdout and "rows.json:6: output: got null" in done.stdout
     assert json.loads((tmp_path / "o" / "run.json").read_text())["data"]["skipped"] == 1
 
 
@@ -332,6 +332,30 @@ def test_the_reference_path_is_said_once(tmp_path, rows_file):
     assert done.stdout.count("kernels: torch references") == 1
     done = finetune(*arguments(tmp_path / "p", rows_file)[:-2], "--device", "cuda", check=False)
     assert done.returncode == 2 if not torch.cuda.is_available() else True
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_anything_is_allocated(smollm2, tmp_path, rows_file):
+    done = finetune(
+        "--model", "tinyllama-1.1b", "--random-init", "--tokenizer", smollm2, "--data", rows_file,
+        "--out", tmp_path / "o", check=False,
+    )  # fmt: skip
+    assert done.returncode == 3 and "has 49152 tokens, the model embeds 32000" in done.stderr
+
+
+def test_several_processes_are_refused(tmp_path, rows_file, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    done = finetune("--model", "tiny", "--random-init", "--data", rows_file, "--out", tmp_path / "o", check=False)
+    assert done.returncode == 2 and "WORLD_SIZE is 4: this version trains in one process" in done.stderr
+
+
+def test_another_model_of_the_same_shape_is_another_run(tmp_path, rows_file):
+    """A finished run in --out is neither taken for this one nor overwritten."""
+    settings = "--data", rows_file, "--out", tmp_path / "o", "--max-steps", 1, "--device", "cpu"
+    finetune("--model", "tiny", "--random-init", *settings)
+    finetune("--model", "tiny", "--random-init", "--data", rows_file, "--out", tmp_path / "base", "--max-steps", 2)
+    for more in ((), ("--allow-changed",)):
+        done = finetune("--model", tmp_path / "base", *settings, *more, check=False)
+        assert done.returncode == 2 and "holds a finished run with other settings (model: tiny -> " in done.stderr
 
 
 def test_a_model_that_is_not_there(tmp_path, rows_file):
