@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from engine.errors import DataError
+from engine.folders import sync
 from engine.tensor_files import write_safetensors
 
 FORMAT = 1  # of the manifest
@@ -50,18 +51,10 @@ def save(out: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict, ke
         shutil.rmtree(tmp, ignore_errors=True)
         raise
     sync(out)
-    for _, old in checkpoints(out)[:-keep]:
+    others = [folder for _, folder in checkpoints(out) if folder != final]
+    for old in others[: max(0, len(others) - keep + 1)]:
         discard(old)
     return final
-
-
-def sync(folder):
-    """Makes the names in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def discard(folder):
@@ -75,7 +68,17 @@ def discard(folder):
 def clean(out: Path) -> None:
     """Removes what an interrupted save left."""
     for left in out.glob(".tmp-*"):
-        shutil.rmtree(left, ignore_errors=True)
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def rewind(out: Path, step: int) -> None:
+    """Removes the states after `step`: broken ones, or of a way that the run no longer takes."""
+    for later, folder in checkpoints(out):
+        if later > step:
+            discard(folder)
 
 
 def checkpoints(out: Path) -> list[tuple[int, Path]]:

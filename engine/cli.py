@@ -1,10 +1,10 @@
 """The command line made from a dataclass's fields: one --flag a field, typed, checked and explained by it."""
 
 import dataclasses
-import os
 import sys
 import types
 import typing
+from pathlib import Path
 
 from engine.config import flag, nearest
 
@@ -21,7 +21,7 @@ def from_cli(cls, argv, translate=None, embedded=None):
     names |= {field.metadata["alias"]: name for name, field in fields.items() if field.metadata["alias"]}
     names |= {name: name for name in getattr(translate, "flags", ())}
     if "-h" in argv or "--help" in argv:
-        print(help_text(cls, translate))
+        print(help_text(cls, translate, embedded))
         raise SystemExit(0)
     problems = []
     raw = split_flags(argv, names, fields, problems)
@@ -107,14 +107,9 @@ def convert(field, words, problems):
         return INVALID
 
 
-def help_text(cls, translate=None):
-    module = os.path.splitext(os.path.basename(sys.argv[0]))[0]
-    lines = [
-        f"usage: python -m {cls.__module__.partition('.')[0]}.{module} [--flag value ...]",
-        "",
-        cls.__doc__.strip(),
-        "",
-    ]
+def help_text(cls, translate=None, embedded=None):
+    module = ".".join(Path(sys.argv[0]).with_suffix("").parts[-2:])
+    lines = [f"usage: python -m {module} [--flag value ...]", "", cls.__doc__.strip(), ""]
     for field in dataclasses.fields(cls):
         default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
         choices = field.metadata["choices"]
@@ -126,6 +121,9 @@ def help_text(cls, translate=None):
         values = f" {{{','.join(choices)}}}" if choices else ""
         also = f"; also {flag(field.metadata['alias'])}" if field.metadata["alias"] else ""
         lines.append(f"  {name}{values}\n        {field.metadata['help']} (default: {default}{also})")
+    if embedded:
+        flags = (f"{flag(k)} {' '.join(v) if isinstance(v, tuple) else v}" for k, v in embedded.items())
+        lines += ["", "With neither --model nor --data, these stand in: " + " ".join(flags)]
     if translate:
         lines += ["", translate.__doc__.strip()]
     return "\n".join(lines)
@@ -166,7 +164,9 @@ def stanford(raw, problems):
     if bf16 is not None and bf16.lower() in YES:
         if raw.setdefault("dtype", ["bf16"]) != ["bf16"]:
             problems.append(f"--bf16 {bf16} contradicts --dtype {' '.join(raw['dtype'])}")
-    elif bf16 is not None and bf16.lower() not in NO:
+    elif bf16 is not None and bf16.lower() in NO:
+        raw.setdefault("dtype", ["fp32"])
+    elif bf16 is not None:
         problems.append(f"--bf16 is {bf16!r}, wanted True or False")
 
     micro, accumulation = number("per_device_train_batch_size"), number("gradient_accumulation_steps")
@@ -195,7 +195,9 @@ def stanford(raw, problems):
             "steps": str(steps or 500),
             None: str(steps),
         }
-        if strategy not in values:
+        if ours in raw:
+            problems.append(f"{flag(ours)} and {flag(ours.replace('every', 'strategy'))} say the same thing; give one")
+        elif strategy not in values:
             problems.append(f"{flag(ours.replace('every', 'strategy'))} is {strategy!r}, wanted no, steps or epoch")
         else:
             raw[ours] = [values[strategy]]

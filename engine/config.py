@@ -142,7 +142,7 @@ class FinetuneConfig:
     eval_fraction: float = knob(0.0, "share of --data held out, chosen by the seed")
     eval_every: str = knob("epoch", f"held-out loss, where there is held-out data: {EVERY}")
     sample_every: str = knob("off", f"answers to a few prompts, before, during and after: {EVERY}")
-    sample_prompts: str = knob("", "file of prompts, one a line (default: three of our own)")
+    sample_prompts: str = knob("", "file of prompts, one a line; without it three of our own")
     sample_tokens: int = knob(64, "longest sampled answer")
     save_every: str = knob("end", f"training state for resume: {EVERY}; end keeps none, but for a signal")
     keep: int = knob(2, "newest training states to keep", alias="save_total_limit")

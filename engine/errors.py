@@ -28,8 +28,8 @@ class DivergedError(CriaError):
     exit_code = 4
 
 
-class Stopped(CriaError):
-    """A signal asked the run to end; its state is saved."""
+class Stopped(BaseException):
+    """A signal asked the run to end; its state is saved. No Exception, lest a handler of faults swallow it."""
 
     exit_code = 143
 
@@ -39,11 +39,17 @@ def exit_code_of(main, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     try:
         main(argv)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr, flush=True)
+        return stopped.exit_code
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr, flush=True)
+        return Stopped.exit_code
     except Exception as error:
         if "--debug" in argv:
             traceback.print_exc()
         known = isinstance(error, CriaError)
-        text = str(error) if known else f"{type(error).__name__}: {error}; --debug shows where"
-        print(text if isinstance(error, Stopped) else f"error: {text}", file=sys.stderr, flush=True)
+        text = error if known else f"{type(error).__name__}: {error}; --debug shows where"
+        print(f"error: {text}", file=sys.stderr, flush=True)
         return error.exit_code if known else 1
     return 0

@@ -45,7 +45,7 @@ def main(argv):
     tokenizer = find_tokenizer(source.config, "", source.path)
     dtype = source.dtype if config.dtype == "auto" else DTYPES[config.dtype]
     out.mkdir(parents=True, exist_ok=True)
-    need_disk(out, source.config.n_parameters * torch.finfo(dtype).bits // 8)
+    need_disk(out, source.config.n_parameters * torch.finfo(dtype).bits // 8, "free some, or choose another folder")
     model = new_model(source.config, "cpu", dtype)
     source.read_into(model)
     if config.layout == "meta":

@@ -27,15 +27,23 @@ from engine.model import Transformer, new_model
 from engine.optim import AdamW, lr_factor
 from engine.report import write_report
 from engine.rows import Row
-from engine.run import METRICS, RUN, Signals, claim, environment, need_disk, read_lines, start_over, write_json
+from engine.run import (
+    LOCK,
+    METRICS,
+    RUN,
+    Signals,
+    claim,
+    environment,
+    need_disk,
+    read_json,
+    read_lines,
+    start_over,
+    write_json,
+)
 from engine.weights import save_hf
 
-SAMPLE_PROMPTS = (
-    "Name three things you can do with an old glass jar.",
-    "Rewrite the sentence so that it sounds polite: Send me the report now.",
-    "Write a two-line poem about rain.",
-)
-PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense, of the SXM cards; 4090 and others: no MFU
+# Dense, of the SXM cards; others show no MFU.
+PEAK_BF16_FLOPS = {"H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "A100-": 312e12}
 
 
 # ---- train ----------------------------------------------------------------------------------------------------------
@@ -85,7 +93,7 @@ def train(job: Job, model: Transformer, optimizer: AdamW, start: int) -> None:
 
         after_step(job, model, optimizer, step)
         if job.keeps_states and job.due(config.save_every, step):
-            save(job, optimizer, step, final=step == job.total_steps)
+            try_to_save(job, optimizer, step)
         if job.signals.pending():
             stop(job, optimizer, step)
 
@@ -104,7 +112,7 @@ def log_step(job, step, epoch, loss, lr, norm, counts, seconds):
     if job.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(job.device)
         card = torch.cuda.get_device_name(job.device)
-        peak = next((flops for name, flops in PEAK_BF16_FLOPS.items() if name in card), None)
+        peak = next((f for name, f in PEAK_BF16_FLOPS.items() if name in card and "NVL" not in card), None)
         mfu = 6 * job.model_config.n_parameters * rate / peak if peak else None
     job.progress.step(step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate)
     job.metrics.write(
@@ -142,14 +150,11 @@ def evaluate(job: Job, model: Transformer, step: int, optimizer: AdamW) -> None:
 
 def show_samples(job: Job, model: Transformer, step: int) -> None:
     """Greedy answers to the sample prompts, to the terminal and metrics.jsonl."""
-    prompts = list(SAMPLE_PROMPTS)
-    if job.config.sample_prompts:
-        prompts = [line for line in Path(job.config.sample_prompts).read_text().splitlines() if line.strip()]
-    ids = [data.encode_prompt(Row("", None, p), job.tokenizer, job.config.prompt_style) for p in prompts]
+    ids = [data.encode_prompt(Row("", None, p), job.tokenizer, job.config.prompt_style) for p in job.prompts]
     stops = stop_ids(job.tokenizer, job.config.prompt_style)
     answers = generate(model, ids, stops, job.config.sample_tokens)
     title = "before" if step == 0 else "after" if step == job.total_steps else f"after {step} steps"
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, answer in zip(job.prompts, answers, strict=True):
         text = job.tokenizer.decode(answer).strip()
         job.metrics.write("sample", step=step, prompt=prompt, text=text)
         job.progress.say(f"[{title}] {prompt}\n    " + text.replace("\n", "\n    "))
@@ -158,37 +163,54 @@ def show_samples(job: Job, model: Transformer, step: int) -> None:
 # ---- save -----------------------------------------------------------------------------------------------------------
 
 
-def save(job: Job, optimizer: AdamW, step: int, final: bool = False) -> None:
-    """A training state. A full disk costs this save and, unless it is the last, not the run."""
+def save(job: Job, optimizer: AdamW, step: int) -> None:
+    """A training state. Raises OSError when the disk is full; older states are then intact."""
     began = time.perf_counter()
     facts = job.facts | {"n_updates": optimizer.n_updates}
-    try:
-        folder = checkpoint.save(job.out, step, optimizer.tensors(), facts, job.config.keep)
-    except OSError as error:
-        message = f"step {step}: the state could not be saved ({error.strerror}); older states are intact"
-        if final:
-            raise CriaError(message) from None
-        job.metrics.write("skip", step=step, reason=message)
-        job.progress.say(f"warning: {message}")
-        return
-    size = (folder / checkpoint.STATE).stat().st_size
+    folder = checkpoint.save(job.out, step, optimizer.tensors(), facts, job.config.keep)
+    job.saved, size = step, (folder / checkpoint.STATE).stat().st_size
     job.metrics.write("save", step=step, path=folder.name, seconds=time.perf_counter() - began, bytes=size)
+
+
+def try_to_save(job: Job, optimizer: AdamW, step: int) -> None:
+    """A state on the way: a full disk costs this one, not the run."""
+    try:
+        save(job, optimizer, step)
+    except OSError as error:
+        reason = f"the state could not be saved ({error.strerror}); older states are intact"
+        job.progress.say(f"warning: step {step}: {reason}")
+        job.metrics.write("skip", step=step, reason=reason)
+
+
+def save_or_fail(job: Job, optimizer: AdamW, step: int, why: str) -> None:
+    """The state at the end of a process, unless it is on disk already."""
+    try:
+        if job.saved != step:
+            save(job, optimizer, step)
+    except OSError as error:
+        raise CriaError(f"{why}; step {step}: the state could not be saved ({error.strerror})") from None
 
 
 def stop(job: Job, optimizer: AdamW, step: int):
     """A signal came: saves once, and ends."""
-    if not any(saved == step for saved, _ in checkpoint.checkpoints(job.out)):
-        save(job, optimizer, step, final=True)
-    raise Stopped(f"stopped by {job.signals.received} after step {step}; run the same command again to go on")
+    why = f"stopped by {job.signals.received} after step {step}"
+    save_or_fail(job, optimizer, step, why)
+    raise Stopped(f"{why}; run the same command again to go on")
 
 
-def finish(job: Job, model: Transformer) -> None:
-    """The model as a complete Hugging Face folder."""
-    save_hf(
-        job.out, model, max_shard_bytes=job.config.max_shard_bytes, bos_id=job.tokenizer.bos_id,
-        eos_ids=sorted(job.tokenizer.stop_ids), generation_config=job.source.generation_config if job.source else None,
-    )  # fmt: skip
-    job.tokenizer.save(job.out)
+def finish(job: Job, model: Transformer, optimizer: AdamW) -> None:
+    """The model as a complete Hugging Face folder. On a full disk the training state is saved, if that fits."""
+    try:
+        save_hf(
+            job.out, model, max_shard_bytes=job.config.max_shard_bytes, bos_id=job.tokenizer.bos_id,
+            eos_ids=sorted(job.tokenizer.stop_ids),
+            generation_config=job.source.generation_config if job.source else None,
+        )  # fmt: skip
+        job.tokenizer.save(job.out)
+    except OSError as error:
+        why = f"the model could not be written ({error.strerror})"
+        save_or_fail(job, optimizer, job.total_steps, why)
+        raise CriaError(f"{why}; the training state is saved: make room and run the same command again") from None
 
 
 # ---- main -----------------------------------------------------------------------------------------------------------
@@ -217,43 +239,59 @@ def build(job: Job, found) -> tuple[Transformer, AdamW, int]:
 def main(argv):
     if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise UsageError(f"WORLD_SIZE is {world}: this version trains in one process; start it without torchrun")
-    embedded = EMBEDDED | ({"dtype": "bf16"} if cpu_multiplies_bf16() else {})  # twice as fast there
+    native_bf16 = cpu_multiplies_bf16() and not torch.cuda.is_available()
+    embedded = EMBEDDED | ({"dtype": "bf16"} if native_bf16 else {})  # nearly twice as fast there
     config, notes = from_cli(FinetuneConfig, argv, stanford, embedded)
     signals = Signals()
     with claim(Path(config.out)) as out:
         for note in notes:
             print(note)
         job = prepare(config, out, signals, print)
-        if config.dry_run:
-            return print(plan(job))
         if finished(job):
-            return print(f"{out} holds this run, finished; --resume never starts it over")
+            print(f"{out} holds this run, finished; --resume never starts it over")
+            return
         found = find_resume(job, print)
-        run(job, found)
+        states = config.keep + 1 - len(checkpoint.checkpoints(out)) if job.keeps_states else 0
+        n, size = job.model_config.n_parameters, torch.finfo(job.dtype).bits // 8
+        need_disk(out, n * size + n * 12 * max(0, states), "free some, choose another folder, or lower --keep")
+        if not config.dry_run:
+            run(job, found)
+            return
+        print(plan(job))
+        (out / LOCK).unlink()
+        if not any(out.iterdir()):
+            out.rmdir()
 
 
 def run(job: Job, found) -> None:
     config, out = job.config, job.out
-    n = job.model_config.n_parameters
-    size = torch.finfo(job.dtype).bits // 8
-    need_disk(out, n * size + (n * 12 * (config.keep + 1) if job.keeps_states else 0))
+    checkpoint.clean(out)
     if config.resume == "never":
         start_over(out)
+    if found and config.micro_batch_tokens is None:
+        job.max_tokens = job.facts["max_tokens"] = found[1]["max_tokens"]  # the same cuts, the same sums
     print(plan(job))
     model, optimizer, start = build(job, found)
-    if start:
+    if found:
+        job.saved = start
+        checkpoint.rewind(out, start)
         print(f"going on after step {start}, from {found[0]}")
+    earlier = read_json(out / RUN).get("seconds", 0.0) if found else 0.0
     record = {
         "status": "running",
         "config": dataclasses.asdict(config),
-        "model": {"name": config.model, "parameters": n, **dataclasses.asdict(job.model_config)},
+        "model": {
+            "name": config.model,
+            "parameters": job.model_config.n_parameters,
+            **dataclasses.asdict(job.model_config),
+        },
         "data": job.train.counts | {"held_out": len(job.held_out) if job.held_out else 0},
         "total_steps": job.total_steps,
         "facts": job.facts,
         "environment": environment(job.device),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    write_json(out / RUN, record)
+    write_json(out / RUN, record | {"seconds": earlier})
     began, status = time.monotonic(), "failed"
     job.metrics = Metrics(out / METRICS, start if found else None)
     job.told = frozenset((line["event"], line.get("step")) for line in read_lines(out / METRICS))
@@ -262,18 +300,26 @@ def run(job: Job, found) -> None:
         try:
             after_step(job, model, optimizer, start)
             train(job, model, optimizer, start)
-            finish(job, model)
+            finish(job, model, optimizer)
             status = "done"
         except Stopped:
             status = "stopped"
             raise
         finally:
-            seconds = time.monotonic() - began
-            write_json(out / RUN, record | {"status": status, "seconds": seconds})
-            job.metrics.write("end", step=job.total_steps if status == "done" else None, seconds=seconds, status=status)
-            job.metrics.close()
-            write_report(out)
+            close(job, record, status, earlier + time.monotonic() - began)
     print(f"the model is in {out}, the report in {out / 'report.html'}")
+
+
+def close(job, record, status, seconds):
+    """How the run ended, for whoever looks later. A disk too full to say so must not hide how it ended."""
+    try:
+        write_json(job.out / RUN, record | {"status": status, "seconds": seconds})
+        job.metrics.write("end", step=job.total_steps if status == "done" else None, seconds=seconds, status=status)
+        write_report(job.out)
+    except OSError as error:
+        job.progress.say(f"warning: run.json, metrics.jsonl or report.html is not up to date ({error.strerror})")
+    finally:
+        job.metrics.close()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ class KVCache:
     """Keys and values of B sequences, each with its own length. The first forward takes the prompts, packed as
     documents; each later one takes one token a sequence."""
 
-    def __init__(self, config: ModelConfig, batch: int, max_len: int, device, dtype):
+    def __init__(self, config: ModelConfig, batch: int, max_len: int, device, dtype, impl="auto"):
+        self.impl = impl
         shape = (config.n_layers, batch, max_len, config.n_kv_heads, config.head_dim)
         self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -47,7 +48,7 @@ class KVCache:
     def prefill(self, i, q, k, v):
         for row, (start, end, *_) in enumerate(self.documents.tolist()):
             self.k[i, row, : end - start], self.v[i, row, : end - start] = k[start:end], v[start:end]
-        return kernels.attention(q, k, v, self.documents)
+        return kernels.attention(q, k, v, self.documents, self.impl)
 
     def decode(self, i, q, k, v):
         """q: (B, H, Dh). k, v: (B, K, Dh). Each attends to its own sequence's past and itself."""
@@ -96,7 +97,7 @@ def generate(
     ends = lengths.cumsum(0)
     documents = torch.zeros(len(prompts), 4, dtype=torch.int32, device=device)
     documents[:, 0], documents[:, 1] = ends - lengths, ends
-    cache = KVCache(model.config, len(prompts), int(lengths.max()) + max_new_tokens, device, dtype)
+    cache = KVCache(model.config, len(prompts), int(lengths.max()) + max_new_tokens, device, dtype, model.impl)
     cache.start(lengths, documents)
     tokens = torch.tensor([i for p in prompts for i in p], device=device)
     positions = torch.cat([torch.arange(len(p), device=device) for p in prompts])

@@ -20,6 +20,11 @@ from engine.tokenizer import Tokenizer
 from engine.weights import Source, open_source
 
 SEED_TASKS = Path(__file__).parent.parent / "data_gen" / "seed_tasks.jsonl"
+SAMPLE_PROMPTS = (
+    "Name three things you can do with an old glass jar.",
+    "Rewrite the sentence so that it sounds polite: Send me the report now.",
+    "Write a two-line poem about rain.",
+)
 # What may differ when a run goes on: it changes where things go or how often, not what is computed. Data is compared by
 # the hash of its tokens, which depends on the tokenizer too, not by the names of its files.
 FREE = {
@@ -45,9 +50,11 @@ class Job:
     total_steps: int
     max_tokens: int  # of a micro-batch
     facts: dict  # what a checkpoint records and resume compares
+    prompts: list[str]  # of the samples
     signals: Signals
     progress: Progress | None = None
     metrics: Metrics | None = None
+    saved: int | None = None  # the step whose state this process wrote or began from
     told: frozenset = frozenset()  # (event, step) that metrics.jsonl held when the run was resumed
 
     def due(self, every: str, step: int) -> bool:
@@ -98,9 +105,12 @@ def prepare(config: FinetuneConfig, out: Path, signals: Signals, say) -> Job:
     )
     total_steps = config.epochs * data.steps_per_epoch(len(train), config.global_batch_size)
     total_steps = min(total_steps, config.max_steps or total_steps)
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
+    settings["model"] = config.model if source is None else str(source.path.resolve())
+    if config.loss_norm == "micro-mean":  # how a batch is cut is then part of the maths
+        settings["micro_batch_size"] = config.micro_batch_size
     facts = {
-        "settings": {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
-        | {"model": config.model if source is None else str(source.path.resolve())},
+        "settings": settings,
         "dtype": str(dtype).removeprefix("torch."),
         "model": dataclasses.asdict(model_config),
         "data_sha256": data_hash(train),
@@ -109,9 +119,21 @@ def prepare(config: FinetuneConfig, out: Path, signals: Signals, say) -> Job:
     }
     max_tokens = config.micro_batch_tokens or auto_tokens(model_config, config, device, dtype)
     return Job(
-        config, out, device, dtype, model_config, source, tokenizer, train, held_out, total_steps, max_tokens, facts,
-        signals,
+        config, out, device, dtype, model_config, source, tokenizer, train, held_out, total_steps, max_tokens,
+        facts | {"max_tokens": max_tokens}, read_prompts(config.sample_prompts), signals,
     )  # fmt: skip
+
+
+def read_prompts(name):
+    if not name:
+        return list(SAMPLE_PROMPTS)
+    try:
+        prompts = [line for line in Path(name).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--sample-prompts {name}: cannot be read ({error}); give a UTF-8 text file") from None
+    if not prompts:
+        raise DataError(f"--sample-prompts {name}: holds no prompt; write one a line")
+    return prompts
 
 
 def watch(blocks):
@@ -148,6 +170,8 @@ def auto_tokens(c, config, device, dtype):
 def changes(old: dict, new: dict) -> list[str]:
     """How the facts of a saved run differ from this one's."""
     found = []
+    if new["settings"]["loss_norm"] == "micro-mean" and old.get("max_tokens") != new["max_tokens"]:
+        found.append(f"micro_batch_tokens, which micro-mean depends on: {old.get('max_tokens')} -> {new['max_tokens']}")
     for part in ("settings", "model"):
         a, b = old.get(part, {}), new[part]
         found += [f"{k}: {a.get(k)} -> {b.get(k)}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
@@ -178,9 +202,9 @@ def find_resume(job: Job, say):
 
 
 def finished(job: Job) -> bool:
-    """Whether --out holds this very run, done. Raises UsageError when it holds another one, done."""
+    """Whether --out holds this very run, done and not to be rewound. Raises UsageError when it holds another one."""
     run = read_json(job.out / RUN)
-    if job.config.resume != "auto" or run.get("status") != "done":
+    if job.config.resume == "never" or run.get("status") != "done":
         return False
     changed = changes(run.get("facts", {}), job.facts)
     if changed and not (job.config.allow_changed and checkpoint.checkpoints(job.out)):
@@ -188,7 +212,7 @@ def finished(job: Job) -> bool:
             f"--out {job.out}: holds a finished run with other settings ({'; '.join(changed)}); "
             "choose another folder, or pass --resume never to replace it"
         )
-    return not changed
+    return not changed and job.config.resume == "auto"
 
 
 def plan(job: Job) -> str:

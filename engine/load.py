@@ -33,7 +33,7 @@ def cpu_multiplies_bf16() -> bool:
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """ "auto" is bf16 on a GPU that has it, fp32 elsewhere."""
-    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported()
+    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "bf16" and not has_bf16:
         raise UsageError(f"--dtype bf16: {torch.cuda.get_device_name()} has no bf16; pass --dtype fp32")
     return DTYPES[name] if name != "auto" else DTYPES["bf16" if device.type == "cuda" and has_bf16 else "fp32"]

@@ -25,20 +25,19 @@ def claim(out: Path):
     """Makes the folder, checks that a run may live there, and holds its lock. Raises UsageError otherwise."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        others = [path.name for path in out.iterdir() if path.name != LOCK and not path.name.startswith(".tmp-")]
+        if others and RUN not in others:
+            raise UsageError(
+                f"--out {out}: holds {', '.join(sorted(others)[:3])} and no {RUN} of ours; choose another folder"
+            )
         lock = open(out / LOCK, "a+")  # noqa: SIM115 (held until the run ends)
     except OSError as error:
         raise UsageError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UsageError(f"--out {out}: another run is writing there; choose another folder") from None
-        others = [path.name for path in out.iterdir() if path.name != LOCK and not path.name.startswith(".tmp-")]
-        if others and RUN not in others:
-            (out / LOCK).unlink()
-            raise UsageError(
-                f"--out {out}: holds {', '.join(sorted(others)[:3])} and no {RUN} of ours; choose another folder"
-            )
         yield out
 
 
@@ -48,13 +47,13 @@ def start_over(out: Path) -> None:
         discard(folder)
 
 
-def need_disk(out: Path, need_bytes: int) -> None:
+def need_disk(out: Path, need_bytes: int, remedy: str) -> None:
     """Raises UsageError when the disk has too little room."""
     free = shutil.disk_usage(out).free
     if free < need_bytes:
         raise UsageError(
-            f"--out {out}: the run writes about {need_bytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free there; "
-            "free some, choose another folder, or lower --keep"
+            f"--out {out}: about {need_bytes / 1e9:.1f} GB are to be written and {free / 1e9:.1f} GB are free there; "
+            f"{remedy}"
         )
 
 
@@ -117,7 +116,7 @@ def environment(device: torch.device) -> dict:
     root = Path(__file__).parent.parent
     commit = None
     if (root / ".git").exists():
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
             done = subprocess.run(
                 ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False, timeout=10
             )

@@ -107,12 +107,17 @@ class Tokenizer:
         """Writes the files that transformers and load_tokenizer need for the same ids.
 
         They are the checkpoint's own, byte for byte. Where it has only a tokenizer.model, or is a GGUF file, those of
-        Hugging Face are added.
+        Hugging Face are added. Tokenizer files of another model that lay there are removed.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        for name in SAVED:
+            if name not in self._files:
+                (folder / name).unlink(missing_ok=True)
         for name, content in self._files.items():
-            (folder / name).write_bytes(content)
+            tmp = folder / f".tmp-{name}"
+            tmp.write_bytes(content)
+            os.replace(tmp, folder / name)
 
 
 class Decoder:

@@ -51,7 +51,7 @@ def finetune(*args, check=True, **options):
     """python -m engine.finetune ARGS in a process of its own, two threads, as a user would."""
     command = [sys.executable, "-m", "engine.finetune", *map(str, args)]
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False, env=environment(), **options
+        command, cwd=ROOT, capture_output=True, text=True, timeout=140, check=False, env=environment(), **options
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done

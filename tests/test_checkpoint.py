@@ -94,6 +94,14 @@ def test_the_newest_are_kept(tmp_path):
     assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [10, 100]
 
 
+def test_a_state_just_saved_is_never_the_one_that_rotates_out(tmp_path):
+    for step in (6, 8):
+        checkpoint.save(tmp_path, step, tensors(step), FACTS, keep=2)
+    assert checkpoint.save(tmp_path, 5, tensors(5), FACTS, keep=2).is_dir()
+    checkpoint.rewind(tmp_path, 5)
+    assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [5]
+
+
 def flip(path):
     raw = bytearray(path.read_bytes())
     raw[-5] ^= 1

@@ -158,6 +158,7 @@ def test_the_order_is_another_each_epoch_and_each_seed():
 
 
 @given(st.integers(2, 200), st.floats(0.01, 0.9), st.integers(0, 5))
+@settings(deadline=None)
 def test_held_out_rows_are_apart(n, fraction, seed):
     kept, held = data.hold_out(list(range(n)), fraction, seed)
     assert sorted(kept + held) == list(range(n)) and len(held) == max(1, round(fraction * n))
@@ -165,6 +166,7 @@ def test_held_out_rows_are_apart(n, fraction, seed):
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(50, 200), st.none() | st.integers(1, 8))
+@settings(deadline=None)
 def test_micro_batches_keep_the_order_and_the_limits(lengths, max_tokens, max_examples):
     runs = data.split(np.arange(len(lengths)), np.array(lengths), max_tokens, max_examples)
     assert np.concatenate(runs).tolist() == list(range(len(lengths)))
