@@ -121,6 +121,7 @@ def help_text(cls, translate=None, embedded=None):
         values = f" {{{','.join(choices)}}}" if choices else ""
         also = f"; also {flag(field.metadata['alias'])}" if field.metadata["alias"] else ""
         lines.append(f"  {name}{values}\n        {field.metadata['help']} (default: {default}{also})")
+    lines.append("  --help\n        this text")
     if embedded:
         flags = (f"{flag(k)} {' '.join(v) if isinstance(v, tuple) else v}" for k, v in embedded.items())
         lines += ["", "With neither --model nor --data, these stand in: " + " ".join(flags)]

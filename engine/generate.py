@@ -201,10 +201,8 @@ def main(argv):
 
     prompts = [encode(row) for row in rows]
     longest = max(map(len, prompts)) + config.max_new_tokens
-    if longest > model.config.max_seq_len:
-        raise UsageError(
-            f"{longest} tokens of prompt and answer are over the model's {model.config.max_seq_len} positions"
-        )
+    if longest > (most := model.config.max_seq_len):
+        raise UsageError(f"prompt and answer may take {longest} tokens, the model has {most}; lower --max-new-tokens")
     settings = config.max_new_tokens, config.temperature, config.top_p, config.seed
     if config.prompt:
         stream = tokenizer.stream()

@@ -138,7 +138,7 @@ def test_the_command_answers_a_prompt_and_a_file(smollm2, tmp_path):
         (("--promt", "x"), 2, "did you mean --prompt?"),
         (("--prompts", "/nonexistent"), 3, "cannot be read"),
         (("--prompt", "x", "--model", "/nonexistent"), 3, "no such folder or file"),
-        (("--prompt", "x", "--max-new-tokens", "9000"), 2, "the model has 8192 positions"),
+        (("--prompt", "x", "--max-new-tokens", "9000"), 2, "the model has 8192; lower --max-new-tokens"),
     ],
 )
 def test_bad_requests(args, code, message):
