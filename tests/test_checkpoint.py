@@ -80,6 +80,8 @@ def test_kill_at_every_write_point_leaves_a_whole_state(tmp_path, keep):
         folder, manifest = newest(out)
         seen.add(manifest["step"])
         assert equal(loaded(folder), tensors(manifest["step"]))
+        for _, each in checkpoint.checkpoints(out):
+            checkpoint.verify(each)  # none is half there, old or new
         if not killed:
             break
         checkpoint.save(out, 4, tensors(4), FACTS, keep)

@@ -23,6 +23,9 @@ PROMPTS = ["Name three uses for a paper clip.", "Hi", "Translate to French: Good
 def tiny():
     model = new_model(MODELS["tiny"], "cpu", torch.float32)
     model.init_weights(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(8 if p.ndim > 1 else 1)  # at its first, small weights attention is all but uniform
     return model
 
 
