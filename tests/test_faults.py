@@ -134,7 +134,7 @@ def test_kill_9_at_random_moments_then_resume_is_bit_equal(unbroken, tmp_path):
 @pytest.mark.parametrize(
     ("name", "where", "saved"),
     [
-        ("SIGTERM", "before(finetune.Transformer, 'loss', 29, term)", 6),  # within step 7: as if it had not begun
+        ("SIGTERM", "before(finetune.Transformer, 'loss', 32, term)", 6),  # within step 7: as if it had not begun
         ("SIGINT", "before(finetune.data, 'collate', 34, term)", None),
         ("SIGTERM", "before(finetune, 'evaluate', 3, term)", 6),
         ("SIGTERM", "before(checkpoint, 'write_safetensors', 2, term)", 4),
@@ -216,7 +216,7 @@ def test_a_finished_run_is_not_run_again(unbroken):
 @pytest.fixture
 def stopped(unbroken, tmp_path):
     """The output folder of a run stopped after step 6."""
-    patch = BEFORE_CALL + "before(finetune.Transformer, 'loss', 29, term)"
+    patch = BEFORE_CALL + "before(finetune.Transformer, 'loss', 32, term)"
     assert end(start(*arguments(tmp_path / "out", unbroken[0]), patch=patch))[0] == 143
     return tmp_path / "out"
 
@@ -255,7 +255,7 @@ def test_a_broken_newest_state_falls_back(unbroken, stopped):
 
 def test_rewinding_to_an_older_state_takes_the_newer_ones_away(unbroken, tmp_path):
     """Else the way that was left would win at the next resume."""
-    patch = BEFORE_CALL + "before(finetune.Transformer, 'loss', 37, term)"
+    patch = BEFORE_CALL + "before(finetune.Transformer, 'loss', 39, term)"
     assert end(start(*arguments(tmp_path / "out", unbroken[0]), patch=patch))[0] == 143  # after step 8
     patch = BEFORE_CALL + "before(finetune.AdamW, 'step', 1, term)"
     args = arguments(tmp_path / "out", unbroken[0], "--resume", tmp_path / "out" / "checkpoint-6")
