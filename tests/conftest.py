@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -47,14 +48,17 @@ def rows_file(tmp_path):
     return path
 
 
-def finetune(*args, check=True, **options):
-    """python -m engine.finetune ARGS in a process of its own, two threads, as a user would."""
-    command = [sys.executable, "-m", "engine.finetune", *map(str, args)]
+def command(module, *args, check=True):
+    """python -m MODULE ARGS in a process of its own, two threads, as a user would."""
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=140, check=False, env=environment(), **options
-    )
+        [sys.executable, "-m", module, *map(str, args)],
+        cwd=ROOT, capture_output=True, text=True, timeout=140, check=False, env=environment(),
+    )  # fmt: skip
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+finetune, generate, export = (partial(command, f"engine.{name}") for name in ("finetune", "generate", "export"))
 
 
 def environment():

@@ -1,23 +1,11 @@
 """The export command, with the real model: layouts round trip to the same bytes, bad requests cost nothing."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import transformers
-from conftest import ROOT, environment
+from conftest import ROOT, export
 
 from engine.load import load_model
-
-
-def export(*args, check=True):
-    done = subprocess.run(
-        [sys.executable, "-m", "engine.export", *map(str, args)],
-        cwd=ROOT, capture_output=True, text=True, timeout=200, check=False, env=environment(),
-    )  # fmt: skip
-    assert not check or done.returncode == 0, done.stderr
-    return done
 
 
 def files(folder):

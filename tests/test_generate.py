@@ -1,13 +1,11 @@
 """Generation: greedy text identical to transformers', sampling that follows its seed and its distribution."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 import transformers
-from conftest import ROOT, environment
+from conftest import generate as command
 
 from engine.config import MODELS
 from engine.data import encode_prompt
@@ -106,15 +104,6 @@ def test_greedy_text_is_transformers_over_64_tokens(smollm2, tmp_path):
         )  # fmt: skip
         assert answer == want[0, len(prompt) :].tolist()
         assert tokenizer.decode(answer) == tokenizer.decode(want[0, len(prompt) :].tolist())
-
-
-def command(*args, check=True):
-    done = subprocess.run(
-        [sys.executable, "-m", "engine.generate", *map(str, args)],
-        cwd=ROOT, capture_output=True, text=True, timeout=200, check=False, env=environment(),
-    )  # fmt: skip
-    assert not check or done.returncode == 0, done.stderr
-    return done
 
 
 def test_the_command_answers_a_prompt_and_a_file(smollm2, tmp_path):
