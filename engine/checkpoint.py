@@ -75,7 +75,7 @@ def clean(out: Path) -> None:
 
 
 def rewind(out: Path, step: int) -> None:
-    """Removes the states after `step`: broken ones, or of a way that the run no longer takes."""
+    """Removes the states after `step` (-1: all): broken ones, or of a way that the run no longer takes."""
     for later, folder in checkpoints(out):
         if later > step:
             discard(folder)

@@ -37,7 +37,6 @@ from engine.run import (
     need_disk,
     read_json,
     read_lines,
-    start_over,
     write_json,
 )
 from engine.weights import save_hf
@@ -267,7 +266,7 @@ def run(job: Job, found) -> None:
     config, out = job.config, job.out
     checkpoint.clean(out)
     if config.resume == "never":
-        start_over(out)
+        checkpoint.rewind(out, -1)
     if found and config.micro_batch_tokens is None:
         job.max_tokens = job.facts["max_tokens"] = found[1]["max_tokens"]  # the same cuts, the same sums
     print(plan(job))

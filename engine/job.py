@@ -190,6 +190,11 @@ def find_resume(job: Job, say):
         found = checkpoint.newest(out, say)
     else:
         found = Path(config.resume), checkpoint.verify(Path(config.resume))
+        if found[0].resolve().parent != out.resolve() and checkpoint.checkpoints(out):
+            raise UsageError(
+                f"--resume {found[0]}: not a state of --out {out}, which has states of its own that it would replace; "
+                "choose a new --out"
+            )
     if found is None:
         return None
     changed = changes(found[1], job.facts)

@@ -5,7 +5,6 @@ by its newlines. Text is kept exactly as the file has it: nothing is stripped or
 """
 
 import codecs
-import hashlib
 import json
 import mmap
 import os
@@ -85,14 +84,6 @@ def read_rows(
     if not rows:
         raise DataError("data: got no files, wanted at least one; pass --data FILE")
     return rows, skipped
-
-
-def file_hash(paths: Sequence[Path]) -> str:
-    """sha256 over the bytes of the files, one after the other, without their names. Raises DataError."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(mapped(path))
-    return digest.hexdigest()
 
 
 def mapped(path):

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint import checkpoints, discard
 from engine.errors import Stopped, UsageError
 
 RUN, LOCK, METRICS = "run.json", ".lock", "metrics.jsonl"
@@ -39,12 +38,6 @@ def claim(out: Path):
         except BlockingIOError:
             raise UsageError(f"--out {out}: another run is writing there; choose another folder") from None
         yield out
-
-
-def start_over(out: Path) -> None:
-    """Removes the training states of the run that was there."""
-    for _, folder in checkpoints(out):
-        discard(folder)
 
 
 def need_disk(out: Path, need_bytes: int, remedy: str) -> None:

@@ -265,6 +265,17 @@ def test_rewinding_to_an_older_state_takes_the_newer_ones_away(unbroken, tmp_pat
     assert_as_unbroken(tmp_path / "out", unbroken)
 
 
+def test_a_state_of_elsewhere_starts_a_folder_of_its_own(unbroken, stopped, tmp_path):
+    state = stopped / "checkpoint-4"
+    finetune(*arguments(tmp_path / "new", unbroken[0], "--resume", state))
+    assert (
+        load_file(tmp_path / "new" / "model.safetensors").keys() == load_file(unbroken[1] / "model.safetensors").keys()
+    )
+    assert curve(tmp_path / "new") == curve(unbroken[1])[4:]
+    done = finetune(*arguments(tmp_path / "new", unbroken[0], "--resume", state), check=False)
+    assert done.returncode == 2 and "has states of its own that it would replace" in done.stderr
+
+
 def test_resume_never_starts_over(unbroken, stopped):
     done = finetune(*arguments(stopped, unbroken[0], "--resume", "never"))
     assert "going on" not in done.stdout

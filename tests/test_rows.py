@@ -1,6 +1,5 @@
 """Dataset files, good and broken: what was written is read exactly; a fault is named and costs its own row alone."""
 
-import hashlib
 import json
 import os
 import re
@@ -14,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import DataError
-from engine.rows import MAX_NESTING, MAX_ROW_BYTES, Row, file_hash, read_rows
+from engine.rows import MAX_NESTING, MAX_ROW_BYTES, Row, read_rows
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -188,14 +187,6 @@ def test_what_json_writes_is_read_back(rows, ascii, indent, tight):
             path.write_bytes(text.encode())
             read, skipped = read_rows([path])
             assert [text_of(row) for row in read] == wanted and not skipped
-
-
-def test_hash_is_of_the_bytes_and_not_of_the_names(write):
-    paths = [write(b"a" * 3_000_000, "a"), write(b"b", "b")]
-    assert file_hash(paths) == hashlib.sha256(b"a" * 3_000_000 + b"b").hexdigest()
-    assert file_hash([write(b"b", "c")]) == file_hash(paths[1:]) != file_hash(paths[::-1]) != file_hash(paths)
-    with pytest.raises(DataError, match="missing"):
-        file_hash([paths[0].with_name("missing")])
 
 
 def test_progress_in_bytes(write):
