@@ -1,13 +1,23 @@
-"""RMSNorm.
+"""RMSNorm, alone or of a sum: the residual add in the same pass.
 
     y = x * rsqrt(mean(x^2) + eps) * weight            statistics in fp32
+    with a residual:  s = x + residual,  y = rms_norm(s);  both are returned
 
+Bound by memory. Forward reads x (and residual), writes y (and s). Backward reads x and dy, writes dx; the gradient that
+reaches s by another way is added in the same pass. Saved for backward: x (or s), weight and rstd (fp32, 4 bytes a row).
 Source: arXiv:1910.07467; cast order as meta-llama/llama llama/model.py RMSNorm.
 """
 
 import torch
+import triton
+import triton.language as tl
 
-from kernels.common import choose, wide
+from kernels.common import choose, launch_config, n_sms, next_power_of_2, operator, wide
+
+MAX_DIM = 65536  # one row must fit one Triton block
+
+
+# ---- reference: the specification, and the path on CPU --------------------------------------------------------------
 
 
 def rms_norm_ref(x, weight, eps):
@@ -15,15 +25,171 @@ def rms_norm_ref(x, weight, eps):
     return (wide(x) * rstd).type_as(x) * weight
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5, impl: str = "auto") -> torch.Tensor:
-    """Normalises the last axis of x by its root mean square and scales it.
+# ---- kernels --------------------------------------------------------------------------------------------------------
 
-    x: (..., D). weight: (D,), same dtype and device. Returns the shape and dtype of x.
+
+@triton.jit
+def _forward_kernel(x_ptr, res_ptr, w_ptr, y_ptr, sum_ptr, rstd_ptr, dim, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)  # int64: row * dim passes 2^31 at 524,288 rows of 4096
+    cols = tl.arange(0, BLOCK)
+    mask = cols < dim
+    x = tl.load(x_ptr + row * dim + cols, mask=mask, other=0.0)
+    w = tl.load(w_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    x32 = x.to(tl.float32)
+    if res_ptr is not None:
+        x32 += tl.load(res_ptr + row * dim + cols, mask=mask, other=0.0).to(tl.float32)
+        tl.store(sum_ptr + row * dim + cols, x32, mask=mask)
+        x32 = x32.to(x.dtype).to(tl.float32)  # statistics of what is stored, as the reference's
+    rstd = tl.rsqrt(tl.sum(x32 * x32, axis=0) / dim + eps)
+    tl.store(rstd_ptr + row, rstd)
+    # Round to x.dtype before the weight, as the reference does. The product stays in fp32 because the CPU interpreter
+    # multiplies bf16 as integers; once stored it is the same number.
+    x_hat = (x32 * rstd).to(x.dtype).to(tl.float32)
+    tl.store(y_ptr + row * dim + cols, x_hat * w, mask=mask)
+
+
+@triton.jit
+def _backward_kernel(
+    dy_ptr, x_ptr, w_ptr, rstd_ptr, ds_ptr, dx_ptr, y_ptr, dw_ptr, n_rows, dim, rows_per_program, BLOCK: tl.constexpr
+):
+    pid = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < dim
+    w = tl.load(w_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    dw = tl.zeros([BLOCK], dtype=tl.float32)
+    first = pid * rows_per_program
+    for row in range(first, tl.minimum(first + rows_per_program, n_rows)):
+        x = tl.load(x_ptr + row * dim + cols, mask=mask, other=0.0)
+        dy = tl.load(dy_ptr + row * dim + cols, mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row)
+        x_hat = x.to(tl.float32) * rstd
+        g = dy * w
+        dx = rstd * (g - x_hat * (tl.sum(g * x_hat, axis=0) / dim))
+        if ds_ptr is not None:
+            dx += tl.load(ds_ptr + row * dim + cols, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + row * dim + cols, dx, mask=mask)
+        if y_ptr is not None:  # the output again, for whoever did not save it
+            tl.store(y_ptr + row * dim + cols, x_hat.to(x.dtype).to(tl.float32) * w, mask=mask)
+        dw += dy * x_hat
+    tl.store(dw_ptr + pid * dim + cols, dw, mask=mask)
+
+
+# ---- launch: shapes, allocation, grid; torch.ops.cria.* -------------------------------------------------------------
+
+
+def _forward_cpu(x, residual, weight, eps):
+    s = x if residual is None else x + residual
+    rstd = torch.rsqrt(wide(s).pow(2).mean(-1) + eps)
+    return rms_norm_ref(s, weight, eps), s.new_empty(0) if residual is None else s, rstd
+
+
+def _forward_fake(x, residual, weight, eps):
+    rstd = x.new_empty(len(x), dtype=torch.float32)
+    return torch.empty_like(x), x.new_empty(0) if residual is None else torch.empty_like(x), rstd
+
+
+@operator("rms_norm_forward", cpu=_forward_cpu, fake=_forward_fake)
+def forward(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, residual: (N, D) contiguous. Returns y (N, D), the sum (N, D) or, with no residual, nothing (0,), and rstd (N,)
+    fp32."""
+    n_rows, dim = x.shape
+    y, s, rstd = _forward_fake(x, residual, weight, eps)
+    block = next_power_of_2(dim)
+    config = launch_config("rms_norm", "forward", x.device, block)
+    if n_rows:
+        _forward_kernel[(n_rows,)](x, residual, weight, y, s, rstd, dim, eps, BLOCK=block, **config)
+    return y, s, rstd
+
+
+def _backward_cpu(dy, x, weight, rstd, ds, want_y):
+    x_hat, g = wide(x) * rstd[:, None], wide(dy) * wide(weight)
+    dx = rstd[:, None] * (g - x_hat * (g * x_hat).mean(-1, keepdim=True)) + (0 if ds is None else wide(ds))
+    y = x_hat.type_as(x) * weight if want_y else x.new_empty(0)
+    return dx.type_as(x), (wide(dy) * x_hat).sum(0).type_as(weight), y
+
+
+def _backward_fake(dy, x, weight, rstd, ds, want_y):
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(x) if want_y else x.new_empty(0)
+
+
+@operator("rms_norm_backward", cpu=_backward_cpu, fake=_backward_fake)
+def backward(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, ds: torch.Tensor | None, want_y: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dy, x, ds: (N, D) contiguous; ds is added to dx. Returns dx (N, D), dw (D,), and the forward's y if it is wanted."""
+    n_rows, dim = x.shape
+    dx, dw, y = _backward_fake(dy, x, weight, rstd, ds, want_y)
+    block = next_power_of_2(dim)
+    config = launch_config("rms_norm", "backward", x.device, block)
+    # One partial dw a program, summed once: bitwise repeatable, unlike atomics.
+    rows_per_program = max(1, triton.cdiv(n_rows, config.pop("programs_per_sm") * n_sms(x.device)))
+    grid = triton.cdiv(n_rows, rows_per_program)
+    partial = x.new_empty(grid, dim, dtype=torch.float32)
+    if n_rows:
+        _backward_kernel[(grid,)](
+            dy, x, weight, rstd, ds, dx, y if want_y else None, partial, n_rows, dim, rows_per_program, BLOCK=block,
+            **config,
+        )  # fmt: skip
+    return dx, partial.sum(0).type_as(dw), y
+
+
+# ---- autograd -------------------------------------------------------------------------------------------------------
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps):
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        residual = residual if residual is None else residual.reshape_as(rows).contiguous()
+        y, s, rstd = forward(rows, residual, weight, eps)
+        ctx.save_for_backward(rows if residual is None else s, weight, rstd)
+        return y.view_as(x), None if residual is None else s.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy, ds):
+        s, weight, rstd = ctx.saved_tensors
+        ds = ds if ds is None else ds.reshape_as(s).contiguous()
+        dx, dw, _ = backward(dy.reshape_as(s).contiguous(), s, weight, rstd, ds, False)
+        dx = dx.view_as(dy)
+        return dx, dx if ctx.needs_input_grad[1] else None, dw, None
+
+
+# ---- public ---------------------------------------------------------------------------------------------------------
+
+
+def check(op, x, weight):
+    """Raises ValueError when a norm's weight does not fit x."""
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"{op}: weight is {tuple(weight.shape)}, x ends in {x.shape[-1]}")
+    if weight.dtype != x.dtype:
+        raise ValueError(f"{op}: weight is {weight.dtype}, x is {x.dtype}")
+    if x.shape[-1] > MAX_DIM:
+        raise ValueError(f"{op}: D={x.shape[-1]} is over {MAX_DIM}")
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float = 1e-5,
+    impl: str = "auto",
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Normalises the last axis of x, or of x + residual, by its root mean square and scales it.
+
+    x, residual: (..., D). weight: (D,), same dtype and device. Returns the shape and dtype of x; with a residual, that
+    and the sum. impl: see kernels.common.choose.
     Raises ValueError when the shapes or dtypes do not fit.
     """
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(f"rms_norm: weight is {tuple(weight.shape)}, x ends in {x.shape[-1]}")
-    if weight.dtype != x.dtype:
-        raise ValueError(f"rms_norm: weight is {weight.dtype}, x is {x.dtype}")
-    choose("rms_norm", impl)
-    return rms_norm_ref(x, weight, eps)
+    check("rms_norm", x, weight)
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"rms_norm: residual is {tuple(residual.shape)} {residual.dtype}, x is {tuple(x.shape)} {x.dtype}"
+        )
+    if choose("rms_norm", impl, x) == "triton":
+        y, s = _RMSNorm.apply(x, residual, weight, eps)
+    else:
+        s = x if residual is None else x + residual
+        y = rms_norm_ref(s, weight, eps)
+    return y if residual is None else (y, s)
