@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on CPU tensors; before any of them is imported
+
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"  # real data that some checkouts have beside them; tests skip without it
 
@@ -73,6 +76,12 @@ def events(out, event="train"):
 
 def worst(difference):
     return difference.abs().max().item() if difference.numel() else 0.0
+
+
+@pytest.fixture
+def device():
+    """Where kernels run: the GPU, or Triton's interpreter on the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(autouse=True)
