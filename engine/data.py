@@ -251,13 +251,15 @@ class MicroBatch:
 
     tokens: torch.Tensor  # (T,) int64
     positions: torch.Tensor  # (T,) int64, from 0 in each document
-    documents: torch.Tensor  # (N, 4) int32: start, end, prefix start, prefix end
+    documents: torch.Tensor  # (N, 4) int32, on the CPU: start, end, prefix start, prefix end
     loss_rows: torch.Tensor  # (L,) int64: rows whose next token is a target
     targets: torch.Tensor  # (L,) int64
     weights: torch.Tensor | None = None  # (L,) fp32; None is all ones
 
     def to(self, device):
-        return MicroBatch(*(None if t is None else t.to(device, non_blocking=True) for t in vars(self).values()))
+        """On the device, but for the documents, which the host reads to plan attention."""
+        moved = {name: t.to(device, non_blocking=True) for name, t in vars(self).items() if t is not None}
+        return MicroBatch(**moved | {"documents": self.documents})
 
 
 def split(examples: np.ndarray, lengths: np.ndarray, max_tokens: int, max_examples: int | None) -> list[np.ndarray]:

@@ -218,14 +218,14 @@ def finish(job: Job, model: Transformer, optimizer: AdamW) -> None:
 def build(job: Job, found) -> tuple[Transformer, AdamW, int]:
     """The model, its optimizer and the step they stand at."""
     config = job.config
-    model = new_model(job.model_config, job.device, job.dtype, config.kernels, config.recompute)
+    model = new_model(job.model_config, job.device, job.dtype, job.kernels, config.recompute)
     if found is None and job.source:
         job.source.read_into(model)
     elif found is None:
         model.init_weights(config.seed)
     optimizer = AdamW(
         model, beta1=config.beta1, beta2=config.beta2, eps=config.adam_eps, weight_decay=config.weight_decay,
-        impl=config.kernels,
+        impl=job.kernels,
     )  # fmt: skip
     if found is None:
         return model, optimizer, 0

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 
 import kernels
 from engine.cli import from_cli
-from engine.config import ModelConfig, knob
+from engine.config import KERNELS, KERNELS_HELP, ModelConfig, knob
 from engine.data import CHAT_STYLES, encode_prompt
 from engine.errors import DataError, UsageError, exit_code_of
-from engine.load import choose_device, choose_dtype, load_model
+from engine.load import choose_device, choose_dtype, choose_kernels, load_model
 from engine.model import Transformer
 from engine.rows import Row, read_rows
 from engine.run import RUN, read_json
@@ -34,7 +34,7 @@ class KVCache:
         self.rows = torch.arange(batch, device=device)
 
     def start(self, lengths, documents):
-        """Before the prompts: lengths (B,) of each."""
+        """Before the prompts: lengths (B,) of each; documents (B, 4) on the CPU."""
         self.documents, self.lengths = documents, lengths
 
     def step(self):
@@ -42,8 +42,16 @@ class KVCache:
         self.documents, self.lengths = None, self.lengths + 1
         return self.lengths - 1
 
-    def layer(self, i):
-        return lambda q, k, v: self.prefill(i, q, k, v) if self.documents is not None else self.decode(i, q, k, v)
+    def layer(self, i, cos, sin):
+        """What the model's layer i does with its qkv (T, H + 2K, Dh): rotate, remember, attend."""
+
+        def attend(qkv):
+            n_kv_heads = self.k.shape[3]
+            q, k, v = qkv.split((qkv.shape[1] - 2 * n_kv_heads, n_kv_heads, n_kv_heads), dim=1)
+            q, k = kernels.rope(q, k, cos, sin, self.impl)
+            return self.decode(i, q, k, v) if self.documents is None else self.prefill(i, q, k, v)
+
+        return attend
 
     def prefill(self, i, q, k, v):
         for row, (start, end, *_) in enumerate(self.documents.tolist()):
@@ -93,10 +101,11 @@ def generate(
     if not all(prompts):
         raise ValueError("generate: an empty prompt has no next token; begin with the tokenizer's bos_id")
     device, dtype = model.norm.device, model.norm.dtype
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    lengths = torch.tensor([len(p) for p in prompts])
     ends = lengths.cumsum(0)
-    documents = torch.zeros(len(prompts), 4, dtype=torch.int32, device=device)
+    documents = torch.zeros(len(prompts), 4, dtype=torch.int32)
     documents[:, 0], documents[:, 1] = ends - lengths, ends
+    lengths = lengths.to(device)
     cache = KVCache(model.config, len(prompts), int(lengths.max()) + max_new_tokens, device, dtype, model.impl)
     cache.start(lengths, documents)
     tokens = torch.tensor([i for p in prompts for i in p], device=device)
@@ -152,7 +161,7 @@ class GenerateConfig:
     batch_size: int = knob(8, "prompts of a file answered at once")
     device: str = knob("auto", "auto is cuda where there is one", ("auto", "cpu", "cuda"))
     dtype: str = knob("auto", "of the weights; auto is bf16 on CUDA, fp32 on CPU", ("auto", "bf16", "fp32"))
-    kernels: str = knob("auto", "auto: the best there is for the device; ref: the torch references", ("auto", "ref"))
+    kernels: str = knob("auto", KERNELS_HELP, KERNELS)
     debug: bool = knob(False, "show tracebacks")
 
     def __post_init__(self):
@@ -188,7 +197,8 @@ def main(argv):
     config, _ = from_cli(GenerateConfig, argv)
     rows = rows_of(config)
     device = choose_device(config.device)
-    model, tokenizer, source = load_model(config.model, device, choose_dtype(config.dtype, device), config.kernels)
+    impl = choose_kernels(config.kernels, device)
+    model, tokenizer, source = load_model(config.model, device, choose_dtype(config.dtype, device), impl)
     style = config.prompt_style
     if style == "auto":
         style = read_json(source.path / RUN).get("config", {}).get("prompt_style", "alpaca")

@@ -12,7 +12,7 @@ import torch
 from engine import checkpoint, data
 from engine.config import MODELS, FinetuneConfig, ModelConfig
 from engine.errors import DataError, UsageError
-from engine.load import choose_device, choose_dtype, cpu_multiplies_bf16, find_model, find_tokenizer
+from engine.load import choose_device, choose_dtype, choose_kernels, cpu_multiplies_bf16, find_model, find_tokenizer
 from engine.log import Metrics, Progress, phase
 from engine.rows import read_rows
 from engine.run import RUN, Signals, read_json
@@ -42,6 +42,7 @@ class Job:
     out: Path
     device: torch.device
     dtype: torch.dtype
+    kernels: str  # "triton" or "ref"
     model_config: ModelConfig
     source: Source | None  # None: random weights
     tokenizer: Tokenizer
@@ -73,7 +74,7 @@ class Job:
 def prepare(config: FinetuneConfig, out: Path, signals: Signals, say) -> Job:
     """Checks and reads everything but the weights. Raises UsageError or DataError."""
     device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device)
+    dtype, kernels = choose_dtype(config.dtype, device), choose_kernels(config.kernels, device)
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
     source = None if config.random_init else open_source(find_model(config.model))
@@ -119,7 +120,7 @@ def prepare(config: FinetuneConfig, out: Path, signals: Signals, say) -> Job:
     }
     max_tokens = config.micro_batch_tokens or auto_tokens(model_config, config, device, dtype)
     return Job(
-        config, out, device, dtype, model_config, source, tokenizer, train, held_out, total_steps, max_tokens,
+        config, out, device, dtype, kernels, model_config, source, tokenizer, train, held_out, total_steps, max_tokens,
         facts | {"max_tokens": max_tokens}, read_prompts(config.sample_prompts), signals,
     )  # fmt: skip
 
@@ -229,7 +230,7 @@ def plan(job: Job) -> str:
     slow = " (this CPU has no bf16 instructions: --dtype fp32 is faster)" if emulated else ""
     return (
         f"model: {config.model}, {c.n_parameters / 1e6:.1f}M parameters, {job.facts['dtype']} on {job.device}, "
-        f"kernels: torch references{slow}; weights, gradients and optimizer {state / 1e9:.2f} GB\n"
+        f"kernels: {job.kernels}{slow}; weights, gradients and optimizer {state / 1e9:.2f} GB\n"
         f"plan: {job.total_steps} steps of {config.global_batch_size} examples in micro-batches of at most "
         f"{job.max_tokens} tokens{f' and {most} examples' if (most := config.micro_batch_size) else ''}; "
         f"{len(job.train)} examples, {config.epochs} epoch{'s' * (config.epochs > 1)}"

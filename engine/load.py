@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+import kernels
 from engine.config import EMBEDDED_MODEL, MODELS, ModelConfig
 from engine.errors import DataError, UsageError
 from engine.model import Transformer, new_model
@@ -37,6 +38,19 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "bf16" and not has_bf16:
         raise UsageError(f"--dtype bf16: {torch.cuda.get_device_name()} has no bf16; pass --dtype fp32")
     return DTYPES[name] if name != "auto" else DTYPES["bf16" if device.type == "cuda" and has_bf16 else "fp32"]
+
+
+def choose_kernels(name: str, device: torch.device) -> str:
+    """What --kernels means on the device: "triton" or "ref". Raises UsageError where the kernels cannot run."""
+    if name == "triton" and device.type == "cpu" and not kernels.INTERPRETED:
+        raise UsageError("--kernels triton: they run on a GPU and the device is cpu; pass --kernels auto")
+    if name == "ref" or (device.type == "cpu" and name == "auto"):
+        return "ref"
+    try:
+        kernels.chip(device)
+    except ValueError as error:
+        raise UsageError(f"--kernels {name}: {error}") from None
+    return "triton"
 
 
 def embedded_gguf() -> Path:

@@ -41,19 +41,16 @@ class Block(nn.Module):
         self.w13 = parameter(2 * config.hidden_dim, dim)
         self.w2 = parameter(dim, config.hidden_dim)
 
-    def forward(self, x, cos, sin, attend):
-        """x: (T, D). cos, sin: (T, Dh/2). attend: (q, k, v) -> (T, H, Dh). Returns (T, D)."""
-        heads, kv_heads, eps, impl = self.config.n_heads, self.config.n_kv_heads, self.config.norm_eps, self.impl
+    def forward(self, x, attend):
+        """x: (T, D). attend: qkv (T, H + 2K, Dh) -> (T, H, Dh), which rotates and masks. Returns (T, D)."""
+        c, impl = self.config, self.impl
 
-        qkv = kernels.norm_linear(x, self.attention_norm, self.wqkv, eps, impl)  # (T, (H + 2K) Dh)
-        qkv = qkv.view(len(x), heads + 2 * kv_heads, -1)  # (T, H + 2K, Dh)
-        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
-        q, k = kernels.rope(q, k, cos, sin, impl)
-        o = attend(q, k, v).flatten(1)  # (T, H Dh)
-        x = x + F.linear(o, self.wo)
+        qkv, x = kernels.norm_linear(x, self.attention_norm, self.wqkv, c.norm_eps, impl)  # (T, (H + 2K) Dh), and x
+        o = attend(qkv.unflatten(1, (c.n_heads + 2 * c.n_kv_heads, c.head_dim)))
+        x = torch.addmm(x, o.flatten(1), self.wo.T)
 
-        gate_up = kernels.norm_linear(x, self.ffn_norm, self.w13, eps, impl)  # (T, 2F)
-        return kernels.swiglu_linear(gate_up, self.w2, x, impl)
+        gate_up, x = kernels.norm_linear(x, self.ffn_norm, self.w13, c.norm_eps, impl)  # (T, 2F), and x
+        return kernels.swiglu_linear(gate_up, self.w2, x, impl, consume=True)
 
 
 class Transformer(nn.Module):
@@ -77,22 +74,25 @@ class Transformer(nn.Module):
     def forward(self, tokens, positions, documents=None, cache=None):
         """tokens, positions: (T,) int64. Returns the last layer's output (T, D), before the final norm.
 
-        documents: (N, 4) int32, see kernels.attention. cache: keys and values of earlier tokens, see engine.generate;
-        one of the two is given.
+        documents: (N, 4) int32 on the CPU, see kernels.attention. cache: keys and values of earlier tokens, see
+        engine.generate; one of the two is given.
         """
         config = self.config
         frequencies = kernels.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         cos, sin = kernels.rope_cos_sin(positions, frequencies.to(positions.device))  # shared by all layers
         x = F.embedding(tokens, self.tok_embeddings)
+        if cache is None:
+            plan = kernels.attention_plan(documents, len(tokens), config.head_dim, x.device, self.impl)
+            attend = partial(
+                kernels.rope_attention, cos=cos, sin=sin, documents=plan, n_heads=config.n_heads, impl=self.impl
+            )
         for i, layer in enumerate(self.layers):
-            if cache is None:
-                attend = partial(kernels.attention, documents=documents, impl=self.impl)
-            else:
-                attend = cache.layer(i)
+            if cache is not None:
+                attend = cache.layer(i, cos, sin)
             if self.recompute == "block" and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
+                x = checkpoint(layer, x, attend, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, attend)
+                x = layer(x, attend)
         return x
 
     def logits(self, x):

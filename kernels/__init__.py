@@ -1,7 +1,9 @@
-"""Every op of the training step except the GEMMs; one file each: the formula, the reference, the public function."""
+"""Every op of the training step except the GEMMs; one file each: the formula, the reference, the kernels, the public
+function."""
 
 from kernels.adamw import adamw
-from kernels.attention import attend, attention
+from kernels.attention import attend, attention, attention_plan, rope_attention
+from kernels.common import INTERPRETED, chip
 from kernels.grad_norm import grad_norm
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.norm_linear import norm_linear
@@ -10,14 +12,18 @@ from kernels.rope import rope, rope_cos_sin, rope_frequencies
 from kernels.swiglu import swiglu, swiglu_linear
 
 __all__ = [
+    "INTERPRETED",
     "adamw",
     "attend",
     "attention",
+    "attention_plan",
+    "chip",
     "grad_norm",
     "linear_cross_entropy",
     "norm_linear",
     "rms_norm",
     "rope",
+    "rope_attention",
     "rope_cos_sin",
     "rope_frequencies",
     "swiglu",

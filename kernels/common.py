@@ -54,7 +54,7 @@ def chip(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     known = [capability for capability in (100, 90, 80) if capability <= 10 * major + minor]
     if not known:
-        raise ValueError(f"kernels: this card is sm_{major}{minor}, wanted sm_80 or newer; pass impl='ref'")
+        raise ValueError(f"kernels: this card is sm_{major}{minor}, wanted sm_80 or newer; use the references (ref)")
     return f"sm_{known[0]}"
 
 

@@ -1,22 +1,259 @@
-"""The head and its loss.
+"""The head and its loss, without a tensor of all logits.
 
-    loss = sum_t weight_t * (logsumexp(x_t W^T) - x_t W_target^T)        in fp32
+    loss = sum_t weight_t * [(1 - s) * nll_t  +  s * mean_v(-log p_tv)  +  z * lse_t^2]          in fp32
 
-Rows are those that carry loss; the caller leaves the others out. The sum is divided by the caller, who alone knows how
-many tokens the global batch holds.
+over the rows t whose target is not ignore_index, with logits = x W^T, lse_t = logsumexp_v(logits_tv), log p = logits - lse,
+nll_t = -log p_t,target. s: label smoothing, as torch's F.cross_entropy. z: z-loss, as PaLM (arXiv:2204.02311, section 5).
+The sum is divided by the caller, who alone knows how many tokens the global batch holds.
+
+    d loss / d logits_tv = weight_t * [(1 + 2 z lse_t) * p_tv - s / V - (1 - s) * (v is the target)]
+
+Rows are taken in chunks: one GEMM writes a chunk's logits, one kernel reads them and writes their gradient over them, two
+GEMMs make dx and dW of that, and the next chunk uses the same buffer. So gradients are made in forward, and backward only
+multiplies them by the upstream gradient: saved are dx, and dW in fp32 (in its own dtype where one chunk makes it).
+
+Bound by the GEMMs, 6 L D V floating point operations, 2 L D V where no gradient is wanted. The kernel moves 4 V bytes a row
+of bf16 logits from and to HBM, 2 V without gradients; it reads a row twice, and the second read finds it in L1 or L2. A
+chunk moves 8 bytes an element of dW, so chunks are as large as LOGITS_BYTES allows. Backward moves 6 bytes an element of dW,
+4 after a single chunk, and 4 of dx.
 """
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 
-from kernels.common import choose, wide
+from kernels.common import choose, gradients, launch_config, operator, wide
+
+LOGITS_BYTES = 512 << 20  # of the one buffer: 8,320 rows of V=32000 in bf16, 2,048 of V=128256
+ROWS = 128  # chunks are multiples of a GEMM's tile
+PAD = 64  # elements: rows of the buffer start on 128 bytes, whatever V is
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32; unlike -inf it can be subtracted from -inf
 
 
-def linear_cross_entropy_ref(x, weight, targets, weights=None):
+# ---- reference: the specification, and the path on CPU --------------------------------------------------------------
+
+
+def linear_cross_entropy_ref(x, weight, targets, weights=None, ignore_index=-100, z_loss=0.0, label_smoothing=0.0):
     logits = wide(F.linear(x, weight))
-    if weights is None:
-        return F.cross_entropy(logits, targets, reduction="sum")
-    return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
+    loss = F.cross_entropy(
+        logits, targets, reduction="none", ignore_index=ignore_index, label_smoothing=label_smoothing
+    )
+    if z_loss:
+        loss = loss + z_loss * logits.logsumexp(-1).square().masked_fill(targets == ignore_index, 0)
+    return (loss if weights is None else loss * weights).sum()
+
+
+# ---- kernels --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _rows_kernel(
+    logits_ptr, target_ptr, weight_ptr, loss_ptr, vocab, stride, ignore_index, z_loss, smoothing,
+    SMOOTH: tl.constexpr, GRADIENT: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # One row a program. A tile is (BLOCK / VECTOR, VECTOR), where a thread holds the VECTOR neighbours that one 128-bit
+    # access moves: statistics stay in the thread until the row is read, and no barrier stops the loads. Masks follow the
+    # padded stride, not vocab, so that accesses are wide for every V; what is in the padding is read and not used.
+    row = tl.program_id(0).to(tl.int64)  # int64: row * stride passes 2^31
+    logits_ptr += row * stride
+    cols = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    n_blocks = tl.cdiv(vocab, BLOCK)
+    target = tl.load(target_ptr + row)
+    if target == ignore_index:
+        tl.store(loss_ptr + row, 0.0)
+        if GRADIENT:
+            for i in range(n_blocks):
+                at = i * BLOCK + cols
+                tl.store(logits_ptr + at, tl.zeros_like(at).to(tl.float32), mask=at < stride)
+        return
+    inside = (target >= 0) & (target < vocab)
+    weight = tl.where(inside, 1.0, float("nan"))  # a target that is no id shows in the loss and every gradient
+    if weight_ptr is not None:
+        weight *= tl.load(weight_ptr + row)
+    x_target = tl.load(logits_ptr + target, mask=inside, other=0.0).to(tl.float32)
+
+    peak = tl.full([BLOCK // VECTOR], LOWEST, tl.float32)
+    rest = tl.zeros([BLOCK // VECTOR], tl.float32)  # sum of exp(x - peak) without the target
+    above = tl.zeros([BLOCK // VECTOR], tl.float32)  # sum of x - x_target
+    for i in range(n_blocks):
+        at = i * BLOCK + cols
+        x = tl.load(logits_ptr + at, mask=at < stride, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        x = tl.where(at < vocab, x, float("-inf"))
+        if SMOOTH:
+            above += tl.sum(tl.where(at < vocab, x - x_target, 0.0), axis=1)
+        new_peak = tl.maximum(peak, tl.max(x, axis=1))
+        # Subtract first: x * log2(e) - peak * log2(e) in one FMA is not 0 at the peak, and large logits make much of it.
+        e = tl.exp2((x - new_peak[:, None]) * LOG2_E)
+        rest = rest * tl.exp2((peak - new_peak) * LOG2_E) + tl.sum(tl.where(at == target, 0.0, e), axis=1)
+        peak = new_peak
+    top = tl.max(peak, axis=0)
+    rest = tl.sum(rest * tl.exp2((peak - top) * LOG2_E), axis=0)
+    total = rest + tl.exp2((x_target - top) * LOG2_E)
+    lse = top + tl.log(total)
+    loss = (top - x_target) + tl.log(total) + z_loss * lse * lse
+    if SMOOTH:
+        loss -= smoothing * (tl.sum(above, axis=0) / vocab)
+    tl.store(loss_ptr + row, weight * loss)
+
+    if GRADIENT:
+        # At the target p - 1 is -rest / total, which keeps its digits where p rounds to 1.
+        factor = 1.0 + 2.0 * z_loss * lse
+        slope = weight * factor / total
+        share = smoothing / vocab
+        at_target = weight * (2.0 * z_loss * lse + smoothing - share - factor * (rest / total))
+        for i in range(n_blocks):
+            at = (n_blocks - 1 - i) * BLOCK + cols  # backwards: what was read last is in the cache first
+            x = tl.load(logits_ptr + at, mask=at < stride, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            g = tl.exp2((x - top) * LOG2_E) * slope - weight * share
+            tl.store(logits_ptr + at, tl.where(at == target, at_target, g), mask=at < stride)
+
+
+@triton.jit
+def _scale_kernel(x_ptr, scale_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < n
+    x = tl.load(x_ptr + at, mask=mask).to(tl.float32)
+    tl.store(y_ptr + at, x * tl.load(scale_ptr), mask=mask)
+
+
+# ---- launch: shapes, allocation, grid; torch.ops.cria.* -------------------------------------------------------------
+
+
+def chunk_rows(n_rows: int, vocab: int, itemsize: int) -> int:
+    """Rows of a chunk: the fewest chunks whose logits fit LOGITS_BYTES, all of them about the same size."""
+    most = max(1, LOGITS_BYTES // (_padded(vocab) * itemsize) // ROWS) * ROWS
+    n_chunks = max(1, triton.cdiv(n_rows, most))
+    return triton.cdiv(triton.cdiv(n_rows, n_chunks), ROWS) * ROWS
+
+
+def _padded(vocab):
+    return triton.cdiv(vocab, PAD) * PAD
+
+
+def _gradients_fake(x, weight, want_dx, want_dw):
+    one_chunk = len(x) <= chunk_rows(len(x), len(weight), x.element_size())
+    dw_dtype = weight.dtype if one_chunk else torch.float32
+    dx, dw = x.new_empty(x.shape if want_dx else 0), weight.new_empty(weight.shape if want_dw else 0, dtype=dw_dtype)
+    return dx, dw
+
+
+def _forward_fake(x, weight, targets, weights, ignore_index, z_loss, label_smoothing, want_dx, want_dw):
+    return x.new_empty((), dtype=torch.float32), *_gradients_fake(x, weight, want_dx, want_dw)
+
+
+def _forward_cpu(x, weight, targets, weights, ignore_index, z_loss, label_smoothing, want_dx, want_dw):
+    def loss(x, weight):
+        return linear_cross_entropy_ref(x, weight, targets, weights, ignore_index, z_loss, label_smoothing)
+
+    out = loss(x, weight)
+    made = gradients(loss, (x, weight), torch.ones_like(out)) if want_dx or want_dw else (x, weight)
+    wanted = _gradients_fake(x, weight, want_dx, want_dw)
+    return out, *(g.to(like.dtype) if like.numel() else like for g, like in zip(made, wanted, strict=True))
+
+
+@operator("linear_cross_entropy_forward", cpu=_forward_cpu, fake=_forward_fake)
+def forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor | None,
+    ignore_index: int,
+    z_loss: float,
+    label_smoothing: float,
+    want_dx: bool,
+    want_dw: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x: (L, D). weight: (V, D). targets, weights: (L,) int64 and fp32, contiguous. Returns the loss, dx (L, D) and dw
+    (V, D), or (0,) for what is not wanted; dw is in fp32 where it is the sum over several chunks."""
+    (n_rows, _), vocab, stride = x.shape, len(weight), _padded(len(weight))
+    dx, dw = _gradients_fake(x, weight, want_dx, want_dw)
+    losses = x.new_empty(n_rows, dtype=torch.float32)
+    rows = chunk_rows(n_rows, vocab, x.element_size())
+    buffer = x.new_empty(min(rows, n_rows), stride)
+    config = launch_config("linear_cross_entropy", "rows", x.device, vocab)
+    for start in range(0, n_rows, rows):
+        chunk = slice(start, start + rows)
+        x_chunk = x[chunk]
+        logits = buffer[: len(x_chunk), :vocab]
+        torch.mm(x_chunk, weight.T, out=logits)
+        _rows_kernel[(len(x_chunk),)](
+            logits, targets[chunk], None if weights is None else weights[chunk], losses[chunk], vocab, stride,
+            ignore_index, z_loss, label_smoothing,
+            SMOOTH=label_smoothing != 0, GRADIENT=want_dx or want_dw, VECTOR=16 // x.element_size(), **config,
+        )  # fmt: skip
+        if want_dx:  # the kernel has written the gradient over the logits
+            torch.mm(logits, weight, out=dx[chunk])
+        if want_dw:
+            _add_product(dw, logits.T, x_chunk, beta=int(start > 0))
+    return losses.sum(), dx, dw if n_rows else dw.zero_()
+
+
+def _add_product(out, a, b, beta):
+    """out = beta * out + a @ b, summed and kept in out's dtype, which may be fp32 for 16-bit a and b. What is in out does
+    not matter when beta is 0."""
+    if out.dtype == a.dtype:
+        torch.addmm(out, a, b, beta=beta, out=out)
+    elif out.device.type == "cpu":  # has no such GEMM
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
+    else:
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
+
+
+def _scaled_fake(x, scale, dtype):
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+@operator("scaled", cpu=lambda x, scale, dtype: (wide(x) * scale).to(dtype), fake=_scaled_fake)
+def scaled(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x * scale in a new tensor, rounded once. x: contiguous. scale: a scalar in fp32, read on the device."""
+    y = _scaled_fake(x, scale, dtype)
+    config = launch_config("linear_cross_entropy", "scale", x.device)
+    if x.numel():
+        _scale_kernel[(triton.cdiv(x.numel(), config["BLOCK"]),)](x, scale, y, x.numel(), **config)
+    return y
+
+
+# ---- autograd -------------------------------------------------------------------------------------------------------
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, *settings):
+        loss, dx, dw = forward(x, weight, *settings)
+        ctx.save_for_backward(dx, dw)
+        ctx.dtypes = x.dtype, weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        # New tensors: what is saved serves a second backward too.
+        made = zip(ctx.saved_tensors, ctx.needs_input_grad, ctx.dtypes, strict=False)
+        return *(scaled(g, dloss, dtype) if wanted else None for g, wanted, dtype in made), *(None,) * 7
+
+
+# ---- public ---------------------------------------------------------------------------------------------------------
+
+
+def _check(x, weight, targets, weights, label_smoothing):
+    op = "linear_cross_entropy"
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or targets.shape != x.shape[:1]:
+        raise ValueError(
+            f"{op}: x {tuple(x.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}; "
+            f"wanted (L, D), (V, D), (L,)"
+        )
+    if x.dtype != weight.dtype:
+        raise ValueError(f"{op}: weight is {weight.dtype}, x is {x.dtype}")
+    if targets.dtype != torch.int64:
+        raise ValueError(f"{op}: targets are {targets.dtype}, wanted torch.int64; pass targets.long()")
+    if weights is not None and weights.shape != targets.shape:
+        raise ValueError(f"{op}: weights {tuple(weights.shape)}, targets {tuple(targets.shape)}")
+    if weights is not None and weights.requires_grad:
+        raise ValueError(f"{op}: weights get no gradient; pass weights.detach()")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{op}: label_smoothing is {label_smoothing}, wanted 0 to 1")
 
 
 def linear_cross_entropy(
@@ -25,18 +262,25 @@ def linear_cross_entropy(
     targets: torch.Tensor,
     weights: torch.Tensor | None = None,
     impl: str = "auto",
+    *,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """Summed cross entropy of the logits x @ weight.T.
+    """Summed cross entropy of the logits x @ weight.T: sum_t weight_t [(1 - s) nll_t + s mean(-log p_t) + z lse_t^2].
 
-    x: (L, D). weight: (V, D). targets: (L,) int64 in [0, V). weights: (L,) fp32, or None for ones.
-    Returns a scalar in fp32 (fp64 for fp64 inputs); 0 for L = 0. Raises ValueError when the shapes do not fit.
+    x: (L, D). weight: (V, D), same dtype and device. targets: (L,) int64 in [0, V), or ignore_index for a row without loss
+    and gradient. weights: (L,) fp32, or None for ones; they get no gradient. z_loss: z. label_smoothing: s, 0 to 1.
+    impl: see kernels.common.choose. Returns a scalar in fp32 (fp64 for fp64 inputs); 0 where no row has a loss.
+    A target that is no id makes the loss and the gradients NaN in the kernels, which never wait for the device to look; the
+    reference raises what F.cross_entropy raises. An upstream gradient of a power of two costs no digits; where 1 / N is
+    known beforehand, put it into weights.
+    Raises ValueError when the shapes or dtypes do not fit.
     """
-    if x.shape[-1] != weight.shape[-1] or targets.shape != x.shape[:1]:
-        raise ValueError(
-            f"linear_cross_entropy: x {tuple(x.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}; "
-            f"wanted (L, D), (V, D), (L,)"
-        )
-    if weights is not None and weights.shape != targets.shape:
-        raise ValueError(f"linear_cross_entropy: weights {tuple(weights.shape)}, targets {tuple(targets.shape)}")
-    choose("linear_cross_entropy", impl)
-    return linear_cross_entropy_ref(x, weight, targets, weights)
+    _check(x, weight, targets, weights, label_smoothing)
+    if choose("linear_cross_entropy", impl, x) == "ref":
+        return linear_cross_entropy_ref(x, weight, targets, weights, ignore_index, z_loss, label_smoothing)
+    weights = weights if weights is None else weights.float().contiguous()
+    settings = targets.contiguous(), weights, ignore_index, float(z_loss), float(label_smoothing)
+    grad = torch.is_grad_enabled()
+    return _LinearCrossEntropy.apply(x, weight, *settings, grad and x.requires_grad, grad and weight.requires_grad)

@@ -4,15 +4,20 @@
 
 The halves are rotated against each other, as Hugging Face lays heads out; Meta pairs neighbours, and its weights are
 permuted when they are read. Angles, sines and products are fp32: bf16 cannot tell positions above 256 apart.
+
+Bound by memory: one launch reads q and k once and writes them once, 4 (H + K) Dh bytes a token in bf16, in place or not.
+The tables come from HBM once a token (4 Dh bytes) and from L1 and L2 for the other heads. Backward is the rotation by the
+opposite angle; it needs the tables alone.
 Source: arXiv:2104.09864; llama3 scaling as meta-llama/llama-models llama3/model.py apply_scaling.
 """
 
 import math
 
 import torch
+import triton
+import triton.language as tl
 
-from kernels.common import choose, wide
-
+from kernels.common import choose, launch_config, next_power_of_2, operator, wide
 
 def rope_frequencies(head_dim: int, theta: float, scaling=None) -> torch.Tensor:
     """Radians a position for each of the Dh/2 pairs, (Dh/2,) fp32: theta^(-2i/Dh), slowed by llama3 scaling if given.
@@ -35,23 +40,137 @@ def rope_cos_sin(positions: torch.Tensor, frequencies: torch.Tensor) -> tuple[to
     return angles.cos(), angles.sin()
 
 
-def _rotate(x, cos, sin):
+# ---- reference: the specification, and the path on CPU --------------------------------------------------------------
+
+
+def _rotate_ref(x, cos, sin):
     a, b = wide(x).chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]  # the same for every head
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
 
 def rope_ref(q, k, cos, sin):
-    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+    return _rotate_ref(q, cos, sin), _rotate_ref(k, cos, sin)
+
+
+# ---- kernel ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _rotate_kernel(
+    q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, n_tokens, n_heads, n_kv_heads, n_q_programs,
+    q_row, q_head, k_row, k_head, q_out_row, q_out_head, k_out_row, k_out_head,
+    INVERSE: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    # A row is one head of one token. The first programs take the query heads, the others the key heads: a choice between
+    # tensors that is one for the whole program keeps 16-byte accesses, a choice a row does not. HALF is a constant so that
+    # 40, of heads of 80, is seen to be a multiple of 8.
+    program = tl.program_id(0)
+    if program < n_q_programs:
+        src_ptr, src_row, src_head = q_ptr, q_row, q_head
+        dst_ptr, dst_row, dst_head = q_out_ptr, q_out_row, q_out_head
+        heads = n_heads
+    else:
+        src_ptr, src_row, src_head = k_ptr, k_row, k_head
+        dst_ptr, dst_row, dst_head = k_out_ptr, k_out_row, k_out_head
+        heads = n_kv_heads
+        program -= n_q_programs
+    row = program * ROWS + tl.arange(0, ROWS)
+    token = (row // heads).to(tl.int64)  # int64: token * src_row passes 2^31
+    head = row % heads
+    cols = tl.arange(0, COLS)[None, :]
+    mask = (token < n_tokens)[:, None] & (cols < HALF)
+    src = (src_ptr + token * src_row + head * src_head)[:, None] + cols
+    dst = (dst_ptr + token * dst_row + head * dst_head)[:, None] + cols
+    table = token[:, None] * HALF + cols
+    a = tl.load(src, mask=mask).to(tl.float32)
+    b = tl.load(src + HALF, mask=mask).to(tl.float32)
+    cos = tl.load(cos_ptr + table, mask=mask)
+    sin = tl.load(sin_ptr + table, mask=mask)
+    if INVERSE:
+        sin = -sin
+    tl.store(dst, a * cos - b * sin, mask=mask)
+    tl.store(dst + HALF, b * cos + a * sin, mask=mask)
+
+
+# ---- launch: shapes, allocation, grid; torch.ops.cria.* -------------------------------------------------------------
+
+
+def _launch(q, k, q_out, k_out, cos, sin, inverse):
+    (tokens, heads, head_dim), kv_heads = q.shape, k.shape[1]
+    config = launch_config("rope", "rotate", q.device, head_dim // 2)
+    q_programs, k_programs = (triton.cdiv(tokens * n, config["ROWS"]) for n in (heads, kv_heads))
+    if (q_programs + k_programs) * head_dim == 0:
+        return
+    _rotate_kernel[(q_programs + k_programs,)](
+        q, k, q_out, k_out, cos, sin, tokens, heads, kv_heads, q_programs,
+        *q.stride()[:2], *k.stride()[:2], *q_out.stride()[:2], *k_out.stride()[:2],
+        INVERSE=inverse, HALF=head_dim // 2, COLS=next_power_of_2(head_dim // 2), **config,
+    )  # fmt: skip
+
+
+def _rotate_cpu(q, k, cos, sin, inverse):
+    for x in (q, k):
+        x.copy_(_rotate_ref(x, cos, -sin if inverse else sin))
+
+
+@operator("rope_rotate", mutates=("q", "k"), cpu=_rotate_cpu, fake=lambda q, k, cos, sin, inverse: None)
+def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> None:
+    """Rotates q (T, H, Dh) and k (T, K, Dh) in place, by the opposite angles if inverse.
+
+    Both may be views with any strides (of one (T, H + 2K, Dh), say) whose last axis is contiguous and which do not
+    overlap. cos, sin: (T, Dh/2) fp32 contiguous.
+    """
+    _launch(q, k, q, k, cos, sin, inverse)
+
+
+def _rotated_cpu(q, k, cos, sin, inverse):
+    return rope_ref(q, k, cos, -sin if inverse else sin)
+
+
+def _rotated_fake(q, k, cos, sin, inverse):
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@operator("rope_rotated", cpu=_rotated_cpu, fake=_rotated_fake)
+def rotated(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """rotate into new, contiguous tensors: the same bytes moved, and q and k left as they are. They may overlap."""
+    q_out, k_out = _rotated_fake(q, k, cos, sin, inverse)
+    _launch(q, k, q_out, k_out, cos, sin, inverse)
+    return q_out, k_out
+
+
+# ---- autograd -------------------------------------------------------------------------------------------------------
+
+
+def _last_contiguous(x):
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, cos, sin):
+        cos, sin = cos.contiguous(), sin.contiguous()
+        ctx.save_for_backward(cos, sin)
+        return rotated(_last_contiguous(q), _last_contiguous(k), cos, sin, False)
+
+    @staticmethod
+    def backward(ctx, dq, dk):
+        return *rotated(_last_contiguous(dq), _last_contiguous(dk), *ctx.saved_tensors, True), None, None
+
+
+# ---- public ---------------------------------------------------------------------------------------------------------
 
 
 def rope(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, impl: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotates q (T, H, Dh) and k (T, K, Dh) by each token's angles; cos, sin: (T, Dh/2) fp32.
+    """Rotates q (T, H, Dh) and k (T, K, Dh) by each token's angles; cos, sin: (T, Dh/2) fp32, which get no gradient.
 
-    Returns both; an implementation may write them over its inputs, so use only what is returned.
-    Raises ValueError when the shapes do not fit.
+    Returns both, in new tensors. To rotate in place where autograd does not look, as inside another op: rotate, above.
+    Raises ValueError when the shapes or dtypes do not fit.
     """
     want = (q.shape[0], q.shape[-1] // 2)
     if cos.shape != want or sin.shape != want or k.shape[0] != q.shape[0] or k.shape[-1] != q.shape[-1]:
@@ -59,5 +178,6 @@ def rope(
             f"rope: q {tuple(q.shape)}, k {tuple(k.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}; "
             f"wanted cos and sin {want}, and k with q's T and Dh"
         )
-    choose("rope", impl)
-    return rope_ref(q, k, cos, sin)
+    if choose("rope", impl, q) == "ref":
+        return rope_ref(q, k, cos, sin)
+    return _Rope.apply(q, k, cos, sin)

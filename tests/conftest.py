@@ -8,6 +8,9 @@ import sys
 from functools import partial
 from pathlib import Path
 
+# Tests run side by side, and threads of their own would fight. Before torch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 
@@ -52,7 +55,7 @@ def rows_file(tmp_path):
 
 
 def command(module, *args, check=True):
-    """python -m MODULE ARGS in a process of its own, two threads, as a user would."""
+    """python -m MODULE ARGS in a process of its own, as a user would."""
     done = subprocess.run(
         [sys.executable, "-m", module, *map(str, args)],
         cwd=ROOT, capture_output=True, text=True, timeout=140, check=False, env=environment(),
@@ -65,7 +68,7 @@ finetune, generate, export = (partial(command, f"engine.{name}") for name in ("f
 
 
 def environment():
-    return os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
+    return os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
 
 
 def events(out, event="train"):

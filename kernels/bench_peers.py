@@ -1,0 +1,308 @@
+"""What kernels.bench compares with: other ways to do the same, as far as they are installed.
+
+A contender is prepared once for each set of inputs (layouts, masks and plans are made here, outside the timing) and
+raises Absent, or ImportError, where it cannot take part: that is recorded with its reason.
+"""
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+class Absent(Exception):
+    """Why a peer takes no part."""
+
+
+@dataclass
+class Ready:
+    """One contender on one set of inputs."""
+
+    run: Callable  # -> tensor or tuple of tensors; timed
+    leaves: tuple = ()  # what backward makes gradients of
+    upstream: tuple = ()  # gradients of what run returns, in its layout
+    back: Callable | None = None  # backward where it is no autograd function's
+    canonical: Callable = staticmethod(lambda t: t)  # an output or a gradient, in the case's own layout
+
+
+def plain(fn):
+    """A contender that takes the case's own tensors."""
+
+    def prepare(case, inputs, upstream):
+        leaves = tuple(getattr(inputs, name) for name in case.grads)
+        return Ready(lambda: fn(case, inputs), leaves, upstream)
+
+    return prepare
+
+
+def needs(package, of=None):
+    """The package, or Absent: an import that fails is one reason, no CUDA another."""
+    if importlib.util.find_spec(package) is None:
+        raise Absent(f"{package} is not installed")
+    if not torch.cuda.is_available() and of != "cpu":
+        raise Absent(f"{package} is installed; it runs on CUDA alone")
+    return importlib.import_module(package if of in (None, "cpu") else of)
+
+
+def needs_cuda(what):
+    if not torch.cuda.is_available():
+        raise Absent(f"{what} runs on CUDA alone")
+
+
+# ---- any op ---------------------------------------------------------------------------------------------------------
+
+
+def compiled(case, inputs, upstream):
+    needs_cuda("torch.compile here")
+    if not case.main:
+        raise Absent("torch.compile is tried at one shape an op: compiling takes longer than measuring")
+    fn = case.memo.setdefault("compiled", torch.compile(case.reference, dynamic=False))
+    return plain(lambda case, i: fn(i))(case, inputs, upstream)
+
+
+def bare_gemm(case, inputs, upstream):
+    """y = x W^T and its two backward products: what the op's time is held against. Its output is another."""
+    x, w = (getattr(inputs, name).detach().requires_grad_() for name in case.sizes["bare"])
+    dy = torch.randn(len(x), len(w), device=x.device, dtype=x.dtype)
+    return Ready(lambda: F.linear(x, w), (x, w), (dy,))
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
+
+
+def relaid(case, inputs, upstream, to, canonical, fn):
+    """A contender whose q, k, v and output have a layout of their own."""
+    q, k, v = (to(t).detach().requires_grad_() for t in (inputs.q, inputs.k, inputs.v))
+    return Ready(lambda: fn(q, k, v), (q, k, v), (to(upstream[0]).detach(),), canonical=canonical)
+
+
+def no_prefix(case):
+    if case.sizes.get("prefix"):
+        raise Absent("cannot share a prefix between documents")
+
+
+def lengths_of(case):
+    return [end - start for start, end, *_ in case.sizes["documents"]]
+
+
+def sdpa(backend):
+    """Of documents of equal length: a batch of them. Of others: padded to the longest."""
+
+    def prepare(case, inputs, upstream):
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        no_prefix(case)
+        if backend == "CUDNN_ATTENTION":
+            needs_cuda("cuDNN")
+        lengths = lengths_of(case)
+        width, device = max(lengths), inputs.q.device
+        rows = torch.arange(width, device=device)
+        keep = rows[None] < torch.tensor(lengths, device=device)[:, None]  # (N, width)
+        grouped = {"enable_gqa": True} if case.sizes["heads"] != case.sizes["kv_heads"] else {}
+
+        def to(t):
+            padded = t.new_zeros(len(lengths), width, *t.shape[1:])
+            padded[keep] = t.detach()
+            return padded.transpose(1, 2)
+
+        def fn(q, k, v):
+            with sdpa_kernel(getattr(SDPBackend, backend)):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, **grouped)
+
+        return relaid(case, inputs, upstream, to, lambda t: t.transpose(1, 2)[keep], fn)
+
+    return prepare
+
+
+def cumulative(case, device):
+    ends = [end for _, end, *_ in case.sizes["documents"]]
+    return torch.tensor([0, *ends], dtype=torch.int32, device=device)
+
+
+def sdpa_nested(case, inputs, upstream):
+    no_prefix(case)
+    if not case.sizes.get("packed"):
+        raise Absent("documents of equal length need no nested tensor")
+    if case.sizes["heads"] != case.sizes["kv_heads"]:
+        raise Absent("nested SDPA takes no grouped queries")
+    offsets = cumulative(case, inputs.q.device).long()
+    longest = max(lengths_of(case))
+
+    def to(t):
+        return torch.nested.nested_tensor_from_jagged(t.detach(), offsets, max_seqlen=longest).transpose(1, 2)
+
+    def fn(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    return relaid(case, inputs, upstream, to, lambda t: t.transpose(1, 2).values(), fn)
+
+
+def varlen(case, inputs, upstream):
+    no_prefix(case)
+    needs_cuda("varlen_attn")
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}  # torch 2.11 to 2.13
+    if case.sizes["heads"] != case.sizes["kv_heads"]:
+        if "enable_gqa" not in known:
+            raise Absent(f"varlen_attn of torch {torch.__version__} takes no grouped queries")
+        options["enable_gqa"] = True
+    ends, longest = cumulative(case, inputs.q.device), max(lengths_of(case))
+    return plain(lambda case, i: varlen_attn(i.q, i.k, i.v, ends, ends, longest, longest, **options))(
+        case, inputs, upstream
+    )
+
+
+def flex(case, inputs, upstream):
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    if not case.sizes.get("packed"):
+        raise Absent("FlexAttention is measured on packed documents")
+    n, device = case.sizes["n_rows"], inputs.q.device
+    document, start, end = (torch.full((n,), value, dtype=torch.int32, device=device) for value in (-1, 0, 0))
+    for d, (first, last, prefix_start, prefix_end) in enumerate(case.sizes["documents"]):
+        document[first:last], start[first:last], end[first:last] = d, prefix_start, prefix_end
+
+    def sees(b, h, i, j):
+        own = (i >= j) & (document[i] == document[j]) & (document[i] >= 0)
+        return own | ((j >= start[i]) & (j < end[i]))
+
+    mask = create_block_mask(sees, None, None, n, n, device=device)
+    attend = torch.compile(flex_attention, dynamic=False) if inputs.q.is_cuda else flex_attention
+    attend = case.memo.setdefault("flex", attend)
+    grouped = {"enable_gqa": True} if case.sizes["heads"] != case.sizes["kv_heads"] else {}
+
+    def to(t):
+        return t.transpose(0, 1)[None]
+
+    def fn(q, k, v):
+        return attend(q, k, v, block_mask=mask, **grouped)
+
+    return relaid(case, inputs, upstream, to, lambda t: t[0].transpose(0, 1), fn)
+
+
+# ---- liger-kernel, cut-cross-entropy, torch's own -------------------------------------------------------------------
+
+
+def liger_rms_norm(case, inputs, upstream):
+    ops = needs("liger_kernel", "liger_kernel.ops")
+
+    def fn(case, i):
+        if i.residual is not None:
+            return ops.LigerFusedAddRMSNormFunction.apply(
+                i.x, i.residual, i.weight, case.sizes["eps"], 0.0, "llama", False
+            )
+        return ops.LigerRMSNormFunction.apply(i.x, i.weight, case.sizes["eps"], 0.0, "llama", False)
+
+    return plain(fn)(case, inputs, upstream)
+
+
+def torch_rms_norm(case, inputs, upstream):
+    if case.sizes["residual"]:
+        raise Absent("F.rms_norm adds no residual")
+    return plain(lambda case, i: F.rms_norm(i.x, i.x.shape[-1:], i.weight, case.sizes["eps"]))(case, inputs, upstream)
+
+
+def liger_rope(case, inputs, upstream):
+    """On copies: it writes over q and k, and over what comes back."""
+    ops = needs("liger_kernel", "liger_kernel.ops")
+    cos, sin = (torch.cat((t, t), -1)[None] for t in (inputs.cos, inputs.sin))  # (1, T, Dh), as transformers has them
+    q, k = (t.detach().clone().transpose(0, 1)[None].requires_grad_() for t in (inputs.q, inputs.k))
+    dq, dk = (t.clone().transpose(0, 1)[None] for t in upstream)
+    return Ready(
+        lambda: ops.LigerRopeFunction.apply(q, k, cos, sin), (q, k), (dq, dk),
+        canonical=lambda t: t[0].transpose(0, 1),
+    )  # fmt: skip
+
+
+def rope_in_place(case, inputs, upstream):
+    """Ours as the engine calls it: no new tensors."""
+    module = importlib.import_module("kernels.rope")
+    needs_kernels(module)
+    q, k = (t.detach().clone() for t in (inputs.q, inputs.k))
+    dq, dk = (t.clone() for t in upstream)
+
+    def rotate(a, b, inverse):
+        module.rotate(a, b, inputs.cos, inputs.sin, inverse)
+        return a, b
+
+    return Ready(lambda: rotate(q, k, False), back=lambda: rotate(dq, dk, True))
+
+
+def needs_kernels(module):
+    from kernels.common import INTERPRETED
+
+    if not (torch.cuda.is_available() or INTERPRETED):
+        raise Absent("kernels run on CUDA, or in Triton's interpreter")
+
+
+def liger_swiglu(case, inputs, upstream):
+    ops = needs("liger_kernel", "liger_kernel.ops")
+    return plain(lambda case, i: ops.LigerSiLUMulFunction.apply(*i.gate_up.chunk(2, -1)))(case, inputs, upstream)
+
+
+def liger_swiglu_merged(case, inputs, upstream):
+    ops = needs("liger_kernel", "liger_kernel.ops.swiglu")
+    if not hasattr(ops, "LigerFusedGateUpSiLUMulFunction"):
+        raise Absent("this liger-kernel takes gate and up apart only")
+    return plain(lambda case, i: ops.LigerFusedGateUpSiLUMulFunction.apply(i.gate_up))(case, inputs, upstream)
+
+
+def liger_cross_entropy(case, inputs, upstream):
+    ops = needs("liger_kernel", "liger_kernel.ops")
+
+    def fn(case, i):
+        return ops.LigerFusedLinearCrossEntropyFunction.apply(
+            i.x, i.weight, i.targets, None, None, -100, 0.0, 0.0, "sum"
+        )[0]
+
+    return plain(fn)(case, inputs, upstream)
+
+
+def cut_cross_entropy(exact):
+    def prepare(case, inputs, upstream):
+        package = needs("cut_cross_entropy")
+        options = {"filter_eps": None} if exact else {}
+        return plain(
+            lambda case, i: package.linear_cross_entropy(i.x, i.weight, i.targets, reduction="sum", **options)
+        )(case, inputs, upstream)
+
+    return prepare
+
+
+def foreach_norm(case, inputs, upstream):
+    return plain(lambda case, i: torch.nn.utils.get_total_norm(i.grads))(case, inputs, upstream)
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+COMPILED = {"torch.compile": compiled}
+BARE = {"bare GEMM": bare_gemm}
+UNCHECKED = {"bare GEMM"}  # what computes something else
+
+PEERS = {
+    "attention": {
+        "SDPA flash": sdpa("FLASH_ATTENTION"),
+        "SDPA cuDNN": sdpa("CUDNN_ATTENTION"),
+        "SDPA nested": sdpa_nested,
+        "varlen_attn": varlen,
+        "FlexAttention": flex,
+    },
+    "rms_norm": {"F.rms_norm": torch_rms_norm, **COMPILED, "liger-kernel": liger_rms_norm},
+    "norm_linear": {**BARE, **COMPILED},
+    "rope": {"ours, in place": rope_in_place, **COMPILED, "liger-kernel": liger_rope},
+    "swiglu": {**COMPILED, "liger-kernel": liger_swiglu, "liger-kernel merged": liger_swiglu_merged},
+    "swiglu_linear": {**BARE, **COMPILED},
+    "linear_cross_entropy": {
+        **BARE,
+        **COMPILED,
+        "liger-kernel": liger_cross_entropy,
+        "cut-cross-entropy": cut_cross_entropy(exact=False),
+        "cut-cross-entropy, exact": cut_cross_entropy(exact=True),
+    },
+    "grad_norm": {"torch foreach": foreach_norm, **COMPILED},
+}
