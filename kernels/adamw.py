@@ -1,67 +1,407 @@
-"""AdamW, in place, one tensor a call.
+"""AdamW, in place, one tensor a call, in one pass.
 
-    m = b1 m + (1 - b1) g          v = b2 v + (1 - b2) g^2          g = grad * grad_scale
-    p = p - lr wd p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+    m = m + (1 - b1) (g - m)       v = b2 v + (1 - b2) g^2       g = grad * grad_scale
+    p = p (1 - lr wd) - lr s m / (sqrt(v) + eps r)               r = sqrt(1 - b2^t), s = r / (1 - b1^t)
 
-Works on the fp32 master; a bf16 parameter is then the master rounded to nearest even.
-Source: arXiv:1711.05101, in the order of operations of torch.optim.AdamW.
+p is an fp32 number however it is kept (adamw_state makes what an update keeps):
+
+    an fp32 parameter is p.
+    "fp32"        a bf16 parameter beside its fp32 master p, of which it is the rounding to nearest even.
+    "split"       a bf16 parameter and the 16 bits that it lacks, int16: parameter * 2^16 + low is p's bit pattern. The
+                  parameter is p rounded to nearest, ties away from zero: nearest even cannot be inverted from 16 bits.
+    "stochastic"  the bf16 parameter alone: p rounded up or down at random, by as much as it lies between.
+
+m and v are "fp32"; "bf16", rounded stochastically, since v's change of 1 - b2 = 0.001 a step is under half a unit and
+nearest would never move; or "8bit": blocks of 256 elements, each an fp32 absolute maximum and a byte an element, the
+nearest entry of the dynamic map (signed for m, unsigned for v). A v that is not 0 is not rounded to it: m / sqrt(v)
+would take it for a direction without history and leap. Tensors under 4096 elements keep fp32.
+
+Bound by memory. Bytes read and written a parameter, bf16 gradients:
+
+              m, v: fp32     bf16     8bit          kept besides parameter and gradient: fp32  bf16  8bit
+    fp32 p          26        18       14.1                                                8     4     2.03
+    "fp32"          28        20       16.1                                               12     8     6.03
+    "split"         26        18       14.1                                               10     6     4.03
+    "stochastic"    22        14       10.1                                                8     4     2.03
+
+Every operation is rounded by itself, in the order written here, without fused multiply-adds: the kernel gives the same
+bits on every chip and in the interpreter, and so does the reference but for torch.sqrt, which may round the other way
+on a CPU. Random bits are Philox4x32-10 of the key (step, seed) and the counter (global element index / 8, stream): replicas
+and shards agree. NaN and Inf go through: a block of 8-bit states that holds one becomes NaN.
+Source: arXiv:1711.05101; dynamic map and blocks arXiv:2110.02861; Philox doi:10.1145/2063384.2063405.
 """
 
+import functools
+import math
+from dataclasses import dataclass, fields
+
 import torch
+import triton
+import triton.language as tl
 
-from kernels.common import choose
+from kernels import dynamic_map
+from kernels.common import choose, launch_config, operator
+from kernels.dynamic_map import decode, decode_ref, encode, encode_ref
 
-CHUNK = (
-    1 << 18
-)  # elements: the five streams of a chunk stay in a core's L2 between passes; result does not depend on it
+MASTERS, STATES = ("fp32", "split", "stochastic"), ("fp32", "bf16", "8bit")
+LEAST_8BIT = 4096  # elements: smaller tensors keep fp32 states
+CHUNK = 1 << 18  # elements that the reference works on at a time: they stay in a core's L2 from pass to pass
 
 
-def adamw_ref(master, grad, m, v, *, lr, beta1, beta2, eps, weight_decay, step, grad_scale):
-    bias1, bias2 = 1 - beta1**step, 1 - beta2**step
-    flat = [t.view(-1).split(CHUNK) for t in (master, grad, m, v)]
-    for p, g, m, v in zip(*flat, strict=True):
-        g = g.float() * grad_scale
-        p.mul_(1 - lr * weight_decay)
-        m.lerp_(g, 1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        p.addcdiv_(m, (v.sqrt() / bias2**0.5).add_(eps), value=-lr / bias1)
+# ---- what an update keeps -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AdamWState:
+    """Tensors of one parameter, updated in place. Those of its shape: m, v, low (int16), master (fp32)."""
+
+    m: torch.Tensor
+    v: torch.Tensor
+    m_absmax: torch.Tensor | None = None  # (blocks,) fp32, of 8-bit states
+    v_absmax: torch.Tensor | None = None
+    low: torch.Tensor | None = None
+    master: torch.Tensor | None = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {f.name: t for f in fields(self) if (t := getattr(self, f.name)) is not None}
+
+
+def adamw_state(param: torch.Tensor, master: str = "split", states: str = "fp32") -> AdamWState:
+    """The state before the first update of param, fp32 or bf16. master: of a bf16 parameter; see the top of the file.
+
+    Raises ValueError for other names and dtypes.
+    """
+    for name, value, known in (("master", master, MASTERS), ("states", states, STATES)):
+        if value not in known:
+            raise ValueError(f"adamw: {name} is {value!r}, wanted one of {', '.join(known)}")
+    _check_param(param)
+    kept = {}
+    if param.dtype == torch.bfloat16 and master == "fp32":
+        kept["master"] = param.detach().float().contiguous()
+    elif param.dtype == torch.bfloat16 and master == "split":
+        kept["low"] = torch.zeros_like(param, dtype=torch.int16)
+    if states == "8bit" and param.numel() >= LEAST_8BIT:
+        blocks = triton.cdiv(param.numel(), dynamic_map.BLOCK)
+        kept |= {name: param.new_zeros(blocks, dtype=torch.float32) for name in ("m_absmax", "v_absmax")}
+        m, v = torch.full_like(param, 127, dtype=torch.uint8), torch.zeros_like(param, dtype=torch.uint8)
+    else:
+        dtype = torch.bfloat16 if states == "bf16" else torch.float32
+        m, v = torch.zeros_like(param, dtype=dtype), torch.zeros_like(param, dtype=dtype)
+    return AdamWState(m.detach(), v.detach(), **kept)
+
+
+def master_of(param: torch.Tensor, state: AdamWState) -> torch.Tensor:
+    """What the next update starts from, fp32: param itself, its master, or a new tensor."""
+    if state.master is not None or param.dtype == torch.float32:
+        return param.detach() if state.master is None else state.master
+    wide = param.detach().float()
+    if state.low is not None:
+        wide.view(torch.int32).add_(state.low)
+    return wide
+
+
+# ---- reference: the specification, and the path on CPU --------------------------------------------------------------
+
+
+def random_bits(seed, step, first, n, stream, device="cpu"):
+    """16 random bits, (n,) int32, for each element from first on; Philox gives those of eight at a time."""
+    group = torch.arange(first // 8, (first + n + 7) // 8, device=device)
+    word = 0xFFFFFFFF
+    c0, c1, c2, c3 = group & word, group >> 32, torch.full_like(group, stream), torch.zeros_like(group)
+    for i in range(10):
+        k0, k1 = (seed + i * 0x9E3779B9) & word, (step + i * 0xBB67AE85) & word
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # modulo 2^64; the sign goes with the mask
+        c0, c1, c2, c3 = (b >> 32 & word) ^ c1 ^ k0, b & word, (a >> 32 & word) ^ c3 ^ k1, a & word
+    words = torch.stack((c0, c1, c2, c3), -1)
+    return torch.stack((words & 0xFFFF, words >> 16), -1).flatten()[first % 8 :][:n].int()
+
+
+def _round_ref(x, out, low=None, random=None):
+    """out (bf16) = x, rounded half up, low (int16) = what it lacks; or stochastically. Overwrites x."""
+    x.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=-math.inf)  # one NaN, as _quiet_bits
+    extra = 0x8000 if random is None else random.where(x.isfinite(), 0)
+    bits = x.view(torch.int32)
+    if low is not None:
+        low.copy_(bits)
+    # Half of each number, on a little-endian machine as all of ours.
+    out.view(torch.int16).copy_(bits.add_(extra).view(torch.int16)[1::2])
+
+
+def _read_ref(t, absmax, signed):
+    """The state in fp32: t itself where it is."""
+    return t.float() if absmax is None else decode_ref(t, absmax, signed)
+
+
+def _write_ref(x, t, absmax, signed, random):
+    if t.dtype == torch.bfloat16:
+        _round_ref(x, t, random=random(1 if signed else 2))
+    elif absmax is not None:
+        for out, value in zip((t, absmax), encode_ref(x, signed), strict=True):
+            out.copy_(value)
+
+
+def _corrected(beta1, beta2, eps, step):
+    """eps r and s of the formula, in fp64."""
+    r = math.sqrt(1 - beta2**step)
+    return eps * r, r / (1 - beta1**step)
+
+
+def adamw_ref(
+    param, grad, m, v, m_absmax, v_absmax, low, master, lr, lr_tensor, scale, scale_tensor, beta1, beta2, eps,
+    weight_decay, step, seed, offset,
+):  # fmt: skip
+    """The arguments of update, below."""
+    lr = torch.full((), lr, dtype=torch.float32, device=param.device) if lr_tensor is None else lr_tensor.float()
+    scale = scale if scale_tensor is None else scale_tensor.float()
+    eps, factor = _corrected(beta1, beta2, eps, step)
+    decay, rate = 1 - lr * weight_decay, lr * factor
+    scratch = torch.empty(2, min(CHUNK, param.numel()), device=param.device)
+    for start in range(0, param.numel(), CHUNK):
+        cut = lambda t, size=1, a=start: t if t is None else t.view(-1)[a // size : (a + CHUNK) // size]  # noqa: E731
+        param_, grad_ = cut(param), cut(grad)
+        maxima = cut(m_absmax, dynamic_map.BLOCK), cut(v_absmax, dynamic_map.BLOCK)
+        state = AdamWState(cut(m), cut(v), *maxima, cut(low), cut(master))
+        random = functools.partial(random_bits, seed, step, offset + start, len(param_), device=param.device)
+        p, g, t = master_of(param_, state), *(row[: len(param_)] for row in scratch)
+        m_, v_ = _read_ref(state.m, state.m_absmax, True), _read_ref(state.v, state.v_absmax, False)
+        g.copy_(grad_).mul_(scale)
+        m_.add_(torch.sub(g, m_, out=t).mul_(1 - beta1))
+        v_.mul_(beta2).add_(g.mul_(g).mul_(1 - beta2))
+        torch.div(m_, torch.sqrt(v_, out=t).add_(eps), out=t)
+        if weight_decay:
+            p.mul_(decay)
+        p.sub_(t.mul_(rate))
+        _write_ref(m_, state.m, state.m_absmax, True, random)
+        _write_ref(v_, state.v, state.v_absmax, False, random)
+        if state.master is not None:
+            param_.copy_(p)
+        elif param.dtype == torch.bfloat16:
+            _round_ref(p, param_, low=state.low, random=None if state.low is not None else random(0))
+
+
+# ---- kernel ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _float(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _random(key, group, STREAM: tl.constexpr):
+    """16 random bits for each element of the groups of eight, in order."""
+    low, high = group.to(tl.int32), (group >> 32).to(tl.int32)
+    stream = tl.full(low.shape, STREAM, tl.int32)
+    r0, r1, r2, r3 = tl.philox(key, low, high, stream, stream * 0)
+    words = tl.interleave(tl.interleave(r0, r2), tl.interleave(r1, r3))
+    return tl.interleave(words & 0xFFFF, words >> 16).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _quiet_bits(x):
+    """The bits of x, those of the one quiet NaN for all: the upper half of others may be Inf's, or wrap to -0."""
+    return tl.where(x != x, 0x7FC00000, x.to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _upper(bits, extra):
+    """The upper 16 bits of an fp32 number's, extra added to the lower ones; Inf and NaN as they are."""
+    return ((bits + tl.where((bits & 0x7F800000) == 0x7F800000, 0, extra)) >> 16).to(tl.int16)
+
+
+@triton.jit
+def _read(ptr, absmax_ptr, map_ptr, at, mask, block, block_mask, ZERO: tl.constexpr, BLOCK: tl.constexpr):
+    if ptr.dtype.element_ty == tl.float32:
+        return tl.load(ptr + at, mask=mask, other=0.0)
+    elif ptr.dtype.element_ty == tl.int16:
+        return _float(tl.load(ptr + at, mask=mask, other=0).to(tl.int32) << 16)
+    else:
+        code = tl.load(ptr + at, mask=mask, other=ZERO)
+        return decode(code, tl.load(absmax_ptr + block, mask=block_mask, other=0.0), map_ptr, BLOCK)
+
+
+@triton.jit
+def _write(
+    x, ptr, absmax_ptr, at, mask, block, block_mask, key, group, SIGNED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    if ptr.dtype.element_ty == tl.float32:
+        tl.store(ptr + at, x, mask=mask)
+    elif ptr.dtype.element_ty == tl.int16:
+        random = _random(key, group, 1 if SIGNED else 2)
+        tl.store(ptr + at, _upper(_quiet_bits(x), random), mask=mask)
+    else:
+        code, absmax = encode(x, SIGNED, BLOCK)
+        tl.store(absmax_ptr + block, absmax, mask=block_mask)
+        tl.store(ptr + at, code, mask=mask)
+
+
+@triton.jit(do_not_specialize=["key", "group0"])  # they change from step to step, shard to shard
+def _update_kernel(
+    param_ptr, grad_ptr, m_ptr, v_ptr, m_absmax_ptr, v_absmax_ptr, low_ptr, master_ptr, m_map_ptr, v_map_ptr,
+    lr, lr_ptr, scale, scale_ptr, rest1, beta2, rest2, eps, factor, weight_decay, key, group0, n, n_blocks,
+    SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)  # int64: bytes of a tensor pass 2^31
+    at = program * BLOCK + tl.arange(0, BLOCK) - SHIFT
+    mask = at < n
+    if SHIFT:
+        mask &= at >= 0
+    group = group0 + program * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+    block = program * (BLOCK // 256) + tl.arange(0, BLOCK // 256)
+    block_mask = block < n_blocks
+    if lr_ptr is not None:
+        lr = tl.load(lr_ptr).to(tl.float32)  # fp32 also from fp64, which would widen everything after it
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr).to(tl.float32)
+
+    g = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32) * scale
+    m = _read(m_ptr, m_absmax_ptr, m_map_ptr, at, mask, block, block_mask, 127, BLOCK)
+    v = _read(v_ptr, v_absmax_ptr, v_map_ptr, at, mask, block, block_mask, 0, BLOCK)
+    if master_ptr is not None:
+        p = tl.load(master_ptr + at, mask=mask, other=0.0)
+    elif param_ptr.dtype.element_ty == tl.float32:
+        p = tl.load(param_ptr + at, mask=mask, other=0.0)
+    else:
+        bits = tl.load(param_ptr + at, mask=mask, other=0).to(tl.int32) << 16
+        if low_ptr is not None:
+            bits += tl.load(low_ptr + at, mask=mask, other=0).to(tl.int32)  # a negative one: half up took one too many
+        p = _float(bits)
+
+    m += (g - m) * rest1
+    v = v * beta2 + g * g * rest2
+    p = p * (1.0 - lr * weight_decay) - tl.div_rn(m, tl.sqrt_rn(v) + eps) * (lr * factor)
+
+    _write(m, m_ptr, m_absmax_ptr, at, mask, block, block_mask, key, group, True, BLOCK)
+    _write(v, v_ptr, v_absmax_ptr, at, mask, block, block_mask, key, group, False, BLOCK)
+    if param_ptr.dtype.element_ty == tl.float32:
+        tl.store(param_ptr + at, p, mask=mask)
+    else:
+        bits = _quiet_bits(p)
+        if master_ptr is not None:
+            tl.store(master_ptr + at, p, mask=mask)
+            extra = 0x7FFF + ((bits >> 16) & 1)  # to nearest even
+        elif low_ptr is not None:
+            tl.store(low_ptr + at, bits.to(tl.int16), mask=mask)
+            extra = 0x8000
+        else:
+            extra = _random(key, group, 0)
+        tl.store(param_ptr + at, _upper(bits, extra), mask=mask)
+
+
+# ---- launch: torch.ops.cria.* ---------------------------------------------------------------------------------------
+
+
+def _bits16(t):
+    """bf16 as int16: the kernel rounds on bits, the same everywhere."""
+    return t.view(torch.int16) if t is not None and t.dtype == torch.bfloat16 else t
+
+
+@operator(
+    "adamw_update", mutates=("param", "m", "v", "m_absmax", "v_absmax", "low", "master"), cpu=adamw_ref,
+    fake=lambda *arguments: None,
+)  # fmt: skip
+def update(
+    param: torch.Tensor, grad: torch.Tensor, m: torch.Tensor, v: torch.Tensor, m_absmax: torch.Tensor | None,
+    v_absmax: torch.Tensor | None, low: torch.Tensor | None, master: torch.Tensor | None, lr: float,
+    lr_tensor: torch.Tensor | None, scale: float, scale_tensor: torch.Tensor | None, beta1: float, beta2: float,
+    eps: float, weight_decay: float, step: int, seed: int, offset: int,
+) -> None:  # fmt: skip
+    """adamw, below, on contiguous tensors. A tensor given for lr or scale stands for the number."""
+    n, shift = param.numel(), 0
+    states_8bit = m_absmax is not None
+    if _is_random(param, m, low, master):
+        shift = offset % 8
+    config = launch_config("adamw", "update_8bit" if states_8bit else "update", param.device)
+    maps = [dynamic_map.dynamic_map(signed, param.device) if states_8bit else None for signed in (True, False)]
+    eps, factor = _corrected(beta1, beta2, eps, step)
+    if n:
+        _update_kernel[(triton.cdiv(n + shift, config["BLOCK"]),)](
+            _bits16(param), grad, _bits16(m), _bits16(v), m_absmax, v_absmax, low, master, *maps,
+            lr, lr_tensor, scale, scale_tensor, 1 - beta1, beta2, 1 - beta2, eps, factor, weight_decay,
+            step << 32 | seed, offset // 8, n, triton.cdiv(n, dynamic_map.BLOCK), SHIFT=shift, enable_fp_fusion=False,
+            **config,
+        )  # fmt: skip
+
+
+def _is_random(param, m, low, master):
+    return m.dtype == torch.bfloat16 or (param.dtype == torch.bfloat16 and low is None and master is None)
+
+
+# ---- public ---------------------------------------------------------------------------------------------------------
+
+
+def _check_param(param):
+    if param.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"adamw: param is {param.dtype}, wanted torch.float32 or torch.bfloat16")
+
+
+def _check(param, grad, state):
+    """Raises ValueError when the state is not one of adamw_state's for such a parameter, or grad does not fit it."""
+    _check_param(param)
+    if grad.shape != param.shape or grad.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"adamw: grad is {tuple(grad.shape)} {grad.dtype}, wanted {tuple(param.shape)} in fp32 or bf16"
+        )
+    kinds = {torch.float32, torch.bfloat16} if state.m_absmax is None else {torch.uint8}
+    wanted = {"m": kinds, "v": {state.m.dtype}, "low": {torch.int16}, "master": {torch.float32}}
+    for name, t in {"param": param, **state.tensors()}.items():
+        if name in ("m_absmax", "v_absmax"):
+            shape, dtypes = (triton.cdiv(param.numel(), dynamic_map.BLOCK),), {torch.float32}
+        else:
+            shape, dtypes = param.shape, wanted.get(name, {param.dtype})
+        if t.shape != shape or t.dtype not in dtypes or t.device != param.device or not t.is_contiguous():
+            raise ValueError(
+                f"adamw: {name} is {tuple(t.shape)} {t.dtype} on {t.device}, wanted contiguous {tuple(shape)} "
+                f"{' or '.join(map(str, dtypes))} on {param.device}; make the state with adamw_state"
+            )
+    if (state.m_absmax is None) != (state.v_absmax is None) or (state.low is not None and state.master is not None):
+        raise ValueError("adamw: the state is none of adamw_state's: " + ", ".join(state.tensors()))
+    if param.dtype == torch.float32 and (state.low is not None or state.master is not None):
+        raise ValueError("adamw: param is torch.float32, its own master, and the state has another")
+
+
+def _number_or_tensor(name, x, param):
+    if not torch.is_tensor(x):
+        return float(x), None
+    if x.numel() != 1 or x.device != param.device:
+        raise ValueError(f"adamw: {name} is {tuple(x.shape)} on {x.device}, wanted one number on {param.device}")
+    return 0.0, x
 
 
 @torch.no_grad()
 def adamw(
     param: torch.Tensor,
     grad: torch.Tensor,
-    master: torch.Tensor,
-    m: torch.Tensor,
-    v: torch.Tensor,
+    state: AdamWState,
     *,
-    lr: float,
+    lr: torch.Tensor | float,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
     step: int,
     grad_scale: torch.Tensor | float = 1.0,
+    seed: int = 0,
+    offset: int = 0,
     impl: str = "auto",
 ) -> None:
-    """One update of param, master, m and v, all of one shape and contiguous.
+    """One update of param (fp32 or bf16, contiguous) and of its state, made by adamw_state.
 
-    param: any float dtype; it may be master itself. master, m, v: fp32. step counts from 1.
-    grad_scale: a number or a scalar tensor on the device (the clip factor), applied to grad on the way in.
-    Raises ValueError when shapes or dtypes do not fit.
+    grad: of param's shape, fp32 or bf16. step counts from 1. lr, grad_scale (the clip factor): a number, or a tensor of
+    one on the device, which is not waited for. For stochastic rounding, seed: which tensor this is, under 2^32; offset:
+    where in it param's first element stands, for a shard to round as the whole would.
+    Raises ValueError when shapes, dtypes or devices do not fit.
     """
-    for name, t in (("grad", grad), ("master", master), ("m", m), ("v", v)):
-        if t.shape != param.shape or not t.is_contiguous():
-            raise ValueError(f"adamw: {name} is {tuple(t.shape)}, wanted contiguous {tuple(param.shape)}")
-    for name, t in (("master", master), ("m", m), ("v", v)):
-        if t.dtype != torch.float32:
-            raise ValueError(f"adamw: {name} is {t.dtype}, wanted torch.float32")
-    if step < 1:
-        raise ValueError(f"adamw: step is {step}, wanted 1 or more")
-    choose("adamw", impl)
-    adamw_ref(
-        master, grad, m, v, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, step=step,
-        grad_scale=grad_scale,
+    _check(param, grad, state)
+    if not 1 <= step < 2**31 or not 0 <= seed < 2**32 or offset < 0:
+        raise ValueError(
+            f"adamw: step {step}, seed {seed}, offset {offset}; wanted from 1, 0 and 0, and under 2^31, 2^32"
+        )
+    if offset % 8 and state.m_absmax is not None and _is_random(param, state.m, state.low, state.master):
+        raise ValueError(f"adamw: offset is {offset}, wanted a multiple of 8 for 8-bit states of a stochastic master")
+    lr, scale = _number_or_tensor("lr", lr, param), _number_or_tensor("grad_scale", grad_scale, param)
+    run = adamw_ref if choose("adamw", impl, param) == "ref" else update
+    run(
+        param, grad.contiguous(), state.m, state.v, state.m_absmax, state.v_absmax, state.low, state.master,
+        *lr, *scale, beta1, beta2, eps, weight_decay, step, seed, offset,
     )  # fmt: skip
-    if param.data_ptr() != master.data_ptr():
-        param.copy_(master)

@@ -5,15 +5,16 @@
 T rows hold documents back to back; none sees another, except that a document may name earlier rows as its prefix.
 Rows that belong to no document (padding) come out as zeros, whatever they hold. Softmax in fp32.
 
-Bound by the matrix units where documents are long, by masked tiles where they are short. Tiles of queries and of keys span
-documents under a mask of every row's range of keys (kernels.documents makes the lists). Of what is computed for Alpaca's
-lengths (127 tokens a document in the mean, templates shared) 45% is of use with tiles of 64 x 64, 35% with 128 x 64 and 26%
-with 128 x 128: hence 64 x 64. A longer document shifts that: nothing but its diagonal is masked.
+Bound by the matrix units where documents are long, by masked tiles where they are short. Tiles of queries and of keys
+span documents under a mask of every row's range of keys (kernels.documents makes the lists). Of what is computed for
+Alpaca's lengths (127 tokens a document in the mean, templates shared) 45% is of use with tiles of 64 x 64, 35% with
+128 x 64 and 26% with 128 x 128: hence 64 x 64, and 64 x 32 (54%) for dk and dv. Of a long document only the diagonal is
+masked, and larger tiles would do.
 
-Forward reads q, writes o and reads k and v once for each tile of queries that sees them, mostly from L2. Saved: q, k, v, o
-and lse (fp32, 4 bytes a row and head). Backward: a pass over tiles of queries for dq and delta = rowsum(o do), one over tiles
-of keys for dk and dv, which walks the query heads of a group itself. No atomics: bit-equal from run to run. Keys that many
-documents read as their prefix gather dk and dv in parts, fp32, which a last kernel sums in order.
+Forward reads q, writes o and reads k and v once for each tile of queries that sees them, mostly from L2. Saved: q, k,
+v, o and lse (fp32, 4 bytes a row and head). Backward: a pass over tiles of queries for dq and delta = rowsum(o do), one
+over tiles of keys for dk and dv, which walks the query heads of a group itself. No atomics: bit-equal from run to run.
+Keys that many documents read as their prefix gather dk and dv in parts, fp32, which a last kernel sums in order.
 Source: arXiv:2205.14135, arXiv:2307.08691; GQA as arXiv:2305.13245.
 """
 
@@ -36,8 +37,8 @@ LOG2_E = 1.4426950408889634
 
 
 def attend(q, k, v, rows=None):
-    """One document: q (n, H, Dh) are the last n of the m positions whose keys and values are k, v (m, K, Dh), or those at
-    the positions `rows` (n,)."""
+    """One document: q (n, H, Dh) are the last n of the m positions whose keys and values are k, v (m, K, Dh), or those
+    at the positions `rows` (n,)."""
     n, m = q.shape[0], k.shape[0]
     group = q.shape[1] // k.shape[1]  # query heads to a key head
     k, v = (t.repeat_interleave(group, dim=1) if group > 1 else t for t in (k, v))
@@ -53,7 +54,8 @@ def attend(q, k, v, rows=None):
 
 def attention_ref(q, k, v, documents, query_rows=None):
     n_rows = len(k)
-    places = torch.arange(n_rows + 1) if query_rows is None else torch.arange(n_rows + 1).bucketize(query_rows)
+    places = torch.arange(n_rows + 1)
+    places = places if query_rows is None else torch.searchsorted(query_rows, places)
     places = places.tolist()  # row -> how many of the queries come before it
     bounds, row = [], 0  # (start, end, prefix start, prefix end), the rows of no document among them as (start, end)
     for document in documents.tolist():
@@ -83,23 +85,25 @@ def attention_ref(q, k, v, documents, query_rows=None):
 
 
 @triton.jit
-def _load(ptr, stride, n, head_dim, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, WHOLE: tl.constexpr):
-    """(ROWS, BLOCK_D) of which n rows and head_dim columns are there, all rows if WHOLE; the rest is zero."""
+def _load(
+    ptr, stride: tl.constexpr, n, dim: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr
+):  # fmt: skip
+    """(ROWS, BLOCK_D) of which n rows, or all if WHOLE, and dim columns are there; the rest is zero."""
     rows, cols = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     at = ptr + rows[:, None] * stride + cols[None, :]
-    if WHOLE and EVEN_D:
+    if WHOLE and dim == BLOCK_D:
         return tl.load(at)
     if WHOLE:
-        return tl.load(at, mask=(cols < head_dim)[None, :], other=0.0)
-    if EVEN_D:
+        return tl.load(at, mask=(cols < dim)[None, :], other=0.0)
+    if dim == BLOCK_D:
         return tl.load(at, mask=(rows < n)[:, None], other=0.0)
-    return tl.load(at, mask=(rows < n)[:, None] & (cols < head_dim)[None, :], other=0.0)
+    return tl.load(at, mask=(rows < n)[:, None] & (cols < dim)[None, :], other=0.0)
 
 
 @triton.jit
-def _store(ptr, stride, n, head_dim, tile, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr):
+def _store(ptr, stride: tl.constexpr, n, dim: tl.constexpr, tile, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     rows, cols = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    mask = (rows < n)[:, None] if EVEN_D else (rows < n)[:, None] & (cols < head_dim)[None, :]
+    mask = (rows < n)[:, None] if dim == BLOCK_D else (rows < n)[:, None] & (cols < dim)[None, :]
     tl.store(ptr + rows[:, None] * stride + cols[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
 
 
@@ -110,12 +114,19 @@ def _visible(keys, lo, hi):
 
 
 @triton.jit
-def _limits(limits_ptr, rows, mask, n_queries):
-    first = tl.load(limits_ptr + rows, mask=mask, other=0)
-    last = tl.load(limits_ptr + n_queries + rows, mask=mask, other=0)
-    prefix = tl.load(limits_ptr + 2 * n_queries + rows, mask=mask, other=0)
-    prefix_end = tl.load(limits_ptr + 3 * n_queries + rows, mask=mask, other=0)
-    return first, last, prefix, prefix_end
+def _limits(ptr, rows, n):
+    """What query rows see: first own key, last own key + 1, prefix start, prefix end; nothing beyond n."""
+    mask = rows < n
+    first, last = tl.load(ptr + rows, mask=mask, other=0), tl.load(ptr + n + rows, mask=mask, other=0)
+    prefix, prefix_end = (ptr + 2 * n + rows, ptr + 3 * n + rows)
+    return first, last, tl.load(prefix, mask=mask, other=0), tl.load(prefix_end, mask=mask, other=0)
+
+
+@triton.jit
+def _listed_visible(code, end, limits, BLOCK_N: tl.constexpr):
+    """Which keys of a listed block each row sees."""
+    lo, hi = tl.where(code % 2 == 1, limits[2], limits[0]), tl.where(code % 2 == 1, limits[3], limits[1])
+    return _visible((code >> 1) + tl.arange(0, BLOCK_N)[None, :], lo[:, None], tl.minimum(hi, end)[:, None])
 
 
 @triton.jit
@@ -132,46 +143,44 @@ def _softmax_step(q, k, v, o, top, total, scale, visible, MASKED: tl.constexpr):
     return o, new, total
 
 
+# Shapes and strides are constants of a model, so they are constexprs: a row's address is then an offset in the
+# instruction instead of a register, which keeps these kernels from spilling. strides: (row, head) of each tensor.
 @triton.jit(do_not_specialize=["n_queries"])
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, limits_ptr, items_ptr, blocks_ptr, n_queries, scale, n_heads, group, head_dim,
-    q_row, q_head, k_row, k_head, v_row, v_head, o_row, o_head,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, limits_ptr, items_ptr, blocks_ptr, n_queries, scale,
+    strides: tl.constexpr, n_heads: tl.constexpr, group: tl.constexpr, dim: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     head = (pid % n_heads).to(tl.int64)
     item = items_ptr + pid // n_heads * 7
     row0 = tl.load(item) * BLOCK_M
-    lo, hi = tl.load(item + 1), tl.load(item + 2)
-    n = n_queries - row0
-    q = _load(q_ptr + row0.to(tl.int64) * q_row + head * q_head, q_row, n, head_dim, BLOCK_M, BLOCK_D, EVEN_D, False)
+    row64, n, lo, hi = row0.to(tl.int64), n_queries - row0, tl.load(item + 1), tl.load(item + 2)
+    q = _load(q_ptr + row64 * strides[0] + head * strides[1], strides[0], n, dim, BLOCK_M, BLOCK_D, False)
     rows = row0 + tl.arange(0, BLOCK_M)
-    first, last, prefix, prefix_end = _limits(limits_ptr, rows, rows < n_queries, n_queries)
-    k_ptr += head // group * k_head
-    v_ptr += head // group * v_head
+    limits = _limits(limits_ptr, rows, n_queries)
+    k_ptr += head // group * strides[3]
+    v_ptr += head // group * strides[5]
     o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], -1e38, tl.float32)  # under every score; finite, so that a row that sees nothing is not NaN
     code, end = tl.load(blocks_ptr + 2 * lo), tl.load(blocks_ptr + 2 * lo + 1)
     for i in range(lo, hi):
-        start = code >> 1
-        k = _load(k_ptr + start.to(tl.int64) * k_row, k_row, end - start, head_dim, BLOCK_N, BLOCK_D, EVEN_D, False)
-        v = _load(v_ptr + start.to(tl.int64) * v_row, v_row, end - start, head_dim, BLOCK_N, BLOCK_D, EVEN_D, False)
-        is_prefix = code % 2 == 1
-        from_key = tl.where(is_prefix, prefix, first)
-        to_key = tl.minimum(tl.where(is_prefix, prefix_end, last), end)
-        visible = _visible(start + tl.arange(0, BLOCK_N)[None, :], from_key[:, None], to_key[:, None])
+        start = (code >> 1).to(tl.int64)
+        k = _load(k_ptr + start * strides[2], strides[2], end - start, dim, BLOCK_N, BLOCK_D, False)
+        v = _load(v_ptr + start * strides[4], strides[4], end - start, dim, BLOCK_N, BLOCK_D, False)
+        visible = _listed_visible(code, end, limits, BLOCK_N)
         o, top, total = _softmax_step(q, k, v, o, top, total, scale, visible, True)
         code, end = tl.load(blocks_ptr + 2 * i + 2), tl.load(blocks_ptr + 2 * i + 3)  # ahead of the loads that use it
     prefix0, n_prefix, own0, n_own = tl.load(item + 3), tl.load(item + 4), tl.load(item + 5), tl.load(item + 6)
     for i in range(n_prefix + n_own):
         start = tl.where(i < n_prefix, prefix0 + i * BLOCK_N, own0 + (i - n_prefix) * BLOCK_N).to(tl.int64)
-        k = _load(k_ptr + start * k_row, k_row, BLOCK_N, head_dim, BLOCK_N, BLOCK_D, EVEN_D, True)
-        v = _load(v_ptr + start * v_row, v_row, BLOCK_N, head_dim, BLOCK_N, BLOCK_D, EVEN_D, True)
+        k = _load(k_ptr + start * strides[2], strides[2], BLOCK_N, dim, BLOCK_N, BLOCK_D, True)
+        v = _load(v_ptr + start * strides[4], strides[4], BLOCK_N, dim, BLOCK_N, BLOCK_D, True)
         o, top, total = _softmax_step(q, k, v, o, top, total, scale, None, False)
     sees = total != 0  # a NaN too
     o = tl.where(sees[:, None], o / tl.where(sees, total, 1.0)[:, None], 0.0)
-    _store(o_ptr + row0.to(tl.int64) * o_row + head * o_head, o_row, n, head_dim, o, BLOCK_M, BLOCK_D, EVEN_D)
+    _store(o_ptr + row64 * strides[6] + head * strides[7], strides[6], n, dim, o, BLOCK_M, BLOCK_D)
     lse = tl.where(sees, top * scale + tl.log2(tl.where(sees, total, 1.0)), float("inf"))
     tl.store(lse_ptr + head * n_queries + rows, lse, mask=rows < n_queries)
 
@@ -188,138 +197,129 @@ def _dq_step(q, k, v, do, dq, lse, delta, scale, visible, MASKED: tl.constexpr):
 @triton.jit(do_not_specialize=["n_queries"])
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, limits_ptr, items_ptr, blocks_ptr, n_queries, scale,
-    softmax_scale, n_heads, group, head_dim,
-    q_row, q_head, k_row, k_head, v_row, v_head, o_row, o_head, do_row, do_head, dq_row, dq_head,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+    softmax_scale, strides: tl.constexpr, n_heads: tl.constexpr, group: tl.constexpr, dim: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     head = (pid % n_heads).to(tl.int64)
     item = items_ptr + pid // n_heads * 7
     row0 = tl.load(item) * BLOCK_M
-    row64 = row0.to(tl.int64)
-    lo, hi = tl.load(item + 1), tl.load(item + 2)
-    n = n_queries - row0
+    row64, n, lo, hi = row0.to(tl.int64), n_queries - row0, tl.load(item + 1), tl.load(item + 2)
     rows = row0 + tl.arange(0, BLOCK_M)
-    mask = rows < n_queries
-    do = _load(do_ptr + row64 * do_row + head * do_head, do_row, n, head_dim, BLOCK_M, BLOCK_D, EVEN_D, False)
-    o = _load(o_ptr + row64 * o_row + head * o_head, o_row, n, head_dim, BLOCK_M, BLOCK_D, EVEN_D, False)
+    o = _load(o_ptr + row64 * strides[6] + head * strides[7], strides[6], n, dim, BLOCK_M, BLOCK_D, False)
+    do = _load(do_ptr + row64 * strides[8] + head * strides[9], strides[8], n, dim, BLOCK_M, BLOCK_D, False)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(delta_ptr + head * n_queries + rows, delta, mask=mask)
-    q = _load(q_ptr + row64 * q_row + head * q_head, q_row, n, head_dim, BLOCK_M, BLOCK_D, EVEN_D, False)
-    lse = tl.load(lse_ptr + head * n_queries + rows, mask=mask, other=0.0)
-    first, last, prefix, prefix_end = _limits(limits_ptr, rows, mask, n_queries)
-    k_ptr += head // group * k_head
-    v_ptr += head // group * v_head
+    tl.store(delta_ptr + head * n_queries + rows, delta, mask=rows < n_queries)
+    q = _load(q_ptr + row64 * strides[0] + head * strides[1], strides[0], n, dim, BLOCK_M, BLOCK_D, False)
+    lse = tl.load(lse_ptr + head * n_queries + rows, mask=rows < n_queries, other=0.0)
+    limits = _limits(limits_ptr, rows, n_queries)
+    k_ptr += head // group * strides[3]
+    v_ptr += head // group * strides[5]
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     code, end = tl.load(blocks_ptr + 2 * lo), tl.load(blocks_ptr + 2 * lo + 1)
     for i in range(lo, hi):
-        start = code >> 1
-        k = _load(k_ptr + start.to(tl.int64) * k_row, k_row, end - start, head_dim, BLOCK_N, BLOCK_D, EVEN_D, False)
-        v = _load(v_ptr + start.to(tl.int64) * v_row, v_row, end - start, head_dim, BLOCK_N, BLOCK_D, EVEN_D, False)
-        is_prefix = code % 2 == 1
-        from_key = tl.where(is_prefix, prefix, first)
-        to_key = tl.minimum(tl.where(is_prefix, prefix_end, last), end)
-        visible = _visible(start + tl.arange(0, BLOCK_N)[None, :], from_key[:, None], to_key[:, None])
+        start = (code >> 1).to(tl.int64)
+        k = _load(k_ptr + start * strides[2], strides[2], end - start, dim, BLOCK_N, BLOCK_D, False)
+        v = _load(v_ptr + start * strides[4], strides[4], end - start, dim, BLOCK_N, BLOCK_D, False)
+        visible = _listed_visible(code, end, limits, BLOCK_N)
         dq = _dq_step(q, k, v, do, dq, lse, delta, scale, visible, True)
         code, end = tl.load(blocks_ptr + 2 * i + 2), tl.load(blocks_ptr + 2 * i + 3)
     prefix0, n_prefix, own0, n_own = tl.load(item + 3), tl.load(item + 4), tl.load(item + 5), tl.load(item + 6)
     for i in range(n_prefix + n_own):
         start = tl.where(i < n_prefix, prefix0 + i * BLOCK_N, own0 + (i - n_prefix) * BLOCK_N).to(tl.int64)
-        k = _load(k_ptr + start * k_row, k_row, BLOCK_N, head_dim, BLOCK_N, BLOCK_D, EVEN_D, True)
-        v = _load(v_ptr + start * v_row, v_row, BLOCK_N, head_dim, BLOCK_N, BLOCK_D, EVEN_D, True)
+        k = _load(k_ptr + start * strides[2], strides[2], BLOCK_N, dim, BLOCK_N, BLOCK_D, True)
+        v = _load(v_ptr + start * strides[4], strides[4], BLOCK_N, dim, BLOCK_N, BLOCK_D, True)
         dq = _dq_step(q, k, v, do, dq, lse, delta, scale, None, False)
     dq *= softmax_scale
-    _store(dq_ptr + row64 * dq_row + head * dq_head, dq_row, n, head_dim, dq, BLOCK_M, BLOCK_D, EVEN_D)
+    _store(dq_ptr + row64 * strides[10] + head * strides[11], strides[10], n, dim, dq, BLOCK_M, BLOCK_D)
 
 
 @triton.jit
-def _dkdv_step(k, v, q, do, dk, dv, lse, delta, scale, visible, MASKED: tl.constexpr):
-    """One block of queries into dk and dv; scores lie as (keys, queries), so that p and ds are left operands."""
-    p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :])
-    if MASKED:
-        p = tl.where(visible, p, 0.0)
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-    ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
-    if MASKED:
-        ds = tl.where(visible, ds, 0.0)  # again: a row of no document may hold NaN in v
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    return dk, dv
+def _block(blocks_ptr, lo, i, listed, full, SIZE: tl.constexpr):
+    """Block i of a tile of keys: the listed ones, then the full ones, from query `full` on."""
+    at = blocks_ptr + 2 * (lo + tl.minimum(i, listed))  # never beyond the list's last row, which is padding
+    start = full + (i - listed) * SIZE
+    return tl.where(i < listed, tl.load(at), start * 2), tl.where(i < listed, tl.load(at + 1), start + SIZE)
 
 
 @triton.jit(do_not_specialize=["n_queries", "n_rows"])
 def _dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, work_ptr, lse_ptr, delta_ptr, limits_ptr, items_ptr, blocks_ptr,
-    n_queries, n_rows, scale, softmax_scale, n_kv_heads, group, head_dim,
-    q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, dk_row, dk_head, dv_row, dv_head,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, work_ptr, lse_ptr, delta_ptr, limits_ptr, seen_ptr, items_ptr,
+    blocks_ptr, n_queries, n_rows, scale, softmax_scale,
+    strides: tl.constexpr, n_kv_heads: tl.constexpr, group: tl.constexpr, dim: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     kv_head = (pid % n_kv_heads).to(tl.int64)
     item = items_ptr + pid // n_kv_heads * 6
     row0 = tl.load(item) * BLOCK_N
-    row64 = row0.to(tl.int64)
-    lo, listed = tl.load(item + 1), tl.load(item + 2) - tl.load(item + 1)
-    n = n_rows - row0
-    k = _load(k_ptr + row64 * k_row + kv_head * k_head, k_row, n, head_dim, BLOCK_N, BLOCK_D, EVEN_D, False)
-    v = _load(v_ptr + row64 * v_row + kv_head * v_head, v_row, n, head_dim, BLOCK_N, BLOCK_D, EVEN_D, False)
-    keys = row0 + tl.arange(0, BLOCK_N)
-    block = tl.arange(0, BLOCK_M)
+    row64, n = row0.to(tl.int64), n_rows - row0
+    k = _load(k_ptr + row64 * strides[2] + kv_head * strides[3], strides[2], n, dim, BLOCK_N, BLOCK_D, False)
+    v = _load(v_ptr + row64 * strides[4] + kv_head * strides[5], strides[4], n, dim, BLOCK_N, BLOCK_D, False)
+    keys, block = row0 + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+    seen = tl.load(seen_ptr + keys, mask=keys < n_rows, other=0) != 0
+    v = tl.where(seen[:, None], v, 0.0)  # padding's NaN would pass p = 0 by way of dp
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    code, end = tl.load(blocks_ptr + 2 * lo), tl.load(blocks_ptr + 2 * lo + 1)
-    for i in range(listed * group):
-        start = code >> 1
-        start64, head, m = start.to(tl.int64), kv_head * group + i // listed, end - start
-        q = _load(q_ptr + start64 * q_row + head * q_head, q_row, m, head_dim, BLOCK_M, BLOCK_D, EVEN_D, False)
-        do = _load(do_ptr + start64 * do_row + head * do_head, do_row, m, head_dim, BLOCK_M, BLOCK_D, EVEN_D, False)
-        lse = tl.load(lse_ptr + head * n_queries + start + block, mask=block < m, other=0.0)
-        delta = tl.load(delta_ptr + head * n_queries + start + block, mask=block < m, other=0.0)
+    lo, listed = tl.load(item + 1), tl.load(item + 2) - tl.load(item + 1)
+    full, n_blocks, slot = tl.load(item + 3), listed + tl.load(item + 4), tl.load(item + 5)
+    code, end = _block(blocks_ptr, lo, 0, listed, full, BLOCK_M)
+    # One loop over heads and blocks, listed or full: two would spill. Scores lie as (keys, queries), so that p and ds
+    # are left operands. A number of each query takes BLOCK_M / 4 registers, so it is loaded where it is used.
+    for i in range(n_blocks * group):
+        start, head = (code >> 1).to(tl.int64), kv_head * group + i // n_blocks
+        m = end - start
+        mask = block < m
+        q = _load(q_ptr + start * strides[0] + head * strides[1], strides[0], m, dim, BLOCK_M, BLOCK_D, False)
+        do = _load(do_ptr + start * strides[6] + head * strides[7], strides[6], m, dim, BLOCK_M, BLOCK_D, False)
+        s = tl.dot(k, tl.trans(q), input_precision="ieee")
+        lse = tl.load(lse_ptr + head * n_queries + start + block, mask=mask, other=0.0)
+        p = tl.exp2(s * scale - lse[None, :])
         limits = limits_ptr + code % 2 * 2 * n_queries + start + block  # own keys, or the prefix
-        from_key = tl.load(limits, mask=block < m, other=0)
-        to_key = tl.load(limits + n_queries, mask=block < m, other=0)
-        visible = _visible(keys[:, None], from_key[None, :], to_key[None, :])
-        dk, dv = _dkdv_step(k, v, q, do, dk, dv, lse, delta, scale, visible, True)
-        at = blocks_ptr + 2 * (lo + (i + 1) % listed)
-        code, end = tl.load(at), tl.load(at + 1)  # ahead of the loads that use it
-    row0_full, n_full, slot = tl.load(item + 3), tl.load(item + 4), tl.load(item + 5)
-    for i in range(n_full * group):
-        start, head = (row0_full + i % n_full * BLOCK_M).to(tl.int64), kv_head * group + i // n_full
-        q = _load(q_ptr + start * q_row + head * q_head, q_row, BLOCK_M, head_dim, BLOCK_M, BLOCK_D, EVEN_D, True)
-        do = _load(do_ptr + start * do_row + head * do_head, do_row, BLOCK_M, head_dim, BLOCK_M, BLOCK_D, EVEN_D, True)
-        lse = tl.load(lse_ptr + head * n_queries + start + block)
-        delta = tl.load(delta_ptr + head * n_queries + start + block)
-        dk, dv = _dkdv_step(k, v, q, do, dk, dv, lse, delta, scale, None, False)
-    dk *= softmax_scale
-    if slot < 0:
-        _store(dk_ptr + row64 * dk_row + kv_head * dk_head, dk_row, n, head_dim, dk, BLOCK_N, BLOCK_D, EVEN_D)
-        _store(dv_ptr + row64 * dv_row + kv_head * dv_head, dv_row, n, head_dim, dv, BLOCK_N, BLOCK_D, EVEN_D)
-    else:
-        work = work_ptr + (slot * n_kv_heads + kv_head) * (2 * BLOCK_N * BLOCK_D)  # int64, as kv_head is
-        _store(work, BLOCK_D, BLOCK_N, BLOCK_D, dk, BLOCK_N, BLOCK_D, True)
-        _store(work + BLOCK_N * BLOCK_D, BLOCK_D, BLOCK_N, BLOCK_D, dv, BLOCK_N, BLOCK_D, True)
+        from_key, to_key = tl.load(limits, mask=mask, other=0), tl.load(limits + n_queries, mask=mask, other=0)
+        p = tl.where(_visible(keys[:, None], from_key[None, :], to_key[None, :]), p, 0.0)
+        if DV:
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        if DK:
+            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+            delta = tl.load(delta_ptr + head * n_queries + start + block, mask=mask, other=0.0)
+            dk = tl.dot((p * (dp - delta[None, :])).to(q.dtype), q, dk, input_precision="ieee")
+        code, end = _block(blocks_ptr, lo, (i + 1) % n_blocks, listed, full, BLOCK_M)  # ahead of the loads that use it
+    work_ptr += (slot * n_kv_heads + kv_head) * (2 * BLOCK_N * BLOCK_D)  # int64, as kv_head is
+    if DK:
+        dk *= softmax_scale
+        if slot < 0:
+            _store(dk_ptr + row64 * strides[8] + kv_head * strides[9], strides[8], n, dim, dk, BLOCK_N, BLOCK_D)
+        else:
+            _store(work_ptr, BLOCK_D, BLOCK_N, BLOCK_D, dk, BLOCK_N, BLOCK_D)
+    if DV:
+        if slot < 0:
+            _store(dv_ptr + row64 * strides[10] + kv_head * strides[11], strides[10], n, dim, dv, BLOCK_N, BLOCK_D)
+        else:
+            _store(work_ptr + BLOCK_N * BLOCK_D, BLOCK_D, BLOCK_N, BLOCK_D, dv, BLOCK_N, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _sum_kernel(
-    work_ptr, dk_ptr, dv_ptr, splits_ptr, n_rows, n_kv_heads, head_dim, dk_row, dk_head, dv_row, dv_head,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, ROWS: tl.constexpr,
+    work_ptr, dk_ptr, dv_ptr, splits_ptr, n_rows, strides: tl.constexpr, n_kv_heads: tl.constexpr, dim: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """dk (axis 2: 0) or dv (1) of ROWS rows of a tile in parts: the parts, added in order."""
+    """dk (axis 2: even) or dv (odd) of ROWS rows of a tile in parts: the parts, added in order."""
     split, kv_head, which = splits_ptr + tl.program_id(0) * 3, tl.program_id(1).to(tl.int64), tl.program_id(2)
     tile, first, n = tl.load(split), tl.load(split + 1).to(tl.int64), tl.load(split + 2)
     which, row = which % 2, which // 2 * ROWS
     part = work_ptr + ((first * n_kv_heads + kv_head) * 2 + which) * (BLOCK_N * BLOCK_D) + row * BLOCK_D
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for _ in range(n):
-        total += _load(part, BLOCK_D, ROWS, BLOCK_D, ROWS, BLOCK_D, True, True)
+        total += _load(part, BLOCK_D, ROWS, BLOCK_D, ROWS, BLOCK_D, True)
         part += n_kv_heads * (2 * BLOCK_N * BLOCK_D)
     row += tile * BLOCK_N
     if which == 0:
-        at = dk_ptr + row.to(tl.int64) * dk_row + kv_head * dk_head
-        _store(at, dk_row, n_rows - row, head_dim, total, ROWS, BLOCK_D, EVEN_D)
+        dk_ptr += row.to(tl.int64) * strides[0] + kv_head * strides[1]
+        _store(dk_ptr, strides[0], n_rows - row, dim, total, ROWS, BLOCK_D)
     else:
-        at = dv_ptr + row.to(tl.int64) * dv_row + kv_head * dv_head
-        _store(at, dv_row, n_rows - row, head_dim, total, ROWS, BLOCK_D, EVEN_D)
+        dv_ptr += row.to(tl.int64) * strides[2] + kv_head * strides[3]
+        _store(dv_ptr, strides[2], n_rows - row, dim, total, ROWS, BLOCK_D)
 
 
 # ---- launch: shapes, allocation, grid; torch.ops.cria.* -------------------------------------------------------------
@@ -331,7 +331,7 @@ def _config(kernel, x):
     config = launch_config("attention", kernel, x.device, block)
     if x.dtype == torch.float32:  # no matrix unit multiplies it exactly, and its tiles take twice the shared memory
         config |= {"num_stages": 1}
-    return config | {"BLOCK_D": block, "EVEN_D": block == x.shape[-1]}
+    return config | {"BLOCK_D": block}
 
 
 def _scales(q):
@@ -339,7 +339,7 @@ def _scales(q):
 
 
 def _strides(*tensors):
-    return [stride for t in tensors for stride in t.stride()[:2]]
+    return tuple(stride for t in tensors for stride in t.stride()[:2])
 
 
 def _dense(q, k, limits):
@@ -381,14 +381,14 @@ def forward(
     o, lse = _forward_fake(q, k, v, limits, query_items, query_blocks)
     if o.numel():
         _forward_kernel[(len(query_items) * n_heads,)](
-            q, k, v, o, lse, limits, query_items, query_blocks, n_queries, _scales(q)[0], n_heads,
-            n_heads // k.shape[1], head_dim, *_strides(q, k, v, o), **_config("forward", q),
+            q, k, v, o, lse, limits, query_items, query_blocks, n_queries, _scales(q)[0], _strides(q, k, v, o), n_heads,
+            n_heads // k.shape[1], head_dim, **_config("forward", q),
         )  # fmt: skip
     return o, lse
 
 
 def _backward_cpu(
-    q, k, v, o, lse, do, dq, dk, dv, limits, query_items, query_blocks, key_items, key_blocks, splits, n_slots
+    q, k, v, o, lse, do, dq, dk, dv, limits, query_items, query_blocks, seen, key_items, key_blocks, splits, n_slots
 ):
     p, _ = _dense(q, k, limits)
     do = do.float().masked_fill(torch.isinf(lse.T)[..., None], 0)
@@ -419,6 +419,7 @@ def backward(
     limits: torch.Tensor,
     query_items: torch.Tensor,
     query_blocks: torch.Tensor,
+    seen: torch.Tensor,
     key_items: torch.Tensor,
     key_blocks: torch.Tensor,
     splits: torch.Tensor,
@@ -429,25 +430,25 @@ def backward(
     scales, group, delta = _scales(q), n_heads // n_kv_heads, torch.empty_like(lse)
     if dq.numel():
         _dq_kernel[(len(query_items) * n_heads,)](
-            q, k, v, o, do, dq, lse, delta, limits, query_items, query_blocks, n_queries, *scales, n_heads, group,
-            head_dim, *_strides(q, k, v, o, do, dq), **_config("dq", q),
+            q, k, v, o, do, dq, lse, delta, limits, query_items, query_blocks, n_queries, *scales,
+            _strides(q, k, v, o, do, dq), n_heads, group, head_dim, **_config("dq", q),
         )  # fmt: skip
     if not dk.numel():
         return
-    config = _config("dkdv", q)
+    config, sum_config = _config("dkdv", q), _config("sum", q)
     config.pop("part")  # the plan's
-    size = {name: config[name] for name in ("BLOCK_N", "BLOCK_D", "EVEN_D")}
-    work = q.new_empty(n_slots, n_kv_heads, 2, size["BLOCK_N"], size["BLOCK_D"], dtype=torch.float32)
-    _dkdv_kernel[(len(key_items) * n_kv_heads,)](
-        q, k, v, do, dk, dv, work, lse, delta, limits, key_items, key_blocks, n_queries, n_rows, *scales, n_kv_heads,
-        group, head_dim, *_strides(q, k, v, do, dk, dv), **config,
-    )  # fmt: skip
-    if n_slots:
-        sum_config = _config("sum", q)
-        _sum_kernel[(len(splits), n_kv_heads, 2 * size["BLOCK_N"] // sum_config["ROWS"])](
-            work, dk, dv, splits, n_rows, n_kv_heads, head_dim, *_strides(dk, dv),
-            **(sum_config | size),
+    passes = [(True, True)] if config.pop("passes") == 1 else [(True, False), (False, True)]  # dk and dv, or in turn
+    block_n, block_d = config["BLOCK_N"], config["BLOCK_D"]
+    work = q.new_empty(n_slots, n_kv_heads, 2, block_n, block_d, dtype=torch.float32)
+    for dk_too, dv_too in passes:
+        _dkdv_kernel[(len(key_items) * n_kv_heads,)](
+            q, k, v, do, dk, dv, work, lse, delta, limits, seen, key_items, key_blocks, n_queries, n_rows, *scales,
+            _strides(q, k, v, do, dk, dv), n_kv_heads, group, head_dim, DK=dk_too, DV=dv_too, **config,
         )  # fmt: skip
+    if n_slots:
+        _sum_kernel[(len(splits), n_kv_heads, 2 * block_n // sum_config["ROWS"])](
+            work, dk, dv, splits, n_rows, _strides(dk, dv), n_kv_heads, head_dim, BLOCK_N=block_n, **sum_config
+        )
 
 
 # ---- autograd -------------------------------------------------------------------------------------------------------
@@ -486,7 +487,8 @@ class _RopeAttention(torch.autograd.Function):
         q, k, v = _split(qkv, n_heads)
         rotate(q, k, cos, sin, False)
         o, lse = forward(q, k, v, *plan[:3])
-        ctx.save_for_backward(qkv, cos, sin, o, lse, *plan)
+        # Detached: where qkv is a view of a function's output, autograd would ask who wrote to the base of it.
+        ctx.save_for_backward(qkv.detach(), cos, sin, o, lse, *plan)
         ctx.n_heads, ctx.n_slots = n_heads, n_slots
         return o
 
@@ -525,7 +527,9 @@ def _planned(q, k, documents, impl):
             raise ValueError(f"attention: Dh={q.shape[-1]} is over {MAX_HEAD_DIM}; pass impl='ref'")
         n_queries = documents.limits.shape[1]
     if len(q) != n_queries:
-        raise ValueError(f"attention: q has {len(q)} rows, the plan is for {n_queries}; see query_rows of attention_plan")
+        raise ValueError(
+            f"attention: q has {len(q)} rows, the plan is for {n_queries}; see query_rows of attention_plan"
+        )
     return documents if isinstance(documents, AttentionPlan) else (documents, query_rows)
 
 
@@ -538,10 +542,10 @@ def attention(
 ) -> torch.Tensor:
     """q: (T, H, Dh). k, v: (T, K, Dh), H a multiple of K; views are taken as they are. Returns (T, H, Dh) in q's dtype.
 
-    documents: (N, 4) integers, best on the CPU, one row a document: start, end, prefix start, prefix end, ends exclusive,
-    in the order of their starts and not overlapping; a prefix is any range of rows before the start, an unshared document
-    has an empty one (0, 0). Or what attention_plan made of them, for all layers at once; where it was given query_rows
-    (L,), q and what is returned are (L, H, Dh), those rows'.
+    documents: (N, 4) integers, best on the CPU, one row a document: start, end, prefix start, prefix end, ends
+    exclusive, in the order of their starts and not overlapping; a prefix is any range of rows before the start, an
+    unshared document has an empty one (0, 0). Or what attention_plan made of them, for all layers at once; where it was
+    given query_rows (L,), q and what is returned are (L, H, Dh), those rows'.
     Raises ValueError when the shapes or the documents do not fit.
     """
     fits = q.ndim == k.ndim == 3 and k.shape == v.shape and k.shape[2] == q.shape[2]
@@ -554,7 +558,7 @@ def attention(
         raise ValueError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}; wanted one dtype")
     plan = _planned(q, k, documents, impl)
     if isinstance(plan, AttentionPlan):
-        return _Attention.apply(q, k, v, plan.n_slots, *plan[:6])
+        return _Attention.apply(q, k, v, plan.n_slots, *plan[:7])
     return attention_ref(q, k, v, *plan)
 
 
@@ -568,10 +572,10 @@ def rope_attention(
 ) -> torch.Tensor:
     """attention() of q and k rotated by each token's angles, all three in one tensor.
 
-    qkv: (T, H + 2K, Dh) contiguous, heads of q, then of k, then of v; it is consumed: the kernels rotate q and k in place,
-    so use it for nothing else, and let no operation before it keep it for its backward (autograd raises then). Its gradient
-    is one tensor, into which dq, dk and dv are written. cos, sin: (T, Dh/2) fp32. documents: as attention's, without
-    query_rows. Returns (T, H, Dh).
+    qkv: (T, H + 2K, Dh) contiguous, heads of q, then of k, then of v; it is consumed: the kernels rotate q and k in
+    place, so use it for nothing else, and let no operation before it keep it for its backward (autograd raises then).
+    Its gradient is one tensor, into which dq, dk and dv are written. cos, sin: (T, Dh/2) fp32. documents: as
+    attention's, without query_rows. Returns (T, H, Dh).
     Raises ValueError when the shapes or the documents do not fit.
     """
     n_kv_heads, odd = divmod(qkv.shape[1] - n_heads, 2) if qkv.ndim == 3 else (0, 0)
@@ -583,11 +587,11 @@ def rope_attention(
     want = (qkv.shape[0], qkv.shape[2] // 2)
     if cos.shape != want or sin.shape != want or qkv.shape[2] % 2:
         raise ValueError(
-            f"rope_attention: qkv {tuple(qkv.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}; wanted cos and sin "
-            f"{want}, and an even Dh"
+            f"rope_attention: qkv {tuple(qkv.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}; "
+            f"wanted cos and sin {want}, and an even Dh"
         )
     plan = _planned(*_split(qkv, n_heads)[:2], documents, impl)
     if isinstance(plan, AttentionPlan):
-        return _RopeAttention.apply(qkv, cos, sin, n_heads, plan.n_slots, *plan[:6])
+        return _RopeAttention.apply(qkv, cos, sin, n_heads, plan.n_slots, *plan[:7])
     q, k, v = _split(qkv, n_heads)
     return attention_ref(*rope_ref(q, k, cos, sin), v, *plan)

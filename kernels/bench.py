@@ -2,13 +2,13 @@
 
     python -m kernels.bench [--op NAME ...] [--json FILE] [--plot DIR] [--minutes M] [--smoke]
 
-A time is the median over at least 20 repetitions of device time between CUDA events. Each repetition takes the next of
-several sets of random inputs, together over three times the L2, and the L2 is read full between forward and backward. The
-device spins before each repetition so that all its launches are queued: what is measured is the device, not the host, at
-the clocks of short bursts, and the two ceilings are measured in the same way. Before timing, outputs and every gradient
-are held against the reference in fp32: an error over twice that of torch's own path in the same dtype makes the record
-"wrong", without a time. A fraction is the roofline's time over the measured one, where the roofline's time is the larger
-of FLOPs / GEMM rate and bytes / copy rate (the formulas are in bench_cases.py).
+A time is the median over at least 20 repetitions of device time between CUDA events. Each repetition takes the next
+of several sets of random inputs, together over three times the L2, and the L2 is read full between forward and
+backward. The device spins before each repetition so that all its launches are queued: what is measured is the device,
+not the host, at the clocks of short bursts, and the two ceilings are measured in the same way. Before timing, outputs
+and every gradient are held against the reference in fp32: an error over twice that of torch's own path in the same
+dtype makes the record "wrong", without a time. A fraction is the roofline's time over the measured one; the roofline's
+time is the larger of FLOPs / GEMM rate and bytes / copy rate (the formulas are in bench_cases.py).
 
 Without a GPU the references are timed at toy sizes, and with TRITON_INTERPRET=1 the kernels are checked in Triton's
 interpreter; such times say nothing of a GPU.
@@ -24,13 +24,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import triton
 
 from kernels.bench_cases import IMPL, full, toy
 from kernels.bench_peers import PEERS, UNCHECKED, Absent, plain
+from kernels.bench_truth import Truth, as_tuple, leaves, results
 from kernels.common import INTERPRETED
 
 GPU = torch.cuda.is_available()
@@ -38,7 +38,6 @@ DEVICE = "cuda" if GPU else "cpu"
 WARMUP, REPEATS = 5, 20
 MAX_SETS = 16
 SPIN_CYCLES = 2_000_000  # about a millisecond: longer than the host needs to queue one repetition
-ALLOWED = 2.0  # times the error of torch's own path
 PACKAGES = ("liger-kernel", "cut-cross-entropy", "flashoptim", "bitsandbytes", "torchao", "transformers")
 
 
@@ -102,7 +101,7 @@ def times(steps, repeats, flush, warmup=WARMUP):
     """steps: one list of callables a set of inputs, each given what the one before returned. Returns for each of the
     callables its milliseconds in every repetition."""
     if not GPU:
-        return host_times(steps, repeats, min(warmup, 1))
+        return host_times(steps, repeats, 0 if INTERPRETED else 1)
     recorded = []
     for r in range(warmup + repeats):
         torch.cuda._sleep(SPIN_CYCLES)
@@ -157,84 +156,22 @@ def ceilings(repeats, flush):
     }  # fmt: skip
 
 
-# ---- right before fast ----------------------------------------------------------------------------------------------
-
-
-def mapped(inputs, change):
-    """The inputs with change applied to each tensor, and nothing of what was made for them before."""
-    kinds = {torch.Tensor: change, list: lambda ts: [change(t) for t in ts], dict: lambda _: {}}
-    return SimpleNamespace(**{name: kinds.get(type(value), lambda v: v)(value) for name, value in vars(inputs).items()})
-
-
-def leaves(case, inputs, dtype=None):
-    """Copies of the inputs, in another dtype if one is named, whose gradients backward makes."""
-
-    def change(t):
-        return t.detach().clone() if dtype is None or not t.is_floating_point() else t.detach().to(dtype, copy=True)
-
-    inputs = mapped(inputs, change)
-    for name in case.grads:
-        getattr(inputs, name).requires_grad_()
-    return inputs
-
-
-def as_tuple(out):
-    return out if isinstance(out, tuple) else (out,)
-
-
-def results(ready):
-    """Outputs and gradients of one run, in the case's own layout."""
-    out = as_tuple(ready.run())
-    found = [ready.canonical(t).detach().clone() for t in out]
-    if ready.back:
-        return [*found, *ready.back()]
-    if ready.leaves:
-        grads = torch.autograd.grad(out, ready.leaves, ready.upstream, allow_unused=True)
-        found += [None if g is None else ready.canonical(g) for g in grads]
-    return found
-
-
-def worst(a, b):
-    return (a.to(b.dtype) - b).abs().max().item() if b.numel() else 0.0
-
-
-class Truth:
-    """What a case's outputs and gradients are, in fp32 (fp64 for fp32 inputs), and how far off torch is in their dtype."""
-
-    def __init__(self, case, inputs, upstream, dtype):
-        wide = torch.float64 if dtype == torch.float32 else torch.float32
-        self.names = [f"output {i}" for i in range(len(upstream))] + [f"d{name}" for name in case.grads]
-        reference = plain(lambda case, i: case.reference(i))
-        self.found = results(reference(case, leaves(case, inputs, wide), tuple(t.to(wide) for t in upstream)))
-        theirs = results(reference(case, leaves(case, inputs), upstream))
-        self.errors = [worst(a, b) for a, b in zip(theirs, self.found, strict=True)]
-        self.floors = [1e-6 * b.abs().max().item() if b.numel() else 0.0 for b in self.found]
-
-    def held_against(self, found):
-        """(the largest error over torch's own, complaints)."""
-        ratios, complaints = [0.0], []
-        for name, a, b, error, floor in zip(self.names, found, self.found, self.errors, self.floors, strict=True):
-            if a is None or a.shape != b.shape:
-                complaints.append(f"{name} is {None if a is None else tuple(a.shape)}, wanted {tuple(b.shape)}")
-                continue
-            off = worst(a, b)
-            ratios.append(off / max(error, floor, 1e-30))
-            if not off <= ALLOWED * error + floor:  # a NaN is wrong too
-                complaints.append(f"{name} is off by {off:.3g}, torch by {error:.3g}")
-        return max(ratios), complaints
-
-
 # ---- one case -------------------------------------------------------------------------------------------------------
+
+
+def n_bytes(value):
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(n_bytes(part) for part in parts)
 
 
 def n_sets(inputs):
     """Sets of inputs that together are over three times the L2."""
     if not GPU:
         return 1
-    size = sum(t.nbytes for value in vars(inputs).values() for t in (value if isinstance(value, list) else [value])
-               if isinstance(t, torch.Tensor))  # fmt: skip
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    return max(2, min(MAX_SETS, 3 * l2 // max(1, size) + 1))
+    return max(2, min(MAX_SETS, 3 * l2 // max(1, n_bytes(vars(inputs))) + 1))
 
 
 def contenders(case, peers):
@@ -284,7 +221,7 @@ class Bench:
         self.deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
         self.flush = flusher()
         self.result = {"what": "kernels.bench", "machine": machine(), "dtype": str(self.dtype).removeprefix("torch."),
-                       "records": [], "absent": {}, "left_out": []}  # fmt: skip
+                       "records": [], "absent": [], "left_out": []}  # fmt: skip
         self.result["ceilings"] = ceilings(repeats, self.flush)
         self.save()
 
@@ -303,7 +240,8 @@ class Bench:
         first = len(self.result["records"])
         try:
             inputs = case.inputs(DEVICE, self.dtype)
-            upstream = tuple(torch.randn_like(t) for t in as_tuple(case.reference(inputs)))
+            outputs = as_tuple(case.reference(leaves(case, inputs)))
+            upstream = tuple(torch.randn_like(t) if t.is_floating_point() else t for t in outputs)
             truth = Truth(case, inputs, upstream, self.dtype)
             extra = [leaves(case, case.inputs(DEVICE, self.dtype)) for _ in range(n_sets(inputs) - 1)]
             sets = [leaves(case, inputs), *extra]
@@ -316,7 +254,8 @@ class Bench:
             try:
                 self.contender(case, who, prepare, sets, upstream, truth)
             except (Absent, ImportError) as reason:
-                self.result["absent"].setdefault(case.op, {}).setdefault(who, str(reason))
+                absent = {"op": case.op, "shape": case.shape, "who": who, "reason": str(reason)}
+                self.result["absent"].append(absent)
             except Exception as error:  # one contender's trouble is not another's
                 self.failed(case, who, error)
             free()
@@ -335,6 +274,7 @@ class Bench:
         for kind, ms in timed(case, ready, self.repeats, self.flush).items():
             figure = spread(ms)
             figure |= figures(case, kind, figure["ms"], self.result["ceilings"], self.dtype.itemsize)
+            figure |= {name: case.sizes[name] for name in ("bytes_a_parameter",) if name in case.sizes}
             self.add({**about, "pass": kind, **figure, "error_over_torch": ratio, "sets": len(sets)})
 
     def failed(self, case, who, error):
@@ -380,15 +320,23 @@ def line(r):
     return f"{head}{r['pass']:<8}{r['ms']:10.4f} ms {rate} {r['fraction']:7.1%} of {r['bound']}{times}{gemm}"
 
 
+def missing(result):
+    """[(op, who, reason, shapes)]: who took no part, and where; no shapes: nowhere."""
+    took_part, grouped = {(r["op"], r["who"]) for r in result["records"]}, {}
+    for r in result["absent"]:
+        shapes = grouped.setdefault((r["op"], r["who"], r["reason"]), [])
+        if (r["op"], r["who"]) in took_part:
+            shapes.append(r["shape"])
+    return [(*key, shapes) for key, shapes in grouped.items()]
+
+
 def summary(result):
-    ceiling = result["ceilings"]
-    lines = [
-        "",
-        f"{result['machine']['device']}: copy {ceiling['copy_gb_per_s']:.1f} GB/s, GEMM {ceiling['gemm_tflops']:.2f} TFLOP/s",
-    ]
+    """The last lines that are printed: every record, then what is not among them and why."""
+    ceiling, device = result["ceilings"], result["machine"]["device"]
+    lines = ["", f"{device}: copy {ceiling['copy_gb_per_s']:.1f} GB/s, GEMM {ceiling['gemm_tflops']:.2f} TFLOP/s"]
     lines += [line(record) for record in result["records"]]
-    for op, absent in result["absent"].items():
-        lines += [f"{op}: without {who}: {reason}" for who, reason in absent.items()]
+    for op, who, reason, shapes in missing(result):
+        lines.append(f"{op}: without {who}{' at ' * bool(shapes)}{'; '.join(shapes)}: {reason}")
     return "\n".join(lines + [f"left out for time: {name}" for name in result["left_out"]])
 
 
@@ -409,10 +357,10 @@ def main(argv=None):
     parser.add_argument("--minutes", type=float, help="begin no measurement after this long (no limit)")
     parser.add_argument("--repeats", type=int, default=REPEATS, help=f"of each measurement ({REPEATS})")
     parser.add_argument("--no-peers", action="store_true", help="ours and torch eager alone (all that are installed)")
-    parser.add_argument("--smoke", action="store_true", help="toy sizes and two repetitions, to see that it works")
+    parser.add_argument("--smoke", action="store_true", help="toy sizes, each measured once, to see that it works")
     args = parser.parse_args(argv)
     if args.smoke:
-        cases, args.repeats = list(toy()), 2
+        cases, args.repeats = list(toy()), 1
     if not GPU:
         kernels = "the kernels in Triton's interpreter" if INTERPRETED else "no kernels (TRITON_INTERPRET=1 adds them)"
         print(f"No GPU: the references and {kernels}, at toy sizes. These times say nothing of a GPU.")

@@ -1,11 +1,12 @@
 """What kernels.bench measures: for each op its shapes, random inputs, reference, our call, and the work in it.
 
-Work is what the op cannot avoid: FLOPs of its matrix products, and bytes when every input is read once and every output
-written once. Bytes of backward count the saved tensors as inputs. Sizes in bytes an element are of the case's dtype (2 for
-bf16); fp32 statistics of a row are left out. Per op:
+Work is what the op cannot avoid: FLOPs of its matrix products, and bytes when every input is read once and every
+output written once. Bytes of backward count the saved tensors as inputs. An element has the bytes of the dtype that is
+measured (2 for bf16); fp32 statistics of a row are left out. Per op:
 
     attention            forward 4 s^2/2 H Dh a causal document, backward 2.5 times that; a document of n rows behind a
                          shared prefix of p: 4 (n p + n^2/2) H Dh. q, o: T H Dh; k, v: T K Dh.
+    rope_attention       as attention: rotating q and k in place is not counted
     rms_norm             2 T D forward, 3 T D backward; with a residual 4 T D each way
     rope                 q and k read and written
     swiglu               3 T F forward, 5 T F backward
@@ -22,6 +23,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -30,6 +32,14 @@ import torch
 
 from kernels.common import INTERPRETED
 
+STATES = ("fp32", "bf16", "8bit")
+BLOCK_BYTES = 2 * 2 * 4 / 256  # an fp32 maximum of each 256 elements, of m and v, read and written
+ADAMW = {  # how the parameter is kept -> bytes a parameter read and written, for each of STATES
+    None: (28, 20, 16 + BLOCK_BYTES),  # fp32, and fp32 gradients
+    "fp32": (28, 20, 16 + BLOCK_BYTES),  # bf16 written, its master read and written
+    "split": (26, 18, 14 + BLOCK_BYTES),
+    "stochastic": (22, 14, 10 + BLOCK_BYTES),
+}
 LENGTHS = Path(__file__).parent.parent / "benchmarks" / "alpaca_lengths.json"
 MAX_LENGTH = 512  # the recipe's cut
 TOKENS = 8192  # rows of a case: a packed micro-batch
@@ -52,6 +62,7 @@ class Case:
     work: dict  # "fwd", "bwd" -> Work
     main: bool = False  # the one shape of its op that torch.compile is tried at
     passes: tuple[str, ...] = ("fwd", "bwd", "fwd+bwd")
+    truth: Callable | None = None  # (inputs as they are) -> what is right, where the reference cannot take wider inputs
     sizes: dict = field(default_factory=dict)  # what peers must know
     memo: dict = field(default_factory=dict)  # what a peer makes once for all sets of inputs
 
@@ -92,7 +103,7 @@ def unshared(rows):
 
 
 def shared(rows):
-    """Each prefix once, then what each row has beyond it; T is filled up to a multiple of 64 with rows of no document."""
+    """Each prefix once, then what each row has beyond it; rows of no document fill T up to a multiple of 64."""
     bounds, documents, start = {}, [], 0
     for prefix in sorted({prefix for *_, prefix in rows}):
         bounds[prefix] = (start, start + prefix)
@@ -145,19 +156,41 @@ def attention(label, documents, n_rows, heads, kv_heads, dim, main=False, **size
 
     def inputs(device, dtype):
         q, k, v = (torch.randn(n_rows, h, dim, device=device, dtype=dtype) for h in (heads, kv_heads, kv_heads))
-        table = torch.tensor(documents, dtype=torch.int32, device=device)
-        return namespace(q=q, k=k, v=v, documents=table, cache={})
+        return namespace(q=q, k=k, v=v, documents=torch.tensor(documents, dtype=torch.int32), cache={})
 
     def ours(i, impl):
-        if impl == "triton" and "plan" not in i.cache:  # made once a micro-batch, not once a layer
+        if "plan" not in i.cache:  # made once a micro-batch, not once a layer
             i.cache["plan"] = module.attention_plan(i.documents, n_rows, dim, i.q.device, impl)
-        return module.attention(i.q, i.k, i.v, i.cache.get("plan", i.documents), impl)
+        return module.attention(i.q, i.k, i.v, i.cache["plan"], impl)
 
     return Case(
         "attention", label, inputs, lambda i: module.attention_ref(i.q, i.k, i.v, i.documents), ours, ("q", "k", "v"),
         attention_work(documents, n_rows, heads, kv_heads, dim), main,
         sizes=dict(sizes, documents=documents, n_rows=n_rows, heads=heads, kv_heads=kv_heads, dim=dim),
     )  # fmt: skip
+
+
+def rope_attention(label, documents, n_rows, heads, kv_heads, dim):
+    """The two as one op over the joined projection, which it consumes. Work as of attention alone."""
+    module = op("attention")
+
+    def inputs(device, dtype):
+        qkv = torch.randn(n_rows, heads + 2 * kv_heads, dim, device=device, dtype=dtype)
+        frequencies = op("rope").rope_frequencies(dim, 10000.0).to(device)
+        cos, sin = op("rope").rope_cos_sin(torch.arange(n_rows, device=device) % 128, frequencies)
+        return namespace(qkv=qkv, cos=cos, sin=sin, documents=torch.tensor(documents, dtype=torch.int32), cache={})
+
+    def reference(i):
+        q, k, v = i.qkv.split((heads, kv_heads, kv_heads), dim=1)
+        return module.attention_ref(*op("rope").rope_ref(q, k, i.cos, i.sin), v, i.documents)
+
+    def ours(i, impl):
+        if "plan" not in i.cache:
+            i.cache["plan"] = module.attention_plan(i.documents, n_rows, dim, i.qkv.device, impl)
+        return module.rope_attention(i.qkv, i.cos, i.sin, i.cache["plan"], heads, impl)
+
+    work = attention_work(documents, n_rows, heads, kv_heads, dim)
+    return Case("rope_attention", label, inputs, reference, ours, ("qkv",), work)
 
 
 def rms_norm(tokens, dim, residual=False, main=False):
@@ -277,12 +310,44 @@ def linear_cross_entropy(rows, dim, vocab, label="", main=False):
 
 def grad_norm(shapes, label, main=False):
     module = op("grad_norm")
+
+    def exact(i):
+        squares = [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in i.grads]
+        return torch.stack(squares).sum().sqrt()
+
     n = sum(math.prod(shape) for shape in shapes)
     return Case(
         "grad_norm", label,
         lambda device, dtype: namespace(grads=[torch.randn(*s, device=device, dtype=dtype) for s in shapes]),
         lambda i: module.grad_norm_ref(i.grads), lambda i, impl: module.grad_norm(i.grads, impl), (),
-        {"fwd": Work(0, n)}, main, passes=("fwd",),
+        {"fwd": Work(0, n)}, main, passes=("fwd",), truth=exact,
+    )  # fmt: skip
+
+
+def adamw(shape, master, states, main=False):
+    """Held against the reference, whose bits the kernel must give. Peers' updates are others: timed unchecked."""
+    module = op("adamw")
+    settings = dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
+
+    def inputs(device, dtype):
+        dtype = torch.float32 if master is None else torch.bfloat16
+        param, grad = (torch.randn(*shape, device=device, dtype=dtype) for _ in range(2))
+        state = module.adamw_state(param, master or "fp32", states)
+        module.adamw(param, grad, state, step=1, impl="ref", **settings)  # so that no state is zero
+        return namespace(param=param, grad=torch.randn_like(grad), state=state.tensors())
+
+    def update(i, impl):
+        state = module.AdamWState(**i.state)
+        module.adamw(i.param, i.grad, state, step=2, impl=impl, **settings)
+        kept = (t for name, t in i.state.items() if name not in ("master", "low"))  # those are in master_of
+        return module.master_of(i.param, state), *kept
+
+    reference = partial(update, impl="ref")
+    moved = ADAMW[master][STATES.index(states)] * math.prod(shape)
+    label = f"{master or 'fp32 parameter'}, {states}"
+    return Case(
+        "adamw", label, inputs, reference, update, (), {"fwd": Work(0, 0, moved)}, main, passes=("fwd",),
+        truth=reference, sizes=dict(settings=settings, bytes_a_parameter=ADAMW[master][STATES.index(states)]),
     )  # fmt: skip
 
 
@@ -301,6 +366,7 @@ def full():
     yield attention("dense s=4096 H=32 Dh=64", *equal(4096, 16384), 32, 32, 64)
     yield attention("dense s=4096 H=32 K=8 Dh=128", *equal(4096, 16384), 32, 8, 128)
     yield attention("Alpaca mix H=32 K=8 Dh=128", *unshared(mix), 32, 8, 128, packed=True)
+    yield rope_attention("Alpaca mix, shared prefix H=32 Dh=128", *shared(mix), 32, 32, 128)
     for dim in (4096, 2048, 8192):
         yield rms_norm(TOKENS, dim, main=dim == 4096)
     yield rms_norm(TOKENS, 4096, residual=True)
@@ -316,19 +382,27 @@ def full():
     yield linear_cross_entropy(TOKENS // 2, 4096, 128256, "llama3-8b ")
     layer = [(4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008), (4096,), (4096,)]
     yield grad_norm(layer * 4, f"{4 * len(layer)} tensors, 4 layers of 7b", True)
+    yield adamw((22016, 4096), "split", "8bit", True)
+    for master in ("split", "stochastic", "fp32", None):
+        for states in STATES:
+            if (master, states) != ("split", "8bit"):
+                yield adamw((22016, 4096), master, states)
 
 
 def toy():
     """The same ops where a CPU, or Triton's interpreter, has to do."""
-    mix = alpaca_rows(160)
-    yield attention("Alpaca mix H=2 Dh=16", *unshared(mix), 2, 2, 16, True, packed=True)
-    yield attention("Alpaca mix, shared prefix H=2 Dh=16", *shared(mix), 2, 2, 16, packed=True, prefix=True)
-    yield attention("dense s=64 H=2 K=1 Dh=16", *equal(64, 128), 2, 1, 16)
-    yield rms_norm(64, 128, main=True)
-    yield rms_norm(64, 128, residual=True)
-    yield norm_linear(64, 64, 96, True)
-    yield rope(64, 2, 1, 16, True)
-    yield swiglu(64, 48, True)
-    yield swiglu_linear(64, 48, 32, True)
-    yield linear_cross_entropy(40, 32, 96, main=True)
+    mix = alpaca_rows(112)
+    yield attention("Alpaca mix H=1 Dh=16", *unshared(mix), 1, 1, 16, True, packed=True)
+    yield attention("Alpaca mix, shared prefix H=1 Dh=16", *shared(mix), 1, 1, 16, packed=True, prefix=True)
+    yield attention("dense s=32 H=2 K=1 Dh=16", *equal(32, 64), 2, 1, 16)
+    yield rope_attention("dense s=32 H=2 K=1 Dh=16", *equal(32, 32), 2, 1, 16)
+    yield rms_norm(16, 64, main=True)
+    yield rms_norm(16, 64, residual=True)
+    yield norm_linear(16, 64, 96, True)
+    yield rope(16, 2, 1, 16, True)
+    yield swiglu(16, 48, True)
+    yield swiglu_linear(16, 48, 32, True)
+    yield linear_cross_entropy(16, 32, 96, main=True)
     yield grad_norm([(33, 7), (5,)], "2 tensors", True)
+    yield adamw((4, 1088), "split", "8bit", True)
+    yield adamw((3, 100), "stochastic", "bf16")

@@ -17,6 +17,10 @@ class Absent(Exception):
     """Why a peer takes no part."""
 
 
+def as_it_is(t):
+    return t
+
+
 @dataclass
 class Ready:
     """One contender on one set of inputs."""
@@ -25,7 +29,7 @@ class Ready:
     leaves: tuple = ()  # what backward makes gradients of
     upstream: tuple = ()  # gradients of what run returns, in its layout
     back: Callable | None = None  # backward where it is no autograd function's
-    canonical: Callable = staticmethod(lambda t: t)  # an output or a gradient, in the case's own layout
+    canonical: Callable = as_it_is  # an output or a gradient, into the case's own layout
 
 
 def plain(fn):
@@ -128,6 +132,7 @@ def sdpa_nested(case, inputs, upstream):
         raise Absent("documents of equal length need no nested tensor")
     if case.sizes["heads"] != case.sizes["kv_heads"]:
         raise Absent("nested SDPA takes no grouped queries")
+    needs_cuda("causal SDPA of nested tensors")
     offsets = cumulative(case, inputs.q.device).long()
     longest = max(lengths_of(case))
 
@@ -162,6 +167,7 @@ def flex(case, inputs, upstream):
 
     if not case.sizes.get("packed"):
         raise Absent("FlexAttention is measured on packed documents")
+    needs_cuda("the backward of FlexAttention")
     n, device = case.sizes["n_rows"], inputs.q.device
     document, start, end = (torch.full((n,), value, dtype=torch.int32, device=device) for value in (-1, 0, 0))
     for d, (first, last, prefix_start, prefix_end) in enumerate(case.sizes["documents"]):
@@ -278,11 +284,56 @@ def foreach_norm(case, inputs, upstream):
     return plain(lambda case, i: torch.nn.utils.get_total_norm(i.grads))(case, inputs, upstream)
 
 
+def optimizer(make, dtype):
+    """A step of another AdamW on a parameter of the same shape. Its rates are of the bytes that ours moves."""
+
+    def prepare(case, inputs, upstream):
+        if not case.main:
+            raise Absent("other optimizers are timed once, beside the main mode")
+        param = inputs.param.detach().to(dtype, copy=True).requires_grad_()
+        param.grad = inputs.grad.to(dtype, copy=True)
+        s = case.sizes["settings"]
+        common = dict(lr=s["lr"], betas=(s["beta1"], s["beta2"]), eps=s["eps"], weight_decay=s["weight_decay"])
+        stepper = make([param], common)
+        return Ready(lambda: stepper.step() or param.detach())
+
+    return prepare
+
+
+def torch_fused(params, common):
+    return torch.optim.AdamW(params, fused=True, **common)
+
+
+def flash_adamw(bits):
+    """8-bit states; a bf16 parameter with a correction that makes it `bits` wide."""
+
+    def make(params, common):
+        return needs("flashoptim").FlashAdamW(params, master_weight_bits=bits, **common)
+
+    return make
+
+
+def bitsandbytes_adamw(params, common):
+    return needs("bitsandbytes").optim.AdamW8bit(params, **common)
+
+
+def torchao_adamw(params, common):
+    return needs("torchao", "torchao.optim").AdamW8bit(params, bf16_stochastic_round=True, **common)
+
+
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 COMPILED = {"torch.compile": compiled}
 BARE = {"bare GEMM": bare_gemm}
-UNCHECKED = {"bare GEMM"}  # what computes something else
+OPTIMIZERS = {
+    "torch fused, fp32": optimizer(torch_fused, torch.float32),
+    "torch fused, all bf16": optimizer(torch_fused, torch.bfloat16),
+    "flashoptim 32": optimizer(flash_adamw(32), torch.bfloat16),
+    "flashoptim 24": optimizer(flash_adamw(24), torch.bfloat16),
+    "bitsandbytes 8-bit": optimizer(bitsandbytes_adamw, torch.bfloat16),
+    "torchao 8-bit": optimizer(torchao_adamw, torch.bfloat16),
+}
+UNCHECKED = {"bare GEMM", *OPTIMIZERS}  # what computes something else
 
 PEERS = {
     "attention": {
@@ -305,4 +356,5 @@ PEERS = {
         "cut-cross-entropy, exact": cut_cross_entropy(exact=True),
     },
     "grad_norm": {"torch foreach": foreach_norm, **COMPILED},
+    "adamw": OPTIMIZERS,
 }

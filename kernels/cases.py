@@ -64,9 +64,9 @@ def rms_norm():
     for dim in DIMS:
         yield Case("rms_norm", f"forward D={dim}", forward(dim, False))
         yield Case("rms_norm", f"forward D={dim} residual", forward(dim, True))
-        yield Case("rms_norm", f"backward D={dim}", backward(dim, False, False))
         yield Case("rms_norm", f"backward D={dim} residual", backward(dim, True, False))
         yield Case("rms_norm", f"backward D={dim} output", backward(dim, False, True))
+    yield Case("rms_norm", "backward D=4096", backward(4096, False, False))
 
 
 def rope():
@@ -122,7 +122,7 @@ def attention():
             o, lse = op.forward(q, k, v, *plan[:3]) if make.device.type != "meta" else (make(*q.shape), None)
             lse = make(q.shape[1], len(q), dtype=FP32) if lse is None else lse
             gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-            return op.backward, q, k, v, o, lse, make(*q.shape), *gradients, *plan[:7]
+            return op.backward, q, k, v, o, lse, make(*q.shape), *gradients, *plan[:-2]
 
         return build
 
@@ -132,9 +132,132 @@ def attention():
         yield Case("attention", f"backward {label}", backward(*sizes))
 
 
-OPS = (rms_norm, rope, attention)
+def linear_cross_entropy():
+    op = import_module("kernels.linear_cross_entropy")
+    width = 64  # of x: the GEMMs are cuBLAS, and small ones leave the kernel's time to be seen
+
+    def forward(vocab, weights=False, smoothing=0.0, grad=True):
+        def build(make):
+            n, d, v = make.tokens, make.size(width), make.size(vocab)
+            rows = make(n, dtype=FP32, low=0.5) if weights else None
+            targets = make.integers(n, high=v)
+            return op.forward, make(n, d), make(v, d), targets, rows, -100, 0.0, smoothing, grad, grad
+
+        return build
+
+    def scaled(dtype, *shape):
+        def build(make):
+            n, d = map(make.size, shape)
+            return op.scaled, make(n, d, dtype=dtype), make(dtype=FP32), make.dtype
+
+        return build
+
+    name = "linear_cross_entropy"
+    yield Case(name, "V=32000", forward(32000))
+    yield Case(name, "V=32000 no gradient", forward(32000, grad=False))
+    yield Case(name, "V=32000 weights, smoothing", forward(32000, weights=True, smoothing=0.1))
+    yield Case(name, "V=32001", forward(32001))
+    yield Case(name, "V=128256", forward(128256))
+    yield Case(name, "dx scaled", scaled(None, 8192, 4096))
+    yield Case(name, "dW scaled from fp32", scaled(FP32, 32000, 4096))
+
+
+def swiglu():
+    op = import_module("kernels.swiglu")
+
+    def forward(dim):
+        return lambda make: (op.forward, make(make.tokens, 2 * make.size(dim)))
+
+    def backward(dim, want_h):
+        def build(make):
+            n, f = make.tokens, make.size(dim)
+            return op.backward, make(n, f), make(n, 2 * f), want_h
+
+        return build
+
+    def backward_over(dim):
+        return lambda make: (op.backward_over, *backward(dim, True)(make)[1:3])
+
+    for dim in (1536, 11008):  # SmolLM2-135M, LLaMA-7B
+        yield Case("swiglu", f"forward F={dim}", forward(dim))
+        yield Case("swiglu", f"backward F={dim}", backward(dim, False))
+        yield Case("swiglu", f"backward F={dim} output", backward(dim, True))
+    yield Case("swiglu", "backward F=11008 over", backward_over(11008))
+
+
+def adamw():
+    op = import_module("kernels.adamw")
+    settings = 0.9, 0.999, 1e-8, 0.1, 7, 3, 0  # betas, eps, decay, step, seed, offset
+
+    def update(master, states, param_dtype, grad_dtype):
+        def build(make):
+            n = make.size(4096), make.size(11008)
+            param, grad = make(*n, dtype=param_dtype), make(*n, dtype=grad_dtype)
+            kept = op.adamw_state(param, master, states)
+            state = kept.m, kept.v, kept.m_absmax, kept.v_absmax, kept.low, kept.master
+            lr, scale = make(dtype=FP32, low=0.1), make(dtype=FP32, low=0.1)  # on the device, as the engine has them
+            return op.update, param, grad, *state, 0.0, lr, 0.0, scale, *settings
+
+        return build
+
+    for states in op.STATES:
+        for master in op.MASTERS:
+            yield Case("adamw", f"{master}, states {states}", update(master, states, BF16, BF16))
+        yield Case("adamw", f"fp32 parameter, states {states}", update("fp32", states, FP32, FP32))
+    yield Case("adamw", "split, states bf16, fp32 gradient", update("split", "bf16", BF16, FP32))
+
+
+def grad_norm():
+    op = import_module("kernels.grad_norm")
+
+    def norm(dtype):
+        def build(make):
+            d, f = make.size(4096), make.size(11008)
+            return op.norm, [make(2 * f, d, dtype=dtype), make(d, f, dtype=dtype), make(d, dtype=dtype)]
+
+        return build
+
+    yield Case("grad_norm", "bf16", norm(None))
+    yield Case("grad_norm", "fp32", norm(FP32))
+
+
+OPS = (rms_norm, rope, attention, linear_cross_entropy, swiglu, adamw, grad_norm)
 
 
 def all_cases(only=()):
     """Every case, or those of the named ops."""
     return [case for cases in OPS for case in cases() if not only or case.op in only]
+
+
+# What the tuner tries: op -> kernel -> every combination of these. A kernel that must have the same tile as another is
+# named by it in FOLLOWS, with the constants that it takes over.
+CANDIDATES = {
+    "rms_norm": {
+        "forward": dict(ROWS=(1, 2, 4), num_warps=(2, 4, 8, 16)),
+        "backward": dict(ROWS=(1, 2), STAGES=(2, 3), programs_per_sm=(1, 2, 4), num_warps=(4, 8, 16)),
+    },
+    "rope": {"rotate": dict(ROWS=(8, 16, 32, 64, 128), num_warps=(2, 4, 8))},
+    "attention": {
+        "forward": dict(BLOCK_M=(64, 128), BLOCK_N=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3)),
+        "dq": dict(num_warps=(4, 8), num_stages=(1, 2, 3)),
+        "dkdv": dict(BLOCK_M=(32, 64), BLOCK_N=(64, 128), num_warps=(4, 8), num_stages=(1, 2)),
+        "sum": dict(ROWS=(8, 16, 32), num_warps=(2, 4, 8)),
+    },
+    "linear_cross_entropy": {
+        "rows": dict(VECTORS=(256, 512, 1024, 2048), num_warps=(8, 16, 32)),
+        "scale": dict(BLOCK=(1024, 2048, 4096, 8192), num_warps=(4, 8)),
+    },
+    "swiglu": {
+        "forward": dict(COLS=(512, 1024, 2048, 4096), num_warps=(2, 4, 8)),
+        "backward": dict(COLS=(512, 1024, 2048, 4096), num_warps=(2, 4, 8)),
+    },
+    "adamw": {
+        "update": dict(BLOCK=(512, 1024, 2048, 4096), num_warps=(2, 4, 8)),
+        "update_8bit": dict(BLOCK=(1024, 2048, 4096), num_warps=(2, 4, 8)),
+    },
+    "grad_norm": {
+        "partial": dict(TILES=(4, 8, 16), BLOCK=(2048, 4096, 8192), num_warps=(4, 8)),
+        "total": dict(BLOCK=(4096, 8192, 16384), num_warps=(8, 16, 32)),
+    },
+}
+FOLLOWS = {("attention", "forward"): ("dq", ("BLOCK_M", "BLOCK_N"))}  # one plan serves both

@@ -1,12 +1,13 @@
-"""What attention's kernels work on: packed documents cut into tiles and lists of blocks, on the host, once a micro-batch.
+"""What attention's kernels work on: packed documents cut into tiles and lists of blocks, on the host, once a batch.
 
 A tile is a fixed range of rows, whatever documents lie in it; every row carries the range of keys that it sees. For a
-tile of queries the plan lists the blocks of keys that some of its rows see, and for a tile of keys the blocks of queries
-that see some of it. A block is a (start, end) that holds rows of documents alone, so that no kernel ever multiplies
+tile of queries the plan lists the blocks of keys that some of its rows see, and for a tile of keys the blocks of
+queries that see some of it. A block is a (start, end) that holds seen rows alone, so that no kernel ever multiplies
 padding, whose NaN would survive a weight of zero. Blocks seen whole by a whole tile stay out of the lists, as ranges.
 
-A prefix is read by many documents: 130 in an Alpaca micro-batch, against 2 to 3 for any other tile. Where a tile of keys
-has more blocks of queries than one program should walk, the list is cut into parts; each part has a slot of a workspace.
+A prefix is read by many documents: 130 in an Alpaca micro-batch, against 2 to 3 for any other tile. Where a tile of
+keys has more blocks of queries than one program should walk, the list is cut into parts, each with a slot of a
+workspace.
 """
 
 from typing import NamedTuple
@@ -27,11 +28,14 @@ class QueryDocuments(NamedTuple):
 
 
 class AttentionPlan(NamedTuple):
-    """int32 tensors on the device, views of one buffer. Q queries; a block list ends in one row that is only padding."""
+    """int32 tensors on the device, views of one buffer. Q queries; a list of blocks ends in one row that is padding."""
 
     limits: torch.Tensor  # (4, Q): each query's first own key, last own key + 1, prefix start, prefix end
-    query_items: torch.Tensor  # (tiles of queries, 7): tile, listed blocks lo and hi, full prefix start, n, own start, n
+    query_items: (
+        torch.Tensor
+    )  # (tiles of queries, 7): tile, listed blocks lo and hi, full: prefix start, n, own start, n
     query_blocks: torch.Tensor  # (n + 1, 2) of keys: start * 2 + (read as a prefix), end
+    seen: torch.Tensor  # (T,): 1 where some query sees the key
     key_items: torch.Tensor  # (tiles of keys + parts, 6): tile, listed blocks lo and hi, full start, n, slot or -1
     key_blocks: torch.Tensor  # (n + 1, 2) of queries: start * 2 + (through a prefix), end
     splits: torch.Tensor  # (n, 3), tiles of keys in parts: tile, first slot, slots
@@ -50,9 +54,9 @@ def attention_plan(
 ) -> AttentionPlan | QueryDocuments | torch.Tensor:
     """What attention() takes for `documents` in every layer of a micro-batch, so that none waits for the device.
 
-    documents: (N, 4) integers, on the CPU, see attention(). n_rows: T, of keys and values. query_rows: (L,), increasing,
-    the rows whose queries will be given; None for all. Returns a plan on the device (copied from pinned memory, without
-    waiting), or for impl "ref" the documents on the CPU, with the query rows if there are any.
+    documents: (N, 4) integers, on the CPU, see attention(). n_rows: T, of keys and values. query_rows: (L,),
+    increasing, the rows whose queries will be given; None for all. Returns a plan on the device (copied from pinned
+    memory, without waiting), or for impl "ref" the documents on the CPU, with the query rows if there are any.
     Raises ValueError where documents are out of order, overlap or reach outside the rows, where a prefix does not end
     before its document, and where query_rows do not increase within the rows.
     """
@@ -95,7 +99,7 @@ def check(documents, n_rows):
 
 
 def tiles(head_dim, device):
-    """BLOCK_M and BLOCK_N of the kernels over queries, of the one over keys, and the most blocks that one part walks."""
+    """BLOCK_M and BLOCK_N of the kernels over queries, of the one over keys, and the most blocks that a part walks."""
     block_d = max(16, next_power_of_2(head_dim))
     forward, keys = (launch_config("attention", kernel, device, block_d) for kernel in ("forward", "dkdv"))
     return forward["BLOCK_M"], forward["BLOCK_N"], keys["BLOCK_M"], keys["BLOCK_N"], keys["part"]
@@ -114,7 +118,7 @@ def to_device(sections, device):
     ]
 
 
-# ---- the lists, vectorised: 500 documents are planned in about the time of one launch ---------------------------------
+# ---- the lists, vectorised ------------------------------------------------------------------------------------------
 
 
 def build(documents, n_rows, query_rows, tiles):
@@ -128,7 +132,10 @@ def build(documents, n_rows, query_rows, tiles):
     limits[:, asked] = documents[of, 0], query_rows[asked] + 1, documents[of, 2], documents[of, 3]
     queries = over_queries(documents, query_rows, block_m, block_n)
     *keys, n_slots = over_keys(documents, query_rows, n_rows, key_block_m, key_block_n, part)
-    return (limits, *queries, *keys), n_slots
+    changes = np.zeros(n_rows + 1, np.int64)
+    np.add.at(changes, documents[:, [0, 2]], 1)
+    np.add.at(changes, documents[:, [1, 3]], -1)
+    return (limits, *queries, np.cumsum(changes)[:-1] > 0, *keys), n_slots
 
 
 def spans(starts, lengths):
@@ -154,7 +161,7 @@ def after(tile):
 
 
 def listed(own, prefix, size, n_tiles):
-    """The intervals (tile, lo, hi) of both kinds cut into blocks and sorted by tile, and where each tile's list starts."""
+    """The intervals (tile, lo, hi) of both kinds cut into blocks, sorted by tile, and where each tile's list starts."""
     tile, lo, hi = (np.concatenate(pair) for pair in zip(own, prefix, strict=True))
     kind = np.repeat((0, 1), (len(own[0]), len(prefix[0])))
     n = -(-(hi - lo) // size)
@@ -204,7 +211,7 @@ def over_queries(documents, query_rows, size, block):
 
 
 def over_keys(documents, query_rows, n_rows, block, size, part):
-    """key_items, key_blocks, splits and n_slots: the queries that see each tile of `size` keys, in blocks of `block`."""
+    """key_items, key_blocks, splits, n_slots: the queries that see each tile of `size` keys, in blocks of `block`."""
     n_tiles = -(-n_rows // size)
     of, tile = tiles_of(documents[:, 0], documents[:, 1], size)
     start, end, _, _, _, last_query = documents[of].T

@@ -2,20 +2,20 @@
 
     loss = sum_t weight_t * [(1 - s) * nll_t  +  s * mean_v(-log p_tv)  +  z * lse_t^2]          in fp32
 
-over the rows t whose target is not ignore_index, with logits = x W^T, lse_t = logsumexp_v(logits_tv), log p = logits - lse,
-nll_t = -log p_t,target. s: label smoothing, as torch's F.cross_entropy. z: z-loss, as PaLM (arXiv:2204.02311, section 5).
-The sum is divided by the caller, who alone knows how many tokens the global batch holds.
+over the rows t whose target is not ignore_index, with logits = x W^T, lse_t = logsumexp_v(logits_tv), log p = logits -
+lse, nll_t = -log p_t,target. s: label smoothing, as torch's F.cross_entropy. z: z-loss, as PaLM (arXiv:2204.02311,
+section 5). The sum is divided by the caller, who alone knows how many tokens the global batch holds.
 
     d loss / d logits_tv = weight_t * [(1 + 2 z lse_t) * p_tv - s / V - (1 - s) * (v is the target)]
 
-Rows are taken in chunks: one GEMM writes a chunk's logits, one kernel reads them and writes their gradient over them, two
-GEMMs make dx and dW of that, and the next chunk uses the same buffer. So gradients are made in forward, and backward only
-multiplies them by the upstream gradient: saved are dx, and dW in fp32 (in its own dtype where one chunk makes it).
+Rows are taken in chunks: one GEMM writes a chunk's logits, one kernel reads them and writes their gradient over them,
+two GEMMs make dx and dW of that, and the next chunk uses the same buffer. So gradients are made in forward; backward
+multiplies them by the upstream gradient and no more. Saved: dx, and dW in fp32 (in bf16 after a single chunk of bf16).
 
-Bound by the GEMMs, 6 L D V floating point operations, 2 L D V where no gradient is wanted. The kernel moves 4 V bytes a row
-of bf16 logits from and to HBM, 2 V without gradients; it reads a row twice, and the second read finds it in L1 or L2. A
-chunk moves 8 bytes an element of dW, so chunks are as large as LOGITS_BYTES allows. Backward moves 6 bytes an element of dW,
-4 after a single chunk, and 4 of dx.
+Bound by the GEMMs: 6 L D V floating point operations, 2 L D V where no gradient is wanted. The kernel moves 4 V bytes a
+row of bf16 logits from and to HBM, 2 V without gradients; it reads a row twice, and the second read is served by L1 and
+L2. A chunk moves 8 bytes an element of dW, so chunks are as large as LOGITS_BYTES allows; a row of logits brings 2 D
+operations an element of dW. Backward moves 6 bytes an element of dW, 4 after a single chunk, and 4 of dx.
 """
 
 import torch
@@ -52,40 +52,42 @@ def linear_cross_entropy_ref(x, weight, targets, weights=None, ignore_index=-100
 @triton.jit
 def _rows_kernel(
     logits_ptr, target_ptr, weight_ptr, loss_ptr, vocab, stride, ignore_index, z_loss, smoothing,
-    SMOOTH: tl.constexpr, GRADIENT: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+    SMOOTH: tl.constexpr, GRADIENT: tl.constexpr, PADDED: tl.constexpr, VECTORS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    # One row a program. A tile is (BLOCK / VECTOR, VECTOR), where a thread holds the VECTOR neighbours that one 128-bit
-    # access moves: statistics stay in the thread until the row is read, and no barrier stops the loads. Masks follow the
+    # One row a program. A tile is (VECTORS, VECTOR), where a thread holds the VECTOR neighbours that one 128-bit access
+    # moves: statistics stay in the thread until the row is read, and no barrier stops the loads. Masks follow the
     # padded stride, not vocab, so that accesses are wide for every V; what is in the padding is read and not used.
     row = tl.program_id(0).to(tl.int64)  # int64: row * stride passes 2^31
     logits_ptr += row * stride
-    cols = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    n_blocks = tl.cdiv(vocab, BLOCK)
+    cols = tl.arange(0, VECTORS)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    n_tiles = tl.cdiv(vocab, VECTORS * VECTOR)
     target = tl.load(target_ptr + row)
     if target == ignore_index:
         tl.store(loss_ptr + row, 0.0)
         if GRADIENT:
-            for i in range(n_blocks):
-                at = i * BLOCK + cols
-                tl.store(logits_ptr + at, tl.zeros_like(at).to(tl.float32), mask=at < stride)
+            for i in range(n_tiles):
+                at = i * VECTORS * VECTOR + cols
+                tl.store(logits_ptr + at, tl.zeros([VECTORS, VECTOR], tl.float32), mask=at < stride)
         return
     inside = (target >= 0) & (target < vocab)
     weight = tl.where(inside, 1.0, float("nan"))  # a target that is no id shows in the loss and every gradient
     if weight_ptr is not None:
         weight *= tl.load(weight_ptr + row)
     x_target = tl.load(logits_ptr + target, mask=inside, other=0.0).to(tl.float32)
+    target = target.to(tl.int32)  # compared with every column
 
-    peak = tl.full([BLOCK // VECTOR], LOWEST, tl.float32)
-    rest = tl.zeros([BLOCK // VECTOR], tl.float32)  # sum of exp(x - peak) without the target
-    above = tl.zeros([BLOCK // VECTOR], tl.float32)  # sum of x - x_target
-    for i in range(n_blocks):
-        at = i * BLOCK + cols
-        x = tl.load(logits_ptr + at, mask=at < stride, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        x = tl.where(at < vocab, x, float("-inf"))
+    peak = tl.full([VECTORS], LOWEST, tl.float32)
+    rest = tl.zeros([VECTORS], tl.float32)  # sum of exp(x - peak) without the target
+    above = tl.zeros([VECTORS], tl.float32)  # sum of x - x_target
+    for i in range(n_tiles):
+        at = i * VECTORS * VECTOR + cols
+        x = tl.load(logits_ptr + at, mask=at < stride, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
+        if PADDED:
+            x = tl.where(at < vocab, x, float("-inf"))
         if SMOOTH:
             above += tl.sum(tl.where(at < vocab, x - x_target, 0.0), axis=1)
         new_peak = tl.maximum(peak, tl.max(x, axis=1))
-        # Subtract first: x * log2(e) - peak * log2(e) in one FMA is not 0 at the peak, and large logits make much of it.
+        # Subtract first: x * log2(e) - peak * log2(e) as one FMA is not 0 at the peak, far from it for large logits.
         e = tl.exp2((x - new_peak[:, None]) * LOG2_E)
         rest = rest * tl.exp2((peak - new_peak) * LOG2_E) + tl.sum(tl.where(at == target, 0.0, e), axis=1)
         peak = new_peak
@@ -104,8 +106,8 @@ def _rows_kernel(
         slope = weight * factor / total
         share = smoothing / vocab
         at_target = weight * (2.0 * z_loss * lse + smoothing - share - factor * (rest / total))
-        for i in range(n_blocks):
-            at = (n_blocks - 1 - i) * BLOCK + cols  # backwards: what was read last is in the cache first
+        for i in range(n_tiles):
+            at = (n_tiles - 1 - i) * VECTORS * VECTOR + cols  # backwards: what was read last is in the cache first
             x = tl.load(logits_ptr + at, mask=at < stride, other=0.0, eviction_policy="evict_first").to(tl.float32)
             g = tl.exp2((x - top) * LOG2_E) * slope - weight * share
             tl.store(logits_ptr + at, tl.where(at == target, at_target, g), mask=at < stride)
@@ -124,20 +126,20 @@ def _scale_kernel(x_ptr, scale_ptr, y_ptr, n, BLOCK: tl.constexpr):
 
 def chunk_rows(n_rows: int, vocab: int, itemsize: int) -> int:
     """Rows of a chunk: the fewest chunks whose logits fit LOGITS_BYTES, all of them about the same size."""
-    most = max(1, LOGITS_BYTES // (_padded(vocab) * itemsize) // ROWS) * ROWS
-    n_chunks = max(1, triton.cdiv(n_rows, most))
-    return triton.cdiv(triton.cdiv(n_rows, n_chunks), ROWS) * ROWS
+    most = max(1, LOGITS_BYTES // (_up(vocab, PAD) * itemsize) // ROWS) * ROWS
+    n_chunks = max(1, _up(n_rows, most) // most)
+    return _up(-(-n_rows // n_chunks), ROWS)
 
 
-def _padded(vocab):
-    return triton.cdiv(vocab, PAD) * PAD
+def _up(n, multiple):
+    return -(-n // multiple) * multiple
 
 
 def _gradients_fake(x, weight, want_dx, want_dw):
-    one_chunk = len(x) <= chunk_rows(len(x), len(weight), x.element_size())
-    dw_dtype = weight.dtype if one_chunk else torch.float32
-    dx, dw = x.new_empty(x.shape if want_dx else 0), weight.new_empty(weight.shape if want_dw else 0, dtype=dw_dtype)
-    return dx, dw
+    # Of one chunk dW is rounded by its GEMM. Not to fp16: before the upstream gradient it may be over 65504.
+    once = len(x) <= chunk_rows(len(x), len(weight), x.element_size()) and weight.dtype != torch.float16
+    dx = x.new_empty(x.shape if want_dx else 0)
+    return dx, weight.new_empty(weight.shape if want_dw else 0, dtype=weight.dtype if once else torch.float32)
 
 
 def _forward_fake(x, weight, targets, weights, ignore_index, z_loss, label_smoothing, want_dx, want_dw):
@@ -167,8 +169,8 @@ def forward(
     want_dw: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x: (L, D). weight: (V, D). targets, weights: (L,) int64 and fp32, contiguous. Returns the loss, dx (L, D) and dw
-    (V, D), or (0,) for what is not wanted; dw is in fp32 where it is the sum over several chunks."""
-    (n_rows, _), vocab, stride = x.shape, len(weight), _padded(len(weight))
+    (V, D), or (0,) for what is not wanted; dw is in fp32 but for a single chunk of bf16."""
+    (n_rows, _), vocab, stride = x.shape, len(weight), _up(len(weight), PAD)
     dx, dw = _gradients_fake(x, weight, want_dx, want_dw)
     losses = x.new_empty(n_rows, dtype=torch.float32)
     rows = chunk_rows(n_rows, vocab, x.element_size())
@@ -182,7 +184,8 @@ def forward(
         _rows_kernel[(len(x_chunk),)](
             logits, targets[chunk], None if weights is None else weights[chunk], losses[chunk], vocab, stride,
             ignore_index, z_loss, label_smoothing,
-            SMOOTH=label_smoothing != 0, GRADIENT=want_dx or want_dw, VECTOR=16 // x.element_size(), **config,
+            SMOOTH=label_smoothing != 0, GRADIENT=want_dx or want_dw, PADDED=stride != vocab,
+            VECTOR=16 // x.element_size(), **config,
         )  # fmt: skip
         if want_dx:  # the kernel has written the gradient over the logits
             torch.mm(logits, weight, out=dx[chunk])
@@ -192,13 +195,13 @@ def forward(
 
 
 def _add_product(out, a, b, beta):
-    """out = beta * out + a @ b, summed and kept in out's dtype, which may be fp32 for 16-bit a and b. What is in out does
-    not matter when beta is 0."""
+    """out = beta * out + a @ b, summed and kept in out's dtype, which may be fp32 for 16-bit a and b. What out holds
+    does not matter when beta is 0."""
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=beta, out=out)
     elif out.device.type == "cpu":  # has no such GEMM
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
-    else:
+    else:  # out in another dtype than a and b: torch 2.10, github.com/pytorch/pytorch/pull/167931
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
 
 
@@ -269,12 +272,12 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """Summed cross entropy of the logits x @ weight.T: sum_t weight_t [(1 - s) nll_t + s mean(-log p_t) + z lse_t^2].
 
-    x: (L, D). weight: (V, D), same dtype and device. targets: (L,) int64 in [0, V), or ignore_index for a row without loss
-    and gradient. weights: (L,) fp32, or None for ones; they get no gradient. z_loss: z. label_smoothing: s, 0 to 1.
-    impl: see kernels.common.choose. Returns a scalar in fp32 (fp64 for fp64 inputs); 0 where no row has a loss.
-    A target that is no id makes the loss and the gradients NaN in the kernels, which never wait for the device to look; the
-    reference raises what F.cross_entropy raises. An upstream gradient of a power of two costs no digits; where 1 / N is
-    known beforehand, put it into weights.
+    x: (L, D). weight: (V, D), same dtype and device. targets: (L,) int64 in [0, V), or ignore_index for a row without
+    loss and gradient. weights: (L,) fp32, or None for ones; they get no gradient. z_loss: z. label_smoothing: s, 0 to
+    1. impl: see kernels.common.choose. Returns a scalar in fp32 (fp64 for fp64 inputs); 0 where no row has a loss.
+    A target that is no id makes the loss and the gradients NaN in the kernels, which never wait for the device to look;
+    the reference raises what F.cross_entropy raises. dx and dW are rounded twice where an upstream gradient other than
+    a power of two follows (dW only after a single chunk): a 1 / N known beforehand is better put into weights.
     Raises ValueError when the shapes or dtypes do not fit.
     """
     _check(x, weight, targets, weights, label_smoothing)

@@ -3,8 +3,12 @@
     y = x * rsqrt(mean(x^2) + eps) * weight            statistics in fp32
     with a residual:  s = x + residual,  y = rms_norm(s);  both are returned
 
-Bound by memory. Forward reads x (and residual), writes y (and s). Backward reads x and dy, writes dx; the gradient that
-reaches s by another way is added in the same pass. Saved for backward: x (or s), weight and rstd (fp32, 4 bytes a row).
+Bound by memory. Forward reads x (and residual), writes y (and s): 4 (8) bytes an element in bf16. Backward reads x and
+dy, writes dx: 6; adding the gradient that reaches s by another way costs 2 more, and so does writing the output again
+for whoever did not save it. Saved for backward: x (or s), weight and rstd (fp32, 4 bytes a row).
+
+Backward's programs are few, since each sums dw over many rows in registers; so each copies its next rows to shared
+memory while it works on one.
 Source: arXiv:1910.07467; cast order as meta-llama/llama llama/model.py RMSNorm.
 """
 
@@ -14,7 +18,7 @@ import triton.language as tl
 
 from kernels.common import choose, launch_config, n_sms, next_power_of_2, operator, wide
 
-MAX_DIM = 65536  # one row must fit one Triton block
+MAX_DIM = 8192  # of the kernels: at 16384 a row, its gradient and its share of dw no longer fit an SM's registers
 
 
 # ---- reference: the specification, and the path on CPU --------------------------------------------------------------
@@ -29,49 +33,57 @@ def rms_norm_ref(x, weight, eps):
 
 
 @triton.jit
-def _forward_kernel(x_ptr, res_ptr, w_ptr, y_ptr, sum_ptr, rstd_ptr, dim, eps, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)  # int64: row * dim passes 2^31 at 524,288 rows of 4096
-    cols = tl.arange(0, BLOCK)
-    mask = cols < dim
-    x = tl.load(x_ptr + row * dim + cols, mask=mask, other=0.0)
-    w = tl.load(w_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+def _forward_kernel(
+    x_ptr, res_ptr, w_ptr, y_ptr, sum_ptr, rstd_ptr, n_rows, eps,
+    DIM: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)  # row * D passes 2^31 at 524,288 rows of 4096
+    cols = tl.arange(0, COLS)[None, :]
+    mask = (row < n_rows)[:, None] & (cols < DIM)
+    at = row[:, None] * DIM + cols
+    x = tl.load(x_ptr + at, mask=mask, other=0.0)
+    w = tl.load(w_ptr + cols, mask=cols < DIM, other=0.0)
     x32 = x.to(tl.float32)
     if res_ptr is not None:
-        x32 += tl.load(res_ptr + row * dim + cols, mask=mask, other=0.0).to(tl.float32)
-        tl.store(sum_ptr + row * dim + cols, x32, mask=mask)
+        x32 += tl.load(res_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(sum_ptr + at, x32, mask=mask)
         x32 = x32.to(x.dtype).to(tl.float32)  # statistics of what is stored, as the reference's
-    rstd = tl.rsqrt(tl.sum(x32 * x32, axis=0) / dim + eps)
-    tl.store(rstd_ptr + row, rstd)
+    rstd = tl.rsqrt(tl.sum(x32 * x32, axis=1) / DIM + eps)
+    tl.store(rstd_ptr + row, rstd, mask=row < n_rows)
     # Round to x.dtype before the weight, as the reference does. The product stays in fp32 because the CPU interpreter
     # multiplies bf16 as integers; once stored it is the same number.
-    x_hat = (x32 * rstd).to(x.dtype).to(tl.float32)
-    tl.store(y_ptr + row * dim + cols, x_hat * w, mask=mask)
+    x_hat = (x32 * rstd[:, None]).to(x.dtype).to(tl.float32)
+    tl.store(y_ptr + at, x_hat * w.to(tl.float32), mask=mask)
 
 
 @triton.jit
 def _backward_kernel(
-    dy_ptr, x_ptr, w_ptr, rstd_ptr, ds_ptr, dx_ptr, y_ptr, dw_ptr, n_rows, dim, rows_per_program, BLOCK: tl.constexpr
-):
-    pid = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK)
-    mask = cols < dim
-    w = tl.load(w_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    dw = tl.zeros([BLOCK], dtype=tl.float32)
-    first = pid * rows_per_program
-    for row in range(first, tl.minimum(first + rows_per_program, n_rows)):
-        x = tl.load(x_ptr + row * dim + cols, mask=mask, other=0.0)
-        dy = tl.load(dy_ptr + row * dim + cols, mask=mask, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + row)
+    dy_ptr, x_ptr, w_ptr, rstd_ptr, ds_ptr, dx_ptr, y_ptr, dw_ptr, n_rows, rows_per_program,
+    DIM: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, COLS)[None, :]
+    w = tl.load(w_ptr + cols, mask=cols < DIM, other=0.0)
+    dw = tl.zeros([ROWS, COLS], dtype=tl.float32)
+    first = program * rows_per_program
+    last = tl.minimum(first + rows_per_program, n_rows)
+    for start in tl.range(first, last, ROWS, num_stages=STAGES):
+        row = start + tl.arange(0, ROWS)
+        mask = (row < last)[:, None] & (cols < DIM)
+        at = row[:, None] * DIM + cols
+        x = tl.load(x_ptr + at, mask=mask, other=0.0)
+        dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row, mask=row < last, other=0.0)[:, None]
         x_hat = x.to(tl.float32) * rstd
-        g = dy * w
-        dx = rstd * (g - x_hat * (tl.sum(g * x_hat, axis=0) / dim))
+        g = dy * w.to(tl.float32)
+        dx = rstd * (g - x_hat * (tl.sum(g * x_hat, axis=1) / DIM)[:, None])
         if ds_ptr is not None:
-            dx += tl.load(ds_ptr + row * dim + cols, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + row * dim + cols, dx, mask=mask)
-        if y_ptr is not None:  # the output again, for whoever did not save it
-            tl.store(y_ptr + row * dim + cols, x_hat.to(x.dtype).to(tl.float32) * w, mask=mask)
+            dx += tl.load(ds_ptr + at, mask=mask, other=0.0).to(tl.float32)
         dw += dy * x_hat
-    tl.store(dw_ptr + pid * dim + cols, dw, mask=mask)
+        tl.store(dx_ptr + at, dx, mask=mask)
+        if y_ptr is not None:  # the output again, for whoever did not save it
+            tl.store(y_ptr + at, x_hat.to(x.dtype).to(tl.float32) * w.to(tl.float32), mask=mask)
+    tl.store(dw_ptr + program * DIM + cols, tl.sum(dw, axis=0)[None, :], mask=cols < DIM)
 
 
 # ---- launch: shapes, allocation, grid; torch.ops.cria.* -------------------------------------------------------------
@@ -84,7 +96,7 @@ def _forward_cpu(x, residual, weight, eps):
 
 
 def _forward_fake(x, residual, weight, eps):
-    rstd = x.new_empty(len(x), dtype=torch.float32)
+    rstd = x.new_empty(x.shape[0], dtype=torch.float32)
     return torch.empty_like(x), x.new_empty(0) if residual is None else torch.empty_like(x), rstd
 
 
@@ -92,14 +104,14 @@ def _forward_fake(x, residual, weight, eps):
 def forward(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x, residual: (N, D) contiguous. Returns y (N, D), the sum (N, D) or, with no residual, nothing (0,), and rstd (N,)
-    fp32."""
+    """x, residual: (N, D) contiguous. Returns y (N, D), the sum (N, D), empty with no residual, and rstd (N,) fp32."""
     n_rows, dim = x.shape
     y, s, rstd = _forward_fake(x, residual, weight, eps)
-    block = next_power_of_2(dim)
-    config = launch_config("rms_norm", "forward", x.device, block)
+    cols = next_power_of_2(dim)
+    config = launch_config("rms_norm", "forward", x.device, cols)
     if n_rows:
-        _forward_kernel[(n_rows,)](x, residual, weight, y, s, rstd, dim, eps, BLOCK=block, **config)
+        grid = triton.cdiv(n_rows, config["ROWS"])
+        _forward_kernel[(grid,)](x, residual, weight, y, s, rstd, n_rows, eps, DIM=dim, COLS=cols, **config)
     return y, s, rstd
 
 
@@ -118,19 +130,19 @@ def _backward_fake(dy, x, weight, rstd, ds, want_y):
 def backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, ds: torch.Tensor | None, want_y: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dy, x, ds: (N, D) contiguous; ds is added to dx. Returns dx (N, D), dw (D,), and the forward's y if it is wanted."""
+    """dy, x, ds: (N, D) contiguous; ds is added to dx. Returns dx (N, D), dw (D,), and the forward's y if wanted."""
     n_rows, dim = x.shape
     dx, dw, y = _backward_fake(dy, x, weight, rstd, ds, want_y)
-    block = next_power_of_2(dim)
-    config = launch_config("rms_norm", "backward", x.device, block)
+    cols = next_power_of_2(dim)
+    config = launch_config("rms_norm", "backward", x.device, cols)
     # One partial dw a program, summed once: bitwise repeatable, unlike atomics.
     rows_per_program = max(1, triton.cdiv(n_rows, config.pop("programs_per_sm") * n_sms(x.device)))
     grid = triton.cdiv(n_rows, rows_per_program)
     partial = x.new_empty(grid, dim, dtype=torch.float32)
     if n_rows:
         _backward_kernel[(grid,)](
-            dy, x, weight, rstd, ds, dx, y if want_y else None, partial, n_rows, dim, rows_per_program, BLOCK=block,
-            **config,
+            dy, x, weight, rstd, ds, dx, y if want_y else None, partial, n_rows, rows_per_program,
+            DIM=dim, COLS=cols, **config,
         )  # fmt: skip
     return dx, partial.sum(0).type_as(dw), y
 
@@ -159,14 +171,16 @@ class _RMSNorm(torch.autograd.Function):
 # ---- public ---------------------------------------------------------------------------------------------------------
 
 
-def check(op, x, weight):
-    """Raises ValueError when a norm's weight does not fit x."""
+def check(op, impl, x, weight):
+    """The implementation to run. Raises ValueError when a norm's weight does not fit x, or x the implementation."""
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"{op}: weight is {tuple(weight.shape)}, x ends in {x.shape[-1]}")
     if weight.dtype != x.dtype:
         raise ValueError(f"{op}: weight is {weight.dtype}, x is {x.dtype}")
-    if x.shape[-1] > MAX_DIM:
-        raise ValueError(f"{op}: D={x.shape[-1]} is over {MAX_DIM}")
+    impl = choose(op, impl, x)
+    if impl == "triton" and x.shape[-1] > MAX_DIM:
+        raise ValueError(f"{op}: D={x.shape[-1]} is over {MAX_DIM}; pass impl='ref'")
+    return impl
 
 
 def rms_norm(
@@ -182,12 +196,12 @@ def rms_norm(
     and the sum. impl: see kernels.common.choose.
     Raises ValueError when the shapes or dtypes do not fit.
     """
-    check("rms_norm", x, weight)
+    impl = check("rms_norm", impl, x, weight)
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
             f"rms_norm: residual is {tuple(residual.shape)} {residual.dtype}, x is {tuple(x.shape)} {x.dtype}"
         )
-    if choose("rms_norm", impl, x) == "triton":
+    if impl == "triton":
         y, s = _RMSNorm.apply(x, residual, weight, eps)
     else:
         s = x if residual is None else x + residual

@@ -5,9 +5,9 @@
 The halves are rotated against each other, as Hugging Face lays heads out; Meta pairs neighbours, and its weights are
 permuted when they are read. Angles, sines and products are fp32: bf16 cannot tell positions above 256 apart.
 
-Bound by memory: one launch reads q and k once and writes them once, 4 (H + K) Dh bytes a token in bf16, in place or not.
-The tables come from HBM once a token (4 Dh bytes) and from L1 and L2 for the other heads. Backward is the rotation by the
-opposite angle; it needs the tables alone.
+Bound by memory: one launch reads q and k once and writes them once, 4 (H + K) Dh bytes a token in bf16, in place or
+not. The tables come from HBM once a token (4 Dh bytes), from L1 and L2 for the other heads. Backward is the rotation
+by the opposite angle; it needs the tables alone.
 Source: arXiv:2104.09864; llama3 scaling as meta-llama/llama-models llama3/model.py apply_scaling.
 """
 
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from kernels.common import choose, launch_config, next_power_of_2, operator, wide
+
 
 def rope_frequencies(head_dim: int, theta: float, scaling=None) -> torch.Tensor:
     """Radians a position for each of the Dh/2 pairs, (Dh/2,) fp32: theta^(-2i/Dh), slowed by llama3 scaling if given.
@@ -62,9 +63,9 @@ def _rotate_kernel(
     q_row, q_head, k_row, k_head, q_out_row, q_out_head, k_out_row, k_out_head,
     INVERSE: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    # A row is one head of one token. The first programs take the query heads, the others the key heads: a choice between
-    # tensors that is one for the whole program keeps 16-byte accesses, a choice a row does not. HALF is a constant so that
-    # 40, of heads of 80, is seen to be a multiple of 8.
+    # A row is one head of one token. The first programs take the query heads, the others the key heads: the compiler
+    # keeps 16-byte accesses where a whole program chooses its tensor, not where each row does. HALF is a constant so
+    # that 40, of heads of 80, is seen to be a multiple of 8.
     program = tl.program_id(0)
     if program < n_q_programs:
         src_ptr, src_row, src_head = q_ptr, q_row, q_head
@@ -173,10 +174,11 @@ def rope(
     Raises ValueError when the shapes or dtypes do not fit.
     """
     want = (q.shape[0], q.shape[-1] // 2)
-    if cos.shape != want or sin.shape != want or k.shape[0] != q.shape[0] or k.shape[-1] != q.shape[-1]:
+    fits = q.ndim == k.ndim == 3 and q.shape[::2] == k.shape[::2] and q.shape[-1] % 2 == 0 and q.dtype == k.dtype
+    if not fits or cos.shape != want or sin.shape != want:
         raise ValueError(
-            f"rope: q {tuple(q.shape)}, k {tuple(k.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}; "
-            f"wanted cos and sin {want}, and k with q's T and Dh"
+            f"rope: q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype}, cos {tuple(cos.shape)}, sin "
+            f"{tuple(sin.shape)}; wanted cos and sin {want}, Dh even, and k with q's T, Dh and dtype"
         )
     if choose("rope", impl, q) == "ref":
         return rope_ref(q, k, cos, sin)

@@ -13,9 +13,9 @@ Rules for each compilation:
   shared    a program's shared memory, and tensor memory on sm_100, is within the chip's limit
   matrix    a kernel with tl.dot that is given 16-bit tensors runs the chip's own matrix instruction in a loop (HMMA on
             sm_80, HGMMA on sm_90, UTCHMMA on sm_100), and no older one there
-  wide      every stream moves 128 bits a thread and instruction. A stream is a tl.load or tl.store of a tile with at
-            least 1/8 of the elements of the largest that the kernel moves, which leaves out row statistics and indices.
-            Streams of one byte an element may move 64 bits.
+  wide      every stream moves 128 bits a thread and instruction. A stream is a tl.load or tl.store of a tile with over
+            1/8 of the elements of the largest that the kernel moves, which leaves out row statistics, indices and small
+            tables. Streams of one byte an element may move 64 bits.
 and for all together:
   unused    every entry of kernels/launch/*.json is launched by some case
   unplayed  every operator of torch.ops.cria is launched by some case
@@ -129,7 +129,7 @@ def patched(owner, **attributes):
 
 
 def replay(case, chip, table=common.launch_table):
-    """The launches of one case on one chip. table: op -> its launch table."""
+    """The launches of one case on one chip, those that differ. table: op -> its launch table."""
     launches, read = [], []
 
     def record(function, *args, grid, warmup, **kwargs):
@@ -144,7 +144,7 @@ def replay(case, chip, table=common.launch_table):
     with patched(common, chip_override=chip, launch_table=reading_table), patched(JITFunction, run=record):
         op, *args = case.build(Make())  # inside: attention's plan depends on its tiles
         getattr(op, "launch", op)(*args)
-    return launches
+    return list({launch.key(): launch for launch in launches}.values())
 
 
 def fits(values, launch):
@@ -211,10 +211,13 @@ def judge(launch, facts):
         got = ", ".join(f"{n} {name}" for name, n in facts.matrix_in_loops.items())
         found.append(violation("matrix", f"{got or 'none'} in loops", f"{best} alone"))
     largest = max((stream.elements for stream in facts.streams), default=0)
-    for stream in facts.streams:
-        wanted = 64 if stream.element_bytes == 1 else 128
-        if 8 * stream.elements >= largest and stream.bits < wanted:
-            found.append(violation("wide", f"{stream.bits} bits in {stream}", f"{wanted}"))
+    narrow = [
+        f"{stream.bits} bits in {stream}"
+        for stream in facts.streams
+        if 8 * stream.elements > largest and stream.bits < (64 if stream.element_bytes == 1 else 128)
+    ]
+    if narrow:
+        found.append(violation("wide", "; ".join(narrow), "128 bits"))
     return found
 
 

@@ -1,16 +1,22 @@
 """SwiGLU, and SwiGLU followed by the projection back to the residual stream.
 
-    swiglu(gate_up) = silu(gate) * up                  gate_up = [gate, up] side by side; sigmoid in fp32
+    swiglu(gate_up) = silu(gate) * up                  gate_up = [gate, up] side by side; in fp32
     swiglu_linear   = swiglu(gate_up) @ weight.T + residual
 
-The second is one op so that an implementation may save gate_up alone and recompute the product in backward.
+The element-wise passes are bound by memory: forward reads gate_up and writes the product h, 6 bytes an element of h in
+bf16; backward reads gate_up and dh, writes d(gate_up), and h again for weight's gradient, 12 bytes. So swiglu_linear
+saves gate_up and weight, never h. Its GEMMs are cuBLAS, and the residual is added in the last one's epilogue.
 Source: arXiv:2002.05202.
 """
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 
-from kernels.common import choose, wide
+from kernels.common import choose, gradients, launch_config, operator, wide
+
+# ---- reference: the specification, and the path on CPU --------------------------------------------------------------
 
 
 def swiglu_ref(gate_up):
@@ -22,24 +28,160 @@ def swiglu_linear_ref(gate_up, weight, residual):
     return residual + F.linear(swiglu_ref(gate_up), weight)
 
 
+# ---- kernels --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _at(DIM: tl.constexpr, COLS: tl.constexpr):
+    # A program has COLS columns of one row: where they are in a row of DIM, in a row of 2 DIM, and which exist.
+    blocks: tl.constexpr = (DIM + COLS - 1) // COLS
+    row = (tl.program_id(0) // blocks).to(tl.int64)  # int64: row * 2 DIM passes 2^31 at 97,542 rows of 11008
+    cols = tl.program_id(0) % blocks * COLS + tl.arange(0, COLS)
+    return row * DIM + cols, row * 2 * DIM + cols, cols < DIM
+
+
+@triton.jit
+def _forward_kernel(gate_up_ptr, h_ptr, DIM: tl.constexpr, COLS: tl.constexpr):
+    at_h, at_gate, mask = _at(DIM, COLS)
+    gate = tl.load(gate_up_ptr + at_gate, mask=mask).to(tl.float32)
+    up = tl.load(gate_up_ptr + DIM + at_gate, mask=mask).to(tl.float32)
+    tl.store(h_ptr + at_h, gate * tl.sigmoid(gate) * up, mask=mask)
+
+
+@triton.jit
+def _backward_kernel(gate_up_ptr, dh_ptr, dgate_up_ptr, h_ptr, DIM: tl.constexpr, COLS: tl.constexpr):
+    # Each thread reads its elements before it writes them, so dgate_up may be gate_up, and h may be dh.
+    at_h, at_gate, mask = _at(DIM, COLS)
+    dh = tl.load(dh_ptr + at_h, mask=mask).to(tl.float32)
+    gate = tl.load(gate_up_ptr + at_gate, mask=mask).to(tl.float32)
+    up = tl.load(gate_up_ptr + DIM + at_gate, mask=mask).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    tl.store(dgate_up_ptr + at_gate, dh * up * (sigmoid + silu * (1 - sigmoid)), mask=mask)
+    tl.store(dgate_up_ptr + DIM + at_gate, dh * silu, mask=mask)
+    if h_ptr is not None:
+        tl.store(h_ptr + at_h, silu * up, mask=mask)
+
+
+# ---- launch: shapes, allocation, grid; torch.ops.cria.* -------------------------------------------------------------
+
+
+def _launch(name, kernel, gate_up, *others):
+    rows, dim = gate_up.shape[0], gate_up.shape[1] // 2
+    config = launch_config("swiglu", name, gate_up.device, dim)
+    if rows * dim:
+        kernel[(rows * triton.cdiv(dim, config["COLS"]),)](gate_up, *others, DIM=dim, **config)
+
+
+def _forward_fake(gate_up):
+    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+
+
+@operator("swiglu_forward", cpu=swiglu_ref, fake=_forward_fake)
+def forward(gate_up: torch.Tensor) -> torch.Tensor:
+    """gate_up: (T, 2F) contiguous. Returns h (T, F)."""
+    h = _forward_fake(gate_up)
+    _launch("forward", _forward_kernel, gate_up, h)
+    return h
+
+
+def _backward_cpu(dh, gate_up, want_h):
+    (dgate_up,) = gradients(swiglu_ref, (gate_up,), dh)
+    return dgate_up, swiglu_ref(gate_up) if want_h else dh.new_empty(0)
+
+
+def _backward_fake(dh, gate_up, want_h):
+    return torch.empty_like(gate_up), torch.empty_like(dh) if want_h else dh.new_empty(0)
+
+
+@operator("swiglu_backward", cpu=_backward_cpu, fake=_backward_fake)
+def backward(dh: torch.Tensor, gate_up: torch.Tensor, want_h: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """dh: (T, F), gate_up: (T, 2F), contiguous. Returns d(gate_up) (T, 2F), and h (T, F) if it is wanted."""
+    dgate_up, h = _backward_fake(dh, gate_up, want_h)
+    _launch("backward", _backward_kernel, gate_up, dh, dgate_up, h if want_h else None)
+    return dgate_up, h
+
+
+def _backward_over_cpu(dh, gate_up):
+    dgate_up, h = _backward_cpu(dh, gate_up, True)
+    gate_up.copy_(dgate_up)
+    dh.copy_(h)
+
+
+@operator("swiglu_backward_over", mutates=("dh", "gate_up"), cpu=_backward_over_cpu, fake=lambda *tensors: None)
+def backward_over(dh: torch.Tensor, gate_up: torch.Tensor) -> None:
+    """backward without memory of its own: writes d(gate_up) over gate_up and h over dh."""
+    _launch("backward", _backward_kernel, gate_up, dh, gate_up, dh)
+
+
+# ---- autograd -------------------------------------------------------------------------------------------------------
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up):
+        gate_up = gate_up.contiguous()
+        ctx.save_for_backward(gate_up)
+        return forward(gate_up)
+
+    @staticmethod
+    def backward(ctx, dh):
+        return backward(dh.contiguous(), *ctx.saved_tensors, False)[0]
+
+
+class _SwiGLULinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up, weight, residual, consume):
+        ctx.consume = consume
+        gate_up = gate_up.contiguous()
+        ctx.save_for_backward(gate_up, weight)
+        return torch.addmm(residual, forward(gate_up), weight.T)
+
+    @staticmethod
+    def backward(ctx, dy):
+        gate_up, weight = ctx.saved_tensors
+        want_gate_up, want_weight, want_residual, _ = ctx.needs_input_grad
+        dgate_up = dweight = None
+        if want_gate_up and ctx.consume:
+            h = dy @ weight  # dh, until the next line
+            backward_over(h, gate_up)
+            dgate_up = gate_up.detach()
+        elif want_gate_up:
+            dgate_up, h = backward(dy @ weight, gate_up, want_weight)
+        elif want_weight:
+            h = forward(gate_up)
+        if want_weight:
+            dweight = dy.T @ h
+        return dgate_up, dweight, dy if want_residual else None, None
+
+
+# ---- public ---------------------------------------------------------------------------------------------------------
+
+
 def swiglu(gate_up: torch.Tensor, impl: str = "auto") -> torch.Tensor:
-    """gate_up: (T, 2F). Returns (T, F). Raises ValueError when the last axis is odd."""
-    if gate_up.shape[-1] % 2:
+    """gate_up: (T, 2F). Returns (T, F). Raises ValueError when that is not its shape."""
+    if gate_up.ndim != 2 or gate_up.shape[1] % 2:
         raise ValueError(
-            f"swiglu: gate_up ends in {gate_up.shape[-1]}, wanted an even number: gate and up side by side"
+            f"swiglu: gate_up is {tuple(gate_up.shape)}, wanted an even number of columns: gate and up side by side"
         )
-    choose("swiglu", impl)
-    return swiglu_ref(gate_up)
+    return swiglu_ref(gate_up) if choose("swiglu", impl, gate_up) == "ref" else _SwiGLU.apply(gate_up)
 
 
 def swiglu_linear(
-    gate_up: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, impl: str = "auto"
+    gate_up: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, impl: str = "auto", consume: bool = False
 ) -> torch.Tensor:
-    """gate_up: (T, 2F). weight: (D, F). residual: (T, D). Returns (T, D). Raises ValueError when they do not fit."""
-    if gate_up.shape[-1] != 2 * weight.shape[1] or residual.shape[-1] != weight.shape[0]:
+    """gate_up: (T, 2F). weight: (D, F). residual: (T, D). Returns (T, D).
+
+    consume: backward may write gate_up's gradient over gate_up, for a caller with no other use for it, which saves 4F
+    bytes a token in bf16. Autograd then refuses a second backward, and the backward of whoever else saved gate_up.
+    Raises ValueError when the shapes do not fit.
+    """
+    fits = gate_up.ndim == residual.ndim == weight.ndim == 2
+    if not fits or gate_up.shape != (len(residual), 2 * weight.shape[1]) or residual.shape[1] != weight.shape[0]:
         raise ValueError(
             f"swiglu_linear: gate_up {tuple(gate_up.shape)}, weight {tuple(weight.shape)}, residual "
             f"{tuple(residual.shape)}; wanted (T, 2F), (D, F), (T, D)"
         )
-    choose("swiglu_linear", impl)
-    return swiglu_linear_ref(gate_up, weight, residual)
+    if choose("swiglu_linear", impl, gate_up) == "ref":
+        return swiglu_linear_ref(gate_up, weight, residual)
+    return _SwiGLULinear.apply(gate_up, weight, residual, consume)

@@ -31,13 +31,84 @@ def cpu_speed(figures):
     )
 
 
-def rendered():
+# ---- reports of scripts.gpu_report ----------------------------------------------------------------------------------
+
+
+def gpu_reports(folder):
+    """Every report of a GPU in a folder; what --smoke wrote is none."""
+    found = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
+    return [r for r in found if r.get("what") == "scripts.gpu_report" and not r["smoke"]]
+
+
+def figure(records, row):
+    """What a report measured of one row of targets.json: a number, "wrong result", or None."""
+    mine = [
+        r
+        for r in records
+        if r["op"] == row["op"]
+        and r["shape"] == row.get("shape", r["shape"])
+        and r.get("pass") in (None, row.get("pass", r.get("pass")))
+    ]
+    ours = [r for r in mine if r["who"] == row.get("who", "ours")]
+    if any("wrong" in r for r in ours):
+        return "wrong result"
+    if any("failed" in r for r in ours):
+        return "failed"
+    if row["figure"] == "best_peer":
+        values = [r["times_ours"] for r in mine if r["who"] not in ("ours", "torch eager") and "times_ours" in r]
+    else:
+        values = [r[row["figure"]] for r in ours if row["figure"] in r]
+    if not values:
+        return None
+    # The least favourable of what the row selects; of peers the fastest is that too.
+    return min(values) if "at_least" in row else max(values)
+
+
+def gpu_row(records, row):
+    value = figure(records, row)
+    target = f"≥ {row['at_least']:g}" if "at_least" in row else f"≤ {row['at_most']:g}"
+    if not isinstance(value, float | int):
+        return f"| {row['what']} | {value or 'not measured'} | {target} |"
+    met = value >= row["at_least"] if "at_least" in row else value <= row["at_most"]
+    measured = f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
+    return f"| {row['what']} | {f'**{measured}**' if met else measured} | {target} |"
+
+
+def gpu(report, targets):
+    """A table of one report, the targets beside its figures; bold where a target is reached."""
+    parts = report["parts"]
+    facts, ceilings, tests = (parts.get(name, {}) for name in ("machine", "ceilings", "tests"))
+    about = [
+        facts.get("device", "GPU"), f"driver {facts.get('driver')}", f"torch {facts.get('torch')}",
+        f"triton {facts.get('triton')}", f"commit {(report.get('commit') or 'unknown')[:12]}", report.get("date", ""),
+    ]  # fmt: skip
+    lines = [f"| {', '.join(about)} | measured | target on one {targets['device']} |", "|---|---|---|"]
+    if "copy_gb_per_s" in ceilings:
+        rates = f"{ceilings['copy_gb_per_s']:,.0f} GB/s, {ceilings['gemm_tflops']:,.0f} TFLOP/s"
+        lines.append(f"| device copy; bf16 GEMM of {ceilings['gemm_side']} cubed | {rates} | |")
+    files = [figures for figures in tests.values() if isinstance(figures, dict)]
+    if files:
+        passed, failed, skipped = (sum(f[word] for f in files) for word in ("passed", "failed", "skipped"))
+        cut = sum("ended" in f for f in files)
+        told = f"{passed} passed, {failed} failed, {skipped} skipped" + f"; {cut} files did not finish" * bool(cut)
+        lines.append(f"| kernel tests on the device | {told} | none failed |")
+    records = parts.get("kernels", {}).get("records", [])
+    return [*lines, *(gpu_row(records, row) for row in targets["rows"])]
+
+
+def rendered(folder=ROOT / "benchmarks"):
     lines = ["", "| measured | |", "|---|---|"]
     for render in (parity, cpu_speed):
-        path = ROOT / "benchmarks" / f"{render.__name__}.json"
+        path = folder / f"{render.__name__}.json"
         if path.exists():
             lines.append(render(json.loads(path.read_text())))
-    lines.append("| GPU | not yet measured |")
+    reports = gpu_reports(folder)
+    if not reports:
+        lines.append("| GPU | not yet measured |")
+    else:
+        targets = json.loads((ROOT / "benchmarks" / "targets.json").read_text())
+        for report in reports:
+            lines += ["", *gpu(report, targets)]
     return "\n".join([*lines, "", ""])
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,11 +90,14 @@ def test_a_violation_names_kernel_chip_rule_and_numbers(refused):
 def test_records_hold_what_the_code_shows(refused):
     records = {(r["case"], r["chip"]): r for r in refused["records"]}
     copy = records["copy", "sm_90"]
-    assert copy["bytes_per_element"] == 4.01 and copy["spills"] == 0 and copy["narrow"] == 1
+    assert copy["bytes_per_element"] == 4.01 and copy["spills"] == 0 and (copy["wide"], copy["narrow"]) == (4, 1)
     assert copy["tile"] == {"BLOCK": 2048} and copy["num_warps"] == 4 and copy["from"] == "fixed"
     kinds = [set(records["matmul", chip]["matrix"]) for chip in CHIPS]
     assert kinds == [{"HMMA"}, {"HGMMA"}, {"UTCHMMA"}]
-    assert records["sum, few registers", "sm_90"]["stack_bytes"] > 0
+    spilled = records["sum, few registers", "sm_90"]
+    said = next(v for v in refused["violations"] if v["case"] == spilled["case"] and v["chip"] == "sm_90")["got"]
+    stack, instructions, in_loops = map(int, re.findall(r"\d+", said))
+    assert (stack, instructions) == (spilled["stack_bytes"], spilled["spills"]) and 0 < in_loops < instructions
 
 
 def test_a_launch_table_entry_that_no_case_launches_is_reported():

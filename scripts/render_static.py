@@ -1,0 +1,111 @@
+"""Writes docs/kernels.md from benchmarks/static.json and the kernels' own docstrings.
+
+python -m scripts.render_static            writes it
+python -m scripts.render_static --check    exits 1 when it says something else
+"""
+
+import ast
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RECORDS, DOC = ROOT / "benchmarks" / "static.json", ROOT / "docs" / "kernels.md"
+CHIPS = ("sm_80", "sm_90", "sm_100")
+
+HEAD = """# What the kernels are on each chip
+
+Made by `python -m scripts.render_static`; do not edit. Every configuration that ships was compiled for {chips} by the
+static gate (`python -m kernels.static`), without a GPU, and its machine code read. Nothing here is a time: those are
+`python -m kernels.bench`'s to measure.
+
+How to read the tables: three numbers in a cell are {chips}, one number is the same on all.
+
+- **tile**: sizes of what one program works on. **warps**: of 32 threads, a program. **stages**: loads in flight ahead.
+- **registers** a thread, of 255, under each Triton that is gated. **spills**: instructions that move registers to
+  memory and back, under any of them; the gate lets none pass.
+- **shared**: KB of shared memory a program, of {shared} a chip allows.
+- **programs**: how many of them an SM holds at once, from registers, warps, shared and tensor memory.
+- **matrix**: the instruction that multiplies matrices. HGMMA and UTCHMMA are those of Hopper and Blackwell.
+- **wide**: of the instructions that move global memory, those of 128 bits or more; the others are row statistics and
+  indices, or the gate would not let them pass.
+- **bytes**: what must move, for each element of the largest tensor of the launch.
+- **from**: what the configuration was chosen by: *static*, the figures here, or *measured* on a GPU (`kernels.tune`).
+
+"""
+
+
+def paragraphs(op):
+    """From the module's docstring: its first line, the formula, and what bounds it."""
+    doc = ast.get_docstring(ast.parse((ROOT / "kernels" / f"{op}.py").read_text()))
+    first, *rest = doc.split("\n\n")
+    formula = next((p for p in rest if p.startswith("    ")), None)
+    bound = next((p for p in rest if p.lstrip().startswith("Bound by")), None)
+    return first, formula, bound
+
+
+def per_chip(values):
+    """One value where all chips have the same."""
+    values = [str(v) for v in values]
+    return values[0] if len(set(values)) == 1 else " / ".join(values)
+
+
+def row(group, versions):
+    """A table's line: group is version -> chip -> record."""
+    shown = group[versions[0]]
+
+    def cell(value, version=versions[0]):
+        return per_chip([value(group[version][chip]) if chip in group[version] else "-" for chip in CHIPS])
+
+    first = shown[min(shown)]
+    spills = max(r["spills"] for by_chip in group.values() for r in by_chip.values())
+    cells = [
+        f"`{first['kernel'].strip('_').removesuffix('_kernel')}`",
+        first["case"],
+        cell(lambda r: " ".join(f"{k}={v}" for k, v in r["tile"].items())),
+        cell(lambda r: r["num_warps"]),
+        cell(lambda r: r["num_stages"]),
+        *(cell(lambda r: r["registers"], version) if version in group else "-" for version in versions),
+        spills,
+        cell(lambda r: f"{r['shared_bytes'] / 1024:.0f}"),
+        cell(lambda r: r["programs_per_sm"]),
+        cell(lambda r: "+".join(r["matrix"]) or "-"),
+        cell(lambda r: f"{100 * r['wide'] / max(1, r['wide'] + r['narrow']):.0f}%"),
+        cell(lambda r: f"{r['bytes_per_element']:.1f}"),
+        cell(lambda r: r["from"].split(",")[0]),
+    ]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def rendered(data):
+    versions = sorted(data["versions"], key=lambda v: [int(n) for n in v.split(".")])
+    groups = {}
+    for r in data["records"]:
+        key = (r["kernel"], r["case"], tuple(r["tile"]))
+        groups.setdefault(r["op"], {}).setdefault(key, {}).setdefault(r["triton"], {})[r["chip"]] = r
+    registers = [f"registers, Triton {v}" for v in versions]
+    names = ["kernel", "case", "tile", "warps", "stages", *registers, "spills", "shared", "programs", "matrix", "wide"]
+    names += ["bytes", "from"]
+    lines = [HEAD.format(chips=", ".join(CHIPS), shared="163, 227 and 227"), "Compiled by "]
+    lines[-1] += "; ".join(f"Triton {v} (ptxas {', '.join(data['versions'][v].values())})" for v in versions) + ".\n"
+    for op, kernels in sorted(groups.items()):
+        first, formula, bound = paragraphs(op)
+        lines += [f"\n## {op}\n", f"{first}\n"]
+        lines += [f"```text\n{formula}\n```\n"] if formula else []
+        lines += [f"{bound}\n"] if bound else []
+        lines += [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+        lines += [row(group, versions) for _, group in sorted(kernels.items())]
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    new = rendered(json.loads(RECORDS.read_text()))
+    if "--check" not in sys.argv:
+        DOC.parent.mkdir(exist_ok=True)
+        DOC.write_text(new)
+    elif not DOC.exists() or DOC.read_text() != new:
+        sys.exit("docs/kernels.md is not what benchmarks/static.json says; run python -m scripts.render_static")
+
+
+if __name__ == "__main__":
+    main()
