@@ -269,7 +269,7 @@ def _update_kernel(
 
     m += (g - m) * rest1
     v = v * beta2 + g * g * rest2
-    p = p * (1.0 - lr * weight_decay) - tl.div_rn(m, tl.sqrt_rn(v) + eps) * (lr * factor)
+    p = p * (1.0 - lr * weight_decay) - m / (tl.sqrt(v) + eps) * (lr * factor)
 
     _write(m, m_ptr, m_absmax_ptr, at, mask, block, block_mask, key, group, True, BLOCK)
     _write(v, v_ptr, v_absmax_ptr, at, mask, block, block_mask, key, group, False, BLOCK)

@@ -17,6 +17,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on CPU tensors; before any of them is imported
 
+from kernels.common import launch_table  # noqa: E402
+
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"  # real data that some checkouts have beside them; tests skip without it
 
@@ -85,6 +87,17 @@ def worst(difference):
 def device():
     """Where kernels run: the GPU, or Triton's interpreter on the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(request, monkeypatch):
+    """A test module's TILES, {op: {kernel: constexprs}}, in place of the interpreter's large ones, so that few rows cross
+    the boundaries of tiles."""
+    for op, changes in getattr(request.module, "TILES", {}).items():
+        for kernel, constexprs in changes.items():
+            sizes = launch_table(op)[kernel]["interpreter"]
+            for size, config in sizes.items():
+                monkeypatch.setitem(sizes, size, config | constexprs)
 
 
 @pytest.fixture(autouse=True)
