@@ -17,7 +17,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on CPU tensors; before any of them is imported
 
-from kernels.common import launch_table  # noqa: E402
+from kernels.common import launch_table
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"  # real data that some checkouts have beside them; tests skip without it
@@ -91,7 +91,7 @@ def device():
 
 @pytest.fixture(autouse=True)
 def small_tiles(request, monkeypatch):
-    """A test module's TILES, {op: {kernel: constexprs}}, in place of the interpreter's large ones, so that few rows cross
+    """A test module's TILES, {op: {kernel: constexprs}}, for the interpreter's large ones, so that few rows cross
     the boundaries of tiles."""
     for op, changes in getattr(request.module, "TILES", {}).items():
         for kernel, constexprs in changes.items():
