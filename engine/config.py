@@ -139,6 +139,15 @@ class FinetuneConfig:
         "token: by the loss tokens of the global batch; micro-mean: as the 2023 trainer",
         ("token", "micro-mean"),
     )
+    master_weights: str = knob(
+        "split",
+        "the fp32 number behind a bf16 weight: split, the weight and 16 bits more; fp32, a copy beside it; stochastic, "
+        "none but the weight, rounded at random",
+        ("split", "fp32", "stochastic"),
+    )
+    optimizer_states: str = knob(
+        "fp32", "AdamW's m and v; 8bit is blockwise, 2 bytes a parameter in all", ("fp32", "bf16", "8bit")
+    )
     recompute: str = knob("none", "what backward computes again instead of keeping", ("none", "block"))
     eval_data: tuple[str, ...] = knob((), "files of held-out examples")
     eval_fraction: float = knob(0.0, "share of --data held out, chosen by the seed")

@@ -24,7 +24,7 @@ from engine.job import Job, find_resume, finished, plan, prepare
 from engine.load import cpu_multiplies_bf16
 from engine.log import Metrics, Progress
 from engine.model import Transformer, new_model
-from engine.optim import AdamW, lr_factor
+from engine.optim import AdamW, lr_factor, state_bytes
 from engine.report import write_report
 from engine.rows import Row
 from engine.run import (
@@ -225,13 +225,13 @@ def build(job: Job, found) -> tuple[Transformer, AdamW, int]:
         model.init_weights(config.seed)
     optimizer = AdamW(
         model, beta1=config.beta1, beta2=config.beta2, eps=config.adam_eps, weight_decay=config.weight_decay,
-        impl=job.kernels,
+        master=config.master_weights, states=config.optimizer_states, seed=config.seed, impl=job.kernels,
     )  # fmt: skip
     if found is None:
         return model, optimizer, 0
     folder, manifest = found
     checkpoint.load(folder, optimizer.tensors())
-    optimizer.loaded(manifest["n_updates"])
+    optimizer.n_updates = manifest["n_updates"]
     return model, optimizer, manifest["step"]
 
 
@@ -252,7 +252,8 @@ def main(argv):
         found = find_resume(job, print)
         states = config.keep + 1 - len(checkpoint.checkpoints(out)) if job.keeps_states else 0
         n, size = job.model_config.n_parameters, torch.finfo(job.dtype).bits // 8
-        need_disk(out, n * size + n * 12 * max(0, states), "free some, choose another folder, or lower --keep")
+        state = n * size + state_bytes(n, job.dtype, config.master_weights, config.optimizer_states)
+        need_disk(out, n * size + state * max(0, states), "free some, choose another folder, or lower --keep")
         if not config.dry_run:
             run(job, found)
             return

@@ -14,6 +14,7 @@ from engine.config import MODELS, FinetuneConfig, ModelConfig
 from engine.errors import DataError, UsageError
 from engine.load import choose_device, choose_dtype, choose_kernels, cpu_multiplies_bf16, find_model, find_tokenizer
 from engine.log import Metrics, Progress, phase
+from engine.optim import state_bytes
 from engine.rows import read_rows
 from engine.run import RUN, Signals, read_json
 from engine.tokenizer import Tokenizer
@@ -161,7 +162,8 @@ def auto_tokens(c, config, device, dtype):
     if device.type == "cpu":
         return max(2048, config.max_length)
     size = torch.finfo(dtype).bits // 8
-    state = c.n_parameters * (2 * size + 12 if dtype != torch.float32 else 16)
+    state = 2 * size * c.n_parameters
+    state += state_bytes(c.n_parameters, dtype, config.master_weights, config.optimizer_states)
     layers = 1 if config.recompute == "block" else c.n_layers
     token = layers * (16 * c.dim + 8 * c.hidden_dim) * size + c.n_layers * c.dim * size + 12 * c.vocab_size
     room = torch.cuda.mem_get_info(device)[0] * 0.9 - state
@@ -225,7 +227,8 @@ def plan(job: Job) -> str:
     """What is about to happen, in two lines."""
     c, config = job.model_config, job.config
     size = torch.finfo(job.dtype).bits // 8
-    state = c.n_parameters * (2 * size + (8 if job.dtype == torch.float32 else 12))
+    state = 2 * size * c.n_parameters
+    state += state_bytes(c.n_parameters, job.dtype, config.master_weights, config.optimizer_states)
     emulated = job.device.type == "cpu" and job.dtype == torch.bfloat16 and not cpu_multiplies_bf16()
     slow = " (this CPU has no bf16 instructions: --dtype fp32 is faster)" if emulated else ""
     return (

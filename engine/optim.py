@@ -1,4 +1,4 @@
-"""AdamW over kernels.adamw with an fp32 master, clipping and the learning-rate schedules."""
+"""AdamW over kernels.adamw, clipping and the learning-rate schedules."""
 
 import math
 
@@ -6,8 +6,6 @@ import torch
 from torch import nn
 
 import kernels
-
-STATES = ("master", "m", "v")
 
 
 def lr_factor(schedule: str, step: int, total_steps: int, warmup_ratio: float) -> float:
@@ -29,16 +27,18 @@ def lr_factor(schedule: str, step: int, total_steps: int, warmup_ratio: float) -
 class AdamW:
     """Updates a model's parameters in place. Matrices decay, norms do not.
 
-    A parameter in fp32 is its own master; one in bf16 has an fp32 master, of which it is the rounding.
+    master: how the fp32 number behind a bf16 parameter is kept; states: m and v. Both as kernels.adamw names them; a
+    parameter in fp32 is its own master. seed: of stochastic rounding.
     """
 
-    def __init__(self, model: nn.Module, *, beta1, beta2, eps, weight_decay, impl="auto"):
+    def __init__(
+        self, model: nn.Module, *, beta1, beta2, eps, weight_decay, master="split", states="fp32", seed=0, impl="auto"
+    ):
         self.params = dict(model.named_parameters())
-        self.settings = {"beta1": beta1, "beta2": beta2, "eps": eps}
+        self.states = {name: kernels.adamw_state(p, master, states) for name, p in self.params.items()}
+        self.seeds = {name: (seed * 65537 + i) % 2**32 for i, name in enumerate(self.params)}  # each tensor its own
+        self.settings = {"beta1": beta1, "beta2": beta2, "eps": eps, "impl": impl}
         self.weight_decay, self.impl, self.n_updates = weight_decay, impl, 0
-        self.master = {n: p.data if p.dtype == torch.float32 else p.data.float() for n, p in self.params.items()}
-        self.m = {n: torch.zeros_like(p) for n, p in self.master.items()}
-        self.v = {n: torch.zeros_like(p) for n, p in self.master.items()}
 
     def grad_norm(self) -> torch.Tensor:
         """The global norm of the gradients, a scalar on the device."""
@@ -51,8 +51,8 @@ class AdamW:
         for name, p in self.params.items():
             decay = self.weight_decay if p.ndim > 1 else 0.0
             kernels.adamw(
-                p.data, p.grad, self.master[name], self.m[name], self.v[name], lr=lr, weight_decay=decay,
-                step=self.n_updates, grad_scale=scale, impl=self.impl, **self.settings,
+                p.data, p.grad, self.states[name], lr=lr, weight_decay=decay, step=self.n_updates, grad_scale=scale,
+                seed=self.seeds[name], **self.settings,
             )  # fmt: skip
 
     def zero_grad(self) -> None:
@@ -60,13 +60,14 @@ class AdamW:
             p.grad = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything that resume needs: {"master.NAME" | "m.NAME" | "v.NAME": tensor}, live, not copies."""
-        return {f"{kind}.{name}": t for kind in STATES for name, t in getattr(self, kind).items()}
+        """Everything that resume needs: {"param.NAME" | "m.NAME" | ...: tensor}, live, not copies."""
+        kept = {f"param.{name}": p.data for name, p in self.params.items()}
+        for name, state in self.states.items():
+            kept |= {f"{kind}.{name}": t for kind, t in state.tensors().items()}
+        return kept
 
-    @torch.no_grad()
-    def loaded(self, n_updates: int) -> None:
-        """After the tensors were filled from a checkpoint: parameters follow their masters."""
-        self.n_updates = n_updates
-        for name, p in self.params.items():
-            if p.dtype != torch.float32:
-                p.copy_(self.master[name])
+
+def state_bytes(n_parameters: int, dtype: torch.dtype, master: str, states: str) -> int:
+    """Bytes of what an update keeps besides weights and gradients, but for tensors too small for 8-bit states."""
+    of_master = {"fp32": 4, "split": 2, "stochastic": 0}[master] if dtype == torch.bfloat16 else 0
+    return round(n_parameters * (of_master + 2 * {"fp32": 4, "bf16": 2, "8bit": 1 + 4 / 256}[states]))

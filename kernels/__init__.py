@@ -1,7 +1,7 @@
 """Every op of the training step except the GEMMs; one file each: the formula, the reference, the kernels, the public
 function."""
 
-from kernels.adamw import adamw
+from kernels.adamw import adamw, adamw_state, master_of
 from kernels.attention import attend, attention, attention_plan, rope_attention
 from kernels.common import INTERPRETED, chip
 from kernels.grad_norm import grad_norm
@@ -14,12 +14,14 @@ from kernels.swiglu import swiglu, swiglu_linear
 __all__ = [
     "INTERPRETED",
     "adamw",
+    "adamw_state",
     "attend",
     "attention",
     "attention_plan",
     "chip",
     "grad_norm",
     "linear_cross_entropy",
+    "master_of",
     "norm_linear",
     "rms_norm",
     "rope",

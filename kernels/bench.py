@@ -28,13 +28,14 @@ from pathlib import Path
 import torch
 import triton
 
-from kernels.bench_cases import IMPL, full, toy
+from kernels.bench_cases import full, toy
 from kernels.bench_peers import PEERS, UNCHECKED, Absent, plain
 from kernels.bench_truth import Truth, as_tuple, leaves, results
 from kernels.common import INTERPRETED
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
+IMPL = "triton" if GPU or INTERPRETED else "ref"
 WARMUP, REPEATS = 5, 20
 MAX_SETS = 16
 SPIN_CYCLES = 2_000_000  # about a millisecond: longer than the host needs to queue one repetition

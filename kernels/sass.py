@@ -68,7 +68,7 @@ def read_facts(kernel):
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
-        sass = _run(knobs.nvidia.nvdisasm.path, "-c", file.name)
+        sass = _run(knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     threads = re.search(r"\.reqntid (\d+)", kernel.asm["ptx"])  # more than num_warps where warps are specialized
     warps = int(threads[1]) // 32 if threads else kernel.metadata.num_warps
@@ -189,7 +189,8 @@ def touched(ttir):
             made_of.setdefault(inner, []).append(outer)
         if re.search(r"\{$", text.rstrip()):
             scopes.append(result)
-    arguments = re.findall(r"(%\w+): (!tt\.ptr)?", re.search(r"tt\.func public @\w+\((.*)", ttir)[1].split("attributes {")[0])
+    head = re.search(r"tt\.func public @\w+\((.*?)attributes \{", ttir)[1]
+    arguments = re.findall(r"(%\w+): (!tt\.ptr)?", head)
     reached = [_reach(names, made_of) for names in used.values()]
     return [[i for i, (name, pointer) in enumerate(arguments) if pointer and name in names] for names in reached]
 

@@ -124,11 +124,12 @@ def test_the_length_mix():
 )
 def test_peers_lay_attention_out_as_it_is(monkeypatch, layout, heads, kv_heads, peers):
     monkeypatch.setattr(bench_peers, "needs_cuda", lambda what: None)
-    argument = (8, 24) if layout == "equal" else (bench_cases.alpaca_rows(150),)
+    argument = (8, 24) if layout == "equal" else (bench_cases.alpaca_rows(400),)
     documents, n_rows = getattr(bench_cases, layout)(*argument)
     case = bench_cases.attention(
         "", documents, n_rows, heads, kv_heads, 16, packed=layout != "equal", prefix=layout == "shared"
     )
+    assert len(documents) >= 3
     inputs = case.inputs("cpu", torch.float32)
     upstream = (torch.randn(n_rows, heads, 16),)
     for who in peers:

@@ -101,18 +101,23 @@ def test_a_part_has_its_share_of_the_time(report, monkeypatch):
     assert "left out for time: the last" in gpu_report.table(report.result)
 
 
-def test_a_command_ends_at_its_limit_and_with_the_report():
+def test_a_command_ends_at_its_limit_and_with_the_report(tmp_path):
     began, calls = time.monotonic(), []
     assert gpu_report.run([sys.executable, "-c", "input()"], 1.2, every=lambda: calls.append(1), stdin=-1) is None
     assert time.monotonic() - began < 10 and calls
     assert gpu_report.run([sys.executable, "-c", "raise SystemExit(5)"], 30) == 5
 
-    def stopped():
-        raise KeyboardInterrupt
+    path = tmp_path / "pid"
 
-    script = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
-    with open(os.devnull, "w") as null, pytest.raises(KeyboardInterrupt):
-        gpu_report.run([sys.executable, "-c", script], 30, every=stopped, stdout=null)
+    def stopped():
+        if path.exists() and path.read_text():
+            raise KeyboardInterrupt
+
+    script = f"import os, time, pathlib; pathlib.Path({str(path)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    with pytest.raises(KeyboardInterrupt):
+        gpu_report.run([sys.executable, "-c", script], 50, every=stopped)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(path.read_text()), 0)
 
 
 def test_benchmarks_of_a_process_that_dies_are_kept(report, monkeypatch):

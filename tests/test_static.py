@@ -203,6 +203,28 @@ def test_an_access_belongs_to_the_line_where_its_assembly_begins():
     ]
 
 
+TTGIR = """
+#loc = loc("/a.py":80:0)
+#loc2 = loc("/a.py":86:9)
+#loc3 = loc("x"(#loc2))
+#loc4 = loc(callsite(#loc5 at #loc2))
+#loc5 = loc("/b.py":7:5)
+#loc6 = loc("/b.py":9:5)
+    %x_16 = tt.load %x_15, %mask_4, %cst : tensor<32x64x!tt.ptr<bf16>, #blocked> loc(#loc3)
+    %rstd_21 = tt.load %rstd : !tt.ptr<f32> loc(#loc3)
+    tt.store %10, %11, %mask_4 : tensor<4096x!tt.ptr<f32>, #blocked> loc(#loc4)
+    tt.store %12, %11 : tensor<16x!tt.ptr<i8>, #blocked> loc(#loc6)
+"""
+
+
+def test_a_stream_is_as_narrow_as_its_narrowest_access():
+    assert sass.streams(TTGIR, PTX) == [
+        sass.Stream(86, False, 2048, 2, 64),
+        sass.Stream(7, True, 4096, 4, 16),
+        sass.Stream(9, True, 16, 1, 0),  # of which PTX shows nothing
+    ]
+
+
 # ---- launch tables and records --------------------------------------------------------------------------------------
 
 
@@ -211,7 +233,8 @@ def test_the_entries_read_are_noted():
     table = static.ReadTable(common.launch_table("rms_norm"), lambda path, values: read.append(path), ("rms_norm",))
     with static.patched(common, launch_table=lambda op: table, chip_override="sm_90"):
         config = common.launch_config("rms_norm", "forward", None, 2048)
-    assert read == [("rms_norm", "forward", "sm_90", "4096")] and "from" not in config
+    size = next(key for key in common.launch_table("rms_norm")["forward"]["sm_90"] if int(key) >= 2048)
+    assert read == [("rms_norm", "forward", "sm_90", size)] and "from" not in config
 
 
 def test_records_of_other_versions_are_kept(tmp_path, monkeypatch):
