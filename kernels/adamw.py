@@ -16,7 +16,8 @@ nearest would never move; or "8bit": blocks of 256 elements, each an fp32 absolu
 nearest entry of the dynamic map (signed for m, unsigned for v). A v that is not 0 is not rounded to it: m / sqrt(v)
 would take it for a direction without history and leap. Tensors under 4096 elements keep fp32.
 
-Bound by memory; with 8-bit states by instructions as much, about 140 an element. Bytes read and written a parameter, bf16 gradients:
+Bound by memory; with 8-bit states as much by instructions, about 150 an element. Bytes moved a parameter, with bf16
+gradients:
 
               m, v: fp32     bf16     8bit          kept besides parameter and gradient: fp32  bf16  8bit
     fp32 p          26        18       14.1                                                8     4     2.03
@@ -24,8 +25,8 @@ Bound by memory; with 8-bit states by instructions as much, about 140 an element
     "split"         26        18       14.1                                               10     6     4.03
     "stochastic"    22        14       10.1                                                8     4     2.03
 
-No multiply-add is fused, so m, v and their codes have the same bits in the reference, the interpreter and on every chip;
-p has those of its kind's square root and division, which a chip rounds to two units of the update. Random bits are
+No multiply-add is fused: m, v and their codes have the same bits in the reference, in the interpreter and on a chip.
+p differs by what a square root and a division do, up to two units of the update. Random bits are
 Philox4x32-10 of the key (step, seed) and the counter (global element index / 8, stream): replicas and shards agree.
 NaN and Inf go through: a block of 8-bit states that holds one becomes NaN.
 Source: arXiv:1711.05101; dynamic map and blocks arXiv:2110.02861; Philox doi:10.1145/2063384.2063405.

@@ -123,12 +123,13 @@ def test_linear_cross_entropy_sums_bf16_in_fp32():
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_adamw_is_torchs(n, weight_decay):
     p = torch.nn.Parameter(torch.randn(n))
-    ours, m, v = p.detach().clone(), torch.zeros(n), torch.zeros(n)
+    ours = p.detach().clone()
+    state = kernels.adamw_state(ours)
     theirs = torch.optim.AdamW([p], lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=weight_decay, foreach=False)
     for step in range(1, 6):
         p.grad = torch.randn(n)
         kernels.adamw(
-            ours, p.grad, ours, m, v, lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=weight_decay, step=step
+            ours, p.grad, state, lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=weight_decay, step=step
         )
         theirs.step()
     assert worst(ours - p.detach()) <= 1e-6
@@ -136,12 +137,12 @@ def test_adamw_is_torchs(n, weight_decay):
 
 def test_adamw_master_carries_what_bf16_rounds_away():
     param = torch.ones(8, dtype=torch.bfloat16)
-    master, m, v = torch.ones(8), torch.zeros(8), torch.zeros(8)
+    state = kernels.adamw_state(param, master="fp32")
     settings = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
     for step in range(1, 101):
-        kernels.adamw(param, torch.ones(8, dtype=torch.bfloat16), master, m, v, step=step, **settings)
-        assert param.equal(master.bfloat16())
-    assert abs(master[0].item() - 0.99) < 1e-4  # 100 steps of 1e-4, each under half a bf16 unit of 1
+        kernels.adamw(param, torch.ones(8, dtype=torch.bfloat16), state, step=step, **settings)
+        assert param.equal(state.master.bfloat16())
+    assert abs(state.master[0].item() - 0.99) < 1e-4  # 100 steps of 1e-4, each under half a bf16 unit of 1
 
 
 def test_grad_norm_is_torchs_and_lets_nan_through():

@@ -75,6 +75,15 @@ def test_norm(shape, dtype, device, poison):
     compare(norm, (x, weight, residual), (dy, ds))
 
 
+def test_rounds_where_the_reference_rounds(device):
+    x, residual, weight = random(device, (16, 512), (16, 512), (512,), dtype=torch.float16)
+    y, s = norm(x, weight, residual)
+    assert s.equal(x + residual) and y.equal(norm(s, weight))  # statistics of the sum as it is stored
+    assert (y == norm(s, weight, impl="ref")).float().mean() > 0.99  # x_hat is rounded before the weight
+    _, _, rstd = op.forward(s, None, weight, EPS)
+    assert op.backward(x, s, weight, rstd, None, True)[2].equal(y)  # backward's output is forward's
+
+
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 300.0, 3e4])
 def test_rows_whose_squares_leave_fp16(scale, device):
     x, weight, dy = random(device, (3, 512), (512,), (3, 512), dtype=torch.float16)
