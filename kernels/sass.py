@@ -9,6 +9,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from triton import knobs
 
@@ -142,7 +143,7 @@ def accesses(ptx):
         elif "end inline asm" in text:
             place, first = first or place, None
         elif at := re.match(r"\s*\.loc\s+(\d+) (\d+)", text):
-            place = (files[at[1]], int(at[2]))
+            place = (Path(files[at[1]]).name, int(at[2]))
             first = first if first or first is None else place
         elif move := re.search(r"\b(ld|st)\.\S*\bglobal\b\S*?(?:\.v(\d))?\.[bufs](\d+)\b", text):
             yield first or place, move[1] == "st", int(move[2] or 1) * int(move[3])
@@ -164,10 +165,11 @@ def tiles(ttgir):
 
 
 def _place(text, places):
-    """(file, line) of an MLIR location: of the innermost call, as in PTX."""
+    """(file's name, line) of an MLIR location: of the innermost call, as in PTX. No folders: of two checkouts that share
+    Triton's cache, each may have written one of the codes."""
     while not (at := re.match(r'"([^"]*)":(\d+):\d+', text)):
         text = places[re.search(r"#loc\d*", text)[0]]
-    return at[1], int(at[2])
+    return Path(at[1]).name, int(at[2])
 
 
 def touched(ttir):

@@ -16,6 +16,7 @@ module = importlib.import_module("kernels.linear_cross_entropy")
 CUDA = torch.cuda.is_available()
 gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * CUDA
+TILES = {"linear_cross_entropy": {"rows": {"VECTORS": 16}, "scale": {"BLOCK": 256}}}
 TILE = 128  # columns of a 16-bit tile in the interpreter, 64 in fp32
 V = 203  # odd, over one tile
 

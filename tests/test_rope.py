@@ -123,6 +123,8 @@ def test_any_strides_one_tensor_twice_and_an_upstream_gradient_of_stride_0(devic
     turned = x.permute(1, 2, 0)  # the last axis is not contiguous
     assert turned.stride(-1) != 1
     compare(turned, turned, cos, sin, (dy.expand(6, 4, 10), dy.expand(6, 4, 10)))
+    k, dk = random(device, (6, 3, 14), (6, 5, 12))
+    compare(turned, k[..., :10], cos, sin, (dy.expand(6, 4, 10), dk[:, :3, 2:]))  # neither's strides are the other's
     ours = kernels.rope(turned, turned[:, :3], cos.T.contiguous().T, sin, impl="triton")  # one memory, rotated once
     assert ours[0][:, :3].equal(ours[1])
 
