@@ -165,8 +165,8 @@ def tiles(ttgir):
 
 
 def _place(text, places):
-    """(file's name, line) of an MLIR location: of the innermost call, as in PTX. No folders: of two checkouts that share
-    Triton's cache, each may have written one of the codes."""
+    """(file's name, line) of an MLIR location: of the innermost call, as in PTX. No folders: two checkouts may share
+    Triton's cache."""
     while not (at := re.match(r'"([^"]*)":(\d+):\d+', text)):
         text = places[re.search(r"#loc\d*", text)[0]]
     return Path(at[1]).name, int(at[2])

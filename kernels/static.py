@@ -135,7 +135,7 @@ def replay(case, chip, table=common.launch_table):
     def record(function, *args, grid, warmup, **kwargs):
         options, signature, constants, attributes, bound = bind(function, args, kwargs, chip)
         launch = Launch(case, chip, function, signature, constants, attributes, options, bound)
-        launch.entry = next((path for path, values in reversed(read) if fits(values, launch)), None)
+        launch.entry = entry_of(launch, read)
         launches.append(launch)
 
     def reading_table(op):
@@ -147,11 +147,19 @@ def replay(case, chip, table=common.launch_table):
     return list({launch.key(): launch for launch in launches}.values())
 
 
-def fits(values, launch):
-    """Whether a launch's options and constexprs are those of an entry of the launch table."""
-    given = launch.constexprs()
-    options = {name: getattr(launch.options, name, value) for name, value in values.items()} | given
-    return all(options[name] == value for name, value in values.items() if name != "from")
+def agreement(values, launch):
+    """How many of a launch table's values a launch has among its options and constexprs; -1 where one is another there.
+    Values that it has not are the launch function's own."""
+    given = vars(launch.options) | launch.constexprs()
+    known = [name for name in values if name in given and name != "from"]
+    return len(known) if all(given[name] == values[name] for name in known) else -1
+
+
+def entry_of(launch, read):
+    """Of the entries read so far, (path, values), the path of the one in use: what agrees in most, and the last of those."""
+    agreed = [(agreement(values, launch), i) for i, (_, values) in enumerate(read)]
+    most, i = max(agreed, default=(-1, 0))
+    return read[i][0] if most > 0 else None
 
 
 # ---- compile --------------------------------------------------------------------------------------------------------
