@@ -156,7 +156,7 @@ def agreement(values, launch):
 
 
 def entry_of(launch, read):
-    """Of the entries read so far, (path, values), the path of the one in use: what agrees in most, and the last of those."""
+    """Of the entries read so far, (path, values), the path of the one in use: the last that agrees in most."""
     agreed = [(agreement(values, launch), i) for i, (_, values) in enumerate(read)]
     most, i = max(agreed, default=(-1, 0))
     return read[i][0] if most > 0 else None
