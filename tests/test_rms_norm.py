@@ -18,6 +18,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="bf16 and full si
 runs = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or Triton's interpreter")
 pytestmark = runs
 
+TILES = {"rms_norm": {"forward": {"ROWS": 2}, "backward": {"ROWS": 2}}}
 EPS = 1e-5
 DTYPES = [torch.float32, torch.float16]
 

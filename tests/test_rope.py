@@ -17,6 +17,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="bf16 and full si
 runs = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or Triton's interpreter")
 pytestmark = runs
 
+TILES = {"rope": {"rotate": {"ROWS": 4}}}
 DTYPES = [torch.float32, torch.float16]
 SIZES = [(0, 2, 1, 8), (1, 1, 1, 2), (3, 2, 2, 6), (7, 9, 3, 64), (5, 4, 4, 80), (2, 1, 5, 128)]  # T, H, K, Dh
 

@@ -18,6 +18,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="bf16 and full si
 runs = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or Triton's interpreter")
 pytestmark = runs
 
+TILES = {"swiglu": {"forward": {"COLS": 16}, "backward": {"COLS": 16}}}
 DTYPES = [torch.float32, torch.float16]
 SIZES = [(0, 4, 3), (1, 1, 1), (3, 17, 5), (5, 40, 24), (2, 300, 33)]  # T, F, D
 
