@@ -1,6 +1,7 @@
 """AdamW over kernels.adamw, clipping and the learning-rate schedules."""
 
 import math
+import random
 
 import torch
 from torch import nn
@@ -36,7 +37,8 @@ class AdamW:
     ):
         self.params = dict(model.named_parameters())
         self.states = {name: kernels.adamw_state(p, master, states) for name, p in self.params.items()}
-        self.seeds = {name: (seed * 65537 + i) % 2**32 for i, name in enumerate(self.params)}  # each tensor its own
+        first = random.Random(seed).getrandbits(32)
+        self.seeds = {name: (first + i) % 2**32 for i, name in enumerate(self.params)}  # each tensor its own
         self.settings = {"beta1": beta1, "beta2": beta2, "eps": eps, "impl": impl}
         self.weight_decay, self.impl, self.n_updates = weight_decay, impl, 0
 
