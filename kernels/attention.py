@@ -21,64 +21,17 @@ Source: arXiv:2205.14135, arXiv:2307.08691; GQA as arXiv:2305.13245.
 import math
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from kernels.attention_ref import attend as attend  # for kernels/__init__.py
+from kernels.attention_ref import attention_ref, backward_cpu, forward_cpu
 from kernels.common import choose, launch_config, next_power_of_2, operator
 from kernels.documents import AttentionPlan, QueryDocuments, attention_plan, check
 from kernels.rope import rope_ref, rotate
 
 MAX_HEAD_DIM = 256
 LOG2_E = 1.4426950408889634
-
-
-# ---- reference: the specification, and the path on CPU --------------------------------------------------------------
-
-
-def attend(q, k, v, rows=None):
-    """One document: q (n, H, Dh) are the last n of the m positions whose keys and values are k, v (m, K, Dh), or those
-    at the positions `rows` (n,)."""
-    n, m = q.shape[0], k.shape[0]
-    group = q.shape[1] // k.shape[1]  # query heads to a key head
-    k, v = (t.repeat_interleave(group, dim=1) if group > 1 else t for t in (k, v))
-    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-    if n == m:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    else:
-        rows = torch.arange(m - n, m, device=q.device) if rows is None else rows.to(q.device)
-        mask = torch.arange(m, device=q.device) <= rows[:, None]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out[0].transpose(0, 1)
-
-
-def attention_ref(q, k, v, documents, query_rows=None):
-    n_rows = len(k)
-    places = torch.arange(n_rows + 1)
-    places = places if query_rows is None else torch.searchsorted(query_rows, places)
-    places = places.tolist()  # row -> how many of the queries come before it
-    bounds, row = [], 0  # (start, end, prefix start, prefix end), the rows of no document among them as (start, end)
-    for document in documents.tolist():
-        bounds += [(row, document[0]), document]
-        row = document[1]
-    bounds.append((row, n_rows))
-    # Split, not sliced: autograd then joins the pieces' gradients once instead of adding a zero-filled whole for each.
-    lengths = [b[1] - b[0] for b in bounds]
-    pieces = zip(
-        bounds, q.split([places[b[1]] - places[b[0]] for b in bounds]), k.split(lengths), v.split(lengths), strict=True
-    )
-    out = []
-    for (start, end, *prefix), queries, keys, values in pieces:
-        if not prefix or not len(queries):
-            out.append(torch.zeros_like(queries))
-            continue
-        rows = None if query_rows is None else query_rows[places[start] : places[end]] - start
-        if prefix[1] > prefix[0]:
-            keys = torch.cat((k[slice(*prefix)], keys))
-            values = torch.cat((v[slice(*prefix)], values))
-            rows = None if rows is None else rows + prefix[1] - prefix[0]
-        out.append(attend(queries, keys, values, rows))
-    return torch.cat(out)
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------
@@ -342,32 +295,12 @@ def _strides(*tensors):
     return tuple(stride for t in tensors for stride in t.stride()[:2])
 
 
-def _dense(q, k, limits):
-    """Softmax of all scores (H, Q, T) over what the limits let each query see, and lse to the base 2."""
-    keys = torch.arange(len(k), device=k.device)
-    first, last, prefix, prefix_end = limits[:, :, None]
-    seen = (keys >= first) & (keys < last) | (keys >= prefix) & (keys < prefix_end)
-    s = torch.einsum("ihd,jhd->hij", q.float(), _grouped(k, q)) * _scales(q)[0]
-    s = s.masked_fill(~seen, -math.inf)
-    lse = torch.logsumexp(s * math.log(2), -1).div(math.log(2)).masked_fill(~seen.any(-1), math.inf)
-    return torch.exp2(s - lse[..., None]), lse
-
-
-def _grouped(k, q):
-    return k.float().nan_to_num(0).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-
-
-def _forward_cpu(q, k, v, limits, query_items, query_blocks):
-    p, lse = _dense(q, k, limits)
-    return torch.einsum("hij,jhd->ihd", p, _grouped(v, q)).type_as(q), lse
-
-
 def _forward_fake(q, k, v, limits, query_items, query_blocks):
     n_queries, n_heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty(n_heads, n_queries, dtype=torch.float32)
 
 
-@operator("attention_forward", cpu=_forward_cpu, fake=_forward_fake)
+@operator("attention_forward", cpu=forward_cpu, fake=_forward_fake)
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -387,25 +320,11 @@ def forward(
     return o, lse
 
 
-def _backward_cpu(
-    q, k, v, o, lse, do, dq, dk, dv, limits, query_items, query_blocks, seen, key_items, key_blocks, splits, n_slots
-):
-    p, _ = _dense(q, k, limits)
-    do = do.float().masked_fill(torch.isinf(lse.T)[..., None], 0)
-    dp = torch.einsum("ihd,jhd->hij", do, _grouped(v, q))
-    ds = p * (dp - (do * o).sum(-1).T[..., None]) / math.sqrt(q.shape[-1])
-    ungroup = (len(k), k.shape[1], -1, k.shape[2])
-    queries = q.float().masked_fill(torch.isinf(lse.T)[..., None], 0)
-    dq.copy_(torch.einsum("hij,jhd->ihd", ds, _grouped(k, q)))
-    dk.copy_(torch.einsum("hij,ihd->jhd", ds, queries).reshape(ungroup).sum(2))
-    dv.copy_(torch.einsum("hij,ihd->jhd", p, do).reshape(ungroup).sum(2))
-
-
 def _backward_fake(*_):
     return None
 
 
-@operator("attention_backward", mutates=("dq", "dk", "dv"), cpu=_backward_cpu, fake=_backward_fake)
+@operator("attention_backward", mutates=("dq", "dk", "dv"), cpu=backward_cpu, fake=_backward_fake)
 def backward(
     q: torch.Tensor,
     k: torch.Tensor,

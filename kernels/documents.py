@@ -31,12 +31,10 @@ class AttentionPlan(NamedTuple):
     """int32 tensors on the device, views of one buffer. Q queries; a list of blocks ends in one row that is padding."""
 
     limits: torch.Tensor  # (4, Q): each query's first own key, last own key + 1, prefix start, prefix end
-    query_items: (
-        torch.Tensor
-    )  # (tiles of queries, 7): tile, listed blocks lo and hi, full: prefix start, n, own start, n
+    query_items: torch.Tensor  # (tiles of queries, 7): tile, listed lo and hi, full: prefix start, n, own start, n
     query_blocks: torch.Tensor  # (n + 1, 2) of keys: start * 2 + (read as a prefix), end
     seen: torch.Tensor  # (T,): 1 where some query sees the key
-    key_items: torch.Tensor  # (tiles of keys + parts, 6): tile, listed blocks lo and hi, full start, n, slot or -1
+    key_items: torch.Tensor  # (tiles of keys + parts, 6): tile, listed lo and hi, full start, n, slot or -1
     key_blocks: torch.Tensor  # (n + 1, 2) of queries: start * 2 + (through a prefix), end
     splits: torch.Tensor  # (n, 3), tiles of keys in parts: tile, first slot, slots
     n_slots: int
@@ -89,7 +87,7 @@ def check(documents, n_rows):
     start, end, prefix_start, prefix_end = documents.numpy().astype(np.int64).T
     before = np.concatenate(([0], end[:-1]))[: len(end)]
     wrong = (start < before) | (end < start) | (end > n_rows)
-    wrong |= (prefix_start < 0) | (prefix_end < prefix_start) | ((prefix_end > start) & (prefix_end > prefix_start))
+    wrong |= (prefix_start < 0) | (prefix_end < prefix_start) | (prefix_end > start)
     if wrong.any():
         i = int(wrong.argmax())
         raise ValueError(
@@ -236,7 +234,7 @@ def over_keys(documents, query_rows, n_rows, block, size, part):
     parts = np.maximum(1, -(-n // part))
     of, index = np.repeat(np.arange(n_tiles), parts), spans(np.zeros_like(parts), parts)
     length = -(-n // parts)[of]
-    lo = np.minimum(places[of] + index * length, places[of + 1])
+    lo = places[of] + index * length
     hi = np.minimum(lo + length, places[of + 1])
     slots = np.where(parts > 1, parts, 0)
     first_slot = np.cumsum(slots) - slots

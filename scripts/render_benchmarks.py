@@ -21,6 +21,15 @@ def parity(figures):
     )
 
 
+def kernel_parity(figures):
+    worst, losses = figures["worst_relative_difference"]["loss"], figures["loss"]["references"]
+    return (
+        f"| every op a kernel against every op a reference ({figures['device']}): a small LLaMA in fp32, "
+        f"{figures['steps']} steps, loss {losses[0]:.2f} to {losses[-1]:.2f}: worst relative difference of a step's loss "
+        f"| {worst:.1e} |"
+    )
+
+
 def cpu_speed(figures):
     ours, theirs = (figures["tokens_per_s"][who] for who in ("cria", "transformers"))
     ratio, best = figures["ratio"], figures["best"]
@@ -98,7 +107,7 @@ def gpu(report, targets):
 
 def rendered(folder=ROOT / "benchmarks"):
     lines = ["", "| measured | |", "|---|---|"]
-    for render in (parity, cpu_speed):
+    for render in (parity, kernel_parity, cpu_speed):
         path = folder / f"{render.__name__}.json"
         if path.exists():
             lines.append(render(json.loads(path.read_text())))

@@ -129,8 +129,9 @@ def test_one_curve_with_kernels_and_with_references(tmp_path, rows_file):
 def test_kernels_are_not_silently_replaced_on_a_cpu(tmp_path, rows_file, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     done = finetune(
-        "--model", "tiny", "--random-init", "--data", rows_file, "--out", tmp_path, "--kernels", "triton", check=False
-    )
+        "--model", "tiny", "--random-init", "--data", rows_file, "--out", tmp_path / "out", "--kernels", "triton",
+        check=False,
+    )  # fmt: skip
     assert done.returncode == 2 and "--kernels triton: they run on a GPU and the device is cpu" in done.stderr
 
 
