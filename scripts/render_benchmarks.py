@@ -25,8 +25,8 @@ def kernel_parity(figures):
     worst, losses = figures["worst_relative_difference"]["loss"], figures["loss"]["references"]
     return (
         f"| every op a kernel against every op a reference ({figures['device']}): a small LLaMA in fp32, "
-        f"{figures['steps']} steps, loss {losses[0]:.2f} to {losses[-1]:.2f}: worst relative difference of a step's loss "
-        f"| {worst:.1e} |"
+        f"{figures['steps']} steps, loss {losses[0]:.2f} to {losses[-1]:.2f}: "
+        f"worst relative difference of a step's loss | {worst:.1e} |"
     )
 
 
