@@ -2,7 +2,8 @@
 function."""
 
 from kernels.adamw import adamw, adamw_state, master_of
-from kernels.attention import attend, attention, attention_plan, rope_attention
+from kernels.attention import attention, attention_plan, rope_attention
+from kernels.attention_ref import attend
 from kernels.common import INTERPRETED, chip
 from kernels.grad_norm import grad_norm
 from kernels.linear_cross_entropy import linear_cross_entropy

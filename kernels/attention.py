@@ -24,7 +24,6 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention_ref import attend as attend  # for kernels/__init__.py
 from kernels.attention_ref import attention_ref, backward_cpu, forward_cpu
 from kernels.common import choose, launch_config, next_power_of_2, operator
 from kernels.documents import AttentionPlan, QueryDocuments, attention_plan, check

@@ -129,7 +129,7 @@ def patched(owner, **attributes):
 
 
 def replay(case, chip, table=common.launch_table):
-    """The launches of one case on one chip, those that differ. table: op -> its launch table."""
+    """The launches of one case on one chip, of those compiled alike the one that moves most. table: op -> its own."""
     launches, read = [], []
 
     def record(function, *args, grid, warmup, **kwargs):
@@ -144,6 +144,7 @@ def replay(case, chip, table=common.launch_table):
     with patched(common, chip_override=chip, launch_table=reading_table), patched(JITFunction, run=record):
         op, *args = case.build(Make())  # inside: attention's plan depends on its tiles
         getattr(op, "launch", op)(*args)
+    launches.sort(key=lambda launch: sum(t.numel() for t in launch.arguments.values() if torch.is_tensor(t)))
     return list({launch.key(): launch for launch in launches}.values())
 
 
@@ -350,7 +351,7 @@ def main():
     parser.add_argument("--op", nargs="+", default=[], help="only these; nothing is then found unused or unplayed")
     parser.add_argument("--chip", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
-    parser.add_argument("--check", type=Path, metavar="FILE", help="fail when the records there are others")
+    parser.add_argument("--check", type=Path, metavar="FILE", help="fail when this Triton's records there differ")
     parser.add_argument("--workers", type=int, default=2, help="processes that compile")
     args = parser.parse_args()
     if knobs.runtime.interpret:
@@ -368,7 +369,11 @@ def main():
     print(f"{len(records)} launches, {len(violations)} violations, Triton {triton.__version__}")
     if args.json:
         save(args.json, records)
-    differences = stale(args.check, records) if args.check else []
+    differences = []
+    if args.check and triton.__version__ in load(args.check)["versions"]:
+        differences = stale(args.check, records)
+    elif args.check:
+        print(f"{args.check} holds no records of Triton {triton.__version__}: not compared")
     if differences:
         print(*differences[:20], sep="\n", file=sys.stderr)
         print(f"{args.check} is stale; run python -m kernels.static --json {args.check}", file=sys.stderr)

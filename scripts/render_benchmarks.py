@@ -30,6 +30,24 @@ def kernel_parity(figures):
     )
 
 
+def optimizer_parity(figures):
+    final, apart = figures["final_loss"], figures["final_relative_difference"]["8bit"]
+    return (
+        f"| 8-bit optimizer states against fp32: SmolLM2-135M, fp32, {figures['steps']} steps of {figures['batch']} "
+        f"Alpaca rows, loss at the end {final['8bit']:.4f} against {final['fp32']:.4f} | {100 * apart:.3f}% apart |"
+    )
+
+
+def static(figures):
+    records = figures["records"]
+    chips = sorted({r["chip"] for r in records}, key=lambda chip: int(chip.removeprefix("sm_")))
+    versions = sorted({r["triton"] for r in records})
+    return (
+        f"| every launch that ships compiled for {', '.join(chips)} under Triton {' and '.join(versions)}: "
+        f"{len(records)} compilations | {sum(r['spills'] for r in records)} spills |"
+    )
+
+
 def cpu_speed(figures):
     ours, theirs = (figures["tokens_per_s"][who] for who in ("cria", "transformers"))
     ratio, best = figures["ratio"], figures["best"]
@@ -107,7 +125,7 @@ def gpu(report, targets):
 
 def rendered(folder=ROOT / "benchmarks"):
     lines = ["", "| measured | |", "|---|---|"]
-    for render in (parity, kernel_parity, cpu_speed):
+    for render in (parity, kernel_parity, optimizer_parity, static, cpu_speed):
         path = folder / f"{render.__name__}.json"
         if path.exists():
             lines.append(render(json.loads(path.read_text())))

@@ -40,7 +40,9 @@ def paragraphs(op):
     doc = ast.get_docstring(ast.parse((ROOT / "kernels" / f"{op}.py").read_text()))
     first, *rest = doc.split("\n\n")
     formula = next((p for p in rest if p.startswith("    ")), None)
-    bound = next((p for p in rest if p.lstrip().startswith("Bound by")), None)
+    bound = "\n\n".join(p for p in rest if p.lstrip().startswith("Bound by"))
+    if bound.endswith(":"):  # what it announces is the next paragraph, a block
+        bound += f"\n\n```text\n{rest[rest.index(bound) + 1]}\n```"
     return first, formula, bound
 
 

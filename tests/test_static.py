@@ -264,6 +264,24 @@ def test_records_of_other_versions_are_kept(tmp_path, monkeypatch):
     assert [line[0] for line in static.stale(path, [record("a", 4)])] == ["-", "+"]
 
 
+def test_a_triton_without_records_is_judged_and_not_compared(tmp_path):
+    path = tmp_path / "static.json"
+    path.write_text('{"versions": {"1.0": {}}, "records": []}')
+    command = ("kernels.static", "--op", "rope", "--chip", "sm_90", "--workers", "1", "--check", str(path))
+    process = start(*command)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and f"holds no records of Triton {triton.__version__}" in out, err
+    path.write_text(f'{{"versions": {{"{triton.__version__}": {{}}}}, "records": []}}')
+    process = start(*command)
+    assert "is stale" in process.communicate(timeout=120)[1] and process.returncode == 1
+
+
+def test_of_launches_compiled_alike_the_largest_is_recorded():
+    records = json.loads(RECORDS.read_text())["records"]  # the gate's, as test_what_ships_passes sees to
+    read = {r["case"]: r["bytes_per_element"] for r in records if r["kernel"] == "_partial_kernel"}
+    assert read == {"bf16": 2.0, "fp32": 4.0}  # of the last gradient, a small one, the partial sums would be the most
+
+
 def test_case_labels_are_unique():
     labels = [(case.op, case.label) for case in all_cases()]
     assert len(set(labels)) == len(labels)
