@@ -97,7 +97,7 @@ def operator(name: str, mutates=(), *, cpu, fake):
         op = torch.library.custom_op(f"cria::{name}", launch, mutates_args=mutates, device_types="cuda")
         op.register_kernel("cpu")(launch if INTERPRETED else cpu)
         op.register_fake(fake)
-        op.launch = launch
+        op.launch, op.cpu = launch, cpu
         return op
 
     return register

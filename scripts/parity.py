@@ -47,7 +47,7 @@ def main():
         subprocess.run([str(c) for c in export], check=True)
         rows = [vars_of(row) for row in read_rows([Path(args.data)])[0][: args.steps * args.batch]]
         examples = masked(rows, transformers.AutoTokenizer.from_pretrained(folder), args.max_length)
-        loop = TransformersLoop(folder, lr=args.lr, total_steps=args.steps)
+        loop = TransformersLoop(folder, lr=args.lr, total_steps=args.steps, exact_norm=True)
         theirs = []
         for i in range(args.steps):
             theirs.append(loop.step(examples[i * args.batch : (i + 1) * args.batch], args.batch))

@@ -30,7 +30,8 @@ def test_every_layout_holds_the_same_model(smollm2, tmp_path):
         ours, tokenizer, _ = load_model(str(meta), torch.device("cpu"), torch.float32)
         logits = ours.logits(ours(tokens, torch.arange(40), documents))
         theirs = transformers.LlamaForCausalLM.from_pretrained(hf, dtype=torch.float32)
-        assert (logits - theirs(tokens[None]).logits[0]).abs().max() < 1e-4
+        theirs = theirs(tokens[None]).logits[0]
+        assert (logits - theirs).abs().max() < 1e-5 * theirs.abs().max()
     text = "Hello  world\n 12 <|im_end|> \U0001f999"
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(back)
     assert tokenizer.encode(text) == their_tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)

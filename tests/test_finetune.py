@@ -43,7 +43,7 @@ def small(tmp_path_factory, smollm2):
 
 def transformers_curve(folder, rows, micro=BATCH, loss_norm="token"):
     """(loss, gradient norm) of each step of a LlamaForCausalLM under torch's AdamW, on padded batches."""
-    loop = TransformersLoop(folder, lr=LR, total_steps=STEPS)
+    loop = TransformersLoop(folder, lr=LR, total_steps=STEPS, exact_norm=True)
     examples = masked(rows[: STEPS * BATCH], transformers.AutoTokenizer.from_pretrained(folder), MAX_LENGTH)
     return [loop.step(examples[i * BATCH : (i + 1) * BATCH], micro, loss_norm) for i in range(STEPS)]
 

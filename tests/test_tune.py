@@ -171,7 +171,7 @@ def test_errors_are_those_of_the_launch():
     def almost(x):
         return x * 2.01
 
-    almost.launch = double.launch = almost
+    double.cpu, almost.launch = double, almost
     make = Make("cpu", **tune.TOY)
     own, truth = tune.expected(Case("o", "c", lambda make: (double, make(4, 4))), make)
     ((error, allowed), (unchanged, _)) = tune.errors(
@@ -191,7 +191,7 @@ def test_an_overwritten_argument_is_an_error():
         x.add_(1)
         return (x - 1) * 2
 
-    clean.launch = dirty
+    clean.cpu, clean.launch = clean, dirty
     make = Make("cpu", **tune.TOY)
     case = Case("o", "c", lambda make: (clean, make(4, 4)))
     assert tune.off(tune.errors(case, make, *tune.expected(case, make)), [(0.0, 0.0)] * 2)
