@@ -40,6 +40,7 @@ def main():
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--max-length", type=int, default=192)
     parser.add_argument("--lr", type=float, default=2e-5)
+    parser.add_argument("--runs", type=Path, help="keep the runs here; a second start goes on from them")
     args = parser.parse_args()
     result = {
         "what": "SmolLM2-135M fine-tuned in fp32 on a CPU with each kind of optimizer states: per-step loss",
@@ -48,7 +49,7 @@ def main():
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as tmp:
         for states in STATES:
-            result["loss"][states] = curve(states, Path(tmp) / states, args)
+            result["loss"][states] = curve(states, (args.runs or Path(tmp)) / states, args)
     last = max(1, args.steps // 10)
     final = {states: statistics.mean(losses[-last:]) for states, losses in result["loss"].items()}
     reference = result["loss"]["fp32"]

@@ -112,17 +112,24 @@ def test_kill_9_then_resume_is_bit_equal(unbroken, tmp_path, kill):
 
 
 def test_kill_9_at_random_moments_then_resume_is_bit_equal(unbroken, tmp_path):
-    """Again and again, some time after the run has begun to write, until one gets through."""
+    """Again and again, some steps and some moments after the run has begun to write, until one gets through."""
     seed = time.time_ns() % 2**32
     print("seed", seed)
     generator, metrics = torch.Generator().manual_seed(seed), tmp_path / "out" / "metrics.jsonl"
     reached = []
+
+    def n_steps():
+        return metrics.read_bytes().count(b'"train"') if metrics.exists() else 0
+
     for _ in range(4):
         before = metrics.stat().st_ino if metrics.exists() else None
         process = start(*arguments(tmp_path / "out", unbroken[0]))
         while process.poll() is None and not (metrics.exists() and metrics.stat().st_ino != before):
             time.sleep(0.01)  # a resumed run begins with a new metrics.jsonl
-        time.sleep(torch.rand(1, generator=generator).item())
+        steps = n_steps() + int(torch.randint(4, (), generator=generator)) + (not reached)
+        while process.poll() is None and n_steps() < steps:
+            time.sleep(0.01)
+        time.sleep(0.1 * torch.rand(1, generator=generator).item())
         process.kill()
         if end(process)[0] == -signal.SIGKILL:
             reached.append(len(events(tmp_path / "out")))
