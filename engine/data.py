@@ -1,4 +1,4 @@
-"""Rows -> prompt -> masked tokens -> micro-batches.
+"""Rows -> prompt -> masked tokens, and the order in which a run takes them.
 
 A dataset is three flat arrays: tokens, which of them are targets, where each example starts. The order of examples is
 a function of (seed, epoch) alone, so a run resumes at any step without any saved state of a sampler.
@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from engine.errors import DataError
 from engine.rows import Row
@@ -126,6 +125,14 @@ class Dataset:
         """(N,) tokens of each example."""
         return np.diff(self.starts)
 
+    def tokens_of(self, example: int) -> np.ndarray:
+        """(n,) int32."""
+        return self.tokens[self.starts[example] : self.starts[example + 1]]
+
+    def is_target_of(self, example: int) -> np.ndarray:
+        """(n,) bool."""
+        return self.is_target[self.starts[example] : self.starts[example + 1]]
+
 
 def special_id(tokenizer, name, style):
     token = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}.get(name, tokenizer.special_ids.get(name))
@@ -240,53 +247,3 @@ def hold_out(rows: list, fraction: float, seed: int) -> tuple[list, list]:
     n_held = max(1, round(fraction * len(rows)))
     held = set(np.random.default_rng((seed, 2**32)).permutation(len(rows))[:n_held].tolist())
     return [r for i, r in enumerate(rows) if i not in held], [r for i, r in enumerate(rows) if i in held]
-
-
-# ---- micro-batches --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What one forward takes: documents back to back in one row of T tokens."""
-
-    tokens: torch.Tensor  # (T,) int64
-    positions: torch.Tensor  # (T,) int64, from 0 in each document
-    documents: torch.Tensor  # (N, 4) int32, on the CPU: start, end, prefix start, prefix end
-    loss_rows: torch.Tensor  # (L,) int64: rows whose next token is a target
-    targets: torch.Tensor  # (L,) int64
-    weights: torch.Tensor | None = None  # (L,) fp32; None is all ones
-
-    def to(self, device):
-        """On the device, but for the documents, which the host reads to plan attention."""
-        moved = {name: t.to(device, non_blocking=True) for name, t in vars(self).items() if t is not None}
-        return MicroBatch(**moved | {"documents": self.documents})
-
-
-def split(examples: np.ndarray, lengths: np.ndarray, max_tokens: int, max_examples: int | None) -> list[np.ndarray]:
-    """Cuts a step's examples, in order, into runs of at most max_tokens tokens and max_examples examples."""
-    runs, run, total = [], [], 0
-    for example in examples:
-        if run and (total + lengths[example] > max_tokens or len(run) == max_examples):
-            runs, run, total = [*runs, run], [], 0
-        run.append(example)
-        total += lengths[example]
-    return [np.array(r) for r in [*runs, run]]
-
-
-def collate(dataset: Dataset, examples: np.ndarray) -> MicroBatch:
-    """The examples, back to back."""
-    spans = [slice(dataset.starts[i], dataset.starts[i + 1]) for i in examples]
-    tokens = np.concatenate([dataset.tokens[span] for span in spans]).astype(np.int64)
-    is_target = np.concatenate([dataset.is_target[span] for span in spans])
-    lengths = np.array([span.stop - span.start for span in spans])
-    ends = np.cumsum(lengths)
-    documents = np.zeros((len(spans), 4), np.int32)
-    documents[:, 0], documents[:, 1] = ends - lengths, ends
-    loss_rows = np.flatnonzero(is_target) - 1  # never -1: a document's first token is no target
-    return MicroBatch(
-        tokens=torch.from_numpy(tokens),
-        positions=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])),
-        documents=torch.from_numpy(documents),
-        loss_rows=torch.from_numpy(loss_rows),
-        targets=torch.from_numpy(tokens[loss_rows + 1]),
-    )

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine import checkpoint, data
+from engine import checkpoint, data, packing
 from engine.cli import from_cli, stanford
 from engine.config import EMBEDDED, FinetuneConfig
 from engine.errors import CriaError, DivergedError, Stopped, UsageError, exit_code_of
@@ -52,9 +52,8 @@ def forward_backward(job: Job, model: Transformer, examples: np.ndarray):
     """Gradients of one global batch, micro-batch by micro-batch. Returns the loss (a scalar on the device) and counts
     of what was computed; or None when a signal asks to stop, as if the step had not begun."""
     lengths = job.train.lengths()
-    runs = data.split(examples, lengths, job.max_tokens, job.config.micro_batch_size)
-    batches = [data.collate(job.train, run) for run in runs]
-    n_loss = sum(len(batch.targets) for batch in batches)
+    batches = packing.micro_batches(job.train, examples, job.max_tokens, job.config.micro_batch_size)
+    n_loss = sum(int(job.train.is_target_of(i).sum()) for i in examples)
     loss = torch.zeros((), device=job.device)
     for batch in batches:
         if job.signals.pending():
@@ -136,12 +135,12 @@ def skip(job, step, n_skipped, loss, norm, examples):
 def evaluate(job: Job, model: Transformer, step: int, optimizer: AdamW) -> None:
     """The loss a token on the held-out examples."""
     held = job.held_out
-    runs = data.split(np.arange(len(held)), held.lengths(), job.max_tokens, job.config.micro_batch_size)
+    runs = packing.micro_batches(held, np.arange(len(held)), job.max_tokens, job.config.micro_batch_size)
     total, n_tokens = torch.zeros((), device=job.device), held.counts["loss_tokens"]
     for run in job.progress.phase("evaluating", runs):
         if job.signals.pending():
             stop(job, optimizer, step)
-        total += model.loss(data.collate(held, run).to(job.device))
+        total += model.loss(run.to(job.device))
     loss = float(total) / n_tokens
     job.metrics.write("eval", step=step, loss=loss, perplexity=float(np.exp(loss)), loss_tokens=n_tokens)
     job.progress.say(f"step {step}: held-out loss {loss:.4f}")

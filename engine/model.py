@@ -100,7 +100,7 @@ class Transformer(nn.Module):
         return F.linear(kernels.rms_norm(x, self.norm, self.config.norm_eps, self.impl), self.head)
 
     def loss(self, batch):
-        """batch: engine.data.MicroBatch. Returns the summed loss of its loss rows, a scalar in fp32."""
+        """batch: engine.packing.MicroBatch. Returns the summed loss of its loss rows, a scalar in fp32."""
         x = self(batch.tokens, batch.positions, batch.documents)
         x = kernels.rms_norm(x[batch.loss_rows], self.norm, self.config.norm_eps, self.impl)
         return kernels.linear_cross_entropy(x, self.head, batch.targets, batch.weights, self.impl)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import transformers
 
-from engine import data
+from engine import data, packing
 from engine.load import embedded_gguf
 from engine.model import new_model
 from engine.optim import AdamW
@@ -45,10 +45,8 @@ class Ours:
         self.optimizer = AdamW(self.model, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
 
     def step(self, examples, micro):
-        batches = [
-            data.collate(self.dataset, run) for run in data.split(examples, self.dataset.lengths(), 10**9, micro)
-        ]
-        n_loss = sum(len(batch.targets) for batch in batches)
+        n_loss = sum(int(self.dataset.is_target_of(i).sum()) for i in examples)
+        batches = packing.micro_batches(self.dataset, examples, 10**9, micro)
         for batch in batches:
             (self.model.loss(batch) / n_loss).backward()
         self.optimizer.step(LR, self.optimizer.grad_norm(), 1.0)

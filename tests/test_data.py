@@ -4,7 +4,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from conftest import shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -163,25 +162,3 @@ def test_held_out_rows_are_apart(n, fraction, seed):
     kept, held = data.hold_out(list(range(n)), fraction, seed)
     assert sorted(kept + held) == list(range(n)) and len(held) == max(1, round(fraction * n))
     assert data.hold_out(list(range(n)), fraction, seed) == (kept, held)
-
-
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(50, 200), st.none() | st.integers(1, 8))
-@settings(deadline=None)
-def test_micro_batches_keep_the_order_and_the_limits(lengths, max_tokens, max_examples):
-    runs = data.split(np.arange(len(lengths)), np.array(lengths), max_tokens, max_examples)
-    assert np.concatenate(runs).tolist() == list(range(len(lengths)))
-    for run in runs:
-        assert sum(lengths[i] for i in run) <= max_tokens and len(run) <= (max_examples or len(run))
-
-
-def test_a_micro_batch_is_documents_back_to_back(smol):
-    dataset = data.tokenize([ALPACA, WITH_INPUT], smol)
-    batch = data.collate(dataset, np.array([1, 0]))
-    a, b = dataset.lengths()
-    assert batch.documents.tolist() == [[0, b, 0, 0], [b, a + b, 0, 0]]
-    assert batch.positions.tolist() == [*range(b), *range(a)]
-    assert batch.tokens.tolist() == [*dataset.tokens[a:], *dataset.tokens[:a]]
-    for row, target in zip(batch.loss_rows.tolist(), batch.targets.tolist(), strict=True):
-        assert batch.tokens[row + 1] == target
-    assert len(batch.targets) == dataset.is_target.sum() and batch.weights is None
-    assert not torch.isin(batch.loss_rows, torch.tensor([b - 1, a + b - 1])).any()  # the last row predicts nothing
