@@ -148,7 +148,12 @@ class FinetuneConfig:
     optimizer_states: str = knob(
         "fp32", "AdamW's m and v; 8bit is blockwise, 2 bytes a parameter in all", ("fp32", "bf16", "8bit")
     )
-    recompute: str = knob("none", "what backward computes again instead of keeping", ("none", "block"))
+    recompute: str = knob(
+        "cheap",
+        "what backward computes again instead of keeping: none; cheap, the outputs of norms and activations; block, "
+        "all of a layer but its input",
+        ("none", "cheap", "block"),
+    )
     eval_data: tuple[str, ...] = knob((), "files of held-out examples")
     eval_fraction: float = knob(0.0, "share of --data held out, chosen by the seed")
     eval_every: str = knob("epoch", f"held-out loss, where there is held-out data: {EVERY}")

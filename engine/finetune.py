@@ -58,7 +58,7 @@ def forward_backward(job: Job, model: Transformer, examples: np.ndarray):
     for batch in batches:
         if job.signals.pending():
             return None
-        part = model.loss(batch.to(job.device))
+        part = model.loss(batch)
         mean_of_means = job.config.loss_norm == "micro-mean"
         part = part / (len(batch.targets) * len(batches) if mean_of_means else n_loss)
         part.backward()
@@ -140,7 +140,7 @@ def evaluate(job: Job, model: Transformer, step: int, optimizer: AdamW) -> None:
     for run in job.progress.phase("evaluating", runs):
         if job.signals.pending():
             stop(job, optimizer, step)
-        total += model.loss(run.to(job.device))
+        total += model.loss(run)
     loss = float(total) / n_tokens
     job.metrics.write("eval", step=step, loss=loss, perplexity=float(np.exp(loss)), loss_tokens=n_tokens)
     job.progress.say(f"step {step}: held-out loss {loss:.4f}")

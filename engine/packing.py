@@ -31,11 +31,6 @@ class MicroBatch:
     targets: torch.Tensor  # (L,) int64
     weights: torch.Tensor | None = None  # (L,) fp32; None is all ones
 
-    def to(self, device):
-        """On the device, but for the documents, which the host reads to plan attention."""
-        moved = {name: t.to(device, non_blocking=True) for name, t in vars(self).items() if t is not None}
-        return MicroBatch(**moved | {"documents": self.documents})
-
 
 def micro_batches(
     dataset: Dataset,

@@ -148,10 +148,12 @@ def _corrected(beta1, beta2, eps, step):
 
 
 def adamw_ref(
-    param, grad, m, v, m_absmax, v_absmax, low, master, lr, lr_tensor, scale, scale_tensor, beta1, beta2, eps,
+    param, grad, m, v, m_absmax, v_absmax, low, master, lr, lr_tensor, scale, scale_tensor, apply, beta1, beta2, eps,
     weight_decay, step, seed, offset,
 ):  # fmt: skip
     """The arguments of update, below."""
+    if apply is not None and not apply:  # where it is on a GPU, this waits for it
+        return
     lr = torch.full((), lr, dtype=torch.float32, device=param.device) if lr_tensor is None else lr_tensor.float()
     scale = scale if scale_tensor is None else scale_tensor.float()
     eps, factor = _corrected(beta1, beta2, eps, step)
@@ -239,9 +241,11 @@ def _write(
 @triton.jit(do_not_specialize=["key", "group0"])  # they change from step to step, shard to shard
 def _update_kernel(
     param_ptr, grad_ptr, m_ptr, v_ptr, m_absmax_ptr, v_absmax_ptr, low_ptr, master_ptr, m_map_ptr, v_map_ptr,
-    lr, lr_ptr, scale, scale_ptr, rest1, beta2, rest2, eps, factor, weight_decay, key, group0, n, n_blocks,
+    lr, lr_ptr, scale, scale_ptr, apply_ptr, rest1, beta2, rest2, eps, factor, weight_decay, key, group0, n, n_blocks,
     SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    if apply_ptr is not None and tl.load(apply_ptr) == 0:
+        return
     program = tl.program_id(0).to(tl.int64)  # int64: bytes of a tensor pass 2^31
     at = program * BLOCK + tl.arange(0, BLOCK) - SHIFT
     mask = at < n
@@ -304,8 +308,8 @@ def _bits16(t):
 def update(
     param: torch.Tensor, grad: torch.Tensor, m: torch.Tensor, v: torch.Tensor, m_absmax: torch.Tensor | None,
     v_absmax: torch.Tensor | None, low: torch.Tensor | None, master: torch.Tensor | None, lr: float,
-    lr_tensor: torch.Tensor | None, scale: float, scale_tensor: torch.Tensor | None, beta1: float, beta2: float,
-    eps: float, weight_decay: float, step: int, seed: int, offset: int,
+    lr_tensor: torch.Tensor | None, scale: float, scale_tensor: torch.Tensor | None, apply: torch.Tensor | None,
+    beta1: float, beta2: float, eps: float, weight_decay: float, step: int, seed: int, offset: int,
 ) -> None:  # fmt: skip
     """adamw, below, on contiguous tensors. A tensor given for lr or scale stands for the number."""
     n, shift = param.numel(), 0
@@ -318,7 +322,7 @@ def update(
     if n:
         _update_kernel[(triton.cdiv(n + shift, config["BLOCK"]),)](
             _bits16(param), grad, _bits16(m), _bits16(v), m_absmax, v_absmax, low, master, *maps,
-            lr, lr_tensor, scale, scale_tensor, 1 - beta1, beta2, 1 - beta2, eps, factor, weight_decay,
+            lr, lr_tensor, scale, scale_tensor, apply, 1 - beta1, beta2, 1 - beta2, eps, factor, weight_decay,
             step << 32 | seed, offset // 8, n, triton.cdiv(n, dynamic_map.BLOCK), SHIFT=shift, enable_fp_fusion=False,
             **config,
         )  # fmt: skip
@@ -382,6 +386,7 @@ def adamw(
     weight_decay: float,
     step: int,
     grad_scale: torch.Tensor | float = 1.0,
+    apply: torch.Tensor | None = None,
     seed: int = 0,
     offset: int = 0,
     impl: str = "auto",
@@ -389,7 +394,8 @@ def adamw(
     """One update of param (fp32 or bf16, contiguous) and of its state, made by adamw_state.
 
     grad: of param's shape, fp32 or bf16. step counts from 1. lr, grad_scale (the clip factor): a number, or a tensor of
-    one on the device, which is not waited for. For stochastic rounding, seed: which tensor this is, under 2^32; offset:
+    one on the device, which is not waited for. apply: a bool there; where it is false, nothing changes, whatever grad
+    and grad_scale hold. For stochastic rounding, seed: which tensor this is, under 2^32; offset:
     where in it param's first element stands, for a shard to round as the whole would.
     Raises ValueError when shapes, dtypes or devices do not fit.
     """
@@ -401,8 +407,10 @@ def adamw(
     if offset % 8 and state.m_absmax is not None and _is_random(param, state.m, state.low, state.master):
         raise ValueError(f"adamw: offset is {offset}, wanted a multiple of 8 for 8-bit states of a stochastic master")
     lr, scale = _number_or_tensor("lr", lr, param), _number_or_tensor("grad_scale", grad_scale, param)
+    if apply is not None and (apply.dtype != torch.bool or apply.numel() != 1 or apply.device != param.device):
+        raise ValueError(f"adamw: apply is {tuple(apply.shape)} {apply.dtype}, wanted one bool on {param.device}")
     run = adamw_ref if choose("adamw", impl, param) == "ref" else update
     run(
         param, grad.contiguous(), state.m, state.v, state.m_absmax, state.v_absmax, state.low, state.master,
-        *lr, *scale, beta1, beta2, eps, weight_decay, step, seed, offset,
+        *lr, *scale, apply, beta1, beta2, eps, weight_decay, step, seed, offset,
     )  # fmt: skip

@@ -421,6 +421,29 @@ class _RopeAttention(torch.autograd.Function):
         return dqkv, None, None, None, None, *[None] * len(plan)
 
 
+class _RopeAttentionRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, kv, cos, sin, rows, n_slots, *plan):
+        k, v = kv.chunk(2, dim=1)
+        rotate(q, q[:, :0], cos[rows], sin[rows], False)
+        rotate(k, k[:, :0], cos, sin, False)
+        o, lse = forward(q, k, v, *plan[:3])
+        ctx.save_for_backward(q.detach(), kv.detach(), cos, sin, rows, o, lse, *plan)
+        ctx.n_slots = n_slots
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        q, kv, cos, sin, rows, o, lse, *plan = ctx.saved_tensors
+        (do,) = _rows_contiguous(do)
+        dq, dkv = torch.empty_like(q), torch.empty_like(kv)
+        (k, v), (dk, dv) = kv.chunk(2, dim=1), dkv.chunk(2, dim=1)
+        backward(q, k, v, o, lse, do, dq, dk, dv, *plan, ctx.n_slots)
+        rotate(dq, dq[:, :0], cos[rows], sin[rows], True)
+        rotate(dk, dk[:, :0], cos, sin, True)
+        return dq, dkv, None, None, None, None, *[None] * len(plan)
+
+
 # ---- public ---------------------------------------------------------------------------------------------------------
 
 
@@ -513,3 +536,34 @@ def rope_attention(
         return _RopeAttention.apply(qkv, cos, sin, n_heads, plan.n_slots, *plan[:7])
     q, k, v = _split(qkv, n_heads)
     return attention_ref(*rope_ref(q, k, cos, sin), v, *plan)
+
+
+def rope_attention_rows(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    rows: torch.Tensor,
+    documents: AttentionPlan | QueryDocuments,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """rope_attention() where only some rows ask.
+
+    q: (U, H, Dh) of the rows `rows` (U,) int64, increasing. kv: (T, 2K, Dh), heads of k, then of v. Both contiguous and
+    consumed, as rope_attention's qkv. cos, sin: (T, Dh/2) fp32. documents: attention_plan(..., query_rows=rows).
+    Returns (U, H, Dh). Raises ValueError when the shapes or the documents do not fit.
+    """
+    fits = q.ndim == kv.ndim == 3 and rows.shape == q.shape[:1] and kv.shape[1] % 2 == 0 and kv.shape[1] > 0
+    fits = fits and q.shape[2] == kv.shape[2] and q.shape[1] % (kv.shape[1] // 2) == 0
+    want = (len(kv), kv.shape[-1] // 2)
+    if not fits or cos.shape != want or sin.shape != want or not q.is_contiguous() or not kv.is_contiguous():
+        raise ValueError(
+            f"rope_attention_rows: q {tuple(q.shape)}, kv {tuple(kv.shape)}, rows {tuple(rows.shape)}, cos "
+            f"{tuple(cos.shape)}, sin {tuple(sin.shape)}; wanted contiguous (U, H, Dh), (T, 2K, Dh), (U,), (T, Dh/2)"
+        )
+    plan = _planned(q, kv[:, : kv.shape[1] // 2], documents, impl)
+    if isinstance(plan, AttentionPlan):
+        return _RopeAttentionRows.apply(q, kv, cos, sin, rows, plan.n_slots, *plan[:7])
+    k, v = kv.chunk(2, dim=1)
+    q, k = rope_ref(q, q[:, :0], cos[rows], sin[rows])[0], rope_ref(k, k[:, :0], cos, sin)[0]
+    return attention_ref(q, k, v, *plan)

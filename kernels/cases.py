@@ -92,6 +92,7 @@ def rope():
     yield Case("rope", "H=32 K=32 Dh=128", rotated(32, 32, 128, False))
     yield Case("rope", "H=32 K=32 Dh=128 backward", rotated(32, 32, 128, True))
     yield Case("rope", "H=32 K=8 Dh=128 in place", rotate(32, 8, 128))
+    yield Case("rope", "H=32 Dh=128 in place, alone", rotate(32, 0, 128))
     yield Case("rope", "H=9 K=3 Dh=64", rotated(9, 3, 64, False))
     yield Case("rope", "H=32 K=32 Dh=80", rotated(32, 32, 80, False))
     yield Case("rope", "H=8 K=1 Dh=256", rotated(8, 1, 256, False))
@@ -142,7 +143,7 @@ def linear_cross_entropy():
             n, d, v = make.tokens, make.size(width), make.size(vocab)
             rows = make(n, dtype=FP32, low=0.5) if weights else None
             targets = make.integers(n, high=v)
-            return op.forward, make(n, d), make(v, d), targets, rows, -100, 0.0, smoothing, grad, grad
+            return op.forward, make(n, d), make(v, d), targets, rows, -100, 0.0, smoothing, grad, grad, None, 0
 
         return build
 
@@ -197,7 +198,8 @@ def adamw():
             kept = op.adamw_state(param, master, states)
             state = kept.m, kept.v, kept.m_absmax, kept.v_absmax, kept.low, kept.master
             lr, scale = make(dtype=FP32, low=0.1), make(dtype=FP32, low=0.1)  # on the device, as the engine has them
-            return op.update, param, grad, *state, 0.0, lr, 0.0, scale, *settings
+            apply = make.integers(high=2, dtype=torch.bool) if make.device.type == "meta" else make(1).abs() >= 0
+            return op.update, param, grad, *state, 0.0, lr, 0.0, scale, apply, *settings
 
         return build
 

@@ -39,6 +39,29 @@ def wide(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def weight_gradient(dy: torch.Tensor, x: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor | None:
+    """dy.T @ x, the gradient of weight in y = x @ weight.T, for backward to return.
+
+    into: the weight, a leaf, to whose .grad it is added instead, in the GEMM's epilogue, for backward to return None:
+    autograd's own addition would hold a second gradient and move 6 bytes an element more in bf16. What looks at
+    gradients as autograd adds them (hooks of a parameter) is then not called.
+    """
+    if into is None:
+        return dy.T @ x
+    if into.grad is None:
+        into.grad = dy.T @ x
+    else:
+        into.grad.addmm_(dy.T, x)
+    return None
+
+
+def accumulator(op: str, weight: torch.Tensor, accumulate: bool) -> torch.Tensor | None:
+    """What weight_gradient takes as `into`: the weight, or None. Raises ValueError for a weight without a .grad."""
+    if accumulate and weight.requires_grad and not weight.is_leaf:
+        raise ValueError(f"{op}: accumulate=True wants a parameter, weight is a view or a result; pass the parameter")
+    return weight if accumulate else None
+
+
 # ---- launch configurations: plain data in launch/<op>.json ----------------------------------------------------------
 
 chip_override: str | None = None  # the static gate and the tuner ask for a chip that is not there

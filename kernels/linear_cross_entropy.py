@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.common import choose, gradients, launch_config, operator, wide
+from kernels.common import accumulator, choose, gradients, launch_config, operator, wide
 
 LOGITS_BYTES = 512 << 20  # of the one buffer: 8,320 rows of V=32000 in bf16, 2,048 of V=128256
 ROWS = 128  # chunks are multiples of a GEMM's tile
@@ -135,28 +135,31 @@ def _up(n, multiple):
     return -(-n // multiple) * multiple
 
 
-def _gradients_fake(x, weight, want_dx, want_dw):
+def _gradients_fake(x, weight, want_dx, want_dw, into=None):
+    want_dw = want_dw and into is None
     # Of one chunk dW is rounded by its GEMM. Not to fp16: before the upstream gradient it may be over 65504.
     once = len(x) <= chunk_rows(len(x), len(weight), x.element_size()) and weight.dtype != torch.float16
     dx = x.new_empty(x.shape if want_dx else 0)
     return dx, weight.new_empty(weight.shape if want_dw else 0, dtype=weight.dtype if once else torch.float32)
 
 
-def _forward_fake(x, weight, targets, weights, ignore_index, z_loss, label_smoothing, want_dx, want_dw):
-    return x.new_empty((), dtype=torch.float32), *_gradients_fake(x, weight, want_dx, want_dw)
+def _forward_fake(x, weight, targets, weights, ignore_index, z_loss, label_smoothing, want_dx, want_dw, into, beta):
+    return x.new_empty((), dtype=torch.float32), *_gradients_fake(x, weight, want_dx, want_dw, into)
 
 
-def _forward_cpu(x, weight, targets, weights, ignore_index, z_loss, label_smoothing, want_dx, want_dw):
+def _forward_cpu(x, weight, targets, weights, ignore_index, z_loss, label_smoothing, want_dx, want_dw, into, beta):
     def loss(x, weight):
         return linear_cross_entropy_ref(x, weight, targets, weights, ignore_index, z_loss, label_smoothing)
 
     out = loss(x, weight)
     made = gradients(loss, (x, weight), torch.ones_like(out)) if want_dx or want_dw else (x, weight)
-    wanted = _gradients_fake(x, weight, want_dx, want_dw)
+    if want_dw and into is not None:
+        into.copy_(made[1] if beta == 0 else into + made[1])
+    wanted = _gradients_fake(x, weight, want_dx, want_dw, into)
     return out, *(g.to(like.dtype) if like.numel() else like for g, like in zip(made, wanted, strict=True))
 
 
-@operator("linear_cross_entropy_forward", cpu=_forward_cpu, fake=_forward_fake)
+@operator("linear_cross_entropy_forward", mutates=("into",), cpu=_forward_cpu, fake=_forward_fake)
 def forward(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -167,11 +170,17 @@ def forward(
     label_smoothing: float,
     want_dx: bool,
     want_dw: bool,
+    into: torch.Tensor | None,
+    beta: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x: (L, D). weight: (V, D). targets, weights: (L,) int64 and fp32, contiguous. Returns the loss, dx (L, D) and dw
-    (V, D), or (0,) for what is not wanted; dw is in fp32 but for a single chunk of bf16."""
+    (V, D), or (0,) for what is not wanted; dw is in fp32 but for a single chunk of bf16. Where into (V, D) is given, dw
+    goes there: into = beta * into + dw."""
     (n_rows, _), vocab, stride = x.shape, len(weight), _up(len(weight), PAD)
-    dx, dw = _gradients_fake(x, weight, want_dx, want_dw)
+    dx, dw = _gradients_fake(x, weight, want_dx, want_dw, into)
+    total = dw if into is None else into
+    if want_dw and not n_rows and not beta:
+        total.zero_()
     losses = x.new_empty(n_rows, dtype=torch.float32)
     rows = chunk_rows(n_rows, vocab, x.element_size())
     buffer = x.new_empty(min(rows, n_rows), stride)
@@ -190,8 +199,8 @@ def forward(
         if want_dx:  # the kernel has written the gradient over the logits
             torch.mm(logits, weight, out=dx[chunk])
         if want_dw:
-            _add_product(dw, logits.T, x_chunk, beta=int(start > 0))
-    return losses.sum(), dx, dw if n_rows else dw.zero_()
+            _add_product(total, logits.T, x_chunk, beta=1 if start else beta if into is not None else 0)
+    return losses.sum(), dx, dw
 
 
 def _add_product(out, a, b, beta):
@@ -225,16 +234,21 @@ def scaled(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Te
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, *settings):
-        loss, dx, dw = forward(x, weight, *settings)
+        *settings, want_dx, want_dw, accumulate = settings
+        into, beta = None, 0
+        if accumulate and want_dw:
+            leaf, beta = accumulator("linear_cross_entropy", weight, True), 0 if weight.grad is None else 1
+            leaf.grad = into = torch.empty_like(leaf) if leaf.grad is None else leaf.grad
+        loss, dx, dw = forward(x, weight, *settings, want_dx, want_dw, into, beta)
         ctx.save_for_backward(dx, dw)
-        ctx.dtypes = x.dtype, weight.dtype
+        ctx.dtypes, ctx.wanted = (x.dtype, weight.dtype), (want_dx, want_dw and into is None)
         return loss
 
     @staticmethod
     def backward(ctx, dloss):
         # New tensors: what is saved serves a second backward too.
-        made = zip(ctx.saved_tensors, ctx.needs_input_grad, ctx.dtypes, strict=False)
-        return *(scaled(g, dloss, dtype) if wanted else None for g, wanted, dtype in made), *(None,) * 7
+        made = zip(ctx.saved_tensors, ctx.wanted, ctx.dtypes, strict=True)
+        return *(scaled(g, dloss, dtype) if wanted else None for g, wanted, dtype in made), *(None,) * 8
 
 
 # ---- public ---------------------------------------------------------------------------------------------------------
@@ -265,6 +279,7 @@ def linear_cross_entropy(
     targets: torch.Tensor,
     weights: torch.Tensor | None = None,
     impl: str = "auto",
+    accumulate: bool = False,
     *,
     ignore_index: int = -100,
     z_loss: float = 0.0,
@@ -275,6 +290,9 @@ def linear_cross_entropy(
     x: (L, D). weight: (V, D), same dtype and device. targets: (L,) int64 in [0, V), or ignore_index for a row without
     loss and gradient. weights: (L,) fp32, or None for ones; they get no gradient. z_loss: z. label_smoothing: s, 0 to
     1. impl: see kernels.common.choose. Returns a scalar in fp32 (fp64 for fp64 inputs); 0 where no row has a loss.
+    accumulate: forward adds dW to weight.grad, in its dtype, where it would keep it for backward, in fp32 after several
+    chunks. For a loss that is differentiated once, by an upstream gradient of 1: put what else it is multiplied by into
+    weights. The reference leaves it to autograd.
     A target that is no id makes the loss and the gradients NaN in the kernels, which never wait for the device to look;
     the reference raises what F.cross_entropy raises. dx and dW are rounded twice where an upstream gradient other than
     a power of two follows (dW only after a single chunk): a 1 / N known beforehand is better put into weights.
@@ -286,4 +304,5 @@ def linear_cross_entropy(
     weights = weights if weights is None else weights.float().contiguous()
     settings = targets.contiguous(), weights, ignore_index, float(z_loss), float(label_smoothing)
     grad = torch.is_grad_enabled()
-    return _LinearCrossEntropy.apply(x, weight, *settings, grad and x.requires_grad, grad and weight.requires_grad)
+    wanted = grad and x.requires_grad, grad and weight.requires_grad
+    return _LinearCrossEntropy.apply(x, weight, *settings, *wanted, accumulate)

@@ -1,16 +1,20 @@
 """RMSNorm, then a linear map: the way into attention and into the feed-forward.
 
-    y = rms_norm(x, norm_weight) @ weight.T          x is handed back beside it
+    norm_linear        y = rms_norm(x, norm_weight) @ weight.T          x is handed back beside it
+    norm_linear_rows   the first n columns of y at some rows alone, the others at all, and those rows of x: the way into
+                       the last layer, where only rows with a loss ask and all answer
 
-Saved for backward: x, rstd (4 bytes a row) and the weights. The norm's output is never stored: the pass that takes the
-gradient through the norm writes it again for weight's gradient, and adds the gradient that reaches x over the residual
-stream, for whoever goes on from the x that is handed back. Bound by its GEMMs, which are cuBLAS; the norm moves 4 bytes
-an element forward and 10 backward in bf16, where adding the residual stream's gradient apart would move 6 more.
+Saved for backward: x, rstd (4 bytes a row) and the weights; the norm's output only where told to keep it. Else the pass
+that takes the gradient through the norm writes it again for weight's gradient, and adds the gradient that reaches x
+over the residual stream, for whoever goes on from the x that is handed back. Bound by its GEMMs, which are cuBLAS; the
+norm moves 4 bytes an element forward and 10 backward in bf16 (8 where its output was kept), where adding the residual
+stream's gradient apart would move 6 more.
 """
 
 import torch
 import torch.nn.functional as F
 
+from kernels.common import accumulator, weight_gradient
 from kernels.rms_norm import backward as norm_backward
 from kernels.rms_norm import check, rms_norm_ref
 from kernels.rms_norm import forward as norm_forward
@@ -22,52 +26,130 @@ def norm_linear_ref(x, norm_weight, weight, eps):
     return F.linear(rms_norm_ref(x, norm_weight, eps), weight), x
 
 
+def norm_linear_rows_ref(x, norm_weight, weight, rows, n, eps):
+    h = rms_norm_ref(x, norm_weight, eps)
+    first, others = weight.split((n, len(weight) - n))
+    return F.linear(h[rows], first), F.linear(h, others), x[rows]
+
+
 # ---- autograd -------------------------------------------------------------------------------------------------------
 
 
 class _NormLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, norm_weight, weight, eps):
+    def forward(ctx, x, norm_weight, weight, eps, keep, accumulate):
         ctx.set_materialize_grads(False)  # a gradient of nothing is None, not a tensor of zeros to read
-        ctx.eps = eps
+        ctx.eps, ctx.into = eps, accumulator("norm_linear", weight, accumulate)
         rows = x.contiguous()
         h, _, rstd = norm_forward(rows, None, norm_weight, eps)
-        ctx.save_for_backward(rows, norm_weight, weight, rstd)
+        ctx.save_for_backward(rows, norm_weight, weight, rstd, h if keep else None)
         return F.linear(h, weight), x
 
     @staticmethod
     def backward(ctx, dy, ds):
-        x, norm_weight, weight, rstd = ctx.saved_tensors
-        want_x, want_norm_weight, want_weight, _ = ctx.needs_input_grad
+        x, norm_weight, weight, rstd, h = ctx.saved_tensors
+        want_x, want_norm_weight, want_weight, *_ = ctx.needs_input_grad
         if dy is None:
-            return ds, None, None, None
+            return ds, *[None] * 5
         dx = dnorm_weight = dweight = None
         if want_x or want_norm_weight:
             ds = ds if ds is None else ds.contiguous()
-            dx, dnorm_weight, h = norm_backward(dy @ weight, x, norm_weight, rstd, ds, want_weight)
-        elif want_weight:
+            dx, dnorm_weight, made = norm_backward(dy @ weight, x, norm_weight, rstd, ds, want_weight and h is None)
+            h = made if h is None else h
+        elif want_weight and h is None:
             h = norm_forward(x, None, norm_weight, ctx.eps)[0]
         if want_weight:
-            dweight = dy.T @ h
-        return dx, dnorm_weight, dweight, None
+            dweight = weight_gradient(dy, h, ctx.into)
+        return dx, dnorm_weight, dweight, None, None, None
+
+
+class _NormLinearRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, norm_weight, weight, rows, n, eps, keep, accumulate):
+        ctx.n, ctx.into = n, accumulator("norm_linear_rows", weight, accumulate)
+        x = x.contiguous()
+        h, _, rstd = norm_forward(x, None, norm_weight, eps)
+        ctx.save_for_backward(x, norm_weight, weight, rows, rstd, h if keep else None)
+        return F.linear(h[rows], weight[:n]), F.linear(h, weight[n:]), x[rows]
+
+    @staticmethod
+    def backward(ctx, dy_rows, dy, ds_rows):
+        x, norm_weight, weight, rows, rstd, h = ctx.saved_tensors
+        dh = (dy @ weight[ctx.n :]).index_add_(0, rows, dy_rows @ weight[: ctx.n])  # rows are distinct: one order
+        ds = torch.zeros_like(x).index_copy_(0, rows, ds_rows)
+        want_weight = ctx.needs_input_grad[2]
+        dx, dnorm_weight, made = norm_backward(dh, x, norm_weight, rstd, ds, want_weight and h is None)
+        h = made if h is None else h
+        dweight = None
+        if want_weight:
+            parts = (slice(None, ctx.n), dy_rows, h[rows]), (slice(ctx.n, None), dy, h)
+            dweight = weight_gradient_in_parts(weight, parts, ctx.into)
+        return dx, dnorm_weight, dweight, *[None] * 5
+
+
+def weight_gradient_in_parts(weight, parts, into):
+    """weight_gradient of (rows of weight, their dy, their x) that make up the whole."""
+    grad = torch.empty_like(weight) if into is None or into.grad is None else into.grad
+    for rows, dy, x in parts:
+        # beta 0: what is there is not read
+        torch.addmm(grad[rows], dy.T, x, beta=0 if into is None or into.grad is None else 1, out=grad[rows])
+    if into is None:
+        return grad
+    into.grad = grad
+    return None
 
 
 # ---- public ---------------------------------------------------------------------------------------------------------
 
 
 def norm_linear(
-    x: torch.Tensor, norm_weight: torch.Tensor, weight: torch.Tensor, eps: float = 1e-5, impl: str = "auto"
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float = 1e-5,
+    impl: str = "auto",
+    keep: bool = False,
+    accumulate: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x: (T, D). norm_weight: (D,). weight: (N, D). Returns y (T, N) in x's dtype, and x.
 
     Go on from the x that is returned, as the residual: then its gradient is summed in the norm's own backward pass.
+    keep: keeps the norm's output, where backward would compute it again. accumulate: see
+    kernels.common.weight_gradient. The reference leaves both to autograd.
     Raises ValueError when the shapes or dtypes do not fit.
     """
+    if _check("norm_linear", impl, x, norm_weight, weight) == "ref":
+        return norm_linear_ref(x, norm_weight, weight, eps)
+    return _NormLinear.apply(x, norm_weight, weight, eps, keep, accumulate)
+
+
+def norm_linear_rows(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    weight: torch.Tensor,
+    rows: torch.Tensor,
+    n: int,
+    eps: float = 1e-5,
+    impl: str = "auto",
+    keep: bool = False,
+    accumulate: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """norm_linear, whose first n outputs are wanted at `rows` alone, as is x.
+
+    rows: (U,) int64, distinct. Returns y[rows, :n] (U, n), y[:, n:] (T, N - n) and x[rows] (U, D). Others as
+    norm_linear's. Raises ValueError when the shapes or dtypes do not fit.
+    """
+    if rows.ndim != 1 or not 0 <= n <= len(weight):
+        raise ValueError(f"norm_linear_rows: rows {tuple(rows.shape)}, n {n}; wanted (U,) and up to {len(weight)}")
+    if _check("norm_linear_rows", impl, x, norm_weight, weight) == "ref":
+        return norm_linear_rows_ref(x, norm_weight, weight, rows, n, eps)
+    return _NormLinearRows.apply(x, norm_weight, weight, rows, n, eps, keep, accumulate)
+
+
+def _check(op, impl, x, norm_weight, weight):
     if x.ndim != 2 or norm_weight.shape != x.shape[-1:] or weight.ndim != 2 or weight.shape[1:] != x.shape[-1:]:
         raise ValueError(
-            f"norm_linear: x is {tuple(x.shape)}, norm_weight is {tuple(norm_weight.shape)}, "
+            f"{op}: x is {tuple(x.shape)}, norm_weight is {tuple(norm_weight.shape)}, "
             f"weight is {tuple(weight.shape)}; wanted (T, D), (D,), (N, D)"
         )
-    if check("norm_linear", impl, x, norm_weight) == "ref":
-        return norm_linear_ref(x, norm_weight, weight, eps)
-    return _NormLinear.apply(x, norm_weight, weight, eps)
+    return check(op, impl, x, norm_weight)

@@ -5,7 +5,8 @@
 
 The element-wise passes are bound by memory: forward reads gate_up and writes the product h, 6 bytes an element of h in
 bf16; backward reads gate_up and dh, writes d(gate_up), and h again for weight's gradient, 12 bytes. So swiglu_linear
-saves gate_up and weight, never h. Its GEMMs are cuBLAS, and the residual is added in the last one's epilogue.
+saves gate_up and weight, and h only where it is told to. Its GEMMs are cuBLAS, and the residual is added in the last
+one's epilogue.
 Source: arXiv:2002.05202.
 """
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.common import choose, gradients, launch_config, operator, wide
+from kernels.common import accumulator, choose, gradients, launch_config, operator, weight_gradient, wide
 
 # ---- reference: the specification, and the path on CPU --------------------------------------------------------------
 
@@ -131,28 +132,30 @@ class _SwiGLU(torch.autograd.Function):
 
 class _SwiGLULinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate_up, weight, residual, consume):
-        ctx.consume = consume
+    def forward(ctx, gate_up, weight, residual, consume, keep, accumulate):
+        ctx.consume, ctx.into = consume, accumulator("swiglu_linear", weight, accumulate)
         gate_up = gate_up.contiguous()
-        ctx.save_for_backward(gate_up, weight)
-        return torch.addmm(residual, forward(gate_up), weight.T)
+        h = forward(gate_up)
+        ctx.save_for_backward(gate_up, weight, h if keep else None)
+        return torch.addmm(residual, h, weight.T)
 
     @staticmethod
     def backward(ctx, dy):
-        gate_up, weight = ctx.saved_tensors
-        want_gate_up, want_weight, want_residual, _ = ctx.needs_input_grad
+        gate_up, weight, h = ctx.saved_tensors
+        want_gate_up, want_weight, want_residual, *_ = ctx.needs_input_grad
         dgate_up = dweight = None
         if want_gate_up and ctx.consume:
-            h = dy @ weight  # dh, until the next line
-            backward_over(h, gate_up)
-            dgate_up = gate_up.detach()
+            dh = dy @ weight
+            backward_over(dh, gate_up)  # and h over dh
+            dgate_up, h = gate_up.detach(), dh
         elif want_gate_up:
-            dgate_up, h = backward(dy @ weight, gate_up, want_weight)
-        elif want_weight:
+            dgate_up, made = backward(dy @ weight, gate_up, want_weight and h is None)
+            h = made if h is None else h
+        elif want_weight and h is None:
             h = forward(gate_up)
         if want_weight:
-            dweight = dy.T @ h
-        return dgate_up, dweight, dy if want_residual else None, None
+            dweight = weight_gradient(dy, h, ctx.into)
+        return dgate_up, dweight, dy if want_residual else None, None, None, None
 
 
 # ---- public ---------------------------------------------------------------------------------------------------------
@@ -168,12 +171,20 @@ def swiglu(gate_up: torch.Tensor, impl: str = "auto") -> torch.Tensor:
 
 
 def swiglu_linear(
-    gate_up: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, impl: str = "auto", consume: bool = False
+    gate_up: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor,
+    impl: str = "auto",
+    consume: bool = False,
+    keep: bool = False,
+    accumulate: bool = False,
 ) -> torch.Tensor:
     """gate_up: (T, 2F). weight: (D, F). residual: (T, D). Returns (T, D).
 
     consume: backward may write gate_up's gradient over gate_up, for a caller with no other use for it, which saves 4F
     bytes a token in bf16. Autograd then refuses a second backward, and the backward of whoever else saved gate_up.
+    keep: keeps h, 2F bytes a token in bf16, where backward would compute it again. accumulate: see
+    kernels.common.weight_gradient. The reference leaves all three to autograd.
     Raises ValueError when the shapes do not fit.
     """
     fits = gate_up.ndim == residual.ndim == weight.ndim == 2
@@ -184,4 +195,4 @@ def swiglu_linear(
         )
     if choose("swiglu_linear", impl, gate_up) == "ref":
         return swiglu_linear_ref(gate_up, weight, residual)
-    return _SwiGLULinear.apply(gate_up, weight, residual, consume)
+    return _SwiGLULinear.apply(gate_up, weight, residual, consume, keep, accumulate)

@@ -447,6 +447,27 @@ def test_a_run_goes_on_only_as_it_began(tmp_path, rows_file):
     assert done.returncode == 2 and "states" in done.stderr, done.stderr
 
 
+@modes
+@pytest.mark.parametrize("impl", ["triton", "ref"])
+def test_where_apply_is_false_nothing_changes(dtype, master, states, impl, device):
+    settings = dict(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, step=2, impl=impl)
+    param, state, gradient = start(op.LEAST_8BIT + 8, dtype, master, states, device)
+    op.adamw(param, gradient(), state, **settings | {"step": 1})
+    before = {name: t.clone() for name, t in {"param": param, **state.tensors()}.items()}
+    grad, nan = gradient(), torch.tensor(torch.nan, device=device)
+    op.adamw(param, grad * nan, state, grad_scale=nan, apply=torch.tensor(False, device=device), **settings)
+    assert all(t.equal(before[name]) for name, t in {"param": param, **state.tensors()}.items())
+    op.adamw(param, grad, state, apply=torch.tensor(True, device=device), **settings)
+    applied = {name: t.clone() for name, t in {"param": param, **state.tensors()}.items()}
+    for name, t in {"param": param, **state.tensors()}.items():
+        t.copy_(before[name])
+    op.adamw(param, grad, state, **settings)
+    assert all(t.equal(applied[name]) for name, t in {"param": param, **state.tensors()}.items())
+    assert not param.equal(before["param"])
+    with pytest.raises(ValueError, match="wanted one bool"):
+        op.adamw(param, grad, state, apply=torch.ones((), device=device), **settings)
+
+
 # ---- the operators --------------------------------------------------------------------------------------------------
 
 
@@ -454,7 +475,8 @@ def test_a_run_goes_on_only_as_it_began(tmp_path, rows_file):
 def test_registered_for_torch_compile(dtype, master, states, device):
     param, state, gradient = start(op.LEAST_8BIT + 8, dtype, master, states, device)
     kept = (state.m, state.v, state.m_absmax, state.v_absmax, state.low, state.master)
-    numbers = (1e-2, None, 1.0, torch.ones((), device=device), 0.9, 0.99, 1e-8, 0.1, 1, 7, 0)
+    one = torch.ones((), device=device)
+    numbers = (1e-2, None, 1.0, one, one > 0, 0.9, 0.99, 1e-8, 0.1, 1, 7, 0)
     torch.library.opcheck(op.update, (param, gradient(), *kept, *numbers))
 
 

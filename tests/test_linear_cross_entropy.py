@@ -286,7 +286,7 @@ def test_any_strides(device):
 def test_dw_is_summed_in_fp32_over_chunks(device, chunks):
     chunks(1)
     args = inputs(device, torch.float16, n_rows=64, dim=16, vocab=9)
-    assert module.forward(*(t.detach() for t in args), -100, 0.0, 0.0, False, True)[2].dtype == torch.float32
+    assert module.forward(*(t.detach() for t in args), -100, 0.0, 0.0, False, True, None, 0)[2].dtype == torch.float32
     assert_as_good_as_torch(*args, error=rms)
     x, weight = (torch.empty(n, 8, dtype=torch.bfloat16, device="meta") for n in (64, 9))
     for rows, dtype in ((1, torch.float32), (64, torch.bfloat16)):
@@ -326,7 +326,7 @@ def test_what_runs_is_what_is_wanted_and_logits_stay_a_chunk(device, want_dx, wa
     chunks(4)
     args = [t.detach() for t in inputs(device, n_rows=24, dim=8)]
     with Watch() as seen:
-        _, dx, dw = module.forward.launch(*args, -100, 0.0, 0.0, want_dx, want_dw)
+        _, dx, dw = module.forward.launch(*args, -100, 0.0, 0.0, want_dx, want_dw, None, 0)
     if not (want_dx or want_dw):  # no gradient is written over the logits
         assert seen.logits.equal(args[0][-4:] @ args[1].T)
     assert seen.products == 6 * (1 + want_dx + want_dw)
@@ -339,7 +339,7 @@ def test_only_what_needs_a_gradient_is_asked_for(device, frozen, monkeypatch):
     x, weight, targets, weights = inputs(device)
     wanted = grads(linear_cross_entropy(x, weight, targets, weights, "triton"), x, weight)
     asked, forward = [], module.forward
-    monkeypatch.setattr(module, "forward", lambda *args: asked.append(args[-2:]) or forward(*args))
+    monkeypatch.setattr(module, "forward", lambda *args: asked.append(args[-4:-2]) or forward(*args))
     free = ["no_grad" not in frozen and name not in frozen for name in ("x", "weight")]
     x.requires_grad_("x" not in frozen), weight.requires_grad_("weight" not in frozen)
     with torch.set_grad_enabled("no_grad" not in frozen):
@@ -373,8 +373,13 @@ def test_chunk_rows(n_rows, vocab, itemsize):
 def test_operators(device, chunks):
     chunks(4)
     x, weight, targets, weights = (t.detach() for t in inputs(device))
-    torch.library.opcheck(module.forward, (x, weight, targets, weights, -100, 0.1, 0.1, True, True))
-    torch.library.opcheck(module.forward, (x.half(), weight.half(), targets, None, -100, 0.0, 0.0, False, True))
+    torch.library.opcheck(module.forward, (x, weight, targets, weights, -100, 0.1, 0.1, True, True, None, 0))
+    torch.library.opcheck(
+        module.forward, (x, weight, targets, weights, -100, 0.1, 0.1, True, True, torch.randn_like(weight), 1)
+    )
+    torch.library.opcheck(
+        module.forward, (x.half(), weight.half(), targets, None, -100, 0.0, 0.0, False, True, None, 0)
+    )
     torch.library.opcheck(module.scaled, (x, torch.tensor(0.37, device=device), torch.float16))
 
 
@@ -382,9 +387,15 @@ def test_the_operators_without_triton_agree(device, chunks):
     chunks(4)
     x, weight, targets, weights = (t.detach() for t in inputs(device, torch.float16))
     for wants in ((True, True), (False, True), (True, False), (False, False)):
-        args = x, weight, targets, weights, -100, 0.1, 0.1, *wants
+        args = x, weight, targets, weights, -100, 0.1, 0.1, *wants, None, 0
         for a, b in zip(module._forward_cpu(*args), module.forward(*args), strict=True):
             assert a.dtype == b.dtype and a.shape == b.shape and worst(a - b) <= 2e-3 * (1 + worst(a))
+    for beta in (0, 1):
+        there = torch.randn_like(weight) if beta else torch.full_like(weight, torch.nan)
+        into = [there.clone(), there.clone()]
+        for run, grad in zip((module._forward_cpu, module.forward), into, strict=True):
+            assert not run(x, weight, targets, weights, -100, 0.1, 0.1, True, True, grad, beta)[2].numel()
+        assert worst(into[0] - into[1]) <= 4e-3 * (1 + worst(into[0])) and not into[0].equal(there)
 
 
 @pytest.mark.parametrize("n", [0, 1, 255, 256, 257, 1000])

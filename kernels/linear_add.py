@@ -1,0 +1,59 @@
+"""A linear map added to the residual stream: the way out of attention.
+
+    y = x @ weight.T + residual
+
+Saved for backward: x and weight. Bound by its GEMMs, which are cuBLAS; the addition rides in the first one's epilogue,
+and the sum over micro-batches of weight's gradient in the last one's.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from kernels.common import accumulator, choose, weight_gradient
+
+# ---- reference: the specification, and the path on CPU --------------------------------------------------------------
+
+
+def linear_add_ref(x, weight, residual):
+    return residual + F.linear(x, weight)
+
+
+# ---- autograd -------------------------------------------------------------------------------------------------------
+
+
+class _LinearAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, residual, accumulate):
+        ctx.into = accumulator("linear_add", weight, accumulate)
+        ctx.save_for_backward(x, weight)
+        return torch.addmm(residual, x, weight.T)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        want_x, want_weight, want_residual, _ = ctx.needs_input_grad
+        dx = dy @ weight if want_x else None
+        dweight = weight_gradient(dy, x, ctx.into) if want_weight else None
+        return dx, dweight, dy if want_residual else None, None
+
+
+# ---- public ---------------------------------------------------------------------------------------------------------
+
+
+def linear_add(
+    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, impl: str = "auto", accumulate: bool = False
+) -> torch.Tensor:
+    """x: (T, N). weight: (D, N). residual: (T, D). Returns (T, D).
+
+    accumulate: backward adds weight's gradient to weight.grad itself, see kernels.common.weight_gradient; the reference
+    leaves that to autograd. Raises ValueError when the shapes do not fit.
+    """
+    fits = x.ndim == weight.ndim == residual.ndim == 2
+    if not fits or residual.shape != (len(x), len(weight)) or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"linear_add: x {tuple(x.shape)}, weight {tuple(weight.shape)}, residual {tuple(residual.shape)}; "
+            f"wanted (T, N), (D, N), (T, D)"
+        )
+    if choose("linear_add", impl, x) == "ref":
+        return linear_add_ref(x, weight, residual)
+    return _LinearAdd.apply(x, weight, residual, accumulate)
