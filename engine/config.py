@@ -113,12 +113,17 @@ class FinetuneConfig:
     random_init: bool = knob(False, "start from random weights; --model is then a named shape: " + ", ".join(MODELS))
     tokenizer: str = knob("", "folder or .gguf of the tokenizer, where the model has none of its own")
     data: tuple[str, ...] = knob((), "files: Alpaca JSON or JSONL, chat JSONL (messages)", alias="data_path")
+    token_cache: str = knob(
+        "auto", "folder that keeps tokenised data, or off; auto is cria/tokens in $XDG_CACHE_HOME or ~/.cache"
+    )
     out: str = knob("out/finetune", "output folder", alias="output_dir")
     epochs: int = knob(3, "passes over the data", alias="num_train_epochs")
     max_steps: int | None = knob(None, "stop after this many optimizer steps (the schedule ends there too)")
     global_batch_size: int = knob(128, "examples an optimizer step, over all ranks")
     micro_batch_tokens: int | None = knob(None, "most tokens of one forward on one rank (auto: by device)")
     micro_batch_size: int | None = knob(None, "most examples of one forward")
+    packing: bool = knob(True, "best-fit of a step's examples into micro-batches; off: in their order")
+    share_prefix: bool = knob(True, "compute what examples of a micro-batch begin with in common, as a template, once")
     max_length: int = knob(512, "tokens an example is cut at", alias="model_max_length")
     lr: float = knob(2e-5, "peak learning rate", alias="learning_rate")
     lr_schedule: str = knob("cosine", "after warm-up", ("cosine", "linear", "constant"), alias="lr_scheduler_type")
@@ -147,6 +152,14 @@ class FinetuneConfig:
     )
     optimizer_states: str = knob(
         "fp32", "AdamW's m and v; 8bit is blockwise, 2 bytes a parameter in all", ("fp32", "bf16", "8bit")
+    )
+    offload_optimizer: bool = knob(
+        False, "keep master and states in the host's memory, for small cards: the same numbers, slower updates"
+    )
+    optimizer_in_backward: bool = knob(
+        False,
+        "update each weight as soon as its gradient is known, and keep no gradients; wants --grad-clip 0, and steps of "
+        "one micro-batch: others accumulate as always",
     )
     recompute: str = knob(
         "cheap",
@@ -200,6 +213,12 @@ class FinetuneConfig:
                 f"--micro-batch-tokens {self.micro_batch_tokens} is under --max-length {self.max_length}; "
                 "an example must fit one forward"
             )
+        if self.optimizer_in_backward and self.grad_clip:
+            problems.append("--optimizer-in-backward drops the gradients that --grad-clip needs; pass --grad-clip 0")
+        if self.optimizer_in_backward and self.offload_optimizer:
+            problems.append("--optimizer-in-backward and --offload-optimizer exclude each other")
+        if self.loss_norm == "micro-mean" and self.packing:
+            object.__setattr__(self, "packing", False)  # the mean of micro-batches in the order of the rows
         if self.eval_data and self.eval_fraction:
             problems.append("--eval-data and --eval-fraction exclude each other")
         if self.random_init and self.model not in MODELS:

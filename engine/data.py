@@ -1,9 +1,10 @@
 """Rows -> prompt -> masked tokens, and the order in which a run takes them.
 
-A dataset is three flat arrays: tokens, which of them are targets, where each example starts. The order of examples is
-a function of (seed, epoch) alone, so a run resumes at any step without any saved state of a sampler.
+A dataset is flat arrays: tokens, which of them are targets, where each example begins and ends. The order of examples
+is a function of (seed, epoch) alone, so a run resumes at any step without any saved state of a sampler.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ import numpy as np
 from engine.errors import DataError
 from engine.rows import Row
 from engine.tokenizer import Tokenizer
+
+BLOCK = 1024  # rows tokenised at a time
 
 # ---- templates ------------------------------------------------------------------------------------------------------
 
@@ -110,28 +113,112 @@ def pieces(row: Row, style: str, add_bos: bool, answer_next: bool = False) -> li
 
 @dataclass(frozen=True)
 class Dataset:
-    """Tokenised examples, flat."""
+    """Tokenised examples: pieces of flat arrays, which others may share."""
 
     tokens: np.ndarray  # (total,) int32
     is_target: np.ndarray  # (total,) bool: this token is predicted, and carries loss
-    starts: np.ndarray  # (N + 1,) int64: example i is tokens[starts[i]:starts[i + 1]]
-    sources: tuple[str, ...]  # (N,) "file:row" of each, for messages
+    begins: np.ndarray  # (N,) int64: example i is tokens[begins[i]:ends[i]]
+    ends: np.ndarray  # (N,) int64
+    sources: Sequence[str]  # (N,) "file:row" of each, for messages
     counts: dict  # rows, examples, truncated, dropped, tokens, loss_tokens
+    n_loss: np.ndarray | None = None  # (N,) what loss_tokens says; counted here where it is not given
+
+    def __post_init__(self):
+        if self.n_loss is None:
+            n_loss = [np.count_nonzero(self.is_target_of(i)) for i in range(len(self))]
+            object.__setattr__(self, "n_loss", np.array(n_loss, np.int64))
 
     def __len__(self):
-        return len(self.sources)
+        return len(self.begins)
 
     def lengths(self):
         """(N,) tokens of each example."""
-        return np.diff(self.starts)
+        return self.ends - self.begins
+
+    def loss_tokens(self):
+        """(N,) targets of each example."""
+        return self.n_loss
 
     def tokens_of(self, example: int) -> np.ndarray:
         """(n,) int32."""
-        return self.tokens[self.starts[example] : self.starts[example + 1]]
+        return self.tokens[self.begins[example] : self.ends[example]]
 
     def is_target_of(self, example: int) -> np.ndarray:
         """(n,) bool."""
-        return self.is_target[self.starts[example] : self.starts[example + 1]]
+        return self.is_target[self.begins[example] : self.ends[example]]
+
+    def sha256(self) -> str:
+        """Of what is trained on, wherever it lies: tokens, targets and where examples start, one after the other."""
+        digest = hashlib.sha256()
+        cuts = np.flatnonzero(self.begins[1:] != self.ends[:-1]) + 1  # between examples that do not touch
+        runs = list(zip(self.begins[[0, *cuts]], self.ends[[*(cuts - 1), -1]], strict=True))
+        for array in (self.tokens, self.is_target):
+            for begin, end in runs:
+                digest.update(np.ascontiguousarray(array[begin:end]))
+        digest.update(np.concatenate(([0], np.cumsum(self.lengths()))))
+        return digest.hexdigest()
+
+
+class Sources(Sequence):
+    """ "file:row" of each row, written out when it is asked for."""
+
+    def __init__(self, paths, files, numbers):
+        self.paths, self.files, self.numbers = paths, files, numbers
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        return f"{self.paths[self.files[i]]}:{self.numbers[i]}"
+
+    def __eq__(self, other):
+        return tuple(self) == tuple(other)
+
+
+ROW = np.dtype(
+    [("n_tokens", "<i4"), ("n_loss", "<i4"), ("file", "<i4"), ("number", "<i8"), ("truncated", "?")]
+)  # of one row; file and number are where it stands
+
+
+@dataclass(frozen=True)
+class Table:
+    """Every row of some files, tokenised and cut at max_length. A row without a loss token holds no tokens."""
+
+    tokens: np.ndarray  # (total,) int32
+    is_target: np.ndarray  # (total,) bool
+    rows: np.ndarray  # (R,) ROW
+    paths: tuple[str, ...]  # what rows["file"] counts
+    max_length: int
+
+    def __len__(self):
+        return len(self.rows)
+
+    def select(self, numbers: Sequence[int] | None = None) -> Dataset:
+        """The rows of these numbers (from 0, in order; None is all) that have a loss token; the others are counted.
+
+        Raises DataError when none has.
+        """
+        ends = np.cumsum(self.rows["n_tokens"], dtype=np.int64)
+        chosen = np.arange(len(self)) if numbers is None else np.array(numbers, np.int64)
+        rows = self.rows[chosen]
+        kept = rows["n_tokens"] > 0
+        counts = {
+            "rows": len(rows),
+            "examples": int(kept.sum()),
+            "truncated": int(rows["truncated"].sum()),
+            "dropped": int((~kept).sum()),
+            "tokens": int(rows["n_tokens"].sum(dtype=np.int64)),
+            "loss_tokens": int(rows["n_loss"].sum(dtype=np.int64)),
+        }
+        if not counts["examples"]:
+            raise DataError(
+                f"no example is left of {len(rows)} rows: {counts['dropped']} had no response token within "
+                f"--max-length {self.max_length}; give rows with an output, or a larger --max-length"
+            )
+        ends, rows = ends[chosen[kept]], rows[kept]
+        sources = Sources(self.paths, rows["file"], rows["number"])
+        begins, n_loss = ends - rows["n_tokens"], rows["n_loss"].astype(np.int64)
+        return Dataset(self.tokens, self.is_target, begins, ends, sources, counts, n_loss)
 
 
 def special_id(tokenizer, name, style):
@@ -145,70 +232,68 @@ def special_id(tokenizer, name, style):
     return token
 
 
-def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, style: str) -> Iterator[tuple[list[int], list[bool]]]:
-    """For each row its ids and which of them are targets. Each distinct prompt is tokenised once."""
+def encode_block(rows: Sequence[Row], tokenizer: Tokenizer, style: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The ids of the rows, back to back, which of them are targets, and how many each row has. Each distinct prompt is
+    tokenised once."""
     parts = [pieces(row, style, tokenizer.add_bos) for row in rows]
     texts = [part for row in parts for part in row if isinstance(part, Text)]
     prompts = list(dict.fromkeys(text.prompt for text in texts))
-    n_prompt = {prompt: len(ids) for prompt, ids in zip(prompts, tokenizer.encode_batch(prompts), strict=True)}
-    encoded = iter(tokenizer.encode_batch([text.prompt + text.response for text in texts]))
+    encoded = tokenizer.encode_batch(prompts + [text.prompt + text.response for text in texts])
+    n_prompt = {prompt: len(ids) for prompt, ids in zip(prompts, encoded, strict=False)}
+    encoded = iter(encoded[len(prompts) :])
+    ids, lengths, turns = [], [], []  # turns: tokens without loss, with loss, without, ...
     for row in parts:
-        ids, targets = [], []
+        before = len(ids)
         for part in row:
             if isinstance(part, Special):
                 ids.append(special_id(tokenizer, part.name, style))
-                targets.append(part.loss)
+                turns += (not part.loss, part.loss)
             else:
                 new = next(encoded)
                 masked = min(n_prompt[part.prompt], len(new))
                 ids += new
-                targets += [False] * masked + [True] * (len(new) - masked)
-        yield ids, targets
+                turns += (masked, len(new) - masked)
+        lengths.append(len(ids) - before)
+    is_target = np.repeat(np.arange(len(turns)) % 2 == 1, turns)
+    return np.fromiter(ids, np.int32, len(ids)), is_target, np.array(lengths)
 
 
-def tokenize(
+def encode(
     rows: Sequence[Row],
     tokenizer: Tokenizer,
     style: str = "alpaca",
     max_length: int = 512,
     train_on_prompt: bool = False,
     watch: Callable[[range], Iterator[int]] = iter,
-) -> Dataset:
-    """The rows as a Dataset: cut at max_length tokens, dropped where no loss token is left, both counted.
+) -> Table:
+    """The rows as a Table, cut at max_length tokens.
 
     watch: wraps the loop over blocks of rows, to show progress.
-    Raises DataError when nothing is left, or the tokenizer lacks a token of the style.
+    Raises DataError when the tokenizer lacks a token of the style.
     """
-    tokens, targets, lengths, sources = [], [], [], []
-    counts = {"rows": len(rows), "examples": 0, "truncated": 0, "dropped": 0, "tokens": 0, "loss_tokens": 0}
-    for first in watch(range(0, len(rows), 1024)):
-        block = rows[first : first + 1024]
-        for row, (ids, is_target) in zip(block, encode_rows(block, tokenizer, style), strict=True):
-            if train_on_prompt:
-                is_target = [True] * len(ids)
-            is_target[0] = False  # nothing comes before it to predict it from
-            counts["truncated"] += len(ids) > max_length
-            ids, is_target = ids[:max_length], is_target[:max_length]
-            if not any(is_target):
-                counts["dropped"] += 1
-                continue
-            tokens.append(np.array(ids, np.int32))
-            targets.append(np.array(is_target, bool))
-            lengths.append(len(ids))
-            sources.append(row.source)
-    if not sources:
-        raise DataError(
-            f"no example is left of {len(rows)} rows: {counts['dropped']} had no response token within "
-            f"--max-length {max_length}; give rows with an output, or a larger --max-length"
-        )
-    starts = np.concatenate(([0], np.cumsum(lengths)))
-    dataset = Dataset(np.concatenate(tokens), np.concatenate(targets), starts, tuple(sources), counts)
-    counts |= {
-        "examples": len(sources),
-        "tokens": len(dataset.tokens),
-        "loss_tokens": int(dataset.is_target.sum()),
-    }
-    return dataset
+    tokens, targets, table, paths = [], [], np.zeros(len(rows), ROW), {}
+    for first in watch(range(0, len(rows), BLOCK)):
+        block, out = rows[first : first + BLOCK], table[first : first + BLOCK]
+        ids, is_target, lengths = encode_block(block, tokenizer, style)
+        starts = np.cumsum(lengths) - lengths
+        is_target |= train_on_prompt
+        is_target[starts] = False  # nothing comes before it to predict it from
+        keep = np.arange(len(ids)) - np.repeat(starts, lengths) < max_length
+        out["n_loss"] = np.add.reduceat(is_target & keep, starts, dtype=np.int64)
+        out["n_tokens"] = np.where(out["n_loss"] > 0, np.minimum(lengths, max_length), 0)
+        out["truncated"] = lengths > max_length
+        keep &= np.repeat(out["n_loss"] > 0, lengths)
+        tokens.append(ids[keep])
+        targets.append(is_target[keep])
+        places = [row.source.rpartition(":") for row in block]
+        out["file"] = [paths.setdefault(path, len(paths)) for path, _, _ in places]
+        out["number"] = [number for _, _, number in places]
+    return Table(np.concatenate(tokens), np.concatenate(targets), table, tuple(paths), max_length)
+
+
+def tokenize(rows: Sequence[Row], tokenizer: Tokenizer, *args, **options) -> Dataset:
+    """encode(...).select(): the rows as a Dataset. Raises DataError when nothing is left of them."""
+    return encode(rows, tokenizer, *args, **options).select()
 
 
 def encode_prompt(row: Row, tokenizer: Tokenizer, style: str = "alpaca") -> list[int]:
@@ -242,7 +327,7 @@ def examples_of_step(step: int, n: int, global_batch_size: int, seed: int, shuff
     return order(n, seed, epoch, shuffle)[index * global_batch_size : (index + 1) * global_batch_size]
 
 
-def hold_out(rows: list, fraction: float, seed: int) -> tuple[list, list]:
+def hold_out(rows: Sequence, fraction: float, seed: int) -> tuple[list, list]:
     """(kept, held out): round(fraction n), at least one, of the rows, chosen by the seed; both in file order."""
     n_held = max(1, round(fraction * len(rows)))
     held = set(np.random.default_rng((seed, 2**32)).permutation(len(rows))[:n_held].tolist())

@@ -10,6 +10,7 @@ import os
 import resource
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from engine.cli import from_cli, stanford
 from engine.config import EMBEDDED, FinetuneConfig
 from engine.errors import CriaError, DivergedError, Stopped, UsageError, exit_code_of
 from engine.generate import generate, stop_ids
-from engine.job import Job, find_resume, finished, plan, prepare
+from engine.job import Job, find_resume, finished, halve, plan, prepare
 from engine.load import cpu_multiplies_bf16
 from engine.log import Metrics, Progress
 from engine.model import Transformer, new_model
@@ -39,8 +40,10 @@ from engine.run import (
     read_lines,
     write_json,
 )
+from engine.step import Feeder, Figures, Mark
 from engine.weights import save_hf
 
+EVAL_CHUNK = 256  # held-out examples packed together
 # Dense, of the SXM cards; others show no MFU.
 PEAK_BF16_FLOPS = {"H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "A100-": 312e12}
 
@@ -48,52 +51,94 @@ PEAK_BF16_FLOPS = {"H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "A100-": 312
 # ---- train ----------------------------------------------------------------------------------------------------------
 
 
-def forward_backward(job: Job, model: Transformer, examples: np.ndarray):
-    """Gradients of one global batch, micro-batch by micro-batch. Returns the loss (a scalar on the device) and counts
+def batches_of_step(job: Job, step: int) -> list[packing.MicroBatch]:
+    """The global batch cut into micro-batches, weighted so that their losses add up to the step's."""
+    if step > job.total_steps:
+        return []
+    config, examples = job.config, job.examples_of(step)
+    means = config.loss_norm == "micro-mean"
+    return packing.micro_batches(
+        job.train, examples, job.max_tokens, config.micro_batch_size, config.packing, config.share_prefix, job.align,
+        scale=None if means else 1 / job.train.loss_tokens()[examples].sum(), mean_of_means=means,
+    )  # fmt: skip
+
+
+def forward_backward(job: Job, model: Transformer, optimizer: AdamW, feed: Feeder, step: int, lr: float):
+    """Gradients of one global batch, micro-batch by micro-batch. Returns the loss, a scalar on the device, and counts
     of what was computed; or None when a signal asks to stop, as if the step had not begun."""
-    lengths = job.train.lengths()
-    batches = packing.micro_batches(job.train, examples, job.max_tokens, job.config.micro_batch_size)
-    n_loss = sum(int(job.train.is_target_of(i).sum()) for i in examples)
+    batches = feed.take(step)
     loss = torch.zeros((), device=job.device)
     for batch in batches:
         if job.signals.pending():
             return None
         part = model.loss(batch)
-        mean_of_means = job.config.loss_norm == "micro-mean"
-        part = part / (len(batch.targets) * len(batches) if mean_of_means else n_loss)
+        if job.config.optimizer_in_backward and len(batches) == 1:
+            optimizer.begin(lr, part)
         part.backward()
         loss += part.detach()
-    tokens = int(lengths[examples].sum())
-    return loss, {"examples": len(examples), "tokens": tokens, "computed_tokens": tokens, "loss_tokens": n_loss}
+    examples = job.examples_of(step)
+    return loss, {
+        "examples": len(examples),
+        "tokens": int(job.train.lengths()[examples].sum()),
+        "computed_tokens": sum(len(batch.tokens) for batch in batches),
+        "loss_tokens": int(job.train.loss_tokens()[examples].sum()),
+    }
 
 
 def train(job: Job, model: Transformer, optimizer: AdamW, start: int) -> None:
-    """The loop. Raises Stopped after saving on a signal, DivergedError when the loss stops being a number."""
-    config, n_skipped = job.config, 0
-    every = data.steps_per_epoch(len(job.train), config.global_batch_size)
-    for step in range(start + 1, job.total_steps + 1):
-        began = time.perf_counter()
-        examples = data.examples_of_step(step, len(job.train), config.global_batch_size, config.seed, config.shuffle)
-        done = forward_backward(job, model, examples)
-        if done is None:
-            stop(job, optimizer, step - 1)
-        loss, counts = done
-        norm = optimizer.grad_norm()
-        lr = config.lr * lr_factor(config.lr_schedule, step, job.total_steps, config.warmup_ratio)
-        if bool(torch.isfinite(loss + norm)):
-            optimizer.step(lr, norm, config.grad_clip)
-            n_skipped = 0
-        else:
-            n_skipped += 1
-            skip(job, step, n_skipped, float(loss), float(norm), examples)
-        optimizer.zero_grad()
-        log_step(job, step, round(step / every, 4), float(loss), lr, float(norm), counts, time.perf_counter() - began)
+    """The loop. Raises Stopped after saving on a signal, DivergedError when the loss stops being a number.
 
-        after_step(job, model, optimizer, step)
-        if job.keeps_states and job.due(config.save_every, step):
-            try_to_save(job, optimizer, step)
-        if job.signals.pending():
-            stop(job, optimizer, step)
+    The host never waits for the step under way: what it needs to know of a step, to count updates and to tell, it reads
+    when the next one has been given to the device.
+    """
+    config, told = job.config, None
+    with Feeder(partial(batches_of_step, job), model) as feed:
+        for step in range(start + 1, job.total_steps + 1):
+            began = Mark(job.device)
+            lr = config.lr * lr_factor(config.lr_schedule, step, job.total_steps, config.warmup_ratio)
+            done = within_memory(job, optimizer, feed, partial(forward_backward, job, model, optimizer, feed, step, lr))
+            told = told and tell(job, optimizer, *told)
+            if done is None:
+                stop(job, optimizer, step - 1)
+            loss, counts = done
+            norm = optimizer.grad_norm()
+            finite = torch.isfinite(loss + norm)
+            optimizer.step(lr, norm, config.grad_clip, apply=finite)
+            optimizer.zero_grad()
+            told = step, lr, counts, began, Figures(loss, norm, finite)
+
+            pause = job.pauses_after(step) or job.signals.pending()
+            told = tell(job, optimizer, *told) if pause or job.device.type == "cpu" else told
+            after_step(job, model, optimizer, step)
+            if job.keeps_states and job.due(config.save_every, step):
+                try_to_save(job, optimizer, step)
+            if job.signals.pending():
+                stop(job, optimizer, step)
+
+
+def within_memory(job: Job, optimizer: AdamW, feed: Feeder | None, work):
+    """What work() returns; where it runs out of memory, half the micro-batch and work() again, once in a run."""
+    try:
+        return work()
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+    optimizer.zero_grad()  # outside the handler, whose traceback keeps what the failed pass had saved
+    if job.device.type == "cuda":
+        torch.cuda.empty_cache()
+    halve(job, reason)
+    if feed:
+        feed.forget()
+    return work()
+
+
+def tell(job: Job, optimizer: AdamW, step: int, lr: float, counts: dict, began: Mark, figures: Figures) -> None:
+    """Reads a step's figures, waiting for them if need be, and tells them."""
+    loss, norm, finite = figures.read()
+    job.n_skipped = 0 if finite else job.n_skipped + 1
+    if not finite:
+        optimizer.n_updates -= 1  # the device has left it out
+        skip(job, step, loss, norm, [job.train.sources[i] for i in job.examples_of(step)])
+    log_step(job, step, loss, lr, norm, counts, figures.mark.seconds_since(began))
 
 
 def after_step(job: Job, model: Transformer, optimizer: AdamW, step: int) -> None:
@@ -104,8 +149,9 @@ def after_step(job: Job, model: Transformer, optimizer: AdamW, step: int) -> Non
         show_samples(job, model, step)
 
 
-def log_step(job, step, epoch, loss, lr, norm, counts, seconds):
+def log_step(job, step, loss, lr, norm, counts, seconds):
     rate, mfu = counts["tokens"] / seconds, None
+    epoch = round(step / data.steps_per_epoch(len(job.train), job.config.global_batch_size), 4)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if job.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(job.device)
@@ -119,28 +165,34 @@ def log_step(job, step, epoch, loss, lr, norm, counts, seconds):
     )  # fmt: skip
 
 
-def skip(job, step, n_skipped, loss, norm, examples):
+def skip(job, step, loss, norm, rows):
     """A step whose loss or gradient is not finite changes nothing; too many in a row end the run."""
-    rows = [job.train.sources[i] for i in examples]
+    n, partly = job.n_skipped, job.config.optimizer_in_backward
     job.metrics.write("skip", step=step, reason="non-finite", loss=loss, grad_norm=norm, rows=rows)
-    job.progress.say(f"step {step}: loss {loss}, gradient norm {norm}; no update ({n_skipped} in a row)")
-    if n_skipped > job.config.max_skips:
+    job.progress.say(f"step {step}: loss {loss}, gradient norm {norm}; no update ({n} in a row)")
+    if n > job.config.max_skips or partly:
         raise DivergedError(
-            f"step {step}: {n_skipped} steps in a row had no finite loss or gradient (loss {loss}, norm {norm}); "
-            f"lower --lr, or look at the rows: {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}"
+            f"step {step}: {n} step{'s in a row' * (n > 1)} had no finite loss or gradient (loss {loss}, norm {norm})"
+            + ", and some layers are updated already, as --optimizer-in-backward does" * partly
+            + f"; lower --lr, or look at the rows: {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}"
         )
 
 
 @torch.no_grad()
 def evaluate(job: Job, model: Transformer, step: int, optimizer: AdamW) -> None:
     """The loss a token on the held-out examples."""
-    held = job.held_out
-    runs = packing.micro_batches(held, np.arange(len(held)), job.max_tokens, job.config.micro_batch_size)
+    held, config = job.held_out, job.config
+    cut = partial(
+        packing.micro_batches, held, max_tokens=job.max_tokens, max_examples=config.micro_batch_size,
+        share_prefix=config.share_prefix, align=job.align,
+    )  # fmt: skip
+    chunks = np.split(np.arange(len(held)), range(EVAL_CHUNK, len(held), EVAL_CHUNK))
     total, n_tokens = torch.zeros((), device=job.device), held.counts["loss_tokens"]
-    for run in job.progress.phase("evaluating", runs):
-        if job.signals.pending():
-            stop(job, optimizer, step)
-        total += model.loss(run)
+    for chunk in job.progress.phase("evaluating", chunks):
+        for batch in cut(chunk):
+            if job.signals.pending():
+                stop(job, optimizer, step)
+            total += model.loss(batch)
     loss = float(total) / n_tokens
     job.metrics.write("eval", step=step, loss=loss, perplexity=float(np.exp(loss)), loss_tokens=n_tokens)
     job.progress.say(f"step {step}: held-out loss {loss:.4f}")
@@ -217,7 +269,8 @@ def finish(job: Job, model: Transformer, optimizer: AdamW) -> None:
 def build(job: Job, found) -> tuple[Transformer, AdamW, int]:
     """The model, its optimizer and the step they stand at."""
     config = job.config
-    model = new_model(job.model_config, job.device, job.dtype, job.kernels, config.recompute)
+    accumulate = not config.optimizer_in_backward
+    model = new_model(job.model_config, job.device, job.dtype, job.kernels, config.recompute, accumulate)
     if found is None and job.source:
         job.source.read_into(model)
     elif found is None:
@@ -225,6 +278,7 @@ def build(job: Job, found) -> tuple[Transformer, AdamW, int]:
     optimizer = AdamW(
         model, beta1=config.beta1, beta2=config.beta2, eps=config.adam_eps, weight_decay=config.weight_decay,
         master=config.master_weights, states=config.optimizer_states, seed=config.seed, impl=job.kernels,
+        offload=config.offload_optimizer, in_backward=config.optimizer_in_backward,
     )  # fmt: skip
     if found is None:
         return model, optimizer, 0

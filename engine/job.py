@@ -2,25 +2,26 @@
 weight is loaded."""
 
 import dataclasses
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from engine import checkpoint, data
+from engine import checkpoint, data, token_cache
 from engine.config import MODELS, FinetuneConfig, ModelConfig
-from engine.errors import DataError, UsageError
+from engine.errors import CriaError, DataError, UsageError
 from engine.load import choose_device, choose_dtype, choose_kernels, cpu_multiplies_bf16, find_model, find_tokenizer
 from engine.log import Metrics, Progress, phase
 from engine.optim import state_bytes
-from engine.rows import read_rows
+from engine.rows import mapped, read_rows
 from engine.run import RUN, Signals, read_json
 from engine.tokenizer import Tokenizer
 from engine.weights import Source, open_source
 
 SEED_TASKS = Path(__file__).parent.parent / "data_gen" / "seed_tasks.jsonl"
+ALIGN = 64  # tokens: micro-batches on a GPU are whole rows of a GEMM's tiles
+SHOWN_BYTES = 4_000_000  # read in a tenth of a second
 SAMPLE_PROMPTS = (
     "Name three things you can do with an old glass jar.",
     "Rewrite the sentence so that it sounds polite: Send me the report now.",
@@ -29,7 +30,8 @@ SAMPLE_PROMPTS = (
 # What may differ when a run goes on: it changes where things go or how often, not what is computed. Data is compared by
 # the hash of its tokens, which depends on the tokenizer too, not by the names of its files.
 FREE = {
-    "tokenizer", "data", "eval_data", "out", "device", "micro_batch_tokens", "micro_batch_size", "recompute",
+    "tokenizer", "data", "eval_data", "token_cache", "out", "device", "micro_batch_tokens", "micro_batch_size",
+    "packing", "share_prefix", "recompute", "offload_optimizer", "optimizer_in_backward",
     "eval_every", "sample_every", "sample_prompts", "sample_tokens", "save_every", "keep", "resume", "max_shard_bytes",
     "kernels", "deterministic", "dry_run", "skip_bad_rows", "allow_changed", "max_skips", "log_every", "debug",
 }  # fmt: skip
@@ -51,12 +53,15 @@ class Job:
     held_out: data.Dataset | None
     total_steps: int
     max_tokens: int  # of a micro-batch
+    align: int  # its tokens are a multiple of
     facts: dict  # what a checkpoint records and resume compares
     prompts: list[str]  # of the samples
     signals: Signals
     progress: Progress | None = None
     metrics: Metrics | None = None
     saved: int | None = None  # the step whose state this process wrote or began from
+    n_skipped: int = 0  # steps in a row without a finite loss
+    halved: bool = False  # max_tokens, for want of memory
     told: frozenset = frozenset()  # (event, step) that metrics.jsonl held when the run was resumed
 
     def due(self, every: str, step: int) -> bool:
@@ -65,6 +70,18 @@ class Job:
             return every != "off"
         epoch = data.steps_per_epoch(len(self.train), self.config.global_batch_size)
         return every != "end" and step % (epoch if every == "epoch" else int(every)) == 0
+
+    def examples_of(self, step: int) -> np.ndarray:
+        """The examples of an optimizer step."""
+        config = self.config
+        return data.examples_of_step(step, len(self.train), config.global_batch_size, config.seed, config.shuffle)
+
+    def pauses_after(self, step: int) -> bool:
+        """Whether anything is due after this step that must know how it went."""
+        config = self.config
+        held = self.held_out is not None and self.due(config.eval_every, step)
+        saves = self.keeps_states and self.due(config.save_every, step)
+        return held or saves or self.due(config.sample_every, step) or step == self.total_steps
 
     @property
     def keeps_states(self) -> bool:
@@ -84,23 +101,21 @@ def prepare(config: FinetuneConfig, out: Path, signals: Signals, say) -> Job:
     if config.max_length > model_config.max_seq_len:
         raise UsageError(f"--max-length {config.max_length} is over the model's {model_config.max_seq_len} positions")
 
-    rows, skipped = read_data(config.data, config.skip_bad_rows)
-    held_rows = read_data(config.eval_data, config.skip_bad_rows)[0] if config.eval_data else []
+    (table, skipped), *evals, cached = read_tables(config, tokenizer, say)
+    held_out = evals[0][0].select() if evals else None
     if config.eval_fraction:
-        rows, held_rows = data.hold_out(rows, config.eval_fraction, config.seed)
-        if not rows:
-            raise DataError(f"--eval-fraction {config.eval_fraction} of {len(held_rows)} rows leaves none to train on")
-    train, held_out = (
-        data.tokenize(part, tokenizer, config.prompt_style, config.max_length, config.train_on_prompt, watch)
-        if part
-        else None
-        for part in (rows, held_rows)
-    )
+        kept, held = data.hold_out(range(len(table)), config.eval_fraction, config.seed)
+        if not kept:
+            raise DataError(f"--eval-fraction {config.eval_fraction} of {len(held)} rows leaves none to train on")
+        train, held_out = table.select(kept), table.select(held)
+    else:
+        train = table.select()
     train.counts["skipped"] = len(skipped)
     for bad in skipped[:5]:
         say(f"skipped {bad.source}: {bad.reason}")
     say(
-        f"data: {train.counts['rows']} rows, {train.counts['examples']} examples, {train.counts['tokens']} tokens, "
+        f"data{' (cached)' * cached}: "
+        f"{train.counts['rows']} rows, {train.counts['examples']} examples, {train.counts['tokens']} tokens, "
         f"{train.counts['loss_tokens']} with loss; {train.counts['truncated']} truncated at {config.max_length}, "
         f"{train.counts['dropped']} dropped without a response token, {len(skipped)} bad rows skipped"
         + (f"; held out: {len(held_out)} examples" if held_out else "")
@@ -115,14 +130,15 @@ def prepare(config: FinetuneConfig, out: Path, signals: Signals, say) -> Job:
         "settings": settings,
         "dtype": str(dtype).removeprefix("torch."),
         "model": dataclasses.asdict(model_config),
-        "data_sha256": data_hash(train),
+        "data_sha256": train.sha256(),
         "world_size": 1,
         "random_state": "none: order and samples are functions of seed, epoch and step",
     }
     max_tokens = config.micro_batch_tokens or auto_tokens(model_config, config, device, dtype)
     return Job(
         config, out, device, dtype, kernels, model_config, source, tokenizer, train, held_out, total_steps, max_tokens,
-        facts | {"max_tokens": max_tokens}, read_prompts(config.sample_prompts), signals,
+        ALIGN if device.type == "cuda" else 1, facts | {"max_tokens": max_tokens}, read_prompts(config.sample_prompts),
+        signals,
     )  # fmt: skip
 
 
@@ -142,16 +158,43 @@ def watch(blocks):
     return phase("tokenising", blocks) if len(blocks) > 1 else blocks
 
 
+def read_tables(config, tokenizer, say):
+    """(table, bad rows skipped) of --data, the same of --eval-data where there is any, and whether no row had to be
+    tokenised. Every file is checked before the long work begins."""
+    cache = token_cache.folder(config.token_cache)
+    settings = config.prompt_style, config.max_length, config.train_on_prompt
+
+    def key_of(paths):
+        return cache and token_cache.key(paths, tokenizer, *settings, config.skip_bad_rows)
+
+    opened = []
+    for names in filter(None, (config.data, config.eval_data)):
+        paths = [SEED_TASKS if name == "seed-tasks" else Path(name) for name in names]
+        key = key_of(paths)
+        entry = cache and token_cache.load(cache, key, paths, config.max_length, say)
+        opened.append((paths, key, entry, None if entry else read_data(paths, config.skip_bad_rows)))
+    tables = []
+    for paths, key, entry, read in opened:
+        if not entry:
+            rows, skipped = read
+            entry = data.encode(rows, tokenizer, *settings, watch), skipped
+            if cache and entry[0].rows["n_loss"].any() and key == key_of(paths):  # not rewritten while it was read
+                token_cache.save(cache, key, *entry, paths, say)
+        tables.append(entry)
+    return *tables, all(read is None for *_, read in opened)
+
+
 def read_data(paths, skip_bad_rows):
-    return read_rows([SEED_TASKS if path == "seed-tasks" else Path(path) for path in paths], skip_bad_rows)
+    """read_rows, under a bar where it takes more than a moment."""
+    if sum(len(mapped(path)) for path in paths) < SHOWN_BYTES:
+        return read_rows(paths, skip_bad_rows)
+    with Progress(None, unit="reading MB") as bar:
 
+        def progress(done_bytes, total_bytes):
+            bar.total = total_bytes // 10**6
+            bar.advance(done_bytes // 10**6 - bar.done)
 
-def data_hash(dataset):
-    """sha256 of what is trained on: tokens, targets and where examples start."""
-    digest = hashlib.sha256()
-    for array in (dataset.tokens, dataset.is_target, dataset.starts):
-        digest.update(np.ascontiguousarray(array))
-    return digest.hexdigest()
+        return read_rows(paths, skip_bad_rows, progress)
 
 
 def auto_tokens(c, config, device, dtype):
@@ -168,6 +211,24 @@ def auto_tokens(c, config, device, dtype):
     token = layers * (16 * c.dim + 8 * c.hidden_dim) * size + c.n_layers * c.dim * size + 12 * c.vocab_size
     room = torch.cuda.mem_get_info(device)[0] * 0.9 - state
     return max(config.max_length, min(32768, int(room / token)))
+
+
+def halve(job: Job, reason: str) -> None:
+    """Half the tokens of a micro-batch, said once in a run. Raises CriaError where they were halved before, or cannot
+    be without changing the maths."""
+    fewer = max(job.max_tokens // 2, job.config.max_length)
+    if job.halved or fewer == job.max_tokens or job.config.loss_norm == "micro-mean":
+        raise CriaError(f"out of memory with micro-batches of {job.max_tokens} tokens ({reason}); {remedy(job)}")
+    job.progress.say(
+        f"out of memory with micro-batches of {job.max_tokens} tokens ({reason}); going on with {fewer}, which changes "
+        "the speed and nothing else"
+    )
+    job.max_tokens = job.facts["max_tokens"] = fewer
+    job.halved = True
+
+
+def remedy(job):
+    return "lower --micro-batch-tokens, or pass --optimizer-states 8bit, --recompute block or --offload-optimizer"
 
 
 def changes(old: dict, new: dict) -> list[str]:

@@ -2,11 +2,13 @@
 
 import math
 import random
+from functools import partial
 
 import torch
 from torch import nn
 
 import kernels
+from engine.offload import Offload, to_host
 
 
 def lr_factor(schedule: str, step: int, total_steps: int, warmup_ratio: float) -> float:
@@ -29,40 +31,81 @@ class AdamW:
     """Updates a model's parameters in place. Matrices decay, norms do not.
 
     master: how the fp32 number behind a bf16 parameter is kept; states: m and v. Both as kernels.adamw names them; a
-    parameter in fp32 is its own master. seed: of stochastic rounding.
+    parameter in fp32 is its own master. seed: of stochastic rounding. offload: master and states are kept in the host's
+    memory, see engine.offload. in_backward: a step that begin() was called for updates each parameter as soon as its
+    gradient is known, and drops the gradient, so that there are never all of them; nothing can then be clipped.
     """
 
     def __init__(
-        self, model: nn.Module, *, beta1, beta2, eps, weight_decay, master="split", states="fp32", seed=0, impl="auto"
-    ):
+        self, model: nn.Module, *, beta1, beta2, eps, weight_decay, master="split", states="fp32", seed=0, impl="auto",
+        offload=False, in_backward=False,
+    ):  # fmt: skip
         self.params = dict(model.named_parameters())
-        self.states = {name: kernels.adamw_state(p, master, states) for name, p in self.params.items()}
+        device = next(iter(self.params.values())).device
+        self.states, self.offload = {}, None
+        for name, p in self.params.items():  # one after the other: never more than one tensor's on the way
+            state = kernels.adamw_state(p, master, states)
+            self.states[name] = to_host(state) if offload and p.is_cuda else state
+        if offload:
+            self.offload = Offload(self.states, device)
+            self.states = self.offload.states
         first = random.Random(seed).getrandbits(32)
         self.seeds = {name: (first + i) % 2**32 for i, name in enumerate(self.params)}  # each tensor its own
         self.settings = {"beta1": beta1, "beta2": beta2, "eps": eps, "impl": impl}
         self.weight_decay, self.impl, self.n_updates = weight_decay, impl, 0
+        self.begun = None  # (lr, loss, norms so far) of a step whose updates happen in backward
+        if in_backward:
+            for name, p in self.params.items():
+                p.register_post_accumulate_grad_hook(partial(self._update_in_backward, name))
+
+    def begin(self, lr: float, loss: torch.Tensor) -> None:
+        """Before the only backward of a step, of an optimizer made with in_backward. A loss that is not finite, or a
+        gradient, updates nothing from there on."""
+        self.begun = lr, loss.detach(), []
+
+    def _update_in_backward(self, name, p):
+        if self.begun is not None:
+            lr, loss, norms = self.begun
+            norms.append(kernels.grad_norm([p.grad], self.impl))
+            self._update(name, self.states[name], lr, 1.0, torch.isfinite(loss + norms[-1]))
+            p.grad = None
 
     def grad_norm(self) -> torch.Tensor:
         """The global norm of the gradients, a scalar on the device."""
+        if self.begun is not None:
+            return torch.stack(self.begun[2]).square().sum().sqrt()
         return kernels.grad_norm([p.grad for p in self.params.values()], self.impl)
 
-    def step(self, lr: float, norm: torch.Tensor, clip: float) -> None:
-        """One update, gradients times min(1, clip / (norm + 1e-6)) as torch's clip_grad_norm_; clip 0 leaves them."""
+    def step(self, lr: float, norm: torch.Tensor, clip: float, apply: torch.Tensor | None = None) -> None:
+        """One update, gradients times min(1, clip / (norm + 1e-6)) as torch's clip_grad_norm_; clip 0 leaves them.
+
+        apply: a bool on the device, false where nothing is to change; the caller who learns that takes 1 from n_updates
+        before the next step.
+        """
+        if self.begun is None:
+            scale = (clip / (norm + 1e-6)).clamp(max=1.0) if clip else 1.0
+            for name, state in self.offload.visits() if self.offload else self.states.items():
+                self._update(name, state, lr, scale, apply)
+        self.begun = None
         self.n_updates += 1
-        scale = (clip / (norm + 1e-6)).clamp(max=1.0) if clip else 1.0
-        for name, p in self.params.items():
-            decay = self.weight_decay if p.ndim > 1 else 0.0
-            kernels.adamw(
-                p.data, p.grad, self.states[name], lr=lr, weight_decay=decay, step=self.n_updates, grad_scale=scale,
-                seed=self.seeds[name], **self.settings,
-            )  # fmt: skip
+
+    def _update(self, name, state, lr, scale, apply):
+        p = self.params[name]
+        decay = self.weight_decay if p.ndim > 1 else 0.0
+        kernels.adamw(
+            p.data, p.grad, state, lr=lr, weight_decay=decay, step=self.n_updates + 1, grad_scale=scale, apply=apply,
+            seed=self.seeds[name], **self.settings,
+        )  # fmt: skip
 
     def zero_grad(self) -> None:
         for p in self.params.values():
             p.grad = None
+        self.begun = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything that resume needs: {"param.NAME" | "m.NAME" | ...: tensor}, live, not copies."""
+        if self.offload:
+            self.offload.wait()
         kept = {f"param.{name}": p.data for name, p in self.params.items()}
         for name, state in self.states.items():
             kept |= {f"{kind}.{name}": t for kind, t in state.tensors().items()}

@@ -1,15 +1,19 @@
 """What tests share: the real model and data where they are at hand, and small ones that are always there."""
 
+import atexit
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
 # Tests run side by side, and threads of their own would fight. Before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cria-cache-")  # tokens are never cached in the user's home
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ if not torch.cuda.is_available():
 
 from kernels.common import launch_table
 
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"  # real data that some checkouts have beside them; tests skip without it
 

@@ -142,7 +142,7 @@ def test_kill_9_at_random_moments_then_resume_is_bit_equal(unbroken, tmp_path):
     ("name", "where", "saved"),
     [
         ("SIGTERM", "before(finetune.Transformer, 'loss', 32, term)", 6),  # within step 7: as if it had not begun
-        ("SIGINT", "before(finetune.data, 'collate', 34, term)", None),
+        ("SIGINT", "before(finetune.packing, 'collate', 34, term)", None),
         ("SIGTERM", "before(finetune, 'evaluate', 3, term)", 6),
         ("SIGTERM", "before(checkpoint, 'write_safetensors', 2, term)", 4),
         ("SIGINT", "before(finetune, 'evaluate', 1, term)", 0),
