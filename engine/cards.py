@@ -1,0 +1,197 @@
+"""What a card is, what it costs, and how long a training step takes on it.
+
+Memory is torch's total_memory, as the out-of-memory messages of each card tell it ("a total capacity of 79.11 GiB").
+Peaks are dense bf16 with fp32 sums, bandwidths the memory's: of NVIDIA's data sheets (A100, H100, H200, L40S, HGX B200)
+and whitepapers (GA102, AD102, RTX Blackwell). GeForce cards sum in fp32 at half the rate of their fp16 headline.
+
+What a large GEMM reaches of the peak: 271 of 312 TFLOP/s on an A100, 750 of 989 on an H100, whose power sets the clock.
+B200 and L40S (the 4090's chip, at the full rate, on 350 W) are assumed to be bound by power alike, at 0.75 and 0.7.
+GeForce cards at half rate are bound by their matrix units: cuBLAS reaches 0.88 to 0.96 of such a peak on an L20; 0.85
+is assumed. Copies are assumed to reach 0.9 of the bandwidth. A report that scripts.gpu_report left in benchmarks/
+replaces both by what it measured on the card.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.config import ModelConfig, nearest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+GIB = 1 << 30
+
+KERNEL_SHARE = 0.9  # of the copy rate, that kernels bound by memory are built for
+COPY_SHARE = 0.9  # of the memory's bandwidth
+ATTENTION_SHARE = 0.4  # of the GEMM rate: FlashAttention-2's 294 TFLOP/s of 750 on an H100
+MASKED_KEYS = 100  # a query multiplies about so many keys that it does not see: 45% of use at Alpaca's 82 that it sees
+LAUNCH_S, LAUNCHES = (
+    8e-6,
+    45,
+)  # the host's time for one launch under autograd, and a layer's launches in both directions
+
+
+@dataclass(frozen=True)
+class Card:
+    """One GPU."""
+
+    name: str
+    device: str  # in torch.cuda.get_device_name()
+    memory_gib: float
+    peak_tflops: float  # dense bf16
+    bandwidth_gb_per_s: float
+    gemm_share: float  # of the peak, in a large GEMM
+    pcie_gb_per_s: float  # one way, pinned: 25 of gen4's 32, 50 of gen5's 64
+    price_per_hour: float | None  # dollars
+
+
+# One card on demand, lowest listed price: RunPod in March 2026 (deploybase.ai/articles/runpod-gpu-pricing); the A100 of
+# 40 GB, which RunPod does not list, at Lambda in May 2026.
+PRICES_OF = "March 2026"
+CARDS = {
+    card.name: card
+    for card in (
+        Card("A100-40", "A100-SXM4-40GB", 39.39, 312, 1555, 0.869, 25, 1.48),
+        Card("A100-80", "A100-SXM4-80GB", 79.15, 312, 2039, 0.869, 25, 1.39),
+        Card("H100", "H100 80GB HBM3", 79.11, 989, 3350, 0.758, 50, 2.69),
+        Card("H200", "NVIDIA H200", 139.80, 989, 4800, 0.758, 50, 3.59),
+        Card("B200", "NVIDIA B200", 178.35, 2250, 7700, 0.75, 50, 5.98),
+        Card("L40S", "L40S", 44.39, 362, 864, 0.7, 25, 0.79),
+        Card("RTX-3090", "RTX 3090", 23.69, 71, 936, 0.85, 25, 0.22),
+        Card("RTX-4090", "RTX 4090", 23.64, 165, 1008, 0.85, 25, 0.34),
+        Card("RTX-5090", "RTX 5090", 31.36, 209, 1792, 0.85, 50, 0.69),
+    )
+}
+
+
+def find_card(name: str) -> Card:
+    """The card that is meant: case, spaces, dashes and RTX do not matter. Raises ValueError for an unknown one."""
+
+    def plain(text):
+        return re.sub(r"[^a-z0-9]|rtx", "", text.lower())
+
+    for card in CARDS.values():
+        if plain(card.name) == plain(name):
+            return card
+    raise ValueError(
+        f"--gpu is {name!r}, wanted one of {', '.join(CARDS)}{nearest(name.upper(), CARDS)}; of another card give "
+        "--gpu-memory, --gpu-tflops and --gpu-bandwidth"
+    )
+
+
+# ---- what was measured ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the card is expected to reach, and who says so."""
+
+    gemm_flops_per_s: float
+    copy_bytes_per_s: float
+    source: str  # "projected", or the report that measured both
+    steps: tuple = ()  # whole training steps that it measured: dicts, as the report has them
+
+
+def rates(card: Card, folder: Path = BENCHMARKS) -> Rates:
+    """Of the newest report of this very card, or of its data sheet."""
+    projected = Rates(
+        1e12 * card.peak_tflops * card.gemm_share, 1e9 * card.bandwidth_gb_per_s * COPY_SHARE, "projected"
+    )
+    for path, parts in reports(card, folder):
+        ceilings = parts.get("ceilings", {})
+        if {"gemm_tflops", "copy_gb_per_s"} <= ceilings.keys():
+            steps = parts.get("step", {}).get("records", [])
+            return Rates(
+                1e12 * ceilings["gemm_tflops"], 1e9 * ceilings["copy_gb_per_s"], f"measured: {path.name}", tuple(steps)
+            )
+    return projected
+
+
+def reports(card, folder):
+    """(path, parts) of the reports of a card, the newest first."""
+    found = []
+    for path in sorted(Path(folder).glob("*.json")):
+        report = json.loads(path.read_text())
+        if report.get("what") != "scripts.gpu_report" or report.get("smoke"):
+            continue
+        if card.device in report["parts"].get("machine", {}).get("device", ""):
+            found.append((report.get("date", ""), path, report["parts"]))
+    return [(path, parts) for _, path, parts in sorted(found, key=lambda r: r[0], reverse=True)]
+
+
+# ---- how long a step takes ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """One optimizer step, in the mean."""
+
+    tokens: float  # that are computed, a shared prefix once a micro-batch
+    loss_rows: float  # that carry loss
+    pairs: float  # of a query and a key that it sees, of all queries
+    query_pairs: float  # of those, whose queries carry loss: all that the last layer asks for
+    micro_batches: int
+
+
+def gemm_flops(c: ModelConfig, work: Work, recompute: str) -> float:
+    """Of the matrix products of a step: 6 a token and weight of a full layer, 8 with recompute="block". Of the last
+    layer all but k and v, and the head, count rows with loss alone."""
+    t, u = work.tokens, work.loss_rows
+    asking, answering = layer_weights(c)
+    layers = (c.n_layers - 1) * t * (asking + answering) + u * asking + t * answering
+    return (8 if recompute == "block" else 6) * layers + 6 * u * c.dim * c.vocab_size
+
+
+def layer_weights(c):
+    """Weights of a layer that queries, their outputs and the feed-forward go through, and those of keys and values."""
+    return 2 * c.dim * c.n_heads * c.head_dim + 3 * c.dim * c.hidden_dim, 2 * c.dim * c.n_kv_heads * c.head_dim
+
+
+def step_seconds(
+    c: ModelConfig,
+    card: Card,
+    speed: Rates,
+    work: Work,
+    *,
+    size: int,
+    recompute: str,
+    update_bytes: float,
+    offload_bytes: float = 0.0,
+) -> dict[str, float]:
+    """Seconds of one step by what bounds them; "total" is their sum. size: bytes of a number.
+
+        gemm       gemm_flops, but never less than the weights' own traffic: read twice a micro-batch, their gradients
+                   read and written once
+        attention  4 H Dh a pair forward, 14 backward (two passes, seven products)
+        memory     bytes that norms, RoPE, SwiGLU, attention, the loss and the embedding move
+        update     bytes that the gradient norm and AdamW move
+        offload    the optimizer's state over PCIe, both ways at once; nothing else hides it
+        host       what launching takes longer than all of the above but offload
+
+    update_bytes: of the gradient norm and AdamW. offload_bytes: of the state that crosses PCIe, one way.
+    """
+    t, u = work.tokens, work.loss_rows
+    heads, kv_heads, full = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_layers - 1
+    again = 1 if recompute == "block" else 0
+    weights = c.n_layers * sum(layer_weights(c)) + c.dim * c.vocab_size
+    gemm_bytes = (4 + again) * weights * size * work.micro_batches
+    pairs = full * (work.pairs + MASKED_KEYS * t) + work.query_pairs + MASKED_KEYS * u
+    attention_flops = (18 + 4 * again) * pairs * heads
+    rows = full * t + u
+    moved = size * (
+        rows * (1 + again) * (4 * c.dim + 3 * c.hidden_dim + 4 * (heads + kv_heads))  # forward
+        + rows * (10 * c.dim + 6 * c.hidden_dim + 8 * (heads + kv_heads))  # backward
+        + 2 * u * c.vocab_size + 4 * t * c.dim  # logits; the embedding
+        + 3 * c.vocab_size * c.dim * work.micro_batches  # the embedding's gradient: zeroed, and added
+    )  # fmt: skip
+    kernels_per_s = KERNEL_SHARE * speed.copy_bytes_per_s
+    seconds = {
+        "gemm": max(gemm_flops(c, work, recompute) / speed.gemm_flops_per_s, gemm_bytes / speed.copy_bytes_per_s),
+        "attention": attention_flops / (ATTENTION_SHARE * speed.gemm_flops_per_s),
+        "memory": moved / kernels_per_s,
+        "update": update_bytes / kernels_per_s,
+    }
+    launching = work.micro_batches * (c.n_layers + 2) * LAUNCHES * LAUNCH_S
+    seconds["host"] = max(0.0, launching - sum(seconds.values()))
+    seconds["offload"] = offload_bytes / (1e9 * card.pcie_gb_per_s)
+    return seconds | {"total": sum(seconds.values())}

@@ -1,0 +1,361 @@
+"""Will it fit, how long does it take, what does it cost.
+
+    python -m engine.estimate --model llama-7b --gpu H100
+
+engine.memory has the bytes, engine.cards the seconds. Nothing here needs a GPU, and what no report in benchmarks/
+measured on the card is labelled projected.
+"""
+
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from engine.cards import (
+    ATTENTION_SHARE,
+    CARDS,
+    GIB,
+    KERNEL_SHARE,
+    PRICES_OF,
+    Card,
+    Rates,
+    Work,
+    find_card,
+    gemm_flops,
+    rates,
+    step_seconds,
+)
+from engine.cli import from_cli
+from engine.config import MODELS, FinetuneConfig, ModelConfig, knob, nearest
+from engine.data import steps_per_epoch
+from engine.errors import UsageError, exit_code_of
+from engine.load import DTYPES, find_model
+from engine.log import Output, strict
+from engine.memory import MOST_TOKENS, cheapest_that_fits, gb, largest_micro_batch, memory, memory_rows, state_bytes
+from engine.mix import Mix, Plan, alpaca_mix, cut, file_mix
+from engine.weights import open_source
+
+GOOD_TOKENS = 2048  # with fewer in a micro-batch the GEMMs wait for their weights
+
+
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+
+def same(name):
+    """The flag as engine.finetune has it: default and help."""
+    field = next(field for field in fields(FinetuneConfig) if field.name == name)
+    return knob(field.default, **field.metadata)
+
+
+@dataclass(frozen=True)
+class EstimateConfig:
+    """Whether a fine-tune fits a card, how long it takes and what it costs. Needs no GPU, no weights and no data.
+
+    Without --data the rows are Alpaca's: 52,002, with the lengths of 9,229 of them.
+    """
+
+    model: str = knob("", "named shape, folder (Hugging Face or Meta layout) or .gguf file", alias="model_name_or_path")
+    gpu: str = knob("H100", "the card, one of " + ", ".join(CARDS))
+    gpus: int = knob(1, "cards; this version trains on one")
+    gpu_memory: float | None = knob(None, "GiB of another card, as torch tells its total_memory (auto: of --gpu)")
+    gpu_tflops: float | None = knob(None, "its dense bf16 peak, TFLOP/s (auto: of --gpu)")
+    gpu_bandwidth: float | None = knob(None, "its memory's bandwidth, GB/s (auto: of --gpu)")
+    price_per_hour: float | None = knob(None, f"dollars an hour of one card (auto: a table of {PRICES_OF})")
+    json: str = knob("", "file for the same as JSON")
+    tokenizer: str = same("tokenizer")
+    data: tuple[str, ...] = same("data")
+    epochs: int = same("epochs")
+    max_steps: int | None = same("max_steps")
+    global_batch_size: int = same("global_batch_size")
+    micro_batch_tokens: int | None = same("micro_batch_tokens")
+    micro_batch_size: int | None = same("micro_batch_size")
+    max_length: int = same("max_length")
+    grad_clip: float = same("grad_clip")
+    seed: int = same("seed")
+    dtype: str = same("dtype")
+    prompt_style: str = same("prompt_style")
+    train_on_prompt: bool = same("train_on_prompt")
+    share_prefix: bool = same("share_prefix")
+    master_weights: str = same("master_weights")
+    optimizer_states: str = same("optimizer_states")
+    offload_optimizer: bool = same("offload_optimizer")
+    optimizer_in_backward: bool = same("optimizer_in_backward")
+    recompute: str = same("recompute")
+    skip_bad_rows: bool = same("skip_bad_rows")
+    debug: bool = same("debug")
+
+    def __post_init__(self):
+        problems = []
+        if self.gpus != 1:
+            problems.append(f"--gpus is {self.gpus}: this version trains on one card, and estimates one")
+        try:
+            find_card(self.gpu)
+        except ValueError as error:
+            problems.append(str(error))
+        stand_ins = {"model": self.model or "none", "random_init": self.model in MODELS, "data": self.data or ("none",)}
+        try:  # the rest as engine.finetune takes it
+            FinetuneConfig(**{name: getattr(self, name) for name in SHARED} | stand_ins)
+        except ValueError as error:
+            problems += str(error).split("\n")
+        for name in ("gpu_memory", "gpu_tflops", "gpu_bandwidth"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                problems.append(f"--{name.replace('_', '-')} is {getattr(self, name)}, wanted more than 0")
+        if self.price_per_hour is not None and not 0 <= self.price_per_hour < math.inf:
+            problems.append(f"--price-per-hour is {self.price_per_hour}, wanted 0 or more")
+        if not self.model:
+            problems.append("--model is missing")
+        elif self.model not in MODELS and not Path(self.model).expanduser().exists():
+            problems.append(
+                f"--model {self.model}: no such folder or file{nearest(self.model, MODELS)}; give one, or one of the "
+                f"shapes {', '.join(MODELS)}"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+SHARED = [f.name for f in fields(EstimateConfig) if f.name in {g.name for g in fields(FinetuneConfig)}]
+
+
+def chosen_card(config: EstimateConfig) -> Card:
+    """The card named, with what flags say otherwise."""
+    card = find_card(config.gpu)
+    changes = {
+        "memory_gib": config.gpu_memory, "peak_tflops": config.gpu_tflops, "bandwidth_gb_per_s": config.gpu_bandwidth,
+    }  # fmt: skip
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if changes:  # another card, whose name no report has
+        card = replace(card, **changes, name=f"like {card.name}", device="none", price_per_hour=None)
+    return card if config.price_per_hour is None else replace(card, price_per_hour=config.price_per_hour)
+
+
+# ---- projecting -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Speed and cost of a whole fine-tune."""
+
+    work: Work  # of a step
+    seconds: dict[str, float]  # of a step, by what bounds it
+    tokens_per_s: float  # logical
+    mfu: float  # 6 N logical tokens a second / peak
+    steps: int
+    total_s: float
+    dollars: float | None
+
+
+def update_bytes(parameters: int, masters: int, moments: int, master: str) -> int:
+    """Bytes that AdamW moves, of tensors of so many: all in and out, but gradients in alone, and weights that have an
+    fp32 master beside them out alone."""
+    return parameters * (2 if master == "fp32" and masters else 3) + 2 * (masters + moments)
+
+
+def project(config, c: ModelConfig, card: Card, speed: Rates, mix: Mix, plan: Plan, setting: dict) -> Projection:
+    state = state_bytes(c, setting["dtype"], setting["master"], setting["states"])
+    tokens = min(mix.logical, mix.own + mix.prefix * plan.micro_batches)
+    work = Work(tokens, mix.loss_rows, mix.pairs, mix.query_pairs, plan.micro_batches)
+    seconds = step_seconds(
+        c, card, speed, work, size=setting["dtype"].itemsize, recompute=setting["recompute"],
+        update_bytes=update_bytes(*state[:3], setting["master"]) + state[0],  # the gradients' norm reads them once more
+        offload_bytes=state[1] + state[2] if setting["offload"] else 0,
+    )  # fmt: skip
+    steps = min(config.epochs * steps_per_epoch(mix.examples, config.global_batch_size), config.max_steps or math.inf)
+    total_s = seconds["total"] * min(steps, config.epochs * mix.examples / mix.per_step)  # an epoch's last is smaller
+    rate = mix.logical / seconds["total"]
+    dollars = None if card.price_per_hour is None else total_s / 3600 * card.price_per_hour
+    mfu = 6 * c.n_parameters * rate / (1e12 * card.peak_tflops)
+    return Projection(work, seconds, rate, mfu, steps, total_s, dollars)
+
+
+def estimate(config: EstimateConfig) -> dict:
+    """Everything that is printed."""
+    source = None if config.model in MODELS else open_source(find_model(config.model))
+    c = MODELS[config.model] if source is None else source.config
+    card = chosen_card(config)
+    if config.max_length > c.max_seq_len:
+        raise UsageError(f"--max-length {config.max_length} is over the model's {c.max_seq_len} positions")
+    mix = file_mix(config, c, source and source.path) if config.data else alpaca_mix(config)
+    setting = {
+        "dtype": DTYPES["bf16" if config.dtype == "auto" else config.dtype], "master": config.master_weights,
+        "states": config.optimizer_states, "recompute": config.recompute, "offload": config.offload_optimizer,
+        "in_backward": config.optimizer_in_backward,
+    }  # fmt: skip
+    room, speed = int(card.memory_gib * GIB), rates(card)
+    whole = cut(mix, 2**40, config.micro_batch_size)  # a step in as few micro-batches as there can be
+    step = whole.tokens if whole.one_micro_batch else None
+    most = min(config.micro_batch_tokens or MOST_TOKENS, step or MOST_TOKENS)
+    share = {"loss_share": mix.loss_share, "most_tokens": most, "step_tokens": step}
+
+    def of(budget, setting):
+        plan = cut(mix, budget, config.micro_batch_size)
+        used = memory(c, tokens=plan.tokens, loss_rows=plan.loss_rows, one_micro_batch=plan.one_micro_batch, **setting)
+        return plan, used, project(config, c, card, speed, mix, plan, setting)
+
+    fitting = largest_micro_batch(c, room, **share, **setting)
+    budget = config.micro_batch_tokens or max(fitting, config.max_length)  # auto: what fits, or the least
+    plan, used, projection = of(budget, setting)
+    alternatives = []
+    if used.total > room:
+        wish = min(most, config.micro_batch_tokens or GOOD_TOKENS)
+        fits = cheapest_that_fits(c, room, tokens=wish, least_tokens=config.max_length, **share, **setting)
+        alternatives = [(fit.flags, *of(fit.tokens, fit.setting)) for fit in fits]
+    return {
+        "config": config, "model": c, "card": card, "speed": speed, "mix": mix, "setting": setting, "room": room,
+        "plan": plan, "memory": used, "projection": projection, "alternatives": alternatives,
+    }  # fmt: skip
+
+
+# ---- telling --------------------------------------------------------------------------------------------------------
+
+
+def duration(seconds):
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 120 else f"{seconds / 3600:.1f} h"
+
+
+def show(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]], file=None) -> None:
+    """A table, drawn by rich on a terminal, in aligned plain text elsewhere. Columns of numbers end together; the last
+    column is text, which may wrap."""
+    out = Output(sys.stdout if file is None else file)
+    columns = list(zip(*rows, strict=True))
+    right = [all(cell[:1] in "0123456789$" for cell in column) for column in columns[:-1]] + [False]
+    if out.isatty():
+        table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+        for i, name in enumerate(head):
+            table.add_column(name, justify="right" if right[i] else "left", no_wrap=i < len(head) - 1)
+        for row in rows:
+            table.add_row(*row, style="bold" if row[0] in ("total", "step") else None)
+        Console(file=out, force_terminal=True, highlight=False).print(table, "", sep="\n", end="")
+        return
+    widths = [max(len(cell) for cell in (name, *column)) for name, column in zip(head, columns, strict=True)]
+    out.write(title + "\n")
+    for row in [head, *rows]:
+        cells = (
+            cell.rjust(width) if is_right else cell.ljust(width)
+            for cell, width, is_right in zip(row, widths, right, strict=True)
+        )
+        out.write("  " + "  ".join(cells).rstrip() + "\n")
+    out.write("\n")
+
+
+def time_rows(found: dict) -> list[tuple[str, str, str]]:
+    """(what, milliseconds of a step, the arithmetic) of each part that takes time, and of the step."""
+    card, speed, mix, projection = found["card"], found["speed"], found["mix"], found["projection"]
+    ms, work = projection.seconds, projection.work
+    flops = gemm_flops(found["model"], work, found["setting"]["recompute"])
+    why = {
+        "gemm": f"{flops:.3g} FLOP at {speed.gemm_flops_per_s / 1e12:.0f} of {card.peak_tflops:g} TFLOP/s",
+        "attention": f"at {ATTENTION_SHARE} of that, masked tiles and all",
+        "memory": f"norms, RoPE, SwiGLU, loss: {KERNEL_SHARE} of a copy's {speed.copy_bytes_per_s / 1e9:,.0f} GB/s",
+        "update": "gradient norm and AdamW, at the same rate",
+        "host": "launches that the card waits for",
+        "offload": f"master and states over PCIe, {card.pcie_gb_per_s:g} GB/s each way",
+    }
+    rows = [(name, f"{1e3 * ms[name]:.1f}", text) for name, text in why.items() if ms[name]]
+    cut = f"{work.micro_batches} micro-batch{'es' * (work.micro_batches > 1)}"
+    tokens = f"{work.tokens:,.0f} tokens computed of {mix.logical:,.0f}"
+    return [*rows, ("step", f"{1e3 * ms['total']:.1f}", f"{tokens}, {cut}")]
+
+
+def tell(found: dict) -> None:
+    """Prints everything."""
+    config, c, card, mix, plan = (found[name] for name in ("config", "model", "card", "mix", "plan"))
+    title = f"Memory: {config.model}, {c.n_parameters:.3g} parameters, on one {card.name}"
+    rows = memory_rows(found["memory"], found["room"], plan.tokens, **found["setting"])
+    show(title, ("kind", "GB", "what"), rows)
+    if found["memory"].total > found["room"]:
+        tell_alternatives(found)
+        return
+    projection, speed = found["projection"], found["speed"]
+    title = f"Time of a step: {mix.per_step} examples of {mix.what}; {speed.source}"
+    show(title, ("part", "ms", "at"), time_rows(found))
+    print(
+        f"{projection.tokens_per_s:,.0f} tokens/s ({speed.source}), MFU {projection.mfu:.0%}: "
+        f"6 x {c.n_parameters:.3g} x tokens/s / {card.peak_tflops:g}e12"
+    )
+    print(f"{projection.steps:,} steps, {config.epochs} epochs: {duration(projection.total_s)}, {cost(found)}")
+    for step in speed.steps:
+        if step.get("model") == config.model:
+            print(
+                f"{speed.source}: " + ", ".join(f"{k} {v}" for k, v in step.items() if isinstance(v, str | int | float))
+            )
+
+
+def cost(found):
+    config, dollars, price = found["config"], found["projection"].dollars, found["card"].price_per_hour
+    if dollars is None:
+        return "at no known price; pass --price-per-hour"
+    return f"${dollars:.2f} at ${price:.2f} an hour" + f" ({PRICES_OF})" * (config.price_per_hour is None)
+
+
+def tell_alternatives(found: dict) -> None:
+    """What fits instead, or how far the least is from it."""
+    rows = [
+        (
+            gb(used.total), f"{p.tokens_per_s:,.0f}", duration(p.total_s),
+            "no price" if p.dollars is None else f"${p.dollars:.2f}",
+            " ".join(flags) + f"  ({gb(used.host)} GB on the host)" * (used.host > 0),
+        )
+        for flags, _, used, p in found["alternatives"]
+    ]  # fmt: skip
+    if rows:
+        title = f"What fits, the cheapest in speed and mathematics first; {found['speed'].source}"
+        show(title, ("GB", "tokens/s", "time", "cost", "with"), rows)
+        return
+    least = least_bytes(found)
+    fitting = [card.name for card in CARDS.values() if card.memory_gib * GIB >= least]
+    print(f"Nothing fits: {gb(least)} GB are the least that any setting takes.")
+    if fitting:
+        print(f"These cards have as much: {', '.join(fitting)}")
+
+
+def least_bytes(found):
+    """Of the settings that take the least: all state on the host, or no gradients in steps of one example."""
+    tokens = found["config"].max_length
+    setting = found["setting"] | {"states": "8bit", "recompute": "block", "master": "stochastic"}
+    ways = {"offload": True, "in_backward": False}, {"offload": False, "in_backward": True, "one_micro_batch": True}
+    return min(memory(found["model"], tokens=tokens, loss_rows=tokens, **setting | way).total for way in ways)
+
+
+def as_json(found: dict) -> dict:
+    """found as what JSON can say, every quantity with its unit."""
+    card, plan, speed = found["card"], found["plan"], found["speed"]
+
+    def projected(plan, used, projection):
+        return {
+            "memory_bytes": asdict(used) | {"total": used.total, "room": found["room"]},
+            "fits": used.total <= found["room"], "micro_batch_tokens": plan.tokens,
+            "micro_batches": plan.micro_batches, "computed_tokens": projection.work.tokens,
+            "step_s": projection.seconds, "tokens_per_s": projection.tokens_per_s, "mfu": projection.mfu,
+            "steps": projection.steps, "total_s": projection.total_s, "dollars": projection.dollars,
+        }  # fmt: skip
+
+    return strict({
+        "what": "engine.estimate", "config": asdict(found["config"]), "model": asdict(found["model"]),
+        "parameters": found["model"].n_parameters, "card": asdict(card), "prices_of": PRICES_OF,
+        "mix": asdict(found["mix"]), "source": speed.source, "gemm_flops_per_s": speed.gemm_flops_per_s,
+        "copy_bytes_per_s": speed.copy_bytes_per_s, "measured_steps": speed.steps,
+        **projected(plan, found["memory"], found["projection"]),
+        "alternatives": [
+            {"flags": flags, **projected(*others)} for flags, *others in found["alternatives"]
+        ],
+    })  # fmt: skip
+
+
+def main(argv):
+    config, _ = from_cli(EstimateConfig, argv, None, {"model": "llama-7b"})
+    found = estimate(config)
+    tell(found)
+    if config.json:
+        try:
+            Path(config.json).write_text(json.dumps(as_json(found), indent=1, allow_nan=False) + "\n")
+        except OSError as error:
+            raise UsageError(f"--json {config.json}: cannot be written ({error.strerror})") from None
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(main))

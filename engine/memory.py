@@ -1,0 +1,334 @@
+"""Bytes of a training step on one card, and what fits.
+
+Of a micro-batch of T tokens, L of whose targets carry loss at U distinct rows, at the worst moment of a step:
+
+    weights, gradients     the size of each parameter's dtype, twice: gradients are added to in place
+    master, states         what kernels.adamw.adamw_state makes; on the host with offload
+    activations            what is kept for backward, exactly: kept()
+    temporaries            what the worst moment needs beside that: temporaries()
+    overhead               CUDA's context and libraries, and what the allocator cannot use: assumed
+"""
+
+import functools
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+
+from engine.config import ModelConfig
+from engine.model import new_model
+from kernels.adamw import adamw_state
+from kernels.linear_cross_entropy import LOGITS_BYTES, PAD, ROWS
+
+CONTEXT_BYTES = 640 << 20  # CUDA's context, cuBLAS with its workspace, the kernels' code: 0.5 to 0.6 GiB on an H100
+SLACK = 0.03  # of all tensors: what the allocator rounds up and cannot join
+SLOTS = 3  # of engine.offload: one tensor's states arrive, one's are updated, one's leave
+PLAN_BYTES = 64  # a token: attention's plans, of all layers but the last and of the last
+MOST_TOKENS = 32768  # of a micro-batch that is chosen here: more gains nothing
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by kind at the worst moment of a step."""
+
+    weights: int
+    master: int
+    states: int
+    gradients: int
+    activations: int
+    head: int  # temporaries while the loss is made: logits, and their rows
+    backward: int  # temporaries while backward is in its worst layer
+    overhead: int
+    host: int  # in the computer's memory, not on the card
+
+    @property
+    def temporaries(self) -> int:
+        """The head's or backward's: the two never meet."""
+        return max(self.head, self.backward)
+
+    @property
+    def total(self) -> int:
+        """On the card."""
+        state = self.weights + self.master + self.states + self.gradients
+        return state + self.activations + self.temporaries + self.overhead
+
+
+@functools.cache
+def state_bytes(c: ModelConfig, dtype: torch.dtype, master: str, states: str) -> tuple[int, int, int, int]:
+    """Bytes of the weights, of their masters, of AdamW's m and v, and of the most that one tensor has of the last two.
+
+    Counted on the real model and its real optimizer states, on torch's meta device.
+    """
+    parameters, masters, moments, largest = 0, 0, 0, 0
+    for p in new_model(c, "meta", dtype).parameters():
+        kept = {name: t.nbytes for name, t in adamw_state(p, master, states).tensors().items()}
+        parameters += p.nbytes
+        masters += kept.get("low", 0) + kept.get("master", 0)
+        moments += sum(kept.values()) - kept.get("low", 0) - kept.get("master", 0)
+        largest = max(largest, sum(kept.values()))
+    return parameters, masters, moments, largest
+
+
+def layer_bytes(c: ModelConfig, t: int, u: int, size: int, recompute: str, last: bool) -> int:
+    """What one layer keeps for backward of t tokens, of which u carry loss. size: bytes of a number.
+
+        x, residual, q k v, attention's output, gate and up        2 D + (H + 2 K) Dh + H Dh + 2 F numbers a token
+        two norms' rstd, logsumexp of each head                    2 + H fp32
+        recompute="none" also the norms' outputs and SwiGLU's      2 D + F
+
+    The last layer has x, its norm, k and v of all tokens, the rest of the u rows, and their places (int64). With
+    recompute="block" a layer keeps x alone (and the places).
+    """
+    rows = u if last else t
+    places = 8 * u if last else 0
+    if recompute == "block":
+        return t * c.dim * size + places
+    of_all = t * (c.dim + 2 * c.n_kv_heads * c.head_dim) * size + 4 * t
+    of_rows = rows * (c.dim + 2 * c.n_heads * c.head_dim + 2 * c.hidden_dim) * size + 4 * rows * (1 + c.n_heads)
+    if recompute == "none":
+        of_all += t * c.dim * size
+        of_rows += rows * (c.dim + c.hidden_dim) * size
+    return of_all + of_rows + places
+
+
+def kept(c: ModelConfig, tokens: int, loss_rows: int, query_rows: int, size: int, recompute: str) -> int:
+    """What autograd keeps of a micro-batch between forward and backward, without attention's plans.
+
+    Beside the layers: the tokens (int64), the tables of cos and sin (T, Dh/2) fp32, the final norm's input (U, D) and
+    rstd, the loss's dx (L, D), and which row each target has (int64) where a row has several.
+    """
+    t, u = tokens, query_rows
+    layers = (c.n_layers - 1) * layer_bytes(c, t, u, size, recompute, False)
+    layers += layer_bytes(c, t, u, size, recompute, True)
+    head = u * (c.dim * size + 4) + loss_rows * c.dim * size + (8 * loss_rows if u != loss_rows else 0)
+    return layers + head + 8 * t + 4 * t * c.head_dim
+
+
+def chunk_limit(c: ModelConfig, size: int) -> int:
+    """The most rows of logits that linear_cross_entropy makes at once."""
+    return max(1, LOGITS_BYTES // (-(-c.vocab_size // PAD) * PAD * size) // ROWS) * ROWS
+
+
+def temporaries(c: ModelConfig, tokens: int, loss_rows: int, query_rows: int, size: int, recompute: str):
+    """Bytes beside what kept() counts, at the worst moment of the head and of backward's layers; and those at the end
+    of backward, when nothing is kept any more.
+
+    The head: normed rows (L, D), one chunk of logits (as linear_cross_entropy cuts them, or more) and losses.
+
+    Backward lets go of what it has used, so a moment is what it makes less what is gone by then. With dy (T, D), the
+    gradient of the residual stream, always there, a layer makes (numbers a token):
+
+        swiglu_linear    dy, dh (h is written over it, gate's and up's gradients over gate and up)     D + F
+        norm_linear      dy, dh, dx, the norm's output; gate and up are still there                  4 D
+        attention        dy, do, dq dk dv, delta (fp32, H), parts of dk, dv (fp32, about K Dh bytes a token);
+                         gate, up and the residual are gone                                  D + 2 H Dh + 2 K Dh
+        norm_linear      dy, dq dk dv, dh, dx, the norm's output; only x is left             4 D + (H + 2 K) Dh
+
+    The last layer makes those of its u rows, but dk dv, dh, dx, the norm's output and the residual's gradient of all.
+    Before another layer's backward the last layer is gone whole. With recompute="block" what a layer keeps comes into
+    being again, with h and the layer's output (T, F + D) beside dy before its backward begins. At the end the
+    embedding's gradient is made whole, (V, D), beside dy, and then added.
+    """
+    t, u, d, f = tokens, query_rows, c.dim, c.hidden_dim
+    heads, kv_heads = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    logits = min(loss_rows, chunk_limit(c, size)) * (-(-c.vocab_size // PAD) * PAD) * size
+    head = loss_rows * (d * size + 4) + logits
+
+    def layer(rows, last):
+        """Of one layer, beside what is kept when its backward begins."""
+        again = 0
+        if recompute == "block":
+            again = layer_bytes(c, t, u, size, "cheap", last) - layer_bytes(c, t, u, size, "block", last)
+        mlp = rows * max(d + f, 4 * d) * size
+        gone = rows * (d + 2 * f) * size
+        parts = 4 * c.n_heads * rows + kv_heads * t
+        attention = rows * (d + 2 * heads) * size + t * 2 * kv_heads * size + parts - gone
+        gone += (rows * 2 * heads + t * 2 * kv_heads) * size
+        way_in = rows * (heads + (2 * d if last else 0)) * size + t * (4 * d + 2 * kv_heads) * size - gone
+        forward = rows * (2 * d + f) * size if recompute == "block" else 0
+        return again + max(mlp, attention, way_in, forward)
+
+    gone = loss_rows * d * size + u * (d * size + 4)  # the loss's dx and the final norm
+    moments = [layer(u, True) - gone]
+    if c.n_layers > 1:
+        moments.append(layer(t, False) - gone - layer_bytes(c, t, u, size, recompute, True))
+    return head, max(0, *moments), (t + c.vocab_size) * d * size
+
+
+def gradients_at_once(c, loss_rows: int, size: int, in_backward: bool) -> int:
+    """Bytes of gradients beside the activations in a step of one micro-batch: the head's, which the loss makes.
+
+    An optimizer in backward has autograd hand gradients over: the head's is kept from the loss on (in fp32 after
+    several chunks) and copied in its backward; then of other matrices two are there at a time.
+    """
+    head, largest = c.vocab_size * c.dim, max(c.vocab_size, 2 * c.hidden_dim) * c.dim
+    if not in_backward:
+        return head * size
+    made = head * (size if loss_rows <= chunk_limit(c, size) else 4)
+    return max(made + head * size, (2 * largest + head * c.tied) * size)
+
+
+def memory(
+    c: ModelConfig, *, tokens: int, loss_rows: int, query_rows: int | None = None, dtype: torch.dtype = torch.bfloat16,
+    master: str = "split", states: str = "fp32", recompute: str = "cheap", offload: bool = False,
+    in_backward: bool = False, one_micro_batch: bool = False,
+) -> Memory:  # fmt: skip
+    """Bytes of a training step on one card.
+
+    tokens: T of the largest micro-batch, as computed. loss_rows: L of its targets. query_rows: U, the distinct rows
+    that predict them; None is L. master, states, recompute, offload, in_backward: as FinetuneConfig's flags say. With
+    offload master and states are on the host, but for those in SLOTS, each as large as the largest tensor's.
+    one_micro_batch: no step has a second; then gradients come as activations go, and with in_backward go again at once.
+    """
+    size = dtype.itemsize
+    query_rows = loss_rows if query_rows is None else query_rows
+    parameters, masters, moments, largest = state_bytes(c, dtype, master, states)
+    host = masters + moments if offload else 0
+    if offload:
+        masters, moments = 0, SLOTS * largest
+    kept_bytes = kept(c, tokens, loss_rows, query_rows, size, recompute)
+    activations = kept_bytes + tokens * (8 + PLAN_BYTES) + 12 * loss_rows  # positions, plans; targets and their weights
+    head, backward, end = temporaries(c, tokens, loss_rows, query_rows, size, recompute)
+    gradients = gradients_at_once(c, loss_rows, size, in_backward) if one_micro_batch else parameters
+    if one_micro_batch and not in_backward:  # all are there at the end, when activations are not
+        gradients = max(gradients, parameters + end - activations - max(head, backward))
+    elif in_backward and not one_micro_batch:  # autograd adds up: the head's is kept, another is new beside the old
+        gradients += gradients_at_once(c, loss_rows, size, True)
+    if not one_micro_batch or in_backward:
+        backward = max(backward, end - kept_bytes)
+    tensors = parameters + gradients + masters + moments + activations + max(head, backward)
+    return Memory(
+        parameters, masters, moments, gradients, activations, head, backward,
+        CONTEXT_BYTES + round(SLACK * tensors), host,
+    )  # fmt: skip
+
+
+def largest_micro_batch(
+    c: ModelConfig, room_bytes: int, *, loss_share: float = 1.0, most_tokens: int = MOST_TOKENS,
+    step_tokens: int | None = None, **setting,
+) -> int:  # fmt: skip
+    """The most tokens of a micro-batch whose memory() is within room_bytes, up to most_tokens; 0 if none.
+
+    loss_share: rows with loss a token. step_tokens: of the largest step, where it is known: a micro-batch that holds
+    all of it needs fewer gradients. setting: of memory().
+    """
+
+    def fits(tokens, one=False):
+        loss_rows = math.ceil(loss_share * tokens)
+        return memory(c, tokens=tokens, loss_rows=loss_rows, one_micro_batch=one, **setting).total <= room_bytes
+
+    if step_tokens and step_tokens <= most_tokens:
+        if fits(step_tokens, True):
+            return step_tokens
+        most_tokens = step_tokens - 1
+    low, high = 0, most_tokens + 1  # low fits or is 0, high does not or is over the limit
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+# What saves memory, the cheapest in speed and mathematics first: (setting of memory(), its value, flags).
+SAVINGS = (
+    ("states", "8bit", "--optimizer-states 8bit"),
+    ("states", "bf16", "--optimizer-states bf16"),
+    ("recompute", "cheap", "--recompute cheap"),
+    ("recompute", "block", "--recompute block"),
+    ("master", "stochastic", "--master-weights stochastic"),
+    ("offload", True, "--offload-optimizer"),
+    ("in_backward", True, "--optimizer-in-backward --grad-clip 0"),
+)
+DEFAULTS = {
+    "dtype": torch.bfloat16, "master": "split", "states": "fp32", "recompute": "cheap", "offload": False,
+    "in_backward": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A way to fit: flags that change the setting, the setting with them, and the micro-batch it leaves room for."""
+
+    flags: tuple[str, ...]
+    setting: dict
+    tokens: int
+    memory: Memory
+
+
+def cheapest_that_fits(
+    c: ModelConfig, room_bytes: int, *, tokens: int, least_tokens: int, step_tokens: int | None = None,
+    most_tokens: int = MOST_TOKENS, loss_share: float = 1.0, **setting,
+) -> list[Fit]:  # fmt: skip
+    """The sets of changes that fit room_bytes, the cheapest first, none with a change that it could do without.
+
+    tokens: of a micro-batch as wished, of which a fit may leave least_tokens, the cheapest change of all; then SAVINGS,
+    each dearer than all before it together. Where there is room for more, up to most_tokens are taken. step_tokens: as
+    largest_micro_batch's; without it the optimizer is not proposed to run in backward. setting: of memory().
+    """
+    setting = DEFAULTS | setting
+
+    def used(tokens, setting):
+        one = step_tokens is not None and tokens >= step_tokens
+        return memory(c, tokens=tokens, loss_rows=math.ceil(loss_share * tokens), one_micro_batch=one, **setting)
+
+    price = {saving: 2 << i for i, saving in enumerate(SAVINGS)}
+    most = min(most_tokens, step_tokens or most_tokens)
+    saving = [s for s in SAVINGS if used(most, setting | {s[0]: s[1]}).total < used(most, setting).total]
+    groups = [[s for s in saving if s[0] == name] for name in dict.fromkeys(name for name, *_ in saving)]
+    found = []
+    for picked in itertools.product(*([None, *group] for group in groups)):
+        taken = [s for s in picked if s]
+        changed = setting | {name: value for name, value, _ in taken}
+        if changed["in_backward"] and changed["offload"]:
+            continue
+        fitting = largest_micro_batch(
+            c, room_bytes, loss_share=loss_share, most_tokens=most_tokens, step_tokens=step_tokens, **changed
+        )
+        if fitting < (step_tokens if changed["in_backward"] and step_tokens else least_tokens):
+            continue
+        smaller = [f"--micro-batch-tokens {fitting}"] * (fitting < tokens)
+        flags = (*smaller, *(text for *_, text in taken))
+        names = {*(text for *_, text in taken), *(["smaller"] * len(smaller))}
+        cost = sum(price[s] for s in taken) + len(smaller)
+        found.append((cost, names, Fit(flags, changed, fitting, used(fitting, changed))))
+    fits, kept_names = [], []
+    for _, names, fit in sorted(found, key=lambda f: f[0]):
+        if not any(earlier <= names for earlier in kept_names):
+            fits.append(fit)
+            kept_names.append(names)
+    return fits
+
+
+# ---- telling --------------------------------------------------------------------------------------------------------
+
+
+def gb(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.2f}"
+
+
+def memory_rows(used: Memory, room_bytes: int, tokens: int, **setting) -> list[tuple[str, str, str]]:
+    """(kind, GB, what it is) of each kind and of their sum: the rows of a table. setting: of memory()."""
+    setting = DEFAULTS | setting
+    dtype = str(setting["dtype"]).removeprefix("torch.")
+    of_master = {"split": "the 16 bits that bf16 lacks", "fp32": "in fp32", "stochastic": "none: rounded at random"}
+    of_master = of_master[setting["master"]] if setting["dtype"] == torch.bfloat16 else "the weights themselves"
+    on_host = f"; {gb(used.host)} GB of master and states on the host" if used.host else ""
+    which = "the head's logits" if used.head >= used.backward else "a layer's backward"
+    left = room_bytes - used.total
+    verdict = f"fits, {gb(left)} left" if left >= 0 else f"does not fit, {gb(-left)} too much"
+    a_token = used.activations / tokens
+    a_token = f"{a_token / 1e6:.2f} MB" if a_token >= 1e6 else f"{a_token / 1e3:.1f} kB"
+    return [
+        ("weights", gb(used.weights), dtype),
+        ("fp32 master", gb(used.master), of_master),
+        ("optimizer states", gb(used.states), f"m and v, {setting['states']}{on_host}"),
+        (
+            "gradients",
+            gb(used.gradients),
+            f"{dtype}{'' if used.gradients == used.weights else ', those there at once'}",
+        ),
+        ("activations", gb(used.activations), f"{tokens:,} tokens, {a_token} each"),
+        ("temporaries", gb(used.temporaries), f"{which}: the larger of {gb(used.head)} and {gb(used.backward)}"),
+        ("overhead", gb(used.overhead), "CUDA and its libraries, the allocator: assumed"),
+        ("total", gb(used.total), f"of {gb(room_bytes)} ({room_bytes / 2**30:.2f} GiB): {verdict}"),
+    ]
