@@ -229,7 +229,9 @@ def show(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]], file=No
             table.add_column(name, justify="right" if right[i] else "left", no_wrap=i < len(head) - 1)
         for row in rows:
             table.add_row(*row, style="bold" if row[0] in ("total", "step") else None)
-        Console(file=out, force_terminal=True, highlight=False).print(table, "", sep="\n", end="")
+        console = Console(file=out, force_terminal=True, highlight=False)
+        console.print(table)
+        console.print()
         return
     widths = [max(len(cell) for cell in (name, *column)) for name, column in zip(head, columns, strict=True)]
     out.write(title + "\n")

@@ -111,8 +111,8 @@ def chunk_limit(c: ModelConfig, size: int) -> int:
 
 
 def temporaries(c: ModelConfig, tokens: int, loss_rows: int, query_rows: int, size: int, recompute: str):
-    """Bytes beside what kept() counts, at the worst moment of the head and of backward's layers; and those at the end
-    of backward, when nothing is kept any more.
+    """Bytes beside what kept() counts, at the worst moment of the head and of backward's layers; and those with what is
+    still kept in the first layer, where backward ends, and at the embedding.
 
     The head: normed rows (L, D), one chunk of logits (as linear_cross_entropy cuts them, or more) and losses.
 
@@ -153,18 +153,21 @@ def temporaries(c: ModelConfig, tokens: int, loss_rows: int, query_rows: int, si
     moments = [layer(u, True) - gone]
     if c.n_layers > 1:
         moments.append(layer(t, False) - gone - layer_bytes(c, t, u, size, recompute, True))
-    return head, max(0, *moments), (t + c.vocab_size) * d * size
+    only = c.n_layers == 1
+    first = layer_bytes(c, t, u, size, recompute, only) + layer(u if only else t, only) + t * (8 + 4 * c.head_dim)
+    return head, max(0, *moments), first, (t + c.vocab_size) * d * size
 
 
-def gradients_at_once(c, loss_rows: int, size: int, in_backward: bool) -> int:
-    """Bytes of gradients beside the activations in a step of one micro-batch: the head's, which the loss makes.
+def gradients_at_once(c: ModelConfig, loss_rows: int, size: int, in_backward: bool) -> int:
+    """Bytes of gradients beside the activations in a step of one micro-batch: the head's, which the loss makes, and the
+    first layer's that backward meets.
 
     An optimizer in backward has autograd hand gradients over: the head's is kept from the loss on (in fp32 after
     several chunks) and copied in its backward; then of other matrices two are there at a time.
     """
     head, largest = c.vocab_size * c.dim, max(c.vocab_size, 2 * c.hidden_dim) * c.dim
     if not in_backward:
-        return head * size
+        return (head + c.dim * (3 * c.hidden_dim + 2 * (c.n_heads + c.n_kv_heads) * c.head_dim)) * size
     made = head * (size if loss_rows <= chunk_limit(c, size) else 4)
     return max(made + head * size, (2 * largest + head * c.tied) * size)
 
@@ -189,13 +192,15 @@ def memory(
         masters, moments = 0, SLOTS * largest
     kept_bytes = kept(c, tokens, loss_rows, query_rows, size, recompute)
     activations = kept_bytes + tokens * (8 + PLAN_BYTES) + 12 * loss_rows  # positions, plans; targets and their weights
-    head, backward, end = temporaries(c, tokens, loss_rows, query_rows, size, recompute)
-    gradients = gradients_at_once(c, loss_rows, size, in_backward) if one_micro_batch else parameters
-    if one_micro_batch and not in_backward:  # all are there at the end, when activations are not
-        gradients = max(gradients, parameters + end - activations - max(head, backward))
-    elif in_backward and not one_micro_batch:  # autograd adds up: the head's is kept, another is new beside the old
-        gradients += gradients_at_once(c, loss_rows, size, True)
-    if not one_micro_batch or in_backward:
+    head, backward, first, end = temporaries(c, tokens, loss_rows, query_rows, size, recompute)
+    if one_micro_batch and not in_backward:  # most gradients are there when most activations are not
+        others = parameters - c.vocab_size * c.dim * size  # all but the embedding's, or the one that it is added to
+        latest = others + max(first, end) + c.tied * c.vocab_size * c.dim * size
+        gradients = gradients_at_once(c, loss_rows, size, False)
+        gradients = max(gradients, latest - kept_bytes - max(head, backward))
+    else:
+        gradients = gradients_at_once(c, loss_rows, size, True) if in_backward else 0
+        gradients += 0 if one_micro_batch else parameters  # autograd adds a new one to the old
         backward = max(backward, end - kept_bytes)
     tensors = parameters + gradients + masters + moments + activations + max(head, backward)
     return Memory(

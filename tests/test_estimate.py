@@ -166,6 +166,20 @@ class Watch(TorchDispatchMode):
         return out
 
 
+def watched(model, tokens, loss_rows, query_rows):
+    """The Watch of forward and backward of a micro-batch on the meta device, its inputs being there from the start."""
+    c = model.config
+    one = Ready(
+        meta(tokens), meta(tokens), meta(loss_rows), meta(loss_rows, torch.float32), meta(query_rows),
+        meta(loss_rows) if loss_rows > query_rows else None, (meta_plan(c, tokens), meta_plan(c, tokens, query_rows)),
+    )  # fmt: skip
+    with Watch([t for p in model.parameters() for t in (p, p.grad) if t is not None]) as watch:
+        model.loss(one).backward()
+    saved = [one.tokens, one.rows, *([] if one.of_rows is None else [one.of_rows])]
+    watch.most += sum(t.nbytes for t in saved)
+    return watch
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="plans of the interpreter's")
 @pytest.mark.parametrize("recompute", ["none", "cheap", "block"])
 @pytest.mark.parametrize(
@@ -184,20 +198,37 @@ def test_the_peak_of_forward_and_backward(changes, tokens, loss_rows, query_rows
     model = new_model(c, "meta", torch.bfloat16, "triton", recompute, True)
     for p in model.parameters():
         p.grad = torch.empty_like(p)
-    one = Ready(
-        meta(tokens), meta(tokens), meta(loss_rows), meta(loss_rows, torch.float32), meta(query_rows),
-        meta(loss_rows) if loss_rows > query_rows else None, (meta_plan(c, tokens), meta_plan(c, tokens, query_rows)),
-    )  # fmt: skip
-    inputs = [one.tokens, one.rows, *([] if one.of_rows is None else [one.of_rows])]
-    with Watch([t for p in model.parameters() for t in (p, p.grad)]) as watch:
-        model.loss(one).backward()
-    _, backward, end = temporaries(c, tokens, loss_rows, query_rows, 2, recompute)
+    watch = watched(model, tokens, loss_rows, query_rows)
+    _, backward, _, end = temporaries(c, tokens, loss_rows, query_rows, 2, recompute)
     without_logits = loss_rows * (c.dim * 2 + 4)
-    found = watch.most + sum(t.nbytes for t in inputs)
     wanted = max(end, kept(c, tokens, loss_rows, query_rows, 2, recompute) + max(without_logits, backward))
-    assert found <= 1.001 * wanted <= 1.03 * found
+    assert watch.most <= 1.001 * wanted <= 1.03 * watch.most
     work = Work(tokens, query_rows, 0, 0, 1)
     assert watch.flops == gemm_flops(c, work, recompute) - 6 * query_rows * c.dim * c.vocab_size
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="plans of the interpreter's")
+@pytest.mark.parametrize("in_backward", [False, True])
+@pytest.mark.parametrize("recompute", ["cheap", "block"])
+@pytest.mark.parametrize(
+    ("changes", "tokens", "loss_rows", "least"),
+    [(WHOLE | {"n_layers": 16}, 8192, 5700, 0.8), (WHOLE, 2048, 64, 0.7), (NARROW | {"n_layers": 12}, 4096, 2800, 0.6)],
+)
+def test_the_peak_of_a_step_of_one_micro_batch(changes, tokens, loss_rows, least, recompute, in_backward):
+    """With its gradients, which begin to be when activations cease, or are dropped one by one."""
+    c = ModelConfig(**{"n_kv_heads": changes["n_heads"]} | changes)
+    model = new_model(c, "meta", torch.bfloat16, "triton", recompute, not in_backward)
+    if in_backward:
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    watch = watched(model, tokens, loss_rows, loss_rows)
+    used = memory(
+        c, tokens=tokens, loss_rows=loss_rows, recompute=recompute, in_backward=in_backward, one_micro_batch=True
+    )
+    of_kernels = max(0, used.head - loss_rows * (c.dim * 2 + 4))  # logits, which are not seen
+    wanted = used.gradients + used.activations + used.temporaries
+    assert watch.most <= wanted
+    assert watch.most >= least * (wanted - of_kernels)
 
 
 # ---- state ----------------------------------------------------------------------------------------------------------
