@@ -298,7 +298,7 @@ def test_the_newest_used_entries_stay(files, cache, smol, monkeypatch):
 # ---- several processes ----------------------------------------------------------------------------------------------
 
 PROCESS = """
-import os, signal, sys
+import os, signal, sys, time
 sys.path.insert(0, "tests")
 from pathlib import Path
 from engine import job, token_cache
@@ -326,8 +326,9 @@ if wait_for != "-":
     def waiting(*args):
         write(*args)
         Path(f"{wait_for}-{os.getpid()}").touch()
-        while len(list(Path(wait_for).parent.glob(Path(wait_for).name + "-*"))) < 2:
-            pass
+        deadline = time.time() + 60  # the other one may have failed
+        while len(list(Path(wait_for).parent.glob(Path(wait_for).name + "-*"))) < 2 and time.time() < deadline:
+            time.sleep(0.001)
     token_cache.write = waiting
 (table, skipped), is_cached = job.read_tables(config, tokenizer, print)
 print(is_cached, table.select().sha256(), calls)
