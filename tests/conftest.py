@@ -13,7 +13,9 @@ from pathlib import Path
 
 # Tests run side by side, and threads of their own would fight. Before torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cria-cache-")  # tokens are never cached in the user's home
+if "cria-cache-" not in os.environ.get("XDG_CACHE_HOME", ""):  # workers of pytest-xdist have that of their parent
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cria-cache-")  # tokens are never cached in the user's home
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import pytest
 import torch
@@ -23,7 +25,6 @@ if not torch.cuda.is_available():
 
 from kernels.common import launch_table
 
-atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"  # real data that some checkouts have beside them; tests skip without it
 
