@@ -3,6 +3,7 @@
     python -m scripts.gpu_report [--minutes 10] [--only machine,ceilings,...] [--json benchmarks/<device>.json]
 
 Parts: what the machine is; its ceilings (copy, GEMMs at the shapes of LLaMA-7B); the kernel tests on the device;
+whole training steps at the shapes of LLaMA-7B and of a 1.1B model, where their time goes, and the same steps by peers;
 kernels.bench with every peer that is installed. The JSON is replaced whole after each measurement, so that an
 interruption costs one at most; a part that fails is recorded with its error and the rest goes on; no measurement begins
 once the time is spent, and what was left out is named. Tests and benchmarks run in processes of their own, one a test
@@ -14,6 +15,7 @@ the JSON into README's table.
 
 import argparse
 import contextlib
+import importlib
 import importlib.metadata
 import json
 import os
@@ -183,10 +185,21 @@ def run(command, limit, every=lambda: None, **options):
             child.wait()
 
 
+STEP_PARTS = {"step": "step_bench", "profile": "step_profile", "peers": "step_peers"}  # whose processes are their own
+
+
+def step_part(name):
+    """What a module of STEP_PARTS measures, imported when it is its turn: what it lacks must not matter before."""
+    return lambda report: importlib.import_module(f"scripts.{STEP_PARTS[name]}").part(report, run)
+
+
 PARTS = {  # name -> what measures it, and the share of the time then left that it may take
     "machine": (machine_facts, 1.0),
     "ceilings": (measure_ceilings, 0.2),
-    "tests": (kernel_tests, 0.5),
+    "tests": (kernel_tests, 0.4),
+    "step": (step_part("step"), 0.5),
+    "profile": (step_part("profile"), 0.4),
+    "peers": (step_part("peers"), 0.6),
     "kernels": (kernel_benchmarks, 1.0),
 }
 
@@ -265,6 +278,9 @@ def table(result):
         ]
         lines += [f"kernels.bench {op} ended {how}" for op, how in kernels["ended"].items()]
         lines += [f"left out for time: {name}" for name in kernels["left_out"]]
+    for name, module in STEP_PARTS.items():
+        if "records" in parts.get(name, {}):
+            lines += importlib.import_module(f"scripts.{module}").table(parts[name])
     lines += [f"{name} failed: {part['failed']}" for name, part in parts.items() if "failed" in part]
     lines += [f"left out for time: {name}" for name in result["left_out"]]
     return "\n".join(lines)

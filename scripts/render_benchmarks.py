@@ -67,8 +67,14 @@ def gpu_reports(folder):
     return [r for r in found if r.get("what") == "scripts.gpu_report" and not r["smoke"]]
 
 
-def figure(records, row):
-    """What a report measured of one row of targets.json: a number, "wrong result", or None."""
+def figure(parts, row):
+    """What a report measured of one row of targets.json: a number, "wrong result", "failed", or None."""
+    records = parts.get(row.get("part", "kernels"), {}).get("records", [])
+    if "name" in row:
+        mine = [r for r in records if r["name"] == row["name"]]
+        if any("failed" in r for r in mine):
+            return "failed"
+        return next((r[row["figure"]] for r in mine if row["figure"] in r), None)
     mine = [
         r
         for r in records
@@ -91,13 +97,14 @@ def figure(records, row):
     return min(values) if "at_least" in row else max(values)
 
 
-def gpu_row(records, row):
-    value = figure(records, row)
-    target = f"≥ {row['at_least']:g}" if "at_least" in row else f"≤ {row['at_most']:g}"
+def gpu_row(parts, row):
+    value = figure(parts, row)
+    goal = row.get("at_least", row.get("at_most"))
+    target = f"{'≥' if 'at_least' in row else '≤'} {goal:,g}"
     if not isinstance(value, float | int):
         return f"| {row['what']} | {value or 'not measured'} | {target} |"
     met = value >= row["at_least"] if "at_least" in row else value <= row["at_most"]
-    measured = f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
+    measured = f"{value:,.0f}" if value >= 100 or isinstance(value, int) else f"{value:.2f}"
     return f"| {row['what']} | {f'**{measured}**' if met else measured} | {target} |"
 
 
@@ -119,8 +126,32 @@ def gpu(report, targets):
         cut = sum("ended" in f for f in files)
         told = f"{passed} passed, {failed} failed, {skipped} skipped" + f"; {cut} files did not finish" * bool(cut)
         lines.append(f"| kernel tests on the device | {told} | none failed |")
-    records = parts.get("kernels", {}).get("records", [])
-    return [*lines, *(gpu_row(records, row) for row in targets["rows"])]
+    return [*lines, *(gpu_row(parts, row) for row in targets["rows"]), *gpu_steps(parts)]
+
+
+def gpu_steps(parts):
+    """What a report tells of whole steps beside its targets: MFU, the whole run, where the time goes, peers."""
+    steps, profiles, peers = (parts.get(name, {}).get("records", []) for name in ("step", "profile", "peers"))
+    lines = []
+    for r in steps:
+        if r.get("mfu") is not None:
+            figures = f"{r['tokens_per_s']:,.0f} tokens/s, {r['mfu']:.1%}, {r['peak_gib']:.1f} GiB"
+            lines.append(f"| step, {r['name']}: MFU = {r['mfu_formula']} | {figures} | |")
+    for p in parts.get("step", {}).get("projections", []):
+        price = f", ${p['dollars']:.2f} at ${p['dollars_an_hour']} an hour ({p['price_of']})" if p["dollars"] else ""
+        lines.append(f"| {p['what']} ({p['of']}): {p['steps']:,} steps | {p['minutes']:.1f} minutes{price} | |")
+    for r in profiles:
+        if "kinds" in r:
+            kinds = sorted(r["kinds"].items(), key=lambda item: -item[1]["share"])
+            told = ", ".join(f"{kind} {part['share']:.1%}" for kind, part in kinds if part["share"] >= 0.001)
+            lines.append(f"| where a step of {r['name']} goes: {r['launches']:,} launches | {told} | |")
+    for r in peers:
+        if "ours_over_peer" in r:
+            without = r.get("ours_without_sharing_over_peer")
+            ratio = f"; ours is {r['ours_over_peer']:.2f}x" + (f", {without:.2f}x without sharing" if without else "")
+            memory = "" if r["peak_gib"] is None else f", {r['peak_gib']:.1f} GiB"
+            lines.append(f"| {r['name']} | {r['tokens_per_s']:,.0f} tokens/s{memory}{ratio} | |")
+    return lines
 
 
 def rendered(folder=ROOT / "benchmarks"):

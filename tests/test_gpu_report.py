@@ -45,6 +45,14 @@ def test_every_part_at_toy_size(tmp_path):
         "attention", "rope_attention", "rms_norm", "norm_linear", "rope", "swiglu", "swiglu_linear",
         "linear_cross_entropy", "grad_norm", "adamw",
     }  # fmt: skip
+    for part, figure in (("step", "tokens_per_s"), ("profile", "kinds"), ("peers", "tokens_per_s")):
+        records = parts[part]["records"]
+        assert figure in records[0] and not [r for r in records if "failed" in r], records
+    step, peer = parts["step"]["records"][0], parts["peers"]["records"][0]
+    assert step["all_finite"] and step["peak_gib"] is None and "logical tokens/s" in step["mfu_formula"]
+    assert parts["profile"]["records"][0]["kinds"]["attention"]["ms"] > 0
+    assert peer["ours_over_peer"] == step["tokens_per_s"] / peer["tokens_per_s"]
+    assert "projected from the measured step" in parts["step"]["projections"][0]["what"]
     # The table comes last, with every absent peer.
     assert "attention: without varlen_attn" in done.stdout.split("commit abc")[-1]
     assert f"written to {path}" in done.stdout.splitlines()[-1]
@@ -243,10 +251,34 @@ def synthetic():
         "rope": {"passed": 5, "failed": 0, "skipped": 1},
         "adamw": {"passed": 2, "failed": 1, "skipped": 0, "ended": "x"},
     }
+    rate = {"tokens_per_s": 22500.0, "mfu": 0.92, "mfu_formula": "6 x N x t", "peak_gib": 70.06}
+    steps = {
+        "step": {
+            "records": [
+                {"name": "llama-7b", **rate},
+                {"name": "llama-7b, no sharing", **rate, "tokens_per_s": 15000.0, "peak_gib": 76.0},
+                {"name": "llama-7b, low memory: offload, recompute block", "failed": "TooLarge: out of memory"},
+            ],
+            "projections": [{
+                "what": "Alpaca, projected from the measured step", "of": "llama-7b", "steps": 1221, "minutes": 14.66,
+                "dollars": 0.66, "dollars_an_hour": 2.69, "price_of": "March 2026",
+            }],
+        },
+        "profile": {"records": [{
+            "name": "llama-7b", "syncs": 0, "launches": 3210,
+            "kinds": {kind: {"ms": 10 * x, "share": x} for kind, x in (("norms", 0.1), ("GEMM", 0.9), ("rope", 0.0))},
+        }]},
+        "peers": {"records": [
+            {"name": "llama-7b, transformers", "tokens_per_s": 7500.0, "peak_gib": 71.0, "ours_over_peer": 3.0,
+             "ours_without_sharing_over_peer": 2.0},
+            {"name": "llama-7b, transformers + liger", "absent": "liger-kernel is not installed"},
+        ]},
+    }  # fmt: skip
     return {
         "what": "scripts.gpu_report", "smoke": False, "commit": "0123456789abcdef", "date": "2000-01-02 03:04",
         "left_out": [],
         "parts": {
+            **steps,
             "machine": {"device": "Synthetic 9000", "torch": "2.11.0", "driver": "1.2", "triton": "3.6.0"},
             "ceilings": {"copy_gb_per_s": 3000.0, "gemm_tflops": 700.0, "gemm_side": 8192}, "tests": tests,
             "kernels": {"records": records},
@@ -270,11 +302,20 @@ def test_the_table_holds_measured_beside_target(synthetic, tmp_path):
     assert rows["kernel tests on the device"][0] == "7 passed, 1 failed, 1 skipped; 1 files did not finish"
     found = {row["what"]: rows[row["what"]] for row in TARGETS["rows"]}
     values = [cells[0] for cells in found.values()]
-    assert values == [
+    assert values[:6] == ["15,000", "**22,500**", "**70.06**", "76.00", "failed", "**0**"]
+    assert values[6:] == [
         "**0.91**", "**0.97**", "0.50", "wrong result", "not measured", "not measured", "**1.25**", "0.75", "**312**",
         "not measured", "not measured", "1.20",
     ]  # fmt: skip
-    assert [cells[1] for cells in found.values()][-1] == "≤ 1.15" and found[TARGETS["rows"][0]["what"]][1] == "≥ 0.9"
+    assert [cells[1] for cells in found.values()][-1] == "≤ 1.15" and found[TARGETS["rows"][6]["what"]][1] == "≥ 0.9"
+    assert [cells[1] for cells in found.values()][:6] == ["≥ 16,000", "≥ 22,000", "≤ 75", "≤ 75", "≤ 40", "≤ 0"]
+    assert rows["step, llama-7b: MFU = 6 x N x t"][0] == "22,500 tokens/s, 92.0%, 70.1 GiB"
+    run = rows["Alpaca, projected from the measured step (llama-7b): 1,221 steps"]
+    assert run[0] == "14.7 minutes, $0.66 at $2.69 an hour (March 2026)"
+    assert rows["where a step of llama-7b goes: 3,210 launches"][0] == "GEMM 90.0%, norms 10.0%"
+    peer = rows["llama-7b, transformers"][0]
+    assert peer == "7,500 tokens/s, 71.0 GiB; ours is 3.00x, 2.00x without sharing"
+    assert "llama-7b, transformers + liger" not in rows
 
 
 def test_without_a_report_of_a_gpu_nothing_is_claimed(synthetic, tmp_path):
@@ -287,8 +328,13 @@ def test_without_a_report_of_a_gpu_nothing_is_claimed(synthetic, tmp_path):
 def test_targets_name_what_is_measured():
     """A row that selects nothing would read "not measured" for ever."""
     from kernels import bench_cases
+    from scripts import step_bench, step_profile
 
+    names = {"step": step_bench.VARIANTS, "profile": step_profile.PROFILED}
     cases = list(bench_cases.full())
     for row in TARGETS["rows"]:
+        if "part" in row:
+            assert row["name"] in names[row["part"]], row
+            continue
         chosen = [c for c in cases if c.op == row["op"] and c.shape == row.get("shape", c.shape)]
         assert chosen and all(row.get("pass", c.passes[0]) in c.passes for c in chosen), row

@@ -1,0 +1,242 @@
+"""The same training step by what others use today: transformers, liger-kernel, torch.compile.
+
+    python -m scripts.step_peers [--only NAME ...] [--json FILE] [--minutes M] [--smoke]
+
+Rows, global batch, clipping and learning rate are scripts.step_bench's; weights and AdamW states are in bf16, which is
+less than our fp32 master holds, and torch's AdamW is fused. A peer gets what favours it: a step's rows sorted by
+length, so that padding is least; the largest power of two rows in a micro-batch that fits; gradient checkpointing and
+none, of which the faster counts. liger-kernel patches transformers for good, so each peer has a process of its own.
+Part of scripts.gpu_report.
+"""
+
+import importlib.util
+import sys
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import torch
+
+from engine.step import Mark
+from kernels.bench import DEVICE, GPU, installed
+from scripts.step_common import (
+    DTYPE,
+    Records,
+    alpaca_rows,
+    card,
+    examples_of,
+    in_processes,
+    line,
+    parse,
+    peak_memory,
+    shape,
+    speed,
+    within_memory,
+)
+
+LR, CLIP = 2e-5, 1.0
+LEAST_STEPS = 2  # that are timed, when the time is spent while they run
+
+
+@dataclass(frozen=True)
+class Peer:
+    model: str = "llama-7b"
+    liger: bool = False
+    compiled: bool = False
+    checkpointing: bool = False
+    rows: int = 16  # of a micro-batch, to begin with
+    steps: int = 5  # timed
+    warmup: int = 2
+
+
+LARGE, SMALL = {"model": "llama-7b"}, {"model": "tinyllama-1.1b", "rows": 64}
+PEERS = {
+    "llama-7b, transformers": Peer(**LARGE),
+    "llama-7b, transformers, checkpointing": Peer(**LARGE, checkpointing=True, rows=64),
+    "llama-7b, transformers + liger": Peer(**LARGE, liger=True, rows=32),
+    "llama-7b, transformers + liger, checkpointing": Peer(**LARGE, liger=True, checkpointing=True, rows=128),
+    "llama-7b, transformers + compile": Peer(**LARGE, compiled=True),
+    "llama-7b, transformers + compile, checkpointing": Peer(**LARGE, compiled=True, checkpointing=True, rows=64),
+    "tinyllama-1.1b, transformers": Peer(**SMALL),
+    "tinyllama-1.1b, transformers + liger": Peer(**SMALL, liger=True),
+    "tinyllama-1.1b, transformers + compile": Peer(**SMALL, compiled=True),
+}
+
+
+class Absent(Exception):
+    """Why a peer takes no part."""
+
+
+def llama(peer: Peer, config):
+    """transformers' LLaMA of our shape with random weights, patched and compiled as the peer says."""
+    if importlib.util.find_spec("transformers") is None:
+        raise Absent("transformers is not installed")
+    if peer.liger:
+        if importlib.util.find_spec("liger_kernel") is None:
+            raise Absent("liger-kernel is not installed")
+        if not GPU:
+            raise Absent("liger-kernel is installed; it runs on CUDA alone")
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    theirs = LlamaConfig(
+        hidden_size=config.dim, intermediate_size=config.hidden_dim, num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads, num_key_value_heads=config.n_kv_heads, vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_seq_len, rms_norm_eps=config.norm_eps, tie_word_embeddings=config.tied,
+        attn_implementation="sdpa", use_cache=False,
+    )  # fmt: skip
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPE)
+    try:
+        with torch.device(DEVICE):
+            model = LlamaForCausalLM(theirs)
+    finally:
+        torch.set_default_dtype(usual)
+    model.train()
+    if peer.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if peer.compiled:
+        compile_by_layer(model)
+    return model
+
+
+def compile_by_layer(model):
+    """Each layer, which are one graph, compiled once, and the loss: minutes faster than the whole and as good, but for
+    what joins layers (docs.pytorch.org/tutorials/recipes/regional_compilation.html)."""
+    options = {"dynamic": True} if GPU else {"backend": "aot_eager", "dynamic": True}
+    for layer in model.model.layers:
+        layer.compile(**options)
+    model.loss_function = torch.compile(model.loss_function, **options)
+
+
+def micro_batches(rows, examples, n):
+    """(ids, mask, labels), each (n, longest), of a step: the longest rows first, so that what fits first fits."""
+    order = sorted(examples, key=lambda i: -len(rows.tokens_of(i)))
+    for first in range(0, len(order), n):
+        part = order[first : first + n]
+        width = len(rows.tokens_of(part[0]))
+        ids, labels = torch.zeros(len(part), width, dtype=torch.int64), torch.full((len(part), width), -100)
+        mask = torch.zeros(len(part), width, dtype=torch.int64)
+        for k, i in enumerate(part):
+            tokens = torch.from_numpy(rows.tokens_of(i).astype("int64"))
+            ids[k, : len(tokens)], mask[k, : len(tokens)] = tokens, 1
+            labels[k, : len(tokens)] = tokens.masked_fill(torch.from_numpy(~rows.is_target_of(i)), -100)
+        yield ids, mask, labels
+
+
+def send(t):
+    return t.pin_memory().to(DEVICE, non_blocking=True) if GPU else t
+
+
+class Loop:
+    """Steps of a peer. States are made at once, so that what is free afterwards is for activations."""
+
+    def __init__(self, peer: Peer, smoke: bool):
+        self.peer, self.smoke = peer, smoke
+        self.config = shape(peer.model, smoke)
+        self.n_warm, self.n_steps = (1, 1) if smoke else (peer.warmup, peer.steps)
+        self.rows = alpaca_rows(self.n_warm + self.n_steps, smoke)
+        self.model = llama(peer, self.config)
+        self.parameters = list(self.model.parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=LR, weight_decay=0.0, fused=True)
+        for p in self.parameters:
+            p.grad = torch.zeros_like(p)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def step(self, number, n):
+        """(loss, a scalar on the device; logical tokens; tokens with their padding)."""
+        examples = examples_of(number, self.smoke)
+        targets = torch.tensor(float(self.rows.loss_tokens()[examples].sum()), device=DEVICE)
+        loss, padded = torch.zeros((), device=DEVICE), 0
+        for batch in micro_batches(self.rows, examples, n):
+            ids, mask, labels = map(send, batch)
+            part = self.model(input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=targets).loss
+            part.backward()
+            loss += part.detach()
+            padded += ids.numel()
+        torch.nn.utils.clip_grad_norm_(self.parameters, CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss, int(self.rows.lengths()[examples].sum()), padded
+
+    def timed(self, n, spent=lambda: False) -> dict:
+        """Every step in micro-batches of n rows; past the time (spent) LEAST_STEPS of them."""
+        self.optimizer.zero_grad()  # of a pass that ran out of memory
+        if GPU:
+            torch.cuda.reset_peak_memory_stats()
+        device = torch.device(DEVICE)
+        marks, steps = [], []
+        for number in range(1, self.n_warm + self.n_steps + 1):
+            marks.append(Mark(device))
+            steps.append(self.step(number, n))
+            if number >= self.n_warm + LEAST_STEPS and spent():
+                break
+        marks.append(Mark(device))
+        seconds = [after.seconds_since(before) for before, after in pairwise(marks)]
+        losses, tokens, padded = zip(*steps, strict=True)
+        timed = slice(self.n_warm, None)
+        return {
+            "rows": n, "parameters": sum(p.numel() for p in self.parameters),
+            **speed(self.config.n_parameters, tokens[timed], padded[timed], seconds[timed], card()), **peak_memory(),
+            "warmup_s": sum(seconds[: self.n_warm]), "first_loss": losses[0].item(), "last_loss": losses[-1].item(),
+        }  # fmt: skip
+
+
+def measure(name: str, smoke: bool, spent=lambda: False) -> dict:
+    peer = PEERS[name]
+    about = {
+        "model": "toy" if smoke else peer.model, "checkpointing": peer.checkpointing, "states": "bf16",
+        "versions": {package: installed(package) for package in ("transformers", "liger-kernel", "torch")},
+    }  # fmt: skip
+    try:
+        loop = Loop(peer, smoke)
+    except (Absent, ImportError) as reason:
+        return {**about, "absent": str(reason)}
+    record, failed = within_memory(2 if smoke else peer.rows, 1, partial(loop.timed, spent=spent))
+    return {**about, **record, **({"out_of_memory_at": failed} if failed else {})}
+
+
+# ---- in scripts.gpu_report ------------------------------------------------------------------------------------------
+
+SMOKE = ("llama-7b, transformers", "llama-7b, transformers + liger", "llama-7b, transformers + compile, checkpointing")
+
+
+def part(report, run):
+    """Every peer in a process of its own, and what ours does in this run over what it does."""
+    for name in SMOKE if report.smoke else PEERS:
+        in_processes(report, run, "peers", "scripts.step_peers", [name])
+        compare(report.result["parts"])
+        report.save()
+
+
+def compare(parts):
+    """Adds to each peer's record our logical tokens/s over its own, of the same rows with and without sharing."""
+    ours = {r["name"]: r["tokens_per_s"] for r in parts.get("step", {}).get("records", []) if "tokens_per_s" in r}
+    for record in parts.get("peers", {}).get("records", []):
+        if "tokens_per_s" in record:
+            model = record["name"].split(", ")[0]
+            for figure, name in (("ours_over_peer", model), ("ours_without_sharing_over_peer", f"{model}, no sharing")):
+                if name in ours:
+                    record[figure] = ours[name] / record["tokens_per_s"]
+
+
+def table(found: dict) -> list[str]:
+    lines = [line(record) for record in found.get("records", [])]
+    return ["training step, peers (bf16 states, no fp32 master):", *lines] if lines else []
+
+
+# ---- command --------------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    args = parse("scripts.step_peers", __doc__, list(PEERS), argv)
+    records = Records(args.json, args.minutes)
+    for name in args.only:
+        records.attempt(name, partial(measure, name, args.smoke, records.spent))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
