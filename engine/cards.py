@@ -88,23 +88,23 @@ class Rates:
 
     gemm_flops_per_s: float
     copy_bytes_per_s: float
-    source: str  # "projected", or the report that measured both
+    report: str | None = None  # the file that measured both; None is the data sheet
     steps: tuple = ()  # whole training steps that it measured: dicts, as the report has them
 
+    @property
+    def source(self) -> str:
+        """How what follows from them is labelled: measured it is not."""
+        return f"projected from rates in {self.report}" if self.report else "projected"
 
-def rates(card: Card, folder: Path = BENCHMARKS) -> Rates:
+
+def rates(card: Card, folder: Path | None = None) -> Rates:
     """Of the newest report of this very card, or of its data sheet."""
-    projected = Rates(
-        1e12 * card.peak_tflops * card.gemm_share, 1e9 * card.bandwidth_gb_per_s * COPY_SHARE, "projected"
-    )
-    for path, parts in reports(card, folder):
+    for path, parts in reports(card, folder or BENCHMARKS):
         ceilings = parts.get("ceilings", {})
         if {"gemm_tflops", "copy_gb_per_s"} <= ceilings.keys():
             steps = parts.get("step", {}).get("records", [])
-            return Rates(
-                1e12 * ceilings["gemm_tflops"], 1e9 * ceilings["copy_gb_per_s"], f"measured: {path.name}", tuple(steps)
-            )
-    return projected
+            return Rates(1e12 * ceilings["gemm_tflops"], 1e9 * ceilings["copy_gb_per_s"], path.name, tuple(steps))
+    return Rates(1e12 * card.peak_tflops * card.gemm_share, 1e9 * card.bandwidth_gb_per_s * COPY_SHARE)
 
 
 def reports(card, folder):

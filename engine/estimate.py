@@ -280,11 +280,24 @@ def tell(found: dict) -> None:
         f"6 x {c.n_parameters:.3g} x tokens/s / {card.peak_tflops:g}e12"
     )
     print(f"{projection.steps:,} steps, {config.epochs} epochs: {duration(projection.total_s)}, {cost(found)}")
-    for step in speed.steps:
-        if step.get("model") == config.model:
-            print(
-                f"{speed.source}: " + ", ".join(f"{k} {v}" for k, v in step.items() if isinstance(v, str | int | float))
-            )
+    for step in measured_steps(found):
+        total_s = projection.total_s * projection.tokens_per_s / step["tokens_per_s"]
+        print(
+            f"measured in {speed.report}: {step['tokens_per_s']:,.0f} tokens/s in micro-batches of {step['tokens']:,} "
+            f"tokens, peak {step['peak_gib']:.1f} GiB; that is {duration(total_s)}"
+        )
+
+
+def measured_steps(found: dict) -> list[dict]:
+    """The steps of this model in this setting that a report of the card has."""
+    config, setting = found["config"], found["setting"]
+    wanted = {"model": config.model, "sharing": config.share_prefix}
+    wanted |= {name: setting[name] for name in ("master", "states", "recompute", "offload")}
+    figures = {"tokens_per_s", "tokens", "peak_gib"}  # which a step that failed has not
+    return [
+        step for step in found["speed"].steps
+        if figures <= step.keys() and all(step.get(name) == value for name, value in wanted.items())
+    ]  # fmt: skip
 
 
 def cost(found):
@@ -339,8 +352,9 @@ def as_json(found: dict) -> dict:
     return strict({
         "what": "engine.estimate", "config": asdict(found["config"]), "model": asdict(found["model"]),
         "parameters": found["model"].n_parameters, "card": asdict(card), "prices_of": PRICES_OF,
-        "mix": asdict(found["mix"]), "source": speed.source, "gemm_flops_per_s": speed.gemm_flops_per_s,
-        "copy_bytes_per_s": speed.copy_bytes_per_s, "measured_steps": speed.steps,
+        "mix": asdict(found["mix"]), "source": speed.source, "report": speed.report,
+        "gemm_flops_per_s": speed.gemm_flops_per_s, "copy_bytes_per_s": speed.copy_bytes_per_s,
+        "measured_steps": measured_steps(found),
         **projected(plan, found["memory"], found["projection"]),
         "alternatives": [
             {"flags": flags, **projected(*others)} for flags, *others in found["alternatives"]

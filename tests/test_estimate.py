@@ -416,25 +416,43 @@ def test_cards_by_the_names_people_give_them(name):
     assert find_card(name).name in CARDS
 
 
+def write_report(path, parts, **facts):
+    report = {"what": "scripts.gpu_report", "smoke": False, "date": "2026-01-01", "parts": parts} | facts
+    path.write_text(json.dumps(report))
+
+
+MACHINE = {"machine": {"device": "NVIDIA H100 80GB HBM3"}}
+CEILINGS = {"ceilings": {"gemm_tflops": 700.0, "copy_gb_per_s": 2900.0}}
+STEP = {"name": "main", "model": "llama-7b", "tokens": 8320, "sharing": True, "recompute": "cheap", "master": "split",
+        "states": "8bit", "offload": False, "tokens_per_s": 20000.0, "peak_gib": 71.5}  # fmt: skip
+
+
 def test_a_report_of_the_card_replaces_what_is_projected(tmp_path):
-    card, parts = CARDS["H100"], {"machine": {"device": "NVIDIA H100 80GB HBM3"}}
-    ceilings = {"ceilings": {"gemm_tflops": 700.0, "copy_gb_per_s": 2900.0}}
-    steps = {"step": {"records": [{"model": "llama-7b", "tokens_per_s": 20000.0}]}}
+    card = CARDS["H100"]
     assert rates(card, tmp_path).source == "projected"
-
-    def write(name, parts, **facts):
-        report = {"what": "scripts.gpu_report", "smoke": False, "date": "2026-01-01", "parts": parts} | facts
-        (tmp_path / name).write_text(json.dumps(report))
-
-    write("smoke.json", parts | ceilings, smoke=True)
-    write("other.json", {"machine": {"device": "NVIDIA H200"}} | ceilings)
-    write("without.json", parts)
+    write_report(tmp_path / "smoke.json", MACHINE | CEILINGS, smoke=True)
+    write_report(tmp_path / "other.json", {"machine": {"device": "NVIDIA H200"}} | CEILINGS)
+    write_report(tmp_path / "without.json", MACHINE)
     assert rates(card, tmp_path).source == "projected"
-    write("old.json", parts | {"ceilings": {"gemm_tflops": 1.0, "copy_gb_per_s": 1.0}})
-    write("new.json", parts | ceilings | steps, date="2026-02-01")
+    write_report(tmp_path / "old.json", MACHINE | {"ceilings": {"gemm_tflops": 1.0, "copy_gb_per_s": 1.0}})
+    write_report(tmp_path / "new.json", MACHINE | CEILINGS | {"step": {"records": [STEP]}}, date="2026-02-01")
     speed = rates(card, tmp_path)
-    assert (speed.gemm_flops_per_s, speed.copy_bytes_per_s, speed.source) == (7e14, 2.9e12, "measured: new.json")
-    assert speed.steps[0]["tokens_per_s"] == 20000.0
+    assert (speed.gemm_flops_per_s, speed.copy_bytes_per_s, speed.report) == (7e14, 2.9e12, "new.json")
+    assert speed.steps == (STEP,)
+
+
+def test_measured_steps_of_the_same_setting_are_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("engine.cards.BENCHMARKS", tmp_path)
+    failed = {name: value for name, value in STEP.items() if name not in ("tokens_per_s", "peak_gib")}
+    records = [STEP, STEP | {"recompute": "block", "name": "another"}, failed | {"failed": "out of memory"}]
+    write_report(tmp_path / "h100.json", MACHINE | CEILINGS | {"step": {"records": records}})
+    assert run("--optimizer-states", "8bit", "--json", tmp_path / "found") == 0
+    out = capsys.readouterr().out
+    assert "at 700 of 989 TFLOP/s" in out and out.count("20,000 tokens/s") == 1 and "another" not in out
+    assert "measured in h100.json: 20,000 tokens/s in micro-batches of 8,320 tokens" in out
+    assert "peak 71.5 GiB; that is 17 min" in out and "tokens/s (projected from rates in h100.json)" in out
+    assert strict_json(tmp_path / "found")["measured_steps"] == [STEP]
+    assert run("--optimizer-states", "8bit", "--gpu", "H200") == 0 and "projected" in capsys.readouterr().out
 
 
 def test_speed_goes_the_way_it_should():
