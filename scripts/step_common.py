@@ -10,6 +10,7 @@ prefix does not reduce them.
 import argparse
 import gc
 import json
+import re
 import statistics
 import sys
 import tempfile
@@ -160,7 +161,7 @@ class Records:
             said = str(error).strip().splitlines() or [""]
             record = {"failed": f"{type(error).__name__}: {said[0][:300]}"}
             # After an error of the device the process can use it no more: its parent begins another.
-            broken = None if isinstance(error, torch.OutOfMemoryError) or "CUDA error" not in str(error) else error
+            broken = error if "CUDA error" in str(error) and not is_want_of_memory(error) else None
         record = strict({"name": name, **record, "seconds": time.monotonic() - began})
         self.result["records"].append(record)
         self.save()
@@ -174,13 +175,20 @@ class TooLarge(Exception):
     """Why nothing smaller is tried."""
 
 
+def is_want_of_memory(error: Exception) -> bool:
+    """Allocators that are not torch's (cuBLAS's, Triton's) have no exception of their own."""
+    return isinstance(error, torch.OutOfMemoryError) or bool(re.search("ALLOC_FAILED|out of memory", str(error)))
+
+
 def within_memory(size: int, least: int, measure):
     """(measure(size), the sizes that ran out of memory): halved until it does not. Raises TooLarge under `least`."""
     failed = []
     while size >= least:
         try:
             return measure(size), failed
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not is_want_of_memory(error):
+                raise
             said = str(error).split(". ")[0]
         failed.append(size)  # outside the handler, whose traceback keeps what the failed pass held
         gc.collect()

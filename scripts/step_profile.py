@@ -108,18 +108,19 @@ def bounds(events):
 
 
 def breakdown(events: list[dict], number: int, device: bool) -> dict:
-    """Of the step of this number, from 0, that has another after it; in ms. events: of a trace, times in us. device:
-    of a GPU's work, which must be in the trace; else of the host's."""
+    """Of the step of this number, from 0; in ms. events: of a trace, times in us. device: of a GPU's work, which must
+    be in the trace, of this step and of one after it; else of the host's."""
     events = [e for e in events if e.get("ph") == "X"]
     if device and not any(e.get("cat") == "kernel" for e in events):
         raise RuntimeError("the profiler saw no kernel of the device")
     ranges, thread = bounds(events)
     begin, end = ranges[number]
+    after = ranges[number + 1][0] if number + 1 < len(ranges) else end
     hosts = list(within(events))
     if device:
         wall, work, elsewhere, busy = of_device(events, hosts, ranges, number)
     else:
-        wall, work, busy = of_host(hosts, thread, begin, ranges[number + 1][0])
+        wall, work, busy = of_host(hosts, thread, begin, after)
         elsewhere = []
     kinds, by_kernel = dict.fromkeys(KINDS, 0.0) | {"other": 0.0}, defaultdict(lambda: [0.0, 0])
     for name, operators, spent in work:
@@ -137,43 +138,45 @@ def breakdown(events: list[dict], number: int, device: bool) -> dict:
             for (name, kind), (us, times) in top
         ],
         "other_streams_ms": sum(spent for *_, spent in elsewhere) / 1e3,
-        **host_calls([(e, around) for e, around in hosts if begin <= e["ts"] < ranges[number + 1][0]]),
+        **host_calls([(e, around) for e, around in hosts if begin <= e["ts"] < after]),
         "pageable_copies": sum("Pageable" in name for name, *_ in [*work, *elsewhere]),
         "host_ms": (end - begin) / 1e3,
     }  # fmt: skip
 
 
 def of_device(events, hosts, ranges, number):
-    """(wall, [(name, operators, us)] on the computing stream, the same on others, busy) of one step. A kernel belongs
-    to the step in whose range it was launched, by whichever thread."""
+    """(wall, [(name, operators, us)] on the computing stream, the same on others, busy) of one step. What is launched
+    in the range of a step, by whichever thread, belongs to it; what nothing tells the launch of, where it ran."""
     launched = {e["args"]["correlation"]: (e["ts"], o) for e, o in hosts if "correlation" in e.get("args", {})}
     operator = {
         e["args"]["External id"]: (e["ts"], [*around, e["name"]])
         for e, around in hosts
         if e["cat"] == "cpu_op" and "External id" in e.get("args", {})
     }
-    of_step = defaultdict(list)
+    of_step = defaultdict(list)  # number -> [(stream, event, operators)]; None: launched no one knows when
     for e in events:
         if e.get("cat") in DEVICE_WORK:
-            args = e["args"]
+            args = e.get("args", {})
             at, operators = launched.get(args.get("correlation"), (None, []))
             if not operators and args.get("External id") in operator:
                 began, operators = operator[args["External id"]]
                 at = began if at is None else at
-            step = next((i for i, (begin, end) in enumerate(ranges) if at is not None and begin <= at < end), None)
-            of_step[step].append((e, operators))
-    seconds = Counter()
-    for e, _ in of_step[number]:
-        seconds[e["args"].get("stream")] += e["dur"]
-    computing = seconds.most_common(1)[0][0]
-    first = [min(e["ts"] for e, _ in of_step[i] if e["args"].get("stream") == computing) for i in (number, number + 1)]
-    here, elsewhere, intervals = [], [], []
-    for e, operators in of_step[number]:
-        is_computing = e["args"].get("stream") == computing
-        (here if is_computing else elsewhere).append((e["name"], operators, e["dur"]))
-        if is_computing:
-            intervals.append((e["ts"], e["ts"] + e["dur"]))
-    return first[1] - first[0], here, elsewhere, union(intervals)
+            step = next((i for i, (begin, end) in enumerate(ranges) if at is not None and begin <= at < end), -1)
+            of_step[None if at is None else step].append((args.get("stream"), e, operators))
+    us = Counter()
+    for stream, e, _ in of_step[number]:
+        us[stream] += e["dur"]
+    if not us:
+        raise RuntimeError("no kernel in the trace is known to have been launched by the step")
+    computing = us.most_common(1)[0][0]
+    began, ended = (min(e["ts"] for stream, e, _ in of_step[i] if stream == computing) for i in (number, number + 1))
+    work = of_step[number] + [item for item in of_step[None] if began <= item[1]["ts"] < ended]
+    here, elsewhere = (
+        [(e, operators) for stream, e, operators in work if (stream == computing) == is_computing]
+        for is_computing in (True, False)
+    )
+    busy = union((e["ts"], e["ts"] + e["dur"]) for e, _ in here)
+    return ended - began, *([(e["name"], o, e["dur"]) for e, o in part] for part in (here, elsewhere)), busy
 
 
 def of_host(hosts, thread, begin, end):
@@ -207,7 +210,7 @@ def host_calls(hosts):
 
 def measure(name: str, smoke: bool) -> dict:
     variant = VARIANTS[name]
-    warmup, profiled = (0, 2) if smoke else (WARMUP, 3)
+    warmup, profiled, watched_step = (0, 1, 0) if smoke else (WARMUP, 3, 1)
 
     def attempt(tokens):
         steps = Steps(replace(variant, tokens=tokens), tokens, warmup + profiled, smoke)
@@ -229,9 +232,9 @@ def measure(name: str, smoke: bool) -> dict:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "trace.json"
                 watched.export_chrome_trace(str(path))
-                events = json.loads(path.read_text(errors="replace"))["traceEvents"]
+                events = json.loads(path.read_text(errors="replace"), strict=False)["traceEvents"]
             return {
-                "tokens": tokens, "steps": profiled, **breakdown(events, profiled - 2, GPU),
+                "tokens": tokens, "steps": profiled, **breakdown(events, watched_step, GPU),
                 "step_ms_without_profiler": 1e3 * min(plain) if plain else None,
             }  # fmt: skip
         finally:

@@ -29,13 +29,22 @@ def on_disk(report):
 # ---- the whole ------------------------------------------------------------------------------------------------------
 
 
-def test_every_part_at_toy_size(tmp_path):
-    path = tmp_path / "report.json"
-    done = command("scripts.gpu_report", "--smoke", "--json", path, "--commit", "abc", "--minutes", 3)
-    result = json.loads(path.read_text())
-    parts = result["parts"]
-    assert list(parts) == list(gpu_report.PARTS) and set(result["seconds"]) == set(gpu_report.PARTS)
+STEPS = tuple(gpu_report.STEP_PARTS)
+
+
+def at_toy_size(path, parts):
+    done = command(
+        "scripts.gpu_report", "--smoke", "--json", path, "--commit", "abc", "--minutes", 3, "--only", ",".join(parts)
+    )
+    result = json.loads(path.read_text(), parse_constant=pytest.fail)  # NaN is not JSON
+    assert list(result["parts"]) == parts and set(result["seconds"]) == set(parts)
     assert result["smoke"] and result["commit"] == "abc" and not result["left_out"]
+    assert f"written to {path}" in done.stdout.splitlines()[-1]
+    return result["parts"], done.stdout.split("commit abc")[-1]  # the table comes last
+
+
+def test_kernels_at_toy_size(tmp_path):
+    parts, table = at_toy_size(tmp_path / "report.json", [name for name in gpu_report.PARTS if name not in STEPS])
     assert parts["machine"]["torch"] == torch.__version__
     assert parts["ceilings"]["copy_gb_per_s"] > 0 and parts["ceilings"]["gemm_tflops_T64"]["down_wgrad"] > 0
     assert parts["tests"]["kernels"]["passed"] > 0 and "ended" not in parts["tests"]["kernels"]
@@ -45,17 +54,21 @@ def test_every_part_at_toy_size(tmp_path):
         "attention", "rope_attention", "rms_norm", "norm_linear", "rope", "swiglu", "swiglu_linear",
         "linear_cross_entropy", "grad_norm", "adamw",
     }  # fmt: skip
+    assert "attention: without varlen_attn" in table  # every absent peer
+
+
+def test_steps_at_toy_size(tmp_path):
+    parts, table = at_toy_size(tmp_path / "report.json", ["machine", *STEPS])
     for part, figure in (("step", "tokens_per_s"), ("profile", "kinds"), ("peers", "tokens_per_s")):
         records = parts[part]["records"]
         assert figure in records[0] and not [r for r in records if "failed" in r], records
     step, peer = parts["step"]["records"][0], parts["peers"]["records"][0]
     assert step["all_finite"] and step["peak_gib"] is None and "logical tokens/s" in step["mfu_formula"]
-    assert parts["profile"]["records"][0]["kinds"]["attention"]["ms"] > 0
+    kinds = parts["profile"]["records"][0]["kinds"]
+    assert all(kinds[kind]["ms"] > 0 for kind in kinds) and kinds["attention"]["share"] > kinds["rope"]["share"]
     assert peer["ours_over_peer"] == step["tokens_per_s"] / peer["tokens_per_s"]
     assert "projected from the measured step" in parts["step"]["projections"][0]["what"]
-    # The table comes last, with every absent peer.
-    assert "attention: without varlen_attn" in done.stdout.split("commit abc")[-1]
-    assert f"written to {path}" in done.stdout.splitlines()[-1]
+    assert "training step, ours:" in table and "0 times the host waited" in table
 
 
 def test_a_killed_report_keeps_what_it_had(tmp_path):

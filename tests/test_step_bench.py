@@ -11,6 +11,7 @@ import torch
 from engine import packing
 from engine.cards import CARDS
 from engine.config import MODELS
+from engine.memory import CONTEXT_BYTES, memory
 from engine.model import new_model
 from engine.optim import AdamW, lr_factor
 from engine.weights import open_source
@@ -24,6 +25,11 @@ def strict_json(path):
         raise AssertionError(f"{word} is not JSON")
 
     return json.loads(path.read_text(), parse_constant=refuse)
+
+
+@pytest.fixture
+def plain():
+    return step_bench.Variant(impl="ref")
 
 
 # ---- rows and figures -----------------------------------------------------------------------------------------------
@@ -81,12 +87,42 @@ def test_every_variant_names_a_model_and_what_is_wanted_comes_first():
     assert set(step_profile.PROFILED) | set(step_bench.SMOKE) <= set(step_bench.VARIANTS)
 
 
+def test_variants_fit_an_h100_by_what_engine_memory_says():
+    rows = step_common.alpaca_rows(2, smoke=False)
+    room = H100.memory_gib - 0.6  # scripts.gpu_report has a context of its own there
+    for name, v in step_bench.VARIANTS.items():
+        batches = [
+            b for step in (1, 2) for b in packing.micro_batches(
+                rows, step_common.examples_of(step, False), v.tokens, share_prefix=v.sharing, align=64)
+        ]  # fmt: skip
+        largest = max(batches, key=lambda b: len(b.tokens))
+        used = memory(
+            MODELS[v.model], tokens=len(largest.tokens), loss_rows=len(largest.targets), master=v.master,
+            states=v.states, recompute=v.recompute, offload=v.offload, one_micro_batch=len(batches) == 2,
+        )  # fmt: skip
+        assert used.total / 2**30 < (40 if "low memory" in name else room), name
+
+
+def test_the_card_at_hand(monkeypatch):
+    monkeypatch.setattr(step_common, "GPU", True)
+    for name, known in (
+        ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200"), ("NVIDIA A100-SXM4-80GB", "A100-80"),
+        ("NVIDIA H100 NVL", None), ("NVIDIA H200 NVL", None), ("Synthetic 9000", None),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        found = step_common.card()
+        assert (found and found.name) == known
+
+
+def test_memory_beside_its_estimate(plain, monkeypatch):
+    monkeypatch.setattr(step_bench, "peak_memory", lambda: {"peak_gib": 60.0, "peak_reserved_gib": 66.0})
+    found = step_bench.measure(plain, smoke=True)
+    assert found["peak_over_estimate"] == pytest.approx(60 / found["estimate_of_tensors_gib"])
+    assert found["reserved_over_estimate"] == pytest.approx(66 / (found["estimate_gib"] - CONTEXT_BYTES / 2**30))
+    assert found["peak_gib"] == 60.0
+
+
 # ---- steps ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def plain():
-    return step_bench.Variant(impl="ref")
 
 
 def test_sharing_and_cuts_change_no_loss(plain):
@@ -141,6 +177,17 @@ def test_out_of_memory_halves_and_is_recorded(plain, monkeypatch):
     monkeypatch.setattr(step_bench.Steps, "take", lambda self, step: oom())
     with pytest.raises(step_common.TooLarge, match="out of memory at 384, 192, 96: CUDA out of memory"):
         step_bench.measure(plain, smoke=True)
+
+
+def test_other_allocators_want_of_memory_is_known():
+    for error, is_it in (
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True), (torch.OutOfMemoryError("x"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False), (ValueError("x"), False),
+    ):  # fmt: skip
+        assert step_common.is_want_of_memory(error) == is_it
+    with pytest.raises(ValueError, match="other"):
+        step_common.within_memory(8, 1, lambda size: (_ for _ in ()).throw(ValueError("other")))
 
 
 def oom():
@@ -213,145 +260,6 @@ def test_ours_over_peers(tmp_path):
     a, b, c = parts["peers"]["records"]
     assert (a["ours_over_peer"], a["ours_without_sharing_over_peer"]) == (3.0, 2.0)
     assert "ours_over_peer" not in {**b, **c}
-
-
-# ---- where the time goes --------------------------------------------------------------------------------------------
-
-NAMES = {  # names of kernels as traces of H100s have them, outside any operator that is known
-    "nvjet_tst_256x128_64x4_1x2_h_bz_coopA_NNT": "GEMM",
-    "nvjet_hsh_128x256_64x4_2x1_v_bz_TNN": "GEMM",
-    "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1_kernel__5x_cublas": "GEMM",
-    "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16_16x16_128x2_tn_align8>(Params)": "GEMM",
-    "void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16, float>(...)": "GEMM",
-    "ampere_bf16_s16816gemm_bf16_128x128_ldg8_f2f_stages_32x5_tn": "GEMM",
-    "void gemv2T_kernel_val<int, int, __nv_bfloat16, __nv_bfloat16>(...)": "GEMM",
-    "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 64, 64, 4>>(Flash_fwd_params)": "attention",
-    "fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention::Params)": "attention",
-    "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128_4x1x1_kernel0_0": "attention",
-    "_dq_kernel": "attention", "_dkdv_kernel": "attention", "_sum_kernel": "attention",
-    "_rotate_kernel": "rope", "_rows_kernel": "cross entropy", "_scale_kernel": "cross entropy",
-    "_update_kernel": "optimizer", "_partial_kernel": "gradient norm", "_total_kernel": "gradient norm",
-    "_forward_kernel": "other", "_backward_kernel": "other",  # several files have one: the operator tells
-    "Memcpy DtoD (Device -> Device)": "copies and fills", "Memset (Device)": "copies and fills",
-    "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>, ...>": "copies and fills",
-    "void at::native::(anonymous namespace)::CatArrayBatchedCopy<...>": "copies and fills",
-    "void at::native::vectorized_gather_kernel<16, long>(char*, char*, long*, int, ...)": "other",
-    "void at::native::(anonymous namespace)::embedding_backward_feature_kernel<...>(int const*, ...)": "embedding",
-    "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>, ...>": "other",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_kinds_of_names(name):
-    assert step_profile.kind_of(name, []) == NAMES[name]
-
-
-def test_operators_tell_where_names_do_not():
-    kind_of = step_profile.kind_of
-    for operators, kind in (
-        (["_NormLinear", "cria::rms_norm_forward"], "norms"), (["cria::swiglu_forward"], "swiglu"),
-        (["cria::attention_forward"], "attention"), (["something"], "other"),
-    ):  # fmt: skip
-        assert kind_of("_forward_kernel", operators) == kind
-    # A GEMM inside our operator is a GEMM, and the copy that addmm makes first is a copy.
-    assert kind_of("nvjet_tst_1", ["cria::linear_cross_entropy_forward", "aten::mm"]) == "GEMM"
-    assert kind_of("splitKreduce_kernel", ["cria::linear_cross_entropy_forward"]) == "GEMM"
-    assert kind_of("elementwise_kernel", ["aten::addmm", "aten::copy_"]) == "copies and fills"
-    assert kind_of("Memset (Device)", ["aten::mm"]) == "GEMM"
-    assert kind_of("reduce_kernel", ["cria::grad_norm", "aten::new_zeros"]) == "gradient norm"
-    assert kind_of("compute_grad_weight", ["aten::embedding_dense_backward"]) == "embedding"
-
-
-def test_every_operator_of_ours_has_a_kind():
-    import kernels
-
-    assert kernels
-    names = {f"cria::{name.split('::')[1].split('.')[0]}" for name in torch._C._dispatch_get_all_op_names()
-             if name.startswith("cria::")}  # fmt: skip
-    assert names and names <= set(step_profile.KIND_OF), names - set(step_profile.KIND_OF)
-
-
-class Trace:
-    """What torch.profiler exports of a GPU: host operators, calls of CUDA, kernels; times in us."""
-
-    def __init__(self):
-        self.events, self.n = [{"ph": "M", "name": "process_name"}], 0
-
-    def add(self, cat, name, ts, dur, tid=1, **args):
-        self.events.append({"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "tid": tid, "args": args})
-
-    def launch(self, operators, name, at, ts, dur, *, stream=7, tid=1, cat="kernel", call=True):
-        """A kernel at ts that these operators launched at `at`, through the driver as Triton does."""
-        self.n += 1
-        for depth, operator in enumerate(operators):
-            ids = {"External id": 1000 * self.n + depth}
-            self.add("cpu_op", operator, at - 3 + depth * 0.1, 6 - depth * 0.2, tid, **ids)
-        external = {"External id": 1000 * self.n + len(operators) - 1}
-        if call:
-            self.add("cuda_driver", "cuLaunchKernelEx", at, 1, tid, correlation=self.n, **external)
-        self.add(cat, name, ts, dur, 99, stream=stream, correlation=self.n, **external)
-
-
-@pytest.fixture
-def trace():
-    t = Trace()
-    for step in (0, 1, 2):
-        began = 1000 * step
-        t.add("user_annotation", f"training step {step + 5}", began, 900, 1)
-        t.add("gpu_user_annotation", f"training step {step + 5}", began + 500, 900, 99, stream=7)
-        t.launch(["_NormLinear", "cria::rms_norm_forward"], "_forward_kernel", began + 10, began + 500, 100)
-        t.launch(["_NormLinear", "aten::linear", "aten::mm"], "nvjet_tst_1", began + 20, began + 600, 400)
-        # backward runs in a thread of its own; without the call, the id of the operator says who launched it
-        t.launch(["Backward", "cria::swiglu_backward_over"], "_backward_kernel", began + 30, began + 1050, 200, tid=2)
-        t.launch(["cria::adamw_update"], "_update_kernel", began + 40, began + 1250, 100, call=False)
-        t.launch(["aten::copy_"], "Memcpy HtoD (Pinned -> Device)", began + 50, began + 510, 30, stream=13, tid=3,
-                 cat="gpu_memcpy")  # fmt: skip
-        t.add("cuda_runtime", "cudaEventSynchronize", began + 60, 5, 1, correlation=10**6 + step)
-    return t
-
-
-def test_a_step_of_a_trace(trace):
-    found = step_profile.breakdown(trace.events, 1, device=True)
-    assert found["wall_ms"] == 1.0 and found["busy_ms"] == 0.8 and found["launches"] == 4
-    ms = {kind: part["ms"] for kind, part in found["kinds"].items() if part["ms"]}
-    assert ms == {"norms": 0.1, "GEMM": 0.4, "swiglu": 0.2, "optimizer": 0.1, "gaps": pytest.approx(0.2)}
-    assert sum(part["share"] for part in found["kinds"].values()) == pytest.approx(1)
-    assert set(found["kinds"]) == set(step_profile.ALL) and found["other_streams_ms"] == 0.03
-    assert found["top"][0] == {"name": "nvjet_tst_1", "kind": "GEMM", "ms": 0.4, "share": 0.4, "times": 1}
-    assert (found["syncs"], found["event_waits"], found["pageable_copies"]) == (0, 1, 0)
-    assert found["host_calls"]["cuLaunchKernelEx"] == 4
-
-
-def test_a_wait_of_the_host_is_found(trace):
-    trace.add("cpu_op", "aten::item", 1100, 50, 1)
-    trace.add("cuda_runtime", "cudaMemcpyAsync", 1110, 5, 1)
-    trace.add("cuda_runtime", "cudaStreamSynchronize", 1120, 20, 1)
-    trace.add("cuda_runtime", "cudaDeviceSynchronize", 3500, 20, 1)  # the profiler's own, after the step
-    found = step_profile.breakdown(trace.events, 1, device=True)
-    assert found["syncs"] == 1 and found["syncs_where"] == {"cudaStreamSynchronize in aten::item": 1}
-    for name, waits in (("cudaStreamSynchronize", 1), ("cuStreamSynchronize", 1), ("cudaDeviceSynchronize", 1),
-                        ("cudaMemcpy", 1), ("cudaFree", 1), ("cudaMemcpyAsync", 0), ("cudaStreamWaitEvent", 0),
-                        ("cudaEventSynchronize", 0), ("cudaMemsetAsync", 0)):  # fmt: skip
-        assert bool(step_profile.WAITS.match(name)) == waits, name
-
-
-def test_a_trace_without_kernels_is_no_trace_of_a_device():
-    t = Trace()
-    t.add("user_annotation", "training step 1", 0, 10)
-    t.add("user_annotation", "training step 2", 10, 10)
-    with pytest.raises(RuntimeError, match="saw no kernel"):
-        step_profile.breakdown(t.events, 0, device=True)
-
-
-def test_on_a_cpu_operators_take_what_those_inside_them_do_not(monkeypatch):
-    monkeypatch.setitem(step_profile.VARIANTS, "llama-7b", step_bench.Variant(impl="ref"))
-    found = step_profile.measure("llama-7b", smoke=True)
-    kinds = found["kinds"]
-    assert sum(part["share"] for part in kinds.values()) == pytest.approx(1, abs=1e-6)
-    assert kinds["GEMM"]["ms"] > 0 and kinds["gaps"]["ms"] > 0 and found["syncs"] == 0
-    assert len(found["top"]) == 15 and found["launches"] > 100
-    text = "\n".join(step_profile.table({"records": [{"name": "llama-7b", **found}, {"name": "x", "failed": "y"}]}))
-    assert "0 times the host waited" in text and "of x goes: failed: y" in text
 
 
 # ---- peers ----------------------------------------------------------------------------------------------------------
