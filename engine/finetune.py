@@ -107,8 +107,8 @@ def train(job: Job, model: Transformer, optimizer: AdamW, start: int) -> None:
             optimizer.zero_grad()
             told = step, lr, counts, began, Figures(loss, norm, finite)
 
-            pause = job.pauses_after(step) or job.signals.pending()
-            told = tell(job, optimizer, *told) if pause or job.device.type == "cpu" else told
+            if not job.runs_ahead or job.pauses_after(step) or job.signals.pending():
+                told = tell(job, optimizer, *told)
             after_step(job, model, optimizer, step)
             if job.keeps_states and job.due(config.save_every, step):
                 try_to_save(job, optimizer, step)
@@ -118,17 +118,35 @@ def train(job: Job, model: Transformer, optimizer: AdamW, start: int) -> None:
 
 def within_memory(job: Job, optimizer: AdamW, feed: Feeder | None, work):
     """What work() returns; where it runs out of memory, half the micro-batch and work() again, once in a run."""
-    try:
-        return work()
-    except torch.OutOfMemoryError as error:
-        reason = str(error).split(". ")[0]
-    optimizer.zero_grad()  # outside the handler, whose traceback keeps what the failed pass had saved
-    if job.device.type == "cuda":
-        torch.cuda.empty_cache()
-    halve(job, reason)
-    if feed:
-        feed.forget()
-    return work()
+    while True:
+        try:
+            return work()
+        except torch.OutOfMemoryError as error:
+            reason = ". ".join(str(error).split(". ")[:2])  # "CUDA out of memory. Tried to allocate 2.00 GiB"
+        optimizer.zero_grad()  # outside the handler, whose traceback keeps what the failed pass had saved
+        if job.device.type == "cuda":
+            torch.cuda.empty_cache()
+        halve(job, reason)
+        if feed:
+            feed.forget()
+
+
+def confirm(job: Job, model: Transformer, optimizer: AdamW) -> None:
+    """Before the first step on a GPU: the largest micro-batch that there can be, all of it with loss, forward and
+    backward beside its own gradients. Says what it takes; where that is too much, micro-batches are halved."""
+
+    def largest():
+        batch = packing.synthetic(job.max_tokens, job.config.max_length, job.model_config.vocab_size)
+        for _ in range(2):
+            model.loss(batch).backward()
+
+    within_memory(job, optimizer, None, largest)
+    optimizer.zero_grad()
+    peak, room = torch.cuda.max_memory_allocated(job.device), torch.cuda.mem_get_info(job.device)[1]
+    job.progress.say(
+        f"micro-batches of {job.max_tokens} tokens take {peak / 2**30:.2f} of {room / 2**30:.2f} GiB at most"
+    )
+    torch.cuda.reset_peak_memory_stats(job.device)
 
 
 def tell(job: Job, optimizer: AdamW, step: int, lr: float, counts: dict, began: Mark, figures: Figures) -> None:
@@ -351,6 +369,8 @@ def run(job: Job, found) -> None:
     job.signals.training = True
     with Progress(job.total_steps, start, every=config.log_every) as job.progress:
         try:
+            if job.device.type == "cuda":
+                confirm(job, model, optimizer)
             after_step(job, model, optimizer, start)
             train(job, model, optimizer, start)
             finish(job, model, optimizer)

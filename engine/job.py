@@ -84,6 +84,11 @@ class Job:
         return held or saves or self.due(config.sample_every, step) or step == self.total_steps
 
     @property
+    def runs_ahead(self) -> bool:
+        """Whether the host gives the device its next step before it has heard of this one."""
+        return self.device.type == "cuda"
+
+    @property
     def keeps_states(self) -> bool:
         """Whether training states are kept on the way, not only when a signal asks."""
         return self.config.save_every not in ("off", "end")

@@ -228,3 +228,21 @@ def collate(
         targets=torch.from_numpy(pairs[1].astype(np.int64)),
         weights=weights,
     )
+
+
+def synthetic(n_tokens: int, length: int, vocab_size: int) -> MicroBatch:
+    """n_tokens in documents of `length`, every token a target but the first of each: the most work that a micro-batch
+    of so many can be."""
+    starts = np.arange(0, n_tokens, length)
+    ends = np.minimum(starts + length, n_tokens)
+    tokens = torch.arange(n_tokens) % vocab_size
+    loss_rows = torch.from_numpy(np.setdiff1d(np.arange(n_tokens), ends - 1))
+    documents = np.stack((starts, ends, 0 * starts, 0 * starts), axis=1)
+    return MicroBatch(
+        tokens=tokens,
+        positions=torch.arange(n_tokens) % length,
+        documents=torch.from_numpy(documents).int(),
+        loss_rows=loss_rows,
+        targets=tokens[loss_rows + 1],
+        weights=torch.full(loss_rows.shape, 1 / len(loss_rows)),
+    )

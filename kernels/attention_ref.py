@@ -4,6 +4,7 @@ The reference goes from document to document and is differentiated by autograd. 
 signatures: they take the limits of a plan, and softmax a whole matrix of scores under them.
 """
 
+import functools
 import math
 
 import torch
@@ -12,10 +13,32 @@ import torch.nn.functional as F
 # ---- reference: the specification, and the path on CPU --------------------------------------------------------------
 
 
+SHORT = 1 << 19  # queries times keys of a document, up to which a CPU takes the formula as it is written
+
+
+@functools.lru_cache(maxsize=256)
+def _bias(n, m, group):
+    """(group n, m): 0 where the last n of m positions see, -inf after them."""
+    return torch.full((n, m), -math.inf).triu_(m - n + 1).repeat(group, 1)
+
+
+def _attend_short(q, k, v, rows):
+    # torch's fused attention on a CPU runs its backward at 18 GFLOP/s in documents of 127 tokens; bmm at 80.
+    (n, heads, dim), (m, kv_heads, _) = q.shape, k.shape
+    group = heads // kv_heads
+    bias = _bias(n, m, group) if rows is None else _bias(m, m, 1)[rows].repeat(group, 1)
+    q, k, v = (t.float() for t in (q, k, v))
+    q = q.view(n, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(kv_heads, group * n, dim)
+    p = torch.baddbmm(bias, q, k.permute(1, 2, 0), alpha=1 / math.sqrt(dim)).softmax(-1)
+    return torch.bmm(p, v.transpose(0, 1)).view(kv_heads, group, n, dim).permute(2, 0, 1, 3).reshape(n, heads, dim)
+
+
 def attend(q, k, v, rows=None):
     """One document: q (n, H, Dh) are the last n of the m positions whose keys and values are k, v (m, K, Dh), or those
     at the positions `rows` (n,)."""
     n, m = q.shape[0], k.shape[0]
+    if q.device.type == "cpu" and n * m <= SHORT and q.dtype in (torch.float32, torch.bfloat16):
+        return _attend_short(q, k, v, rows).type_as(q)
     group = q.shape[1] // k.shape[1]  # query heads to a key head
     k, v = (t.repeat_interleave(group, dim=1) if group > 1 else t for t in (k, v))
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))

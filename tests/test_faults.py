@@ -319,8 +319,42 @@ def test_two_runs_cannot_share_a_folder(unbroken, tmp_path):
     assert_as_unbroken(tmp_path / "out", unbroken)
 
 
-def test_a_loss_that_is_no_number_changes_nothing_and_ends_the_run_with_4(unbroken, tmp_path):
-    patch = (
+AHEAD = "job.Job.runs_ahead = True\n"  # as on a GPU: a step is told when the next has been given to the device
+
+
+def test_a_host_that_runs_ahead_tells_the_same(unbroken, tmp_path):
+    code, out, err = end(start(*arguments(tmp_path / "out", unbroken[0]), patch=AHEAD))
+    assert code == 0, (out, err)
+    assert_as_unbroken(tmp_path / "out", unbroken)
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        "before(finetune.Transformer, 'loss', 27, die)",
+        "before(finetune.AdamW, 'step', 8, die)",
+        "before(finetune, 'tell', 5, die)",
+    ],
+)
+def test_a_host_that_runs_ahead_is_killed_and_resumed_bit_equal(unbroken, tmp_path, patch):
+    code, out, err = end(start(*arguments(tmp_path / "out", unbroken[0]), patch=BEFORE_CALL + AHEAD + patch))
+    assert code == -signal.SIGKILL, (code, out, err)
+    finetune(*arguments(tmp_path / "out", unbroken[0]))
+    assert_as_unbroken(tmp_path / "out", unbroken)
+
+
+def test_a_signal_to_a_host_that_runs_ahead(unbroken, tmp_path):
+    patch = BEFORE_CALL + AHEAD + "before(finetune.Transformer, 'loss', 32, term)"
+    code, out, err = end(start(*arguments(tmp_path / "out", unbroken[0]), patch=patch))
+    assert code == 143 and "stopped by SIGTERM after step 6" in err, (code, out, err)
+    assert [line["step"] for line in events(tmp_path / "out")] == list(range(1, 7))
+    finetune(*arguments(tmp_path / "out", unbroken[0]))
+    assert_as_unbroken(tmp_path / "out", unbroken)
+
+
+@pytest.mark.parametrize("ahead", ["", AHEAD], ids=["told at once", "told late"])
+def test_a_loss_that_is_no_number_changes_nothing_and_ends_the_run_with_4(unbroken, tmp_path, ahead):
+    patch = ahead + (
         "real, calls = finetune.forward_backward, []\n"
         "def poisoned(*args):\n"
         "    loss, counts = real(*args)\n"
@@ -411,3 +445,72 @@ def test_a_model_that_is_not_there(tmp_path, rows_file):
     done = finetune("--model", tmp_path / "gone", "--data", rows_file, "--out", tmp_path / "o", check=False)
     assert done.returncode == 3 and "gone: no such folder or file" in done.stderr
     assert os.listdir(tmp_path / "o") in ([".lock"], [])
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+# A card on which a second forward of more than LIMIT tokens in a step finds no memory beside the first one's gradients.
+SMALL_CARD = """
+real = finetune.Transformer.loss
+def loss(model, batch):
+    if len(batch.tokens) > LIMIT and model.norm.grad is not None:
+        raise finetune.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has no more.")
+    return real(model, batch)
+finetune.Transformer.loss = loss
+"""
+
+
+def on_a_small_card(unbroken, out, limit, *more, patch=""):
+    args = [
+        "--model", "tiny", "--random-init", "--data", unbroken[0], "--out", out, "--epochs", 3, "--lr", "1e-3",
+        "--global-batch-size", 26, "--device", "cpu", "--max-length", 128, *more,
+    ]  # fmt: skip
+    return end(start(*args, patch=SMALL_CARD.replace("LIMIT", str(limit)) + patch))
+
+
+def test_out_of_memory_halves_the_micro_batch_once_says_so_and_goes_on(unbroken, tmp_path):
+    budget = "--micro-batch-tokens", 400
+    code, out, err = on_a_small_card(unbroken, tmp_path / "roomy", 10**9, *budget)
+    assert code == 0 and "out of memory" not in out, (out, err)
+    assert events(tmp_path / "roomy")[0]["computed_tokens"] > 400, "there must be several micro-batches"
+    code, out, err = on_a_small_card(unbroken, tmp_path / "small", 220, *budget)
+    assert code == 0, (out, err)
+    assert out.count("out of memory with micro-batches of 400 tokens") == 1
+    assert "Tried to allocate 2.00 GiB); going on with 200" in out.replace("\n", " ")
+    for a, b in zip(events(tmp_path / "small"), events(tmp_path / "roomy"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], 1e-4)
+    facts = json.loads((tmp_path / "small" / "run.json").read_text())["facts"]
+    assert facts["max_tokens"] == 200
+
+
+def test_out_of_memory_again_ends_the_run_with_what_would_help(unbroken, tmp_path):
+    code, _, err = on_a_small_card(unbroken, tmp_path / "out", 100, "--micro-batch-tokens", 400)
+    assert code == 1 and "Traceback" not in err
+    assert "out of memory with micro-batches of 200 tokens" in err and "lower --micro-batch-tokens" in err
+
+
+def test_out_of_memory_never_changes_the_mean_of_means(unbroken, tmp_path):
+    more = "--micro-batch-tokens", 400, "--loss-norm", "micro-mean"
+    code, _, err = on_a_small_card(unbroken, tmp_path / "out", 220, *more)
+    assert code == 1 and "out of memory with micro-batches of 400 tokens" in err
+
+
+def test_the_largest_micro_batch_is_tried_before_the_first_step(unbroken, tmp_path):
+    """As on a GPU, whose memory a CPU stands in for: too large a one is halved there, and then fits."""
+    gpu = """
+sizes = []
+finetune.torch.cuda.max_memory_allocated = lambda device: 3 << 30
+finetune.torch.cuda.mem_get_info = lambda device: (0, 80 << 30)
+finetune.torch.cuda.reset_peak_memory_stats = lambda device: None
+at_start = finetune.after_step
+def after_step(job, model, optimizer, step):
+    if step == 0:
+        finetune.confirm(job, model, optimizer)
+        assert all(p.grad is None for p in model.parameters())
+    at_start(job, model, optimizer, step)
+finetune.after_step = after_step
+"""
+    code, out, err = on_a_small_card(unbroken, tmp_path / "out", 220, "--micro-batch-tokens", 400, patch=gpu)
+    assert code == 0, (out, err)
+    assert out.index("going on with 200") < out.index("micro-batches of 200 tokens take 3.00 of 80.00 GiB")
+    assert out.count("out of memory with") == 1 and out.index("take 3.00") < out.index("step 1/")

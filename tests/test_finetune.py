@@ -74,7 +74,16 @@ def read(name):
     ("name", "cuts"),
     [
         ("alpaca", [("--micro-batch-size", n) for n in (8, 4, 2, 1)]),
-        ("seed tasks", [("--micro-batch-size", 4), ("--micro-batch-tokens", 250)]),
+        (
+            "seed tasks",
+            [("--micro-batch-size", 4)]
+            + [
+                (*packing, *sharing, "--micro-batch-tokens", tokens)
+                for packing in ((), ("--no-packing",))
+                for sharing in ((), ("--no-share-prefix",))
+                for tokens in (250, 2048)
+            ],
+        ),
     ],
     ids=DATA,
 )

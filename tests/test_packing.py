@@ -194,3 +194,13 @@ def test_targets_follow_their_rows():
     assert inside.all() and (torch.diff(batch.loss_rows) >= 0).all()
     counted = torch.bincount(batch.targets, batch.weights, minlength=50)
     assert counted.tolist() == np.bincount(np.concatenate([row[1:] for row in rows]), minlength=50).tolist()
+
+
+@pytest.mark.parametrize(("n", "length"), [(64, 64), (100, 32), (7, 512)])
+def test_a_synthetic_micro_batch_is_full_of_loss(n, length):
+    batch = packing.synthetic(n, length, 50)
+    documents = -(-n // length)
+    assert len(batch.tokens) == n and len(batch.documents) == documents and len(batch.targets) == n - documents
+    assert batch.documents[-1].tolist() == [(documents - 1) * length, n, 0, 0] and batch.tokens.max() < 50
+    assert batch.targets.equal(batch.tokens[batch.loss_rows + 1]) and batch.positions.max() < length
+    assert batch.weights.sum().item() == pytest.approx(1)
