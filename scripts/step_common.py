@@ -259,6 +259,9 @@ def line(record: dict) -> str:
         return f"  {record['name']:<62}{kind}: {record[kind]}" if kind else f"  {record['name']}"
     used = "" if record["mfu"] is None else f"  MFU {record['mfu']:5.1%}"
     used += "" if record["peak_gib"] is None else f"  {record['peak_gib']:5.1f} GiB"
+    if record.get("peak_over_estimate"):
+        used += f" ({record['peak_over_estimate']:.1%} of the estimate)"
+    used += "  NOT FINITE" if record.get("all_finite") is False else ""
     halved = f"  out of memory at {record['out_of_memory_at']}" if record.get("out_of_memory_at") else ""
     ratio = f"  ours is {record['ours_over_peer']:.2f}x" if "ours_over_peer" in record else ""
     return (

@@ -4,9 +4,9 @@
 
 Rows, global batch, clipping and learning rate are scripts.step_bench's; weights and AdamW states are in bf16, which is
 less than our fp32 master holds, and torch's AdamW is fused. A peer gets what favours it: a step's rows sorted by
-length, so that padding is least; the largest power of two rows in a micro-batch that fits; gradient checkpointing and
-none, of which the faster counts. liger-kernel patches transformers for good, so each peer has a process of its own.
-Part of scripts.gpu_report.
+length, so that padding is least; the largest power of two rows in a micro-batch that fits; a record without gradient
+checkpointing and one with it. liger-kernel patches transformers for good, so each has a process of its own. Part of
+scripts.gpu_report.
 """
 
 import importlib.util
