@@ -46,7 +46,7 @@ class Peer:
     checkpointing: bool = False
     rows: int = 16  # of a micro-batch, to begin with
     steps: int = 5  # timed
-    warmup: int = 2
+    warmup: int = 2  # steps; what is compiled takes all of them once
 
 
 LARGE, SMALL = {"model": "llama-7b"}, {"model": "tinyllama-1.1b", "rows": 64}
@@ -136,8 +136,8 @@ class Loop:
     def __init__(self, peer: Peer, smoke: bool):
         self.peer, self.smoke = peer, smoke
         self.config = shape(peer.model, smoke)
-        self.n_warm, self.n_steps = (1, 1) if smoke else (peer.warmup, peer.steps)
-        self.rows = alpaca_rows(self.n_warm + self.n_steps, smoke)
+        self.n_steps = 2 if smoke else peer.steps
+        self.rows = alpaca_rows(self.n_steps, smoke)
         self.model = llama(peer, self.config)
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LR, weight_decay=0.0, fused=True)
@@ -169,26 +169,30 @@ class Loop:
             torch.cuda.reset_peak_memory_stats()
         device = torch.device(DEVICE)
         marks, steps = [], []
-        for number in range(1, self.n_warm + self.n_steps + 1):
+        # What is compiled has met every shape before it is timed.
+        warmup = range(1, 1 + (self.n_steps if self.peer.compiled else min(self.peer.warmup, self.n_steps)))
+        n_warm = len(warmup)
+        for number in (*warmup, *range(1, self.n_steps + 1)):
             marks.append(Mark(device))
             steps.append(self.step(number, n))
-            if number >= self.n_warm + LEAST_STEPS and spent():
+            if len(steps) >= n_warm + LEAST_STEPS and spent():
                 break
         marks.append(Mark(device))
         seconds = [after.seconds_since(before) for before, after in pairwise(marks)]
         losses, tokens, padded = zip(*steps, strict=True)
-        timed = slice(self.n_warm, None)
+        timed = slice(n_warm, None)
         return {
             "rows": n, "parameters": sum(p.numel() for p in self.parameters),
             **speed(self.config.n_parameters, tokens[timed], padded[timed], seconds[timed], card()), **peak_memory(),
-            "warmup_s": sum(seconds[: self.n_warm]), "first_loss": losses[0].item(), "last_loss": losses[-1].item(),
+            "warmup_s": sum(seconds[:n_warm]), "first_loss": losses[0].item(), "last_loss": losses[-1].item(),
         }  # fmt: skip
 
 
 def measure(name: str, smoke: bool, spent=lambda: False) -> dict:
     peer = PEERS[name]
     about = {
-        "model": "toy" if smoke else peer.model, "checkpointing": peer.checkpointing, "states": "bf16",
+        "model": "toy" if smoke else peer.model, "checkpointing": peer.checkpointing,
+        "states": str(DTYPE).removeprefix("torch."),
         "versions": {package: installed(package) for package in ("transformers", "liger-kernel", "torch")},
     }  # fmt: skip
     try:

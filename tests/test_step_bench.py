@@ -304,6 +304,18 @@ def test_a_peer_that_is_not_there_is_absent(monkeypatch):
     assert record["absent"] == "liger-kernel is not installed" and "tokens_per_s" not in record
 
 
+def test_what_is_compiled_has_met_its_rows_before(monkeypatch):
+    met, step = [], step_peers.Loop.step
+    monkeypatch.setattr(step_peers, "compile_by_layer", lambda model: None)
+    monkeypatch.setattr(step_peers.Loop, "step", lambda self, number, n: met.append(number) or step(self, number, n))
+    record = step_peers.measure("llama-7b, transformers + compile", smoke=True)
+    assert met == [1, 2, 1, 2] and record["steps"] == 2
+    assert record["tokens_a_step"] * 2 == step_common.alpaca_rows(2, smoke=True).lengths().sum()
+    met.clear()
+    monkeypatch.setattr(step_peers, "LEAST_STEPS", 1)
+    assert step_peers.measure("llama-7b, transformers + compile", True, lambda: True)["steps"] == 1 and len(met) == 3
+
+
 def test_peers_halve_too(monkeypatch):
     step, tried = step_peers.Loop.step, []
 
@@ -313,5 +325,6 @@ def test_peers_halve_too(monkeypatch):
 
     monkeypatch.setattr(step_peers.Loop, "step", small)
     record = step_peers.measure("llama-7b, transformers", smoke=True)
-    assert record["rows"] == 1 and record["out_of_memory_at"] == [2] and tried == [2, 1, 1]
+    assert record["rows"] == 1 and record["out_of_memory_at"] == [2] and tried == [2, 1, 1, 1, 1]
+    assert record["steps"] == 2
     assert record["tokens_per_s"] > 0 and record["first_loss"] == pytest.approx(math.log(256), abs=0.1)
