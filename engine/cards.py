@@ -13,8 +13,10 @@ replaces both by what it measured on the card.
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from engine.config import ModelConfig, nearest
 
@@ -77,6 +79,15 @@ def find_card(name: str) -> Card:
         f"--gpu is {name!r}, wanted one of {', '.join(CARDS)}{nearest(name.upper(), CARDS)}; of another card give "
         "--gpu-memory, --gpu-tflops and --gpu-bandwidth"
     )
+
+
+def card_at_hand(device: torch.device) -> Card | None:
+    """The card of a CUDA device, with the memory that it has; None for a CPU and for one not in the table."""
+    if device.type != "cuda":
+        return None
+    found = next((card for card in CARDS.values() if card.device in torch.cuda.get_device_name(device)), None)
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return found and replace(found, memory_gib=memory / GIB)
 
 
 # ---- what was measured ----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -35,7 +36,16 @@ from engine.data import steps_per_epoch
 from engine.errors import UsageError, exit_code_of
 from engine.load import DTYPES, find_model
 from engine.log import Output, strict
-from engine.memory import MOST_TOKENS, cheapest_that_fits, gb, largest_micro_batch, memory, memory_rows, state_bytes
+from engine.memory import (
+    MOST_TOKENS,
+    cheapest_that_fits,
+    gb,
+    largest_micro_batch,
+    memory,
+    memory_rows,
+    setting_of,
+    state_bytes,
+)
 from engine.mix import Mix, Plan, alpaca_mix, cut, file_mix
 from engine.weights import open_source
 
@@ -172,19 +182,19 @@ def project(config, c: ModelConfig, card: Card, speed: Rates, mix: Mix, plan: Pl
 
 
 def estimate(config: EstimateConfig) -> dict:
-    """Everything that is printed."""
+    """Everything that is printed, of what the command line names."""
     source = None if config.model in MODELS else open_source(find_model(config.model))
     c = MODELS[config.model] if source is None else source.config
     card = chosen_card(config)
     if config.max_length > c.max_seq_len:
         raise UsageError(f"--max-length {config.max_length} is over the model's {c.max_seq_len} positions")
     mix = file_mix(config, c, source and source.path) if config.data else alpaca_mix(config)
-    setting = {
-        "dtype": DTYPES["bf16" if config.dtype == "auto" else config.dtype], "master": config.master_weights,
-        "states": config.optimizer_states, "recompute": config.recompute, "offload": config.offload_optimizer,
-        "in_backward": config.optimizer_in_backward,
-    }  # fmt: skip
-    room, speed = int(card.memory_gib * GIB), rates(card)
+    return estimate_on(card, config, c, mix, DTYPES["bf16" if config.dtype == "auto" else config.dtype])
+
+
+def estimate_on(card: Card, config, c: ModelConfig, mix: Mix, dtype: torch.dtype) -> dict:
+    """Everything that is printed. config: an EstimateConfig, or the FinetuneConfig of a run."""
+    setting, room, speed = setting_of(config, dtype), int(card.memory_gib * GIB), rates(card)
     whole = cut(mix, 2**40, config.micro_batch_size)  # a step in as few micro-batches as there can be
     step = whole.tokens if whole.one_micro_batch else None
     most = min(config.micro_batch_tokens or MOST_TOKENS, step or MOST_TOKENS)
@@ -304,7 +314,8 @@ def cost(found):
     config, dollars, price = found["config"], found["projection"].dollars, found["card"].price_per_hour
     if dollars is None:
         return "at no known price; pass --price-per-hour"
-    return f"${dollars:.2f} at ${price:.2f} an hour" + f" ({PRICES_OF})" * (config.price_per_hour is None)
+    given = getattr(config, "price_per_hour", None) is not None
+    return f"${dollars:.2f} at ${price:.2f} an hour" + f" ({PRICES_OF})" * (not given)
 
 
 def tell_alternatives(found: dict) -> None:

@@ -17,15 +17,21 @@ import numpy as np
 import torch
 
 from engine import checkpoint, data, packing
+from engine.cards import CARDS, card_at_hand
 from engine.cli import from_cli, stanford
 from engine.config import EMBEDDED, FinetuneConfig
 from engine.errors import CriaError, DivergedError, Stopped, UsageError, exit_code_of
+from engine.estimate import estimate_on
+from engine.estimate import tell as tell_estimate
+from engine.fit import confirm, within_memory
 from engine.generate import generate, stop_ids
-from engine.job import Job, find_resume, finished, halve, plan, prepare
+from engine.job import Job, find_resume, finished, plan, prepare
 from engine.load import cpu_multiplies_bf16
 from engine.log import Metrics, Progress
+from engine.memory import state_bytes
+from engine.mix import dataset_mix
 from engine.model import Transformer, new_model
-from engine.optim import AdamW, lr_factor, state_bytes
+from engine.optim import AdamW, lr_factor
 from engine.report import write_report
 from engine.rows import Row
 from engine.run import (
@@ -44,8 +50,6 @@ from engine.step import Feeder, Figures, Mark
 from engine.weights import save_hf
 
 EVAL_CHUNK = 256  # held-out examples packed together
-# Dense, of the SXM cards; others show no MFU.
-PEAK_BF16_FLOPS = {"H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "A100-": 312e12}
 
 
 # ---- train ----------------------------------------------------------------------------------------------------------
@@ -116,39 +120,6 @@ def train(job: Job, model: Transformer, optimizer: AdamW, start: int) -> None:
                 stop(job, optimizer, step)
 
 
-def within_memory(job: Job, optimizer: AdamW, feed: Feeder | None, work):
-    """What work() returns; where it runs out of memory, half the micro-batch and work() again, once in a run."""
-    while True:
-        try:
-            return work()
-        except torch.OutOfMemoryError as error:
-            reason = ". ".join(str(error).split(". ")[:2])  # "CUDA out of memory. Tried to allocate 2.00 GiB"
-        optimizer.zero_grad()  # outside the handler, whose traceback keeps what the failed pass had saved
-        if job.device.type == "cuda":
-            torch.cuda.empty_cache()
-        halve(job, reason)
-        if feed:
-            feed.forget()
-
-
-def confirm(job: Job, model: Transformer, optimizer: AdamW) -> None:
-    """Before the first step on a GPU: the largest micro-batch that there can be, all of it with loss, forward and
-    backward beside its own gradients. Says what it takes; where that is too much, micro-batches are halved."""
-
-    def largest():
-        batch = packing.synthetic(job.max_tokens, job.config.max_length, job.model_config.vocab_size)
-        for _ in range(2):
-            model.loss(batch).backward()
-
-    within_memory(job, optimizer, None, largest)
-    optimizer.zero_grad()
-    peak, room = torch.cuda.max_memory_allocated(job.device), torch.cuda.mem_get_info(job.device)[1]
-    job.progress.say(
-        f"micro-batches of {job.max_tokens} tokens take {peak / 2**30:.2f} of {room / 2**30:.2f} GiB at most"
-    )
-    torch.cuda.reset_peak_memory_stats(job.device)
-
-
 def tell(job: Job, optimizer: AdamW, step: int, lr: float, counts: dict, began: Mark, figures: Figures) -> None:
     """Reads a step's figures, waiting for them if need be, and tells them."""
     loss, norm, finite = figures.read()
@@ -173,9 +144,8 @@ def log_step(job, step, loss, lr, norm, counts, seconds):
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if job.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(job.device)
-        card = torch.cuda.get_device_name(job.device)
-        peak = next((f for name, f in PEAK_BF16_FLOPS.items() if name in card and "NVL" not in card), None)
-        mfu = 6 * job.model_config.n_parameters * rate / peak if peak else None
+        card = card_at_hand(job.device)
+        mfu = 6 * job.model_config.n_parameters * rate / (1e12 * card.peak_tflops) if card else None
     job.progress.step(step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate)
     job.metrics.write(
         "train", step=step, epoch=epoch, loss=loss, lr=lr, grad_norm=norm, **counts, step_seconds=seconds,
@@ -322,16 +292,29 @@ def main(argv):
             return
         found = find_resume(job, print)
         states = config.keep + 1 - len(checkpoint.checkpoints(out)) if job.keeps_states else 0
-        n, size = job.model_config.n_parameters, torch.finfo(job.dtype).bits // 8
-        state = n * size + state_bytes(n, job.dtype, config.master_weights, config.optimizer_states)
-        need_disk(out, n * size + state * max(0, states), "free some, choose another folder, or lower --keep")
+        weights, *rest, _ = state_bytes(job.model_config, job.dtype, config.master_weights, config.optimizer_states)
+        need_disk(
+            out, weights + (weights + sum(rest)) * max(0, states), "free some, choose another folder, or lower --keep"
+        )
         if not config.dry_run:
             run(job, found)
             return
         print(plan(job))
+        print()
+        dry_run(job)
         (out / LOCK).unlink()
         if not any(out.iterdir()):
             out.rmdir()
+
+
+def dry_run(job: Job) -> None:
+    """What the run takes on the card that is here, or on one that is not."""
+    card = card_at_hand(job.device)
+    if card is None:
+        card = CARDS["H100"]
+        print(f"Not on this device, whose figures are not known, but on one {card.name}; engine.estimate has others.")
+    dtype = job.dtype if job.device.type == "cuda" or job.config.dtype != "auto" else torch.bfloat16
+    tell_estimate(estimate_on(card, job.config, job.model_config, dataset_mix(job.train, job.config), dtype))
 
 
 def run(job: Job, found) -> None:

@@ -10,17 +10,17 @@ import torch
 
 from engine import checkpoint, data, token_cache
 from engine.config import MODELS, FinetuneConfig, ModelConfig
-from engine.errors import CriaError, DataError, UsageError
+from engine.errors import DataError, UsageError
+from engine.fit import ALIGN, auto_tokens
 from engine.load import choose_device, choose_dtype, choose_kernels, cpu_multiplies_bf16, find_model, find_tokenizer
 from engine.log import Metrics, Progress, phase
-from engine.optim import state_bytes
+from engine.memory import state_bytes
 from engine.rows import mapped, read_rows
 from engine.run import RUN, Signals, read_json
 from engine.tokenizer import Tokenizer
 from engine.weights import Source, open_source
 
 SEED_TASKS = Path(__file__).parent.parent / "data_gen" / "seed_tasks.jsonl"
-ALIGN = 64  # tokens: micro-batches on a GPU are whole rows of a GEMM's tiles
 SHOWN_BYTES = 4_000_000  # read in a tenth of a second
 SAMPLE_PROMPTS = (
     "Name three things you can do with an old glass jar.",
@@ -139,7 +139,7 @@ def prepare(config: FinetuneConfig, out: Path, signals: Signals, say) -> Job:
         "world_size": 1,
         "random_state": "none: order and samples are functions of seed, epoch and step",
     }
-    max_tokens = config.micro_batch_tokens or auto_tokens(model_config, config, device, dtype)
+    max_tokens = config.micro_batch_tokens or auto_tokens(model_config, config, train, device, dtype)
     return Job(
         config, out, device, dtype, kernels, model_config, source, tokenizer, train, held_out, total_steps, max_tokens,
         ALIGN if device.type == "cuda" else 1, facts | {"max_tokens": max_tokens}, read_prompts(config.sample_prompts),
@@ -202,40 +202,6 @@ def read_data(paths, skip_bad_rows):
         return read_rows(paths, skip_bad_rows, progress)
 
 
-def auto_tokens(c, config, device, dtype):
-    """Tokens of a micro-batch: on CPU 2048, where more gains nothing; on CUDA what fits the free memory.
-
-    A token keeps about 16 D + 8 F numbers a layer in the references, and three fp32 rows of logits.
-    """
-    if device.type == "cpu":
-        return max(2048, config.max_length)
-    size = torch.finfo(dtype).bits // 8
-    state = 2 * size * c.n_parameters
-    state += state_bytes(c.n_parameters, dtype, config.master_weights, config.optimizer_states)
-    layers = 1 if config.recompute == "block" else c.n_layers
-    token = layers * (16 * c.dim + 8 * c.hidden_dim) * size + c.n_layers * c.dim * size + 12 * c.vocab_size
-    room = torch.cuda.mem_get_info(device)[0] * 0.9 - state
-    return max(config.max_length, min(32768, int(room / token)))
-
-
-def halve(job: Job, reason: str) -> None:
-    """Half the tokens of a micro-batch, said once in a run. Raises CriaError where they were halved before, or cannot
-    be without changing the maths."""
-    fewer = max(job.max_tokens // 2, job.config.max_length)
-    if job.halved or fewer == job.max_tokens or job.config.loss_norm == "micro-mean":
-        raise CriaError(f"out of memory with micro-batches of {job.max_tokens} tokens ({reason}); {remedy(job)}")
-    job.progress.say(
-        f"out of memory with micro-batches of {job.max_tokens} tokens ({reason}); going on with {fewer}, which changes "
-        "the speed and nothing else"
-    )
-    job.max_tokens = job.facts["max_tokens"] = fewer
-    job.halved = True
-
-
-def remedy(job):
-    return "lower --micro-batch-tokens, or pass --optimizer-states 8bit, --recompute block or --offload-optimizer"
-
-
 def changes(old: dict, new: dict) -> list[str]:
     """How the facts of a saved run differ from this one's."""
     found = []
@@ -292,9 +258,8 @@ def finished(job: Job) -> bool:
 def plan(job: Job) -> str:
     """What is about to happen, in two lines."""
     c, config = job.model_config, job.config
-    size = torch.finfo(job.dtype).bits // 8
-    state = 2 * size * c.n_parameters
-    state += state_bytes(c.n_parameters, job.dtype, config.master_weights, config.optimizer_states)
+    weights, *rest, _ = state_bytes(c, job.dtype, config.master_weights, config.optimizer_states)
+    state = 2 * weights + sum(rest)
     emulated = job.device.type == "cpu" and job.dtype == torch.bfloat16 and not cpu_multiplies_bf16()
     slow = " (this CPU has no bf16 instructions: --dtype fp32 is faster)" if emulated else ""
     return (

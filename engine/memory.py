@@ -250,6 +250,14 @@ DEFAULTS = {
 }  # fmt: skip
 
 
+def setting_of(config, dtype: torch.dtype) -> dict:
+    """What memory() is to know of a FinetuneConfig's flags."""
+    return {
+        "dtype": dtype, "master": config.master_weights, "states": config.optimizer_states,
+        "recompute": config.recompute, "offload": config.offload_optimizer, "in_backward": config.optimizer_in_backward,
+    }  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Fit:
     """A way to fit: flags that change the setting, the setting with them, and the micro-batch it leaves room for."""

@@ -101,7 +101,13 @@ def file_mix(config, c: ModelConfig, path) -> Mix:
         return alpaca_mix(
             config, len(rows), f"{len(rows):,} rows, of Alpaca's lengths for want of a tokenizer ({error})"
         )
-    train = data.tokenize(rows, tokenizer, config.prompt_style, config.max_length, config.train_on_prompt)
+    return dataset_mix(
+        data.tokenize(rows, tokenizer, config.prompt_style, config.max_length, config.train_on_prompt), config
+    )
+
+
+def dataset_mix(train: data.Dataset, config) -> Mix:
+    """Of tokenised examples, by the first steps of an epoch."""
     n, size = len(train), min(config.global_batch_size, len(train))
     order, steps = data.order(n, config.seed, 0, True), []
     for first in range(0, n - size + 1, size)[:SAMPLED_STEPS]:

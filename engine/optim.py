@@ -110,9 +110,3 @@ class AdamW:
         for name, state in self.states.items():
             kept |= {f"{kind}.{name}": t for kind, t in state.tensors().items()}
         return kept
-
-
-def state_bytes(n_parameters: int, dtype: torch.dtype, master: str, states: str) -> int:
-    """Bytes of what an update keeps besides weights and gradients, but for tensors too small for 8-bit states."""
-    of_master = {"fp32": 4, "split": 2, "stochastic": 0}[master] if dtype == torch.bfloat16 else 0
-    return round(n_parameters * (of_master + 2 * {"fp32": 4, "bf16": 2, "8bit": 1 + 4 / 256}[states]))

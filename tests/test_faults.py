@@ -27,7 +27,7 @@ def start(*args, patch=""):
     """The command in the background. patch: Python run first, with `finetune` the module and `die`, `term` at hand."""
     code = (
         "import os, signal, sys, time\n"
-        "from engine import checkpoint, finetune, job\nfrom engine.errors import exit_code_of\n"
+        "from engine import checkpoint, finetune, fit, job\nfrom engine.errors import exit_code_of\n"
         "die, term = (lambda n=n: os.kill(os.getpid(), n) for n in (signal.SIGKILL, signal.SIGTERM))\n"
         f"{patch}\n"
         "sys.exit(exit_code_of(finetune.main, sys.argv[1:]))\n"
@@ -505,7 +505,7 @@ finetune.torch.cuda.reset_peak_memory_stats = lambda device: None
 at_start = finetune.after_step
 def after_step(job, model, optimizer, step):
     if step == 0:
-        finetune.confirm(job, model, optimizer)
+        fit.confirm(job, model, optimizer)
         assert all(p.grad is None for p in model.parameters())
     at_start(job, model, optimizer, step)
 finetune.after_step = after_step

@@ -1,0 +1,78 @@
+"""The largest micro-batch that fits, on cards that are not here."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from engine import fit
+from engine.config import MODELS, FinetuneConfig
+from engine.errors import CriaError, UsageError
+from engine.memory import CONTEXT_BYTES, memory, setting_of
+
+CUDA, BF16, GB = torch.device("cuda"), torch.bfloat16, 10**9
+LENGTHS = SimpleNamespace(lengths=lambda: torch.full((52002,), 128).numpy())
+
+
+def config_of(**changes):
+    return FinetuneConfig(model="llama-7b", random_init=True, data=("rows.json",), optimizer_states="8bit", **changes)
+
+
+def tokens_with(free_gb, monkeypatch, lengths=LENGTHS, **changes):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gb * GB), 85 * GB))
+    return fit.auto_tokens(MODELS["llama-7b"], config_of(**changes), lengths, CUDA, BF16)
+
+
+@pytest.mark.parametrize("changes", [{}, {"recompute": "block"}, {"recompute": "none"}, {"offload_optimizer": True}])
+def test_what_is_chosen_fits_and_64_tokens_more_do_not(changes, monkeypatch):
+    free = 76 if changes.get("recompute") != "block" else 61
+    tokens = tokens_with(free, monkeypatch, **changes)
+    setting = setting_of(config_of(**changes), BF16)
+
+    def used(n):
+        return memory(MODELS["llama-7b"], tokens=n, loss_rows=n, **setting).total
+
+    room = free * GB + CONTEXT_BYTES
+    assert tokens % fit.ALIGN == 0 and used(tokens) <= room
+    assert used(tokens + fit.ALIGN) > room or tokens >= 128 * 128, "no more than a step holds"
+
+
+def test_no_more_than_a_step_holds(monkeypatch):
+    short = SimpleNamespace(lengths=lambda: torch.full((52002,), 20).numpy())
+    assert tokens_with(78, monkeypatch, short) == 128 * 20
+    assert tokens_with(78, monkeypatch, short, global_batch_size=8) == 512, "an example of --max-length must fit"
+
+
+def test_where_no_example_fits_what_does_is_said(monkeypatch):
+    with pytest.raises(UsageError, match=r"an example of 512 tokens .* do not fit the 40\.7 GB .*--offload-optimizer"):
+        tokens_with(40, monkeypatch)
+    with pytest.raises(UsageError, match=r"engine\.estimate tells which"):
+        tokens_with(8, monkeypatch)
+
+
+def test_on_a_cpu_2048(monkeypatch):
+    assert fit.auto_tokens(MODELS["llama-7b"], config_of(), LENGTHS, torch.device("cpu"), BF16) == 2048
+
+
+def test_halving_twice_tells_the_peak_and_what_would_fit(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 85 * GB))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 84 * GB)
+    said = []
+    job = SimpleNamespace(
+        config=config_of(), device=CUDA, dtype=BF16, model_config=MODELS["llama-7b"], max_tokens=9024, align=64,
+        halved=False, facts={}, progress=SimpleNamespace(say=said.append),
+    )  # fmt: skip
+    fit.halve(job, "no room")
+    assert job.max_tokens == job.facts["max_tokens"] == 4480 and "going on with 4480" in said[0]
+    with pytest.raises(CriaError, match=r"the peak was 84\.0 of 85\.0 GB\); pass --micro-batch-tokens \d+ \("):
+        fit.halve(job, "no room")
+
+
+def test_an_example_must_still_fit_after_halving():
+    job = SimpleNamespace(
+        config=dataclasses.replace(config_of(), max_length=512), device=torch.device("cpu"), max_tokens=512, align=1,
+        halved=False,
+    )  # fmt: skip
+    with pytest.raises(CriaError, match="micro-batches of 512 tokens"):
+        fit.halve(job, "no room")
