@@ -305,15 +305,16 @@ def test_a_peer_that_is_not_there_is_absent(monkeypatch):
 
 
 def test_what_is_compiled_has_met_its_rows_before(monkeypatch):
-    met, step = [], step_peers.Loop.step
+    met, step, name = [], step_peers.Loop.step, "llama-7b, transformers + compile"
+    monkeypatch.setitem(step_peers.PEERS, name, replace(step_peers.PEERS[name], warmup=1))
     monkeypatch.setattr(step_peers, "compile_by_layer", lambda model: None)
     monkeypatch.setattr(step_peers.Loop, "step", lambda self, number, n: met.append(number) or step(self, number, n))
-    record = step_peers.measure("llama-7b, transformers + compile", smoke=True)
+    record = step_peers.measure(name, smoke=True)
     assert met == [1, 2, 1, 2] and record["steps"] == 2
     assert record["tokens_a_step"] * 2 == step_common.alpaca_rows(2, smoke=True).lengths().sum()
     met.clear()
     monkeypatch.setattr(step_peers, "LEAST_STEPS", 1)
-    assert step_peers.measure("llama-7b, transformers + compile", True, lambda: True)["steps"] == 1 and len(met) == 3
+    assert step_peers.measure(name, True, lambda: True)["steps"] == 1 and len(met) == 3
 
 
 def test_peers_halve_too(monkeypatch):
