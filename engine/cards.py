@@ -81,13 +81,15 @@ def find_card(name: str) -> Card:
     )
 
 
+def card_named(device_name: str) -> Card | None:
+    """The card that torch calls so; None for one not in the table, as the NVL cards, whose clocks are lower."""
+    return next((card for card in CARDS.values() if card.device in device_name and "NVL" not in device_name), None)
+
+
 def card_at_hand(device: torch.device) -> Card | None:
     """The card of a CUDA device, with the memory that it has; None for a CPU and for one not in the table."""
-    if device.type != "cuda":
-        return None
-    found = next((card for card in CARDS.values() if card.device in torch.cuda.get_device_name(device)), None)
-    memory = torch.cuda.get_device_properties(device).total_memory
-    return found and replace(found, memory_gib=memory / GIB)
+    card = card_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return card and replace(card, memory_gib=torch.cuda.get_device_properties(device).total_memory / GIB)
 
 
 # ---- what was measured ----------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """The largest micro-batch that fits: found from the estimate, tried before the first step, halved once if need be."""
 
+import re
+
 import numpy as np
 import torch
 
@@ -45,12 +47,19 @@ def smaller(c, config, dtype, room_bytes, tokens, most_tokens):
     return "take a smaller --max-length or a larger card: python -m engine.estimate tells which"
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the card had no room: for torch's allocator, for cuBLAS's workspace, for a kernel's code."""
+    return isinstance(error, torch.OutOfMemoryError) or bool(re.search("ALLOC_FAILED|out of memory", str(error)))
+
+
 def within_memory(job, optimizer: AdamW, feed: Feeder | None, work):
     """What work() returns; where it runs out of memory, half the micro-batch and work() again, once in a run."""
     while True:
         try:
             return work()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             reason = ". ".join(str(error).split(". ")[:2])  # "CUDA out of memory. Tried to allocate 2.00 GiB"
         optimizer.zero_grad()  # outside the handler, whose traceback keeps what the failed pass had saved
         if job.device.type == "cuda":

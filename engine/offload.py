@@ -16,13 +16,16 @@ from kernels.adamw import AdamWState
 
 SLOTS = 3
 ALIGN = 128  # bytes
+ARENA_BYTES = 1 << 30
 
 
 class Offload:
-    """States {name: state} in the host's memory (to_host) of parameters on `device`."""
+    """States {name: state} in the host's memory, of parameters on `device`."""
 
     def __init__(self, states: dict[str, AdamWState], device: torch.device):
         self.states, self.device, self.cuda = states, device, device.type == "cuda"
+        if self.cuda:
+            torch.cuda.synchronize(device)  # what HostMemory.take copies is there before another stream reads it
         largest = max(size_of(state) for state in self.states.values())
         self.slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
         self.free = [None] * SLOTS  # event after which a slot's last content is back in the host's memory
@@ -72,9 +75,25 @@ def size_of(state):
     return sum(-(-t.nbytes // ALIGN) * ALIGN for t in state.tensors().values())
 
 
-def to_host(state):
-    """The state in pinned memory."""
-    return dataclasses.replace(state, **{name: t.cpu().pin_memory() for name, t in state.tensors().items()})
+class HostMemory:
+    """The host's memory for states: pinned, where a GPU copies from it, in arenas of a power of two, as torch rounds
+    every pinned tensor's up to one."""
+
+    def __init__(self, pinned: bool):
+        self.pinned, self.arenas = pinned, []  # [memory, bytes taken]
+
+    def take(self, state: AdamWState) -> AdamWState:
+        """The state, moved here."""
+        size = size_of(state)
+        arena = next((a for a in self.arenas if a[1] + size <= len(a[0])), None)
+        if arena is None:
+            whole = max(ARENA_BYTES, 1 << (size - 1).bit_length()) if self.pinned else size
+            arena = [torch.empty(whole, dtype=torch.uint8, pin_memory=self.pinned), 0]
+            self.arenas.append(arena)
+        here = carve(arena[0][arena[1] :], state)
+        arena[1] += size
+        copy(state, here)
+        return here
 
 
 def carve(memory, state):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import kernels
-from engine.offload import Offload, to_host
+from engine.offload import HostMemory, Offload
 
 
 def lr_factor(schedule: str, step: int, total_steps: int, warmup_ratio: float) -> float:
@@ -42,10 +42,10 @@ class AdamW:
     ):  # fmt: skip
         self.params = dict(model.named_parameters())
         device = next(iter(self.params.values())).device
-        self.states, self.offload = {}, None
+        self.states, self.offload, host = {}, None, HostMemory(pinned=device.type == "cuda")
         for name, p in self.params.items():  # one after the other: never more than one tensor's on the way
             state = kernels.adamw_state(p, master, states)
-            self.states[name] = to_host(state) if offload and p.is_cuda else state
+            self.states[name] = host.take(state) if offload else state
         if offload:
             self.offload = Offload(self.states, device)
             self.states = self.offload.states

@@ -27,6 +27,7 @@ from kernels.common import accumulator, choose, gradients, launch_config, operat
 
 LOGITS_BYTES = 512 << 20  # of the one buffer: 8,320 rows of V=32000 in bf16, 2,048 of V=128256
 ROWS = 128  # chunks are multiples of a GEMM's tile
+REF_ROWS = 32  # of a chunk in the reference: 6 MB of fp32 logits at V=49152
 PAD = 64  # elements: rows of the buffer start on 128 bytes, whatever V is
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -37,13 +38,45 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32; unlike -inf it can be 
 
 
 def linear_cross_entropy_ref(x, weight, targets, weights=None, ignore_index=-100, z_loss=0.0, label_smoothing=0.0):
-    logits = wide(F.linear(x, weight))
-    loss = F.cross_entropy(
-        logits, targets, reduction="none", ignore_index=ignore_index, label_smoothing=label_smoothing
-    )
-    if z_loss:
-        loss = loss + z_loss * logits.logsumexp(-1).square().masked_fill(targets == ignore_index, 0)
+    loss = _Losses.apply(F.linear(x, weight), targets, ignore_index, z_loss, label_smoothing)
     return (loss if weights is None else loss * weights).sum()
+
+
+class _Losses(torch.autograd.Function):
+    """Each row's loss, in chunks that a cache holds: copies of all logits in fp32 cost a CPU as much as a GEMM."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, ignore_index, z_loss, label_smoothing):
+        losses, lse = wide(logits.new_empty(len(logits))), wide(logits.new_empty(len(logits)))
+        for start in range(0, len(logits), REF_ROWS):
+            rows = slice(start, start + REF_ROWS)
+            x, target = wide(logits[rows]), targets[rows]
+            losses[rows] = F.cross_entropy(
+                x, target, reduction="none", ignore_index=ignore_index, label_smoothing=label_smoothing
+            )
+            lse[rows] = x.logsumexp(-1)
+            if z_loss:
+                losses[rows] += z_loss * lse[rows].square().masked_fill(target == ignore_index, 0)
+        ctx.save_for_backward(logits, targets, lse)
+        ctx.settings = ignore_index, z_loss, label_smoothing
+        return losses
+
+    @staticmethod
+    def backward(ctx, dlosses):
+        logits, targets, lse = ctx.saved_tensors
+        ignore_index, z_loss, smoothing = ctx.settings
+        dlogits, ignored = torch.empty_like(logits), targets == ignore_index
+        dlosses, targets = dlosses.masked_fill(ignored, 0), targets.masked_fill(ignored, 0)
+        for start in range(0, len(logits), REF_ROWS):
+            rows = slice(start, start + REF_ROWS)
+            p = wide(logits[rows]).sub(lse[rows, None]).exp_()
+            if z_loss:
+                p *= 1 + 2 * z_loss * lse[rows, None]
+            if smoothing:
+                p -= smoothing / logits.shape[1]
+            p[torch.arange(len(p), device=p.device), targets[rows]] -= 1 - smoothing
+            dlogits[rows] = p.mul_(dlosses[rows, None])
+        return dlogits, None, None, None, None
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------

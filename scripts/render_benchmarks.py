@@ -48,13 +48,40 @@ def static(figures):
     )
 
 
-def cpu_speed(figures):
-    ours, theirs = (figures["tokens_per_s"][who] for who in ("cria", "transformers"))
-    ratio, best = figures["ratio"], figures["best"]
+def accumulation(figures):
+    row = next(f for f in figures["figures"] if f["micro_batches"] == 8)
     return (
-        f"| CPU ({figures['cores']} cores, {figures['cpu']}): SmolLM2-135M, real tokens/s, ours in "
-        f"{best['cria']['dtype']} against transformers in {best['transformers']['dtype']}, the best of each | "
-        f"{ours:.0f} against {theirs:.0f}: {ratio['median']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f}) |"
+        f"| gradients of {row['micro_batches']} micro-batches added up in bf16 in the GEMMs: relative error against "
+        "fp32 sums, beside what bf16 training is off by itself | "
+        f"{row['bf16 in the epilogue']:.1e} beside {row['bf16 itself']:.1e} |"
+    )
+
+
+def data_speed(figures):
+    start, mix = figures["start"], figures["alpaca_lengths"]
+    packed = next(epoch for epoch in mix["epochs"] if epoch["max_tokens"] == 8320)
+    return (
+        f"| data ({figures['cores']} cores): {start['rows']:,} rows of {start['tokens_a_row']:.0f} tokens read and "
+        f"tokenised; the second start, cached | {start['first_start_s']['median']:.1f} s "
+        f"({start['first_start_rows_per_s']:,.0f} rows/s); {start['cached_start_s']['median']:.2f} s |\n"
+        f"| Alpaca's lengths, 128 rows a step, micro-batches of at most {packed['max_tokens']:,} tokens: tokens "
+        f"computed of those that the rows hold, with shared prefixes; padding | {packed['computed_over_logical']:.1%}; "
+        f"{packed['padding']:.2%} |"
+    )
+
+
+def cpu_speed(figures):
+    rates, settings = figures["tokens_per_s"], figures["settings"]
+
+    def against(name):
+        ratio = figures["ratio"][name]
+        return f"{rates[name]:.0f}: {ratio['median']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f})"
+
+    return (
+        f"| CPU ({figures['cores']} cores, {figures['cpu']}): SmolLM2-135M in {settings['cria']['dtype']}, rows of "
+        f"Alpaca's lengths, real tokens/s: ours; the transformers loop with padded micro-batches of "
+        f"{settings['transformers, padded']['micro']} rows; with its best, {settings['transformers']['micro']} | "
+        f"{rates['cria']:.0f}; {against('transformers, padded')}; {against('transformers')} |"
     )
 
 
@@ -156,7 +183,7 @@ def gpu_steps(parts):
 
 def rendered(folder=ROOT / "benchmarks"):
     lines = ["", "| measured | |", "|---|---|"]
-    for render in (parity, kernel_parity, optimizer_parity, static, cpu_speed):
+    for render in (parity, kernel_parity, optimizer_parity, accumulation, static, data_speed, cpu_speed):
         path = folder / f"{render.__name__}.json"
         if path.exists():
             lines.append(render(json.loads(path.read_text())))

@@ -10,7 +10,6 @@ prefix does not reduce them.
 import argparse
 import gc
 import json
-import re
 import statistics
 import sys
 import tempfile
@@ -21,9 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.cards import CARDS, PRICES_OF
+from engine.cards import PRICES_OF, card_named
 from engine.config import MODELS, ModelConfig
 from engine.data import Dataset
+from engine.fit import is_out_of_memory
 from engine.log import strict
 from kernels.bench import GPU, free, write_json
 
@@ -83,8 +83,7 @@ def examples_of(step: int, smoke: bool) -> np.ndarray:
 
 def card():
     """The card at hand as engine.cards has it, or None."""
-    name = torch.cuda.get_device_name() if GPU else ""
-    return next((c for c in CARDS.values() if c.device in name and "NVL" not in name), None)
+    return card_named(torch.cuda.get_device_name()) if GPU else None
 
 
 def mfu(n_parameters: int, tokens_per_s: float, card) -> dict:
@@ -161,7 +160,7 @@ class Records:
             said = str(error).strip().splitlines() or [""]
             record = {"failed": f"{type(error).__name__}: {said[0][:300]}"}
             # After an error of the device the process can use it no more: its parent begins another.
-            broken = error if "CUDA error" in str(error) and not is_want_of_memory(error) else None
+            broken = error if "CUDA error" in str(error) and not is_out_of_memory(error) else None
         record = strict({"name": name, **record, "seconds": time.monotonic() - began})
         self.result["records"].append(record)
         self.save()
@@ -175,11 +174,6 @@ class TooLarge(Exception):
     """Why nothing smaller is tried."""
 
 
-def is_want_of_memory(error: Exception) -> bool:
-    """Allocators that are not torch's (cuBLAS's, Triton's) have no exception of their own."""
-    return isinstance(error, torch.OutOfMemoryError) or bool(re.search("ALLOC_FAILED|out of memory", str(error)))
-
-
 def within_memory(size: int, least: int, measure):
     """(measure(size), the sizes that ran out of memory): halved until it does not. Raises TooLarge under `least`."""
     failed = []
@@ -187,7 +181,7 @@ def within_memory(size: int, least: int, measure):
         try:
             return measure(size), failed
         except Exception as error:
-            if not is_want_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             said = str(error).split(". ")[0]
         failed.append(size)  # outside the handler, whose traceback keeps what the failed pass held

@@ -12,9 +12,10 @@ from test_packing import dataset
 from engine import packing
 from engine.config import MODELS
 from engine.model import new_model
-from engine.offload import SLOTS, Offload, carve, size_of
+from engine.offload import SLOTS, HostMemory, Offload, carve, size_of
 from engine.optim import AdamW
 from engine.step import Feeder, Figures, Mark, tensors_of
+from kernels.adamw import adamw_state
 
 ROWS = [[*range(40, 60), i, i + 1, i + 2] for i in range(12)]
 SETTINGS = dict(beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
@@ -130,6 +131,29 @@ def test_offload_keeps_a_few_parameters_states_on_the_device(device):
             assert like.device.type == "cpu" and like.is_pinned() == (device == "cuda")
         spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in views.tensors().values())
         assert all(a[1] <= b[0] for a, b in pairwise(spans))
+
+
+def test_pinned_memory_is_taken_in_powers_of_two(monkeypatch):
+    sizes = []
+    real = torch.empty
+
+    def empty(n, dtype, pin_memory):
+        assert pin_memory
+        sizes.append(n)
+        return real(n, dtype=dtype)
+
+    monkeypatch.setattr("engine.offload.ARENA_BYTES", 1 << 20)
+    host = HostMemory(pinned=True)
+    states = [adamw_state(torch.ones(n), states="fp32") for n in (100_000, 20_000, 200_000, 9_000, 70_000)]
+    for state in states:
+        state.m.normal_()
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.offload.torch.empty", empty)
+        taken = [host.take(state) for state in states]
+    assert sizes == [1 << 20, 1 << 21, 1 << 20]  # the small ones went into the first's room
+    assert all(a.m.equal(b.m) and a.v.equal(b.v) for a, b in zip(states, taken, strict=True))
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for state in taken for t in (state.m, state.v))
+    assert all(a[1] <= b[0] for a, b in pairwise(spans))
 
 
 def test_each_state_visits_once_and_goes_home(device):
