@@ -105,11 +105,12 @@ def train(job: Job, model: Transformer, optimizer: AdamW, start: int) -> None:
             if done is None:
                 stop(job, optimizer, step - 1)
             loss, counts = done
+            within = optimizer.begun is not None
             norm = optimizer.grad_norm()
             finite = torch.isfinite(loss + norm)
             optimizer.step(lr, norm, config.grad_clip, apply=finite)
             optimizer.zero_grad()
-            told = step, lr, counts, began, Figures(loss, norm, finite)
+            told = step, lr, counts, began, Figures(loss, norm, finite), within
 
             if not job.runs_ahead or job.pauses_after(step) or job.signals.pending():
                 told = tell(job, optimizer, *told)
@@ -117,16 +118,17 @@ def train(job: Job, model: Transformer, optimizer: AdamW, start: int) -> None:
             if job.keeps_states and job.due(config.save_every, step):
                 try_to_save(job, optimizer, step)
             if job.signals.pending():
+                told = told and tell(job, optimizer, *told)
                 stop(job, optimizer, step)
 
 
-def tell(job: Job, optimizer: AdamW, step: int, lr: float, counts: dict, began: Mark, figures: Figures) -> None:
-    """Reads a step's figures, waiting for them if need be, and tells them."""
+def tell(job: Job, optimizer: AdamW, step: int, lr: float, counts: dict, began: Mark, figures: Figures, within):
+    """Reads a step's figures, waiting for them if need be, and tells them. within: it was updated in backward."""
     loss, norm, finite = figures.read()
     job.n_skipped = 0 if finite else job.n_skipped + 1
     if not finite:
         optimizer.n_updates -= 1  # the device has left it out
-        skip(job, step, loss, norm, [job.train.sources[i] for i in job.examples_of(step)])
+        skip(job, step, loss, norm, [job.train.sources[i] for i in job.examples_of(step)], within)
     log_step(job, step, loss, lr, norm, counts, figures.mark.seconds_since(began))
 
 
@@ -153,15 +155,16 @@ def log_step(job, step, loss, lr, norm, counts, seconds):
     )  # fmt: skip
 
 
-def skip(job, step, loss, norm, rows):
-    """A step whose loss or gradient is not finite changes nothing; too many in a row end the run."""
-    n, partly = job.n_skipped, job.config.optimizer_in_backward
+def skip(job, step, loss, norm, rows, within):
+    """A step whose loss or gradient is not finite changes nothing; too many in a row end the run, as does one whose
+    layers were updated within backward."""
+    n = job.n_skipped
     job.metrics.write("skip", step=step, reason="non-finite", loss=loss, grad_norm=norm, rows=rows)
     job.progress.say(f"step {step}: loss {loss}, gradient norm {norm}; no update ({n} in a row)")
-    if n > job.config.max_skips or partly:
+    if n > job.config.max_skips or within:
         raise DivergedError(
             f"step {step}: {n} step{'s in a row' * (n > 1)} had no finite loss or gradient (loss {loss}, norm {norm})"
-            + ", and some layers are updated already, as --optimizer-in-backward does" * partly
+            + ", and some layers are updated already, as --optimizer-in-backward does" * within
             + f"; lower --lr, or look at the rows: {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}"
         )
 
@@ -322,8 +325,6 @@ def run(job: Job, found) -> None:
     checkpoint.clean(out)
     if config.resume == "never":
         checkpoint.rewind(out, -1)
-    if found and config.micro_batch_tokens is None:
-        job.max_tokens = job.facts["max_tokens"] = found[1]["max_tokens"]  # the same cuts, the same sums
     print(plan(job))
     model, optimizer, start = build(job, found)
     if found:

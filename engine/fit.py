@@ -23,9 +23,12 @@ def auto_tokens(c: ModelConfig, config: FinetuneConfig, train: data.Dataset, dev
     if device.type == "cpu":
         return max(2048, config.max_length)
     room = torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES  # of which the context is taken already
-    step = int(np.sort(train.lengths())[-config.global_batch_size :].sum())
-    most = max(config.max_length, min(MOST_TOKENS, step))
-    tokens = largest_micro_batch(c, room, most_tokens=-(-most // ALIGN) * ALIGN, **setting_of(config, dtype))
+    most, step = largest(config, train)
+    most = max(config.max_length, min(MOST_TOKENS, most))
+    tokens = largest_micro_batch(
+        c, room, most_tokens=-(-most // ALIGN) * ALIGN, step_tokens=step if config.optimizer_in_backward else None,
+        **setting_of(config, dtype),
+    )  # fmt: skip
     if tokens // ALIGN * ALIGN < config.max_length:
         advice = smaller(c, config, dtype, room, config.max_length, config.max_length)
         raise UsageError(
@@ -33,6 +36,13 @@ def auto_tokens(c: ModelConfig, config: FinetuneConfig, train: data.Dataset, dev
             f"{room / 1e9:.1f} GB that are free; {advice}"
         )
     return tokens // ALIGN * ALIGN
+
+
+def largest(config: FinetuneConfig, train: data.Dataset) -> tuple[int, int]:
+    """Tokens of the largest micro-batch that there can be, and of the largest step, of the longest examples."""
+    longest = np.sort(train.lengths())[::-1]
+    step = int(longest[: config.global_batch_size].sum())
+    return min(step, int(longest[: config.micro_batch_size].sum())) if config.micro_batch_size else step, step
 
 
 def smaller(c, config, dtype, room_bytes, tokens, most_tokens):
@@ -61,6 +71,11 @@ def within_memory(job, optimizer: AdamW, feed: Feeder | None, work):
             if not is_out_of_memory(error):
                 raise
             reason = ". ".join(str(error).split(". ")[:2])  # "CUDA out of memory. Tried to allocate 2.00 GiB"
+        if optimizer.begun and feed:
+            raise CriaError(
+                f"out of memory ({reason}) in a step whose updates --optimizer-in-backward had begun; "
+                + advice(job, job.max_tokens // 2)
+            )
         optimizer.zero_grad()  # outside the handler, whose traceback keeps what the failed pass had saved
         if job.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -72,18 +87,24 @@ def within_memory(job, optimizer: AdamW, feed: Feeder | None, work):
 def confirm(job, model: Transformer, optimizer: AdamW) -> None:
     """Before the first step on a GPU: the largest micro-batch that there can be, all of it with loss, forward and
     backward beside its own gradients. Says what it takes; where that is too much, micro-batches are halved."""
+    most, step = largest(job.config, job.train)
 
-    def largest():
-        batch = packing.synthetic(job.max_tokens, job.config.max_length, job.model_config.vocab_size)
-        for _ in range(2):
+    def try_it():
+        tokens = min(job.max_tokens, most)
+        batch = packing.synthetic(tokens, job.config.max_length, job.model_config.vocab_size)
+        if job.config.optimizer_in_backward and tokens == step:
+            loss = model.loss(batch)
+            optimizer.begin(0.0, loss * torch.nan)  # which updates nothing
+            loss.backward()
+        else:
             model.loss(batch).backward()
+            model.loss(batch).backward()
+        return tokens
 
-    within_memory(job, optimizer, None, largest)
+    tokens = within_memory(job, optimizer, None, try_it)
     optimizer.zero_grad()
     peak, room = torch.cuda.max_memory_allocated(job.device), torch.cuda.mem_get_info(job.device)[1]
-    job.progress.say(
-        f"micro-batches of {job.max_tokens} tokens take {peak / 2**30:.2f} of {room / 2**30:.2f} GiB at most"
-    )
+    job.progress.say(f"micro-batches of {tokens} tokens take {peak / 2**30:.2f} of {room / 2**30:.2f} GiB at most")
     torch.cuda.reset_peak_memory_stats(job.device)
 
 
@@ -93,15 +114,19 @@ def halve(job, reason: str) -> None:
     config = job.config
     fewer = max(job.max_tokens // 2 // job.align * job.align, config.max_length)
     if job.halved or fewer == job.max_tokens or config.loss_norm == "micro-mean":
-        advice = "lower --micro-batch-tokens"
-        if job.device.type == "cuda":
-            peak, room = torch.cuda.max_memory_allocated(job.device), torch.cuda.mem_get_info(job.device)[1]
-            reason += f"; the peak was {peak / 1e9:.1f} of {room / 1e9:.1f} GB"
-            advice = smaller(job.model_config, config, job.dtype, int(0.9 * room), job.max_tokens, fewer)
-        raise CriaError(f"out of memory with micro-batches of {job.max_tokens} tokens ({reason}); {advice}")
+        raise CriaError(f"out of memory with micro-batches of {job.max_tokens} tokens ({reason}); {advice(job, fewer)}")
     job.progress.say(
         f"out of memory with micro-batches of {job.max_tokens} tokens ({reason}); going on with {fewer}, which changes "
         "the speed and nothing else"
     )
     job.max_tokens = job.facts["max_tokens"] = fewer
     job.halved = True
+
+
+def advice(job, most_tokens):
+    """What the peak was, and what would fit with micro-batches of at most most_tokens."""
+    if job.device.type != "cuda":
+        return "lower --micro-batch-tokens"
+    peak, room = torch.cuda.max_memory_allocated(job.device), torch.cuda.mem_get_info(job.device)[1]
+    ways = smaller(job.model_config, job.config, job.dtype, int(0.9 * room), job.max_tokens, most_tokens)
+    return f"the peak was {peak / 1e9:.1f} of {room / 1e9:.1f} GB; {ways}"

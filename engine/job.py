@@ -2,6 +2,7 @@
 weight is loaded."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,6 +100,7 @@ def prepare(config: FinetuneConfig, out: Path, signals: Signals, say) -> Job:
     device = choose_device(config.device)
     dtype, kernels = choose_dtype(config.dtype, device), choose_kernels(config.kernels, device)
     if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS begins
         torch.use_deterministic_algorithms(True)
     source = None if config.random_init else open_source(find_model(config.model))
     model_config = MODELS[config.model] if source is None else source.config
@@ -139,10 +141,12 @@ def prepare(config: FinetuneConfig, out: Path, signals: Signals, say) -> Job:
         "world_size": 1,
         "random_state": "none: order and samples are functions of seed, epoch and step",
     }
+    align = ALIGN if device.type == "cuda" else 1
     max_tokens = config.micro_batch_tokens or auto_tokens(model_config, config, train, device, dtype)
+    max_tokens = -(-max_tokens // align) * align
     return Job(
         config, out, device, dtype, kernels, model_config, source, tokenizer, train, held_out, total_steps, max_tokens,
-        ALIGN if device.type == "cuda" else 1, facts | {"max_tokens": max_tokens}, read_prompts(config.sample_prompts),
+        align, facts | {"max_tokens": max_tokens}, read_prompts(config.sample_prompts),
         signals,
     )  # fmt: skip
 
@@ -216,6 +220,12 @@ def changes(old: dict, new: dict) -> list[str]:
     return found
 
 
+def same_cuts(job: Job, recorded: dict) -> None:
+    """Micro-batches as the saved run had them, where none are asked for: the same cuts, the same sums."""
+    if job.config.micro_batch_tokens is None and "max_tokens" in recorded:
+        job.max_tokens = job.facts["max_tokens"] = recorded["max_tokens"]
+
+
 def find_resume(job: Job, say):
     """(folder, manifest) of the state to go on from, or None to start. Raises UsageError when the run changed."""
     config, out = job.config, job.out
@@ -232,6 +242,7 @@ def find_resume(job: Job, say):
             )
     if found is None:
         return None
+    same_cuts(job, found[1])
     changed = changes(found[1], job.facts)
     if changed and not config.allow_changed:
         raise UsageError(
@@ -246,6 +257,7 @@ def finished(job: Job) -> bool:
     run = read_json(job.out / RUN)
     if job.config.resume == "never" or run.get("status") != "done":
         return False
+    same_cuts(job, run.get("facts", {}))
     changed = changes(run.get("facts", {}), job.facts)
     if changed and not (job.config.allow_changed and checkpoint.checkpoints(job.out)):
         raise UsageError(

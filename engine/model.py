@@ -12,6 +12,7 @@ No padding and no batch axis: which rows see which is told by `documents` (see k
 Source: arXiv:2302.13971, arXiv:2407.21783.
 """
 
+import functools
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,6 +24,12 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 from engine.config import ModelConfig
 from engine.packing import MicroBatch
+
+
+@functools.cache
+def frequencies_on(device, *of):
+    """kernels.rope_frequencies there, once: a copy from pageable memory in each forward would wait for the device."""
+    return kernels.rope_frequencies(*of).to(device)
 
 
 def parameter(*shape):
@@ -110,8 +117,8 @@ class Transformer(nn.Module):
         only ones whose output (U, D) is wanted: the last layer asks and feeds forward for them alone.
         """
         config = self.config
-        frequencies = kernels.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        cos, sin = kernels.rope_cos_sin(positions, frequencies.to(positions.device))  # shared by all layers
+        frequencies = frequencies_on(positions.device, config.head_dim, config.rope_theta, config.rope_scaling)
+        cos, sin = kernels.rope_cos_sin(positions, frequencies)  # shared by all layers
         x = F.embedding(tokens, self.tok_embeddings)
         if cache is None:
             plan, last_plan = plans or self.plan(documents, len(tokens), x.device, rows)
@@ -123,7 +130,7 @@ class Transformer(nn.Module):
             if rows is not None and layer is self.layers[-1]:
                 arguments = x, attend_rows, rows
             if self.recompute == "block" and torch.is_grad_enabled():
-                x = checkpoint(layer, *arguments, use_reentrant=False)
+                x = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(*arguments)
         return x

@@ -48,7 +48,6 @@ class AdamW:
             self.states[name] = host.take(state) if offload else state
         if offload:
             self.offload = Offload(self.states, device)
-            self.states = self.offload.states
         first = random.Random(seed).getrandbits(32)
         self.seeds = {name: (first + i) % 2**32 for i, name in enumerate(self.params)}  # each tensor its own
         self.settings = {"beta1": beta1, "beta2": beta2, "eps": eps, "impl": impl}
@@ -59,8 +58,8 @@ class AdamW:
                 p.register_post_accumulate_grad_hook(partial(self._update_in_backward, name))
 
     def begin(self, lr: float, loss: torch.Tensor) -> None:
-        """Before the only backward of a step, of an optimizer made with in_backward. A loss that is not finite, or a
-        gradient, updates nothing from there on."""
+        """Before the only backward of a step, of an optimizer made with in_backward. A loss that is not finite updates
+        nothing; a gradient that is not, nothing of its own."""
         self.begun = lr, loss.detach(), []
 
     def _update_in_backward(self, name, p):

@@ -82,7 +82,8 @@ def shared_prefixes(rows: Sequence[np.ndarray]) -> list[tuple[int, list[int]]]:
     for node in down[1:]:
         above[node] = [*above[parents[node]], depths[parents[node]]]
     # Tokens saved at and below a node, by the depth of the nearest sharing node, itself among them.
-    saved = [{d: node_of.count(node) * d for d in [*above[node], depths[node]]} for node in range(len(depths))]
+    leaves = np.bincount(node_of, minlength=len(depths)).tolist()
+    saved = [{d: leaves[node] * d for d in [*above[node], depths[node]]} for node in range(len(depths))]
     shares = [{} for _ in depths]
     for node in reversed(down[1:]):
         sharing = saved[node][depths[node]] - depths[node]
@@ -221,8 +222,8 @@ def collate(
     if scale is not None or (counts > 1).any():
         weights = torch.from_numpy((counts * (1.0 if scale is None else scale)).astype(np.float32))
     return MicroBatch(
-        tokens=torch.from_numpy(np.concatenate([*tokens, np.zeros(padding)]).astype(np.int64)),
-        positions=torch.from_numpy(np.concatenate([*positions, np.zeros(padding)]).astype(np.int64)),
+        tokens=torch.from_numpy(np.concatenate([*tokens, np.zeros(padding, np.int64)])),
+        positions=torch.from_numpy(np.concatenate([*positions, np.zeros(padding, np.int64)])),
         documents=torch.tensor(documents, dtype=torch.int32),
         loss_rows=torch.from_numpy(pairs[0].astype(np.int64)),
         targets=torch.from_numpy(pairs[1].astype(np.int64)),

@@ -124,10 +124,3 @@ def operator(name: str, mutates=(), *, cpu, fake):
         return op
 
     return register
-
-
-def gradients(reference, inputs, dy):
-    """What a reference's derivative is: autograd's, of its outputs times dy, for each of inputs. For cpu= above."""
-    with torch.enable_grad():
-        inputs = [t.detach().requires_grad_() for t in inputs]
-        return torch.autograd.grad(reference(*inputs), inputs, dy)

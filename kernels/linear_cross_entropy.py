@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.common import accumulator, choose, gradients, launch_config, operator, wide
+from kernels.common import accumulator, choose, launch_config, operator, wide
 
 LOGITS_BYTES = 512 << 20  # of the one buffer: 8,320 rows of V=32000 in bf16, 2,048 of V=128256
 ROWS = 128  # chunks are multiples of a GEMM's tile
@@ -42,41 +42,48 @@ def linear_cross_entropy_ref(x, weight, targets, weights=None, ignore_index=-100
     return (loss if weights is None else loss * weights).sum()
 
 
-class _Losses(torch.autograd.Function):
-    """Each row's loss, in chunks that a cache holds: copies of all logits in fp32 cost a CPU as much as a GEMM."""
+def _losses_ref(logits, targets, ignore_index, z_loss, smoothing):
+    """Each row's loss and lse, in chunks that a cache holds: fp32 copies of all logits cost a CPU as much as a GEMM."""
+    losses, lse = wide(logits.new_empty(len(logits))), wide(logits.new_empty(len(logits)))
+    for start in range(0, len(logits), REF_ROWS):
+        rows = slice(start, start + REF_ROWS)
+        x, target = wide(logits[rows]), targets[rows]
+        losses[rows] = F.cross_entropy(
+            x, target, reduction="none", ignore_index=ignore_index, label_smoothing=smoothing
+        )
+        lse[rows] = x.logsumexp(-1)
+        if z_loss:
+            losses[rows] += z_loss * lse[rows].square().masked_fill(target == ignore_index, 0)
+    return losses, lse
 
+
+def _dlogits_ref(dlosses, logits, targets, lse, ignore_index, z_loss, smoothing):
+    """d loss / d logits of the formula above, in the dtype of logits. dlosses: (L,), weight_t of each row."""
+    dlogits, ignored = torch.empty_like(logits), targets == ignore_index
+    dlosses, targets = dlosses.masked_fill(ignored, 0), targets.masked_fill(ignored, 0)
+    for start in range(0, len(logits), REF_ROWS):
+        rows = slice(start, start + REF_ROWS)
+        p = wide(logits[rows]).sub(lse[rows, None]).exp_()
+        if z_loss:
+            p *= 1 + 2 * z_loss * lse[rows, None]
+        if smoothing:
+            p -= smoothing / logits.shape[1]
+        p[torch.arange(len(p), device=p.device), targets[rows]] -= 1 - smoothing
+        dlogits[rows] = p.mul_(dlosses[rows, None])
+    return dlogits
+
+
+class _Losses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, targets, ignore_index, z_loss, label_smoothing):
-        losses, lse = wide(logits.new_empty(len(logits))), wide(logits.new_empty(len(logits)))
-        for start in range(0, len(logits), REF_ROWS):
-            rows = slice(start, start + REF_ROWS)
-            x, target = wide(logits[rows]), targets[rows]
-            losses[rows] = F.cross_entropy(
-                x, target, reduction="none", ignore_index=ignore_index, label_smoothing=label_smoothing
-            )
-            lse[rows] = x.logsumexp(-1)
-            if z_loss:
-                losses[rows] += z_loss * lse[rows].square().masked_fill(target == ignore_index, 0)
+    def forward(ctx, logits, targets, *settings):
+        losses, lse = _losses_ref(logits, targets, *settings)
         ctx.save_for_backward(logits, targets, lse)
-        ctx.settings = ignore_index, z_loss, label_smoothing
+        ctx.settings = settings
         return losses
 
     @staticmethod
     def backward(ctx, dlosses):
-        logits, targets, lse = ctx.saved_tensors
-        ignore_index, z_loss, smoothing = ctx.settings
-        dlogits, ignored = torch.empty_like(logits), targets == ignore_index
-        dlosses, targets = dlosses.masked_fill(ignored, 0), targets.masked_fill(ignored, 0)
-        for start in range(0, len(logits), REF_ROWS):
-            rows = slice(start, start + REF_ROWS)
-            p = wide(logits[rows]).sub(lse[rows, None]).exp_()
-            if z_loss:
-                p *= 1 + 2 * z_loss * lse[rows, None]
-            if smoothing:
-                p -= smoothing / logits.shape[1]
-            p[torch.arange(len(p), device=p.device), targets[rows]] -= 1 - smoothing
-            dlogits[rows] = p.mul_(dlosses[rows, None])
-        return dlogits, None, None, None, None
+        return _dlogits_ref(dlosses, *ctx.saved_tensors, *ctx.settings), None, None, None, None
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------
@@ -181,15 +188,17 @@ def _forward_fake(x, weight, targets, weights, ignore_index, z_loss, label_smoot
 
 
 def _forward_cpu(x, weight, targets, weights, ignore_index, z_loss, label_smoothing, want_dx, want_dw, into, beta):
-    def loss(x, weight):
-        return linear_cross_entropy_ref(x, weight, targets, weights, ignore_index, z_loss, label_smoothing)
-
-    out = loss(x, weight)
-    made = gradients(loss, (x, weight), torch.ones_like(out)) if want_dx or want_dw else (x, weight)
-    if want_dw and into is not None:
-        into.copy_(made[1] if beta == 0 else into + made[1])
-    wanted = _gradients_fake(x, weight, want_dx, want_dw, into)
-    return out, *(g.to(like.dtype) if like.numel() else like for g, like in zip(made, wanted, strict=True))
+    logits, settings = F.linear(x, weight), (ignore_index, z_loss, label_smoothing)
+    losses, lse = _losses_ref(logits, targets, *settings)
+    row_weights = torch.ones_like(losses) if weights is None else weights.type_as(losses)
+    dx, dw = _gradients_fake(x, weight, want_dx, want_dw, into)
+    if want_dx or want_dw:
+        dlogits = _dlogits_ref(row_weights, logits, targets, lse, *settings)
+    if want_dx:
+        torch.mm(dlogits, weight, out=dx)
+    if want_dw:
+        _add_product(dw if into is None else into, dlogits.T, x, beta=beta if into is not None else 0)
+    return (losses * row_weights).sum().float(), dx, dw
 
 
 @operator("linear_cross_entropy_forward", mutates=("into",), cpu=_forward_cpu, fake=_forward_fake)

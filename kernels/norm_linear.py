@@ -89,10 +89,10 @@ class _NormLinearRows(torch.autograd.Function):
 
 def weight_gradient_in_parts(weight, parts, into):
     """weight_gradient of (rows of weight, their dy, their x) that make up the whole."""
-    grad = torch.empty_like(weight) if into is None or into.grad is None else into.grad
+    there = None if into is None else into.grad
+    grad, beta = (torch.empty_like(weight), 0) if there is None else (there, 1)  # of beta 0, what is there is not read
     for rows, dy, x in parts:
-        # beta 0: what is there is not read
-        torch.addmm(grad[rows], dy.T, x, beta=0 if into is None or into.grad is None else 1, out=grad[rows])
+        torch.addmm(grad[rows], dy.T, x, beta=beta, out=grad[rows])
     if into is None:
         return grad
     into.grad = grad

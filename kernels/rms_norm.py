@@ -25,8 +25,8 @@ MAX_DIM = 8192  # of the kernels: at 16384 a row, its gradient and its share of 
 
 
 def rms_norm_ref(x, weight, eps):
-    rstd = torch.rsqrt(wide(x).pow(2).mean(-1, keepdim=True) + eps)
-    return (wide(x) * rstd).type_as(x) * weight
+    s = wide(x)
+    return (s * torch.rsqrt(s.square().mean(-1, keepdim=True) + eps)).type_as(x) * weight
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from kernels.bench import DEVICE, GPU, ceilings, flusher, line, machine, missing
 from kernels.bench_cases import full, toy
 
 ROOT = Path(__file__).parent.parent
-TESTS = ("kernels", "attention", "rms_norm", "rope", "swiglu", "linear_cross_entropy", "adamw")
+TESTS = ("kernels", "attention", "rms_norm", "rope", "swiglu", "linear_cross_entropy", "adamw", "model", "step")
 TOKENS = (4096, 8192, 16384)  # of a micro-batch
 CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu", "power.draw", "power.limit")
 TEST_LIMIT_S = 180  # of one test file

@@ -514,3 +514,44 @@ finetune.after_step = after_step
     assert code == 0, (out, err)
     assert out.index("going on with 200") < out.index("micro-batches of 200 tokens take 3.00 of 80.00 GiB")
     assert out.count("out of memory with") == 1 and out.index("take 3.00") < out.index("step 1/")
+
+
+def test_out_of_memory_after_updates_within_backward_ends_the_run(unbroken, tmp_path):
+    """A step that has begun to change weights cannot be taken again."""
+    patch = """
+def fail(grad):
+    if grad is not None and len(calls) == 2:
+        raise finetune.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has no more.")
+calls, real_begin = [], finetune.AdamW.begin
+def begin(optimizer, lr, loss):
+    calls.append(1)
+    if len(calls) == 2:
+        optimizer.params["layers.0.wo"].register_hook(fail)
+    real_begin(optimizer, lr, loss)
+finetune.AdamW.begin = begin
+"""
+    args = "--micro-batch-tokens", 2000, "--optimizer-in-backward", "--grad-clip", 0
+    code, _, err = on_a_small_card(unbroken, tmp_path / "out", 10**9, *args, patch=patch)
+    assert code == 1 and "--optimizer-in-backward had begun" in err and "Traceback" not in err, err
+
+
+@pytest.mark.parametrize("ahead", ["", AHEAD], ids=["told at once", "told late"])
+def test_updates_within_backward_are_the_same_run(unbroken, tmp_path, ahead):
+    ends = []
+    for more in ((), ("--optimizer-in-backward",)):
+        out = tmp_path / f"out{len(more)}"
+        args = "--micro-batch-tokens", 2000, "--grad-clip", 0, *more
+        code, _, err = on_a_small_card(unbroken, out, 10**9, *args, patch=ahead)
+        assert code == 0, err
+        ends.append((curve(out, keys=("step", "loss")), load_file(out / "model.safetensors")))
+    assert ends[0][0] == ends[1][0] and all(t.equal(ends[1][1][name]) for name, t in ends[0][1].items())
+
+
+def test_a_signal_at_the_last_moment_of_a_step_told_late_loses_nothing(unbroken, tmp_path):
+    """Between the step's own look for signals and the last one."""
+    patch = BEFORE_CALL + AHEAD + "before(finetune, 'after_step', 6, term)"
+    code, out, err = end(start(*arguments(tmp_path / "out", unbroken[0]), patch=patch))
+    assert code == 143 and "after step 5" in err, (out, err)
+    assert [line["step"] for line in events(tmp_path / "out")] == list(range(1, 6))
+    finetune(*arguments(tmp_path / "out", unbroken[0]))
+    assert_as_unbroken(tmp_path / "out", unbroken)

@@ -55,6 +55,19 @@ def test_on_a_cpu_2048(monkeypatch):
     assert fit.auto_tokens(MODELS["llama-7b"], config_of(), LENGTHS, torch.device("cpu"), BF16) == 2048
 
 
+def test_no_more_than_micro_batch_size_rows(monkeypatch):
+    assert tokens_with(78, monkeypatch, micro_batch_size=8) == 1024
+
+
+def test_an_optimizer_in_backward_needs_no_gradients_where_a_step_is_one_micro_batch(monkeypatch):
+    changes = dict(
+        optimizer_in_backward=True, grad_clip=0.0, global_batch_size=16, recompute="block", master_weights="stochastic"
+    )
+    assert tokens_with(33, monkeypatch, **changes) == 16 * 128
+    with pytest.raises(UsageError, match="do not fit"):
+        tokens_with(33, monkeypatch, **changes | {"optimizer_in_backward": False})
+
+
 def test_halving_twice_tells_the_peak_and_what_would_fit(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 85 * GB))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 84 * GB)
@@ -65,7 +78,7 @@ def test_halving_twice_tells_the_peak_and_what_would_fit(monkeypatch):
     )  # fmt: skip
     fit.halve(job, "no room")
     assert job.max_tokens == job.facts["max_tokens"] == 4480 and "going on with 4480" in said[0]
-    with pytest.raises(CriaError, match=r"the peak was 84\.0 of 85\.0 GB\); pass --micro-batch-tokens \d+ \("):
+    with pytest.raises(CriaError, match=r"the peak was 84\.0 of 85\.0 GB; pass --micro-batch-tokens \d+ \("):
         fit.halve(job, "no room")
 
 

@@ -88,7 +88,9 @@ def test_every_tensor_of_a_ready_micro_batch_is_found(device):
 
 def test_figures_are_what_the_device_computed(device):
     began = Mark(torch.device(device))
-    figures = Figures(torch.tensor(1.5, device=device), torch.tensor(torch.nan, device=device), torch.tensor(True))
+    figures = Figures(
+        torch.tensor(1.5, device=device), torch.tensor(torch.nan, device=device), torch.tensor(True, device=device)
+    )
     loss, norm, finite = figures.read()
     assert loss == 1.5 and norm != norm and finite == 1
     assert figures.mark.seconds_since(began) >= 0
