@@ -9,6 +9,10 @@ B200 and L40S (the 4090's chip, at the full rate, on 350 W) are assumed to be bo
 GeForce cards at half rate are bound by their matrix units: cuBLAS reaches 0.88 to 0.96 of such a peak on an L20; 0.85
 is assumed. Copies are assumed to reach 0.9 of the bandwidth. A report that scripts.gpu_report left in benchmarks/
 replaces both by what it measured on the card.
+
+Of a link between cards, one way, NCCL is assumed to move 0.8: 370 of 450 GB/s all-gathering over an H100's NVLink, 240
+of 300 over an A100's (github.com/NVIDIA/nccl-tests issues 212, 149), and so over PCIe, where GeForce cards, which know
+no peers, may reach less. Over 8 cards are machines of 8, joined by a 400 Gb/s port a card.
 """
 
 import json
@@ -26,6 +30,8 @@ GIB = 1 << 30
 KERNEL_SHARE = 0.9  # of the copy rate, that kernels bound by memory are built for
 COPY_SHARE = 0.9  # of the memory's bandwidth
 ATTENTION_SHARE = 0.4  # of the GEMM rate: FlashAttention-2's 294 TFLOP/s of 750 on an H100
+LINK_SHARE = 0.8  # of a link's one way, that NCCL moves
+MACHINE, PORT_GB_PER_S = 8, 50  # cards that NVLink joins, and what leaves their machine beside each of them
 MASKED_KEYS = 100  # a query multiplies about so many keys that it does not see: 45% of use at Alpaca's 82 that it sees
 LAUNCH_S, LAUNCHES = (
     8e-6,
@@ -45,25 +51,44 @@ class Card:
     gemm_share: float  # of the peak, in a large GEMM
     pcie_gb_per_s: float  # one way, pinned: 25 of gen4's 32, 50 of gen5's 64
     price_per_hour: float | None  # dollars
+    nvlink_gb_per_s: float = 0  # one way, to all the others together; 0: they meet over PCIe
+
+    def bus_bytes_per_s(self, cards: int) -> float:
+        """What an all-gather or reduce-scatter of so many cards sends from each, and receives at once: nccl-tests'
+        bus bandwidth."""
+        link = self.nvlink_gb_per_s or self.pcie_gb_per_s
+        return 1e9 * LINK_SHARE * min(link, MACHINE * PORT_GB_PER_S if cards > MACHINE else link)
 
 
 # One card on demand, lowest listed price: RunPod in March 2026 (deploybase.ai/articles/runpod-gpu-pricing); the A100 of
-# 40 GB, which RunPod does not list, at Lambda in May 2026.
+# 40 GB, which RunPod does not list, at Lambda in May 2026. NVLink is half of what the data sheets of November 2026 say.
 PRICES_OF = "March 2026"
 CARDS = {
     card.name: card
     for card in (
-        Card("A100-40", "A100-SXM4-40GB", 39.39, 312, 1555, 0.869, 25, 1.48),
-        Card("A100-80", "A100-SXM4-80GB", 79.15, 312, 2039, 0.869, 25, 1.39),
-        Card("H100", "H100 80GB HBM3", 79.11, 989, 3350, 0.758, 50, 2.69),
-        Card("H200", "NVIDIA H200", 139.80, 989, 4800, 0.758, 50, 3.59),
-        Card("B200", "NVIDIA B200", 178.35, 2250, 7700, 0.75, 50, 5.98),
+        Card("A100-40", "A100-SXM4-40GB", 39.39, 312, 1555, 0.869, 25, 1.48, 300),
+        Card("A100-80", "A100-SXM4-80GB", 79.15, 312, 2039, 0.869, 25, 1.39, 300),
+        Card("H100", "H100 80GB HBM3", 79.11, 989, 3350, 0.758, 50, 2.69, 450),
+        Card("H200", "NVIDIA H200", 139.80, 989, 4800, 0.758, 50, 3.59, 450),
+        Card("B200", "NVIDIA B200", 178.35, 2250, 7700, 0.75, 50, 5.98, 900),
         Card("L40S", "L40S", 44.39, 362, 864, 0.7, 25, 0.79),
         Card("RTX-3090", "RTX 3090", 23.69, 71, 936, 0.85, 25, 0.22),
         Card("RTX-4090", "RTX 4090", 23.64, 165, 1008, 0.85, 25, 0.34),
         Card("RTX-5090", "RTX 5090", 31.36, 209, 1792, 0.85, 50, 0.69),
     )
 }
+
+
+def cards_of(config) -> int:
+    """Cards of an EstimateConfig; a FinetuneConfig's run has one."""
+    return getattr(config, "gpus", 1)
+
+
+def label_of(cards: int) -> str:
+    """What is to be known of figures of several cards."""
+    label = "projected: this version trains on one card; sharded as FSDP2's fully_shard would be, a block at a time"
+    label += "; a step's tokens shared out evenly"  # dealt out by order, the fullest of 8 cards has 1.19 of the mean's
+    return label + f"; machines of {MACHINE}, joined by {8 * PORT_GB_PER_S} Gb/s a card" * (cards > MACHINE)
 
 
 def find_card(name: str) -> Card:
@@ -79,6 +104,18 @@ def find_card(name: str) -> Card:
         f"--gpu is {name!r}, wanted one of {', '.join(CARDS)}{nearest(name.upper(), CARDS)}; of another card give "
         "--gpu-memory, --gpu-tflops and --gpu-bandwidth"
     )
+
+
+def chosen_card(config) -> Card:
+    """The card that an EstimateConfig names, with what its flags say otherwise."""
+    card = find_card(config.gpu)
+    changes = {
+        "memory_gib": config.gpu_memory, "peak_tflops": config.gpu_tflops, "bandwidth_gb_per_s": config.gpu_bandwidth,
+    }  # fmt: skip
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if changes:  # another card, whose name no report has
+        card = replace(card, **changes, name=f"like {card.name}", device="none", price_per_hour=None)
+    return card if config.price_per_hour is None else replace(card, price_per_hour=config.price_per_hour)
 
 
 def card_named(device_name: str) -> Card | None:
@@ -160,6 +197,12 @@ def layer_weights(c):
     return 2 * c.dim * c.n_heads * c.head_dim + 3 * c.dim * c.hidden_dim, 2 * c.dim * c.n_kv_heads * c.head_dim
 
 
+def update_bytes(parameters: int, masters: int, moments: int, master: str) -> int:
+    """Bytes that AdamW moves, of tensors of so many: all in and out, but gradients in alone, and weights that have an
+    fp32 master beside them out alone."""
+    return parameters * (2 if master == "fp32" and masters else 3) + 2 * (masters + moments)
+
+
 def step_seconds(
     c: ModelConfig,
     card: Card,
@@ -170,6 +213,7 @@ def step_seconds(
     recompute: str,
     update_bytes: float,
     offload_bytes: float = 0.0,
+    communication_s: float = 0.0,
 ) -> dict[str, float]:
     """Seconds of one step by what bounds them; "total" is their sum. size: bytes of a number.
 
@@ -180,8 +224,10 @@ def step_seconds(
         update     bytes that the gradient norm and AdamW move
         offload    the optimizer's state over PCIe, both ways at once; nothing else hides it
         host       what launching takes longer than all of the above but offload
+        communication  what it takes longer than micro-batches, which hide it: all of the above but update and offload
 
     update_bytes: of the gradient norm and AdamW. offload_bytes: of the state that crosses PCIe, one way.
+    communication_s: of all micro-batches, between cards.
     """
     t, u = work.tokens, work.loss_rows
     heads, kv_heads, full = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_layers - 1
@@ -206,5 +252,7 @@ def step_seconds(
     }
     launching = work.micro_batches * (c.n_layers + 2) * LAUNCHES * LAUNCH_S
     seconds["host"] = max(0.0, launching - sum(seconds.values()))
+    computing = sum(seconds.values()) - seconds["update"]
+    seconds["communication"] = max(0.0, communication_s - computing)
     seconds["offload"] = offload_bytes / (1e9 * card.pcie_gb_per_s)
     return seconds | {"total": sum(seconds.values())}

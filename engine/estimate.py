@@ -3,13 +3,14 @@
     python -m engine.estimate --model llama-7b --gpu H100
 
 engine.memory has the bytes, engine.cards the seconds. Nothing here needs a GPU, and what no report in benchmarks/
-measured on the card is labelled projected.
+measured on the card is labelled projected. So are several cards: the engine trains on one.
 """
 
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+import textwrap
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -25,10 +26,13 @@ from engine.cards import (
     Card,
     Rates,
     Work,
+    chosen_card,
     find_card,
     gemm_flops,
+    label_of,
     rates,
     step_seconds,
+    update_bytes,
 )
 from engine.cli import from_cli
 from engine.config import MODELS, FinetuneConfig, ModelConfig, knob, nearest
@@ -43,12 +47,14 @@ from engine.memory import (
     largest_micro_batch,
     memory,
     memory_rows,
+    sent_bytes,
     setting_of,
     state_bytes,
 )
 from engine.mix import Mix, Plan, alpaca_mix, cut, file_mix
 from engine.weights import open_source
 
+MOST_GPUS = 64
 GOOD_TOKENS = 2048  # with fewer in a micro-batch the GEMMs wait for their weights
 
 
@@ -70,7 +76,7 @@ class EstimateConfig:
 
     model: str = knob("", "named shape, folder (Hugging Face or Meta layout) or .gguf file", alias="model_name_or_path")
     gpu: str = knob("H100", "the card, one of " + ", ".join(CARDS))
-    gpus: int = knob(1, "cards; this version trains on one")
+    gpus: int = knob(1, "cards; several are projected: this version trains on one")
     gpu_memory: float | None = knob(None, "GiB of another card, as torch tells its total_memory (auto: of --gpu)")
     gpu_tflops: float | None = knob(None, "its dense bf16 peak, TFLOP/s (auto: of --gpu)")
     gpu_bandwidth: float | None = knob(None, "its memory's bandwidth, GB/s (auto: of --gpu)")
@@ -100,8 +106,19 @@ class EstimateConfig:
 
     def __post_init__(self):
         problems = []
-        if self.gpus != 1:
-            problems.append(f"--gpus is {self.gpus}: this version trains on one card, and estimates one")
+        if not 1 <= self.gpus <= MOST_GPUS:
+            problems.append(f"--gpus is {self.gpus}, wanted 1 to {MOST_GPUS}")
+        elif left := self.global_batch_size % self.gpus:
+            lower = self.global_batch_size - left
+            problems.append(
+                f"--global-batch-size {self.global_batch_size} is not divisible by --gpus {self.gpus}: every card "
+                f"takes the same number; pass {f'{lower} or ' if lower > 0 else ''}{lower + self.gpus}"
+            )
+        if self.gpus > 1 and self.optimizer_in_backward:
+            problems.append(
+                f"--optimizer-in-backward with --gpus {self.gpus} is not projected: each card holds a part of the "
+                "gradients alone; leave out one of the two"
+            )
         try:
             find_card(self.gpu)
         except ValueError as error:
@@ -130,18 +147,6 @@ class EstimateConfig:
 SHARED = [f.name for f in fields(EstimateConfig) if f.name in {g.name for g in fields(FinetuneConfig)}]
 
 
-def chosen_card(config: EstimateConfig) -> Card:
-    """The card named, with what flags say otherwise."""
-    card = find_card(config.gpu)
-    changes = {
-        "memory_gib": config.gpu_memory, "peak_tflops": config.gpu_tflops, "bandwidth_gb_per_s": config.gpu_bandwidth,
-    }  # fmt: skip
-    changes = {name: value for name, value in changes.items() if value is not None}
-    if changes:  # another card, whose name no report has
-        card = replace(card, **changes, name=f"like {card.name}", device="none", price_per_hour=None)
-    return card if config.price_per_hour is None else replace(card, price_per_hour=config.price_per_hour)
-
-
 # ---- projecting -----------------------------------------------------------------------------------------------------
 
 
@@ -149,36 +154,36 @@ def chosen_card(config: EstimateConfig) -> Card:
 class Projection:
     """Speed and cost of a whole fine-tune."""
 
-    work: Work  # of a step
+    work: Work  # of a step on each card
     seconds: dict[str, float]  # of a step, by what bounds it
-    tokens_per_s: float  # logical
+    communication_bytes: int  # that each card sends in a step
+    communication_s: float  # of which seconds["communication"] are not hidden
+    tokens_per_s: float  # logical, of all cards
     mfu: float  # 6 N logical tokens a second / peak
     steps: int
     total_s: float
     dollars: float | None
 
 
-def update_bytes(parameters: int, masters: int, moments: int, master: str) -> int:
-    """Bytes that AdamW moves, of tensors of so many: all in and out, but gradients in alone, and weights that have an
-    fp32 master beside them out alone."""
-    return parameters * (2 if master == "fp32" and masters else 3) + 2 * (masters + moments)
-
-
 def project(config, c: ModelConfig, card: Card, speed: Rates, mix: Mix, plan: Plan, setting: dict) -> Projection:
-    state = state_bytes(c, setting["dtype"], setting["master"], setting["states"])
+    cards = setting["cards"]
+    state = state_bytes(c, setting["dtype"], setting["master"], setting["states"], cards)
     tokens = min(mix.logical, mix.own + mix.prefix * plan.micro_batches)
     work = Work(tokens, mix.loss_rows, mix.pairs, mix.query_pairs, plan.micro_batches)
+    sent = plan.micro_batches * sent_bytes(c, setting["dtype"], cards)
+    sent_s = sent / card.bus_bytes_per_s(cards)
     seconds = step_seconds(
         c, card, speed, work, size=setting["dtype"].itemsize, recompute=setting["recompute"],
         update_bytes=update_bytes(*state[:3], setting["master"]) + state[0],  # the gradients' norm reads them once more
-        offload_bytes=state[1] + state[2] if setting["offload"] else 0,
+        offload_bytes=state[1] + state[2] if setting["offload"] else 0, communication_s=sent_s,
     )  # fmt: skip
+    per_step = min(config.global_batch_size, mix.examples)
     steps = min(config.epochs * steps_per_epoch(mix.examples, config.global_batch_size), config.max_steps or math.inf)
-    total_s = seconds["total"] * min(steps, config.epochs * mix.examples / mix.per_step)  # an epoch's last is smaller
-    rate = mix.logical / seconds["total"]
-    dollars = None if card.price_per_hour is None else total_s / 3600 * card.price_per_hour
-    mfu = 6 * c.n_parameters * rate / (1e12 * card.peak_tflops)
-    return Projection(work, seconds, rate, mfu, steps, total_s, dollars)
+    total_s = seconds["total"] * min(steps, config.epochs * mix.examples / per_step)  # an epoch's last is smaller
+    rate = cards * mix.logical / seconds["total"]
+    dollars = None if card.price_per_hour is None else total_s / 3600 * cards * card.price_per_hour
+    mfu = 6 * c.n_parameters * rate / (1e12 * card.peak_tflops * cards)
+    return Projection(work, seconds, sent, sent_s, rate, mfu, steps, total_s, dollars)
 
 
 def estimate(config: EstimateConfig) -> dict:
@@ -268,6 +273,11 @@ def time_rows(found: dict) -> list[tuple[str, str, str]]:
         "offload": f"master and states over PCIe, {card.pcie_gb_per_s:g} GB/s each way",
     }
     rows = [(name, f"{1e3 * ms[name]:.1f}", text) for name, text in why.items() if ms[name]]
+    if (cards := found["setting"]["cards"]) > 1:
+        late = f"not hidden by {1e3 * ms['communication']:,.0f} ms" if ms["communication"] else "hidden"
+        gbs = f"{projection.communication_bytes / 1e9:,.0f} GB at {card.bus_bytes_per_s(cards) / 1e9:.0f} GB/s"
+        text = f"{1e3 * projection.communication_s:,.0f} ms, {late}: {gbs}"
+        rows.append(("communication", f"{1e3 * ms['communication']:.1f}", text))
     cut = f"{work.micro_batches} micro-batch{'es' * (work.micro_batches > 1)}"
     tokens = f"{work.tokens:,.0f} tokens computed of {mix.logical:,.0f}"
     return [*rows, ("step", f"{1e3 * ms['total']:.1f}", f"{tokens}, {cut}")]
@@ -276,18 +286,22 @@ def time_rows(found: dict) -> list[tuple[str, str, str]]:
 def tell(found: dict) -> None:
     """Prints everything."""
     config, c, card, mix, plan = (found[name] for name in ("config", "model", "card", "mix", "plan"))
-    title = f"Memory: {config.model}, {c.n_parameters:.3g} parameters, on one {card.name}"
+    cards = found["setting"]["cards"]
+    if cards > 1:
+        print(textwrap.fill(label_of(cards), 80) + "\n")
+    on = f"on each of {cards} {card.name}" if cards > 1 else f"on one {card.name}"
+    title = f"Memory: {config.model}, {c.n_parameters:.3g} parameters, {on}"
     rows = memory_rows(found["memory"], found["room"], plan.tokens, **found["setting"])
     show(title, ("kind", "GB", "what"), rows)
     if found["memory"].total > found["room"]:
         tell_alternatives(found)
         return
     projection, speed = found["projection"], found["speed"]
-    title = f"Time of a step: {mix.per_step} examples of {mix.what}; {speed.source}"
+    title = f"Time of a step: {mix.per_step} examples{' a card' * (cards > 1)} of {mix.what}; {speed.source}"
     show(title, ("part", "ms", "at"), time_rows(found))
     print(
         f"{projection.tokens_per_s:,.0f} tokens/s ({speed.source}), MFU {projection.mfu:.0%}: "
-        f"6 x {c.n_parameters:.3g} x tokens/s / {card.peak_tflops:g}e12"
+        f"6 x {c.n_parameters:.3g} x tokens/s / {f'{cards} / ' * (cards > 1)}{card.peak_tflops:g}e12"
     )
     print(f"{projection.steps:,} steps, {config.epochs} epochs: {duration(projection.total_s)}, {cost(found)}")
     for step in measured_steps(found):
@@ -303,6 +317,7 @@ def measured_steps(found: dict) -> list[dict]:
     config, setting = found["config"], found["setting"]
     wanted = {"model": config.model, "sharing": config.share_prefix}
     wanted |= {name: setting[name] for name in ("master", "states", "recompute", "offload")}
+    wanted |= {"cards": setting["cards"]} if setting["cards"] > 1 else {}
     figures = {"tokens_per_s", "tokens", "peak_gib"}  # which a step that failed has not
     return [
         step for step in found["speed"].steps
@@ -314,17 +329,19 @@ def cost(found):
     config, dollars, price = found["config"], found["projection"].dollars, found["card"].price_per_hour
     if dollars is None:
         return "at no known price; pass --price-per-hour"
+    cards = f"{found['setting']['cards']} x " * (found["setting"]["cards"] > 1)
     given = getattr(config, "price_per_hour", None) is not None
-    return f"${dollars:.2f} at ${price:.2f} an hour" + f" ({PRICES_OF})" * (not given)
+    return f"${dollars:.2f} at {cards}${price:.2f} an hour" + f" ({PRICES_OF})" * (not given)
 
 
 def tell_alternatives(found: dict) -> None:
     """What fits instead, or how far the least is from it."""
+    a_card = "a card " * (found["setting"]["cards"] > 1)
     rows = [
         (
             gb(used.total), f"{p.tokens_per_s:,.0f}", duration(p.total_s),
             "no price" if p.dollars is None else f"${p.dollars:.2f}",
-            " ".join(flags) + f"  ({gb(used.host)} GB on the host)" * (used.host > 0),
+            " ".join(flags) + f"  ({gb(used.host)} GB {a_card}on the host)" * (used.host > 0),
         )
         for flags, _, used, p in found["alternatives"]
     ]  # fmt: skip
@@ -334,7 +351,7 @@ def tell_alternatives(found: dict) -> None:
         return
     least = least_bytes(found)
     fitting = [card.name for card in CARDS.values() if card.memory_gib * GIB >= least]
-    print(f"Nothing fits: {gb(least)} GB are the least that any setting takes.")
+    print(f"Nothing fits: {gb(least)} GB {a_card}are the least that any setting takes.")
     if fitting:
         print(f"These cards have as much: {', '.join(fitting)}")
 
@@ -343,26 +360,29 @@ def least_bytes(found):
     """Of the settings that take the least: all state on the host, or no gradients in steps of one example."""
     tokens = found["config"].max_length
     setting = found["setting"] | {"states": "8bit", "recompute": "block", "master": "stochastic"}
-    ways = {"offload": True, "in_backward": False}, {"offload": False, "in_backward": True, "one_micro_batch": True}
+    ways = [{"offload": True, "in_backward": False}, {"offload": False, "in_backward": True, "one_micro_batch": True}]
+    ways = ways if setting["cards"] == 1 else ways[:1]
     return min(memory(found["model"], tokens=tokens, loss_rows=tokens, **setting | way).total for way in ways)
 
 
 def as_json(found: dict) -> dict:
     """found as what JSON can say, every quantity with its unit."""
-    card, plan, speed = found["card"], found["plan"], found["speed"]
+    card, plan, speed, cards = found["card"], found["plan"], found["speed"], found["setting"]["cards"]
 
     def projected(plan, used, projection):
         return {
             "memory_bytes": asdict(used) | {"total": used.total, "room": found["room"]},
             "fits": used.total <= found["room"], "micro_batch_tokens": plan.tokens,
             "micro_batches": plan.micro_batches, "computed_tokens": projection.work.tokens,
+            "communication_bytes": projection.communication_bytes, "communication_s": projection.communication_s,
             "step_s": projection.seconds, "tokens_per_s": projection.tokens_per_s, "mfu": projection.mfu,
             "steps": projection.steps, "total_s": projection.total_s, "dollars": projection.dollars,
         }  # fmt: skip
 
     return strict({
         "what": "engine.estimate", "config": asdict(found["config"]), "model": asdict(found["model"]),
-        "parameters": found["model"].n_parameters, "card": asdict(card), "prices_of": PRICES_OF,
+        "parameters": found["model"].n_parameters, "cards": cards, "label": label_of(cards) if cards > 1 else None,
+        "card": asdict(card), "bus_bytes_per_s": card.bus_bytes_per_s(cards), "prices_of": PRICES_OF,
         "mix": asdict(found["mix"]), "source": speed.source, "report": speed.report,
         "gemm_flops_per_s": speed.gemm_flops_per_s, "copy_bytes_per_s": speed.copy_bytes_per_s,
         "measured_steps": measured_steps(found),

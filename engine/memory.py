@@ -1,4 +1,4 @@
-"""Bytes of a training step on one card, and what fits.
+"""Bytes of a training step on a card, alone or one of several, and what fits.
 
 Of a micro-batch of T tokens, L of whose targets carry loss at U distinct rows, at the worst moment of a step:
 
@@ -7,6 +7,16 @@ Of a micro-batch of T tokens, L of whose targets carry loss at U distinct rows, 
     activations            what is kept for backward, exactly: kept()
     temporaries            what the worst moment needs beside that: temporaries()
     overhead               CUDA's context and libraries, and what the allocator cannot use: assumed
+
+On each of N cards, sharded as FSDP2's fully_shard shards a block at a time, the embedding and the head being one each,
+the first two lines are of shards: of a parameter (R, ...) the largest has ceil(R / N) rows. Activations and temporaries
+are those of the card's own micro-batch, and beside them, at the moment at which most is whole:
+
+    gathered      weights of two neighbours, the one under way and the next, fetched ahead: max(2 B, B + E)
+                  gradients on their way to the reduce-scatter, a block's and the head's:          B + E
+
+B is a block, E the embedding or the head, of N shards each. A tied matrix is whole from the embedding to the head: the
+weights are then 2 B + E. Projected: the engine itself trains on one card.
 """
 
 import functools
@@ -16,12 +26,14 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.cards import cards_of
 from engine.config import ModelConfig
 from engine.model import new_model
 from kernels.adamw import adamw_state
 from kernels.linear_cross_entropy import LOGITS_BYTES, PAD, ROWS
 
 CONTEXT_BYTES = 640 << 20  # CUDA's context, cuBLAS with its workspace, the kernels' code: 0.5 to 0.6 GiB on an H100
+NCCL_BYTES = 512 << 20  # its channels' buffers on each of several cards: assumed
 SLACK = 0.03  # of all tensors: what the allocator rounds up and cannot join
 SLOTS = 3  # of engine.offload: one tensor's states arrive, one's are updated, one's leave
 PLAN_BYTES = 64  # a token: attention's plans, of all layers but the last and of the last
@@ -36,11 +48,12 @@ class Memory:
     master: int
     states: int
     gradients: int
+    gathered: int  # what is whole of other cards' weights, and of gradients for them; 0 on one card
     activations: int
     head: int  # temporaries while the loss is made: logits, and their rows
     backward: int  # temporaries while backward is in its worst layer
     overhead: int
-    host: int  # in the computer's memory, not on the card
+    host: int  # in the computer's memory, not on the card; for this card alone
 
     @property
     def temporaries(self) -> int:
@@ -51,23 +64,51 @@ class Memory:
     def total(self) -> int:
         """On the card."""
         state = self.weights + self.master + self.states + self.gradients
-        return state + self.activations + self.temporaries + self.overhead
+        return state + self.gathered + self.activations + self.temporaries + self.overhead
+
+
+def shard_of(p: torch.Tensor, cards: int) -> torch.Tensor:
+    """An empty tensor like the largest of the shards of p (R, ...): (ceil(R / cards), ...)."""
+    return p.new_empty(-(-len(p) // cards), *p.shape[1:])
 
 
 @functools.cache
-def state_bytes(c: ModelConfig, dtype: torch.dtype, master: str, states: str) -> tuple[int, int, int, int]:
+def state_bytes(c: ModelConfig, dtype: torch.dtype, master: str, states: str, cards: int = 1) -> tuple[int, ...]:
     """Bytes of the weights, of their masters, of AdamW's m and v, and of the most that one tensor has of the last two.
 
-    Counted on the real model and its real optimizer states, on torch's meta device.
+    Counted on the real model's largest shards and their real optimizer states, on torch's meta device.
     """
     parameters, masters, moments, largest = 0, 0, 0, 0
-    for p in new_model(c, "meta", dtype).parameters():
+    for p in (shard_of(whole, cards) for whole in new_model(c, "meta", dtype).parameters()):
         kept = {name: t.nbytes for name, t in adamw_state(p, master, states).tensors().items()}
         parameters += p.nbytes
         masters += kept.get("low", 0) + kept.get("master", 0)
         moments += sum(kept.values()) - kept.get("low", 0) - kept.get("master", 0)
         largest = max(largest, sum(kept.values()))
     return parameters, masters, moments, largest
+
+
+@functools.cache
+def whole_bytes(c: ModelConfig, dtype: torch.dtype, cards: int) -> tuple[int, int]:
+    """Bytes of a block's weights, and of the embedding's or the head's, gathered from so many shards."""
+    model = new_model(c, "meta", dtype)
+    groups = model.layers[0].parameters(), [model.tok_embeddings]
+    return tuple(sum(cards * shard_of(p, cards).nbytes for p in group) for group in groups)
+
+
+def gathered_bytes(c: ModelConfig, dtype: torch.dtype, cards: int) -> int:
+    """The most that is whole on one of several cards: see the top of the file."""
+    if cards == 1:
+        return 0
+    block, embedding = whole_bytes(c, dtype, cards)
+    weights = 2 * block + embedding if c.tied else block + max(block, embedding)
+    return weights + block + embedding
+
+
+def sent_bytes(c: ModelConfig, dtype: torch.dtype, cards: int) -> int:
+    """What each card sends, and receives, for a micro-batch: (N - 1) / N of the padded weights in forward and again in
+    backward, and of their gradients, in the weights' dtype. Recomputing a block gathers nothing more."""
+    return 3 * (cards - 1) * state_bytes(c, dtype, "split", "fp32", cards)[0]
 
 
 def layer_bytes(c: ModelConfig, t: int, u: int, size: int, recompute: str, last: bool) -> int:
@@ -175,25 +216,31 @@ def gradients_at_once(c: ModelConfig, loss_rows: int, size: int, in_backward: bo
 def memory(
     c: ModelConfig, *, tokens: int, loss_rows: int, query_rows: int | None = None, dtype: torch.dtype = torch.bfloat16,
     master: str = "split", states: str = "fp32", recompute: str = "cheap", offload: bool = False,
-    in_backward: bool = False, one_micro_batch: bool = False,
+    in_backward: bool = False, one_micro_batch: bool = False, cards: int = 1,
 ) -> Memory:  # fmt: skip
-    """Bytes of a training step on one card.
+    """Bytes of a training step on a card.
 
     tokens: T of the largest micro-batch, as computed. loss_rows: L of its targets. query_rows: U, the distinct rows
     that predict them; None is L. master, states, recompute, offload, in_backward: as FinetuneConfig's flags say. With
     offload master and states are on the host, but for those in SLOTS, each as large as the largest tensor's.
     one_micro_batch: no step has a second; then gradients come as activations go, and with in_backward go again at once.
+    cards: that share everything but a micro-batch. Raises ValueError for several with in_backward.
     """
+    if in_backward and cards > 1:
+        raise ValueError(f"memory: in_backward with {cards} cards, wanted one")
     size = dtype.itemsize
     query_rows = loss_rows if query_rows is None else query_rows
-    parameters, masters, moments, largest = state_bytes(c, dtype, master, states)
+    parameters, masters, moments, largest = state_bytes(c, dtype, master, states, cards)
+    gathered = gathered_bytes(c, dtype, cards)
     host = masters + moments if offload else 0
     if offload:
         masters, moments = 0, SLOTS * largest
     kept_bytes = kept(c, tokens, loss_rows, query_rows, size, recompute)
     activations = kept_bytes + tokens * (8 + PLAN_BYTES) + 12 * loss_rows  # positions, plans; targets and their weights
     head, backward, first, end = temporaries(c, tokens, loss_rows, query_rows, size, recompute)
-    if one_micro_batch and not in_backward:  # most gradients are there when most activations are not
+    if cards > 1:  # whole ones are among what is gathered, the embedding's too
+        gradients = parameters
+    elif one_micro_batch and not in_backward:  # most gradients are there when most activations are not
         others = parameters - c.vocab_size * c.dim * size  # all but the embedding's, or the one that it is added to
         latest = others + max(first, end) + c.tied * c.vocab_size * c.dim * size
         gradients = gradients_at_once(c, loss_rows, size, False)
@@ -202,10 +249,11 @@ def memory(
         gradients = gradients_at_once(c, loss_rows, size, True) if in_backward else 0
         gradients += 0 if one_micro_batch else parameters  # autograd adds a new one to the old
         backward = max(backward, end - kept_bytes)
-    tensors = parameters + gradients + masters + moments + activations + max(head, backward)
+    tensors = parameters + gradients + masters + moments + gathered + activations + max(head, backward)
+    libraries = CONTEXT_BYTES + (NCCL_BYTES if cards > 1 else 0)
     return Memory(
-        parameters, masters, moments, gradients, activations, head, backward,
-        CONTEXT_BYTES + round(SLACK * tensors), host,
+        parameters, masters, moments, gradients, gathered, activations, head, backward,
+        libraries + round(SLACK * tensors), host,
     )  # fmt: skip
 
 
@@ -246,15 +294,16 @@ SAVINGS = (
 )
 DEFAULTS = {
     "dtype": torch.bfloat16, "master": "split", "states": "fp32", "recompute": "cheap", "offload": False,
-    "in_backward": False,
+    "in_backward": False, "cards": 1,
 }  # fmt: skip
 
 
 def setting_of(config, dtype: torch.dtype) -> dict:
-    """What memory() is to know of a FinetuneConfig's flags."""
+    """What memory() is to know of a FinetuneConfig's flags, or an EstimateConfig's."""
     return {
         "dtype": dtype, "master": config.master_weights, "states": config.optimizer_states,
         "recompute": config.recompute, "offload": config.offload_optimizer, "in_backward": config.optimizer_in_backward,
+        "cards": cards_of(config),
     }  # fmt: skip
 
 
@@ -286,7 +335,8 @@ def cheapest_that_fits(
 
     price = {saving: 2 << i for i, saving in enumerate(SAVINGS)}
     most = min(most_tokens, step_tokens or most_tokens)
-    saving = [s for s in SAVINGS if used(most, setting | {s[0]: s[1]}).total < used(most, setting).total]
+    known = [s for s in SAVINGS if s[0] != "in_backward" or setting["cards"] == 1]
+    saving = [s for s in known if used(most, setting | {s[0]: s[1]}).total < used(most, setting).total]
     groups = [[s for s in saving if s[0] == name] for name in dict.fromkeys(name for name, *_ in saving)]
     found = []
     for picked in itertools.product(*([None, *group] for group in groups)):
@@ -331,8 +381,9 @@ def memory_rows(used: Memory, room_bytes: int, tokens: int, **setting) -> list[t
     verdict = f"fits, {gb(left)} left" if left >= 0 else f"does not fit, {gb(-left)} too much"
     a_token = used.activations / tokens
     a_token = f"{a_token / 1e6:.2f} MB" if a_token >= 1e6 else f"{a_token / 1e3:.1f} kB"
+    gathered = [("gathered", gb(used.gathered), "two blocks' weights; a block's and head's gradients")]
     return [
-        ("weights", gb(used.weights), dtype),
+        ("weights", gb(used.weights), dtype + (f", 1/{setting['cards']} of them" if setting["cards"] > 1 else "")),
         ("fp32 master", gb(used.master), of_master),
         ("optimizer states", gb(used.states), f"m and v, {setting['states']}{on_host}"),
         (
@@ -340,6 +391,7 @@ def memory_rows(used: Memory, room_bytes: int, tokens: int, **setting) -> list[t
             gb(used.gradients),
             f"{dtype}{'' if used.gradients == used.weights else ', those there at once'}",
         ),
+        *(gathered if used.gathered else []),
         ("activations", gb(used.activations), f"{tokens:,} tokens, {a_token} each"),
         ("temporaries", gb(used.temporaries), f"{which}: the larger of {gb(used.head)} and {gb(used.backward)}"),
         ("overhead", gb(used.overhead), "CUDA and its libraries, the allocator: assumed"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from engine import data, packing
+from engine.cards import cards_of
 from engine.config import ModelConfig
 from engine.errors import CriaError, UsageError
 from engine.load import find_tokenizer
@@ -23,7 +24,7 @@ SAMPLED_STEPS = 32  # of a file's
 
 @dataclass(frozen=True)
 class Mix:
-    """A dataset in numbers: a mean step's, but for `largest`."""
+    """A dataset in numbers: a mean step's, but for `largest`. Of several cards, what one of them has of a step."""
 
     what: str
     examples: int
@@ -61,10 +62,17 @@ def step_of(lengths, loss, groups):
     ])  # fmt: skip
 
 
+def share_of(config, n_examples: int) -> int:
+    """Examples of a step on each card, of a dataset of so many. Raises UsageError where a card would have none."""
+    cards = cards_of(config)
+    if cards > max(1, n_examples):
+        raise UsageError(f"{n_examples} examples are too few for --gpus {cards}; pass {max(1, n_examples)} or fewer")
+    return -(-min(config.global_batch_size, n_examples) // cards)
+
+
 def mix_of(what, n_examples, steps, config):
-    means = np.mean(steps, axis=0)
-    per_step = min(config.global_batch_size, n_examples)
-    return Mix(what, n_examples, per_step, *(float(x) for x in means), largest=float(max(s[1] for s in steps)))
+    means = (float(x) for x in np.mean(steps, axis=0))
+    return Mix(what, n_examples, share_of(config, n_examples), *means, largest=float(max(s[1] for s in steps)))
 
 
 def alpaca_mix(config, rows: int = ALPACA_ROWS, what: str = "") -> Mix:
@@ -78,13 +86,13 @@ def alpaca_mix(config, rows: int = ALPACA_ROWS, what: str = "") -> Mix:
     order = order[loss[order] > 0]
     if not len(order):
         raise UsageError(f"--max-length {config.max_length} leaves no row a token of its response")
-    steps, size = [], min(config.global_batch_size, len(order))
+    steps, size = [], share_of(config, len(order))
     for first in range(0, len(order) - size + 1, size):
         step = order[first : first + size]
         groups = [(n, np.flatnonzero(has_input[step] == kind)) for kind, n in enumerate(templates)]
         groups = [(min(n, config.max_length), g) for n, g in groups if len(g) > 1 and config.share_prefix]
         steps.append(step_of(lengths[step], loss[step], groups))
-    steps = np.array(steps) * min(1, rows / size)  # fewer rows than a step holds
+    steps = np.array(steps) * min(1, rows / cards_of(config) / size)  # fewer rows than a step holds
     kept_rows = round(rows * len(order) / len(lengths))
     return mix_of(what or f"Alpaca, {kept_rows:,} rows", kept_rows, steps, config)
 
@@ -108,9 +116,9 @@ def file_mix(config, c: ModelConfig, path) -> Mix:
 
 def dataset_mix(train: data.Dataset, config) -> Mix:
     """Of tokenised examples, by the first steps of an epoch."""
-    n, size = len(train), min(config.global_batch_size, len(train))
+    n, size = len(train), share_of(config, len(train))
     order, steps = data.order(n, config.seed, 0, True), []
-    for first in range(0, n - size + 1, size)[:SAMPLED_STEPS]:
+    for first in range(0, n - size + 1, size)[: SAMPLED_STEPS * cards_of(config)]:
         step = order[first : first + size]
         lengths = train.lengths()[step].astype(float)
         loss = train.loss_tokens()[step].astype(float)

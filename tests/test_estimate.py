@@ -11,23 +11,29 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import command
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import kernels
 from engine import packing
-from engine.cards import CARDS, GIB, Work, find_card, gemm_flops, rates
+from engine.cards import CARDS, GIB, Work, find_card, gemm_flops, rates, step_seconds, update_bytes
 from engine.cli import from_cli
 from engine.config import MODELS, FinetuneConfig, ModelConfig
 from engine.data import Dataset
 from engine.errors import exit_code_of
-from engine.estimate import SHARED, EstimateConfig, estimate, main, show, update_bytes
+from engine.estimate import SHARED, EstimateConfig, estimate, main, show
 from engine.memory import (
+    CONTEXT_BYTES,
     DEFAULTS,
+    NCCL_BYTES,
     PLAN_BYTES,
     SAVINGS,
     cheapest_that_fits,
@@ -35,6 +41,8 @@ from engine.memory import (
     largest_micro_batch,
     layer_bytes,
     memory,
+    sent_bytes,
+    setting_of,
     state_bytes,
     temporaries,
 )
@@ -42,6 +50,7 @@ from engine.mix import alpaca_mix, cut, step_of
 from engine.model import Ready, new_model
 from engine.optim import AdamW
 from engine.packing import MicroBatch
+from kernels.adamw import adamw_state
 
 SMALL = dict(
     dim=48, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=80, vocab_size=301, max_seq_len=128, head_dim=16
@@ -470,6 +479,230 @@ def test_speed_goes_the_way_it_should():
     assert plain.tokens_per_s * plain.seconds["total"] / 128 == pytest.approx(127.2, rel=0.005)
 
 
+# ---- several cards --------------------------------------------------------------------------------------------------
+
+TINY = ModelConfig(dim=8, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=4, hidden_dim=12, vocab_size=10, max_seq_len=64)
+
+
+def found_of(*flags):
+    return estimate(from_cli(EstimateConfig, list(map(str, flags)), None, FIRST)[0])
+
+
+@pytest.mark.parametrize("states", ["fp32", "8bit"])
+@pytest.mark.parametrize("recompute", ["cheap", "block"])
+@pytest.mark.parametrize("offload", [False, True])
+def test_one_card_has_nothing_of_several(states, recompute, offload):
+    """To the byte and the bit: kinds summed up, and seconds as of a step without communication."""
+    flags = ["--optimizer-states", states, "--recompute", recompute, *["--offload-optimizer"] * offload]
+    found, c = found_of(*flags, "--micro-batch-tokens", 4096), MODELS["llama-7b"]
+    plan, work, card = found["plan"], found["projection"].work, found["card"]
+    weights, masters, moments, largest = state_bytes(c, torch.bfloat16, "split", states)
+    head, backward, _, end = temporaries(c, plan.tokens, plan.loss_rows, plan.loss_rows, 2, recompute)
+    keeps = kept(c, plan.tokens, plan.loss_rows, plan.loss_rows, 2, recompute)
+    tensors = 2 * weights + (3 * largest if offload else masters + moments) + keeps
+    tensors += plan.tokens * (8 + PLAN_BYTES) + 12 * plan.loss_rows + max(head, backward, end - keeps)
+    assert found["memory"].total == tensors + CONTEXT_BYTES + round(0.03 * tensors)
+    assert found["memory"].host == (masters + moments if offload else 0) and found["memory"].gathered == 0
+    seconds = step_seconds(
+        c, card, rates(card), work, size=2, recompute=recompute,
+        update_bytes=update_bytes(weights, masters, moments, "split") + weights,
+        offload_bytes=masters + moments if offload else 0,
+    )  # fmt: skip
+    projection, mix = found["projection"], alpaca_mix(EstimateConfig(model="llama-7b"))
+    assert projection.seconds == seconds and seconds["communication"] == 0 and projection.communication_bytes == 0
+    assert seconds["total"] == sum(seconds[k] for k in ("gemm", "attention", "memory", "update", "host", "offload"))
+    assert projection.tokens_per_s == mix.logical / seconds["total"]
+    assert projection.dollars == projection.total_s / 3600 * card.price_per_hour
+    assert projection.total_s == seconds["total"] * (3 * 52002 / 128)
+
+
+@pytest.fixture
+def ranks(request):
+    """The process group of rank 0 among so many, whose collectives do nothing."""
+    dist.init_process_group("fake", rank=0, world_size=request.param, store=FakeStore())
+    yield request.param
+    dist.destroy_process_group()
+
+
+class Sent(TorchDispatchMode):
+    """Bytes of what is gathered or scattered, whole, by all-gathers and reduce-scatters."""
+
+    whole = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("_allgather_base_", "_reduce_scatter_base_"):
+            self.whole += max(t.nbytes for t in args if isinstance(t, torch.Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ranks", [2, 7], indirect=True)
+@pytest.mark.parametrize("recompute", ["cheap", "block"])
+@pytest.mark.parametrize("shape", ["grouped queries", "tied"])
+def test_shards_and_what_is_sent_are_fsdp2s(shape, recompute, ranks):
+    c = ModelConfig(**SMALL | SHAPES[shape])
+    model, mesh = new_model(c, "cpu", torch.bfloat16, "ref", recompute), init_device_mesh("cpu", (ranks,))
+    model.init_weights(0)
+    for module in (*model.layers, model):
+        fully_shard(module, mesh=mesh)
+    register_fsdp_forward_method(model, "loss")
+    shards = [p.to_local() for p in model.parameters()]
+    states = [adamw_state(shard, "split", "8bit").tensors() for shard in shards]
+    found = state_bytes(c, torch.bfloat16, "split", "8bit", ranks)
+    assert sum(t.nbytes for t in shards) == found[0]
+    assert sum(t.nbytes for state in states for t in state.values()) == found[1] + found[2]
+    documents = torch.tensor([[0, 70, 0, 0]], dtype=torch.int32)
+    rows, weights = torch.arange(30, 70), torch.ones(40)
+    batch = MicroBatch(torch.randint(301, (70,)), torch.arange(70), documents, rows, torch.randint(301, (40,)), weights)
+    with Sent() as sent:
+        for _ in range(2):
+            model.loss(batch).backward()
+    assert sent.whole * (ranks - 1) == 2 * ranks * sent_bytes(c, torch.bfloat16, ranks)
+
+
+def test_what_is_sent_and_gathered_by_hand():
+    """Four cards, each with 3 of the embedding's 10 rows. A block: two norms of 8, 16, 8 and 24 rows of 8, 8 of 12."""
+    block, embedding = 2 * (8 + 8 + 16 * 8 + 8 * 8 + 24 * 8 + 8 * 12), 2 * 12 * 8
+    whole = 2 * block + 2 * embedding + 2 * 8
+    assert state_bytes(TINY, torch.bfloat16, "split", "fp32", 4)[0] == whole / 4
+    assert sent_bytes(TINY, torch.bfloat16, 4) == 3 * whole * 3 / 4
+    assert memory(TINY, tokens=9, loss_rows=5, cards=4).gathered == 2 * block + (block + embedding)
+    tied = dataclasses.replace(TINY, tied=True)
+    assert sent_bytes(tied, torch.bfloat16, 4) == 3 * (whole - embedding) * 3 / 4
+    assert memory(tied, tokens=9, loss_rows=5, cards=4).gathered == 3 * block + 2 * embedding
+    wide = dataclasses.replace(TINY, vocab_size=1000)
+    assert memory(wide, tokens=9, loss_rows=5, cards=4).gathered == 2 * (block + 2 * 1000 * 8)
+    with pytest.raises(ValueError, match="in_backward with 4 cards"):
+        memory(TINY, tokens=9, loss_rows=5, cards=4, in_backward=True)
+
+
+@given(
+    st.sampled_from(["llama-7b", "smollm2-135m"]), st.integers(2, 64), st.sampled_from(("fp32", "bf16")),
+    st.sampled_from(("fp32", "split", "stochastic")), st.booleans(),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_shards_together_are_the_whole_and_padding(name, cards, states, master, offload):
+    c, setting = MODELS[name], {"states": states, "master": master, "offload": offload}
+    one, each = (memory(c, tokens=500, loss_rows=300, cards=n, **setting) for n in (1, cards))
+    rows = [p[:1].numel() for p in new_model(c, "meta", torch.bfloat16).parameters()]  # at most N - 1 of padding each
+    number = {"weights": 2, "gradients": 2, "host": 8 if states == "fp32" else 4}
+    number["host"] += {"fp32": 4, "split": 2, "stochastic": 0}[master]
+    for kind in ("weights", "gradients", "host"):
+        whole, padding = getattr(one, kind), (cards - 1) * sum(rows) * number[kind]
+        assert whole <= cards * getattr(each, kind) <= whole + padding
+    assert (each.host > 0) == offload
+    if not offload:
+        state, padding = one.master + one.states, (cards - 1) * sum(rows) * number["host"]
+        assert state <= cards * (each.master + each.states) <= state + padding
+
+
+@pytest.mark.parametrize("states", ["fp32", "8bit"])
+@pytest.mark.parametrize("one_micro_batch", [False, True])
+def test_memory_falls_to_activations_and_what_is_gathered(states, one_micro_batch):
+    at = {"tokens": 2000, "loss_rows": 1400, "states": states, "one_micro_batch": one_micro_batch}
+    found = [memory(MODELS["llama-7b"], cards=n, **at) for n in (1, 2, 3, 4, 8, 16, 64, 4096)]
+    assert all(more.total > less.total for more, less in itertools.pairwise(found))
+    last, one = found[-1], found[0]
+    assert last.overhead == CONTEXT_BYTES + NCCL_BYTES + round(0.03 * (last.total - last.overhead))
+    rest = last.gathered + last.activations + last.temporaries + last.overhead
+    assert rest < last.total < 1.01 * rest
+    assert (last.activations, last.head) == (one.activations, one.head) and found[-2].gathered == found[1].gathered
+
+
+def test_a_cards_share_of_the_mix():
+    whole, share = (alpaca_mix(EstimateConfig(model="llama-7b", gpus=n)) for n in (1, 8))
+    assert (whole.per_step, share.per_step, share.examples) == (128, 16, 52002)
+    assert 8 * share.logical == pytest.approx(whole.logical, rel=0.001)
+    assert 8 * share.loss_rows == pytest.approx(whole.loss_rows, rel=0.001)
+    assert share.prefix == pytest.approx(whole.prefix, rel=0.05)  # held by each card
+    assert whole.largest / 8 < share.largest < whole.largest / 2
+    few = alpaca_mix(EstimateConfig(model="llama-7b", gpus=8), rows=64)
+    assert (few.per_step, few.examples) == (8, 64) and few.logical == pytest.approx(share.logical / 2)
+
+
+def test_fewer_examples_than_cards(rows_file, smollm2, capsys):
+    flags = ("--model", smollm2, "--data", rows_file)
+    assert run(*flags, "--gpus", 32) == 2
+    assert "24 examples are too few for --gpus 32; pass 24 or fewer" in capsys.readouterr().err
+    assert run(*flags, "--gpus", 8) == 0 and "3 examples a card of 24 examples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("card", "hidden"), [("A100-80", True), ("L40S", False)])
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_micro_batch_takes_the_longer_of_computing_and_communication(card, hidden, offload):
+    flags = ["--optimizer-states", "8bit", "--gpus", 8, "--gpu", card, *["--offload-optimizer"] * offload]
+    found = found_of(*flags, "--global-batch-size", 512, "--micro-batch-size", 32)
+    projection, seconds, mix = found["projection"], found["projection"].seconds, found["mix"]
+    sent = 2 * sent_bytes(MODELS["llama-7b"], torch.bfloat16, 8)
+    assert projection.work.micro_batches == 2 and projection.communication_bytes == sent
+    link = {"A100-80": 0.8 * 300e9, "L40S": 0.8 * 25e9}[card]
+    assert projection.communication_s == pytest.approx(sent / link)
+    computing = sum(seconds[k] for k in ("gemm", "attention", "memory", "host"))
+    after = seconds["update"] + seconds["offload"]
+    assert seconds["total"] == pytest.approx(max(computing, projection.communication_s) + after)
+    assert (seconds["communication"] == 0) == hidden and (seconds["offload"] > 0) == offload
+    state = state_bytes(MODELS["llama-7b"], torch.bfloat16, "split", "8bit")
+    assert 8 * seconds["update"] * 0.81 * 1e9 * found["card"].bandwidth_gb_per_s == pytest.approx(
+        update_bytes(*state[:3], "split") + state[0], rel=0.001
+    )
+    assert projection.tokens_per_s == 8 * mix.logical / seconds["total"]
+    assert projection.mfu == pytest.approx(
+        projection.tokens_per_s * 6 * MODELS["llama-7b"].n_parameters / (8e12 * found["card"].peak_tflops)
+    )
+    assert projection.steps == 3 * 102 and projection.total_s == seconds["total"] * (3 * 52002 / 512)
+    assert projection.dollars == pytest.approx(8 * found["card"].price_per_hour * projection.total_s / 3600)
+
+
+def test_links():
+    """Over NVLink where a card has it, else over PCIe; more than 8 through their machines' ports."""
+    reach = {name: [card.bus_bytes_per_s(n) / 1e9 for n in (2, 8, 16)] for name, card in CARDS.items()}
+    assert reach["A100-80"] == reach["A100-40"] == [240, 240, 240]
+    assert reach["H100"] == reach["H200"] == [360, 360, 320] and reach["B200"] == [720, 720, 320]
+    assert reach["L40S"] == reach["RTX-4090"] == [20, 20, 20] and reach["RTX-5090"] == [40, 40, 40]
+
+
+def test_a_run_has_one_card():
+    assert setting_of(FinetuneConfig(model="llama-7b", random_init=True, data=("x",)), torch.bfloat16)["cards"] == 1
+    assert setting_of(EstimateConfig(model="llama-7b", gpus=4), torch.bfloat16)["cards"] == 4
+
+
+@pytest.mark.parametrize(("card", "model"), [("A100-80", "llama-13b"), ("H100", "llama-7b"), ("4090", "llama-7b")])
+@pytest.mark.parametrize("gpus", [2, 8, 64])
+def test_several_cards_print_and_say_that_they_are_projected(card, model, gpus, tmp_path, capsys):
+    path = tmp_path / "found.json"
+    assert run("--model", model, "--gpu", card, "--gpus", gpus, "--json", path) == 0
+    out, found = capsys.readouterr().out, strict_json(path)
+    label = "projected: this version trains on one card; sharded as FSDP2's fully_shard would be, a block at a time"
+    label += "; a step's tokens shared out evenly"
+    assert " ".join(out.split()).startswith(label) and found["label"].startswith(label) and found["cards"] == gpus
+    assert ("; machines of 8, joined by 400 Gb/s a card" in " ".join(out.split())) == (gpus > 8)
+    assert f"on each of {gpus} {found['card']['name']}" in out and "\n  gathered  " in out
+    assert f"bfloat16, 1/{gpus} of them" in out and f"{found['memory_bytes']['gathered'] / 1e9:.2f}" in out
+    assert max(len(line.partition("  --")[0]) for line in out.splitlines()) <= 80
+    if not found["fits"]:
+        assert "What fits, " in out and found["alternatives"]
+        assert not any("--optimizer-in-backward" in flag for way in found["alternatives"] for flag in way["flags"])
+        assert all(way["fits"] and way["communication_bytes"] for way in found["alternatives"])
+        assert "GB a card on the host)" in out
+        return
+    late = found["step_s"]["communication"]
+    words = f"{1e3 * found['communication_s']:,.0f} ms, " + (
+        f"not hidden by {1e3 * late:,.0f} ms" if late else "hidden"
+    )
+    assert f"{1e3 * late:.1f}  {words}: {found['communication_bytes'] / 1e9:,.0f} GB at " in out
+    assert f"{128 // gpus} examples a card of Alpaca" in out and f"at {gpus} x $" in out
+
+
+def test_nothing_fits_on_several_cards(capsys):
+    assert run("--gpu", "4090", "--gpus", 2, "--gpu-memory", 3) == 0
+    assert "GB a card are the least that any setting takes" in capsys.readouterr().out
+
+
+def test_measured_steps_are_one_cards(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("engine.cards.BENCHMARKS", tmp_path)
+    write_report(tmp_path / "h100.json", MACHINE | CEILINGS | {"step": {"records": [STEP]}})
+    assert run("--optimizer-states", "8bit", "--gpus", 2) == 0 and "measured in" not in capsys.readouterr().out
+
+
 # ---- the command line -----------------------------------------------------------------------------------------------
 
 FIRST = {"model": "llama-7b"}
@@ -519,7 +752,14 @@ def test_help_is_complete():
         ("--modle x", "unknown flag --modle; did you mean --model?"),
         ("--gpu H10", "did you mean H100?"),
         ("--gpu abacus", "of another card give --gpu-memory"),
-        ("--gpus 8", "--gpus is 8: this version trains on one card"),
+        ("--gpus 0", "--gpus is 0, wanted 1 to 64"),
+        ("--gpus 65", "--gpus is 65, wanted 1 to 64"),
+        (
+            "--gpus 3",
+            "--global-batch-size 128 is not divisible by --gpus 3: every card takes the same number; pass 126 ",
+        ),
+        ("--gpus 8 --global-batch-size 4", "not divisible by --gpus 8: every card takes the same number; pass 8\n"),
+        ("--gpus 8 --optimizer-in-backward --grad-clip 0", "with --gpus 8 is not projected: each card holds a part"),
         ("--model lama-7b", "did you mean llama-7b?"),
         ("--micro-batch-tokens 100", "an example must fit one forward"),
         ("--optimizer-in-backward", "pass --grad-clip 0"),
