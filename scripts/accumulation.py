@@ -71,7 +71,7 @@ def error(found, truth):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=str(SEED_TASKS), help="Alpaca JSON or JSONL (the embedded seed tasks)")
-    parser.add_argument("--rows", type=int, default=32, help="examples of the step")
+    parser.add_argument("--rows", type=int, default=8, help="examples of the step")
     parser.add_argument("--json", required=True, help="where the figures go")
     args = parser.parse_args()
 
@@ -90,9 +90,7 @@ def main():
         exact.loss(batch).backward()
     watched(sums)
     figures = []
-    for n in (1, 2, 4, 8, 16, 32):
-        if n > len(examples):
-            break
+    for n in (1, 2, 4, 8):
         model.zero_grad()
         sums[0] = Sums()
         for part in np.array_split(examples, n):
