@@ -23,11 +23,10 @@ def auto_tokens(c: ModelConfig, config: FinetuneConfig, train: data.Dataset, dev
     if device.type == "cpu":
         return max(2048, config.max_length)
     room = torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES  # of which the context is taken already
-    most, step = largest(config, train)
-    most = max(config.max_length, min(MOST_TOKENS, most))
+    most, step = largest(config, train, ALIGN)
     tokens = largest_micro_batch(
-        c, room, most_tokens=-(-most // ALIGN) * ALIGN, step_tokens=step if config.optimizer_in_backward else None,
-        **setting_of(config, dtype),
+        c, room, most_tokens=max(-(-config.max_length // ALIGN) * ALIGN, min(MOST_TOKENS, most)),
+        step_tokens=step if config.optimizer_in_backward else None, **setting_of(config, dtype),
     )  # fmt: skip
     if tokens // ALIGN * ALIGN < config.max_length:
         advice = smaller(c, config, dtype, room, config.max_length, config.max_length)
@@ -38,11 +37,12 @@ def auto_tokens(c: ModelConfig, config: FinetuneConfig, train: data.Dataset, dev
     return tokens // ALIGN * ALIGN
 
 
-def largest(config: FinetuneConfig, train: data.Dataset) -> tuple[int, int]:
-    """Tokens of the largest micro-batch that there can be, and of the largest step, of the longest examples."""
-    longest = np.sort(train.lengths())[::-1]
-    step = int(longest[: config.global_batch_size].sum())
-    return min(step, int(longest[: config.micro_batch_size].sum())) if config.micro_batch_size else step, step
+def largest(config: FinetuneConfig, train: data.Dataset, align: int) -> tuple[int, int]:
+    """Tokens, up to a multiple of align, of the largest micro-batch that there can be and of the largest step: those of
+    the longest examples."""
+    longest = np.sort(train.lengths())[::-1][: config.global_batch_size]
+    most, step = (-(-int(part.sum()) // align) * align for part in (longest[: config.micro_batch_size], longest))
+    return most, step
 
 
 def smaller(c, config, dtype, room_bytes, tokens, most_tokens):
@@ -87,7 +87,7 @@ def within_memory(job, optimizer: AdamW, feed: Feeder | None, work):
 def confirm(job, model: Transformer, optimizer: AdamW) -> None:
     """Before the first step on a GPU: the largest micro-batch that there can be, all of it with loss, forward and
     backward beside its own gradients. Says what it takes; where that is too much, micro-batches are halved."""
-    most, step = largest(job.config, job.train)
+    most, step = largest(job.config, job.train, job.align)
 
     def try_it():
         tokens = min(job.max_tokens, most)

@@ -116,7 +116,7 @@ def test_alpaca_rows(alpaca, train_on_prompt, tied):
     truth = plain(model, ds, examples)
     logical = ds.lengths().sum()
     for max_tokens in (96, 400, 10**6):
-        for how in ({}, {"share_prefix": False}, {"packing": False}, {"align": 64}):
+        for how in ({}, {"share_prefix": False}, {"packing": False, "align": 64})[: 3 if max_tokens == 400 else 2]:
             found, batches = ours(model, ds, examples, max_tokens, **how)
             assert_equal(found, truth)
             computed = sum(len(batch.tokens) for batch in batches)

@@ -162,8 +162,8 @@ def test_a_signal_saves_once_and_exits_143_and_the_run_goes_on_bit_equal(unbroke
 
 
 def test_a_signal_while_data_is_prepared_exits_143_at_once(unbroken, tmp_path):
-    patch = BEFORE_CALL + "before(job.data, 'tokenize', 1, term)"
-    code, _, err = end(start(*arguments(tmp_path / "out", unbroken[0]), patch=patch))
+    patch = BEFORE_CALL + "before(job.data, 'encode', 1, term)"
+    code, _, err = end(start(*arguments(tmp_path / "out", unbroken[0], "--token-cache", "off"), patch=patch))
     assert code == 143 and "before the first step; there is nothing to save" in err
     finetune(*arguments(tmp_path / "out", unbroken[0]))
     assert_as_unbroken(tmp_path / "out", unbroken)

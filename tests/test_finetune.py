@@ -73,7 +73,7 @@ def read(name):
 @pytest.mark.parametrize(
     ("name", "cuts"),
     [
-        ("alpaca", [("--micro-batch-size", n) for n in (8, 4, 2, 1)]),
+        ("alpaca", [("--micro-batch-size", n) for n in (8, 1)]),
         (
             "seed tasks",
             [("--micro-batch-size", 4)]

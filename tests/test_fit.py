@@ -68,6 +68,13 @@ def test_an_optimizer_in_backward_needs_no_gradients_where_a_step_is_one_micro_b
         tokens_with(33, monkeypatch, **changes | {"optimizer_in_backward": False})
 
 
+def test_the_largest_step_is_whole_tiles():
+    odd = SimpleNamespace(lengths=lambda: torch.tensor([9, 100, 50, 70]).numpy())
+    assert fit.largest(config_of(global_batch_size=3), odd, 64) == (256, 256)
+    assert fit.largest(config_of(global_batch_size=3, micro_batch_size=1), odd, 64) == (128, 256)
+    assert fit.largest(config_of(global_batch_size=3, micro_batch_size=2), odd, 1) == (170, 220)
+
+
 def test_halving_twice_tells_the_peak_and_what_would_fit(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 85 * GB))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 84 * GB)

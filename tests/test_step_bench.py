@@ -188,7 +188,7 @@ def test_other_allocators_want_of_memory_is_known():
         (RuntimeError("Triton Error [CUDA]: out of memory"), True), (torch.OutOfMemoryError("x"), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False), (ValueError("x"), False),
     ):  # fmt: skip
-        assert step_common.is_want_of_memory(error) == is_it
+        assert step_common.is_out_of_memory(error) == is_it
     with pytest.raises(ValueError, match="other"):
         step_common.within_memory(8, 1, lambda size: (_ for _ in ()).throw(ValueError("other")))
 
