@@ -367,6 +367,8 @@ def test_a_loss_that_is_no_number_changes_nothing_and_ends_the_run_with_4(unbrok
     assert "step 6: 3 steps in a row had no finite loss or gradient" in err and "rows.json:" in err
     skipped = events(tmp_path / "out", "skip")
     assert [line["step"] for line in skipped] == [2, 4, 5, 6] and len(skipped[0]["rows"]) == 8
+    manifest = json.loads((tmp_path / "out" / "checkpoint-4" / "manifest.json").read_text())
+    assert manifest["n_updates"] == 2, "a step that was left out is no update: AdamW's corrections go by it"
     assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "failed"
 
 
