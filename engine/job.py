@@ -16,12 +16,12 @@ from engine.fit import ALIGN, auto_tokens
 from engine.load import choose_device, choose_dtype, choose_kernels, cpu_multiplies_bf16, find_model, find_tokenizer
 from engine.log import Metrics, Progress, phase
 from engine.memory import state_bytes
+from engine.mix import SEED_TASKS
 from engine.rows import mapped, read_rows
 from engine.run import RUN, Signals, read_json
 from engine.tokenizer import Tokenizer
 from engine.weights import Source, open_source
 
-SEED_TASKS = Path(__file__).parent.parent / "data_gen" / "seed_tasks.jsonl"
 SHOWN_BYTES = 4_000_000  # read in a tenth of a second
 SAMPLE_PROMPTS = (
     "Name three things you can do with an old glass jar.",

@@ -29,13 +29,13 @@ import torch
 from engine.cards import cards_of
 from engine.config import ModelConfig
 from engine.model import new_model
+from engine.offload import SLOTS
 from kernels.adamw import adamw_state
 from kernels.linear_cross_entropy import LOGITS_BYTES, PAD, ROWS
 
 CONTEXT_BYTES = 640 << 20  # CUDA's context, cuBLAS with its workspace, the kernels' code: 0.5 to 0.6 GiB on an H100
 NCCL_BYTES = 512 << 20  # its channels' buffers on each of several cards: assumed
 SLACK = 0.03  # of all tensors: what the allocator rounds up and cannot join
-SLOTS = 3  # of engine.offload: one tensor's states arrive, one's are updated, one's leave
 PLAN_BYTES = 64  # a token: attention's plans, of all layers but the last and of the last
 MOST_TOKENS = 32768  # of a micro-batch that is chosen here: more gains nothing
 
