@@ -1,0 +1,185 @@
+"""One attempt at a request over any OpenAI-compatible server, and what its outcome means. Retrying is the caller's."""
+
+import contextlib
+import json
+import time
+from dataclasses import dataclass, field, replace
+from urllib.parse import urlsplit
+
+from data_gen.cli import UsageError
+from data_gen.prompt import FORMATS
+from data_gen.rate import retry_after
+
+RETRIED = {408, 409, 425, 429}  # and every 5xx
+OVERLOADED = {408, 429, 503, 529}
+OUT_OF_MONEY = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "insufficient_funds")
+BLOCKED = ("content_policy", "content_filter", "invalid_prompt", "moderation", "safety", "responsibleai")
+LOOPBACK = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """What of the API a server understands; found out by asking, one step down at each refusal."""
+
+    format: str = "json_schema"  # then json_object, then text
+    limit: str = "max_completion_tokens"  # then max_tokens
+    temperature: bool = True
+
+    def without(self, named: str) -> "Dialect | None":
+        """The next thing to try after a refusal that names something of ours, or None where it names nothing."""
+        if any(word in named for word in ("response_format", "json_schema", "json_object", "schema", "grammar")):
+            lower = {"json_schema": "json_object", "json_object": "text"}.get(self.format)
+            return replace(self, format=lower) if lower else None
+        if "max_completion_tokens" in named and self.limit == "max_completion_tokens":
+            return replace(self, limit="max_tokens")
+        if "max_tokens" in named and self.limit == "max_tokens":
+            return replace(self, limit="max_completion_tokens")
+        if "temperature" in named and self.temperature:
+            return replace(self, temperature=False)
+        return None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What every request's body says besides its messages."""
+
+    model: str
+    max_output_tokens: int
+    temperature: float
+    extra: dict = field(default_factory=dict)  # fields of --extra, which win
+
+    def body(self, messages, dialect: Dialect) -> dict:
+        body = {"model": self.model, "messages": messages, dialect.limit: self.max_output_tokens}
+        if dialect.temperature:
+            body["temperature"] = self.temperature
+        if FORMATS[dialect.format]:
+            body["response_format"] = FORMATS[dialect.format]
+        return body | self.extra
+
+
+@dataclass(frozen=True)
+class Reply:
+    """kind: answer, refused (this request will not be answered), failed (not billed), lost (billed perhaps),
+    unsupported (the dialect is too rich), fatal (no request will be answered)."""
+
+    kind: str
+    status: int | None
+    body: str
+    headers: dict = field(default_factory=dict)
+    started_at: float = 0.0  # time.monotonic()
+    overloaded: bool = False
+
+    @property
+    def retry_after(self):
+        return retry_after(self.headers) if self.kind in ("failed", "lost") else None
+
+
+class Client:
+    """The openai package's client with its retries off. key: never told, logged or kept."""
+
+    def __init__(self, base_url, key, timeout_s):
+        import openai  # half a second, and not everywhere that the tests run
+
+        self.openai, self.key = openai, key
+        self.api = openai.AsyncOpenAI(base_url=base_url, api_key=key or "none", max_retries=0, timeout=timeout_s)
+
+    async def close(self):
+        await self.api.close()
+
+    async def ask(self, body) -> Reply:
+        """One POST to /chat/completions."""
+        started_at = time.monotonic()
+        try:
+            create = self.api.chat.completions.with_raw_response.create
+            known = {name: body[name] for name in ("model", "messages")}
+            rest = {name: value for name, value in body.items() if name not in known}
+            response = (await create(**known, extra_body=rest)).http_response
+            text, headers = self.clean(response.text), lower(response.headers)
+            kind = "answer" if is_completion(text) else "lost"
+            return Reply(kind, response.status_code, text, headers, started_at)
+        except self.openai.APIStatusError as error:
+            text, headers, status = self.clean(error.response.text), lower(error.response.headers), error.status_code
+            return Reply(kind_of(status, text), status, text, headers, started_at, status in OVERLOADED)
+        except self.openai.APIConnectionError as error:
+            cause = error.__cause__
+            name = type(cause or error).__name__
+            unsent = name in ("ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol")
+            text = self.clean(f"{name}: {cause or error}")
+            return Reply("failed" if unsent else "lost", None, text, {}, started_at, "Timeout" in name)
+
+    def clean(self, text):
+        return text.replace(self.key, "[key]") if self.key else text
+
+
+def lower(headers) -> dict:
+    return {name.lower(): value for name, value in headers.items()}
+
+
+def is_completion(text) -> bool:
+    try:
+        return isinstance(json.loads(text)["choices"][0]["message"], dict)
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+        return False
+
+
+def kind_of(status, text) -> str:
+    """What an error status means: "failed" is tried again."""
+    told = text.lower()
+    if any(code in told for code in OUT_OF_MONEY) or status in (401, 402, 403, 404):
+        return "fatal"
+    if status in RETRIED or status >= 500:
+        return "failed"
+    if any(word in told for word in BLOCKED):
+        return "refused"
+    return "unsupported"
+
+
+def message_of(body: str) -> str:
+    """The sentence in an error's body, in whichever shape it comes."""
+    with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
+        found = json.loads(body)
+        found = found.get("error") or found.get("detail") or found.get("message") or found
+        if isinstance(found, dict):
+            found = found.get("message") or found
+        return " ".join(str(found).split())[:300]
+    return " ".join(body.split())[:300] or "an empty answer"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a completion says: its text, why it ended, its id and model, and the tokens that were billed."""
+
+    text: str
+    finish_reason: str
+    refusal: str
+    id: str
+    model: str
+    usage: tuple | None  # (input, output) tokens
+
+
+def read_answer(body: str) -> Answer:
+    """The first choice of a completion. The body is one that is_completion() holds for."""
+    found = json.loads(body)
+    choice = found["choices"][0]
+    content = choice["message"].get("content")
+    if isinstance(content, list):  # parts, as some servers send them
+        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    usage = found.get("usage") if isinstance(found.get("usage"), dict) else {}
+    tokens = tuple(usage.get(name) for name in ("prompt_tokens", "completion_tokens"))
+    told = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in tokens)
+    return Answer(
+        content if isinstance(content, str) else "",
+        str(choice.get("finish_reason") or ""),
+        str(choice["message"].get("refusal") or ""),
+        str(found.get("id") or ""),
+        str(found.get("model") or ""),
+        tokens if told else None,
+    )
+
+
+def key_for(base_url, environment, name="OPENAI_API_KEY") -> str:
+    """The API key in environment[name]; a server on this machine needs none. Raises UsageError."""
+    key = environment.get(name, "").strip()
+    if not key and urlsplit(base_url).hostname not in LOOPBACK:
+        raise UsageError(f"no API key in ${name} for {base_url}; set it, or name another variable by --api-key-env")
+    return key

@@ -1,0 +1,88 @@
+"""What tokens cost: a dated table, and money in whole picodollars, so that a cap is exact."""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from data_gen.cli import DataError, UsageError, nearest
+
+TABLE = Path(__file__).with_name("prices.json")
+PICO = 10**12  # picodollars in a dollar
+PRICED_HOST = "api.openai.com"  # whose prices the table holds
+
+
+@dataclass(frozen=True)
+class Price:
+    """Picodollars a token. One dollar a million tokens is a million picodollars a token."""
+
+    input: int
+    output: int
+
+    def cost(self, input_tokens: int, output_tokens: int) -> int:
+        """input_tokens * input + output_tokens * output, in picodollars."""
+        return input_tokens * self.input + output_tokens * self.output
+
+
+@dataclass(frozen=True)
+class Table:
+    """The prices of a file: {"as_of", "batch", "models": {name: [input, output]}}, dollars a million tokens."""
+
+    as_of: str
+    batch: Decimal  # the Batch API's share of the price
+    models: dict
+
+
+def read_table(path=None) -> Table:
+    """Raises DataError naming the file and what is wrong in it."""
+    path = Path(path or TABLE)
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"), parse_float=Decimal, parse_int=Decimal)
+        models = {name: tuple(map(money, pair)) for name, pair in raw["models"].items()}
+        if any(len(pair) != 2 for pair in models.values()):
+            raise ValueError("a model has two prices, [input, output]")
+        return Table(str(raw["as_of"]), money(raw.get("batch", 1)), models)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f'prices {path}: {error}; wanted {{"as_of", "batch", "models": {{name: [in, out]}}}}'
+        ) from error
+
+
+def money(value) -> Decimal:
+    """A Decimal of zero or more. Raises ValueError."""
+    try:
+        value = Decimal(str(value))
+    except InvalidOperation:
+        raise ValueError(f"{value!r} is not a number") from None
+    if not value.is_finite() or value < 0:
+        raise ValueError(f"{value} is not an amount of zero or more")
+    return value
+
+
+def price_of(model, base_url, table: Table, given_in=None, given_out=None, batch=False) -> Price:
+    """Of --price-in and --price-out where given, else of the table. Halves and the like are rounded up.
+
+    The table speaks of one provider, so another host's price must be given. Raises UsageError.
+    """
+    if (given_in is None) != (given_out is None):
+        raise UsageError("--price-in and --price-out go together; one of them is given")
+    if given_in is None:
+        host = urlsplit(base_url).hostname
+        known = table.models if host == PRICED_HOST else {}
+        name = model if model in known else re.sub(r"-\d{4}-\d{2}-\d{2}$", "", model)
+        if name not in known:
+            why = f"{model} has no known price at {host}{nearest(model, list(known))}"
+            raise UsageError(
+                f"{why}; pass --price-in and --price-out, dollars a million tokens (0 for your own server)"
+            )
+        given_in, given_out = known[name]
+    share = table.batch if batch else 1
+    return Price(*(math.ceil(money(usd) * share * PICO / 10**6) for usd in (given_in, given_out)))
+
+
+def usd(picodollars: int, digits: int = 4) -> str:
+    """$0.0123, rounded up: what is told is never less than what was spent."""
+    return f"${math.ceil(picodollars * 10**digits / PICO) / 10**digits:,.{digits}f}" if picodollars else "$0"

@@ -1,0 +1,146 @@
+"""What request number N asks: a prompt drawn from the seed tasks, the same whenever it is drawn.
+
+Each shows a few seed tasks and names a few subjects and kinds of task, all picked by (--seed, N) alone, so a request never
+depends on an earlier answer: any number can be in flight, and a batch can hold them all.
+"""
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from data_gen.cli import DataError, json_line, read_rows
+from data_gen.language import LANGUAGES
+
+SEED_TASKS = Path(__file__).with_name("seed_tasks.jsonl")
+TOPICS = Path(__file__).with_name("topics.txt")
+FIELDS = ("instruction", "input", "output")
+N_SUBJECTS, N_KINDS = 6, 4
+
+SYSTEM = "You write training data for an assistant that follows instructions. You answer with one JSON object and nothing else."
+WORDING = """\
+Write {n} new tasks for an assistant that reads and writes text, each with its answer.
+
+Each task has three fields:
+- "instruction": what a user asks for, in one or two sentences.
+- "input": the text, data or facts that the instruction works on, written out in full. Use "" where the instruction needs
+  nothing more; about half of all tasks do.
+- "output": the answer that an expert would give, correct and complete, in at most about 120 words.
+
+Rules:
+1. Be varied: no two tasks alike, different opening verbs, questions as well as commands, easy and hard, short and long.
+2. A task can be solved with text alone: no pictures, sounds, videos, files or web pages, neither to look at nor to make.
+3. An instruction that speaks of a given text, list, table or piece of code has that very text in "input". Make up realistic
+   and specific material; never write a placeholder, a link or "see attached".
+4. "input" does not repeat the instruction, and "output" does not repeat "input".
+5. Work out sums, dates and logic before you write them down. State facts only where you are sure of them.
+6. Each field holds one task only, without numbering and without the words "Instruction", "Input" or "Output".
+{language}
+Take up some of these subjects, and others that you think of: {subjects}.
+Kinds of task that are wanted among others: {kinds}.
+
+Examples of good tasks; write none that resembles them:
+{examples}
+
+Answer with {{"tasks": [{{"instruction": "...", "input": "...", "output": "..."}}, ...]}} and exactly {n} tasks in the list."""
+FOREIGN = "7. Write instruction, input and output in {name}, as native speakers do. The examples below are not all in {name}.\n"
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "tasks": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {field: {"type": "string"} for field in FIELDS},
+                "required": list(FIELDS),
+                "additionalProperties": False,
+            },
+        }
+    },
+    "required": ["tasks"],
+    "additionalProperties": False,
+}
+FORMATS = {  # what is asked for, the most exact first
+    "json_schema": {"type": "json_schema", "json_schema": {"name": "tasks", "strict": True, "schema": SCHEMA}},
+    "json_object": {"type": "json_object"},
+    "text": None,
+}
+
+
+@dataclass(frozen=True)
+class Prompter:
+    """Draws prompts. seeds: [{"instruction", "input", "output", "category"?}]."""
+
+    seeds: tuple
+    seed: int = 0
+    n_tasks: int = 20
+    n_examples: int = 3
+    language: str = "en"
+
+    def messages(self, number: int) -> list[dict]:
+        """Chat messages of request number."""
+        rng = random.Random(f"{self.seed}:{number}")
+        examples = pick(rng, self.seeds, self.n_examples)
+        kinds = sorted({seed["category"] for seed in self.seeds if seed.get("category")}) or ["any"]
+        text = WORDING.format(
+            n=self.n_tasks,
+            language="" if self.language == "en" else FOREIGN.format(name=LANGUAGES[self.language]),
+            subjects=", ".join(pick(rng, topics(), N_SUBJECTS)),
+            kinds=", ".join(pick(rng, kinds, N_KINDS)),
+            examples="".join(json_line({field: seed[field] for field in FIELDS}) for seed in examples).rstrip(),
+        )
+        return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
+
+    def fingerprint(self) -> dict:
+        """What shapes the prompts: two runs draw the same ones iff these are equal."""
+        words = [SYSTEM, WORDING, FOREIGN, json.dumps(SCHEMA), *topics()]
+        return {
+            "seed": self.seed,
+            "tasks_per_request": self.n_tasks,
+            "examples": self.n_examples,
+            "language": self.language,
+            "seed_tasks_sha256": sha256(json.dumps(self.seeds)),
+            "wording_sha256": sha256(json.dumps(words)),
+        }
+
+
+def pick(rng, items, n):
+    """n different ones in random order, by rng.random() alone, which no version of Python changes."""
+    return [item for _, _, item in sorted((rng.random(), i, item) for i, item in enumerate(items))[:n]]
+
+
+@cache
+def topics():
+    return tuple(TOPICS.read_text(encoding="utf-8").split("\n")[:-1])
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def read_seed_tasks(path=None) -> tuple:
+    """Seed tasks of a .json or .jsonl: Alpaca's fields, or self-instruct's with "instances", of which the first counts.
+
+    Raises DataError naming file and row."""
+    path = Path(path or SEED_TASKS)
+    seeds = []
+    for number, row in enumerate(read_rows(path), 1):
+        try:
+            instances = row.get("instances", [row])
+            found = {"instruction": row["instruction"]} | {field: instances[0].get(field) or "" for field in FIELDS[1:]}
+            kind = row.get("category") or ""
+            if not all(isinstance(text, str) for text in (*found.values(), kind)):
+                raise TypeError("a field is not a string")
+            if not found["instruction"].strip() or not found["output"].strip():
+                raise ValueError("instruction or output is empty")
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            what = f"no {error}" if isinstance(error, KeyError) else error
+            wanted = 'wanted {"instruction", "input", "output"} or {"instruction", "instances": [{"input", "output"}]}'
+            raise DataError(f"{path}, row {number}: {what}; {wanted}") from error
+        seeds.append({field: text.strip() for field, text in found.items()} | ({"category": kind} if kind else {}))
+    if not seeds:
+        raise DataError(f"{path} holds no seed task; pass a file with at least one")
+    return tuple(seeds)
