@@ -1,9 +1,10 @@
 """The text of one answer -> its tasks, whatever a model has put around them, and what was wrong with the others.
 
-A model that was asked for {"tasks": [{"instruction", "input", "output"}, ...]} may wrap it in a fence or in prose, think
-aloud first, write a bare list or one object a line, forget commas, or be cut off by its token limit. So no document is
-parsed: every `{"` outside of an object begins one, an object that holds the fields of a task is a task, and where an
-object breaks, reading goes on at the next `{"` behind its start. JSON inside a string is text: its quotes are escaped.
+A model that was asked for {"tasks": [{"instruction", "input", "output"}, ...]} may wrap it in a fence or in prose,
+think aloud first, write a bare list or one object a line, forget commas, or be cut off by its token limit. So no
+document is parsed: every `{"` outside of an object begins one, an object that holds the fields of a task is a task, and
+where an object breaks, reading goes on at the next `{"` behind its start. JSON inside a string is text: its quotes are
+escaped.
 
 Linear: of a broken object only parts that were whole are read twice, and a string has one end wherever reading began.
 """
@@ -22,17 +23,21 @@ KINDS = {
 MAX_DEPTH = 64  # levels of objects and lists; a task is on the third
 MAX_PROBLEMS = 1000  # told of one answer: a flood of braces may hold millions
 EXCERPT = 200  # characters
+LONGEST_KEY = 100  # characters that are looked at
 
 BLANK = r"\s\ufeff\u200b\u2060"
 BLANKS = re.compile(f"[{BLANK}]*")
-BETWEEN = re.compile(f"[{BLANK},，]*")  # too many or too few commas lose nothing
+BETWEEN = re.compile(f"[{BLANK},\uff0c]*")  # too many or too few commas lose nothing
 START = re.compile(rf'\{{[{BLANK}]*"')
 SCALAR = re.compile(r"-?(?:[0-9][0-9.eE+-]*|Infinity)|true|false|null|True|False|None|NaN")
+MARK = re.compile(r'["{}\[\]]')  # none of these behind a break: the answer ends there
 NAMES_FIELD = re.compile(rf'"[{BLANK}]*(?:{"|".join(FIELDS)})\b', re.IGNORECASE)
+STRAY = re.compile(rf'"[{BLANK}]*instruction[{BLANK}]*"[{BLANK}]*[:\uff1a]', re.IGNORECASE)  # a task without its brace
 ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))", re.DOTALL)
 ESCAPES = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"} | {char: char for char in "\"\\/'\n"}
 SURROGATE = re.compile("[\ud800-\udfff]")
 THOUGHT = re.compile(r"\s*<(think|thinking|thought|reasoning)>", re.IGNORECASE)
+CLOSERS = {"{": "}", "[": "]"}
 NULL, OTHER = object(), object()  # what a field holds that is not a text
 
 
@@ -52,16 +57,23 @@ def parse(text: str, truncated: bool) -> tuple[list[dict], list[tuple[str, str]]
 
     A key may differ in case and blanks; other keys are ignored. No input, or null, is "".
     """
-    entries, done, position = [], 0, after_thought(text)  # entries: ("item", task) or (kind, where it starts)
-    while start := START.search(text, position):
+    entries, done, position, told = [], 0, after_thought(text), False  # entries: ("item", task) or (kind, its start)
+    while True:
+        start = START.search(text, position)
+        stray = None if told else STRAY.search(text, position, start.start() if start else len(text))
+        if stray:
+            entries.append(("malformed", stray.start()))
+        if not start:
+            break
         end, broken, innermost, done = read_object(text, start.start(), entries, done)
         if broken is None:
-            position = end
+            position, told = end, False
             continue
-        cut_off, first_unread = end == len(text), max(broken, done)
-        if NAMES_FIELD.search(text, first_unread, end) or cut_off and innermost >= done:
-            entries.append(("truncated" if cut_off and truncated else "malformed", first_unread))
+        cut_off, first_unread = not MARK.search(text, end), max(broken, done)
         position = max(innermost + 1, done)
+        if NAMES_FIELD.search(text, first_unread, end) or (innermost >= done and not told):
+            entries.append(("truncated" if cut_off and truncated else "malformed", first_unread))
+            told = True  # of all up to the next object
     items = [payload for kind, payload in entries if kind == "item"]
     problems = [(kind, excerpt(text, where)) for kind, where in entries if kind != "item"][:MAX_PROBLEMS]
     return items, problems if items or problems else [("no items", excerpt(text, 0))]
@@ -96,9 +108,9 @@ def read_object(text, start, entries, done):
         name = None
         if top.fields is not None:
             key, position = read_string(text, position)
-            name = key.strip("\ufeff\u200b\u2060 \t\r\n\xa0").lower() if key is not None and len(key) < 100 else None
+            name = key and key[:LONGEST_KEY].strip().lower()
             position = BLANKS.match(text, position).end()
-            if key is None or name in top.fields or text[position : position + 1] not in (":", "："):
+            if key is None or name in top.fields or text[position : position + 1] not in (":", "\uff1a"):
                 break
             position = BLANKS.match(text, position + 1).end()
         opener = text[position : position + 1]
@@ -107,10 +119,10 @@ def read_object(text, start, entries, done):
             value, position = read_string(text, position)
             if value is None:
                 break
-        elif opener in ("{", "[") and opener:
+        elif opener in CLOSERS:
             if len(stack) == MAX_DEPTH:
                 break
-            stack.append(Open(position, len(entries), {} if opener == "{" else None, "}" if opener == "{" else "]"))
+            stack.append(Open(position, len(entries), {} if opener == "{" else None, CLOSERS[opener]))
             position += 1
         else:
             scalar = SCALAR.match(text, position)
