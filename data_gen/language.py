@@ -1,0 +1,152 @@
+# ruff: noqa: RUF001 - words of many alphabets
+"""Which language a text is in: a heuristic. Scripts tell most apart, then letters, then the commonest small words.
+
+It knows the languages of LANGUAGES, takes others for their neighbours or for none, and is unsure about short texts,
+names, mixtures and most code. It is there to find whole texts in a wrong language, not to label single phrases.
+"""
+
+import re
+import unicodedata
+from collections import Counter
+from functools import cache
+
+LANGUAGES = {
+    "en": "English", "de": "German", "fr": "French", "es": "Spanish", "pt": "Portuguese", "it": "Italian",
+    "nl": "Dutch", "sv": "Swedish", "da": "Danish", "no": "Norwegian", "fi": "Finnish", "pl": "Polish", "cs": "Czech",
+    "ro": "Romanian", "hu": "Hungarian", "tr": "Turkish", "vi": "Vietnamese", "id": "Indonesian", "ru": "Russian",
+    "uk": "Ukrainian", "bg": "Bulgarian", "el": "Greek", "ar": "Arabic", "fa": "Persian", "ur": "Urdu", "he": "Hebrew",
+    "hi": "Hindi", "bn": "Bengali", "pa": "Punjabi", "gu": "Gujarati", "ta": "Tamil", "te": "Telugu", "kn": "Kannada",
+    "ml": "Malayalam", "si": "Sinhala", "th": "Thai", "lo": "Lao", "km": "Khmer", "my": "Burmese", "ka": "Georgian",
+    "hy": "Armenian", "am": "Amharic", "zh": "Chinese", "ja": "Japanese", "ko": "Korean",
+}  # fmt: skip
+
+# The first word of a letter's name in Unicode -> the languages that are written with it.
+SCRIPTS = {
+    "LATIN": "en de fr es pt it nl sv da no fi pl cs ro hu tr vi id",
+    "CYRILLIC": "ru uk bg", "ARABIC": "ar fa ur", "DEVANAGARI": "hi", "CJK": "zh", "KANA": "ja",
+    "GREEK": "el", "HEBREW": "he", "HANGUL": "ko", "THAI": "th", "LAO": "lo", "KHMER": "km", "MYANMAR": "my",
+    "BENGALI": "bn", "GURMUKHI": "pa", "GUJARATI": "gu", "TAMIL": "ta", "TELUGU": "te", "KANNADA": "kn",
+    "MALAYALAM": "ml", "SINHALA": "si", "GEORGIAN": "ka", "ARMENIAN": "hy", "ETHIOPIC": "am",
+}  # fmt: skip
+
+# Words that are common in a language; one that is in several lists counts the less for each.
+WORDS = {
+    "en": "the of and to in a is that it for on with as was are be by this from at or have an not you which what your "
+    "how but they their has were can will there his her my we i he she if do would could about into than its give "
+    "write these who when why please should me between",
+    "de": "der die das und ist nicht ein eine einen einem einer zu den dem des mit von auf für im sich auch es an als "
+    "bei nach wie oder aus aber wir ich sie er hat sind wird wurde dass kann über zum zur um was man wenn noch nur so "
+    "du mir mich dir ihr werden haben diese dieser dieses welche",
+    "fr": "le la les de des du et un une est en que qui dans pour pas sur au aux avec ce cette ces il elle ne se son "
+    "sa ses par plus nous vous je mais ou où sont été comme leur on y à qu être fait tout quel quelle mon",
+    "es": "el la los las de del y un una es en que por para con no se su al lo como más pero sus le ha o este esta "
+    "estos yo me si sin sobre qué muy hay fue son está también entre cuando todo ser cómo ya nos mi cada cuál quiere",
+    "pt": "o a os as de do da dos das e um uma é em no na nos nas que por para com não se seu sua ao mais mas como foi "
+    "ou ser são tem eu você isso ele ela muito também já está quando pelo pela até sem entre às qual me meu "
+    "sobre quer três este esta",
+    "it": "il lo la i gli le di del della dei delle e un una è in che per con non si da al alla nel nella sono come "
+    "più ma anche ha o questo questa mi se su ci dal dalla loro cosa essere perché quando molto io ho era tra fra suo",
+    "nl": "de het een en van is dat niet in op te zijn voor met die aan er maar om ook als bij dan of naar uit nog wel "
+    "ik je hij ze we wat wordt worden door over heeft hebben deze dit geen kan hoe mijn jij jouw tot zich werd",
+    "sv": "och att det som en är på för av med inte den till ett jag i har om de så kan men var från vi du ska när "
+    "sig han hon eller vad efter också mycket nu bara ut upp över detta denna hur min många finns mig dig utan",
+    "da": "og at det som en er på for af med ikke den til et jeg i har om de så kan men var fra vi du skal når sig han "
+    "hun eller hvad efter også meget nu blev bare ud op over dette denne hvordan min mange findes mig dig uden "
+    "være hvor nogle nogen der hvis gerne",
+    "no": "og at det som en er på for av med ikke den til et jeg i har om de så kan men var fra vi du skal når seg han "
+    "hun eller hva etter også mye nå ble bare ut opp over dette denne hvordan min mange finnes meg deg uten "
+    "være hvor noen ei der hvis gjerne",
+    "fi": "ja on ei se että hän oli en mutta kun niin myös ovat joka tai kuin mitä olen mikä sen minä sinä voi jos "
+    "vain ole nyt hänen tämä ne me he te jotka koska sekä olla siitä kanssa miten paljon",
+    "pl": "i w na z się nie to jest że do o jak a po co od za ale dla ma przez są czy tym może już przy tak oraz jego "
+    "jej ich był była było być jestem który która które ten ta w ze pod mnie mi tylko bardzo kiedy gdy",
+    "cs": "a je se v na to že s z do o i ve jsem jak za ale by tak pro co si po jsou nebo jako od už při byl byla bylo "
+    "být který která které ten ta jeho její mi mě jen také když aby kde není velmi podle jsme",
+    "ro": "și de la în a cu nu o pe un să este care din că pentru sunt mai ce se au fost prin sau dar am ca le al ale "
+    "lui ei acest această cum foarte fi era eu îmi ai lor după când dacă unei unui",
+    "hu": "a az és hogy nem is egy ez van de meg el ha csak volt már még mint vagy azt ki be le fel kell lehet minden "
+    "ezt én te ő mi nagyon akkor most mert amely aki ami után között által való hogyan milyen",
+    "tr": "ve bir bu da de için ile olarak çok daha o ne gibi var en kadar ben sen olan ama değil mi mı sonra her ya "
+    "biz siz onun nasıl bana şey diye olduğu ki veya hem göre oldu zaman",
+    "vi": "và của là có không được cho một các những người trong với này đã để khi tôi đó từ như cũng ra đến về nhưng "
+    "bạn anh ở sẽ thì làm nhiều hay nào rất phải",
+    "id": "yang dan di itu dengan untuk tidak ini dari dalam akan pada saya ke karena ada bisa adalah oleh juga sudah "
+    "atau seperti mereka kita kamu dia anda telah lebih para apa bagaimana tetapi kami banyak sebuah sangat "
+    "tentang ingin seorang saja",
+    "ru": "и в не на что он с как это по но из у за от то для так же мы вы его она они был была быть или если мне я "
+    "ты все при чтобы о к когда уже только где очень который которая которое которые какие какой каковы",
+    "uk": "і в не на що він з як це по але із у за від то для так же ми ви його вона вони був була бути або якщо мені "
+    "я ти все при щоб про до коли вже тільки де дуже та й",
+    "bg": "и в не на че той с как това по но от за то да се е са си ще като до ми го ни или ако аз ти те при има след "
+    "много само къде кога който която което беше във със един една",
+    "ar": "في من على إلى أن هذا هذه التي الذي ما لا كان عن مع هو هي و كل بعد قبل أو كيف",
+    "fa": "و در به از که این را با است برای آن یک می های شد بود خود ها تا هم چه من",
+    "ur": "کے کی ہے میں اور سے کا کو پر نے کہ یہ ہیں نہیں ایک وہ بھی اس کیا تھا",
+   }  # fmt: skip
+
+# Letters that few languages of a script have; each that is met counts like a word.
+LETTERS = {
+    "de": "ß", "es": "ñ¿¡", "pt": "ãõ", "fr": "œ", "pl": "ąęłśżźćń", "cs": "ěřůďťň", "ro": "țșţă", "hu": "őű",
+    "tr": "ğış", "vi": "ăđơưạảấầẩẫậắằẳẵặẹẻẽếềểễệỉịọỏốồổỗộớờởỡợụủứừửữựỳỵỷỹ", "ru": "ыэё", "uk": "іїєґ",
+    "fa": "پچژگیک", "ur": "پچگیکٹڈڑںےھہ", "ar": "ةيكىأإ",
+}  # fmt: skip
+
+SCAN = 2000  # characters that are looked at
+MIN_LETTERS, MIN_WORDS = 4, 4
+SHARE = 0.7  # of the letters must be of one script
+KANA = 0.1  # of the letters of Japanese are kana, at least
+WORD = re.compile(r"[^\W\d_]+")
+
+MIN_LEAD, LEAD_SHARE = 0.8, 0.15  # before the second language, in words of its own and of its votes
+MIN_SHARE = 0.15  # of the words must be common ones
+MIN_COMMON = 4  # letters in different common words: "a", "s", "e" are also variables, notes and cut-off ends
+
+
+def votes_of(table):
+    """{entry: the languages that have it}."""
+    votes = {}
+    for code, entries in table.items():
+        for entry in dict.fromkeys(entries):
+            votes.setdefault(entry, []).append(code)
+    return votes
+
+
+WORD_VOTES = votes_of({code: words.split() for code, words in WORDS.items()})
+LETTER_VOTES = votes_of(LETTERS)
+
+
+def guess(text: str) -> str:
+    """The ISO 639-1 code, in LANGUAGES, of the language that text is in; "" when unsure."""
+    text = unicodedata.normalize("NFC", text[:SCAN]).lower()
+    scripts = Counter(script_of(char) for char in text if char.isalpha())
+    n_letters = scripts.total()
+    if scripts["KANA"] >= KANA * (scripts["KANA"] + scripts["CJK"]):
+        scripts["KANA"] += scripts.pop("CJK", 0)
+    script, n = max(scripts.items(), key=lambda item: item[1], default=("", 0))
+    if n < MIN_LETTERS or n < SHARE * n_letters or script not in SCRIPTS:
+        return ""
+    codes = SCRIPTS[script].split()
+    return codes[0] if len(codes) == 1 else by_words(text, codes)
+
+
+@cache
+def script_of(char):
+    script = unicodedata.name(char, "").partition(" ")[0]
+    return "KANA" if script in ("HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA") else script
+
+
+def by_words(text, codes):
+    """The one of codes for which words and letters of the text speak clearly, or ""."""
+    words = WORD.findall(text)
+    if len(words) < MIN_WORDS:
+        return ""
+    votes, found = Counter(dict.fromkeys(codes, 0)), {code: [] for code in LANGUAGES}
+    for entry, table in [(word, WORD_VOTES) for word in words] + [(letter, LETTER_VOTES) for letter in text]:
+        speaks_for = table.get(entry, ())
+        for code in speaks_for:
+            votes[code] += 1 / len(speaks_for)
+            found[code].append(entry)
+    (best, most), (_, second) = votes.most_common(2)
+    clear = most - second >= max(MIN_LEAD, LEAD_SHARE * most)
+    common = len(found[best]) >= MIN_SHARE * len(words) and len("".join({*found[best]})) >= MIN_COMMON
+    return best if clear and common and best in codes else ""
