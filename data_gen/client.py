@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import re
 import time
 from dataclasses import dataclass, field, replace
 from urllib.parse import urlsplit
 
 from data_gen.cli import UsageError
+from data_gen.prices import PRICED_HOST
 from data_gen.prompt import FORMATS
 from data_gen.rate import retry_after
 
@@ -22,21 +24,25 @@ class Dialect:
     """What of the API a server understands; found out by asking, one step down at each refusal."""
 
     format: str = "json_schema"  # then json_object, then text
-    limit: str = "max_completion_tokens"  # then max_tokens
+    limit: str = "max_completion_tokens"  # or max_tokens
     temperature: bool = True
 
-    def without(self, named: str) -> "Dialect | None":
+    def without(self, refusal: str) -> "Dialect | None":
         """The next thing to try after a refusal that names something of ours, or None where it names nothing."""
-        if any(word in named for word in ("response_format", "json_schema", "json_object", "schema", "grammar")):
-            lower = {"json_schema": "json_object", "json_object": "text"}.get(self.format)
-            return replace(self, format=lower) if lower else None
-        if "max_completion_tokens" in named and self.limit == "max_completion_tokens":
-            return replace(self, limit="max_tokens")
-        if "max_tokens" in named and self.limit == "max_tokens":
-            return replace(self, limit="max_completion_tokens")
-        if "temperature" in named and self.temperature:
+        told = refusal.lower()
+        if self.temperature and "temperature" in told:
             return replace(self, temperature=False)
+        other = {"max_completion_tokens": "max_tokens", "max_tokens": "max_completion_tokens"}[self.limit]
+        if re.search(rf"\b{self.limit}\b", told):
+            return replace(self, limit=other)
+        if any(word in told for word in ("response_format", "json_schema", "json_object", "schema", "grammar")):
+            return self.poorer()
         return None
+
+    def poorer(self) -> "Dialect | None":
+        """With the next less exact format, or None below text."""
+        lower = {"json_schema": "json_object", "json_object": "text"}.get(self.format)
+        return replace(self, format=lower) if lower else None
 
 
 @dataclass(frozen=True)
@@ -69,9 +75,10 @@ class Reply:
     started_at: float = 0.0  # time.monotonic()
     overloaded: bool = False
 
-    @property
-    def retry_after(self):
-        return retry_after(self.headers) if self.kind in ("failed", "lost") else None
+    def pressure(self) -> dict:
+        """What Rate.failed() wants to know."""
+        limited = self.status == 429
+        return {"overloaded": self.overloaded, "limited": limited, "retry_after": retry_after(self.headers)}
 
 
 class Client:
@@ -81,6 +88,9 @@ class Client:
         import openai  # half a second, and not everywhere that the tests run
 
         self.openai, self.key = openai, key
+        # A server that does not know a limit may ignore it, and write for ever: older ones know max_tokens alone.
+        official = urlsplit(base_url).hostname == PRICED_HOST
+        self.dialect = Dialect(limit="max_completion_tokens" if official else "max_tokens")
         self.api = openai.AsyncOpenAI(base_url=base_url, api_key=key or "none", max_retries=0, timeout=timeout_s)
 
     async def close(self):

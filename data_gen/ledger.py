@@ -18,6 +18,7 @@ import fcntl
 import json
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ class Ledger:
             raise UsageError(f"{self.path} is not there; wanted the folder of an earlier run")
         if create:
             make_folder(folder)
-        self.lock = open(folder / ".lock", "a")  # noqa: SIM115: held as long as the ledger
+        self.lock = open(folder / ".lock", "a")  # noqa: SIM115
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -96,7 +97,7 @@ class Ledger:
             self.lock.close()
             raise DataError(f"{self.path} is not a ledger ({error}); move it away or pass another --out") from error
         self.next_attempt = 1 + (self.db.execute("SELECT max(attempt) FROM sent").fetchone()[0] or 0)
-        self.pending, self.writer = [], None
+        self.turn, self.pending, self.writer = threading.Lock(), [], None
 
     def close(self):
         self.db.close()
@@ -126,15 +127,36 @@ class Ledger:
         ).fetchone()
         return Totals(attempts, answers, spent, uncertain, *tokens)
 
+    def failures(self, request) -> int:
+        """Attempts of a request that the server answered with an error."""
+        sql = "SELECT count(*) FROM received JOIN sent USING (attempt) WHERE request = ? AND status IS NOT NULL"
+        return self.db.execute(sql, (request,)).fetchone()[0]
+
+    def unended_batches(self) -> list:
+        """(name, id or None) of the batches without an "ended" event, in the order of their making."""
+        return self.db.execute(
+            "SELECT name, (SELECT value FROM batch_event e WHERE e.name = b.name AND event = 'created') FROM batch b"
+            " WHERE NOT EXISTS (SELECT 1 FROM batch_event e WHERE e.name = b.name AND event = 'ended') ORDER BY at"
+        ).fetchall()
+
+    def unanswered(self, batch) -> list:
+        """(attempt, request, hash of its body, reserved) of a batch's attempts that have no outcome."""
+        return self.db.execute(
+            "SELECT attempt, request, body_sha256, reserved FROM sent WHERE batch = ?"
+            " AND attempt NOT IN (SELECT attempt FROM received) ORDER BY attempt",
+            (batch,),
+        ).fetchall()
+
     # ---- writing -------------------------------------------------------------------------------------------------
 
     def commit(self, statements):
         """Several (sql, values) as one synced transaction. Raises Failure where the disk will not take it."""
         try:
-            self.db.execute("BEGIN IMMEDIATE")
-            for sql, values in statements:
-                self.db.execute(sql, values)
-            self.db.execute("COMMIT")
+            with self.turn:
+                self.db.execute("BEGIN IMMEDIATE")
+                for sql, values in statements:
+                    self.db.execute(sql, values)
+                self.db.execute("COMMIT")
         except sqlite3.Error as error:
             if self.db.in_transaction:
                 self.db.execute("ROLLBACK")

@@ -26,6 +26,10 @@ class Price:
         """input_tokens * input + output_tokens * output, in picodollars."""
         return input_tokens * self.input + output_tokens * self.output
 
+    def times(self, share: Decimal) -> "Price":
+        """A share of it, rounded up."""
+        return Price(math.ceil(self.input * share), math.ceil(self.output * share))
+
 
 @dataclass(frozen=True)
 class Table:
@@ -62,8 +66,8 @@ def money(value) -> Decimal:
     return value
 
 
-def price_of(model, base_url, table: Table, given_in=None, given_out=None, batch=False) -> Price:
-    """Of --price-in and --price-out where given, else of the table. Halves and the like are rounded up.
+def price_of(model, base_url, table: Table, given_in=None, given_out=None) -> Price:
+    """Of --price-in and --price-out where given, else of the table; fractions of a picodollar are rounded up.
 
     The table speaks of one provider, so another host's price must be given. Raises UsageError.
     """
@@ -79,8 +83,40 @@ def price_of(model, base_url, table: Table, given_in=None, given_out=None, batch
                 f"{why}; pass --price-in and --price-out, dollars a million tokens (0 for your own server)"
             )
         given_in, given_out = known[name]
-    share = table.batch if batch else 1
-    return Price(*(math.ceil(money(usd) * share * PICO / 10**6) for usd in (given_in, given_out)))
+    return Price(*(math.ceil(money(usd) * PICO / 10**6) for usd in (given_in, given_out)))
+
+
+class Budget:
+    """A cap that holds: spent + uncertain + reserved never passes it, in whole picodollars.
+
+    reserved: the most that everything in flight can cost. uncertain: the most that lost attempts can have cost.
+    """
+
+    def __init__(self, cap: int | None, spent=0, uncertain=0):
+        self.cap, self.spent, self.uncertain, self.reserved = cap, spent, uncertain, 0
+        self.overrun = False  # the server billed more than was asked of it: the cap cannot be promised any more
+
+    @property
+    def committed(self) -> int:
+        return self.spent + self.uncertain + self.reserved
+
+    def reserve(self, most: int) -> bool:
+        """Sets most aside for one attempt, or returns False where the cap leaves no room."""
+        if self.cap is not None and self.committed + most > self.cap:
+            return False
+        self.reserved += most
+        return True
+
+    def settle(self, most: int, cost: int):
+        """An attempt that set most aside was billed cost."""
+        self.reserved -= most
+        self.spent += cost
+        self.overrun |= cost > most
+
+    def lose(self, most: int):
+        """An attempt came to no whole answer, and may have been billed."""
+        self.reserved -= most
+        self.uncertain += most
 
 
 def usd(picodollars: int, digits: int = 4) -> str:

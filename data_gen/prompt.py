@@ -1,7 +1,7 @@
 """What request number N asks: a prompt drawn from the seed tasks, the same whenever it is drawn.
 
-Each shows a few seed tasks and names a few subjects and kinds of task, all picked by (--seed, N) alone, so a request never
-depends on an earlier answer: any number can be in flight, and a batch can hold them all.
+Each shows a few seed tasks and names a few subjects and kinds of task, all picked by (--seed, N) alone, so a request
+never depends on an earlier answer: any number can be in flight, and a batch can hold them all.
 """
 
 import hashlib
@@ -19,21 +19,21 @@ TOPICS = Path(__file__).with_name("topics.txt")
 FIELDS = ("instruction", "input", "output")
 N_SUBJECTS, N_KINDS = 6, 4
 
-SYSTEM = "You write training data for an assistant that follows instructions. You answer with one JSON object and nothing else."
+SYSTEM = "You write training data for an assistant that follows instructions. You answer with one JSON object alone."
 WORDING = """\
 Write {n} new tasks for an assistant that reads and writes text, each with its answer.
 
 Each task has three fields:
 - "instruction": what a user asks for, in one or two sentences.
-- "input": the text, data or facts that the instruction works on, written out in full. Use "" where the instruction needs
-  nothing more; about half of all tasks do.
+- "input": the text, data or facts that the instruction works on, written out in full. Use "" where the instruction
+  needs nothing more; about half of all tasks do.
 - "output": the answer that an expert would give, correct and complete, in at most about 120 words.
 
 Rules:
 1. Be varied: no two tasks alike, different opening verbs, questions as well as commands, easy and hard, short and long.
-2. A task can be solved with text alone: no pictures, sounds, videos, files or web pages, neither to look at nor to make.
-3. An instruction that speaks of a given text, list, table or piece of code has that very text in "input". Make up realistic
-   and specific material; never write a placeholder, a link or "see attached".
+2. A task can be solved with text alone: no pictures, sounds, videos, files or web pages, neither to see nor to make.
+3. An instruction that speaks of a given text, list, table or piece of code has that very text in "input". Make up
+   realistic and specific material; never write a placeholder, a link or "see attached".
 4. "input" does not repeat the instruction, and "output" does not repeat "input".
 5. Work out sums, dates and logic before you write them down. State facts only where you are sure of them.
 6. Each field holds one task only, without numbering and without the words "Instruction", "Input" or "Output".
@@ -44,8 +44,10 @@ Kinds of task that are wanted among others: {kinds}.
 Examples of good tasks; write none that resembles them:
 {examples}
 
-Answer with {{"tasks": [{{"instruction": "...", "input": "...", "output": "..."}}, ...]}} and exactly {n} tasks in the list."""
-FOREIGN = "7. Write instruction, input and output in {name}, as native speakers do. The examples below are not all in {name}.\n"
+Answer with {{"tasks": [{{"instruction": "...", "input": "...", "output": "..."}}, ...]}}, with {n} tasks in it."""
+FOREIGN = """\
+7. Write instruction, input and output in {name}, as native speakers do. The examples below need not be in {name}.
+"""
 
 SCHEMA = {
     "type": "object",

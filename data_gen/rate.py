@@ -1,7 +1,7 @@
 """How many requests may be in flight, and when the next may start.
 
-Additive increase, multiplicative decrease (Chiu and Jain, 1989), with a doubling start as in TCP; a pause where the server
-names one; a look at throughput where it names no limits; a circuit breaker where nothing gets through.
+Additive increase, multiplicative decrease (Chiu and Jain, 1989), with a doubling start as in TCP; a pause where the
+server names one; a look at throughput where it names no limits; a circuit breaker where nothing gets through.
 """
 
 import email.utils
@@ -21,8 +21,8 @@ HOLD_WINDOWS = 10  # that a limit found by throughput stays before more is tried
 class Rate:
     """The state of one server. Times are seconds of clock().
 
-    most: requests in flight at most. backoff_s: of a first retry; all waits scale with it. A caller asks may_start(), tells
-    started(), then answered() or failed(); ready_in() is how long nothing may start.
+    most: requests in flight at most. backoff_s: of a first retry; all waits scale with it. A caller asks may_start(),
+    tells started(), then answered(), failed() or left(); ready_in() is how long nothing may start.
     """
 
     def __init__(self, most, backoff_s=1.0, clock=time.monotonic, rng=None):
@@ -36,8 +36,10 @@ class Rate:
     # ---- asking --------------------------------------------------------------------------------------------------
 
     def may_start(self) -> bool:
-        room = 1 if self.is_open() else max(1, int(self.limit))
-        return self.in_flight < room and self.ready_in() == 0
+        return self.has_room() and self.ready_in() == 0
+
+    def has_room(self) -> bool:
+        return self.in_flight < (1 if self.is_open() else max(1, int(self.limit)))
 
     def ready_in(self) -> float:
         return max(0.0, self.paused_until - self.clock())
@@ -71,15 +73,15 @@ class Rate:
         else:
             self.limit, self.slow_start = self.window.add(self, started_at, tokens)
 
-    def failed(self, started_at, overloaded=False, retry_after=None):
-        """overloaded: the server said that it is too busy. retry_after: seconds that it named."""
+    def failed(self, started_at, overloaded=False, limited=False, retry_after=None):
+        """overloaded: the server is too busy. limited: it is up and says so (429). retry_after: seconds it named."""
         self.in_flight -= 1
         if retry_after is not None:
             self.pause(retry_after)
         if overloaded and started_at > self.cut_at:  # one cut for all that was in flight when the limit was cut
             self.limit, self.slow_start, self.cut_at = max(1.0, self.limit / 2), False, self.clock()
-        self.failures += 1
-        if self.is_open() and (self.failures == BREAKER_FAILURES or self.in_flight == 0):
+        self.failures += not limited
+        if not limited and self.is_open() and (self.failures == BREAKER_FAILURES or self.in_flight == 0):
             cool_down = min(LONGEST_COOL_DOWN_S, FIRST_COOL_DOWN_S * 2**self.cool_downs)
             self.cool_downs = min(self.cool_downs + 1, 30)
             self.limit, self.slow_start = 1.0, True

@@ -1,0 +1,126 @@
+"""What a dataset will cost, in requests, tokens, dollars and hours, before the first request.
+
+python -m data_gen.estimate --rows 52000                      # every model of the price table
+python -m data_gen.estimate --model gpt-4.1-nano --batch
+python -m data_gen.estimate --model gpt-4.1-nano --out out/data   # by what a run there has shown so far
+"""
+
+import json
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table as Grid
+
+from data_gen.cli import Parser, UsageError, run
+from data_gen.client import Dialect, Sampling
+from data_gen.collect import make_ask
+from data_gen.generate import add_request_flags, check_language, count
+from data_gen.ledger import NAME, Ledger
+from data_gen.prices import Price, price_of, read_table, usd
+from data_gen.progress import clock
+from data_gen.prompt import Prompter, read_seed_tasks
+
+# Where no run has shown better. Bytes a token: English under byte-level BPE with a vocabulary of 100K to 200K.
+BYTES_A_TOKEN = 4.3
+TOKENS_A_TASK = 83  # 20 tasks in about 1,660 tokens
+KEPT_SHARE = 0.5  # of tasks, after filters and de-duplication, on the way to 52,000 rows
+TOKENS_A_SECOND = 60  # of one request
+N_PROMPTS = 200  # that are drawn and measured
+
+
+@dataclass(frozen=True)
+class Means:
+    """Of one request."""
+
+    input_tokens: float
+    output_tokens: float
+    rows: float
+    source: str
+
+
+def parser():
+    flags = Parser("estimate", __doc__.split("\n\n")[0])
+    add_request_flags(flags)
+    flags.add_argument("--out", type=Path, help="folder of a run, whose tokens and yield are taken")
+    flags.add_argument("--concurrency", type=count, default=32, help="requests in flight")
+    flags.add_argument("--batch", action="store_true", help="at the price of the Batch API")
+    return flags
+
+
+def main(argv):
+    options = parser().parse_args(argv)
+    check_language(options.language)
+    seeds = read_seed_tasks(options.seed_tasks)
+    prompter = Prompter(seeds, options.seed, options.tasks_per_request, options.examples, options.language)
+    sampling = Sampling(options.model or "", options.max_output_tokens, options.temperature, options.extra)
+    means = shown(options.out, options.rows) if options.out else assumed(prompter, sampling, options.tasks_per_request)
+    table = read_table(options.prices)
+    if options.model:
+        prices = {options.model: price_of(options.model, options.base_url, table, options.price_in, options.price_out)}
+    else:
+        prices = {name: price_of(name, "https://api.openai.com/v1", table) for name in table.models}
+    tell(options, means, prices, table, prompter, sampling)
+
+
+def assumed(prompter, sampling, n_tasks) -> Means:
+    """By the bytes of real prompts, and by the constants above."""
+    ask = make_ask(prompter, sampling, Price(0, 0))
+    sizes = [len(json.dumps(ask(number, Dialect()).body, ensure_ascii=False).encode()) for number in range(N_PROMPTS)]
+    source = (
+        f"{N_PROMPTS} prompts at {BYTES_A_TOKEN} bytes a token; {TOKENS_A_TASK} tokens a task, of which half are kept"
+    )
+    return Means(
+        statistics.mean(sizes) / BYTES_A_TOKEN, n_tasks * TOKENS_A_TASK, n_tasks * KEPT_SHARE, f"assumed: {source}"
+    )
+
+
+def shown(folder, rows) -> Means:
+    """By the run in folder. Raises UsageError where it has no answer yet."""
+    try:
+        about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        kept = about["counts"]["kept"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{folder}/run.json tells no rows ({error}); wanted the folder of a run") from error
+    ledger = Ledger(folder, create=False)
+    totals = ledger.totals()
+    ledger.close()
+    if not totals.answers or not kept:
+        raise UsageError(f"{folder / NAME} has no answer with a row yet; leave --out away for an estimate without one")
+    n = totals.answers
+    return Means(totals.input_tokens / n, totals.output_tokens / n, kept / n, f"shown by {n:,} answers in {folder}")
+
+
+def tell(options, means, prices, table, prompter, sampling):
+    """A table, the cheapest model first."""
+    requests = math.ceil(options.rows / means.rows)
+    hours = requests * means.output_tokens / TOKENS_A_SECOND / options.concurrency / 3600
+    console = Console(highlight=False)
+    console.print(
+        f"{options.rows:,} rows: {requests:,} requests of {means.input_tokens:,.0f} tokens in and "
+        f"{means.output_tokens:,.0f} out ({means.source})",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
+    rows = []
+    for name, price in prices.items():
+        price = price.times(table.batch) if options.batch else price
+        total = requests * price.cost(math.ceil(means.input_tokens), math.ceil(means.output_tokens))
+        most = make_ask(prompter, sampling, price)(0, Dialect()).most
+        rows.append((total, name, price, most))
+    grid = Grid("model", box=None, pad_edge=False)
+    for name in ("$/M in", "$/M out", "dollars", "$ a 1,000 rows", "one request at most"):
+        grid.add_column(name, justify="right")
+    for total, name, price, most in sorted(rows, key=lambda row: row[:2]):
+        each = (f"{price.input / 10**6:g}", f"{price.output / 10**6:g}", usd(total, 2))
+        grid.add_row(name, *each, usd(total * 1000 // options.rows, 3), usd(most))
+    console.print(grid)
+    when = "answers within a day a round, two or three rounds" if options.batch else (
+        f"{clock(3600 * hours)} at {options.concurrency} requests in flight and {TOKENS_A_SECOND} tokens/s each (assumed)"
+    )  # fmt: skip
+    console.print(f"{when}; prices as of {table.as_of}", markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    run(main)
