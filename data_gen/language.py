@@ -75,8 +75,8 @@ WORDS = {
     "tentang ingin seorang saja",
     "ru": "и в не на что он с как это по но из у за от то для так же мы вы его она они был была быть или если мне я "
     "ты все при чтобы о к когда уже только где очень который которая которое которые какие какой каковы",
-    "uk": "і в не на що він з як це по але із у за від то для так же ми ви його вона вони був була бути або якщо мені "
-    "я ти все при щоб про до коли вже тільки де дуже та й",
+    "uk": "і в не на що він з як це по але із у за від то для так же ми ви його вона вони був була були бути або якщо "
+    "мені я ти все при щоб про до коли вже тільки де дуже та й",
     "bg": "и в не на че той с как това по но от за то да се е са си ще като до ми го ни или ако аз ти те при има след "
     "много само къде кога който която което беше във със един една",
     "ar": "في من على إلى أن هذا هذه التي الذي ما لا كان عن مع هو هي و كل بعد قبل أو كيف",
@@ -95,11 +95,11 @@ SCAN = 2000  # characters that are looked at
 MIN_LETTERS, MIN_WORDS = 4, 4
 SHARE = 0.7  # of the letters must be of one script
 KANA = 0.1  # of the letters of Japanese are kana, at least
-WORD = re.compile(r"[^\W\d_]+")
+WORD = re.compile(r"(?<!['\u2019])[^\W\d_]+|(?<=['\u2019])(?!s\b)[^\W\d_]+")  # no "s" of "dog's"
 
 MIN_LEAD, LEAD_SHARE = 0.8, 0.15  # before the second language, in words of its own and of its votes
 MIN_SHARE = 0.15  # of the words must be common ones
-MIN_COMMON = 4  # letters in different common words: "a", "s", "e" are also variables, notes and cut-off ends
+MIN_COMMON = 4  # letters in different common words: "a" and "e" are also variables and notes
 
 
 def votes_of(table):
@@ -148,5 +148,6 @@ def by_words(text, codes):
             found[code].append(entry)
     (best, most), (_, second) = votes.most_common(2)
     clear = most - second >= max(MIN_LEAD, LEAD_SHARE * most)
-    common = len(found[best]) >= MIN_SHARE * len(words) and len("".join({*found[best]})) >= MIN_COMMON
+    different = set(found[best])
+    common = len(different) > 1 and len("".join(different)) >= MIN_COMMON and len(found[best]) >= MIN_SHARE * len(words)
     return best if clear and common and best in codes else ""

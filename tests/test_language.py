@@ -94,7 +94,8 @@ SENTENCES = {
 NO_GUESS = [
     "", " \n", "12 + 34 = 46", "Red", "Oui", "да", "Gesundheit!", "🙂🙂🙂", "Paris, Berlin, Madrid, Roma",
     "Dr. Elena Rodriguez García", "x = [i * j for j in y]", "SELECT id, name FROM users;", "E = mc²",
-    "C, F, G, A minor", "a: B, e: C, o: A, i: D", "Describe a company's mission", "Lorem ipsum dolor sit amet", "Привет means hello and спасибо means thank you",
+    "C, F, G, A minor", "a: B, e: C, o: A, i: D", "Describe a company's mission",
+    "Lorem ipsum dolor sit amet", "Привет means hello and спасибо means thank you",
     '<div class="a"><p id="b">1</p></div>', "kiitos - danke - merci - gracias - obrigado - grazie - tak",
 ]  # fmt: skip
 
