@@ -40,14 +40,25 @@ STATUS_FAULTS = {
     "529": (529, "Overloaded", "overloaded_error", None),
 }
 BROKEN = ("502_html", "hang", "reset")  # no answer was made
-BILLED = ("slow", "reset_body", "eof_body", "empty_choices")  # an answer was made, and is paid for, come what may
+BILLED = (
+    "slow",
+    "lost",
+    "reset_body",
+    "eof_body",
+    "empty_choices",
+)  # an answer was made, and is paid for, come what may
 GARBLED = ("not_json_200", "html_200")  # a proxy's 200; not billed
 ATTEMPT_FAULTS = (*STATUS_FAULTS, *BROKEN, *BILLED, *GARBLED)
 # Faults of an answer: the request is answered so whenever it is made.
 ANSWER_FAULTS = (
     "truncated", "malformed", "refusal", "content_filter", "wrong_schema", "no_usage", "prose", "content_policy_400",
 )  # fmt: skip
-API_FAULTS = ("429", "429_bare", "429_ms", "500", "503", "502_html", "hang", "reset", "reset_body", "eof_body")
+API_FAULTS = ("429", "429_bare", "429_ms", "500", "503", "502_html", "hang", "reset", "lost", "reset_body", "eof_body")
+WAYS = {
+    "lost": "reset",
+    "reset_body": "reset_body",
+    "eof_body": "eof_body",
+}  # how a reply that was made is not delivered
 DIALECTS = ("openai", "vllm", "vllm_old", "llama.cpp", "llama.cpp_old", "fastapi", "plain")
 HTML = b"<html>\r\n<head><title>502 Bad Gateway</title></head>\r\n<body><h1>502 Bad Gateway</h1></body>\r\n</html>\r\n"
 
@@ -375,10 +386,301 @@ class Bucket:
         return (self.size - self.level) / self.rate
 
 
+# --- files and batches
+
+
+@dataclasses.dataclass
+class File:
+    value: dict  # what the API shows of it
+    data: bytes
+    entries: list = dataclasses.field(default_factory=list)  # of the log, of the answers in it
+    downloads: int = 0
+
+
+@dataclasses.dataclass
+class Batch:
+    value: dict
+    file: File
+    fate: str | None
+    born: float = dataclasses.field(default_factory=time.monotonic)
+    polls: int = 0
+    lines: list = dataclasses.field(default_factory=list)
+    tokens: int = 0
+    busy: object = dataclasses.field(default_factory=asyncio.Lock)
+
+
+class Batches:
+    """The part of Server that keeps files and batches. A batch moves on when it is looked at."""
+
+    async def post_files(self, request):
+        o, boundary = self.options, request.headers.get("content-type", "").partition("boundary=")[2].strip('"')
+        fields, filename = {}, None
+        for part in request.body.split(b"--" + boundary.encode())[1:-1] if boundary else ():
+            head, _, data = part.partition(b"\r\n\r\n")
+            head = head.decode()
+            field = re.search(r'name="([^"]*)"', head)[1]
+            fields[field] = data[:-2]
+            filename = re.search(r'filename="([^"]*)"', head)[1] if field == "file" else filename
+        for field in ("file", "purpose"):
+            if field not in fields:
+                said = f"Missing required parameter: '{field}'."
+                return error(o, 400, said, param=field, code="missing_required_parameter")
+        return Reply(200, self.keep_file(fields["file"], filename, fields["purpose"].decode()).value)
+
+    def keep_file(self, data, filename, purpose):
+        value = {
+            "id": "file-" + name(self.options.seed, "file", len(self.files), letters=22),
+            "object": "file", "bytes": len(data), "created_at": int(time.time()), "expires_at": None,
+            "filename": filename, "purpose": purpose, "status": "processed", "status_details": None,
+        }  # fmt: skip
+        self.files[value["id"]] = File(value, data)
+        return self.files[value["id"]]
+
+    async def get_files(self, request):
+        purpose = request.query.get("purpose")
+        values = [file.value for file in self.files.values() if purpose in (None, file.value["purpose"])]
+        return self.page(values, request.query, 10_000, 10_000)
+
+    async def get_files_one(self, request, file):
+        return Reply(200, file.value)
+
+    async def delete_files_one(self, request, file):
+        del self.files[file.value["id"]]
+        return Reply(200, {"id": file.value["id"], "object": "file", "deleted": True})
+
+    async def get_content(self, request, file):
+        def sent():
+            file.downloads += 1
+            if file.downloads == 1:
+                for entry in file.entries:
+                    entry["whole"] = True
+                    self.kept[entry["key"]]["whole"] += 1
+                self.write_log({"via": "download", "arrived": time.time(), "file": file.value["id"]})
+
+        return Reply(200, file.data, type="application/octet-stream", sent=sent)
+
+    def page(self, values, query, limit, most):
+        """A list, newest first."""
+        values, after = values[::-1], query.get("after")
+        limit = query.get("limit", str(limit))
+        if not limit.isdigit() or not 1 <= int(limit) <= most:
+            return error(self.options, 400, f"Invalid 'limit': wanted 1 to {most}, got {limit}.", param="limit")
+        if after:
+            ids = [value["id"] for value in values]
+            if after not in ids:
+                return error(self.options, 400, f"No object with the id {after}.", param="after")
+            values = values[ids.index(after) + 1 :]
+        data = values[: int(limit)]
+        first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
+        more = len(values) > len(data)
+        return Reply(200, {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": more})
+
+    async def post_batches(self, request):
+        o = self.options
+        try:
+            body = json.loads(request.body)
+        except ValueError:
+            return error(o, 400, "We could not parse the JSON body of your request.")
+        for field, allowed in (
+            ("input_file_id", tuple(self.files)),
+            ("endpoint", ("/v1/chat/completions",)),
+            ("completion_window", ("24h",)),
+        ):
+            if body.get(field) not in allowed:
+                return error(
+                    o, 400, f"Invalid value for '{field}': {body.get(field)}.", param=field, code="invalid_value"
+                )
+        metadata = body.get("metadata") or {}
+        if len(metadata) > 16 or any(
+            len(k) > 64 or not isinstance(v, str) or len(v) > 512 for k, v in metadata.items()
+        ):
+            said = "Invalid 'metadata': wanted up to 16 pairs of a key of 64 and a text of 512 characters."
+            return error(o, 400, said, param="metadata", code="invalid_value")
+        number, now = len(self.batches), int(time.time())
+        value = {
+            "id": "batch_" + name(o.seed, "batch", number, letters=32),
+            "object": "batch", "endpoint": body["endpoint"], "model": None, "errors": None,
+            "input_file_id": body["input_file_id"], "completion_window": "24h", "status": "validating",
+            "output_file_id": None, "error_file_id": None, "created_at": now, "in_progress_at": None,
+            "expires_at": now + 86400, "finalizing_at": None, "completed_at": None, "failed_at": None,
+            "expired_at": None, "cancelling_at": None, "cancelled_at": None,
+            "request_counts": {"total": 0, "completed": 0, "failed": 0}, "usage": None, "metadata": metadata or None,
+        }  # fmt: skip
+        fate = o.batch_fates[number] if number < len(o.batch_fates) else None
+        self.batches[value["id"]] = Batch(value, self.files[body["input_file_id"]], fate)
+        return Reply(200, value)
+
+    async def get_batches(self, request):
+        for batch in self.batches.values():
+            if self.options.batch_s is not None:
+                await self.look(batch)
+        return self.page([batch.value for batch in self.batches.values()], request.query, 20, 100)
+
+    async def get_batches_one(self, request, batch):
+        batch.polls += 1
+        await self.look(batch)
+        return Reply(200, batch.value)
+
+    async def post_cancel(self, request, batch):
+        status = batch.value["status"]
+        if status not in ("validating", "in_progress", "finalizing", "cancelling"):
+            return error(self.options, 409, f"Cannot cancel a batch with status '{status}'.")
+        self.enter(batch, "cancelling")
+        return Reply(200, batch.value)
+
+    def enter(self, batch, status):
+        batch.value |= {"status": status, f"{status}_at": int(time.time())}
+
+    async def look(self, batch):
+        """Moves a batch on as far as its looks or its age allow."""
+        o = self.options
+        share = batch.polls / max(1, o.batch_polls)
+        if o.batch_s is not None:
+            share = (time.monotonic() - batch.born) / max(o.batch_s, 1e-9)
+        async with batch.busy:
+            if batch.value["status"] == "validating" and share >= 1 / 3:
+                if errors := self.invalid(batch):
+                    batch.value["errors"] = {"object": "list", "data": errors}
+                    return self.enter(batch, "failed")
+                self.enter(batch, "in_progress")
+                batch.value["request_counts"]["total"] = len(batch.lines)
+            if batch.value["status"] == "in_progress" and share >= 2 / 3:
+                if batch.fate != "expired":
+                    self.enter(batch, "finalizing")
+                elif share >= 1:
+                    await self.finish(batch, "expired")
+            if batch.value["status"] == "finalizing" and share >= 1:
+                await self.finish(batch, "completed")
+            if batch.value["status"] == "cancelling" and (
+                time.time() > batch.value["cancelling_at"] + 1 or batch.polls
+            ):
+                await self.finish(batch, "cancelled")
+
+    def invalid(self, batch):
+        """The errors for which a batch is not begun; reads its lines."""
+        o, data = self.options, batch.file.data
+
+        def fault(code, message, line=None, param=None):
+            return {"code": code, "line": line, "message": message, "param": param}
+
+        if batch.fate not in (None, "expired"):
+            return [fault(batch.fate, f"The batch was not begun: {batch.fate}.")]
+        lines = [line for line in data.split(b"\n") if line.strip()]
+        if not lines:
+            return [fault("empty_file", "The input file is empty. Please ensure it contains a line for each request.")]
+        if len(data) > o.batch_max_bytes:
+            return [fault("file_too_large", f"The input file has {len(data)} bytes, of at most {o.batch_max_bytes}.")]
+        if len(lines) > o.batch_max_lines:
+            return [
+                fault("too_many_tasks", f"The input file has {len(lines)} requests, of at most {o.batch_max_lines}.")
+            ]
+        errors, ids, models, batch.lines = [], set(), set(), []
+        for number, text in enumerate(lines, 1):
+            try:
+                line = json.loads(text)
+                id, body, url, method = (line[field] for field in ("custom_id", "body", "url", "method"))
+                models.add(body["model"])
+                batch.tokens += prompt_tokens(body)
+            except (ValueError, KeyError, TypeError) as wrong:
+                code = "missing_required_parameter" if isinstance(wrong, KeyError) else "invalid_json_line"
+                errors.append(fault(code, f"This line is not a request: {wrong}.", number))
+                continue
+            if id in ids:
+                errors.append(fault("duplicate_custom_id", f"The custom_id {id} is used twice.", number, "custom_id"))
+            if (method, url) != ("POST", batch.value["endpoint"]):
+                errors.append(fault("invalid_url", "The URL is not the endpoint of the batch.", number, "url"))
+            if len(models) > 1:
+                errors.append(
+                    fault("mismatched_model", "The model is not that of the first line.", number, "body.model")
+                )
+            if o.models is not None and body["model"] not in o.models:
+                errors.append(
+                    fault("model_not_found", f"The model {body['model']} does not exist.", number, "body.model")
+                )
+            ids.add(id)
+            batch.lines.append(line)
+        unfinished = [
+            b for b in self.batches.values() if b.value["status"] in ("in_progress", "finalizing", "cancelling")
+        ]
+        limit = o.batch_token_limit
+        if not errors and limit is not None and batch.tokens + sum(other.tokens for other in unfinished) > limit:
+            said = f"Enqueued token limit reached for {body['model']} in organization org-x. Limit: {limit:,} enqueued "
+            said += "tokens. Please try again once some in_progress batches have been completed."
+            errors.append(fault("token_limit_exceeded", said))
+        batch.value["model"] = min(models, default=None)
+        return errors[:100]
+
+    async def finish(self, batch, status):
+        """Answers the lines of a batch, those that were in time, and writes its files."""
+        o, value = self.options, batch.value
+        done, failed, entries = [], [], []
+        for number, line in enumerate(batch.lines):
+            if number % 20 == 19:
+                await asyncio.sleep(0)  # others are served in between
+            in_time = status == "completed" or chance(o.seed, value["id"], number) < o.batch_done_share
+            result, entry = self.line_result(batch, line, None if in_time else f"batch_{status}")
+            good = result["response"] and result["response"]["status_code"] == 200
+            (done if good else failed).append(json.dumps(result, ensure_ascii=False).encode() + b"\n")
+            entries += [entry] if good else []
+        if o.batch_shuffle:
+            random.Random(name(o.seed, value["id"])).shuffle(done)
+        for field, lines in (("output", done), ("error", failed)):
+            if lines:
+                file = self.keep_file(b"".join(lines), f"{value['id']}_{field}.jsonl", "batch_output")
+                file.entries = entries if field == "output" else []
+                value[f"{field}_file_id"] = file.value["id"]
+        value["request_counts"] = {"total": len(batch.lines), "completed": len(done), "failed": len(failed)}
+        spent = [sum(entry[f"{part}_tokens"] for entry in entries) for part in ("prompt", "completion")]
+        value["usage"] = {
+            "input_tokens": spent[0], "input_tokens_details": {"cached_tokens": 0}, "output_tokens": spent[1],
+            "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": sum(spent),
+        }  # fmt: skip
+        self.enter(batch, status)
+
+    def line_result(self, batch, line, too_late):
+        """The line of an output or error file, and the log's entry."""
+        o, body = self.options, line["body"]
+        key = request_key(body.get("messages"))
+        entry = new_entry("batch", 0) | {"key": key, "batch": batch.value["id"], "custom_id": line["custom_id"]}
+        result = {"id": "batch_req_" + name(o.seed, self.tick(), letters=32), "custom_id": line["custom_id"]}
+        if not too_late:
+            self.seen[key] += 1
+            entry["attempt"] = self.seen[key]
+            fault = self.attempt_fault(o.faults, ATTEMPT_FAULTS, key, entry["attempt"])
+            too_late = "request_timeout" if fault == "hang" else None
+        if too_late:
+            entry["outcome"] = too_late
+            said = {
+                "batch_expired": "This request could not be executed before the completion window expired.",
+                "batch_cancelled": "This request was not executed because the batch was cancelled.",
+            }.get(too_late, "The call to the model timed out.")
+            result |= {"response": None, "error": {"code": too_late, "message": said}}
+        else:
+            body = {k: v for k, v in body.items() if k not in o.ignores}
+            if wrong := unfit(o, body):
+                reply, entry["outcome"] = error(o, *wrong), wrong[4] or "bad_request"
+            else:
+                fault = fault if fault in STATUS_FAULTS else None  # the others are of a connection
+                reply = self.reply_to(body, key, entry["attempt"], fault, entry)
+            entry["status"] = reply.status
+            id = name(o.seed, key, entry["attempt"], letters=32)
+            result |= {"response": {"status_code": reply.status, "request_id": id, "body": reply.body}, "error": None}
+        self.record(entry)
+        return result, entry
+
+
+def new_entry(via, index):
+    """A line of the log."""
+    return {
+        "via": via, "index": index, "arrived": time.time(), "key": None, "attempt": 0, "outcome": None, "status": 0,
+        "answer": None, "prompt_tokens": 0, "completion_tokens": 0, "billed": False, "whole": False, "concurrency": 0,
+    }  # fmt: skip
+
+
 # --- the server
 
 
-class Server:
+class Server(Batches):
     def __init__(self, port=0, answer=None, **options):
         """answer: a function of (key, request body) that gives the text of an answer in place of the task pool."""
         self.port, self.custom, self.thread = port, answer, None
@@ -508,7 +810,8 @@ class Server:
         if whole and reply.sent:
             reply.sent()
         if reply and reply.entry:
-            self.record(reply.entry | {"whole": whole})
+            reply.entry["whole"] = whole
+            self.record(reply.entry)
         return whole
 
     async def send(self, reply, request, writer, started):
@@ -555,9 +858,7 @@ class Server:
     async def chat(self, request):
         o = self.options
         self.arrived += 1
-        entry = {"via": "chat", "index": self.arrived, "arrived": time.time(), "key": None, "attempt": 0}
-        entry |= {"outcome": None, "status": 0, "answer": None, "prompt_tokens": 0, "completion_tokens": 0}
-        entry |= {"billed": False, "concurrency": self.in_flight}
+        entry = new_entry("chat", self.arrived) | {"concurrency": self.in_flight}
         try:
             body = json.loads(request.body)
             if not isinstance(body, dict):
@@ -677,7 +978,7 @@ class Server:
         entry |= {"billed": True}
         entry["prompt_tokens"], entry["completion_tokens"] = spent["prompt_tokens"], spent["completion_tokens"]
         value = completion(o, key, attempt, body, choices, None if kind == "no_usage" else spent)
-        return Reply(200, value, way=fault if fault in ("reset_body", "eof_body") else "whole")
+        return Reply(200, value, way=WAYS.get(fault, "whole"))
 
     # the log
 
@@ -687,6 +988,9 @@ class Server:
         counts["seen"] += 1
         counts["billed"] += entry["billed"]
         counts["whole"] += entry["billed"] and entry["whole"]
+        self.write_log(entry)
+
+    def write_log(self, entry):
         if self.options.log:
             with open(self.options.log, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
@@ -705,6 +1009,8 @@ class Server:
                 "completion_tokens": sum(entry["completion_tokens"] for entry in billed),
             },
             "keys": {key: dict(counts) for key, counts in self.kept.items()},
+            "batches": {id: batch.value["status"] for id, batch in self.batches.items()},
+            "downloads": {id: file.downloads for id, file in self.files.items()},
             "api": {f"{method} {path}": n for (method, path), n in self.api_seen.items()},
         }
 
@@ -727,16 +1033,23 @@ class Server:
         if reply := self.failure(fault):
             return reply
         reply = await self.resource(request)
-        if fault in ("reset_body", "eof_body"):
-            reply.way = fault
+        reply.way = WAYS.get(fault, "whole")
         return reply
 
     async def resource(self, request):
-        if (request.method, request.path) == ("GET", "/v1/models"):
-            models = self.options.models or ["gpt-4o-mini"]
+        o, (method, path) = self.options, (request.method, request.path)
+        if (method, path) == ("GET", "/v1/models"):
+            models = o.models or ["gpt-4o-mini"]
             data = [{"id": x, "object": "model", "created": 1721172741, "owned_by": "system"} for x in models]
             return Reply(200, {"object": "list", "data": data})
-        return error(self.options, 404, f"Invalid URL ({request.method} {request.path})")
+        if found := re.fullmatch(r"/v1/(files|batches)(?:/([\w-]+)(?:/(content|cancel))?)?", path):
+            kind, id, verb = found.groups()
+            if handler := getattr(self, f"{method.lower()}_{verb or kind}{'' if verb or not id else '_one'}", None):
+                known = self.files if kind == "files" else self.batches
+                if id and id not in known:
+                    return error(o, 404, f"No such {kind[:4].title()} object: {id}", param="id")
+                return await handler(request, *([known[id]] if id else []))
+        return error(o, 404, f"Invalid URL ({method} {path})")
 
 
 def reset(transport):
