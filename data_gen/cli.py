@@ -39,7 +39,11 @@ class Help(argparse.HelpFormatter):
     def _get_help_string(self, action):
         if action.default is argparse.SUPPRESS or action.required or not action.option_strings:
             return action.help
-        default = {None: "none", "": "none", True: "on", False: "off"}.get(action.default, action.default)
+        default = action.default
+        if isinstance(default, bool):
+            default = "on" if default else "off"
+        elif default in (None, "", [], {}):
+            default = "none"
         return f"{action.help} (default: {str(default).replace('%', '%%')})"
 
 
@@ -56,7 +60,8 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(words, namespace)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-            self.error("; ".join(f"unknown flag {word}{nearest(word, flags)}" for word in unknown))
+            named = [f"unknown flag {word}{nearest(word, flags)}" for word in unknown if word.startswith("-")]
+            self.error("; ".join(named or [f"unexpected {word!r}; every value has a flag" for word in unknown]))
         return parsed
 
     def error(self, message):
@@ -108,7 +113,7 @@ def write_whole(path, chunks):
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
-    except OSError:
+    except BaseException:  # chunks may be a generator, and fail as it likes
         new.unlink(missing_ok=True)
         raise
 

@@ -1,21 +1,24 @@
 """One attempt at a request over any OpenAI-compatible server, and what its outcome means. Retrying is the caller's."""
 
+import asyncio
 import contextlib
 import json
 import re
 import time
 from dataclasses import dataclass, field, replace
-from urllib.parse import urlsplit
 
 from data_gen.cli import UsageError
-from data_gen.prices import PRICED_HOST
+from data_gen.prices import PRICED_HOST, host_of
 from data_gen.prompt import FORMATS
 from data_gen.rate import retry_after
 
 RETRIED = {408, 409, 425, 429}  # and every 5xx
 OVERLOADED = {408, 429, 503, 529}
 OUT_OF_MONEY = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "insufficient_funds")
-BLOCKED = ("content_policy", "content_filter", "invalid_prompt", "moderation", "safety", "responsibleai")
+BLOCKED = ("content_policy", "content_filter", "invalid_prompt", "moderation", "safety system", "responsibleai")
+MOST_TOKENS = 10**9  # of a count that can be meant
+LEAST_KEY = 8  # letters of one that is a secret; "none" or "EMPTY", for a server that wants none, are words of answers
+CONNECT_S = 30
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
 
 
@@ -87,11 +90,13 @@ class Client:
     def __init__(self, base_url, key, timeout_s):
         import openai  # half a second, and not everywhere that the tests run
 
-        self.openai, self.key = openai, key
+        self.openai, self.timeout_s = openai, timeout_s
+        self.secret = key if len(key) >= LEAST_KEY and not key.isalpha() else ""
         # A server that does not know a limit may ignore it, and write for ever: older ones know max_tokens alone.
-        official = urlsplit(base_url).hostname == PRICED_HOST
+        official = host_of(base_url) == PRICED_HOST
         self.dialect = Dialect(limit="max_completion_tokens" if official else "max_tokens")
-        self.api = openai.AsyncOpenAI(base_url=base_url, api_key=key or "none", max_retries=0, timeout=timeout_s)
+        timeout = openai.Timeout(timeout_s, connect=min(CONNECT_S, timeout_s))
+        self.api = openai.AsyncOpenAI(base_url=base_url, api_key=key or "none", max_retries=0, timeout=timeout)
 
     async def close(self):
         await self.api.close()
@@ -103,12 +108,15 @@ class Client:
             create = self.api.chat.completions.with_raw_response.create
             known = {name: body[name] for name in ("model", "messages")}
             rest = {name: value for name, value in body.items() if name not in known}
-            response = (await create(**known, extra_body=rest)).http_response
-            text, headers = self.clean(response.text), lower(response.headers)
+            # The package's time-out is for one read: a server that drips would never meet it.
+            asked = asyncio.wait_for(create(**known, extra_body=rest), self.timeout_s + 1)
+            response = (await asked).http_response
+            text, headers = self.clean(response.text), self.kept(response.headers)
             kind = "answer" if is_completion(text) else "lost"
             return Reply(kind, response.status_code, text, headers, started_at)
         except self.openai.APIStatusError as error:
-            text, headers, status = self.clean(error.response.text), lower(error.response.headers), error.status_code
+            text, headers = self.clean(error.response.text), self.kept(error.response.headers)
+            status = error.status_code
             return Reply(kind_of(status, text), status, text, headers, started_at, status in OVERLOADED)
         except self.openai.APIConnectionError as error:
             cause = error.__cause__
@@ -116,13 +124,15 @@ class Client:
             unsent = name in ("ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol")
             text = self.clean(f"{name}: {cause or error}")
             return Reply("failed" if unsent else "lost", None, text, {}, started_at, "Timeout" in name)
+        except asyncio.TimeoutError:
+            text = f"TimeoutError: no whole answer in {self.timeout_s:g} s"
+            return Reply("lost", None, text, {}, started_at, True)
 
     def clean(self, text):
-        return text.replace(self.key, "[key]") if self.key else text
+        return text.replace(self.secret, "[key]") if self.secret else text
 
-
-def lower(headers) -> dict:
-    return {name.lower(): value for name, value in headers.items()}
+    def kept(self, headers) -> dict:
+        return {name.lower(): self.clean(value) for name, value in headers.items()}
 
 
 def is_completion(text) -> bool:
@@ -135,13 +145,13 @@ def is_completion(text) -> bool:
 def kind_of(status, text) -> str:
     """What an error status means: "failed" is tried again."""
     told = text.lower()
-    if any(code in told for code in OUT_OF_MONEY) or status in (401, 402, 403, 404):
+    if any(code in told for code in OUT_OF_MONEY):
         return "fatal"
     if status in RETRIED or status >= 500:
         return "failed"
-    if any(word in told for word in BLOCKED):
-        return "refused"
-    return "unsupported"
+    if status in (400, 403, 422) and any(word in told for word in BLOCKED):
+        return "refused"  # 403: a router's moderation
+    return "fatal" if status in (401, 402, 403, 404) else "unsupported"
 
 
 def message_of(body: str) -> str:
@@ -173,10 +183,11 @@ def read_answer(body: str) -> Answer:
     choice = found["choices"][0]
     content = choice["message"].get("content")
     if isinstance(content, list):  # parts, as some servers send them
-        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+        texts = [part.get("text") for part in content if isinstance(part, dict)]
+        content = "".join(text for text in texts if isinstance(text, str))
     usage = found.get("usage") if isinstance(found.get("usage"), dict) else {}
     tokens = tuple(usage.get(name) for name in ("prompt_tokens", "completion_tokens"))
-    told = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in tokens)
+    told = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= MOST_TOKENS for n in tokens)
     return Answer(
         content if isinstance(content, str) else "",
         str(choice.get("finish_reason") or ""),
@@ -190,6 +201,8 @@ def read_answer(body: str) -> Answer:
 def key_for(base_url, environment, name="OPENAI_API_KEY") -> str:
     """The API key in environment[name]; a server on this machine needs none. Raises UsageError."""
     key = environment.get(name, "").strip()
-    if not key and urlsplit(base_url).hostname not in LOOPBACK:
+    if not key and host_of(base_url) not in LOOPBACK:
         raise UsageError(f"no API key in ${name} for {base_url}; set it, or name another variable by --api-key-env")
+    if not re.fullmatch("[!-~]*", key):
+        raise UsageError(f"the API key in ${name} holds a space, a line end or a letter that no key has; set it anew")
     return key

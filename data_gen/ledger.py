@@ -81,7 +81,10 @@ class Ledger:
             raise UsageError(f"{self.path} is not there; wanted the folder of an earlier run")
         if create:
             make_folder(folder)
-        self.lock = open(folder / ".lock", "a")  # noqa: SIM115
+        try:
+            self.lock = open(folder / ".lock", "a")  # noqa: SIM115
+        except OSError as error:
+            raise UsageError(f"{folder} cannot be written to: {error}") from error
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -93,10 +96,10 @@ class Ledger:
             self.db.execute("PRAGMA synchronous=FULL")
             self.db.execute("PRAGMA foreign_keys=ON")
             self.db.executescript(SCHEMA)
+            self.next_attempt = 1 + (self.db.execute("SELECT max(attempt) FROM sent").fetchone()[0] or 0)
         except sqlite3.DatabaseError as error:
             self.lock.close()
             raise DataError(f"{self.path} is not a ledger ({error}); move it away or pass another --out") from error
-        self.next_attempt = 1 + (self.db.execute("SELECT max(attempt) FROM sent").fetchone()[0] or 0)
         self.turn, self.pending, self.writer = threading.Lock(), [], None
 
     def close(self):
@@ -129,7 +132,7 @@ class Ledger:
 
     def failures(self, request) -> int:
         """Attempts of a request that the server answered with an error."""
-        sql = "SELECT count(*) FROM received JOIN sent USING (attempt) WHERE request = ? AND status IS NOT NULL"
+        sql = "SELECT count(*) FROM received JOIN sent USING (attempt) WHERE request = ? AND status <> 200"
         return self.db.execute(sql, (request,)).fetchone()[0]
 
     def unended_batches(self) -> list:
@@ -151,18 +154,20 @@ class Ledger:
 
     def commit(self, statements):
         """Several (sql, values) as one synced transaction. Raises Failure where the disk will not take it."""
-        try:
-            with self.turn:
+        with self.turn:  # to the end of the roll-back, which would else end another thread's transaction
+            try:
                 self.db.execute("BEGIN IMMEDIATE")
                 for sql, values in statements:
                     self.db.execute(sql, values)
                 self.db.execute("COMMIT")
-        except sqlite3.Error as error:
-            if self.db.in_transaction:
-                self.db.execute("ROLLBACK")
-            raise Failure(
-                f"{self.path} could not be written: {error}; what it holds is whole, free some space"
-            ) from error
+            except BaseException as error:
+                if self.db.in_transaction:
+                    self.db.execute("ROLLBACK")
+                if not isinstance(error, sqlite3.Error):
+                    raise
+                raise Failure(
+                    f"{self.path} could not be written: {error}; what it holds is whole, free some space"
+                ) from error
 
     def set(self, **settings):
         put = "INSERT OR REPLACE INTO setting VALUES (?, ?)"

@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
+from fractions import Fraction
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -12,6 +13,7 @@ from data_gen.cli import DataError, UsageError, nearest
 
 TABLE = Path(__file__).with_name("prices.json")
 PICO = 10**12  # picodollars in a dollar
+MOST_USD = 10**6  # of any amount: the ledger's integers hold nine million dollars
 PRICED_HOST = "api.openai.com"  # whose prices the table holds
 
 
@@ -28,7 +30,7 @@ class Price:
 
     def times(self, share: Decimal) -> "Price":
         """A share of it, rounded up."""
-        return Price(math.ceil(self.input * share), math.ceil(self.output * share))
+        return Price(*(math.ceil(price * Fraction(share)) for price in (self.input, self.output)))
 
 
 @dataclass(frozen=True)
@@ -44,25 +46,25 @@ def read_table(path=None) -> Table:
     """Raises DataError naming the file and what is wrong in it."""
     path = Path(path or TABLE)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"), parse_float=Decimal, parse_int=Decimal)
+        raw = json.loads(path.read_text(encoding="utf-8-sig"), parse_float=Decimal, parse_int=Decimal)
+        for name, pair in raw["models"].items():
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise ValueError(f"{name} has not two prices, [input, output]")
         models = {name: tuple(map(money, pair)) for name, pair in raw["models"].items()}
-        if any(len(pair) != 2 for pair in models.values()):
-            raise ValueError("a model has two prices, [input, output]")
         return Table(str(raw["as_of"]), money(raw.get("batch", 1)), models)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f'prices {path}: {error}; wanted {{"as_of", "batch", "models": {{name: [in, out]}}}}'
-        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else error
+        raise DataError(f'prices {path}: {what}; wanted {{"as_of", "batch", "models": {{name: [in, out]}}}}') from error
 
 
 def money(value) -> Decimal:
-    """A Decimal of zero or more. Raises ValueError."""
+    """A Decimal of zero to a million. Raises ValueError."""
     try:
         value = Decimal(str(value))
     except InvalidOperation:
         raise ValueError(f"{value!r} is not a number") from None
-    if not value.is_finite() or value < 0:
-        raise ValueError(f"{value} is not an amount of zero or more")
+    if not value.is_finite() or not 0 <= value <= MOST_USD:
+        raise ValueError(f"{value} is not an amount from 0 to {MOST_USD:,}")
     return value
 
 
@@ -74,7 +76,7 @@ def price_of(model, base_url, table: Table, given_in=None, given_out=None) -> Pr
     if (given_in is None) != (given_out is None):
         raise UsageError("--price-in and --price-out go together; one of them is given")
     if given_in is None:
-        host = urlsplit(base_url).hostname
+        host = host_of(base_url)
         known = table.models if host == PRICED_HOST else {}
         name = model if model in known else re.sub(r"-\d{4}-\d{2}-\d{2}$", "", model)
         if name not in known:
@@ -83,7 +85,18 @@ def price_of(model, base_url, table: Table, given_in=None, given_out=None) -> Pr
                 f"{why}; pass --price-in and --price-out, dollars a million tokens (0 for your own server)"
             )
         given_in, given_out = known[name]
-    return Price(*(math.ceil(money(usd) * PICO / 10**6) for usd in (given_in, given_out)))
+    return Price(*(math.ceil(Fraction(money(usd)) * PICO / 10**6) for usd in (given_in, given_out)))
+
+
+def host_of(base_url) -> str:
+    """Raises UsageError where it is no address of a server."""
+    try:
+        parts = urlsplit(base_url)
+        if parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port):
+            return parts.hostname
+    except ValueError:  # brackets that do not close, a port that is none
+        pass
+    raise UsageError(f"--base-url {base_url} is no address of a server; wanted one like http://localhost:8000/v1")
 
 
 class Budget:
@@ -121,4 +134,5 @@ class Budget:
 
 def usd(picodollars: int, digits: int = 4) -> str:
     """$0.0123, rounded up: what is told is never less than what was spent."""
-    return f"${math.ceil(picodollars * 10**digits / PICO) / 10**digits:,.{digits}f}" if picodollars else "$0"
+    whole, rest = divmod(-(-picodollars * 10**digits // PICO), 10**digits)
+    return f"${whole:,}.{rest:0{digits}}" if picodollars else "$0"

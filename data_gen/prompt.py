@@ -98,7 +98,7 @@ class Prompter:
 
     def fingerprint(self) -> dict:
         """What shapes the prompts: two runs draw the same ones iff these are equal."""
-        words = [SYSTEM, WORDING, FOREIGN, json.dumps(SCHEMA), *topics()]
+        words = [SYSTEM, WORDING, FOREIGN, LANGUAGES[self.language], SCHEMA, N_SUBJECTS, N_KINDS, *topics()]
         return {
             "seed": self.seed,
             "tasks_per_request": self.n_tasks,

@@ -4,6 +4,7 @@ Additive increase, multiplicative decrease (Chiu and Jain, 1989), with a doublin
 server names one; a look at throughput where it names no limits; a circuit breaker where nothing gets through.
 """
 
+import contextlib
 import email.utils
 import math
 import random
@@ -29,7 +30,7 @@ class Rate:
         self.most, self.backoff_s, self.clock, self.rng = most, backoff_s, clock, rng or random.Random()
         self.limit, self.slow_start = float(min(most, FIRST_LIMIT)), True
         self.in_flight = self.answers = 0
-        self.paused_until = self.cut_at = -math.inf
+        self.paused_until = self.cut_at = self.opened_at = -math.inf
         self.failures, self.cool_downs, self.last_answer = 0, 0, clock()
         self.window = Window()
 
@@ -81,7 +82,8 @@ class Rate:
         if overloaded and started_at > self.cut_at:  # one cut for all that was in flight when the limit was cut
             self.limit, self.slow_start, self.cut_at = max(1.0, self.limit / 2), False, self.clock()
         self.failures += not limited
-        if not limited and self.is_open() and (self.failures == BREAKER_FAILURES or self.in_flight == 0):
+        if not limited and self.is_open() and (self.failures == BREAKER_FAILURES or started_at > self.opened_at):
+            self.opened_at = self.clock()  # what fails later but was in flight already asks nothing
             cool_down = min(LONGEST_COOL_DOWN_S, FIRST_COOL_DOWN_S * 2**self.cool_downs)
             self.cool_downs = min(self.cool_downs + 1, 30)
             self.limit, self.slow_start = 1.0, True
@@ -95,12 +97,11 @@ class Rate:
         self.paused_until = max(self.paused_until, self.clock() + seconds)
 
     def heed(self, headers):
-        """Where fewer requests or tokens remain than are in flight anyway, wait until the server's window is over."""
-        for what, needed in (("requests", 1), ("tokens", None)):
+        """Where no request or hardly a token remains, wait until the server's window is over."""
+        for what, share in (("requests", 0), ("tokens", 0.02)):
             remaining = number(headers.get(f"x-ratelimit-remaining-{what}"))
-            allowed = number(headers.get(f"x-ratelimit-limit-{what}"))
-            needed = needed or (allowed or 0) * 0.02
-            if remaining is not None and remaining < needed:
+            allowed = number(headers.get(f"x-ratelimit-limit-{what}")) or 0
+            if remaining is not None and remaining < max(1, share * allowed):
                 self.pause(duration(headers.get(f"x-ratelimit-reset-{what}")) or self.backoff_s)
 
 
@@ -131,7 +132,7 @@ class Window:
         if self.hold:
             self.hold -= 1
             self.best = speed if self.hold == 0 else self.best
-        elif speed > self.best * GAIN:
+        elif speed > self.best * GAIN or not self.best_limit:
             self.best, self.best_limit = speed, limit
         elif limit >= 1.5 * self.best_limit:  # much more in flight, no more came out
             limit, slow_start, self.hold = self.best_limit, False, HOLD_WINDOWS
@@ -146,9 +147,9 @@ def retry_after(headers, now=None) -> float | None:
     text = headers.get("retry-after")
     seconds = number(text)
     if seconds is None and text:
-        parsed = email.utils.parsedate_tz(text)
-        if parsed is not None:
-            seconds = email.utils.mktime_tz(parsed) - (time.time() if now is None else now)
+        with contextlib.suppress(TypeError, ValueError, OverflowError):  # no date, or one of the year 99999999
+            then = email.utils.mktime_tz(email.utils.parsedate_tz(text))
+            seconds = then - (time.time() if now is None else now)
     return None if seconds is None else max(0.0, seconds)
 
 
