@@ -91,10 +91,11 @@ LETTERS = {
     "fa": "پچژگیک", "ur": "پچگیکٹڈڑںےھہ", "ar": "ةيكىأإ",
 }  # fmt: skip
 
-SCAN = 2000  # characters that are looked at
+SCAN = 1000  # characters that are looked at
 MIN_LETTERS, MIN_WORDS = 4, 4
 SHARE = 0.7  # of the letters must be of one script
 KANA = 0.1  # of the letters of Japanese are kana, at least
+LINK = re.compile(r"\bhttps?://\S+")
 WORD = re.compile(r"(?<!['\u2019])[^\W\d_]+|(?<=['\u2019])(?!s\b)[^\W\d_]+")  # no "s" of "dog's"
 
 MIN_LEAD, LEAD_SHARE = 0.8, 0.15  # before the second language, in words of its own and of its votes
@@ -117,8 +118,11 @@ LETTER_VOTES = votes_of(LETTERS)
 
 def guess(text: str) -> str:
     """The ISO 639-1 code, in LANGUAGES, of the language that text is in; "" when unsure."""
-    text = unicodedata.normalize("NFC", text[:SCAN]).lower()
-    scripts = Counter(script_of(char) for char in text if char.isalpha())
+    text = LINK.sub(" ", unicodedata.normalize("NFC", text[:SCAN]).lower())
+    scripts = Counter()
+    for char, n in Counter(text).items():
+        if char.isalpha():
+            scripts[script_of(char)] += n
     n_letters = scripts.total()
     if scripts["KANA"] >= KANA * (scripts["KANA"] + scripts["CJK"]):
         scripts["KANA"] += scripts.pop("CJK", 0)
@@ -140,14 +144,17 @@ def by_words(text, codes):
     words = WORD.findall(text)
     if len(words) < MIN_WORDS:
         return ""
-    votes, found = Counter(dict.fromkeys(codes, 0)), {code: [] for code in LANGUAGES}
-    for entry, table in [(word, WORD_VOTES) for word in words] + [(letter, LETTER_VOTES) for letter in text]:
-        speaks_for = table.get(entry, ())
-        for code in speaks_for:
-            votes[code] += 1 / len(speaks_for)
-            found[code].append(entry)
+    letters = Counter(letter for letter in text if letter > "z")
+    votes, n_found, found = Counter(dict.fromkeys(codes, 0)), Counter(), {code: "" for code in LANGUAGES}
+    for entries, table in ((Counter(words), WORD_VOTES), (letters, LETTER_VOTES)):
+        for entry, n in entries.items():
+            speaks_for = table.get(entry, ())
+            for code in speaks_for:
+                votes[code] += n / len(speaks_for)
+                n_found[code] += n
+                found[code] += f" {entry}"
     (best, most), (_, second) = votes.most_common(2)
     clear = most - second >= max(MIN_LEAD, LEAD_SHARE * most)
-    different = set(found[best])
-    common = len(different) > 1 and len("".join(different)) >= MIN_COMMON and len(found[best]) >= MIN_SHARE * len(words)
+    different = found[best].split()
+    common = len(different) > 1 and len("".join(different)) >= MIN_COMMON and n_found[best] >= MIN_SHARE * len(words)
     return best if clear and common and best in codes else ""
