@@ -275,11 +275,15 @@ def rejections(rejected, counts):
 def examples_of(rejected, reason):
     cards = []
     for line in rejected.examples.get(reason, ()) if rejected else ():
-        parts = [field(name, line.get(name)) for name in ("instruction", "input", "output", "detail", "duplicate_of")]
         origin = [f"{key} {clip(text_of(line[key]), 40)}" for key in ("request", "item") if line.get(key) is not None]
         if number(line.get("similarity")) is not None:
             origin.append(f"similarity {number(line['similarity']):.2f}")
-        parts.append(f'<div><span class="label">{escape(" · ".join(origin))}</span></div>' if origin else "")
+        head = " · ".join(["instruction" if text_of(line.get("instruction")).strip() else "no instruction", *origin])
+        parts = [("instruction", head), ("duplicate_of", "duplicate of"), ("detail", "detail")]
+        parts = [
+            field(label, line.get(key), key == "instruction")
+            for key, label in [*parts, ("input", "input"), ("output", "output")]
+        ]
         cards.append(f"<article>{''.join(parts)}</article>")
     return f'<div class="list">{"".join(cards)}</div>' if cards else ""
 
@@ -383,7 +387,7 @@ def costs(rows, told):
         tokens, price = number(cost.get(f"{way}_tokens")), number(cost.get(f"usd_per_million_{name}"))
         lines.append((f"{way} tokens", None if tokens is None else count(tokens)))
         lines.append((f"{way} price", None if price is None else f"{dollars(price)} per million tokens"))
-    lines.append(("batch prices", {True: "yes", False: "no"}.get(cost.get("batch"))))
+    lines.append(("batch prices", {"True": "yes", "False": "no"}.get(str(cost.get("batch")))))
     lines = [(name, value) for name, value in lines if value]
     answers = [(clip(text_of(name), 80), number(n), "") for name, n in told["models"].items() if number(n)]
     side = (

@@ -9,7 +9,7 @@ from html import escape
 
 from data_gen.report_figures import in_common, nice, text_of
 
-EXAMPLE_CHARS, SAMPLE_CHARS = 400, 3000  # of one text at most
+EXAMPLE_CHARS, SAMPLE_CHARS = 300, 3000  # of one text at most
 FOLDED_CHARS = 600  # a longer text of a sample is folded here
 ENTRIES = 100  # of a table at most
 
@@ -330,7 +330,7 @@ def percent(part, whole):
 
 def dollars(value):
     size = abs(value)
-    return f"${value:,.2f}" if size >= 1 or abs(value - round(value, 2)) < 1e-9 else f"${value:.2g}"
+    return f"${value:,.2f}" if size >= 0.1 or abs(value - round(value, 2)) < 1e-9 else f"${value:.2g}"
 
 
 def clock(seconds):
@@ -344,13 +344,13 @@ def sha256(text):
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def field(name, value):
-    text, kind = text_of(value), ' class="prompt"' if name == "instruction" else ""
-    label = {"duplicate_of": "duplicate of"}.get(name, name)
+def field(label, value, first=False):
+    """A labelled text of an example; nothing where there is none, unless it is the first, whose label tells more."""
+    text = clip(text_of(value), EXAMPLE_CHARS)
+    if not text.strip() and not first:
+        return ""
     return (
-        f'<div{kind}><span class="label">{label}</span>{passage(clip(text, EXAMPLE_CHARS))}</div>'
-        if text.strip()
-        else ""
+        f'<div class="{"prompt" if first else "field"}"><span class="label">{escape(label)}</span>{passage(text)}</div>'
     )
 
 

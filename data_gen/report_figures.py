@@ -92,7 +92,8 @@ ADJECTIVES = listed(
     relevant specific suitable random small large big old young high low first second third last next final
     original unique funny various certain real true false full complete own single double positive negative
     active passive informal formal present past future modern early late following above below provided
-    available necessary useful english"""
+    available necessary useful english largest
+    smallest longest shortest highest lowest biggest oldest youngest newest latest closest earliest fastest easiest"""
 )
 NOT_ADJECTIVES = {"table", "vegetable", "variable", "cable", "syllable", "timetable", "timeline"}
 NOT_ADVERBS = {"family", "reply", "supply", "assembly", "anomaly", "butterfly", "fly", "monopoly"}
@@ -255,7 +256,9 @@ def head_noun(words, at):
             break  # a sentence using ..., a poem titled ..., the impact each ...
         phrase.append(word)
         at += 1
-    while phrase and (adjective(phrase[-1]) or (phrase[-1].endswith("ly") and phrase[-1] not in NOT_ADVERBS)):
+    while phrase and (
+        adjective(phrase[-1]) or phrase[-1] in SKIPPED or (phrase[-1].endswith("ly") and phrase[-1] not in NOT_ADVERBS)
+    ):
         phrase.pop()
     if not phrase:
         return ""
