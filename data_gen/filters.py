@@ -39,23 +39,26 @@ REPAIRS = {
 SCAN = 20_000  # characters
 SEEN = 120  # characters of a defect that are shown
 MIN_TOKENS, MAX_TOKENS = 2, 150
+SAMPLE = 500  # characters of an output tell its language
+MIN_OUTPUT = 8  # tokens below which an output is no text in any language
 SELF_CONTAINED = 120  # characters besides a link: an input that merely mentions one
 ANY = re.IGNORECASE
 
 # ---- repairs --------------------------------------------------------------------------------------------------------
 
 EDGES = "\ufeff\u200b\u2060"
+HEAD, TAIL = r"(?:#{1,6} ?)?\*{0,3}", rf"\*{{0,3}}[\s{EDGES}]*"
 LABELS = {
-    "instruction": re.compile(
-        r"(?:#+ *)?\**(?:(?:task|instruction|prompt) ?\d{0,3} ?[:.)]|\d{1,2}[.)](?=\s))\**\s*", ANY
-    ),
-    "input": re.compile(r"(?:#+ *)?\**input ?:\**\s*", ANY),
-    "output": re.compile(r"(?:#+ *)?\**(?:output|response) ?:\**\s*", ANY),
+    "instruction": rf"{HEAD}(?:(?:task|instruction|prompt) ?\d{{0,3}} ?[:.)]|\d{{1,2}}[.)](?=\s)){TAIL}",
+    "input": rf"{HEAD}input ?:{TAIL}",
+    "output": rf"{HEAD}(?:output|response) ?:{TAIL}",
 }
+LABELS = {field: re.compile(label, ANY) for field, label in LABELS.items()}
 NEEDED = "(?:required|needed|necessary|provided|given|available|applicable)"
 NO_INPUT = re.compile(
-    rf"none|n a|no ?input|no (?:(?:additional|further|specific|extra) )?input(?: is)?(?: {NEEDED})?(?: for this \w+)?"
-    rf"|(?:input )?(?:is )?not {NEEDED}|keine(?: eingabe)?|aucune(?: entrée)?|sin entrada|ninguna|sem entrada|nenhuma"
+    rf"none(?: {NEEDED})?|n a|no ?input|(?:input )?(?:is )?not {NEEDED}"
+    rf"|no (?:(?:additional|further|specific|extra) )?input(?: is)?(?: {NEEDED})?(?: for this \w+)?"
+    "|keine(?: eingabe)?|aucune(?: entrée)?|sin entrada|ninguna|sem entrada|nenhuma"
     "|nessun input|geen(?: invoer)?|无|无输入|無|なし|入力なし|없음|нет(?: ввода)?"
 )
 NO_INPUT_AS_IS = re.compile(r"[<(\[{] ?(?:empty|null|nil|blank|no data|no text) ?[>)\]}]|[-\u2013\u2014]", ANY)
@@ -68,20 +71,24 @@ def tidy(item: dict) -> tuple[dict, list[str]]:
     for field, label in LABELS.items():
         text = item[field].replace("\r\n", "\n").replace("\r", "\n") if "\r" in item[field] else item[field]
         bare = stripped(text)
+        start = 0
+        while (found := label.match(bare, start)) and found.end() < len(bare):
+            start = found.end()
+        fields[field] = bare[start:]
         repairs |= {"line ends"} if text != item[field] else set()
         repairs |= {"blanks"} if text != bare else set()
-        while (found := label.match(bare)) and found.end() < len(bare):
-            bare = stripped(bare[found.end() :])
-            repairs.add("label")
-        fields[field] = bare
+        repairs |= {"label"} if start else set()
     if says(fields["input"], NO_INPUT) or NO_INPUT_AS_IS.fullmatch(fields["input"]):
         fields["input"] = ""
         repairs.add("no-input marker")
-    while (
-        found := NO_INPUT_END.search(fields["instruction"], max(0, len(fields["instruction"]) - 40))
-    ) and found.start():
-        fields["instruction"] = stripped(fields["instruction"][: found.start()])
+    text = fields["instruction"]
+    end = len(text)
+    while (found := NO_INPUT_END.search(text, max(0, end - 40), end)) and found.start():
+        end = found.start()
+        while end and (text[end - 1].isspace() or text[end - 1] in EDGES):
+            end -= 1
         repairs.add("no-input marker")
+    fields["instruction"] = text[:end]
     return fields, [repair for repair in REPAIRS if repair in repairs]
 
 
@@ -137,7 +144,7 @@ MEDIA_FILE = re.compile(
     r"\S{1,300}\.(?:jpe?g|png|gif|bmp|webp|tiff?|mp3|mp4|wav|avi|mov|flac|pdf|docx?|xlsx?|pptx?)", ANY
 )
 OF_FILES = re.compile(r"\b(?:file ?names?|files?|extensions?|formats?|rename|paths?|type|string|urls?)\b", ANY)
-URL = re.compile(r"(?<![\"'`=(\w])(?:https?://|www\.)([\w.-]{1,253})", ANY)
+URL = re.compile(r"(?<![\"'`=(\w/.@])(?:https?://|www\.)([\w.-]{1,253})\S*", ANY)
 RESERVED = re.compile(
     r"(?:[\w-]+\.){0,9}(?:example(?:\.\w+){0,2}|test|invalid|localhost)|(?:127|10)(?:\.\d+){3}|192\.168\.\d+\.\d+"
     r"|(?:www\.)?(?:my|your|some)?-?(?:site|website|domain|company|url|page)\.\w+",
@@ -205,13 +212,13 @@ def placeholder(item):
 
 
 def url(item):
-    if OF_URLS.search(item["instruction"]):
+    if OF_URLS.search(URL.sub("", item["instruction"])):
         return None
     for field in ("instruction", "input"):
         for found in URL.finditer(item[field]):
             mentioned = field == "input" and len(item[field]) - len(found[0]) >= SELF_CONTAINED
             if not mentioned and not RESERVED.fullmatch(found[1].rstrip(".-")):
-                return item[field][found.start() :]
+                return found[0]
     return None
 
 
@@ -250,8 +257,11 @@ def wrong_language(item, language):
         return f"{found}: {item['instruction']}"
     if language != "en" or ABOUT_LANGUAGE.search(item["instruction"]):
         return None
-    found = guess(item["output"])
-    return None if found in ("", language, guess(item["input"])) else f"{found}: {item['output']}"
+    output = item["output"][:SAMPLE]
+    found = guess(output)
+    if found in ("", language, guess(item["input"])) or len(tokenize(output)) < MIN_OUTPUT:
+        return None
+    return f"{found}: {output}"
 
 
 # ---- defects of English data ----------------------------------------------------------------------------------------
@@ -260,7 +270,8 @@ def wrong_language(item, language):
 # stands behind a colon, in quotes, on a line of its own, or right after the name: "the word hello", "the poem Ulysses".
 GOES_ON = (
     r"(?=[.,;!?)]|\Z|\s+(?:in|into|to|so|as|for|with|without|and|or|by|using|that|which|is|are|was|were|from|based|"
-    r"according|if|on|at|correctly|again|has|have|contains?|then|while|below|above|provided|given)\b)"
+    r"according|if|on|at|correctly|again|has|have|contains?|does|means?|says?|then|while|below|above|provided|"
+    r"given)\b)"
 )
 TEXT = (
     r"(?:text|sentences?|paragraphs?|passage|article|essay|poem|story|list|snippet|lines? of code|code|function|script|"
@@ -324,8 +335,8 @@ DRAWN = re.compile(
 )
 BY_TEXT = re.compile(
     r"\b(?:ascii|svg|html|css|code|python|java\w*|sql|latex|tikz|mermaid|graphviz|plantuml|markdown|prompts?|"
-    r"alt[- ]?text|captions?|script|words?|text|function|program|algorithm|how|write|describe|description|explain|excel|steps|"
-    r"instructions)\b",
+    r"alt[- ]?text|captions?|script|words?|text|function|program|algorithm|how|write|describe|description|explain|"
+    r"excel|steps|instructions)\b",
     ANY,
 )
 AI = r"(?:ai|artificial intelligence|(?:large )?language model)"
@@ -345,11 +356,12 @@ DO = (
     r"summari[sz]e|support|have (?:access|enough|the ability|(?:any )?information|personal))"
 )
 SORRY = (
-    r"\A\W{0,5}(?:I(?:['\u2019]m| am) )?(?:(?:so|very|really) )?(?:sorry|afraid|unfortunately|(?:my )?apologi[a-z]+)\b"
+    r"\A\W{0,5}(?:I(?:['\u2019]m| am)? )?(?:(?:so|very|really) )?(?:sorry|afraid|unfortunately|(?:my )?apologi[a-z]+)\b"
 )
 UNABLE = re.compile(
     rf"{SORRY}[^.\n]{{0,40}}?\b(?:{CANNOT}\s+(?:\w+\s+)?{DO}|you (?:need to|did not|didn['\u2019]t|have not|"
-    rf"haven['\u2019]t) (?:provid|specif|giv|includ|mention|attach))|\A\W{{0,5}}I(?:['\u2019]m| am) (?:unable|not able) to {DO}\b"
+    rf"haven['\u2019]t) (?:provid|specif|giv|includ|mention|attach))"
+    rf"|\A\W{{0,5}}I(?:['\u2019]m| am) (?:unable|not able) to {DO}\b"
     r"|\A\W{0,5}I (?:cannot|can['\u2019]t) (?:fulfil+|comply|complete|assist with|access|browse|view|open)\b"
     r"|\A(?:sure[,!.] )?(?:please|(?:could|can) you(?: please)?) (?:provide|share|specify|give me|send)\b[^.\n]{0,120}"
     r"\b(?:you(?:['\u2019]d| would) like|you want|so (?:that )?I can|for me to|me with)\b",
@@ -362,8 +374,8 @@ OF_LETTERS = re.compile(
 )
 OF_OUTPUTS = re.compile(r"\b(?:outputs?|responses?|models?|assistant|ai)\b", ANY)
 SHOULD = re.compile(
-    r"\A\W{0,5}(?:the|this|your|an?) (?:output|response|model|assistant|ai|language model|generated \w+) (?:should|"
-    r"must|will|would|needs to) (?:be|include|contain|describe|provide|list|generate|explain|have|depend|vary|return|give)\b"
+    r"\A\W{0,5}(?:the|this|your|an?) (?:output|response|model|assistant|ai|language model|generated \w+) (?:(?:should|"
+    r"must|needs to)\b|(?:will|would) (?:be|include|contain|describe|provide|list|explain|have|depend|vary|return|give)\b)"
     r"|\A\W{0,5}(?:(?:sample|example|expected|possible) (?:output|response)\W{0,3}\Z|(?:the )?(?:output|answer) "
     r"(?:will vary|varies|depends on the input))",
     ANY,
