@@ -15,7 +15,7 @@ FIRST_LIMIT = 4
 BREAKER_FAILURES = 10  # in a row, nothing answered in between, and the server counts as down
 FIRST_COOL_DOWN_S, LONGEST_COOL_DOWN_S = 5, 60
 LONGEST_BACKOFF_S = 60
-GAIN = 1.05  # of throughput, below which more requests in flight are no use
+GAIN = 1.05  # of throughput, below which more requests in flight are no use; 1.25 for twice as many, as in BBR
 HOLD_WINDOWS = 10  # that a limit found by throughput stays before more is tried again
 
 
@@ -81,12 +81,13 @@ class Rate:
             self.pause(retry_after)
         if overloaded and started_at > self.cut_at:  # one cut for all that was in flight when the limit was cut
             self.limit, self.slow_start, self.cut_at = max(1.0, self.limit / 2), False, self.clock()
+            self.window.since = None
         self.failures += not limited
         if not limited and self.is_open() and (self.failures == BREAKER_FAILURES or started_at > self.opened_at):
             self.opened_at = self.clock()  # what fails later but was in flight already asks nothing
             cool_down = min(LONGEST_COOL_DOWN_S, FIRST_COOL_DOWN_S * 2**self.cool_downs)
             self.cool_downs = min(self.cool_downs + 1, 30)
-            self.limit, self.slow_start = 1.0, True
+            self.limit, self.slow_start, self.window.since = 1.0, True, None
             self.pause(cool_down * self.backoff_s)
 
     def left(self):
@@ -106,36 +107,38 @@ class Rate:
 
 
 class Window:
-    """Tokens a second over the last answers: a server that names no limits shows its own by not getting any faster."""
+    """Tokens a second over as many answers as may be in flight at its start, or twice as many: a server that names no
+    limits shows its own by not getting any faster."""
 
     def __init__(self):
         self.best = self.best_limit = 0.0
         self.hold = 0
-        self.restart(None)
+        self.since = None
 
-    def restart(self, now):
-        self.since, self.tokens, self.answers = now, 0, 0
+    def restart(self, now, limit):
+        self.since, self.tokens, self.answers, self.limit = now, 0, 0, limit  # since: None before a first answer
 
     def add(self, rate, started_at, tokens):
         """The limit and whether it may still double, after one more answer."""
         now = rate.clock()
         if self.since is None:
-            self.restart(started_at)
+            self.restart(started_at, rate.limit)
         self.tokens, self.answers = self.tokens + tokens, self.answers + 1
         limit, slow_start = rate.limit, rate.slow_start
         if self.hold:
             limit = min(limit, self.best_limit)
-        if self.answers < max(8, 2 * rate.limit) or now <= self.since:
+        if self.answers < max(8, self.limit * (1 if slow_start else 2)) or now <= self.since:
             return limit, slow_start
-        speed = self.tokens / (now - self.since)
-        self.restart(now)
+        speed, at_limit = self.tokens / (now - self.since), self.limit
+        needed = max(GAIN, 1 + (at_limit / (self.best_limit or at_limit) - 1) / 4)
+        self.restart(now, limit)
         if self.hold:
             self.hold -= 1
             self.best = speed if self.hold == 0 else self.best
-        elif speed > self.best * GAIN or not self.best_limit:
-            self.best, self.best_limit = speed, limit
-        elif limit >= 1.5 * self.best_limit:  # much more in flight, no more came out
-            limit, slow_start, self.hold = self.best_limit, False, HOLD_WINDOWS
+        elif speed > self.best * needed or not self.best_limit:
+            self.best, self.best_limit = speed, at_limit
+        elif at_limit >= 1.5 * self.best_limit:  # much more in flight, no more came out
+            limit, slow_start, self.hold = min(limit, self.best_limit), False, HOLD_WINDOWS
         return limit, slow_start
 
 
