@@ -7,9 +7,8 @@ aclanthology.org/W04-1013). Two texts are duplicates iff F >= 0.7, decided in in
 
 All pairs would take hours, so an index finds the few that can be duplicates (prefix filter with positions: Bayardo et
 al. 2007, doi.org/10.1145/1242572.1242591; Xiao et al. 2011, doi.org/10.1145/2000824.2000825), and only they are
-compared. Let the tokens of every text stand in one order, rarest first, the r-th repeat of a token a token of its own.
-If p and q are the places in it of the first token that two texts share, they share at most m - p and n - q. Duplicates
-share 7 (m + n) / 20 or more, so
+compared. Let the tokens of every text stand in one order, rarest first. If p and q are the first places of the first
+token that two texts share, they share at most m - p and n - q. Duplicates share 7 (m + n) / 20 or more, so
 
     7 n <= 13 m - 20 p    and    7 m <= 13 n - 20 q,
 
@@ -127,7 +126,7 @@ def is_duplicate(lcs: int, m: int, n: int) -> bool:
 
 
 class Numbers(dict):
-    """Tokens and their repeats -> numbers from 0, in order of appearance. Surrogates are left out."""
+    """Tokens -> numbers from 0, in order of appearance. Surrogates are left out."""
 
     def __init__(self):
         super().__init__()
@@ -180,8 +179,8 @@ class Deduplicator:
         self._codes = []  # their tokens' numbers
         self._lengths = np.empty(64, np.int64)  # their 7 n, with room to grow
         self._index_of = {}  # code -> index
-        self._numbers = Numbers()  # of a token, or of (its number, r) for its r-th repeat
-        self._ranks = []  # number -> rank, the rarest first; below 0 for those newer than the last rebuild
+        self._numbers = Numbers()
+        self._ranks = []  # number -> rank, the rarest first; below 0 for tokens newer than the last rebuild
         self._postings = {}  # rank -> array of reach << BITS | index: the texts found under it
         self._rebuild_at = FIRST_REBUILD
 
@@ -191,10 +190,10 @@ class Deduplicator:
     def add(self, text: str) -> int | None:
         """Keeps text and returns None; or, where it is a duplicate, returns the index in the order of keeping of the
         kept text with the largest F, the first such."""
-        code, ranks = self._prepared(text)
-        found = self._find(code, ranks)
+        code, places = self._prepared(text)
+        found = self._find(code, places)
         if found is None:
-            self._keep(text, code, ranks)
+            self._keep(text, code, places)
         return found
 
     def find(self, text: str) -> int | None:
@@ -202,30 +201,26 @@ class Deduplicator:
         return self._find(*self._prepared(text))
 
     def _prepared(self, text):
-        numbers = self._numbers
+        numbers, ranks = self._numbers, self._ranks
         values = [numbers[token] for token in tokenize(text)]
-        return coded(values), self._ranks_of(values)
+        ranks += range(-1 - len(ranks), -1 - numbers.end, -1)
+        return coded(values), self._places(values)
 
-    def _ranks_of(self, values):
-        """Their ranks in ascending order, repeats with their own."""
-        if len(set(values)) < len(values):
-            counts = Counter(values)
-            values = [*counts]
-            values += [self._numbers[value, r] for value, n in counts.items() if n > 1 for r in range(1, n)]
+    def _places(self, values):
+        """The ranks that a text is found under, each with the reach at its first place."""
         ranks = self._ranks
-        ranks += range(-1 - len(ranks), -1 - self._numbers.end, -1)
-        return sorted([ranks[value] for value in values])
+        ordered = sorted([ranks[value] for value in values])
+        reaches = reaches_of(len(values))
+        return dict(zip(ordered[len(reaches) - 1 :: -1], reaches[::-1], strict=False))  # of repeats the first stays
 
-    def _find(self, code, ranks):
+    def _find(self, code, places):
         if code in self._index_of:
             return self._index_of[code]
-        lists, reaches = [], []
-        for rank, reach in zip(ranks, reaches_of(len(code)), strict=False):
-            if rank in self._postings:
-                lists.append(self._postings[rank])
-                reaches.append(reach)
-        if not lists:
+        postings = self._postings
+        shared = [(postings[rank], reach) for rank, reach in places.items() if rank in postings]
+        if not shared:
             return None
+        lists, reaches = zip(*shared, strict=True)
         postings = np.frombuffer(b"".join(lists), np.int64)
         near = postings >= 7 * len(code) << BITS
         found = postings[near] & (1 << BITS) - 1
@@ -239,7 +234,7 @@ class Deduplicator:
             return None
         return found[best[2]]
 
-    def _keep(self, text, code, ranks):
+    def _keep(self, text, code, places):
         index = len(self.texts)
         self.texts.append(text)
         self._codes.append(code)
@@ -251,28 +246,27 @@ class Deduplicator:
             self._rebuild_at *= GROWTH
             self._rebuild()
         else:
-            self._post(index, len(code), ranks)
+            self._post(index, places)
 
-    def _post(self, index, length, ranks):
-        for rank, reach in zip(ranks, reaches_of(length), strict=False):
+    def _post(self, index, places):
+        for rank, reach in places.items():
             posting = self._postings.get(rank)
             if posting is None:
                 posting = self._postings[rank] = array("q")
             posting.append(reach << BITS | index)
 
     def _rebuild(self):
-        """Ranks the numbers by how many kept texts have them, and posts all kept texts again."""
+        """Ranks the numbers by how many tokens of kept texts have them, and posts all kept texts again."""
         texts = [decoded(code) for code in self._codes]
         counts = Counter()
         for values in texts:
-            counts.update(self._ranks_of(values))
-        old = self._ranks
-        by_count = sorted(range(len(old)), key=lambda number: (counts[old[number]], -number))
-        self._ranks, self._postings = [0] * len(old), {}
+            counts.update(values)
+        by_count = sorted(range(len(self._ranks)), key=lambda number: (counts[number], -number))
         for rank, number in enumerate(by_count):
             self._ranks[number] = rank
+        self._postings = {}
         for index, values in enumerate(texts):
-            self._post(index, len(values), self._ranks_of(values))
+            self._post(index, self._places(values))
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
