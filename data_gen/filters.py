@@ -375,7 +375,7 @@ OF_LETTERS = re.compile(
 OF_OUTPUTS = re.compile(r"\b(?:outputs?|responses?|models?|assistant|ai)\b", ANY)
 SHOULD = re.compile(
     r"\A\W{0,5}(?:the|this|your|an?) (?:output|response|model|assistant|ai|language model|generated \w+) (?:(?:should|"
-    r"must|needs to)\b|(?:will|would) (?:be|include|contain|describe|provide|list|explain|have|depend|vary|return|give)\b)"
+    r"must|needs to)\b|(?:will|would) (?:be|include|contain|describe|provide|list|explain|have|depend|vary|give)\b)"
     r"|\A\W{0,5}(?:(?:sample|example|expected|possible) (?:output|response)\W{0,3}\Z|(?:the )?(?:output|answer) "
     r"(?:will vary|varies|depends on the input))",
     ANY,
