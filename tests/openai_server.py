@@ -14,6 +14,7 @@ import asyncio
 import concurrent.futures
 import dataclasses
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -40,13 +41,7 @@ STATUS_FAULTS = {
     "529": (529, "Overloaded", "overloaded_error", None),
 }
 BROKEN = ("502_html", "hang", "reset")  # no answer was made
-BILLED = (
-    "slow",
-    "lost",
-    "reset_body",
-    "eof_body",
-    "empty_choices",
-)  # an answer was made, and is paid for, come what may
+BILLED = ("slow", "drip", "lost", "reset_body", "eof_body", "empty_choices")  # an answer was made and is paid for
 GARBLED = ("not_json_200", "html_200")  # a proxy's 200; not billed
 ATTEMPT_FAULTS = (*STATUS_FAULTS, *BROKEN, *BILLED, *GARBLED)
 # Faults of an answer: the request is answered so whenever it is made.
@@ -54,11 +49,8 @@ ANSWER_FAULTS = (
     "truncated", "malformed", "refusal", "content_filter", "wrong_schema", "no_usage", "prose", "content_policy_400",
 )  # fmt: skip
 API_FAULTS = ("429", "429_bare", "429_ms", "500", "503", "502_html", "hang", "reset", "lost", "reset_body", "eof_body")
-WAYS = {
-    "lost": "reset",
-    "reset_body": "reset_body",
-    "eof_body": "eof_body",
-}  # how a reply that was made is not delivered
+# How a reply that was made fails to arrive, or is long in coming.
+WAYS = {"lost": "reset", "reset_body": "reset_body", "eof_body": "eof_body", "drip": "drip"}
 DIALECTS = ("openai", "vllm", "vllm_old", "llama.cpp", "llama.cpp_old", "fastapi", "plain")
 HTML = b"<html>\r\n<head><title>502 Bad Gateway</title></head>\r\n<body><h1>502 Bad Gateway</h1></body>\r\n</html>\r\n"
 
@@ -73,7 +65,7 @@ class Options:
     max_faults_per_request: int = 3
     retry_after_s: float = 1
     retry_after_ms: float = 50
-    hang_s: float = 60
+    hang_s: float = 60  # until the server closes; and how long a drip takes
     slow_s: float = 0.5
     latency_s: float = 0
     latency_growth: float = 0  # added share of the latency for each other request in flight: a local server
@@ -126,7 +118,7 @@ class Reply:
     body: object = None  # bytes, or a value that is sent as JSON
     headers: dict = dataclasses.field(default_factory=dict)
     type: str = "application/json"
-    way: str = "whole"  # or hang, reset, reset_body, eof_body
+    way: str = "whole"  # or hang, reset, reset_body, eof_body, drip
     entry: dict | None = None  # the line of the log that tells of it
     sent: object = None  # called once the body has left whole
 
@@ -836,12 +828,25 @@ class Server(Batches):
         head = f"HTTP/1.1 {reply.status} {reason(reply.status)}\r\n{head}\r\n".encode()
         if request.gone():
             return False
+        if reply.way == "drip":
+            return await self.drip(head + body, request, writer)
         writer.write(head + (body if reply.way == "whole" else body[: len(body) // 2]))
         await writer.drain()
         if reply.way == "reset_body":
             await asyncio.sleep(0.02)  # so that the client reads what there is before the reset throws it away
             reset(transport)
         return reply.way == "whole"
+
+    async def drip(self, data, request, writer):
+        """Sends in a hundred pieces: a read never has to wait for long, and the answer is long in coming."""
+        step = len(data) // 100 + 1
+        for first in range(0, len(data), step):
+            await self.wait(self.options.hang_s / 100, request)
+            if request.gone():
+                return False
+            writer.write(data[first : first + step])
+            await writer.drain()
+        return True
 
     async def wait(self, seconds, request):
         """Sleeps, but no longer than the client is there."""
@@ -1059,17 +1064,13 @@ def reset(transport):
 
 
 def main(argv):
-    words, options = iter(argv), {}
+    options, texts = {}, ("api_key", "dialect", "log")
     fields = {field.name for field in dataclasses.fields(Options)} | {"port"}
-    for word in words:
-        field = word.removeprefix("--").replace("-", "_")
-        if field not in fields:
-            sys.exit(f"openai_server: no option is called {word}")
-        value = next(words)
-        try:
-            options[field] = json.loads(value)
-        except ValueError:
-            options[field] = value
+    for flag, value in itertools.zip_longest(argv[::2], argv[1::2]):
+        field = flag.removeprefix("--").replace("-", "_")
+        if field not in fields or value is None:
+            sys.exit(f"openai_server: no option, or no value: {flag}")
+        options[field] = value if field in texts else json.loads(value)
     server = Server(**options)
     asyncio.run(server.run(lambda port: print(json.dumps({"port": port, "base_url": server.base_url}), flush=True)))
 

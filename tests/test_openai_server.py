@@ -177,11 +177,19 @@ def test_status_faults(serve, fault, kind, status, code):
     assert (entry["outcome"], entry["status"], entry["billed"]) == (fault, status, False)
 
 
-@pytest.mark.parametrize("fault, billed", [("reset", False), ("lost", True), ("reset_body", True), ("eof_body", True)])
-def test_connection_faults(serve, fault, billed):
+@pytest.mark.parametrize(
+    "fault, billed, cause",
+    [
+        ("reset", False, "ReadError"),
+        ("lost", True, "ReadError"),
+        ("reset_body", True, "ReadError"),
+        ("eof_body", True, "RemoteProtocolError"),
+    ],
+)
+def test_connection_faults(serve, fault, billed, cause):
     server = serve(faults={fault: 1})
     error = one(server)
-    assert type(error) is openai.APIConnectionError and error.body is None
+    assert type(error) is openai.APIConnectionError and error.body is None and type(error.__cause__).__name__ == cause
     (entry,) = server.log
     assert (entry["outcome"], entry["billed"], entry["whole"]) == (fault, billed, False)
     assert list(server.stats()["keys"].values()) == [{"seen": 1, "billed": int(billed), "whole": 0}]
@@ -199,6 +207,13 @@ def test_hang_and_slow(serve):
     assert type(one(server, "d", client={"timeout": 0.2})) is openai.APITimeoutError
     time.sleep(0.15)  # until the server sees that the client is gone
     assert server.log[-1]["billed"] and not server.log[-1]["whole"] and server.stats()["in_flight"] == 0
+
+
+def test_a_drip_beats_the_time_out_of_a_read(serve):
+    server = serve(faults={"drip": 1}, hang_s=0.6)
+    started = time.monotonic()
+    assert len(json.loads(content(one(server, client={"timeout": 0.3})))["tasks"]) == 20
+    assert time.monotonic() - started > 0.6 and server.log[0]["whole"]
 
 
 def test_a_200_that_is_no_completion(serve):
@@ -458,7 +473,7 @@ def test_a_batch_is_completed_and_says_what_the_chat_would(serve):
     assert (batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed) == (30, 30, 0)
     assert batch.error_file_id is None and batch.completed_at >= batch.in_progress_at >= batch.created_at
     ids = [line["custom_id"] for line in output]
-    assert sorted(ids) != ids and set(ids) == {f"line-{i}" for i in range(30)}  # shuffled
+    assert ids != [f"line-{i}" for i in range(30)] and set(ids) == {f"line-{i}" for i in range(30)}  # shuffled
     for line in output:
         assert line["id"].startswith("batch_req_") and line["error"] is None and line["response"]["status_code"] == 200
         body = openai.types.chat.ChatCompletion(**line["response"]["body"])
