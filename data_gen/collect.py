@@ -64,7 +64,8 @@ class Collector:
         """Until the dataset is full, the budget is used up or stop() was called; or until() holds."""
         while not (self.curator.full or self.stopping or self.fatal or until()):
             self.start()
-            await self.wait()
+            if not self.stopping:
+                await self.wait()
         await self.finish()
 
     def start(self):

@@ -1,0 +1,352 @@
+"""The collecting loop against a server that is a function: caps hold, order is kept, failures are sorted out."""
+
+import asyncio
+import json
+import random
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("openai")
+pytest.importorskip("rapidfuzz")
+
+from data_gen import collect, rate
+from data_gen.cli import Failure
+from data_gen.client import Dialect, Reply
+from data_gen.collect import Ask, Collector
+from data_gen.ledger import Ledger
+from data_gen.prices import Budget, Price
+
+ONE = Price(1, 1)
+
+
+class Progress:
+    """Remembers what was said."""
+
+    def __init__(self):
+        self.said = []
+
+    def say(self, text):
+        self.said.append(text)
+
+    def show(self, collector):
+        pass
+
+
+class Curator:
+    """Keeps one row an answer and the order that they came in."""
+
+    def __init__(self, wanted):
+        self.wanted, self.rows, self.kept_by_request, self.entries = wanted, [], [], []
+
+    @property
+    def full(self):
+        return len(self.rows) >= self.wanted
+
+    def take(self, entry):
+        self.entries.append(entry)
+        kept = entry.kind == "answer"
+        self.rows += [entry.request] if kept else []
+        self.kept_by_request.append(int(kept))
+
+
+def completion(usage=(10, 10), finish="stop"):
+    told = dict(zip(("prompt_tokens", "completion_tokens"), usage, strict=True)) if usage else None
+    return json.dumps({"choices": [{"message": {"content": "{}"}, "finish_reason": finish}], "usage": told})
+
+
+class Server:
+    """reply(number, how often it was asked) -> Reply, after a random number of turns of the loop."""
+
+    dialect = Dialect()
+
+    def __init__(self, reply, seed=0):
+        self.reply, self.rng, self.asked, self.in_flight, self.most = reply, random.Random(seed), [], 0, 0
+
+    async def ask(self, body):
+        self.in_flight += 1
+        started_at = time.monotonic()
+        self.most = max(self.most, self.in_flight)
+        self.asked.append(body["number"])
+        for _ in range(self.rng.randrange(8)):
+            await asyncio.sleep(0)
+        self.in_flight -= 1
+        found = self.reply(body["number"], self.asked.count(body["number"]), body)
+        return replace(found, started_at=started_at)
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """make(reply, wanted, ...) -> a Collector on a ledger of its own, or on the last one's under again=True."""
+    monkeypatch.setattr(rate, "FIRST_LIMIT", 64)
+    opened, count = [], iter(range(10**6))
+
+    def build(reply, wanted, cap=None, price=ONE, most=50, seed=0, again=False, concurrency=64, **options):
+        folder = opened[-1][0] if again else tmp_path / str(next(count))
+        if again:
+            opened[-1][1].close()
+        ledger = Ledger(folder)
+        ledger.db.execute("PRAGMA synchronous=OFF")  # these tests kill nothing
+        opened.append((folder, ledger))
+        defaults = {"patience": 900, "max_attempts": 4, "tasks_per_request": 1, "max_output_tokens": most}
+        totals = ledger.totals()
+        return Collector(
+            ledger, Curator(wanted), Server(reply, seed), rate.Rate(concurrency, 1e-4),
+            Budget(cap, totals.spent, totals.uncertain), price,
+            lambda number, dialect: Ask({"model": "m", "number": number, "dialect": dialect}, "-", most),
+            SimpleNamespace(**defaults | options), Progress(),
+        )  # fmt: skip
+
+    yield build
+    for _, ledger in opened:
+        ledger.close()
+
+
+def run(collector):
+    asyncio.run(collector.run())
+    return collector
+
+
+def answer(number, times, body):
+    return Reply("answer", 200, completion())
+
+
+def failing(kinds):
+    """A server that fails the first times as kinds say, then answers."""
+
+    def reply(number, times, body):
+        if times <= len(kinds):
+            kind, status = kinds[times - 1]
+            return Reply(kind, status, "{}", overloaded=status == 503)
+        return answer(number, times, body)
+
+    return reply
+
+
+def test_outcomes_are_taken_in_the_order_of_their_requests_however_they_come(make):
+    for seed in range(5):
+        collector = run(make(answer, 200, seed=seed))
+        assert collector.client.most > 20, "nothing was in flight together"
+        assert [entry.request for entry in collector.curator.entries][:200] == list(range(200))
+
+
+def test_nothing_is_asked_that_the_dataset_does_not_need(make):
+    collector = run(make(answer, 10))
+    assert sorted(collector.client.asked) == list(range(10))
+
+
+@pytest.mark.parametrize("kinds", [[("failed", 500)] * 3, [("failed", 429)] * 3, [("lost", None)] * 3])
+def test_a_failure_is_tried_again_and_leaves_no_hole(make, kinds):
+    collector = run(make(failing(kinds), 50))
+    assert collector.curator.rows[:50] == list(range(50))
+    assert max(collector.client.asked.count(n) for n in range(50)) == 4
+
+
+def test_only_lost_answers_are_counted_as_perhaps_paid(make):
+    def reply(number, times, body):
+        if times == 1 and number % 3 == 0:
+            return Reply("lost" if number % 2 else "failed", None, "")
+        return answer(number, times, body)
+
+    collector = run(make(reply, 60))
+    totals = collector.ledger.totals()
+    lost = sum(n % 6 == 3 for n in set(collector.client.asked))
+    assert totals.uncertain == collector.budget.uncertain == 50 * lost > 0
+    assert totals.spent == collector.budget.spent == 20 * totals.answers
+    assert collector.budget.reserved == 0
+
+
+def test_an_answer_without_usage_costs_the_most_that_it_can_have(make):
+    collector = run(make(lambda *_: Reply("answer", 200, completion(usage=None)), 5))
+    assert collector.ledger.totals().spent == 5 * 50
+
+
+def test_one_that_always_fails_is_left_out_while_others_get_through(make):
+    def reply(number, times, body):
+        return Reply("failed", 500, "broken") if number == 7 else answer(number, times, body)
+
+    collector = run(make(reply, 300))
+    assert [entry.kind for entry in collector.curator.entries if entry.request == 7] == ["refused"]
+    assert collector.client.asked.count(7) <= 12
+    again = make(reply, 300, again=True)
+    assert run(again).client.asked == [], "what was given up was asked again"
+
+
+def test_an_outage_gives_up_no_request(make, monkeypatch):
+    """While nothing gets through, failures are the server's, not the request's."""
+    monkeypatch.setattr(rate, "FIRST_COOL_DOWN_S", 1)
+    calls = iter(range(10**6))
+
+    def reply(number, times, body):
+        if 30 <= next(calls) < 430:
+            return Reply("failed", 503, "down", overloaded=True)
+        return answer(number, times, body)
+
+    collector = run(make(reply, 100, max_attempts=3))
+    assert collector.curator.rows[:100] == list(range(100))
+
+
+def test_a_server_that_never_answers_ends_the_run(make):
+    collector = make(lambda *_: Reply("failed", 500, "no", overloaded=False), 5, patience=0.3)
+    with pytest.raises(Failure, match=r"no answer for 0.3 s .*500, no"):
+        run(collector)
+    assert len(collector.client.asked) < 60, "it was hammered"
+
+
+@pytest.mark.parametrize("status", [401, 404, 429])
+def test_what_no_retry_can_mend_ends_the_run_at_once(make, status):
+    def reply(number, times, body):
+        if number < 10:
+            return answer(number, times, body)
+        return Reply("fatal", status, json.dumps({"error": {"message": "no such thing", "code": "x"}}))
+
+    collector = make(reply, 1000, concurrency=4)
+    with pytest.raises(Failure, match=f"{status}: no such thing"):
+        run(collector)
+    assert len(collector.client.asked) < 30
+    assert make(answer, 1000, again=True).folded >= 10, "what came before was lost"
+
+
+def test_prompts_that_are_refused_are_holes_and_twenty_in_a_row_end_the_run(make):
+    def some(number, times, body):
+        return Reply("refused", 400, "policy") if number % 2 else answer(number, times, body)
+
+    collector = run(make(some, 40))
+    assert [entry.kind for entry in collector.curator.entries[:4]] == ["answer", "refused", "answer", "refused"]
+    with pytest.raises(Failure, match="refused 20 prompts in a row: policy"):
+        run(make(lambda n, t, b: answer(n, t, b) if n == 0 else Reply("refused", 400, "policy"), 100, concurrency=1))
+
+
+def test_the_dialect_is_found_once_by_one_request_at_a_time(make):
+    def reply(number, times, body):
+        dialect = body["dialect"]
+        if dialect.format != "text":
+            return Reply("unsupported", 400, "response_format of this type is not supported")
+        if dialect.limit != "max_tokens":
+            return Reply("unsupported", 400, "Unsupported parameter: 'max_completion_tokens'")
+        return answer(number, times, body)
+
+    collector = run(make(reply, 100))
+    assert collector.client.asked[:4] == [0, 0, 0, 0] and len(collector.client.asked) == 103
+    assert collector.dialect == Dialect("text", "max_tokens")
+    again = run(make(reply, 200, again=True))
+    assert len(again.client.asked) == 100, "it was found out twice"
+
+
+def test_a_server_that_understands_nothing_ends_the_run(make):
+    collector = make(
+        lambda *_: Reply("unsupported", 400, "max_tokens and max_completion_tokens and response_format"), 9
+    )
+    with pytest.raises(Failure, match="the server said 400"):
+        run(collector)
+    assert len(collector.client.asked) < 10
+
+
+def test_a_bad_request_among_good_ones_is_that_requests_alone(make):
+    def reply(number, times, body):
+        return Reply("unsupported", 400, "odd") if number == 5 else answer(number, times, body)
+
+    assert [e.kind for e in run(make(reply, 50)).curator.entries if e.request == 5] == ["refused"]
+
+
+def test_answers_that_hold_nothing_end_the_run_early(make):
+    collector = make(answer, 100)
+    collector.curator.take = lambda entry: collector.curator.kept_by_request.append(0)
+    collector.curator.rejected = SimpleNamespace(most_common=lambda n: [("no items", 20)])
+    with pytest.raises(Failure, match=r"nothing new that can be kept \(no items 20"):
+        run(collector)
+    assert len(collector.client.asked) <= 20 + 2 * 64
+
+
+def test_holes_of_a_run_that_was_killed_are_asked_first(make):
+    collector = make(answer, 100)
+    for number in range(12):  # answered all but 3 and 7, which were in flight
+        _, intent = collector.ledger.intent(number, "-", "m", 50)
+        done = collector.ledger.outcome(number + 1, "answer", 200, completion(), (10, 10), 20)
+        collector.ledger.commit([intent] if number in (3, 7) else [intent, done])
+    collector.ledger.set(dialect={"format": "text", "limit": "max_tokens", "temperature": True})
+    again = make(answer, 12, again=True)
+    assert again.budget.uncertain == 100, "what was in flight may have been billed"
+    assert sorted(run(again).client.asked) == [3, 7]
+    assert again.curator.rows == list(range(12))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_the_cap_is_never_passed_by_a_cent(make, data):
+    """What the server bills, lost answers too, stays within the cap with 64 requests in flight, over two runs."""
+    draw = data.draw
+    price = Price(draw(st.integers(0, 10**7)), draw(st.integers(1, 10**8)))
+    most_in, most_out = draw(st.integers(1, 5000)), draw(st.integers(1, 5000))
+    most = price.cost(most_in, most_out)
+    cap = draw(st.integers(0, 200)) * most // 3 + draw(st.integers(0, most))
+    rng = random.Random(draw(st.integers(0, 2**32)))
+    share = {name: draw(st.floats(0, 0.3)) for name in ("failed", "lost", "no usage")}
+    billed = []
+
+    def reply(number, times, body):
+        luck, usage = rng.random(), (rng.randint(0, most_in), rng.randint(0, most_out))
+        if luck < share["failed"]:
+            return Reply("failed", rng.choice([429, 500, 503]), "", overloaded=True)
+        billed.append(price.cost(*usage))
+        if luck < share["failed"] + share["lost"]:
+            return Reply("lost", None, "")
+        return Reply("answer", 200, completion(None if rng.random() < share["no usage"] else usage))
+
+    collector = make(reply, 10**6, cap=cap, price=price, most=most, seed=draw(st.integers(0, 99)))
+    most_in_flight = 0
+    for _ in range(2):
+        collector.rate.limit = 64.0
+        asyncio.run(collector.run())
+        assert collector.status == "cap reached"
+        assert sum(billed) <= collector.budget.committed <= cap
+        assert cap - collector.budget.committed < most, "it stopped early"
+        most_in_flight = max(most_in_flight, collector.client.most)
+        collector = make(reply, 10**6, cap=cap, price=price, most=most, again=True)
+    if cap >= 64 * most and not share["failed"]:
+        assert most_in_flight > 8
+
+
+def test_a_server_that_bills_more_than_was_asked_ends_a_capped_run(make):
+    collector = make(lambda *_: Reply("answer", 200, completion((100, 100))), 50, cap=10**6)
+    with pytest.raises(Failure, match=r"billed 100 \+ 100 tokens, more than request 0 can use"):
+        run(collector)
+    assert run(make(lambda *_: Reply("answer", 200, completion((100, 100))), 50)).curator.full, (
+        "without a cap it goes on"
+    )
+
+
+def test_stop_waits_for_what_is_in_flight(make):
+    collector = make(answer, 10**6)
+
+    async def stop_soon():
+        task = asyncio.create_task(collector.run())
+        while len(collector.curator.rows) < 100:
+            await asyncio.sleep(0)
+        in_flight = set(collector.tasks)
+        collector.stop()
+        await task
+        return in_flight
+
+    assert asyncio.run(stop_soon()), "nothing was in flight"
+    assert collector.status == "stopped" and not collector.tasks
+    assert len(collector.done) == len(set(collector.client.asked)), "an answer was thrown away"
+
+
+def test_a_request_that_hangs_does_not_hold_up_the_others(make, monkeypatch):
+    """Rows are in order, but the others go on being asked for, up to LOOKAHEAD."""
+    monkeypatch.setattr(collect, "LOOKAHEAD", 40)
+    collector = make(answer, 60)
+    ask = collector.client.ask
+
+    async def hang(body):
+        while body["number"] == 2 and len(collector.ready) < 37:
+            await asyncio.sleep(0.001)
+        return await ask(body)
+
+    collector.client.ask = hang
+    assert run(collector).curator.rows == list(range(60))
