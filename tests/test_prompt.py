@@ -53,12 +53,12 @@ def test_prompts_are_those_of_before():
     seeds = seed_tasks(40, category="kind, of sorts")
     found = [sha256(json.dumps(Prompter(seeds, seed=5, language=code).messages(123)))[:16] for code in ("en", "de")]
     whole = sha256(json.dumps([Prompter(SEEDS).messages(number) for number in range(50)]))[:16]
-    assert (found, whole) == (["GOLDEN_EN", "GOLDEN_DE"], "GOLDEN_ALL")
+    assert (found, whole) == (["9d49c986ef293305", "4cb76fcc740c2347"], "a9a7793a0fae4da1")
 
 
 def test_picks_are_those_of_before():
     """By random() of a generator that a text seeded: the same in every version of Python."""
-    assert pick(prompt.random.Random("0:7"), "abcdefghij", 4) == list("GOLD")
+    assert pick(prompt.random.Random("0:7"), "abcdefghij", 4) == list("fecb")
 
 
 def test_a_prompt_depends_on_settings_and_number_alone(drawn):
@@ -118,9 +118,8 @@ def test_few_seed_tasks_without_a_kind():
 
 def test_topics_and_kinds_can_be_told_apart_in_a_line():
     assert len(set(topics())) == len(topics()) > 200
-    assert not [
-        topic for topic in (*topics(), *(seed["category"] for seed in SEEDS)) if not topic.strip() or "," in topic
-    ]
+    names = (*topics(), *(seed["category"] for seed in SEEDS))
+    assert all(name.strip() == name != "" and "," not in name for name in names)
 
 
 # ---- the wording -----------------------------------------------------------------------------------------------------
@@ -128,7 +127,7 @@ def test_topics_and_kinds_can_be_told_apart_in_a_line():
 
 def test_a_prompt_says_how_many_tasks_and_in_which_form():
     text = text_of(Prompter(SEEDS, n_tasks=13), 0)
-    assert "Write 13 new tasks" in text and "with 13 tasks in it" in text and "20" not in text.partition("Examples")[0]
+    assert "Write 13 new tasks" in text and "with 13 tasks in it" in text and "20 tasks" not in text
     assert text.endswith(
         '{"tasks": [{"instruction": "...", "input": "...", "output": "..."}, ...]}, with 13 tasks in it.'
     )
@@ -138,9 +137,9 @@ def test_a_prompt_says_how_many_tasks_and_in_which_form():
 def test_another_language_is_named(code):
     text = text_of(Prompter(SEEDS, language=code), 0)
     rule = f"7. Write instruction, input and output in {LANGUAGES[code]}, as native speakers do."
-    assert rule in text and text.replace(text[text.index("7. Write") : text.index("Take up")], "\n") == text_of(
-        Prompter(SEEDS), 0
-    )
+    assert rule in text
+    without = text[: text.index("7. Write")] + "\n" + text[text.index("Take up") :]
+    assert without == text_of(Prompter(SEEDS), 0)
 
 
 def test_english_is_not_named(drawn):
@@ -158,9 +157,9 @@ def test_braces_in_seed_tasks_are_text(braces):
 
 def test_a_prompt_can_be_sent():
     for text in ("a\ud800b", "é\U0001f600", "a\0b"):
-        seeds = read_back = seed_tasks(1, input=text)
+        seeds = seed_tasks(1, input=text)
         found = text_of(Prompter(seeds), 0)
-        assert found.encode() and parts(found)[2] == [{field: read_back[0][field] for field in FIELDS}]
+        assert found.encode() and parts(found)[2] == [{field: seeds[0][field] for field in FIELDS}]
 
 
 def test_the_size_of_a_prompt(drawn):
@@ -172,11 +171,8 @@ def test_the_size_of_a_prompt(drawn):
 def test_the_schema_allows_the_fields_of_a_task_alone():
     task = FORMATS["json_schema"]["json_schema"]["schema"]["properties"]["tasks"]["items"]
     assert tuple(task["properties"]) == tuple(task["required"]) == FIELDS and task["additionalProperties"] is False
-    assert FORMATS["json_schema"]["json_schema"]["strict"] is True and list(FORMATS) == [
-        "json_schema",
-        "json_object",
-        "text",
-    ]
+    assert FORMATS["json_schema"]["json_schema"]["strict"] is True
+    assert list(FORMATS) == ["json_schema", "json_object", "text"]
 
 
 # ---- the fingerprint -------------------------------------------------------------------------------------------------
