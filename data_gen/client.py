@@ -132,7 +132,9 @@ class Client:
         return text.replace(self.secret, "[key]") if self.secret else text
 
     def kept(self, headers) -> dict:
-        return {name.lower(): self.clean(value) for name, value in headers.items()}
+        """Those that Rate heeds."""
+        lower = {name.lower(): self.clean(value) for name, value in headers.items()}
+        return {name: value for name, value in lower.items() if name.startswith(("retry-after", "x-ratelimit-"))}
 
 
 def is_completion(text) -> bool:
