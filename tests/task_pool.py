@@ -11,7 +11,7 @@ import json
 import random
 import re
 
-FAVOURITES, FAVOURITE_SHARE = 3000, 0.1  # tasks that come again and again, and how often one of them does
+FAVOURITES, FAVOURITE_SHARE = 3000, 0.16  # tasks that come again and again, and how often one of them does
 
 WORDS = {
     "subject": "urban flooding|coral reefs|compound interest|sleep and memory|the printing press|volcanic soil|"
@@ -32,7 +32,9 @@ WORDS = {
     "nocturnal|underground|royal|heavy|steam-powered|glass|knitted|municipal|feral|salted|mechanical|colonial|"
     "alpine|inflatable|magnetic|rusty|synthetic|domestic|prehistoric|velvet|luminous|historic|organic|borrowed|"
     "coastal|stolen|bamboo|tiny|concrete|pickled|archived|orphaned|experimental|wireless|muddy|satellite|dried|"
-    "perfumed|collapsible|volcanic|public",
+    "perfumed|collapsible|volcanic|public|(un|re|hand|pre|home)(painted|heated|washed|stitched|printed|polished|"
+    "baked|sealed|woven|wired|glazed|packed|tuned|lit|mapped|priced|carved|dyed|bound|ripened|insured|inspected|"
+    "labelled|watered|fermented)",
     "plural": "boats|maps|orchids|violins|tunnels|letters|clocks|bridges|wolves|carpets|coins|mushrooms|masks|bells|"
     "statues|engines|gardens|recipes|shoes|telescopes|castles|diaries|pigeons|contracts|batteries|barrels|candles|"
     "photographs|orchards|ladders|kitchens|sensors|puppets|rivers|stamps|caves|windows|helmets|goats|libraries|"
@@ -41,20 +43,29 @@ WORDS = {
     "swamps|tapestries|trams|vineyards|whales|archives|baskets|canals|dictionaries|elevators|festivals|gloves|"
     "hospitals|islands|jewels|kiosks|lockers|magnets|nests|oysters|playgrounds|quarries|roofs|saddles|theatres|"
     "umbrellas|vans|wells|mirrors|bracelets|turbines|crops|newspapers|salaries|mortgages|surveys|rockets|prisons|"
-    "elections|treaties|museums|podcasts|spreadsheets|allergies|dialects|ballads",
+    "elections|treaties|museums|podcasts|spreadsheets|allergies|dialects|ballads|(water|fire|moon|salt|snow|sea|"
+    "sand|wood|stone|silk|corn|star|wind|rain|tin|iron|bone|frost|river|hill|marsh|lamp|drum|plum)(mills|birds|"
+    "stones|flowers|boats|fish|houses|works|bells|cloths|worms|traps|lines|blocks|berries|gates|roots|sheds|rings|"
+    "posts|hounds|shells)",
     "gerund": "restoring|painting|counting|importing|stealing|designing|selling|hiding|photographing|repairing|"
     "collecting|inheriting|cleaning|measuring|smuggling|describing|naming|auctioning|recycling|protecting|burying|"
     "building|copying|insuring|lending|banning|drawing|exhibiting|transporting|inventing|decorating|taxing|renting|"
     "mapping|weighing|studying|guarding|replacing|labelling|donating|comparing|heating|polishing|sharing|tracing|"
     "ordering|dismantling|filming|storing|dating|classifying|financing|carving|moving|teaching children about|"
     "writing about|dreaming of|campaigning for|paying for|losing|testing|numbering|advertising|cataloguing|"
-    "reviewing|discovering|forging",
+    "reviewing|discovering|forging|(re|un|pre|out)(packing|loading|selling|wrapping|wiring|fitting|mounting|pricing|"
+    "labelling|stacking|printing|cutting|placing|casting|filing|welding|folding|tuning|staging|buying)",
     "role": "nurse|plumber|violinist|bus driver|chemist|translator|carpenter|midwife|architect|shepherd|data "
     "analyst|chef|detective|sailor|tailor|park ranger|journalist|electrician|potter|referee|astronomer|postman|"
     "beekeeper|judge|dentist|florist|geologist|firefighter|librarian|magician|mayor|miner|novelist|optician|"
     "pharmacist|pilot|priest|barista|roofer|sculptor|senator|surgeon|taxi driver|farmer|zookeeper|cashier|bank "
     "clerk|baker|blacksmith|cartographer|clown|diver|fiddler|glassblower|historian|jeweller|locksmith|lifeguard|"
     "meteorologist|night guard|painter|puppeteer",
+    "first": "Ingrid|Tomás|Aisha|Kenji|Olga|Mateus|Priya|Declan|Fatima|Henrik|Lucía|Samuel|Yara|Viktor|Amara|Jonas|"
+    "Mei|Rashid|Clara|Emeka|Saskia|Bruno|Leila|Arthur|Noor|Pavel|Rosa|Hamish|Chiara|Dmitri|Zoë|Idris|Marta|Felix|"
+    "Sunita|Oskar",
+    "surname": "(Thorn|Black|Winter|Mar|Hol|Lind|Berg|Stein|Nord|Wood|Hart|Ros|Ald|Ken|Fair|Ost|Vand|Lam|Gar|"
+    "Pick)(wick|man|son|sen|ström|berg|feld|mann|ley|ova|ez|well|er|ski|ard|ington|ett)",
     "trait": "weary|newly promoted|freelance|part-time|retired|self-taught|driven|forgetful|homesick|shy|curious|"
     "busy|sceptical|penniless|famous|short-sighted|blind|left-handed|French-speaking|generous|lazy|superstitious|"
     "grumpy|gifted|nervous|cheerful|stubborn|wealthy|young|lonely|clumsy|patient|vain|bilingual|careless|modern|"
@@ -81,7 +92,9 @@ WORDS = {
     "place": "Lisbon|Nairobi|Kyoto|rural Wales|Buenos Aires|the Scottish Highlands|Hanoi|Montreal|Cape Town|Tbilisi|"
     "northern Norway|Istanbul|Oaxaca|Vancouver Island|Marrakesh|Ljubljana|the Black Forest|Tasmania|Seoul|Cusco|"
     "Porto|Helsinki|Zanzibar|New Orleans|Sarajevo|Chiang Mai|the Azores|Detroit|Kraków|Jaipur|Galway|Valparaíso|"
-    "Reykjavík",
+    "Reykjavík|(Ash|Thorn|Kestrel|Mill|Birch|Raven|Winter|Marl|Had|Elms|Crow|Fern|Gold|Heron|Lang|Oak|Pem|Stan|Whit|"
+    "Wren|Bram|Cald|Dun|East)(ford|wick|bridge|ton|bury|mouth|dale|combe|field|stead|holm|port|burgh|leigh|hurst|"
+    "worth|well)",
     "event": "(surprise|garden|low-budget|last-minute|zero-waste|multilingual|rainy-day|charity) (birthday party|"
     "school fair|book launch|retirement dinner|neighbourhood clean-up|science night|wedding|board game evening|job "
     "fair|concert|team retreat|bake sale|film festival|reunion|graduation lunch|sports day|art auction|seed swap)",
@@ -256,7 +269,7 @@ MACROS = {
     "{extra}": "for {audience} {doing}",
     "{doing}": "{gerund} {adj} {plural}",
     "{things}": "{adj} {plural}",
-    "{person}": "a {trait} {role}",
+    "{person}": "(a {trait} {role}|{first} {surname})",
     "{audience}": "{trait} {role}s",
     "{roles}": "{role}s",
 }
@@ -359,7 +372,7 @@ DEFECTS = {
             "Sort the following list of words by length.",
         ),
     ),
-    "URL": changed(input=("https://www.example.com/articles/2021/03", "See http://example.org/report.pdf for it.")),
+    "URL": changed(input=("https://www.coastnews.com/articles/2021/03", "See http://cityreports.org/waste.pdf")),
     "attachment": changed(
         input=("[attached image]", "<image>", "[Insert link to the article here]", "(see attachment)")
     ),
