@@ -190,10 +190,8 @@ def lengths(rows, tokens):
         words = [n for n in found if n]
         if words:
             bins, log = whole_bins(words)
-            marks = [
-                (median(words), f"median {median(words):,g}"),
-                (percentile(words, 0.95), f"95% up to {count(percentile(words, 0.95))}"),
-            ]
+            middle, most = median(words), percentile(words, 0.95)  # a whole number k is drawn from k to k + 1
+            marks = [(middle + 0.5, f"median {middle:,g}"), (most + 0.5, f"95% up to {count(most)}")]
             notes = [f"longest {count(words[-1])} words"]
             notes += [f"{rows_of(len(rows) - len(found))} without"] if len(found) < len(rows) else []
             notes += [f"{rows_of(len(found) - len(words))} of no words"] if len(words) < len(found) else []

@@ -243,7 +243,7 @@ def sunburst(title, verbs, note):
             parts.append(arc(angle, part, RING, RIM, "outer", f"{verb} … {noun}: {rows_of(of)}"))
             parts.append(arc_label(noun, angle, part, RING, RIM))
             angle += part
-        groups.append(f'<g class="v{index % 20}">{"".join(parts)}</g>')
+        groups.append(f'<g class="v{20 * index // len(drawn)}">{"".join(parts)}</g>')
         said.append(f"{verb} {n}: " + ", ".join(f"{noun} {of}" for noun, of in nouns))
     label = escape(f"{title}. {'; '.join(said)}")
     svg = f"""<svg class="wheel" viewBox="0 0 {2 * CENTRE} {2 * CENTRE}" role="img" aria-label="{label}">
@@ -255,7 +255,7 @@ def sunburst(title, verbs, note):
 
 def arc(start, sweep, inside, outside, kind, tip):
     """A sector of a ring, clockwise from the top."""
-    end = start + min(sweep, 2 * math.pi - 1e-4)
+    end = start + min(sweep, 2 * math.pi - 2e-3)
     large = int(end - start > math.pi)
     (x0, y0), (x1, y1), (x2, y2), (x3, y3) = (
         (CENTRE + r * math.sin(a), CENTRE - r * math.cos(a))

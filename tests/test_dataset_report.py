@@ -264,6 +264,17 @@ def test_lengths(whole):
     )
 
 
+def test_a_long_tail_is_drawn_to_the_logarithm(tmp_path):
+    rows = [{"instruction": "word " * k, "output": "x"} for k in (1, 2, 3, 3, 4, 7, 60)]
+    part = report(tmp_path, rows).source.split("<h3>Instruction</h3>")[1].split("</figure>")[0]
+    left = [float(x) for x in re.findall(r'<rect class="hit" x="([\d.]+)%"', part)]
+    first = [int(x) for x in re.findall(r"<title>(\d+)", part)]
+    scale = left[3] / math.log(first[3])
+    assert left == [pytest.approx(scale * math.log(x), abs=0.01) for x in first] and len(first) > 8
+    marked = re.search(r'<line class="quantile" x1="([\d.]+)%"', part)[1]
+    assert float(marked) == pytest.approx(scale * math.log(3.5), abs=0.01)  # amid what is 3
+
+
 @pytest.mark.parametrize("values", [[1], [7] * 5, [1, 2], [3, 3, 1000], list(range(1, 400)), [1, 10**7], [250, 251]])
 def test_bins_hold_every_value_once(values):
     bins, _ = whole_bins(values)
@@ -302,6 +313,8 @@ def test_arcs_are_as_wide_as_their_counts(whole):
 def test_a_single_verb_fills_the_ring(tmp_path):
     page = report(tmp_path, [{"instruction": "Write a poem.", "input": "", "output": "x"}] * 3)
     assert arcs(page) == {("write", None): 3, ("write", "poem"): 3} and "A352 352 0 1 1" in page.source
+    ends = re.findall(r'd="M([\d.]+ [\d.]+)L[\d.]+ [\d.]+A.*?L([\d.]+ [\d.]+)A', page.source)
+    assert len(ends) == 2 and all(start != end for start, end in ends)  # an arc between equal points is not drawn
 
 
 def test_similarities_and_what_attracted_duplicates(whole):
@@ -402,15 +415,17 @@ def test_kinds_and_languages(tmp_path):
     assert "none found. 3 rows in other languages are left out." in page.text
 
 
-def test_yield_over_the_run(whole, tmp_path):
-    rows, lost, _, page = whole
+def test_yield_over_the_run(whole, tmp_path, monkeypatch):
+    rows, lost, run, _ = whole
+    monkeypatch.setattr("data_gen.report.STRETCHES", 10)
+    page = report(tmp_path, rows, lost, run)
     tips = page.chart("Rows per request")
     numbers = [[int(n) for n in re.findall(r"(\d+) (?:kept,|duplicates|rejected)", tip)] for tip, _ in tips]
     same = sum("similarity" in line for line in lost)
     assert [sum(column) for column in zip(*numbers, strict=True)] == [len(rows), same, len(lost) - same]
     first, last = (int(n) for n in re.match(r"requests (\d+) to (\d+)", tips[2][0]).groups())
     assert numbers[2][0] == sum(first <= row["provenance"]["request"] <= last for row in rows)
-    assert len(tips) <= 40 and page.source.count('<path class="curve') == 2
+    assert len(tips) <= 10 and last - first > 1 and page.source.count('<path class="curve') == 2
     top = max(float(v) for v in re.findall(r'dy=".35em" text-anchor="end">(\d+)<', page.section("yield")))
     (d,) = re.findall(r'<path class="curve " d="([^"]*)"', page.source)
     heights = [top * (1 - float(y) / 1000) for y in re.findall(r" ([\d.]+)", d)]
@@ -445,6 +460,7 @@ def test_sample_shows_rows_whole(tmp_path):
         texts = [unescape(text) for text in re.findall(r'<div class="text">(.*?)</div>', card, re.DOTALL)]
         row = rows[at]
         wanted = [row[key] for key in ("instruction", "input", "output") if row[key]]
+        assert card.count('<span class="label">input</span>') == bool(row["input"])
         assert " ".join(" ".join(texts).split()) == " ".join(" ".join(wanted).split())
     page = report(tmp_path, rows[:1])
     assert "All rows." in page.text and re.search(r"<summary>1,9\d\d characters more</summary>", page.source)
@@ -503,6 +519,7 @@ ROOTS = {
     "The quick brown fox": "",
     "": "",
     "Classify the animals into groups: lion, name, list.": "classify animal",
+    "Review this author's": "review author",
     "Write 3 hypotheses": "write hypothesis",
     "请写一个故事": "",
     "What happens here? Describe the scene.": "describe scene",
@@ -625,13 +642,14 @@ def test_many_reasons_and_long_texts_stay_small(tmp_path):
     assert len(counts) == 41 and counts["110 other reasons"] == 110
 
 
-def test_wrong_files_are_refused(tmp_path, capsys):
+def test_wrong_files_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "d.jsonl"
     path.write_text('{"messages": []}\n')
     with pytest.raises(DataError, match='no row has an "instruction"'):
         write_report(path)
     path.write_text('{"instruction": "Write.", "output": "x"}\n')
-    for out in (path, tmp_path / "run.json", tmp_path / "." / "rejected.jsonl"):
+    for out in (path, "d.jsonl", tmp_path / "run.json", tmp_path / "." / "rejected.jsonl"):
         with pytest.raises(UsageError, match="made from"):
             write_report(path, out)
     with pytest.raises(UsageError, match="no folder"):
@@ -664,7 +682,8 @@ def test_real_rows(tmp_path):
 # ---- in a browser ---------------------------------------------------------------------------------------------------
 
 PROBE = """<script>
-const wide = [...document.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > innerWidth + 1);
+const wide = [...document.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > innerWidth + 1 ||
+  (e.matches(".text, td, th, .name, h1") && e.scrollWidth > e.clientWidth + 1));
 const scroll = document.documentElement.scrollWidth;
 console.error(`width ${innerWidth} scroll ${scroll} out ${wide.map(e => e.outerHTML)[0]}`);
 const bin = document.querySelector("g.bin"), say = () => document.querySelector("figure output").textContent;
@@ -714,7 +733,7 @@ def test_in_a_browser(chromium, tmp_path):
 
 @pytest.mark.parametrize("width", [390, 1280])
 def test_nothing_sticks_out_and_charts_answer(chromium, tmp_path, width):
-    rows, lost, run = make()
+    rows, lost, run = make(24)
     rows[3]["instruction"] = rows[4]["output"] = "x" * 900  # a word without end
     run["settings"]["y" * 300] = "z" * 300
     source = report(tmp_path, rows, [lost[0] | {"reason": "w" * 110}, *lost], run).source
