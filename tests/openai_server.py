@@ -421,7 +421,7 @@ class Batches:
 
     def keep_file(self, data, filename, purpose):
         value = {
-            "id": "file-" + name(self.options.seed, "file", len(self.files), letters=22),
+            "id": "file-" + name(self.options.seed, "file", self.tick(), letters=22),
             "object": "file", "bytes": len(data), "created_at": int(time.time()), "expires_at": None,
             "filename": filename, "purpose": purpose, "status": "processed", "status_details": None,
         }  # fmt: skip

@@ -570,6 +570,9 @@ def test_lists_of_batches_and_files_are_paged_newest_first(serve):
             files = [file.filename async for file in client.files.list(purpose="batch")]
             assert files == ["in.jsonl"] * 5
             await client.files.delete((await client.batches.retrieve(made[0])).input_file_id)
+            there = {file.id async for file in client.files.list()}
+            await submit(client, lines_of("x"))
+            assert len({file.id async for file in client.files.list()} - there) == 1  # no id is given twice
             with pytest.raises(openai.NotFoundError):
                 await client.batches.retrieve("batch_none")
 
