@@ -76,9 +76,14 @@ def write_report(path, out=None) -> Path:
 
 def render(name, rows, rejected, told):
     tokens = [tokenize(row.instruction) for row in rows]
+    words = {
+        "instruction": sorted(map(len, tokens)),
+        "input": sorted(len(tokenize(row.input)) for row in rows if row.input.strip()),
+        "output": sorted(len(tokenize(row.output)) for row in rows),
+    }
     languages = [guess(row.instruction) or guess("\n".join(row[:3])) for row in rows]
     sections = {
-        "lengths": ("Lengths", lengths(rows, tokens)),
+        "lengths": ("Lengths", lengths(len(rows), words)),
         "content": ("What the instructions ask for", content(rows, languages)),
         "rejections": ("Rejected and repaired", rejections(rejected, told["counts"])),
         "duplicates": ("Duplicates and near misses", similarity(rows, tokens, rejected)),
@@ -109,7 +114,7 @@ def render(name, rows, rejected, told):
 <p>Cria instruction dataset{state(rows, told)}</p>
 <nav aria-label="Parts of the page">{links}</nav>
 </header>
-{key_figures(rows, tokens, rejected, told)}
+{key_figures(rows, words, rejected, told)}
 {body}
 <script>{SCRIPT}</script>
 </body>
@@ -138,23 +143,19 @@ def moment(iso):
     return f"{found[1]} {found[2]}{zone}" if found else iso
 
 
-def key_figures(rows, tokens, rejected, told):
+def key_figures(rows, words, rejected, told):
     def figure(label, value, note=""):
         note = f"<small>{escape(note)}</small>" if note else ""
         return f"<div><dt>{escape(label)}</dt><dd>{escape(value)}{note}</dd></div>"
 
-    def words(lists):
-        value = median(lists)
-        return "-" if value is None else f"{value:,g} words"
-
     counts, n = told["counts"], len(rows)
     kept, items, requests = (number(counts.get(key)) for key in ("kept", "items", "requests"))
-    inputs = [row.input for row in rows if row.input.strip()]
     other = f"run.json counts {count(kept)}" if kept is not None and kept != n else ""
-    parts = [figure("Rows", count(n), other), figure("With input", percent(len(inputs), n), count(len(inputs)))]
-    parts.append(figure("Median instruction", words([len(found) for found in tokens])))
-    parts.append(figure("Median input", words([len(tokenize(text)) for text in inputs]), "where there is one"))
-    parts.append(figure("Median output", words([len(tokenize(row.output)) for row in rows])))
+    inputs = len(words["input"])
+    parts = [figure("Rows", count(n), other), figure("With input", percent(inputs, n), count(inputs))]
+    for name, found in words.items():
+        note = "where there is one" if name == "input" else ""
+        parts.append(figure(f"Median {name}", f"{median(found):,g} words" if found else "-", note))
     if kept is None or items is None:
         kept, items = n, n + rejected.counts.total() if rejected else 0
     if items:
@@ -178,24 +179,18 @@ def spending(rows, told):
     return (spent, "") if spent is not None else (sum(known), "sum over the rows kept") if known else (None, "")
 
 
-def lengths(rows, tokens):
-    parts = {
-        "Instruction": [len(found) for found in tokens],
-        "Input": [len(tokenize(row.input)) for row in rows if row.input.strip()],
-        "Output": [len(tokenize(row.output)) for row in rows],
-    }
+def lengths(n, words):
     charts = []
-    for title, found in parts.items():
-        found.sort()
-        words = [n for n in found if n]
-        if words:
-            bins, log = whole_bins(words)
-            middle, most = median(words), percentile(words, 0.95)  # a whole number k is drawn from k to k + 1
+    for title, found in words.items():
+        some = [k for k in found if k]
+        if some:
+            bins, log = whole_bins(some)
+            middle, most = median(found), percentile(found, 0.95)  # a whole number k is drawn from k to k + 1
             marks = [(middle + 0.5, f"median {middle:,g}"), (most + 0.5, f"95% up to {count(most)}")]
-            notes = [f"longest {count(words[-1])} words"]
-            notes += [f"{rows_of(len(rows) - len(found))} without"] if len(found) < len(rows) else []
-            notes += [f"{rows_of(len(found) - len(words))} of no words"] if len(words) < len(found) else []
-            charts.append(histogram(title, bins, "words", marks, log, "; ".join(notes)))
+            notes = [f"longest {count(some[-1])} words"]
+            notes += [f"{rows_of(n - len(found))} without"] if len(found) < n else []
+            notes += [f"{rows_of(len(found) - len(some))} of no words"] if len(some) < len(found) else []
+            charts.append(histogram(title.capitalize(), bins, "words", marks, log, "; ".join(notes)))
     return f'<div class="small">{"".join(charts)}</div>' if charts else ""
 
 

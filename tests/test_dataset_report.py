@@ -264,6 +264,16 @@ def test_lengths(whole):
     )
 
 
+def test_rows_without_words_count_in_the_median_alone(tmp_path):
+    page = report(
+        tmp_path, [{"instruction": "Say it now.", "output": "! !"}] * 3 + [{"instruction": "Go on.", "output": "a b"}]
+    )
+    assert (
+        page.figure("Median output") == "0 words" and ">median 0<" in page.source and "3 rows of no words" in page.text
+    )
+    assert sum(n for _, n in page.chart("Output")) == 1 and page.figure("Median input").startswith("-")
+
+
 def test_a_long_tail_is_drawn_to_the_logarithm(tmp_path):
     rows = [{"instruction": "word " * k, "output": "x"} for k in (1, 2, 3, 3, 4, 7, 60)]
     part = report(tmp_path, rows).source.split("<h3>Instruction</h3>")[1].split("</figure>")[0]
