@@ -249,9 +249,9 @@ def rejections(rejected, counts):
         rows = [(clip(reason, 120), n, examples_of(rejected, reason)) for reason, n in ranked[:REASONS]]
         if len(ranked) > REASONS:
             rows.append((f"{len(ranked) - REASONS} other reasons", sum(n for _, n in ranked[REASONS:]), ""))
-        notes.append(f"{count(total)} items, each for the first reason that was met; shares are of them.")
+        notes.append(f"{count(total)} rejections, each for the first reason that was met; shares are of them.")
         if rejected:
-            notes.append("A reason unfolds to a few of its items, drawn with a fixed seed.")
+            notes.append("A reason unfolds to a few of them, drawn with a fixed seed.")
         if rejected and told and told != found:
             notes.append(f"run.json counts {count(told.total())}.")
         if rejected and rejected.unreadable:

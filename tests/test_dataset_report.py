@@ -226,7 +226,7 @@ def test_rejections_and_their_examples(whole):
     counts, shares = bars(reasons)
     assert counts == run["counts"]["rejected"] and list(counts.values()) == sorted(counts.values(), reverse=True)
     assert shares["duplicate"] == f"{100 * counts['duplicate'] / len(lost):.1f}%"
-    assert bars(repaired)[0] == {"marker removed": 17, "number removed": 4} and f"{len(lost)} items" in reasons
+    assert bars(repaired)[0] == {"marker removed": 17, "number removed": 4} and f"{len(lost)} rejections" in reasons
     assert "run.json counts" not in reasons
     widths = [float(width) for width in re.findall(r'<rect class="bar" width="([\d.]+)%"', reasons)]
     assert widths == [pytest.approx(100 * n / max(counts.values()), abs=0.3) for n in counts.values()]
@@ -611,7 +611,7 @@ def test_torn_and_missing_files(tmp_path):
     assert bars(page.section("rejections").split("Repaired")[0])[0] == run["counts"]["rejected"]
     assert "<details><summary>" not in page.section("rejections")
     page = report(tmp_path, rows, lost[:-1], run)
-    assert f"{len(lost) - 1} items" in page.text and f"run.json counts {len(lost)}." in page.text
+    assert f"{len(lost) - 1} rejections" in page.text and f"run.json counts {len(lost)}." in page.text
     run["counts"]["kept"] = 7
     assert (
         page.figure("Rows") == str(len(rows))
