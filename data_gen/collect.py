@@ -4,7 +4,7 @@ import asyncio
 import heapq
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from data_gen.cli import Failure
 from data_gen.client import Dialect, Reply, message_of, read_answer
@@ -164,6 +164,8 @@ class Collector:
         dialect = self.dialect
         await self.ledger.write(intent)
         reply = await self.client.ask(ask.body)
+        if not self.probed and reply.kind == "failed" and dialect.without(reply.body):
+            reply = replace(reply, kind="unsupported")  # older llama.cpp: a 500 for a response_format
         kind, usage, cost = self.judge(job, ask, dialect, reply)
         await self.ledger.write(self.ledger.outcome(number, kind, reply.status, reply.body, usage, cost))
         return number, ask, dialect, reply, kind, usage, cost
