@@ -5,10 +5,10 @@
 ROUGE-L F of token lists of lengths m and n is 2 LCS / (m + n), LCS their longest common subsequence (Lin 2004,
 aclanthology.org/W04-1013). Two texts are duplicates iff F >= 0.7, decided in integers: 20 LCS >= 7 (m + n).
 
-All pairs would take hours, so an index finds the few that can be duplicates (prefix filter with positions: Bayardo et
-al. 2007, doi.org/10.1145/1242572.1242591; Xiao et al. 2011, doi.org/10.1145/2000824.2000825), and only they are
-compared. Let the tokens of every text stand in one order, rarest first. If p and q are the first places of the first
-token that two texts share, they share at most m - p and n - q. Duplicates share 7 (m + n) / 20 or more, so
+An index finds the few pairs that can be duplicates, and only they are compared (prefix filter with positions: Bayardo
+et al. 2007, doi.org/10.1145/1242572.1242591; Xiao et al. 2011, doi.org/10.1145/2000824.2000825). Let the tokens of
+every text stand in one order, rarest first. If p and q are the first places of the first token that two texts share,
+they share at most m - p and n - q tokens. Duplicates share 7 (m + n) / 20 or more, so
 
     7 n <= 13 m - 20 p    and    7 m <= 13 n - 20 q,
 
