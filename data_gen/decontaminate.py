@@ -56,7 +56,7 @@ class Decontaminator:
         exact = self._exact.get(key_of(asked, tokens))
         if exact is not None:
             return exact
-        for layer in self._layers if tokens else ():
+        for layer in self._layers:
             found = layer.find(asked)
             if found is not None:
                 return layer.texts[found]

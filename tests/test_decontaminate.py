@@ -99,7 +99,7 @@ def test_a_run_of_tokens_in_any_field(knowing, field):
     known = knowing(eval_txt="Read this: " + LONG)
     words = LONG.split()
     filler = " ".join(f"w{i}" for i in range(60))
-    for n, expected in ((N_GRAM - 1, None), (N_GRAM, "Read this: " + LONG)):
+    for n, expected in ((12, None), (13, "Read this: " + LONG)):
         for start in (0, 1, 15 - n):
             text = f"{filler} {', '.join(words[start : start + n])}! {filler}"
             item = task("Say it again.", "Some words.", "Fine.") | {field: text}
@@ -151,6 +151,11 @@ def test_a_bad_file_is_named(tmp_path, text, words):
         Decontaminator([tmp_path / "eval.json"])
     for word in ["eval.json", *words]:
         assert word in str(caught.value)
+
+
+def test_a_file_without_prompts_beside_others(knowing):
+    with pytest.raises(DataError, match=r"b\.txt: got no prompts"):
+        knowing(a_txt="Name a colour.", b_txt="\n \n")
 
 
 @pytest.mark.parametrize("name", ["none.json", "none.txt", "folder.txt"])

@@ -225,7 +225,8 @@ DEFECTS = {
     ],
     "repetition": [
         task(output=LOOP), task(output="no! " * 80), task(output="a" * 60), task(output="Buy more milk today.\n" * 6),
-        task(output="A tale. " + "x y z w " * 40), task(output="哈" * 80), task(output="Aaaa" + "h" * 55 + "!"),
+        task(output="A tale. " + "x y z w " * 40), task(output="哈" * 80),
+        task(output=" ".join(f"w{i}" for i in range(40)) + " and so on" * 40), task(output="Aaaa" + "h" * 55 + "!"),
     ],
     "wrong language": [
         task("Schreibe eine kurze Geschichte über einen Hund, der schwimmen lernen will.", "",
@@ -309,6 +310,9 @@ GOOD = {
         task("Summarize the following article.", "The sea is blue."),
         task("Translate the following sentence: I am here."),
         task('Rewrite the following sentence.\n"He was late."'), task("Rewrite the following sentence:\nHe was late."),
+        task("Describe the following painting Guernica in two sentences."),
+        task("Explain the following word serendipity."),
+        task('"He was late." Put the above sentence into the passive voice.'),
         task('Put the sentence "He was late." into the passive voice.'), task("Explain the following term - entropy"),
         task("Sort the following numbers: 3, 1, 2."), task("Sort the following numbers 3, 1, 2."),
         task("Write a function that reverses the given string."), task("Write an algorithm to sort a given list."),
@@ -354,7 +358,9 @@ GOOD = {
         task("Repeat the line.", "", LOOP), task("Say it 50 times.", "", "no! " * 80), task(output="-" * 80),
         task(output="Row, row, row your boat,\nGently down the stream.\nRow, row, row your boat,\nMerrily, merrily."),
         task(output="| a | b |\n|-----|-----|\n" + "".join(f"| item {i} | price {i * 7} |\n" for i in range(20))),
-        task(output="ha " * 20), task(output="x = 1\n" * 9), task(output=" ".join(str(i) for i in range(200))),
+        task(output="ha " * 20), task(output="The moon is up again.\n" * 3 + "The sun is gone."),
+        task(output="The moon is up again.\n" * 5 + "".join(f"The star number {i} is gone.\n" for i in range(9))),
+        task(output="x = 1\n" * 9), task(output=" ".join(str(i) for i in range(200))),
         task(output="".join(f"{i}. Step {i}: turn the wheel by {i} degrees.\n" for i in range(9))),
         task(output="0" * 99),
     ],
@@ -411,6 +417,7 @@ def test_other_languages():
     assert reason(german, "de") is None and reason(german, "fr") == "wrong language"
     assert reason(task("Write a short story about a dog that wants to swim."), "de") == "wrong language"
     assert reason(german | {"output": ""}, "de") == "empty output"
+    assert reason(german | {"output": "There was a dog that wanted to learn how to swim."}, "de") is None
     assert reason(german | {"output": "As an AI language model, I cannot."}, "de") is None
     assert reason(task("用一句话总结下面的文字。", "天空是蓝色的。", "天很蓝。"), "zh") is None
     assert reason(task("Fasse ihn zusammen.", "https://spiegel.de/a", "Kurz."), "de") == "URL"

@@ -95,6 +95,9 @@ NO_GUESS = [
     "", " \n", "12 + 34 = 46", "Red", "Oui", "да", "Gesundheit!", "🙂🙂🙂", "Paris, Berlin, Madrid, Roma",
     "Dr. Elena Rodriguez García", "x = [i * j for j in y]", "SELECT id, name FROM users;", "E = mc²",
     "C, F, G, A minor", "a: B, e: C, o: A, i: D", "Describe a company's mission",
+    "v = s * z, s = v / z", "好", "한", "and the", "https://a.b/s/v/z/se/na/je",
+    "Zebra quark fjord glyph waltz и не на что",
+    "Madrid Sevilla Zaragoza Toledo Granada Bilbao Burgos Murcia Segovia Pamplona y los Ricardo Fernando Alberto",
     "Lorem ipsum dolor sit amet", "Привет means hello and спасибо means thank you",
     '<div class="a"><p id="b">1</p></div>', "kiitos - danke - merci - gracias - obrigado - grazie - tak",
 ]  # fmt: skip

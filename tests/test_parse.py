@@ -183,6 +183,17 @@ def test_a_break_before_the_cut_is_no_cut():
     assert parse(text, True)[0] == [B] and kinds(text, True) == ["malformed", "truncated"]
 
 
+@pytest.mark.parametrize("end", ["nul", "tr", "-", "Non", ""])
+def test_a_cut_inside_a_value(end):
+    assert kinds('[{"instruction": "a", "output": "b", "input": ' + end, True) == ["truncated"]
+
+
+def test_an_excerpt_fits_into_utf_8():
+    for text in ("\ud800", '{"instruction": "\ude00\ud83d \ud83d\ude00'):
+        [(_, shown)] = parse(text, True)[1]
+        assert "\ufffd" in shown and shown.encode()
+
+
 def test_the_excerpt_begins_at_the_task():
     _, [(kind, shown)] = parse('{"tasks": [{"instruction": "Tell\n me.",  "output": "' + "long " * 999, True)
     assert kind == "truncated" and len(shown) == EXCERPT
