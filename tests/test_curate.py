@@ -1,0 +1,138 @@
+"""Answers -> dataset: every way of losing a task is told, rows know where they come from, files are whole."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("openai")
+pytest.importorskip("rapidfuzz")
+
+from data_gen import filters, parse
+from data_gen.curate import REASONS, Curator, messages
+from data_gen.ledger import Entry
+
+SEEDS = [{"instruction": "Name three uses for an old glass jar.", "input": "", "output": "A vase."}]
+GOOD = {"instruction": "Explain why the tide comes in twice a day.", "input": "", "output": "The moon pulls the sea."}
+OTHER = {"instruction": "Sort these towns by height.", "input": "Davos 1560 m, Basel 244 m", "output": "Basel, Davos"}
+
+
+def entry(number, tasks, kind="answer", cost=10**9, finish="stop", **message):
+    """The outcome of a request; tasks: a list, or the text of the answer."""
+    text = tasks if isinstance(tasks, str) else json.dumps({"tasks": tasks})
+    choice = {"message": {"content": text} | message, "finish_reason": finish}
+    body = {"id": f"chatcmpl-{number}", "model": "m-2025", "choices": [choice]}
+    return Entry(number, number + 1, kind, json.dumps(body), f"hash-{number}", "m", cost)
+
+
+def curated(*entries, wanted=100, **options):
+    curator = Curator(wanted, SEEDS, **options)
+    for each in entries:
+        curator.take(each)
+    return curator
+
+
+def reasons(curator):
+    assert sum(curator.rejected.values()) == len(curator.lost)
+    return [line["reason"] for line in curator.lost]
+
+
+def test_what_is_kept_says_where_it_comes_from_and_what_it_cost():
+    curator = curated(entry(0, [GOOD, OTHER], cost=3 * 10**9))
+    assert [row["provenance"] for row in curator.rows] == [
+        {
+            "request": 0, "item": item, "model": "m-2025", "prompt_sha256": "hash-0",
+            "response_id": "chatcmpl-0", "usd": 0.0015,
+        }
+        for item in (0, 1)
+    ]  # fmt: skip
+    assert curator.models == {"m-2025": 1} and not curator.lost
+
+
+def test_a_duplicate_names_its_twin_and_how_alike_they_are():
+    like = GOOD | {"instruction": "Explain why the tide comes in twice each day."}
+    curator = curated(entry(0, [GOOD]), entry(1, [like, OTHER]))
+    assert [row["instruction"] for row in curator.rows] == [GOOD["instruction"], OTHER["instruction"]]
+    (line,) = curator.lost
+    assert line["reason"] == "duplicate" and line["duplicate_of"] == GOOD["instruction"]
+    assert line["similarity"] == round(2 * 8 / 18, 4) and (line["request"], line["item"]) == (1, 0)
+
+
+def test_a_copy_of_a_seed_task_is_told_from_others():
+    curator = curated(entry(0, [GOOD | {"instruction": "Name three uses for an old jar."}, GOOD, GOOD]))
+    assert reasons(curator) == ["duplicate of a seed task", "duplicate"]
+    assert curator.lost[0]["duplicate_of"] == SEEDS[0]["instruction"]
+
+
+@pytest.mark.parametrize(
+    "outcome, expected",
+    [
+        (entry(0, [GOOD | {"output": ""}]), ["empty output"]),
+        (entry(0, "I am sorry, but I can not do that."), ["no items"]),
+        (entry(0, "", refusal="I will not."), ["refusal"]),
+        (entry(0, "", finish="content_filter"), ["content filter"]),
+        (entry(0, json.dumps({"tasks": [GOOD, OTHER]})[:-60], finish="length"), ["truncated"]),
+        (entry(0, json.dumps({"tasks": [GOOD, OTHER]}).replace('", "input"', '" "input', 1)), ["malformed"]),
+        (entry(0, [{"instruction": "Say something nice about rain."}, OTHER]), ["missing field"]),
+        (entry(0, "policy", kind="refused"), ["refused by the server"]),
+    ],
+)
+def test_every_way_of_losing_a_task_is_told(outcome, expected):
+    curator = curated(outcome)
+    assert reasons(curator) == expected
+    known = REASONS | filters.REASONS | parse.KINDS
+    assert set(expected) <= set(known), "a reason that nothing explains"
+    assert curator.kept_by_request == [len(curator.rows)]
+    counts = curator.counts()
+    assert counts["requests"] == 1 and counts["kept"] + sum(counts["rejected"].values()) >= counts["items"]
+
+
+def test_an_answer_cut_off_keeps_its_whole_tasks():
+    text = json.dumps({"tasks": [GOOD, OTHER, GOOD | {"instruction": "Write a poem about moss."}]})
+    curator = curated(entry(0, text[: text.index("moss")], finish="length"))
+    assert len(curator.rows) == 2 and reasons(curator) == ["truncated"]
+
+
+def test_repairs_are_counted_and_kept():
+    curator = curated(entry(0, [GOOD | {"input": "<noinput>"}]))
+    assert curator.rows[0]["input"] == "" and sum(curator.repaired.values()) == 1
+
+
+def test_evaluation_prompts_are_dropped_with_the_prompt_that_they_match():
+    decontaminator = SimpleNamespace(match=lambda item: "the prompt" if "tide" in item["instruction"] else None)
+    curator = curated(entry(0, [GOOD, OTHER]), decontaminator=decontaminator)
+    assert [row["instruction"] for row in curator.rows] == [OTHER["instruction"]]
+    assert curator.lost[0]["reason"] == "evaluation prompt" and curator.lost[0]["detail"] == "the prompt"
+
+
+def test_what_is_lost_hides_no_later_twin():
+    """A row that a filter drops is not in the index: its good twin is kept."""
+    curator = curated(entry(0, [GOOD | {"output": "N/A"}, GOOD]))
+    assert [row["output"] for row in curator.rows] == [GOOD["output"]]
+
+
+def test_it_stops_at_as_many_rows_as_wanted():
+    curator = curated(entry(0, [GOOD, OTHER]), entry(1, [OTHER]), wanted=1)
+    assert len(curator.rows) == 1 and curator.full and not curator.lost
+    assert curator.rows[0]["provenance"]["usd"] == 0.001, "the price of an answer is that of its kept rows"
+
+
+def test_files_say_the_same_in_every_format(tmp_path):
+    hostile = {"instruction": "Translate \u2028 this \ud800 line.", "input": 'a "b"\nc', "output": "</script> 日本語"}
+    curator = curated(entry(0, [GOOD, OTHER]))
+    curator.rows.append(hostile | {"provenance": {"request": 0}})
+    curator.write(tmp_path)
+    rows = json.loads((tmp_path / "dataset.json").read_text())
+    lines = [json.loads(line) for line in (tmp_path / "dataset.jsonl").read_text().split("\n")[:-1]]
+    chats = [json.loads(line)["messages"] for line in (tmp_path / "chat.jsonl").read_text().split("\n")[:-1]]
+    assert len(rows) == len(lines) == len(chats) == 3
+    assert [{k: v for k, v in line.items() if k != "provenance"} for line in lines] == rows
+    assert chats == [messages(row) for row in rows]
+    assert chats[1][0]["content"] == "Sort these towns by height.\n\nDavos 1560 m, Basel 244 m"
+    assert [turn["role"] for turn in chats[0]] == ["user", "assistant"]
+    assert not list(tmp_path.glob(".*")), "a temporary file is left"
+
+
+def test_an_empty_dataset_is_an_empty_list(tmp_path):
+    Curator(5).write(tmp_path)
+    assert json.loads((tmp_path / "dataset.json").read_text()) == [] and (tmp_path / "dataset.jsonl").read_text() == ""
