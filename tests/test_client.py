@@ -440,6 +440,9 @@ def test_a_refusal_that_says_nothing_of_ours():
     start = Dialect()
     for said in ("", "no", "context length exceeded", "my_max_tokens_limit", "max_token"):
         assert start.without(said) is None
+    both = "temperature, max_tokens and response_format are unknown"
+    bare = Dialect("json_object", "max_tokens", False)
+    assert bare.without(both) == Dialect("json_object", "max_completion_tokens", False)
     assert start.poorer() == Dialect("json_object") and Dialect("text").poorer() is None
     assert Dialect("text").without("response_format is unknown") is None
 
@@ -448,6 +451,7 @@ def test_a_name_that_is_a_part_of_another_is_not_that_one():
     said = error("'max_completion_tokens' is unknown")
     assert Dialect(limit="max_tokens").without(said) is None
     assert Dialect(limit="max_completion_tokens").without(said).limit == "max_tokens"
+    assert Dialect(limit="max_tokens").without("max_tokens_to_sample is wanted") is None
 
 
 def test_the_body_of_a_request():
@@ -455,6 +459,7 @@ def test_the_body_of_a_request():
     assert sampling.body([1], Dialect("text", "max_tokens", False)) == {
         "model": "m", "messages": [1], "max_tokens": 99, "reasoning_effort": "low", "temperature": 2,
     }  # fmt: skip
+    assert sampling.body([], Dialect())["temperature"] == 2, "--extra wins"
     body = Sampling("m", 99, 0.5).body([], Dialect())
     assert body["max_completion_tokens"] == 99 and body["temperature"] == 0.5 and "max_tokens" not in body
     assert body["response_format"] == FORMATS["json_schema"]

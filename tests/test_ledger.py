@@ -351,6 +351,24 @@ def test_what_waits_while_one_commit_is_syncing_shares_the_next(tmp_path, ledger
     assert ledger.totals().answers == 55 and ledger.writer is None
 
 
+def test_writes_of_different_moments_share_a_commit_too(ledger, monkeypatch):
+    synced, commit = threading.Event(), ledger.commit
+    monkeypatch.setattr(ledger, "commit", lambda statements: (synced.wait(10), commit(statements)))
+
+    async def main():
+        commits, tasks = counted(ledger), []
+        for i in range(10):
+            tasks.append(asyncio.create_task(ledger.write(ledger.intent(i, "h", "m", 1)[1])))
+            await asyncio.sleep(0.005)
+        assert not any(task.done() for task in tasks)
+        synced.set()
+        await asyncio.gather(*tasks)
+        assert len(commits) == 2
+
+    asyncio.run(main())
+    assert ledger.totals().attempts == 10
+
+
 def test_a_write_is_whole_or_not_at_all(tmp_path, ledger):
     attempt, intent = ledger.intent(1, "h", "m", 1)
     with pytest.raises(Failure, match="could not be written"):

@@ -436,7 +436,6 @@ def test_what_is_a_gain(more, gain, settled):
 
 def test_answers_without_a_token_do_no_harm():
     rate, clock = rate_of(64)
-    rounds(rate, clock, 3, {})
     for _ in range(100):
         started = start_all(rate)
         assert started
@@ -460,3 +459,25 @@ def test_throughput_never_undoes_a_cut():
             rate.answered(at, 1, {})
             assert rate.limit <= before + 1
             before = rate.limit
+
+
+def test_a_window_that_began_before_a_cut_is_not_judged_with_what_came_after():
+    for failures, limit in ((1, 32), (BREAKER_FAILURES, 1)):
+        rate, clock = rate_of(256)
+        rounds(rate, clock, 4, {})
+        started = start_all(rate)
+        clock.now += 1
+        for at in started[:failures]:
+            rate.failed(at, overloaded=True)
+        assert rate.limit == limit
+        rate.answered(started[-1], 100, {})
+        assert rate.window.limit <= limit + 1 and rate.window.tokens == 100
+
+
+def test_a_plateau_that_is_found_after_a_cut_leaves_the_smaller_limit():
+    rate, clock = rate_of(256)
+    window = rate.window
+    window.best, window.best_limit, window.answers = 100, 50.0, 1000
+    window.since, window.tokens, window.limit = clock.now - 10, 0, 80.0
+    rate.limit, rate.slow_start = 10.0, False
+    assert window.add(rate, clock.now, 10) == (10.0, False) and window.hold
