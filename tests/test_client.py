@@ -429,8 +429,6 @@ def test_from_every_start_what_the_server_understands_is_found(say, order):
     ["temperature", "max_tokens", "max_completion_tokens", "response_format", "schema", "", "max_tokens temperature"]
 ), min_size=20, max_size=20))  # fmt: skip
 def test_whatever_a_server_says_there_is_an_end(start, said):
-    found, tried = walk(start, set(), lambda dialect: said[len([dialect]) % 20])
-    assert found is None and len(set(tried)) == len(tried)
     turn = iter(said)
     found, tried = walk(start, set(), lambda dialect: next(turn))
     assert found is None and tried[-1].format == "text" and len(set(tried)) == len(tried) <= len(DIALECTS)
@@ -652,10 +650,6 @@ def test_a_connection_that_never_comes_about_was_not_billed():
 def test_a_connection_is_used_again_and_a_failure_does_not_spoil_it():
     (first, second), requests = asyncio.run(asked(sends(response(ANSWER)), times=2))
     assert first.kind == second.kind == "answer" and len(requests) == 2 and second.started_at >= first.started_at
-
-
-def everything(reply):
-    return repr(reply)
 
 
 @pytest.mark.parametrize("status", ["200 OK", "401 Unauthorized", "500 Error"])
