@@ -2,59 +2,108 @@
 
 Every step is on the disk before it is taken: the attempts of a batch and its name, then its id, then its answers. A
 batch that was created when the process died is found again by its name, its metadata at the server: none is sent twice.
+One that is not there was never begun, and its requests are planned anew.
 """
 
 import asyncio
+import contextlib
 import io
+import itertools
 import json
 import math
 import time
 import uuid
-from dataclasses import dataclass, replace
+from collections import deque
+from dataclasses import dataclass
 
-from data_gen.cli import Failure
+from data_gen.cli import Failure, json_line
 from data_gen.client import is_completion, kind_of, message_of, read_answer
-from data_gen.collect import RECENT
+from data_gen.collect import HOPELESS_FIRST, RECENT
 from data_gen.ledger import DONE, Entry
+from data_gen.prices import Price
+from data_gen.rate import retry_after
 
 MOST_REQUESTS, MOST_BYTES = 50_000, 200_000_000  # of one input file
 ENDED = ("completed", "failed", "expired", "cancelled")
 TOKEN_LIMIT = "token_limit_exceeded"
 BYTES_A_TOKEN = 4  # of a prompt, for the limit on enqueued tokens alone
 GROUP = 500  # answers a transaction
+BREATH = 100  # requests drawn, 25 ms, between two looks at signals
 MOST_FRUITLESS = 3
-LIST_PAGES = 50  # of batches at the server, newest first, to look for one of ours
+FIRST_SHARE = 0.7  # of tasks are kept, until more is known: too few requests cost a round, too many cost money
+GRACE_S = 5  # for the call in flight when a signal comes
+
+
+class Halted(Exception):
+    """A signal came. What is at the server goes on there, and the ledger knows it."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """An attempt without an outcome."""
+
+    number: int
+    body_sha256: str
+    model: str
+    most: int
 
 
 @dataclass
 class Batch:
-    """A batch that has not ended: its name, its id once created, {attempt: (request, Ask)} without an outcome."""
+    """A batch that has not ended: its name, its prompts' tokens, the price it was planned at, its id once created."""
 
     name: str
-    id: str | None
-    asks: dict
-    told: str = ""
-
-    @property
-    def tokens(self) -> int:
-        return sum(size_of(ask) // BYTES_A_TOKEN for _, ask in self.asks.values())
+    tokens: int
+    price: Price
+    sent: dict  # {attempt: Sent}
+    id: str | None = None
+    told: tuple = ()
 
 
 async def run_batches(collector, options, ask, price):
     """Rounds of batches until the dataset is full, the cap is reached or stop() was called. ask, price: of batches."""
-    await Batches(collector, options, ask, price).run()
-    if collector.fatal:
+    batches = Batches(collector, options, ask, price)
+    with contextlib.suppress(Halted):
+        await batches.recover()
+        await batches.rounds()
+        if collector.curator.full:
+            await batches.leave()
+    if collector.fatal and not collector.curator.full:
         collector.status = "failed"
         raise collector.fatal
 
 
-def size_of(ask) -> int:
-    return len(json.dumps(ask.body)) + 100
+async def end_batches(collector, options, ask, price):
+    """Cancels what an earlier run with --batch left and takes what it gave: the rest can then be asked for directly."""
+    batches = Batches(collector, options, ask, price)
+    with contextlib.suppress(Halted):
+        await batches.recover()
+        while batches.open:
+            await batches.leave()
+            if collector.curator.full or collector.stopping or collector.fatal:
+                return
+            await batches.pause(options.poll if batches.open else 0)
 
 
-def line_of(attempt, ask) -> str:
+def line_of(attempt, ask) -> bytes:
     asked = {"custom_id": str(attempt), "method": "POST", "url": "/v1/chat/completions", "body": ask.body}
-    return json.dumps(asked) + "\n"
+    return json.dumps(asked).encode() + b"\n"
+
+
+def read_line(line, clean=str):
+    """(attempt, kind, status, body) of a line of an output or error file, or None where it is none of ours."""
+    try:
+        found = json.loads(line)
+        attempt, response = int(str(found["custom_id"])), found.get("response") or {}
+        status, body = response.get("status_code"), response.get("body") or found.get("error")
+        text = clean(json_line(body).rstrip("\n"))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    status = status if isinstance(status, int) and 100 <= status < 600 else None
+    if status == 200:
+        return attempt, "answer" if is_completion(text) else "lost", status, text
+    kind = kind_of(status or 500, text)
+    return attempt, "refused" if kind == "unsupported" else kind, status, text
 
 
 class Batches:
@@ -62,43 +111,52 @@ class Batches:
 
     def __init__(self, collector, options, ask, price):
         self.collector, self.options, self.ask, self.price = collector, options, ask, price
-        self.ledger, self.budget, self.api = collector.ledger, collector.budget, collector.client.api
-        self.queue, self.token_limit = [], options.batch_tokens
-        self.fruitless = 0  # rounds without an answer, in a row
-        self.open = {batch.name: batch for batch in self.unended()}
-        run_id = self.ledger.settings().get("run_id")
-        if run_id is None:
-            run_id = uuid.uuid4().hex
-            self.ledger.set(run_id=run_id)
-        self.run_id = run_id
+        self.ledger, self.budget, self.client = collector.ledger, collector.budget, collector.client
+        self.api, self.say = collector.client.api, collector.progress.say
+        self.queue, self.open, self.token_limit, self.is_leaving = deque(), {}, options.batch_tokens, False
 
-    async def run(self):
-        collector = self.collector
-        for batch in list(self.open.values()):
-            if batch.id is None:
-                await self.create(batch, await self.find(batch))
-        answers = -1
+    async def recover(self):
+        """Takes up the batches that an earlier process left."""
+        for name, id, tokens, price_in, price_out in self.ledger.unended_batches():
+            sent = {attempt: Sent(*about) for attempt, *about in self.ledger.unanswered(name)}
+            most = sum(one.most for one in sent.values())
+            self.budget.uncertain -= most
+            self.budget.reserved += most
+            self.open[name] = Batch(name, tokens, Price(price_in, price_out), sent, id)
+        for batch in [batch for batch in self.open.values() if batch.id is None]:
+            found = await self.call(lambda b=batch: self.find(b))
+            await (self.created(batch, found.id) if found else self.close(batch, "never begun"))
+
+    async def rounds(self):
+        collector, fruitless, answers = self.collector, 0, -1
         while not (collector.curator.full or collector.stopping or collector.fatal):
             if not self.queue and not self.open:
-                self.fruitless = self.fruitless + 1 if len(collector.done) == answers else 0
-                answers, self.queue = len(collector.done), self.next_round()
-            if self.fruitless > MOST_FRUITLESS:
-                collector.end(f"{MOST_FRUITLESS} rounds of batches gave no answer")
-            while self.queue and not (collector.stopping or collector.fatal) and self.has_room():
-                await self.submit()
-            await self.pause(self.options.poll)
+                fruitless = fruitless + 1 if len(collector.done) == answers else 0
+                if fruitless == MOST_FRUITLESS:
+                    collector.end(f"{fruitless} rounds of batches gave no answer (--max-attempts leaves requests out)")
+                    return
+                answers = len(collector.done)
+                self.queue.extend(self.next_round())
+            while self.queue and await self.submit():
+                pass
             for batch in list(self.open.values()):
                 await self.look(batch)
             collector.progress.show(collector)
-        if collector.curator.full:
-            for batch in self.open.values():  # what they did until now is billed, and is there for a larger --rows
-                await self.call(lambda b=batch: self.api.batches.cancel(b.id))
+            if self.open and not collector.curator.full:
+                await self.pause(self.options.poll)
 
-    async def pause(self, seconds):
-        """Sleeps, but for a stop."""
-        until = time.monotonic() + seconds
-        while self.open and time.monotonic() < until and not self.collector.stopping:
-            await asyncio.sleep(min(0.5, max(0.0, until - time.monotonic())))
+    async def leave(self):
+        """Takes what has ended and cancels the rest: what that did until now is billed, and taken by a later run."""
+
+        async def cancel(batch):
+            with contextlib.suppress(self.client.openai.ConflictError):  # it has ended meanwhile
+                await self.api.batches.cancel(batch.id)
+
+        self.is_leaving = True
+        for batch in list(self.open.values()):
+            await self.look(batch)
+            if batch.name in self.open:
+                await self.call(lambda b=batch: cancel(b))
 
     # ---- planning ------------------------------------------------------------------------------------------------
 
@@ -106,204 +164,195 @@ class Batches:
         """Numbers of requests: those that are missing among the answered, and as many new ones as should do."""
         collector, curator = self.collector, self.collector.curator
         holes = [number for number in range(collector.highest + 1) if number not in collector.done]
-        coming = len(collector.ready) + len(holes)
-        missing = curator.wanted - len(curator.rows) - coming * collector.expected_yield()
-        new = max(0, math.ceil(missing / collector.expected_yield()))
-        if curator.kept_by_request[RECENT:]:
+        known, each = len(curator.kept_by_request), collector.expected_yield()
+        if known < HOPELESS_FIRST:
+            each = max(each, FIRST_SHARE * self.options.tasks_per_request)
+        missing = curator.wanted - len(curator.rows) - (len(collector.ready) + len(holes)) * each
+        new = max(0, math.ceil(missing / each))
+        if known > RECENT:
             new = math.ceil(1.05 * new)  # a yield that is known, and a round that takes hours
+        if not curator.rows:
+            new = min(new, HOPELESS_FIRST)  # nothing shows yet that the model's answers are of any use
         first = collector.highest + 1
         return holes + list(range(first, first + max(new, not holes)))
 
-    def has_room(self) -> bool:
-        return not self.open or self.token_limit is None or self.enqueued() < self.token_limit
-
-    def enqueued(self) -> int:
-        return sum(batch.tokens for batch in self.open.values())
-
-    async def submit(self):
-        """One batch of what is queued, as large as the limits and the budget allow: on the disk, then at the server."""
-        room = None if self.token_limit is None else max(0, self.token_limit - self.enqueued()) * BYTES_A_TOKEN
-        name = f"{self.run_id}-{self.ledger.next_attempt}"
-        asks, statements, n_bytes = {}, [("INSERT INTO batch VALUES (?, ?)", (name, time.time()))], 0
-        while self.queue and len(asks) < MOST_REQUESTS:
+    async def submit(self) -> bool:
+        """One batch of what is queued, as large as the limits and the budget allow: on the disk, then at the server.
+        False where there is no room now."""
+        room = math.inf if self.token_limit is None else self.token_limit - sum(b.tokens for b in self.open.values())
+        name, sent, lines, intents, n_bytes, n_tokens = f"cria-{uuid.uuid4().hex}", {}, [], [], 0, 0
+        while self.queue and len(sent) < MOST_REQUESTS:
             ask = self.ask(self.queue[0], self.collector.dialect)
-            n_bytes += size_of(ask)
-            if asks and (n_bytes > MOST_BYTES or (room is not None and n_bytes > room)):
+            line = line_of(self.ledger.next_attempt, ask)
+            tokens = len(line) // BYTES_A_TOKEN
+            is_too_much = n_bytes + len(line) > MOST_BYTES or n_tokens + tokens > room
+            if is_too_much and (sent or self.open):  # one alone is the server's to judge
                 break
             if not self.budget.reserve(ask.most):
                 self.queue.clear()
-                if not asks and not self.open:
+                if not sent and not self.open:
                     self.collector.check_cap(ask)
                 break
-            number = self.queue.pop(0)
-            attempt, intent = self.ledger.intent(number, ask.body_sha256, ask.body["model"], ask.most, name)
-            asks[attempt] = number, ask
-            statements.append(intent)
-        if asks:
-            await self.ledger.write(*statements)
-            self.open[name] = Batch(name, None, asks)
-            await self.create(self.open[name], None)
+            about = Sent(self.queue.popleft(), ask.body_sha256, ask.body["model"], ask.most)
+            attempt, intent = self.ledger.intent(about.number, about.body_sha256, about.model, about.most, name)
+            sent[attempt] = about
+            lines.append(line)
+            intents.append(intent)
+            n_bytes, n_tokens = n_bytes + len(line), n_tokens + tokens
+            if len(sent) % BREATH == 0:
+                await self.pause(0)
+        if not sent:
+            return False
+        batch = self.open[name] = Batch(name, n_tokens, self.price, sent)
+        await self.ledger.write(self.ledger.plan(name, n_tokens, self.price.input, self.price.output), *intents)
+        await self.create(batch, b"".join(lines))
+        return True
 
     # ---- at the server -------------------------------------------------------------------------------------------
 
-    async def create(self, batch, found):
-        """Uploads the batch's file and starts it; found: the id of the one that an earlier process started."""
-        since, tries = time.monotonic(), 0
-        while found is None:
-            data = "".join(line_of(attempt, ask) for attempt, (_, ask) in batch.asks.items()).encode()
-            named = (f"{batch.name}.jsonl", io.BytesIO(data))
-            file = await self.call(lambda named=named: self.api.files.create(file=named, purpose="batch"))
-            try:
-                made = await self.api.batches.create(
-                    input_file_id=file.id,
-                    endpoint="/v1/chat/completions",
-                    completion_window="24h",
-                    metadata={"cria_batch": batch.name},
-                )
-                found = made.id
-            except self.collector.client.openai.APIError as error:
-                tries += 1
-                await self.again(error, tries, since)
-                found = await self.find(batch)  # it may have been started all the same
-        batch.id = found
-        await self.ledger.write(self.event(batch, "created", found))
-        self.collector.progress.say(f"batch {found}: {len(batch.asks):,} requests")
+    async def create(self, batch, data):
+        """Uploads the batch's file and starts it."""
+        file = await self.call(lambda: self.api.files.create(file=(f"{batch.name}.jsonl", data), purpose="batch"))
+        tries = itertools.count()
 
-    async def find(self, batch) -> str | None:
-        """The id of the batch of this name at the server."""
-        after = None
-        for _ in range(LIST_PAGES):
-            page = await self.call(lambda a=after: self.api.batches.list(limit=100, **({"after": a} if a else {})))
-            for other in page.data:
-                if (other.metadata or {}).get("cria_batch") == batch.name:
-                    return other.id
-            if not page.has_more or not page.data:
-                return None
-            after = page.data[-1].id
+        async def start():
+            found = await self.find(batch) if next(tries) else None  # a reply that is lost: it may have been started
+            return found or await self.api.batches.create(
+                input_file_id=file.id,
+                endpoint="/v1/chat/completions",
+                completion_window="24h",
+                metadata={"cria_batch": batch.name},
+            )
+
+        await self.created(batch, (await self.call(start)).id)
+
+    async def created(self, batch, id):
+        await self.ledger.write(self.ledger.event(batch.name, "created", id))
+        batch.id = id
+        self.say(f"batch {id}: {len(batch.sent):,} requests")
+
+    async def find(self, batch):
+        """The batch of this name at the server, or None."""
+        async for other in self.api.batches.list(limit=100):
+            if (other.metadata or {}).get("cria_batch") == batch.name:
+                return other
         return None
 
     async def look(self, batch):
         """Asks how a batch does; takes what an ended one gave."""
         state = await self.call(lambda: self.api.batches.retrieve(batch.id))
-        counts = state.request_counts
-        told = f"batch {batch.id}: {state.status}" + (f", {counts.completed:,} of {counts.total:,}" if counts else "")
+        total, completed = (
+            (state.request_counts.total, state.request_counts.completed) if state.request_counts else (0, 0)
+        )
+        told = state.status, 10 * completed // max(1, total)
         if told != batch.told:
             batch.told = told
-            self.collector.progress.say(told)
+            self.say(f"batch {batch.id}: {state.status}" + (f", {completed:,} of {total:,}" if total else ""))
         if state.status not in ENDED:
             return
         for file in (state.output_file_id, state.error_file_id):
             if file:
                 await self.take_file(batch, file)
-        tokens, left = batch.tokens, [number for number, _ in batch.asks.values()]
-        await self.take(batch, [(attempt, "failed", None, state.status) for attempt in batch.asks])
-        await self.ledger.write(self.event(batch, "ended", state.status))
-        del self.open[batch.name]
-        if state.status == "failed":
-            self.queue[:0] = left
-            self.turned_away(batch, tokens, (state.errors.data if state.errors else None) or [])
+        left = [one.number for one in batch.sent.values()]
+        # Answers that were made and cannot be had may have been billed.
+        await self.close(batch, state.status, "lost" if completed and not state.output_file_id else "failed")
+        if state.status == "failed" and not self.is_leaving:
+            self.queue.extendleft(reversed(left))
+            self.turned_away(batch, len(left), (state.errors.data if state.errors else None) or [])
 
-    def turned_away(self, batch, tokens, errors):
+    async def close(self, batch, why, kind="failed"):
+        """A batch is over; its requests that have no outcome can be sent again."""
+        left = [(attempt, kind, None, why) for attempt in batch.sent]
+        await self.take(batch, left, self.ledger.event(batch.name, "ended", why))
+        del self.open[batch.name]
+
+    def turned_away(self, batch, n_requests, errors):
         """A batch was not let in: smaller ones from now on, where the limit on enqueued tokens was the reason."""
-        if any(error.code == TOKEN_LIMIT for error in errors) and (self.open or tokens > 2 * self.least_tokens()):
-            self.token_limit = max(self.least_tokens(), (tokens + self.enqueued()) // 2)
-            self.collector.progress.say(f"the server's limit: batches of {self.token_limit:,} tokens from now on")
+        if any(error.code == TOKEN_LIMIT for error in errors) and (self.open or n_requests != 1):
+            self.token_limit = (batch.tokens + sum(other.tokens for other in self.open.values())) // 2
+            self.say(f"the server's limit on enqueued tokens: {self.token_limit:,} at once from now on")
             return
         said = "; ".join(str(error.message) for error in errors[:3]) or "no reason"
         self.collector.end(f"the server did not take batch {batch.id}: {said}")
-
-    def least_tokens(self) -> int:
-        return size_of(self.ask(0, self.collector.dialect)) // BYTES_A_TOKEN + 1
 
     # ---- coming back ---------------------------------------------------------------------------------------------
 
     async def take_file(self, batch, file):
         """The lines of an output or error file, some hundred a transaction."""
-        content = (await self.call(lambda: self.api.files.content(file))).text
-        lines = [line for line in content.split("\n") if line.strip()]
-        for first in range(0, len(lines), GROUP):
-            await self.take(batch, [found for line in lines[first : first + GROUP] if (found := self.read_line(line))])
+        lines = io.BytesIO((await self.call(lambda: self.api.files.content(file))).content)
+        while group := list(itertools.islice(lines, GROUP)):
+            await self.take(batch, [found for line in group if (found := read_line(line, self.client.clean))])
 
-    def read_line(self, line):
-        """(attempt, kind, status, body) of a line, or None where it is none of ours."""
-        try:
-            found = json.loads(line)
-            attempt, response = int(found["custom_id"]), found.get("response") or {}
-            status, body = response.get("status_code"), response.get("body") or found.get("error")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return None
-        text = self.collector.client.clean(json.dumps(body, ensure_ascii=False))
-        if status == 200:
-            return attempt, "answer" if is_completion(text) else "lost", status, text
-        kind = kind_of(status, text) if status else "failed"
-        if kind == "fatal":
-            self.collector.end(f"the server said {status} in a batch: {message_of(text)}")
-        return attempt, {"unsupported": "refused", "fatal": "failed"}.get(kind, kind), status, text
-
-    async def take(self, batch, outcomes):
-        """Records outcomes of attempts that have none yet, then hands them on."""
-        statements, entries = [], []
+    async def take(self, batch, outcomes, *statements):
+        """Records outcomes of attempts that have none yet, with the statements, then hands them on."""
+        statements, taken = list(statements), []
         for attempt, kind, status, body in outcomes:
-            if attempt not in batch.asks:
+            sent = batch.sent.pop(attempt, None)
+            if sent is None:
                 continue
-            number, ask = batch.asks.pop(attempt)
-            if kind == "failed" and status and self.ledger.failures(number) + 1 >= self.options.max_attempts:
-                kind = "refused"
-            usage = read_answer(body).usage if kind == "answer" else None
-            cost = (self.price.cost(*usage) if usage else ask.most) if kind == "answer" else 0
+            if kind == "fatal":
+                self.collector.end(f"the server said {status or 'an error'} in a batch: {message_of(body)}")
+                kind = "failed"
+            usage, cost = None, 0
+            if kind == "answer":
+                usage = read_answer(body).usage
+                cost = batch.price.cost(*usage) if usage else sent.most
+            elif kind != "refused" and status and self.ledger.failures(sent.number) + 1 >= self.options.max_attempts:
+                kind, cost = "refused", sent.most if kind == "lost" else 0
             statements.append(self.ledger.outcome(attempt, kind, status, body, usage or (None, None), cost))
-            entries.append((Entry(number, attempt, kind, body, ask.body_sha256, ask.body["model"], cost), ask))
+            taken.append((sent, usage, Entry(sent.number, attempt, kind, body, sent.body_sha256, sent.model, cost)))
         await self.ledger.write(*statements)
-        for entry, ask in entries:
+        for sent, usage, entry in taken:
             if entry.kind == "lost":
-                self.budget.lose(ask.most)
+                self.budget.lose(sent.most)
             else:
-                self.budget.settle(ask.most, entry.cost)
+                self.budget.settle(sent.most, entry.cost)
+                self.collector.check_bill(sent.number, usage or (None, None))
             if entry.kind in DONE:
                 self.collector.settle(entry)
-
-    def event(self, batch, event, value):
-        values = (batch.name, time.time(), event, value)
-        return "INSERT INTO batch_event (name, at, event, value) VALUES (?, ?, ?, ?)", values
-
-    def unended(self):
-        """The batches that an earlier process left, with the attempts that have no outcome, set aside in the budget.
-
-        Bodies are drawn again. Where settings were changed meanwhile, hashes tell, and what was not sent yet is not sent.
-        """
-        for name, id in self.ledger.unended_batches():
-            asks, changed = {}, False
-            for attempt, number, body_sha256, reserved in self.ledger.unanswered(name):
-                ask = self.ask(number, self.collector.dialect)
-                changed |= ask.body_sha256 != body_sha256
-                asks[attempt] = number, replace(ask, body_sha256=body_sha256, most=reserved)
-                self.budget.uncertain -= reserved
-                self.budget.reserved += reserved
-            if changed and id is None:
-                raise Failure(f"batch {name} was planned with other settings; give those once more, then change them")
-            yield Batch(name, id, asks)
 
     # ---- calls ---------------------------------------------------------------------------------------------------
 
     async def call(self, make):
         """await make(), again after what passes. Raises Failure after --patience or on what does not pass."""
-        since, tries = time.monotonic(), 0
-        while True:
+        openai, since = self.client.openai, time.monotonic()
+        for tries in itertools.count(1):
+            response, status = None, 0
             try:
-                return await make()
-            except self.collector.client.openai.APIError as error:
-                tries += 1
-                await self.again(error, tries, since)
+                found = await self.unless_halted(make())
+                if not isinstance(found, str):
+                    return found
+                text = found  # a proxy's page
+            except (openai.APIError, ValueError) as error:  # ValueError: half a JSON text
+                response = getattr(error, "response", None)
+                status, text = (response.status_code, response.text) if response is not None else (0, str(error))
+            text = message_of(self.client.clean(text))
+            if status and kind_of(status, response.text) != "failed":
+                raise Failure(f"the server said {status}: {text}; the same command goes on from here")
+            if time.monotonic() - since > self.options.patience:
+                why = f"no answer for {self.options.patience:g} s (--patience): {text}"
+                raise Failure(f"{why}; the same command goes on from here")
+            after = retry_after(response.headers) if response is not None else None
+            await self.pause(max(after or 0, self.collector.rate.backoff(tries)))
 
-    async def again(self, error, tries, since=None):
-        """Waits after a failure that may pass; raises Failure for another."""
-        client = self.collector.client
-        response = getattr(error, "response", None)
-        text = client.clean(response.text if response is not None else str(error))
-        if response is not None and kind_of(response.status_code, text) != "failed":
-            raise Failure(
-                f"the server said {response.status_code}: {message_of(text)}; the same command goes on from here"
-            )
-        if since is not None and time.monotonic() - since > self.options.patience:
-            raise Failure(f"no answer for {self.options.patience:g} s (--patience): {message_of(text)}")
-        await asyncio.sleep(self.collector.rate.backoff(tries))
+    async def unless_halted(self, made):
+        """await made; after a signal for a moment only."""
+        task, halt_at = asyncio.ensure_future(made), math.inf
+        while not task.done():
+            await asyncio.wait([task], timeout=0.25)
+            if self.collector.stopping:
+                halt_at = min(halt_at, time.monotonic() + GRACE_S)
+            if time.monotonic() > halt_at:
+                task.cancel()
+                raise Halted
+        return task.result()
+
+    async def pause(self, seconds):
+        """Sleeps. Raises Halted when a signal comes."""
+        until = time.monotonic() + seconds
+        while True:
+            await asyncio.sleep(max(0.0, min(0.25, until - time.monotonic())))
+            if self.collector.stopping:
+                raise Halted
+            if time.monotonic() >= until:
+                return

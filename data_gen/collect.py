@@ -129,7 +129,9 @@ class Collector:
             await asyncio.sleep(pause)
         self.progress.show(self)
         if self.rate.silent_s() > self.options.patience:
-            self.end(f"no answer for {self.options.patience:g} s (--patience); the last failure: {self.last_failure}")
+            wait = f"; the server asks to wait {self.rate.ready_in():.0f} s more" if self.rate.ready_in() > 5 else ""
+            why = f"no answer for {self.options.patience:g} s (--patience); the last failure: {self.last_failure}{wait}"
+            self.end(why)
 
     async def finish(self):
         """Lets what is in flight end, since it is paid for, and raises what ended the run."""
@@ -191,11 +193,7 @@ class Collector:
             self.budget.lose(ask.most)
         else:
             self.budget.settle(ask.most, cost)
-        if self.budget.overrun and self.budget.cap is not None:
-            self.end(
-                f"the server billed {usage[0]} + {usage[1]} tokens, more than request {job.number} can use with "
-                f"{self.options.max_output_tokens} of output, so --max-usd cannot be kept"
-            )
+            self.check_bill(job.number, usage)
         if kind in ("answer", "refused"):
             self.settle(Entry(job.number, attempt, kind, reply.body, ask.body_sha256, ask.body["model"], cost))
         if kind == "answer":
@@ -213,6 +211,14 @@ class Collector:
             self.step_down(job, dialect, reply)
         else:
             self.retry(job, reply)
+
+    def check_bill(self, number, usage):
+        """Ends a capped run once a bill passed what was set aside for it."""
+        if self.budget.overrun and self.budget.cap is not None:
+            self.end(
+                f"the server billed {usage[0]} + {usage[1]} tokens, more than request {number} can use with "
+                f"{self.options.max_output_tokens} of output, so --max-usd cannot be kept"
+            )
 
     def learn(self, dialect):
         """The first answer: the dialect is understood, and need not be found out again."""

@@ -15,10 +15,11 @@ import platform
 import signal
 import sys
 import time
+from argparse import ArgumentTypeError
 from decimal import Decimal
 from pathlib import Path
 
-from data_gen.batch import run_batches
+from data_gen.batch import end_batches, run_batches
 from data_gen.cli import Failure, Parser, Stopped, UsageError, run, write_whole
 from data_gen.client import Client, Sampling, key_for
 from data_gen.collect import Collector, make_ask
@@ -26,7 +27,7 @@ from data_gen.curate import Curator
 from data_gen.decontaminate import Decontaminator
 from data_gen.language import LANGUAGES
 from data_gen.ledger import Ledger
-from data_gen.prices import PICO, Budget, Price, money, price_of, read_table, usd
+from data_gen.prices import PICO, Budget, Price, host_of, money, price_of, read_table, usd
 from data_gen.progress import Progress, clock
 from data_gen.prompt import Prompter, read_seed_tasks
 from data_gen.rate import Rate
@@ -82,7 +83,7 @@ def add_request_flags(flags):
     add("--seed", type=int, default=0, help="of the prompts' random choices")
     add("--tasks-per-request", type=count, default=20, help="tasks that one prompt asks for")
     add("--examples", type=count, default=3, help="seed tasks that one prompt shows")
-    add("--temperature", type=float, default=1.0, help="of sampling, left out where the server refuses it")
+    add("--temperature", type=degree, default=1.0, help="of sampling, left out where the server refuses it")
     add(
         "--max-output-tokens", type=count, default=4096, help="of one answer; with the prices, what it can cost at most"
     )
@@ -91,35 +92,40 @@ def add_request_flags(flags):
     )
 
 
-def count(text):
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+OURS = ("model", "messages", "n", "stream", "max_tokens", "max_completion_tokens")  # what --extra may not set
 
 
-def seconds(text):
-    value = float(text)
-    if not 0 < value < 1e9:
-        raise ValueError
-    return value
+def kind(wanted, convert, holds=lambda value: True):
+    """A converter of a flag's text whose error says what was wanted."""
+
+    def converted(text):
+        try:
+            value = convert(text)
+            if holds(value):
+                return value
+        except (ValueError, RecursionError):
+            pass
+        raise ArgumentTypeError(f"got {text!r}, wanted {wanted}")
+
+    return converted
 
 
-def amount(text) -> Decimal:
-    return money(text)
-
-
-def fields(text) -> dict:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError
-    return value
+count = kind("a whole number of at least 1", int, lambda n: n >= 1)
+seconds = kind("seconds above 0", float, lambda s: 0 < s < 1e9)
+amount = kind("dollars from 0 to a million", money)
+degree = kind("a number from 0 to 2", float, lambda t: 0 <= t <= 2)
+fields = kind(
+    f"a JSON object without {', '.join(OURS)}",
+    json.loads,
+    lambda value: isinstance(value, dict) and not set(value) & set(OURS),
+)
 
 
 def check(options):
     """Everything that can be known to be wrong before anything is done."""
     if not options.model and not options.replay:
         raise UsageError("--model is missing; pass the model's name at the server")
+    host_of(options.base_url)
     check_language(options.language)
     if options.patience <= options.timeout and not options.replay:
         raise UsageError(f"--patience {options.patience:g} is not longer than --timeout {options.timeout:g}")
@@ -196,6 +202,7 @@ async def work(collector, options, batch_ask, batch_price):
             await collector.run(until=lambda: collector.probed)
             await run_batches(collector, options, batch_ask, batch_price)
         else:
+            await end_batches(collector, options, batch_ask, batch_price)
             await collector.run()
     finally:
         await collector.client.close()

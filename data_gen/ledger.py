@@ -36,7 +36,9 @@ CREATE TABLE IF NOT EXISTS received (
   attempt INTEGER PRIMARY KEY REFERENCES sent, at REAL NOT NULL, kind TEXT NOT NULL, status INTEGER, body TEXT,
   input_tokens INTEGER, output_tokens INTEGER, cost INTEGER NOT NULL);
 CREATE INDEX IF NOT EXISTS sent_request ON sent (request);
-CREATE TABLE IF NOT EXISTS batch (name TEXT PRIMARY KEY, at REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS batch (
+  name TEXT PRIMARY KEY, at REAL NOT NULL, tokens INTEGER NOT NULL, price_in INTEGER NOT NULL,
+  price_out INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS batch_event (
   id INTEGER PRIMARY KEY, name TEXT NOT NULL REFERENCES batch, at REAL NOT NULL, event TEXT NOT NULL, value TEXT);
 """
@@ -131,21 +133,26 @@ class Ledger:
         return Totals(attempts, answers, spent, uncertain, *tokens)
 
     def failures(self, request) -> int:
-        """Attempts of a request that the server answered with an error."""
-        sql = "SELECT count(*) FROM received JOIN sent USING (attempt) WHERE request = ? AND status <> 200"
+        """Attempts of a request that the server answered, but not with a completion."""
+        sql = (
+            "SELECT count(*) FROM received JOIN sent USING (attempt)"
+            " WHERE request = ? AND kind <> 'answer' AND status IS NOT NULL"
+        )
         return self.db.execute(sql, (request,)).fetchone()[0]
 
     def unended_batches(self) -> list:
-        """(name, id or None) of the batches without an "ended" event, in the order of their making."""
+        """(name, id or None, prompt tokens, picodollars a token in and out) of the batches without an "ended" event, in
+        the order of their making."""
         return self.db.execute(
-            "SELECT name, (SELECT value FROM batch_event e WHERE e.name = b.name AND event = 'created') FROM batch b"
+            "SELECT name, (SELECT value FROM batch_event e WHERE e.name = b.name AND event = 'created'),"
+            " tokens, price_in, price_out FROM batch b"
             " WHERE NOT EXISTS (SELECT 1 FROM batch_event e WHERE e.name = b.name AND event = 'ended') ORDER BY at"
         ).fetchall()
 
     def unanswered(self, batch) -> list:
-        """(attempt, request, hash of its body, reserved) of a batch's attempts that have no outcome."""
+        """(attempt, request, hash of its body, model, reserved) of a batch's attempts that have no outcome."""
         return self.db.execute(
-            "SELECT attempt, request, body_sha256, reserved FROM sent WHERE batch = ?"
+            "SELECT attempt, request, body_sha256, model, reserved FROM sent WHERE batch = ?"
             " AND attempt NOT IN (SELECT attempt FROM received) ORDER BY attempt",
             (batch,),
         ).fetchall()
@@ -184,6 +191,15 @@ class Ledger:
         body = body if kind in DONE else (body or "")[:ERROR_CHARS]
         values = (attempt, time.time(), kind, status, storable(body), *usage, cost)
         return "INSERT INTO received VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values
+
+    def plan(self, batch, tokens, price_in, price_out):
+        """The statement that records a batch before it is sent. Prices in picodollars a token."""
+        return "INSERT INTO batch VALUES (?, ?, ?, ?, ?)", (batch, time.time(), tokens, price_in, price_out)
+
+    def event(self, batch, event, value):
+        """The statement that records what became of a batch: "created" with its id, "ended" with its status."""
+        values = (batch, time.time(), event, value)
+        return "INSERT INTO batch_event (name, at, event, value) VALUES (?, ?, ?, ?)", values
 
     async def write(self, *statements):
         """Returns when they are on the disk. What comes while one commit is syncing shares the next."""

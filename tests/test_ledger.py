@@ -254,7 +254,7 @@ def test_outcomes_come_in_the_order_of_requests_and_the_done_ones_alone(ledger):
     assert len({entry.request for entry in found}) == len(found)
 
 
-def test_failures_are_errors_that_the_server_sent(ledger):
+def test_failures_are_what_the_server_sent_instead_of_an_answer(ledger):
     for kind, status in (
         ("failed", 429),
         ("failed", 500),
@@ -265,25 +265,32 @@ def test_failures_are_errors_that_the_server_sent(ledger):
     ):
         add(ledger, 1, kind, status)
     add(ledger, 2, "failed", 500)
-    assert [ledger.failures(request) for request in (1, 2, 3)] == [2, 1, 0]
+    assert [ledger.failures(request) for request in (1, 2, 3)] == [3, 1, 0]
 
 
 def test_batches(ledger):
     def event(name, event, value=None):
-        ledger.commit([("INSERT INTO batch_event (name, at, event, value) VALUES (?, 0, ?, ?)", (name, event, value))])
+        ledger.commit([ledger.event(name, event, value)])
 
-    for at, name in enumerate(("z", "planned", "created", "ended")):
-        ledger.commit([("INSERT INTO batch VALUES (?, ?)", (name, at))])
+    for tokens, name in enumerate(("z", "planned", "created", "ended")):
+        ledger.commit([ledger.plan(name, tokens, 7, 8)])
     event("created", "created", "id 1")
     event("created", "looked", "in_progress")
     event("ended", "created", "id 2")
     event("ended", "ended", "completed")
-    assert ledger.unended_batches() == [("z", None), ("planned", None), ("created", "id 1")]
+    assert ledger.unended_batches() == [
+        ("z", None, 0, 7, 8),
+        ("planned", None, 1, 7, 8),
+        ("created", "id 1", 2, 7, 8),
+    ]
     first, second = (add(ledger, request, batch="created", most=10 + request) for request in (8, 4))
     add(ledger, 5, "answer", batch="created")
     add(ledger, 6)
     add(ledger, 7, batch="ended")
-    assert ledger.unanswered("created") == [(first, 8, "hash 8", 18), (second, 4, "hash 4", 14)]
+    assert ledger.unanswered("created") == [
+        (first, 8, "hash 8", "m", 18),
+        (second, 4, "hash 4", "m", 14),
+    ]
     assert ledger.unanswered("planned") == []
     with pytest.raises(Failure):  # of no batch
         event("nobody", "created")
