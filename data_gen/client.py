@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field, replace
 
 from data_gen.cli import UsageError
-from data_gen.prices import PRICED_HOST, host_of
+from data_gen.prices import host_of
 from data_gen.prompt import FORMATS
 from data_gen.rate import retry_after
 
@@ -19,6 +19,7 @@ BLOCKED = ("content_policy", "content_filter", "invalid_prompt", "moderation", "
 MOST_TOKENS = 10**9  # of a count that can be meant
 LEAST_KEY = 8  # letters of one that is a secret; "none" or "EMPTY", for a server that wants none, are words of answers
 CONNECT_S = 30
+OPENAI_HOST = "api.openai.com"
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
 
 
@@ -93,7 +94,7 @@ class Client:
         self.openai, self.timeout_s = openai, timeout_s
         self.secret = key if len(key) >= LEAST_KEY and not key.isalpha() else ""
         # A server that does not know a limit may ignore it, and write for ever: older ones know max_tokens alone.
-        official = host_of(base_url) == PRICED_HOST
+        official = host_of(base_url) == OPENAI_HOST
         self.dialect = Dialect(limit="max_completion_tokens" if official else "max_tokens")
         timeout = openai.Timeout(timeout_s, connect=min(CONNECT_S, timeout_s))
         self.api = openai.AsyncOpenAI(base_url=base_url, api_key=key or "none", max_retries=0, timeout=timeout)

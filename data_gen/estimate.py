@@ -116,9 +116,9 @@ def tell(options, means, prices, table, prompter, sampling):
         each = (f"{price.input / 10**6:g}", f"{price.output / 10**6:g}", usd(total, 2))
         grid.add_row(name, *each, usd(total * 1000 // options.rows, 3), usd(most))
     console.print(grid)
-    when = "answers within a day a round, two or three rounds" if options.batch else (
-        f"{clock(3600 * hours)} at {options.concurrency} requests in flight and {TOKENS_A_SECOND} tokens/s each (assumed)"
-    )  # fmt: skip
+    when = f"{clock(3600 * hours)} with {options.concurrency} in flight at {TOKENS_A_SECOND} tokens/s each (assumed)"
+    if options.batch:
+        when = "answers within a day a round, two or three rounds"
     console.print(f"{when}; prices as of {table.as_of}", markup=False, soft_wrap=True)
 
 

@@ -14,7 +14,6 @@ from data_gen.cli import DataError, UsageError, nearest
 TABLE = Path(__file__).with_name("prices.json")
 PICO = 10**12  # picodollars in a dollar
 MOST_USD = 10**6  # of any amount: the ledger's integers hold nine million dollars
-PRICED_HOST = "api.openai.com"  # whose prices the table holds
 
 
 @dataclass(frozen=True)
@@ -35,11 +34,12 @@ class Price:
 
 @dataclass(frozen=True)
 class Table:
-    """The prices of a file: {"as_of", "batch", "models": {name: [input, output]}}, dollars a million tokens."""
+    """The prices of a file: {"as_of", "host", "batch", "models": {name: [input, output]}}, dollars a million tokens."""
 
     as_of: str
     batch: Decimal  # the Batch API's share of the price
     models: dict
+    host: str | None = None  # whose prices they are; None: any
 
 
 def read_table(path=None) -> Table:
@@ -51,7 +51,7 @@ def read_table(path=None) -> Table:
             if not isinstance(pair, list) or len(pair) != 2:
                 raise ValueError(f"{name} has not two prices, [input, output]")
         models = {name: tuple(map(money, pair)) for name, pair in raw["models"].items()}
-        return Table(str(raw["as_of"]), money(raw.get("batch", 1)), models)
+        return Table(str(raw["as_of"]), money(raw.get("batch", 1)), models, raw.get("host"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else error
         raise DataError(f'prices {path}: {what}; wanted {{"as_of", "batch", "models": {{name: [in, out]}}}}') from error
@@ -71,13 +71,13 @@ def money(value) -> Decimal:
 def price_of(model, base_url, table: Table, given_in=None, given_out=None) -> Price:
     """Of --price-in and --price-out where given, else of the table; fractions of a picodollar are rounded up.
 
-    The table speaks of one provider, so another host's price must be given. Raises UsageError.
+    A table that names a host speaks of no other: its prices must be given. Raises UsageError.
     """
     if (given_in is None) != (given_out is None):
         raise UsageError("--price-in and --price-out go together; one of them is given")
     if given_in is None:
         host = host_of(base_url)
-        known = table.models if host == PRICED_HOST else {}
+        known = table.models if table.host in (None, host) else {}
         name = model if model in known else re.sub(r"-\d{4}-\d{2}-\d{2}$", "", model)
         if name not in known:
             why = f"{model} has no known price at {host}{nearest(model, list(known))}"

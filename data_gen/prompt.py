@@ -134,6 +134,7 @@ def read_seed_tasks(path=None) -> tuple:
             instances = row.get("instances", [row])
             found = {"instruction": row["instruction"]} | {field: instances[0].get(field) or "" for field in FIELDS[1:]}
             kind = row.get("category") or ""
+            kind = kind.encode("utf-8", "replace").decode() if isinstance(kind, str) else kind
             if not all(isinstance(text, str) for text in (*found.values(), kind)):
                 raise TypeError("a field is not a string")
             if not found["instruction"].strip() or not found["output"].strip():

@@ -85,6 +85,33 @@ def cpu_speed(figures):
     )
 
 
+def dedup(figures):
+    stream, pairs = figures["stream"], figures["all_pairs"]
+    ratio = pairs["ratio"]
+    assert pairs["same_decisions"]
+    return (
+        f"| exact ROUGE-L de-duplication, one thread: {stream['texts']:,} texts, {stream['kept']:,} kept, seconds of "
+        f"CPU; {pairs['texts']:,} texts: all pairs by rapidfuzz take, of the same decisions | "
+        f"{stream['cpu_s']['median']:.1f} s; {ratio['median']:.1f}x ({ratio['min']:.1f} to {ratio['max']:.1f}) |"
+    )
+
+
+def data_gen(figures):
+    run, killed, batches = (figures["runs"][name] for name in ("unbroken", "killed", "batches"))
+    counts, cpu = run["counts"], figures["replay_cpu_s"]
+    assert figures["identical"]
+    return (
+        f"| {counts['kept']:,} rows from a test server ({figures['server']['latency_s']:g} s an answer, "
+        f"{counts['attempts'] - counts['answers'] - counts['failed_requests']:,} failures), {figures['cores']} cores "
+        f"shared with it: requests; wall time; CPU, of which de-duplication; memory | {counts['requests']:,}; "
+        f"{run['wall_s']:.0f} s; {run['cpu_s']:.0f} s, {cpu['de-duplication']:.1f} s; "
+        f"{run['peak_memory_bytes'] / 1e6:,.0f} MB |\n"
+        f"| the same, killed {killed['kills']} times at random, and in batches: the dataset; recorded requests sent "
+        f"again; simulated dollars, of a batch run | identical; {killed['recorded_and_sent_again']}; "
+        f"${run['cost']['spent_usd']:.2f}, ${batches['cost']['spent_usd']:.2f} |"
+    )
+
+
 # ---- reports of scripts.gpu_report ----------------------------------------------------------------------------------
 
 
@@ -183,7 +210,17 @@ def gpu_steps(parts):
 
 def rendered(folder=ROOT / "benchmarks"):
     lines = ["", "| measured | |", "|---|---|"]
-    for render in (parity, kernel_parity, optimizer_parity, accumulation, static, data_speed, cpu_speed):
+    for render in (
+        parity,
+        kernel_parity,
+        optimizer_parity,
+        accumulation,
+        static,
+        dedup,
+        data_gen,
+        data_speed,
+        cpu_speed,
+    ):
         path = folder / f"{render.__name__}.json"
         if path.exists():
             lines.append(render(json.loads(path.read_text())))

@@ -137,6 +137,7 @@ def test_a_table_of_ones_own(tmp_path):
     found = read_table(path)
     assert found == Table("2031-02", Decimal(1), {"m": (Decimal("0.1"), Decimal("0.3")), "n": (0, 5)})
     assert price_of("m", OPENAI, found) == Price(100_000, 300_000)
+    assert price_of("m", "http://gpu-7:8000/v1", found) == Price(100_000, 300_000), "a table without a host is for any"
     with pytest.raises(UsageError):
         price_of("gpt-4.1-nano", OPENAI, found)
 

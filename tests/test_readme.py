@@ -50,7 +50,7 @@ def test_every_module_that_readme_runs_answers_help():
 
 
 def test_every_flag_that_readme_uses_exists():
-    for module, rest in re.findall(r"python -m (engine\.\w+)([^\n`]*)", README.replace("\\\n", " ")):
+    for module, rest in re.findall(r"python -m ((?:engine|data_gen)\.\w+)([^\n`#]*)", README.replace("\\\n", " ")):
         flags = set(re.findall(r"--[a-z][a-z0-9_-]*", rest))
         text = subprocess.run(
             [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
