@@ -9,6 +9,7 @@ get from every document: outputs and gradients are those of the plain rows.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -42,22 +43,30 @@ def micro_batches(
     align: int = 1,
     scale: float | None = None,
     mean_of_means: bool = False,
+    ranks: int = 1,
+    rank: int = 0,
 ) -> list[MicroBatch]:
     """The examples of a step, each in one micro-batch of at most max_tokens tokens (no example is longer) and at most
-    max_examples examples.
+    max_examples examples: those of one rank, of which every rank gets as many.
 
     packing: best-fit, then evened out; without, in their order. align: T becomes a multiple of it by tokens of no
     document. scale: what the losses are multiplied by, in the weights; mean_of_means: and divided by the loss tokens
     and the number of micro-batches, for losses that add up to the mean of the micro-batches' means.
+
+    Every rank cuts the whole step the same way and keeps each ranks-th micro-batch: the i-th of all ranks are computed
+    at the same time, and the losses of all add up to the step's. A rank that would have none then, so that the others
+    need not wait in vain, gets the shortest example once more, whose losses weigh 0; it does not count in the mean.
     """
     rows = [dataset.tokens_of(i) for i in examples]
     groups = shared_prefixes(rows) if share_prefix else [(0, [i]) for i in range(len(rows))]
-    max_tokens = max(1, max_tokens // align) * align
-    runs = (pack if packing else in_order)(groups, [len(row) for row in rows], max_tokens, max_examples)
+    lengths, max_tokens = [len(row) for row in rows], max(1, max_tokens // align) * align
+    cut = in_order if not packing else pack if ranks == 1 else partial(spread, ranks=ranks)
+    runs = cut(groups, lengths, max_tokens, max_examples)
+    spare = np.array([np.argmin(lengths)])
     batches = []
-    for run in runs:
-        factor = scale
-        if mean_of_means:
+    for turn in range(rank, -(-len(runs) // ranks) * ranks, ranks):
+        run, factor = (runs[turn], scale) if turn < len(runs) else (spare, 0.0)
+        if mean_of_means and turn < len(runs):
             factor = (scale or 1.0) / (sum(int(dataset.is_target_of(i).sum()) for i in examples[run]) * len(runs))
         batches.append(collate(dataset, examples[run], share_prefix, align, factor))
     return batches
@@ -99,6 +108,11 @@ def shared_prefixes(rows: Sequence[np.ndarray]) -> list[tuple[int, list[int]]]:
         members.setdefault(prefix[node], []).append(row)
     alone = [(0, [row]) for row in sorted(members.pop(0, []))]
     return sorted([(depths[node], sorted(group)) for node, group in members.items()], key=lambda g: g[1]) + alone
+
+
+def saved(groups):
+    """Tokens, were all rows together."""
+    return sum(n_shared * (len(group) - 1) for n_shared, group in groups)
 
 
 def common_length(a, b):
@@ -148,13 +162,12 @@ def pack(groups, lengths, max_tokens, max_examples):
     """The rows in as few runs of at most max_tokens and max_examples as best-fit finds, then of about the same size.
 
     Best-fit takes the longest row first and puts it where the least room remains. Then the budget is lowered to the
-    least at which as many runs hold everything: what is computed at once is the smaller for it, and ranks end together.
+    least at which as many runs hold everything: what is computed at once is the smaller for it.
     """
     fewest = best_fit(groups, lengths, max_tokens, max_examples)
     if len(fewest) == 1:
         return fewest
-    budget = sum(lengths) - sum(n * (len(group) - 1) for n, group in groups)
-    budget /= len(fewest)  # no lower one can do
+    budget = (sum(lengths) - saved(groups)) / len(fewest)  # no lower one can do
     while (budget := int(budget * EVENING) + 1) < max_tokens:
         runs = best_fit(groups, lengths, budget, max_examples)
         if len(runs) == len(fewest):
@@ -165,7 +178,7 @@ def pack(groups, lengths, max_tokens, max_examples):
 def best_fit(groups, lengths, max_tokens, max_examples):
     group_of, n_shared = by_row(groups)
     runs, room, here = [], [], []  # rows, tokens left, groups whose prefix is there
-    for row in sorted(range(len(lengths)), key=lambda row: (n_shared[row] - lengths[row], row)):
+    for row in longest_first(lengths, n_shared):
         group, own = group_of[row], lengths[row] - n_shared[row]
         tokens = [own if group in groups_here else lengths[row] for groups_here in here]
         left = [r - t if r >= t and len(run) != max_examples else None
@@ -178,6 +191,50 @@ def best_fit(groups, lengths, max_tokens, max_examples):
             room[best] = left[best]
             here[best].add(group)
     return [np.array(sorted(run)) for run in runs]
+
+
+def spread(groups, lengths, max_tokens, max_examples, ranks):
+    """The rows in runs for every rank, as few as a multiple of ranks holds best-fit's, the largest first: those that
+    are computed at the same time are neighbours and about the same size. Fewer than a multiple where rows are few."""
+    fewest = best_fit(groups, lengths, max_tokens, max_examples)
+    runs = level(groups, lengths, -(-len(fewest) // ranks) * ranks, max_tokens, max_examples) or fewest
+    group_of, n_shared = by_row(groups)
+
+    def computed(run):
+        return sum(lengths[row] - n_shared[row] for row in run) + sum(groups[g][0] for g in {group_of[r] for r in run})
+
+    return sorted(runs, key=computed, reverse=True)
+
+
+def level(groups, lengths, n, max_tokens, max_examples):
+    """The rows in n runs of about the same size, less those that stay empty; or None where that takes more than
+    max_tokens.
+
+    The longest row first, each to where the fewest tokens are with it (LPT, Graham 1969: the largest run is at most 4/3
+    of the least possible where no prefix is shared). Before that, rows of a prefix keep together up to the mean size:
+    an eighth of Alpaca's step takes 1.1% fewer tokens. Not where examples are counted: runs of long rows would be left
+    for the last, and one of eight be 20% larger than the mean.
+    """
+    group_of, n_shared = by_row(groups)
+    mean = 0 if max_examples else (sum(lengths) - saved(groups)) / n
+    runs, tokens, here = [[] for _ in range(n)], [0] * n, [set() for _ in range(n)]
+    for row in longest_first(lengths, n_shared):
+        group, own = group_of[row], lengths[row] - n_shared[row]
+        after = [t + (own if group in groups_here else lengths[row])
+                 for t, groups_here in zip(tokens, here, strict=True)]  # fmt: skip
+        free = [i for i, run in enumerate(runs) if len(run) != max_examples]
+        best = min(free, key=lambda i: (group not in here[i] or after[i] > mean, after[i], i))
+        if after[best] > max_tokens:
+            return None
+        runs[best].append(row)
+        tokens[best] = after[best]
+        here[best].add(group)
+    return [np.array(sorted(run)) for run in runs if run]
+
+
+def longest_first(lengths, n_shared):
+    """Rows by the tokens that they alone have."""
+    return sorted(range(len(lengths)), key=lambda row: (n_shared[row] - lengths[row], row))
 
 
 def by_row(groups):

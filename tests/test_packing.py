@@ -28,10 +28,6 @@ def arrays(rows):
     return [np.array(row, np.int32) for row in rows]
 
 
-def saved(groups):
-    return sum(n_shared * (len(group) - 1) for n_shared, group in groups)
-
-
 @st.composite
 def families(draw):
     """Rows that begin with one of a few stems, which begin with one another."""
@@ -72,7 +68,7 @@ def test_no_grouping_saves_more(rows):
     for n_shared, group in groups:
         assert all((rows[i][:n_shared] == rows[group[0]][:n_shared]).all() for i in group)
         assert n_shared == 0 or len(group) > 1
-    assert saved(groups) == best_saving(rows)
+    assert packing.saved(groups) == best_saving(rows)
 
 
 def test_two_templates_and_a_repeated_question():
