@@ -135,6 +135,12 @@ class FinetuneConfig:
     grad_clip: float = knob(1.0, "largest global gradient norm; 0 is no clipping")
     seed: int = knob(42, "of the order of rows, the held-out split, random weights, samples")
     shuffle: bool = knob(True, "a new order each epoch; off: the order of the files")
+    replicas: int = knob(
+        1,
+        "of the model, over the ranks that torchrun starts: each is sharded over ranks / replicas (FSDP2); as many as "
+        "ranks is plain data parallelism",
+    )
+    rank_timeout: float = knob(600.0, "seconds after which a rank that is not heard of ends the run")
     device: str = knob("auto", "auto is cuda where there is one", ("auto", "cpu", "cuda"))
     dtype: str = knob("auto", "of weights and activations; auto is bf16 on CUDA, fp32 on CPU", ("auto", "bf16", "fp32"))
     prompt_style: str = knob("alpaca", "the template", ("alpaca", "chatml", "llama2", "llama3"))
@@ -195,7 +201,7 @@ class FinetuneConfig:
                 ("epochs", 1), ("max_steps", 1), ("global_batch_size", 1), ("micro_batch_tokens", 1),
                 ("micro_batch_size", 1), ("max_length", 2), ("lr", 0), ("weight_decay", 0), ("grad_clip", 0),
                 ("seed", 0), ("keep", 1), ("max_shard_bytes", 1), ("sample_tokens", 1), ("log_every", 1),
-                ("max_skips", 0),
+                ("max_skips", 0), ("replicas", 1), ("rank_timeout", 1),
             ]
             if getattr(self, name) is not None and not getattr(self, name) >= least
         ]  # fmt: skip

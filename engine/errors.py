@@ -1,5 +1,6 @@
 """What can go wrong, each with its exit code. A message says who, got, wanted, remedy, in one or two lines."""
 
+import os
 import sys
 import traceback
 
@@ -28,6 +29,14 @@ class DivergedError(CriaError):
     exit_code = 4
 
 
+class Elsewhere(CriaError):
+    """Another rank failed, and says why; this one ends with it."""
+
+    def __init__(self, rank: int, exit_code: int):
+        super().__init__(f"rank {rank} failed")
+        self.exit_code = exit_code
+
+
 class Stopped(BaseException):
     """A signal asked the run to end; its state is saved. No Exception, lest a handler of faults swallow it."""
 
@@ -40,8 +49,11 @@ def exit_code_of(main, argv=None):
     try:
         main(argv)
     except Stopped as stopped:
-        print(stopped, file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0":  # all ranks stop alike
+            print(stopped, file=sys.stderr, flush=True)
         return stopped.exit_code
+    except Elsewhere as error:
+        return error.exit_code
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr, flush=True)
         return Stopped.exit_code

@@ -10,17 +10,18 @@ import os
 import resource
 import sys
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from engine import checkpoint, data, packing
+from engine import checkpoint, data, distributed, packing
 from engine.cards import CARDS, card_at_hand
 from engine.cli import from_cli, stanford
 from engine.config import EMBEDDED, FinetuneConfig
-from engine.errors import CriaError, DivergedError, Stopped, UsageError, exit_code_of
+from engine.errors import CriaError, DataError, DivergedError, Stopped, exit_code_of
 from engine.estimate import estimate_on
 from engine.estimate import tell as tell_estimate
 from engine.fit import confirm, within_memory
@@ -56,7 +57,7 @@ EVAL_CHUNK = 256  # held-out examples packed together
 
 
 def batches_of_step(job: Job, step: int) -> list[packing.MicroBatch]:
-    """The global batch cut into micro-batches, weighted so that their losses add up to the step's."""
+    """This rank's micro-batches of the global batch, weighted so that all losses add up to the step's."""
     if step > job.total_steps:
         return []
     config, examples = job.config, job.examples_of(step)
@@ -64,16 +65,18 @@ def batches_of_step(job: Job, step: int) -> list[packing.MicroBatch]:
     return packing.micro_batches(
         job.train, examples, job.max_tokens, config.micro_batch_size, config.packing, config.share_prefix, job.align,
         scale=None if means else 1 / job.train.loss_tokens()[examples].sum(), mean_of_means=means,
+        ranks=job.world.size, rank=job.world.rank,
     )  # fmt: skip
 
 
 def forward_backward(job: Job, model: Transformer, optimizer: AdamW, feed: Feeder, step: int, lr: float):
-    """Gradients of one global batch, micro-batch by micro-batch. Returns the loss, a scalar on the device, and counts
-    of what was computed; or None when a signal asks to stop, as if the step had not begun."""
+    """Gradients of this rank's part of a global batch, micro-batch by micro-batch. Returns its loss, a scalar on the
+    device, and counts; or None when a signal asks to stop, as if the step had not begun: ranks, which must agree on
+    that, end the step first."""
     batches = feed.take(step)
     loss = torch.zeros((), device=job.device)
     for batch in batches:
-        if job.signals.pending():
+        if job.world.size == 1 and job.signals.pending():
             return None
         part = model.loss(batch)
         if job.config.optimizer_in_backward and len(batches) == 1:
@@ -100,31 +103,47 @@ def train(job: Job, model: Transformer, optimizer: AdamW, start: int) -> None:
         for step in range(start + 1, job.total_steps + 1):
             began = Mark(job.device)
             lr = config.lr * lr_factor(config.lr_schedule, step, job.total_steps, config.warmup_ratio)
+            job.world.at(f"step {step}")
             done = within_memory(job, optimizer, feed, partial(forward_backward, job, model, optimizer, feed, step, lr))
             told = told and tell(job, optimizer, *told)
             if done is None:
                 stop(job, optimizer, step - 1)
             loss, counts = done
             within = optimizer.begun is not None
-            norm = optimizer.grad_norm()
+            loss, norm, computed, signals = over_ranks(job, loss, optimizer.grad_norm(), counts)
             finite = torch.isfinite(loss + norm)
             optimizer.step(lr, norm, config.grad_clip, apply=finite)
             optimizer.zero_grad()
-            told = step, lr, counts, began, Figures(loss, norm, finite), within
+            told = step, lr, counts, began, Figures(loss, norm, finite, computed, signals), within
 
-            if not job.runs_ahead or job.pauses_after(step) or job.signals.pending():
+            if not job.runs_ahead or job.pauses_after(step) or job.asked_to_stop():
                 told = tell(job, optimizer, *told)
             after_step(job, model, optimizer, step)
             if job.keeps_states and job.due(config.save_every, step):
-                try_to_save(job, optimizer, step)
-            if job.signals.pending():
+                save(job, optimizer, step)
+            saved_meanwhile(job)
+            if job.asked_to_stop():
                 told = told and tell(job, optimizer, *told)
                 stop(job, optimizer, step)
 
 
+def over_ranks(job: Job, loss, norm, counts):
+    """(loss, gradient norm, computed tokens, ranks that a signal reached) of all ranks, on the device."""
+    if job.world.size == 1:
+        return loss, norm, torch.tensor(counts["computed_tokens"]), torch.tensor(int(job.signals.pending()))
+    square = norm.double().square()
+    if job.world.replicas > 1:  # each replica holds every gradient
+        square = square / job.world.replicas
+    mine = [loss.double(), square, *(loss.new_tensor(n, dtype=torch.float64) for n in
+            (counts["computed_tokens"], job.signals.pending()))]  # fmt: skip
+    loss, square, computed, signals = job.world.sum(torch.stack(mine))
+    return loss, square.sqrt(), computed, signals
+
+
 def tell(job: Job, optimizer: AdamW, step: int, lr: float, counts: dict, began: Mark, figures: Figures, within):
     """Reads a step's figures, waiting for them if need be, and tells them. within: it was updated in backward."""
-    loss, norm, finite = figures.read()
+    loss, norm, finite, computed, signals = figures.read()
+    job.n_signals, counts = int(signals), counts | {"computed_tokens": int(computed)}
     job.n_skipped = 0 if finite else job.n_skipped + 1
     if not finite:
         optimizer.n_updates -= 1  # the device has left it out
@@ -147,7 +166,7 @@ def log_step(job, step, loss, lr, norm, counts, seconds):
     if job.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(job.device)
         card = card_at_hand(job.device)
-        mfu = 6 * job.model_config.n_parameters * rate / (1e12 * card.peak_tflops) if card else None
+        mfu = 6 * job.model_config.n_parameters * rate / (job.world.size * 1e12 * card.peak_tflops) if card else None
     job.progress.step(step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate)
     job.metrics.write(
         "train", step=step, epoch=epoch, loss=loss, lr=lr, grad_norm=norm, **counts, step_seconds=seconds,
@@ -175,16 +194,17 @@ def evaluate(job: Job, model: Transformer, step: int, optimizer: AdamW) -> None:
     held, config = job.held_out, job.config
     cut = partial(
         packing.micro_batches, held, max_tokens=job.max_tokens, max_examples=config.micro_batch_size,
-        share_prefix=config.share_prefix, align=job.align,
+        share_prefix=config.share_prefix, align=job.align, ranks=job.world.size, rank=job.world.rank,
     )  # fmt: skip
+    job.world.at(f"the evaluation after step {step}")
     chunks = np.split(np.arange(len(held)), range(EVAL_CHUNK, len(held), EVAL_CHUNK))
     total, n_tokens = torch.zeros((), device=job.device), held.counts["loss_tokens"]
     for chunk in job.progress.phase("evaluating", chunks):
+        if job.world.any(job.signals.pending()):
+            stop(job, optimizer, step)
         for batch in cut(chunk):
-            if job.signals.pending():
-                stop(job, optimizer, step)
             total += model.loss(batch)
-    loss = float(total) / n_tokens
+    loss = float(job.world.sum(total)) / n_tokens
     job.metrics.write("eval", step=step, loss=loss, perplexity=float(np.exp(loss)), loss_tokens=n_tokens)
     job.progress.say(f"step {step}: held-out loss {loss:.4f}")
 
@@ -205,31 +225,42 @@ def show_samples(job: Job, model: Transformer, step: int) -> None:
 
 
 def save(job: Job, optimizer: AdamW, step: int) -> None:
-    """A training state. Raises OSError when the disk is full; older states are then intact."""
-    began = time.perf_counter()
+    """A training state on the way, written by a thread: a full disk costs this one, not the run."""
+    job.world.at(f"the save of step {step}")
+    saved_meanwhile(job, wait=True)
     facts = job.facts | {"n_updates": optimizer.n_updates}
-    folder = checkpoint.save(job.out, step, optimizer.tensors(), facts, job.config.keep)
-    job.saved, size = step, (folder / checkpoint.STATE).stat().st_size
-    job.metrics.write("save", step=step, path=folder.name, seconds=time.perf_counter() - began, bytes=size)
+    job.saver.save(step, optimizer.tensors() if job.world.writes else {}, facts)
 
 
-def try_to_save(job: Job, optimizer: AdamW, step: int) -> None:
-    """A state on the way: a full disk costs this one, not the run."""
+def saved_meanwhile(job: Job, wait: bool = False) -> None:
+    """Tells of the state that was being written, when it is."""
     try:
-        save(job, optimizer, step)
+        done = job.saver.wait() if wait else job.saver.poll()
     except OSError as error:
-        reason = f"the state could not be saved ({error.strerror}); older states are intact"
-        job.progress.say(f"warning: step {step}: {reason}")
-        job.metrics.write("skip", step=step, reason=reason)
+        reason = f"the state could not be saved ({error.strerror or error}); older states are intact"
+        job.progress.say(f"warning: {reason}")
+        job.metrics.write("skip", step=None, reason=reason)
+        return
+    if done:
+        job.saved = done.step
+        job.metrics.write(
+            "save", step=done.step, path=done.folder.name, seconds=done.seconds, held_seconds=done.held_seconds,
+            bytes=done.bytes,
+        )  # fmt: skip
 
 
 def save_or_fail(job: Job, optimizer: AdamW, step: int, why: str) -> None:
     """The state at the end of a process, unless it is on disk already."""
+    saved_meanwhile(job, wait=True)
+    if job.saved == step:
+        return
+    save(job, optimizer, step)
     try:
-        if job.saved != step:
-            save(job, optimizer, step)
+        done = job.saver.wait()
     except OSError as error:
-        raise CriaError(f"{why}; step {step}: the state could not be saved ({error.strerror})") from None
+        raise CriaError(f"{why}; step {step}: the state could not be saved ({error.strerror or error})") from None
+    job.saved = done.step
+    job.metrics.write("save", step=step, path=done.folder.name, seconds=done.seconds, bytes=done.bytes)
 
 
 def stop(job: Job, optimizer: AdamW, step: int):
@@ -241,17 +272,38 @@ def stop(job: Job, optimizer: AdamW, step: int):
 
 def finish(job: Job, model: Transformer, optimizer: AdamW) -> None:
     """The model as a complete Hugging Face folder. On a full disk the training state is saved, if that fits."""
+    saved_meanwhile(job, wait=True)
+    whole = model if job.world.size == 1 else whole_model(job, model)
+
+    def write():
+        if job.world.is_main:
+            save_hf(
+                job.out, whole, max_shard_bytes=job.config.max_shard_bytes, bos_id=job.tokenizer.bos_id,
+                eos_ids=sorted(job.tokenizer.stop_ids),
+                generation_config=job.source.generation_config if job.source else None,
+            )  # fmt: skip
+            job.tokenizer.save(job.out)
+
     try:
-        save_hf(
-            job.out, model, max_shard_bytes=job.config.max_shard_bytes, bos_id=job.tokenizer.bos_id,
-            eos_ids=sorted(job.tokenizer.stop_ids),
-            generation_config=job.source.generation_config if job.source else None,
-        )  # fmt: skip
-        job.tokenizer.save(job.out)
+        problem = None
+        write()
     except OSError as error:
-        why = f"the model could not be written ({error.strerror})"
+        problem = error.strerror
+    if problem := job.world.from_main(problem):
+        why = f"the model could not be written ({problem})"
         save_or_fail(job, optimizer, job.total_steps, why)
-        raise CriaError(f"{why}; the training state is saved: make room and run the same command again") from None
+        raise CriaError(f"{why}; the training state is saved: make room and run the same command again")
+
+
+def whole_model(job: Job, model: Transformer) -> Transformer | None:
+    """The model in the host's memory of the first rank."""
+    job.world.at("the model's export")
+    tensors = distributed.gathered(model, job.world)
+    if not job.world.is_main:
+        return None
+    whole = new_model(job.model_config, "meta", job.dtype)
+    whole.load_state_dict(tensors, assign=True)
+    return whole
 
 
 # ---- main -----------------------------------------------------------------------------------------------------------
@@ -261,11 +313,13 @@ def build(job: Job, found) -> tuple[Transformer, AdamW, int]:
     """The model, its optimizer and the step they stand at."""
     config = job.config
     accumulate = not config.optimizer_in_backward
-    model = new_model(job.model_config, job.device, job.dtype, job.kernels, config.recompute, accumulate)
+    shard = partial(distributed.shard, world=job.world) if job.world.size > 1 else None
+    model = new_model(job.model_config, job.device, job.dtype, job.kernels, config.recompute, accumulate, shard)
+    held = distributed.held(model)
     if found is None and job.source:
-        job.source.read_into(model)
+        job.source.read_into(model, held)
     elif found is None:
-        model.init_weights(config.seed)
+        model.init_weights(config.seed, held)
     optimizer = AdamW(
         model, beta1=config.beta1, beta2=config.beta2, eps=config.adam_eps, weight_decay=config.weight_decay,
         master=config.master_weights, states=config.optimizer_states, seed=config.seed, impl=job.kernels,
@@ -280,34 +334,55 @@ def build(job: Job, found) -> tuple[Transformer, AdamW, int]:
 
 
 def main(argv):
-    if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise UsageError(f"WORLD_SIZE is {world}: this version trains in one process; start it without torchrun")
     native_bf16 = cpu_multiplies_bf16() and not torch.cuda.is_available()
     embedded = EMBEDDED | ({"dtype": "bf16"} if native_bf16 else {})  # nearly twice as fast there
     config, notes = from_cli(FinetuneConfig, argv, stanford, embedded)
     signals = Signals()
-    with claim(Path(config.out)) as out:
+    with ExitStack() as stack:
+        world = stack.enter_context(distributed.start(config.device, config.replicas, config.rank_timeout))
+        say = print if world.is_main else silent
         for note in notes:
-            print(note)
-        job = prepare(config, out, signals, print)
-        if finished(job):
-            print(f"{out} holds this run, finished; --resume never starts it over")
+            say(note)
+        out = Path(config.out)
+        world.together(lambda: world.is_main and stack.enter_context(claim(out)))
+        job = world.together(lambda: prepare(config, out, signals, say, world))
+        agree(job)
+        if world.from_main(world.together(lambda: world.is_main and finished(job))):
+            say(f"{out} holds this run, finished; --resume never starts it over")
             return
-        found = find_resume(job, print)
-        states = config.keep + 1 - len(checkpoint.checkpoints(out)) if job.keeps_states else 0
-        weights, *rest, _ = state_bytes(job.model_config, job.dtype, config.master_weights, config.optimizer_states)
-        need_disk(
-            out, weights + (weights + sum(rest)) * max(0, states), "free some, choose another folder, or lower --keep"
-        )
+        found = world.from_main(world.together(lambda: find_resume(job, say) if world.is_main else None))
+        job.max_tokens = job.facts["max_tokens"] = world.from_main(job.max_tokens)
+        world.together(lambda: world.is_main and room_for_states(job))
         if not config.dry_run:
             run(job, found)
             return
-        print(plan(job))
-        print()
-        dry_run(job)
-        (out / LOCK).unlink()
-        if not any(out.iterdir()):
-            out.rmdir()
+        say(plan(job))
+        say("")
+        if world.is_main:
+            dry_run(job)
+            (out / LOCK).unlink()
+            if not any(out.iterdir()):
+                out.rmdir()
+
+
+def silent(*_):
+    """What ranks but the first say."""
+
+
+def agree(job: Job) -> None:
+    """The same plan on every rank. Raises DataError where their data differ."""
+    hashes = job.world.gather(job.facts["data_sha256"])
+    if others := [rank for rank, sha256 in enumerate(hashes) if sha256 != hashes[0]]:
+        raise DataError(f"rank {others[0]} read other data than rank 0; --data must be the same on every machine")
+    job.max_tokens = job.facts["max_tokens"] = job.world.least(job.max_tokens)
+
+
+def room_for_states(job: Job) -> None:
+    config, out = job.config, job.out
+    states = config.keep + 1 - len(checkpoint.checkpoints(out)) if job.keeps_states else 0
+    weights, *rest, _ = state_bytes(job.model_config, job.dtype, config.master_weights, config.optimizer_states)
+    need = weights + (weights + sum(rest)) * max(0, states)
+    need_disk(out, need, "free some, choose another folder, or lower --keep")
 
 
 def dry_run(job: Job) -> None:
@@ -321,16 +396,22 @@ def dry_run(job: Job) -> None:
 
 
 def run(job: Job, found) -> None:
-    config, out = job.config, job.out
-    checkpoint.clean(out)
-    if config.resume == "never":
-        checkpoint.rewind(out, -1)
-    print(plan(job))
+    config, out, world = job.config, job.out, job.world
+    if world.is_main:
+        checkpoint.clean(out)
+        if config.resume == "never":
+            checkpoint.rewind(out, -1)
+        print(plan(job))
+    job.saver = checkpoint.Saver(
+        out, config.keep, world.rank, world.size, world.exchange if world.size > 1 else None, job.device
+    )
     model, optimizer, start = build(job, found)
+    world.gather(None)  # a state is read everywhere before it may be removed
     if found:
         job.saved = start
-        checkpoint.rewind(out, start)
-        print(f"going on after step {start}, from {found[0]}")
+        if world.is_main:
+            checkpoint.rewind(out, start)
+            print(f"going on after step {start}, from {found[0]}")
     earlier = read_json(out / RUN).get("seconds", 0.0) if found else 0.0
     record = {
         "status": "running",
@@ -343,15 +424,19 @@ def run(job: Job, found) -> None:
         "data": job.train.counts | {"held_out": len(job.held_out) if job.held_out else 0},
         "total_steps": job.total_steps,
         "facts": job.facts,
-        "environment": environment(job.device),
+        "environment": environment(job.device) | {"ranks": world.size, "replicas": world.replicas},
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    write_json(out / RUN, record | {"seconds": earlier})
     began, status = time.monotonic(), "failed"
-    job.metrics = Metrics(out / METRICS, start if found else None)
-    job.told = frozenset((line["event"], line.get("step")) for line in read_lines(out / METRICS))
+    if world.is_main:
+        write_json(out / RUN, record | {"seconds": earlier})
+        job.metrics = Metrics(out / METRICS, start if found else None)
+        job.told = frozenset((line["event"], line.get("step")) for line in read_lines(out / METRICS))
+    job.told = world.from_main(job.told)
     job.signals.training = True
-    with Progress(job.total_steps, start, every=config.log_every) as job.progress:
+    with ExitStack() as stack:
+        quiet = None if world.is_main else stack.enter_context(open(os.devnull, "w"))
+        job.progress = stack.enter_context(Progress(job.total_steps, start, every=config.log_every, file=quiet))
         try:
             if job.device.type == "cuda":
                 confirm(job, model, optimizer)
@@ -363,8 +448,11 @@ def run(job: Job, found) -> None:
             status = "stopped"
             raise
         finally:
-            close(job, record, status, earlier + time.monotonic() - began)
-    print(f"the model is in {out}, the report in {out / 'report.html'}")
+            job.saver.close()
+            if world.is_main:
+                close(job, record, status, earlier + time.monotonic() - began)
+    if world.is_main:
+        print(f"the model is in {out}, the report in {out / 'report.html'}")
 
 
 def close(job, record, status, seconds):

@@ -4,6 +4,7 @@ weight is loaded."""
 import dataclasses
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,15 @@ import torch
 
 from engine import checkpoint, data, token_cache
 from engine.config import MODELS, FinetuneConfig, ModelConfig
+from engine.distributed import World
 from engine.errors import DataError, UsageError
 from engine.fit import ALIGN, auto_tokens
 from engine.load import choose_device, choose_dtype, choose_kernels, cpu_multiplies_bf16, find_model, find_tokenizer
-from engine.log import Metrics, Progress, phase
+from engine.log import Metrics, NoMetrics, Progress, phase
 from engine.memory import state_bytes
 from engine.mix import SEED_TASKS
+from engine.model import new_model
+from engine.optim import counts_that_fit
 from engine.rows import mapped, read_rows
 from engine.run import RUN, Signals, read_json
 from engine.tokenizer import Tokenizer
@@ -34,7 +38,8 @@ FREE = {
     "tokenizer", "data", "eval_data", "token_cache", "out", "device", "micro_batch_tokens", "micro_batch_size",
     "packing", "share_prefix", "recompute", "offload_optimizer", "optimizer_in_backward",
     "eval_every", "sample_every", "sample_prompts", "sample_tokens", "save_every", "keep", "resume", "max_shard_bytes",
-    "kernels", "deterministic", "dry_run", "skip_bad_rows", "allow_changed", "max_skips", "log_every", "debug",
+    "kernels", "deterministic", "replicas", "rank_timeout", "dry_run", "skip_bad_rows", "allow_changed", "max_skips",
+    "log_every", "debug",
 }  # fmt: skip
 
 
@@ -59,8 +64,11 @@ class Job:
     prompts: list[str]  # of the samples
     signals: Signals
     progress: Progress | None = None
-    metrics: Metrics | None = None
+    metrics: Metrics | NoMetrics = dataclasses.field(default_factory=NoMetrics)
     saved: int | None = None  # the step whose state this process wrote or began from
+    world: World = dataclasses.field(default_factory=World)  # this process among the ranks
+    saver: checkpoint.Saver | None = None
+    n_signals: int = 0  # ranks that a signal had reached in the last step that was told
     n_skipped: int = 0  # steps in a row without a finite loss
     halved: bool = False  # max_tokens, for want of memory
     told: frozenset = frozenset()  # (event, step) that metrics.jsonl held when the run was resumed
@@ -84,6 +92,10 @@ class Job:
         saves = self.keeps_states and self.due(config.save_every, step)
         return held or saves or self.due(config.sample_every, step) or step == self.total_steps
 
+    def asked_to_stop(self) -> bool:
+        """Whether a signal asks the run to end; ranks agree, since each asks what the last step told all of them."""
+        return self.signals.pending() if self.world.size == 1 else self.n_signals > 0
+
     @property
     def runs_ahead(self) -> bool:
         """Whether the host gives the device its next step before it has heard of this one."""
@@ -95,8 +107,9 @@ class Job:
         return self.config.save_every not in ("off", "end")
 
 
-def prepare(config: FinetuneConfig, out: Path, signals: Signals, say) -> Job:
+def prepare(config: FinetuneConfig, out: Path, signals: Signals, say, world: World | None = None) -> Job:
     """Checks and reads everything but the weights. Raises UsageError or DataError."""
+    world = world or World()
     device = choose_device(config.device)
     dtype, kernels = choose_dtype(config.dtype, device), choose_kernels(config.kernels, device)
     if config.deterministic:
@@ -108,7 +121,9 @@ def prepare(config: FinetuneConfig, out: Path, signals: Signals, say) -> Job:
     if config.max_length > model_config.max_seq_len:
         raise UsageError(f"--max-length {config.max_length} is over the model's {model_config.max_seq_len} positions")
 
-    (table, skipped), *evals, cached = read_tables(config, tokenizer, say)
+    check_ranks(config, model_config, world)
+    read = partial(read_tables, config, tokenizer, say)
+    (table, skipped), *evals, cached = read() if config.token_cache == "off" else world.main_first(read)
     held_out = evals[0][0].select() if evals else None
     if config.eval_fraction:
         kept, held = data.hold_out(range(len(table)), config.eval_fraction, config.seed)
@@ -138,7 +153,7 @@ def prepare(config: FinetuneConfig, out: Path, signals: Signals, say) -> Job:
         "dtype": str(dtype).removeprefix("torch."),
         "model": dataclasses.asdict(model_config),
         "data_sha256": train.sha256(),
-        "world_size": 1,
+        "world_size": world.size,
         "random_state": "none: order and samples are functions of seed, epoch and step",
     }
     align = ALIGN if device.type == "cuda" else 1
@@ -147,8 +162,26 @@ def prepare(config: FinetuneConfig, out: Path, signals: Signals, say) -> Job:
     return Job(
         config, out, device, dtype, kernels, model_config, source, tokenizer, train, held_out, total_steps, max_tokens,
         align, facts | {"max_tokens": max_tokens}, read_prompts(config.sample_prompts),
-        signals,
+        signals, world=world,
     )  # fmt: skip
+
+
+def check_ranks(config, model_config, world):
+    """Raises UsageError for what several ranks cannot do."""
+    if world.size > 1 and config.optimizer_in_backward:
+        raise UsageError(f"--optimizer-in-backward with {world.size} ranks: gradients are summed first; leave it out")
+    if config.global_batch_size < world.size:
+        raise UsageError(
+            f"--global-batch-size {config.global_batch_size} is under the {world.size} ranks; pass as many"
+        )
+    if config.optimizer_states == "8bit" and world.shards > 1:
+        parameters = new_model(model_config, "meta", torch.bfloat16).named_parameters()
+        counts = counts_that_fit({name: tuple(p.shape) for name, p in parameters})
+        if world.shards not in counts:
+            raise UsageError(
+                f"--optimizer-states 8bit on {world.shards} shards would cut a block of 256 elements; wanted one of "
+                f"{', '.join(map(str, counts[:8]))} ranks a replica, or other states"
+            )
 
 
 def read_prompts(name):
@@ -214,7 +247,7 @@ def changes(old: dict, new: dict) -> list[str]:
     for part in ("settings", "model"):
         a, b = old.get(part, {}), new[part]
         found += [f"{k}: {a.get(k)} -> {b.get(k)}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
-    found += [f"{k}: {old.get(k)} -> {new[k]}" for k in ("dtype", "world_size") if old.get(k) != new[k]]
+    found += [f"dtype: {old.get('dtype')} -> {new['dtype']}"] if old.get("dtype") != new["dtype"] else []
     if old.get("data_sha256") != new["data_sha256"]:
         found.append("the data: its tokens have another sha256")
     return found

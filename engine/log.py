@@ -105,6 +105,16 @@ def strict(value):
     return strict(value.item() if hasattr(value, "item") else str(value))
 
 
+class NoMetrics:
+    """What ranks but the first have in place of Metrics."""
+
+    def write(self, event: str, **fields) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class Progress:
     """What a person sees: a live bar on a terminal; elsewhere plain lines, every `every` steps and at the last."""
 

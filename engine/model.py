@@ -166,20 +166,30 @@ class Transformer(nn.Module):
         return kernels.linear_cross_entropy(x, self.head, batch.targets, batch.weights, self.impl, self.accumulate)
 
     @torch.no_grad()
-    def init_weights(self, seed: int):
-        """Random weights: norms 1, matrices normal with standard deviation 0.02, drawn in the order of the names."""
+    def init_weights(self, seed: int, held=None):
+        """Random weights: norms 1, matrices normal with standard deviation 0.02, drawn in the order of the names.
+
+        held: {name: the rows that are here} of a sharded model; each matrix is drawn whole, and those rows are kept.
+        """
         generator = torch.Generator(self.norm.device).manual_seed(seed)
-        for p in self.parameters():
+        for name, p in self.named_parameters():
+            here = held[name] if held else None
             if p.ndim == 1:
-                p.fill_(1)
+                (here.tensor if here else p).fill_(1)
+            elif here and here.rows:
+                whole = here.tensor.new_empty(p.shape).normal_(std=0.02, generator=generator)
+                here.tensor.copy_(whole[here.first : here.first + len(here.tensor)])
             else:
                 p.normal_(std=0.02, generator=generator)
 
 
 def new_model(
-    config: ModelConfig, device, dtype: torch.dtype, impl="auto", recompute="cheap", accumulate=False
+    config: ModelConfig, device, dtype: torch.dtype, impl="auto", recompute="cheap", accumulate=False, shard=None
 ) -> Transformer:
-    """A Transformer with uninitialised weights: allocated once, in place, in the dtype asked for."""
+    """A Transformer with uninitialised weights: allocated once, in place, in the dtype asked for, after shard(model),
+    which may leave it a part of them."""
     with torch.device("meta"):
         model = Transformer(config, impl, recompute, accumulate).to(dtype)
+    if shard:
+        shard(model)
     return model.to_empty(device=device)

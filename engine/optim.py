@@ -8,7 +8,11 @@ import torch
 from torch import nn
 
 import kernels
+from engine.checkpoint import Shard
+from engine.distributed import first_row, held
 from engine.offload import HostMemory, Offload
+from kernels.adamw import LEAST_8BIT
+from kernels.dynamic_map import BLOCK
 
 
 def lr_factor(schedule: str, step: int, total_steps: int, warmup_ratio: float) -> float:
@@ -40,11 +44,11 @@ class AdamW:
         self, model: nn.Module, *, beta1, beta2, eps, weight_decay, master="split", states="fp32", seed=0, impl="auto",
         offload=False, in_backward=False,
     ):  # fmt: skip
-        self.params = dict(model.named_parameters())
+        self.params, self.held = dict(model.named_parameters()), held(model)
         device = next(iter(self.params.values())).device
         self.states, self.offload, host = {}, None, HostMemory(pinned=device.type == "cuda")
         for name, p in self.params.items():  # one after the other: never more than one tensor's on the way
-            state = kernels.adamw_state(p, master, states)
+            state = kernels.adamw_state(self.held[name].tensor, master, states, p.numel())
             self.states[name] = host.take(state) if offload else state
         if offload:
             self.offload = Offload(self.states, device)
@@ -65,15 +69,15 @@ class AdamW:
     def _update_in_backward(self, name, p):
         if self.begun is not None:
             lr, loss, norms = self.begun
-            norms.append(kernels.grad_norm([p.grad], self.impl))
+            norms.append(kernels.grad_norm([own(p.grad)], self.impl))
             self._update(name, self.states[name], lr, 1.0, torch.isfinite(loss + norms[-1]))
             p.grad = None
 
     def grad_norm(self) -> torch.Tensor:
-        """The global norm of the gradients, a scalar on the device."""
+        """The norm of the gradients that this rank holds, a scalar on the device."""
         if self.begun is not None:
             return torch.stack(self.begun[2]).square().sum().sqrt()
-        return kernels.grad_norm([p.grad for p in self.params.values()], self.impl)
+        return kernels.grad_norm([own(p.grad) for p in self.params.values()], self.impl)
 
     def step(self, lr: float, norm: torch.Tensor, clip: float, apply: torch.Tensor | None = None) -> None:
         """One update, gradients times min(1, clip / (norm + 1e-6)) as torch's clip_grad_norm_; clip 0 leaves them.
@@ -89,23 +93,45 @@ class AdamW:
         self.n_updates += 1
 
     def _update(self, name, state, lr, scale, apply):
-        p = self.params[name]
+        p, shard = self.params[name], self.held[name]
         decay = self.weight_decay if p.ndim > 1 else 0.0
-        kernels.adamw(
-            p.data, p.grad, state, lr=lr, weight_decay=decay, step=self.n_updates + 1, grad_scale=scale, apply=apply,
-            seed=self.seeds[name], **self.settings,
-        )  # fmt: skip
+        if shard.tensor.numel():
+            kernels.adamw(
+                shard.tensor, own(p.grad), state, lr=lr, weight_decay=decay, step=self.n_updates + 1, grad_scale=scale,
+                apply=apply, seed=self.seeds[name], offset=shard.first * shard.tensor[0].numel(), **self.settings,
+            )  # fmt: skip
 
     def zero_grad(self) -> None:
         for p in self.params.values():
             p.grad = None
         self.begun = None
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything that resume needs: {"param.NAME" | "m.NAME" | ...: tensor}, live, not copies."""
+    def tensors(self) -> dict[str, Shard]:
+        """Everything that resume needs and this rank holds: {"param.NAME" | "m.NAME" | ...: rows}, live, not copies."""
         if self.offload:
             self.offload.wait()
-        kept = {f"param.{name}": p.data for name, p in self.params.items()}
+        kept = {f"param.{name}": shard for name, shard in self.held.items()}
         for name, state in self.states.items():
-            kept |= {f"{kind}.{name}": t for kind, t in state.tensors().items()}
+            first, rows, n_whole = self.held[name].first, len(self.params[name]), self.params[name].numel()
+            for kind, t in state.tensors().items():
+                if kind.endswith("absmax"):  # a row a block
+                    kept[f"{kind}.{name}"] = Shard(t, first * n_whole // rows // BLOCK, -(-n_whole // BLOCK))
+                else:
+                    kept[f"{kind}.{name}"] = Shard(t, first, rows)
         return kept
+
+
+def own(t: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor, which is all of it where it is not sharded."""
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
+def counts_that_fit(shapes: dict[str, tuple[int, ...]], most: int = 64) -> list[int]:
+    """Into how many shards parameters of these shapes can be cut so that no block of 8-bit states is cut."""
+
+    def fits(shape, shards):
+        width = math.prod(shape[1:])
+        cuts = {first_row(shape[0], shards, i) for i in range(1, shards)} - {shape[0]}
+        return math.prod(shape) < LEAST_8BIT or not any(row * width % BLOCK for row in cuts)
+
+    return [n for n in range(1, most + 1) if all(fits(shape, n) for shape in shapes.values())]

@@ -51,20 +51,37 @@ class Source:
     stored: dict[str, Stored] = field(repr=False)
 
     @torch.no_grad()
-    def read_into(self, model: Transformer) -> None:
-        """Fills every parameter of a model of this config, converting to its dtype and device."""
+    def read_into(self, model: Transformer, held=None) -> None:
+        """Fills every parameter of a model of this config, converting to its dtype and device.
+
+        held: {parameter: the rows that are here} of a sharded model: of what is here in part, one whole tensor of the
+        checkpoint at a time is in memory.
+        """
         if model.config != self.config:
             raise ValueError(f"read_into: the model is {model.config}, {self.path} holds {self.config}")
         parameters = dict(model.named_parameters())
         for name, piece in layouts.pieces(self.config, self.kind).items():
-            rows = piece.of(parameters)
-            for row, column, part in self.stored[name].blocks():
-                target = rows[row : row + len(part)]
-                if part.ndim == 2:
-                    target = target[:, column : column + part.shape[1]]
-                target.copy_(part)
-            if piece.paired_heads:
-                rows.copy_(layouts.pairs_to_halves(rows, piece.paired_heads))
+            here = held[piece.parameter] if held else None
+            if here is None or not here.rows:
+                self.fill(name, piece, piece.of(parameters))
+                continue
+            first, end = piece.first_row, piece.first_row + piece.shape[0]
+            first, end = max(first, here.first), min(end, here.first + len(here.tensor))
+            if first < end:
+                whole = here.tensor.new_empty(piece.shape)
+                self.fill(name, piece, whole)
+                wanted = whole[first - piece.first_row : end - piece.first_row]
+                here.tensor[first - here.first : end - here.first] = wanted
+
+    def fill(self, name, piece, rows):
+        """rows: all of a piece's."""
+        for row, column, part in self.stored[name].blocks():
+            target = rows[row : row + len(part)]
+            if part.ndim == 2:
+                target = target[:, column : column + part.shape[1]]
+            target.copy_(part)
+        if piece.paired_heads:
+            rows.copy_(layouts.pairs_to_halves(rows, piece.paired_heads))
 
 
 def open_source(path: Path) -> Source:

@@ -67,8 +67,11 @@ class AdamWState:
         return {f.name: t for f in fields(self) if (t := getattr(self, f.name)) is not None}
 
 
-def adamw_state(param: torch.Tensor, master: str = "split", states: str = "fp32") -> AdamWState:
+def adamw_state(
+    param: torch.Tensor, master: str = "split", states: str = "fp32", whole: int | None = None
+) -> AdamWState:
     """The state before the first update of param, fp32 or bf16. master: of a bf16 parameter; see the top of the file.
+    whole: elements of the tensor that param is a shard of, whose blocks of 256 it must not cut.
 
     Raises ValueError for other names and dtypes.
     """
@@ -81,7 +84,7 @@ def adamw_state(param: torch.Tensor, master: str = "split", states: str = "fp32"
         kept["master"] = param.detach().float().contiguous()
     elif param.dtype == torch.bfloat16 and master == "split":
         kept["low"] = torch.zeros_like(param, dtype=torch.int16)
-    if states == "8bit" and param.numel() >= LEAST_8BIT:
+    if states == "8bit" and (whole or param.numel()) >= LEAST_8BIT:
         blocks = triton.cdiv(param.numel(), dynamic_map.BLOCK)
         kept |= {name: param.new_zeros(blocks, dtype=torch.float32) for name in ("m_absmax", "v_absmax")}
         m, v = torch.full_like(param, 127, dtype=torch.uint8), torch.zeros_like(param, dtype=torch.uint8)

@@ -1,0 +1,282 @@
+"""Ranks: who they are, what they agree on, and which rows of each parameter each holds.
+
+The only file that imports torch.distributed. torchrun starts the ranks; alone, a World is one that has nobody to ask.
+
+Each block is one FSDP2 group, embedding, norm and head another: its parameters are gathered for forward and again for
+backward, its gradients are summed in fp32 and scattered. With R replicas the ranks stand in R rows of size / R: shards
+within a row, sums across rows; R = size is plain data parallelism. A gradient is a sum over ranks, not a mean: each
+micro-batch's weights hold the share that it has in the global batch.
+
+A thread of each rank tells the store every few seconds that it lives, and ends the process when another rank has not
+for --rank-timeout seconds: a rank that hangs ends the run in bounded time, and is named.
+"""
+
+import contextlib
+import datetime
+import os
+import sys
+import threading
+import time
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from engine.checkpoint import Shard
+from engine.errors import CriaError, Elsewhere, UsageError
+
+BEATS = 10  # in a --rank-timeout
+PATIENCE_S = 24 * 3600  # of ranks for the first one's long work: the watch notices when that one dies
+
+
+class World:
+    """This process among the ranks of its run. Alone (size 1), all calls are plain Python."""
+
+    def __init__(self, rank=0, size=1, replicas=1, store=None, device=None, timeout_s=600.0):
+        self.rank, self.size, self.replicas, self.store = rank, size, replicas, store
+        self.watch = Watch(self, timeout_s) if size > 1 else None
+        self.mesh = self.saving = None
+        if size > 1:
+            shape, names = (replicas, size // replicas), ("replicas", "shards")
+            whole = slice(None) if replicas > 1 else slice(1, None)
+            self.mesh = init_device_mesh(device, shape[whole], mesh_dim_names=names[whole])
+            self.saving = dist.new_group(backend="gloo")  # of a thread of its own: collectives of a group keep order
+            self.calls = 0
+
+    def at(self, place: str) -> None:
+        """Where this rank is, for whoever has to tell that it went missing there."""
+        if self.watch:
+            self.watch.at(place)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def shards(self) -> int:
+        """Into how many a parameter is cut."""
+        return self.size // self.replicas
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank's shards are those that a checkpoint holds: one replica writes."""
+        return self.rank < self.shards
+
+    # ---- what ranks agree on ----------------------------------------------------------------------------------------
+
+    def together(self, work):
+        """work() on every rank. Where it fails on some, all fail with the first one's exit code; that one tells why."""
+        if self.size == 1:
+            return work()
+        failure = result = None
+        try:
+            result = work()
+        except (CriaError, OSError) as error:
+            failure = error
+        codes = self.gather(getattr(failure, "exit_code", 1) if failure else None)
+        failed = [rank for rank, code in enumerate(codes) if code is not None]
+        if failed:
+            raise failure if self.rank == failed[0] else Elsewhere(failed[0], codes[failed[0]])
+        return result
+
+    def main_first(self, work):
+        """work() on rank 0, then on the others, which find what it cached."""
+        if self.size == 1:
+            return work()
+        self.calls += 1
+        key = f"first/{self.calls}"
+        if not self.is_main:
+            self.store.wait([key], datetime.timedelta(seconds=PATIENCE_S))
+        try:
+            return work()
+        finally:
+            if self.is_main:
+                self.store.set(key, "done")
+
+    def gather(self, value, group=None) -> list:
+        """Every rank's value, in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        found = [None] * self.size
+        dist.all_gather_object(found, value, group=group)
+        return found
+
+    def exchange(self, value) -> list:
+        """gather() for the thread that writes states."""
+        return self.gather(value, self.saving)
+
+    def from_main(self, value):
+        """Rank 0's value."""
+        return self.gather(value if self.is_main else None)[0]
+
+    def least(self, value):
+        return min(self.gather(value))
+
+    def any(self, flag: bool) -> bool:
+        return any(self.gather(flag))
+
+    def sum(self, t: torch.Tensor) -> torch.Tensor:
+        """Over all ranks, in place; the host does not wait for a GPU."""
+        if self.size > 1:
+            dist.all_reduce(t)
+        return t
+
+    def sum_shards(self, t: torch.Tensor) -> torch.Tensor:
+        """Over the ranks that hold the shards of one replica."""
+        if self.shards > 1:
+            dist.all_reduce(t, group=self.mesh.get_group("shards"))
+        return t
+
+
+# ---- start and end --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def start(device: str, replicas: int, timeout_s: float):
+    """The World that torchrun's environment describes. Raises UsageError for one that cannot be."""
+    size = number("WORLD_SIZE", 1)
+    if size % replicas:
+        counts = [r for r in range(1, size + 1) if size % r == 0]
+        raise UsageError(f"--replicas {replicas} of {size} ranks; wanted one of {', '.join(map(str, counts))}")
+    if size == 1:
+        yield World()
+        return
+    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    local = number("LOCAL_RANK")
+    if cuda:
+        if local >= torch.cuda.device_count():
+            n = torch.cuda.device_count()
+            raise UsageError(f"LOCAL_RANK is {local}, this machine has {n} GPUs; start as many ranks a machine")
+        torch.cuda.set_device(local)
+    timeout = datetime.timedelta(seconds=timeout_s)
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    world = World(rank, size, replicas, dist.PrefixStore("cria", store), "cuda" if cuda else "cpu", timeout_s)
+    try:
+        yield world
+    except RuntimeError as error:
+        raise CriaError(f"rank {rank} of {size}: {world.watch.blame()}{first_line(error)}") from error
+    finally:
+        world.watch.stop()
+    dist.destroy_process_group()
+
+
+def number(name, default=None) -> int:
+    text = os.environ.get(name, default)
+    try:
+        return int(text)
+    except (TypeError, ValueError):
+        raise UsageError(f"{name} is {text!r}, wanted a number: start several ranks by torchrun") from None
+
+
+def first_line(error):
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+class Watch:
+    """Tells the store that this rank lives and how far it is, and looks whether the others do."""
+
+    def __init__(self, world: World, timeout_s: float):
+        self.world, self.timeout_s, self.done = world, timeout_s, threading.Event()
+        self.place = "the start"
+        self.thread = threading.Thread(target=self.look, name="watch", daemon=True)
+        self.seen = {}  # rank -> (what it told last, when that was new here)
+        self.thread.start()
+
+    def at(self, place: str):
+        """Where this rank is: told by whoever finds that it is there no more."""
+        self.place = place
+
+    def stop(self):
+        self.done.set()
+
+    def look(self):
+        beat = 0
+        while not self.done.wait(min(5.0, self.timeout_s / BEATS)):
+            beat += 1
+            try:
+                self.world.store.set(f"beat/{self.world.rank}", f"{beat} {self.place}")
+                late = self.late()
+            except (RuntimeError, ValueError):  # the store is gone, and with it the run: torchrun ends what is left
+                return
+            if late is not None and not self.done.is_set():
+                rank, place, seconds = late
+                who = f"rank {rank} has not been heard of for {seconds:.0f} s, last at {place}"
+                told = f"error: rank {self.world.rank}: {who}; the run ends here and can be resumed"
+                print(told, file=sys.stderr, flush=True)
+                os._exit(1)
+
+    def late(self):
+        """(rank, where it was, seconds) of the rank that has been silent for too long, or None."""
+        now, longest = time.monotonic(), None
+        for rank in range(self.world.size):
+            if rank == self.world.rank:
+                continue
+            key = f"beat/{rank}"
+            told = self.world.store.get(key).decode() if self.world.store.check([key]) else "0 the start"
+            if self.seen.get(rank, (None, 0))[0] != told:
+                self.seen[rank] = told, now
+            silent = now - self.seen[rank][1]
+            if silent > self.timeout_s and (longest is None or silent > longest[2]):
+                longest = rank, told.partition(" ")[2], silent
+        return longest
+
+    def blame(self) -> str:
+        """Who is behind, by what ranks told last."""
+        with contextlib.suppress(RuntimeError, ValueError):
+            places = {rank: told.partition(" ")[2] for rank, (told, _) in self.seen.items()}
+            behind = {rank: place for rank, place in places.items() if place != self.place}
+            if behind:
+                return ", ".join(f"rank {rank} was at {place}" for rank, place in behind.items()) + "; "
+        return ""
+
+
+# ---- the model in shards --------------------------------------------------------------------------------------------
+
+
+def shard(model, world: World):
+    """Cuts a model's parameters over the ranks, in place. On meta, nothing is allocated before it is cut."""
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    groups = [*model.layers, model]
+    for module in groups:
+        fully_shard(module, mesh=world.mesh, mp_policy=policy)
+    for name in ("loss", "logits"):
+        register_fsdp_forward_method(model, name)
+    for module in groups:
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def held(model) -> dict[str, Shard]:
+    """What this rank holds of each parameter: {name: rows}; of a model that is not sharded, all."""
+    return {name: held_of(p) for name, p in model.named_parameters()}
+
+
+def held_of(p) -> Shard:
+    if not hasattr(p, "to_local"):
+        return Shard(p.data)
+    local, mesh = p.to_local(), p.device_mesh
+    shards = mesh.size(mesh.ndim - 1)
+    first = first_row(len(p), shards, mesh.get_local_rank(mesh.ndim - 1))
+    assert len(local) == first_row(len(p), shards, mesh.get_local_rank(mesh.ndim - 1) + 1) - first
+    return Shard(local.detach(), first, len(p))
+
+
+def first_row(rows: int, shards: int, shard: int) -> int:
+    """Of a shard: equal parts of ceil(rows / shards) rows, the last ones smaller or empty."""
+    return min(rows, -(-rows // shards) * shard)
+
+
+def gathered(model, world: World) -> dict[str, torch.Tensor]:
+    """The whole parameters in the host's memory of rank 0, {} elsewhere; one at a time is whole on each rank."""
+    whole = {}
+    for module in (*model.layers, model):
+        module.reshard()  # the last forward may have left them whole, as plain parameters
+    for name, p in model.named_parameters():
+        full = p.full_tensor()
+        if world.is_main:
+            whole[name] = full.to("cpu", copy=True)
+    return whole
