@@ -1,19 +1,31 @@
-"""Training state on disk: atomic, verified, rotated, no pickle.
+"""Training state on disk: written beside the training, by one process or many; atomic, verified, rotated, no pickle.
 
-    checkpoint-N/state.safetensors    every tensor that resume needs
-    checkpoint-N/manifest.json        step, settings and data hashes; size and sha256 of each file. Written last.
+    checkpoint-N/state.safetensors                 every tensor that resume needs, of one writer; of several:
+    checkpoint-N/state-00000-of-00004.safetensors  the rows that writer 0 holds of each; none for who holds nothing
+    checkpoint-N/manifest.json                     step, settings and data hashes; size and sha256 of each file; of
+                                                   several, which rows of which tensor each holds. Written last.
 
-A save writes .tmp-N/, syncs it, writes the manifest, renames the folder, syncs the parent, and only then removes older
-states, each renamed out of the way first. Whatever kills the process, a folder named checkpoint-N is whole; where the
-disk lied, its hashes tell, and it is passed over.
+A save writes .tmp-N/, each writer its file, synced. When all have told that theirs is, writer 0 adds the manifest,
+renames the folder, syncs the parent, and only then removes older states, each renamed out of the way first. Whatever
+kills whichever process, a folder named checkpoint-N is whole; where the disk lied, its hashes tell, and it is passed
+over. Any number of readers take the rows they want from whichever files hold them.
+
+Not torch.distributed.checkpoint: its .metadata is a pickle, which runs what it holds when it is read, and nothing in it
+tells a flipped bit.
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import time
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,40 +33,204 @@ from safetensors import SafetensorError, safe_open
 
 from engine.errors import DataError
 from engine.folders import sync
-from engine.tensor_files import write_safetensors
+from engine.tensor_files import DTYPE_NAMES, DTYPES, first_line, write_safetensors
 
-FORMAT = 1  # of the manifest
+FORMAT, SHARDED = 1, 2  # of the manifest: one file of whole tensors; several, of some rows each
 STATE, MANIFEST = "state.safetensors", "manifest.json"
+ARENA_BYTES, ALIGN = 1 << 28, 128
 
 
-def save(out: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict, keep: int) -> Path:
-    """Writes out/checkpoint-<step> and removes all but the newest `keep`. facts: what resume compares and restores.
+@dataclass(frozen=True)
+class Shard:
+    """Rows [first, end) of a tensor that has `rows` rows, its first axis. A tensor without axes counts as one row."""
 
-    An OSError (a full disk) leaves the older states as they were and no temporary behind.
+    tensor: torch.Tensor
+    first: int = 0
+    rows: int | None = None  # None: it is the whole tensor
+
+    def __post_init__(self):
+        shape = self.shape
+        if self.first < 0 or self.end > n_rows(shape):
+            raise ValueError(f"Shard: rows [{self.first}, {self.end}) of a tensor of shape {shape}")
+
+    @property
+    def end(self) -> int:
+        return self.first + n_rows(self.tensor.shape)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        shape = tuple(self.tensor.shape)
+        return shape if self.rows is None else (self.rows, *shape[1:])
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A state on disk. bytes: of all writers; seconds: of writing; held_seconds: those that the caller waited for."""
+
+    step: int
+    folder: Path
+    bytes: int
+    seconds: float
+    held_seconds: float = 0.0
+
+
+def n_rows(shape):
+    return shape[0] if len(shape) else 1
+
+
+def as_shards(tensors):
+    return {name: t if isinstance(t, Shard) else Shard(t) for name, t in tensors.items()}
+
+
+# ---- write ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Writers:
+    """This writer among n, who write one state. exchange(x): [x of every writer], once all have called it."""
+
+    writer: int = 0
+    n: int = 1
+    exchange: Callable[[object], list] | None = None
+
+    def agree(self, at: tuple, act: Callable) -> list:
+        """What act() returned on every writer. Where it failed on one, all raise alike, naming it. at: the same on all.
+
+        A full disk is an OSError; anything else, which is a mistake of ours, a RuntimeError.
+        """
+        if self.n == 1:
+            return [act()]
+        done = failure = mine = None
+        try:
+            done = act()
+        except Exception as error:
+            mine, is_os = error, isinstance(error, OSError)
+            text = error.strerror if is_os and error.strerror else f"{type(error).__name__}: {error}"
+            failure = is_os, error.errno if is_os else None, text
+        told = self.exchange((at, done, failure))
+        if [each[0] for each in told] != [at] * self.n:
+            raise RuntimeError(f"writer {self.writer}: at {at}, the others at {[each[0] for each in told]}")
+        for writer, (_, _, failure) in enumerate(told):
+            if failure:
+                is_os, number, text = failure
+                text = f"writer {writer}: {text}"
+                raise (OSError(number, text) if is_os else RuntimeError(text)) from mine
+        return [each[1] for each in told]
+
+
+def save(out: Path, step: int, tensors: dict[str, torch.Tensor | Shard], facts: dict, keep: int) -> Path:
+    """Writes out/checkpoint-<step>, by one process there and then, and removes all but the newest `keep`.
+
+    facts: what resume compares and restores. An OSError (a full disk) leaves the older states as they were and no
+    temporary behind.
     """
+    return write(out, keep, step, lambda: as_shards(tensors), facts, Writers()).folder
+
+
+def write(out: Path, keep: int, step: int, arrived: Callable[[], dict[str, Shard]], facts, writers: Writers) -> Saved:
+    """This writer's part of a state, in three stages, each of which succeeds on all writers or fails on all."""
+    began = time.perf_counter()
     final, tmp = out / f"checkpoint-{step}", out / f".tmp-{step}"
-    clean(out)
+    shards: dict[str, Shard] = {}
+
+    def begin():
+        shards.update(arrived())
+        if writers.writer == 0:
+            sweep(out)
+            tmp.mkdir()
+        return {n: (DTYPE_NAMES[s.tensor.dtype], list(s.shape), s.first, s.end) for n, s in shards.items()}
+
+    def write_own():
+        name = file_name(writers.writer, writers.n)
+        if name not in files:
+            return None
+        if not tmp.is_dir():
+            raise OSError(errno.ENOENT, f"{tmp} is not there; all writers must see the same folder")
+        mine = {n: s.tensor for n, s in shards.items() if writers.n == 1 or s.end > s.first}
+        listed = ((n, tuple(t.shape), t.dtype, lambda t=t: t) for n, t in mine.items())
+        sha256 = write_safetensors(tmp / name, listed, sha256=True)
+        return name, {"bytes": (tmp / name).stat().st_size, "sha256": sha256}
+
+    def commit():
+        if writers.writer == 0:
+            kind = {"format": FORMAT} if writers.n == 1 else {"format": SHARDED}
+            rows = {} if writers.n == 1 else {"tensors": whole}
+            with open(tmp / MANIFEST, "w") as file:
+                json.dump(kind | {"step": step, **facts, **rows, "files": files}, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            sync(tmp)
+            put(tmp, final)
+            rotate(out, final, keep)
+
     try:
-        tmp.mkdir()
-        listed = ((name, tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items())
-        sha256 = write_safetensors(tmp / STATE, listed, sha256=True)
-        files = {STATE: {"bytes": (tmp / STATE).stat().st_size, "sha256": sha256}}
-        with open(tmp / MANIFEST, "w") as file:
-            json.dump({"format": FORMAT, "step": step, **facts, "files": files}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        sync(tmp)
-        if final.exists():  # of the same step: broken, or from before the run was resumed at an earlier state
-            discard(final)
+        whole, files = lay_out(writers.agree((step, "begin"), begin))
+        for name, entry in filter(None, writers.agree((step, "write"), write_own)):
+            files[name] = entry | files[name]
+        writers.agree((step, "commit"), commit)
+    except BaseException:
+        if writers.writer == 0:
+            shutil.rmtree(tmp, ignore_errors=True)
+        raise
+    return Saved(step, final, sum(entry["bytes"] for entry in files.values()), time.perf_counter() - began)
+
+
+def file_name(writer, n_writers):
+    return STATE if n_writers == 1 else f"state-{writer:05}-of-{n_writers:05}.safetensors"
+
+
+def lay_out(held: list[dict]) -> tuple[dict, dict]:
+    """The whole tensors and the files that hold them, as a manifest has them, from what each writer holds: the same on
+    all of them. Raises ValueError when they do not add up."""
+    whole, files = {}, {}
+    for writer, tensors in enumerate(held):
+        rows = {name: [first, end] for name, (_, _, first, end) in tensors.items() if end > first}
+        for name, (dtype, shape, _, _) in tensors.items():
+            entry = {"dtype": dtype, "shape": shape}
+            if whole.setdefault(name, entry) != entry:
+                raise ValueError(f"{name}: writer {writer} has {entry}, another one {whole[name]}")
+        if rows and len(held) > 1:
+            files[file_name(writer, len(held))] = {"rows": rows}
+        elif len(held) == 1:
+            files[STATE] = {}
+    check_rows(whole, files if len(held) > 1 else {STATE: {"rows": rows}})
+    return whole, files
+
+
+def check_rows(whole: dict, files: dict) -> None:
+    """Raises ValueError unless every row of every tensor is held once."""
+    held = {name: [] for name in whole}
+    for entry in files.values():
+        for name, (first, end) in entry["rows"].items():
+            held[name].append((first, end))
+    for name, ranges in held.items():
+        at, rows = 0, n_rows(whole[name]["shape"])
+        for first, end in [*sorted(ranges), (rows, rows)]:
+            if first != at:
+                raise ValueError(f"{name}: rows [{min(at, first)}, {max(at, first)}) are held {2 * (first < at)} times")
+            at = end
+
+
+def put(tmp, final):
+    """Renames the new state to its name. One of this step is broken, or of before the run was resumed at an earlier
+    one, or the only whole one that there is: until the new one counts, restore() would put it back."""
+    was = final.with_name(f".tmp-was-{final.name}")
+    try:
+        if final.exists():
+            os.rename(final, was)
         os.rename(tmp, final)
     except OSError:
-        shutil.rmtree(tmp, ignore_errors=True)
+        restore(final.parent)
         raise
-    sync(out)
-    others = [folder for _, folder in checkpoints(out) if folder != final]
+    sync(final.parent)
+    shutil.rmtree(was, ignore_errors=True)
+
+
+def rotate(out, newest, keep):
+    others = [folder for _, folder in checkpoints(out) if folder != newest]
     for old in others[: max(0, len(others) - keep + 1)]:
         discard(old)
-    return final
 
 
 def discard(folder):
@@ -65,8 +241,136 @@ def discard(folder):
     shutil.rmtree(trash, ignore_errors=True)
 
 
+def restore(out):
+    """Puts back a state whose successor of the same step never got its name."""
+    for was in out.glob(".tmp-was-checkpoint-*"):
+        final = was.with_name(was.name.removeprefix(".tmp-was-"))
+        if not final.exists():
+            os.rename(was, final)
+
+
+def sweep(out):
+    """Removes what interrupted saves left, and nothing that another thread is about to rename."""
+    restore(out)
+    for left in out.glob(".tmp-*"):
+        if re.fullmatch(r"\.tmp-(\d+|(old|was)-checkpoint-\d+)", left.name):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+# ---- write beside the training --------------------------------------------------------------------------------------
+
+
+class Saver:
+    """Writes a run's training states in a thread of its own, one at a time, in the order asked for.
+
+    All n writers call save() with the same steps and number; exchange is a collective that this thread calls, three
+    times a save, and that must raise, not hang, when a writer is gone. The thread is no daemon: an interpreter that
+    ends lets it finish. device: where the tensors are; None: in the host's memory.
+    """
+
+    def __init__(
+        self, out: Path, keep: int, writer: int = 0, n_writers: int = 1, exchange: Callable | None = None, device=None
+    ):
+        if n_writers > 1 and exchange is None:
+            raise ValueError(f"Saver: {n_writers} writers, wanted an exchange between them")
+        self.out, self.keep, self.writers = out, keep, Writers(writer, n_writers, exchange)
+        self.device = torch.device(device or "cpu")
+        self.room = HostRoom(pinned=self.device.type == "cuda")
+        self.pool = ThreadPoolExecutor(1, "saver")
+        self.untold = deque()  # [future, held_seconds] of saves that nobody has asked for
+
+    def save(self, step: int, tensors: dict[str, torch.Tensor | Shard], facts: dict, copy: bool = True) -> None:
+        """Waits for the save before, copies the tensors to the host's memory and leaves the rest to the thread.
+
+        On a GPU the copy is queued where the caller's kernels are: those queued later change nothing of it, and the
+        host does not wait. copy=False: the caller changes nothing until wait(). facts: writer 0's count. Whatever goes
+        wrong, also with the copy, is told by wait(), on all writers.
+        """
+        began = time.perf_counter()
+        if self.untold:
+            self.untold[-1][0].exception()  # waits: one copy at a time
+        try:
+            shards = as_shards(tensors)
+            shards = self.room.copy(shards) if copy else shards
+            cuda = self.device.type == "cuda"
+            arrived = partial(_after, torch.cuda.current_stream(self.device).record_event() if cuda else None, shards)
+        except Exception as error:
+            arrived = partial(_raise, error)
+        future = self.pool.submit(write, self.out, self.keep, step, arrived, dict(facts), self.writers)
+        self.untold.append([future, time.perf_counter() - began])
+
+    def wait(self) -> Saved | None:
+        """The outcome of the oldest save that nobody has asked for yet, once it is known; None when all are told.
+
+        Raises OSError where it failed, on every writer alike; older states are then intact and no temporary is left.
+        What an exchange raises comes through: the writers then know of each other no more.
+        """
+        if not self.untold:
+            return None
+        future, held_seconds = self.untold[0]
+        future.exception()  # waits
+        self.untold.popleft()
+        return replace(future.result(), held_seconds=held_seconds)
+
+    def poll(self) -> Saved | None:
+        """wait() where it would not wait; else None. Writers see the end of a save at different moments."""
+        return self.wait() if self.untold and self.untold[0][0].done() else None
+
+    def close(self) -> None:
+        """Waits for what is being written and gives the copy's memory back. wait() still tells how it went."""
+        self.pool.shutdown()
+        self.room = None
+
+
+def _after(event, shards):
+    if event is not None:
+        event.synchronize()
+    return shards
+
+
+def _raise(error):
+    raise error
+
+
+class HostRoom:
+    """Memory of the host for a copy of shards, kept for the next one. Pinned, where a GPU copies into it, in arenas:
+    torch rounds each piece of pinned memory up to a power of two."""
+
+    def __init__(self, pinned: bool):
+        self.pinned, self.layout, self.views = pinned, None, {}
+
+    def copy(self, shards: dict[str, Shard]) -> dict[str, Shard]:
+        """Raises OSError when the host has too little memory."""
+        layout = [(name, s.tensor.shape, s.tensor.dtype) for name, s in shards.items()]
+        if layout != self.layout:
+            self.layout, self.views = None, {}  # what was there goes before more is taken
+            try:
+                self.views = self._carve(layout)
+            except RuntimeError as error:
+                raise OSError(errno.ENOMEM, f"no memory for a copy of the state: {first_line(error)}") from error
+            self.layout = layout
+        for name, s in shards.items():
+            self.views[name].copy_(s.tensor.detach(), non_blocking=True)
+        return {name: replace(s, tensor=self.views[name]) for name, s in shards.items()}
+
+    def _carve(self, layout):
+        views, arena, at = {}, torch.empty(0, dtype=torch.uint8), 0
+        for name, shape, dtype in layout:
+            size = shape.numel() * dtype.itemsize
+            if at + size > len(arena):
+                whole = max(ARENA_BYTES, 1 << (size - 1).bit_length()) if self.pinned else size
+                arena, at = torch.empty(whole, dtype=torch.uint8, pin_memory=self.pinned), 0
+            views[name] = arena[at : at + size].view(dtype).view(shape)
+            at += -(-size // ALIGN) * ALIGN
+        return views
+
+
+# ---- what is there --------------------------------------------------------------------------------------------------
+
+
 def clean(out: Path) -> None:
-    """Removes what an interrupted save left."""
+    """Removes what an interrupted run left. Not while one is writing there."""
+    sweep(out)
     for left in out.glob(".tmp-*"):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
@@ -87,43 +391,13 @@ def checkpoints(out: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
 
 
-def verify(folder: Path) -> dict:
-    """The manifest of a checkpoint whose every file is whole. Raises DataError that names the first broken one."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files, step = manifest["files"], manifest["step"]
-        recorded = [(folder / name, entry["bytes"], entry["sha256"]) for name, entry in files.items()]
-        assert isinstance(step, int) and set(files) == {STATE}
-    except FileNotFoundError:
-        raise DataError(f"{folder}: no {MANIFEST}, so its save never finished; choose another checkpoint") from None
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise DataError(f"{folder / MANIFEST}: not a manifest of ours ({error}); choose another checkpoint") from None
-    if manifest.get("format") != FORMAT:
-        raise DataError(f"{folder / MANIFEST}: format {manifest.get('format')}, this version reads {FORMAT}")
-    for path, size, sha256 in recorded:
-        if not path.is_file():
-            raise DataError(f"{path}: missing; choose another checkpoint")
-        if path.stat().st_size != size:
-            raise DataError(f"{path}: {path.stat().st_size} bytes, its manifest says {size}; choose another checkpoint")
-        if sha256_of(path) != sha256:
-            raise DataError(f"{path}: changed since it was written (its sha256 differs); choose another checkpoint")
-    return manifest
-
-
-def sha256_of(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def newest(out: Path, warn: Callable[[str], None]) -> tuple[Path, dict] | None:
     """(folder, manifest) of the newest whole checkpoint, None if there is none at all; warn is told of broken ones.
 
     Raises DataError when there are checkpoints and none of them is whole.
     """
     broken = []
+    restore(out)
     for _, folder in reversed(checkpoints(out)):
         try:
             return folder, verify(folder)
@@ -135,19 +409,133 @@ def newest(out: Path, warn: Callable[[str], None]) -> tuple[Path, dict] | None:
     return None
 
 
-def load(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Fills the tensors in place from a verified checkpoint. Raises DataError listing names or shapes that differ."""
+def verify(folder: Path) -> dict:
+    """The manifest of a checkpoint whose every file is whole. Raises DataError that names the first broken one."""
+    manifest = read_manifest(folder)
+    files = {folder / name: entry for name, entry in manifest["files"].items()}
+    for path, entry in files.items():
+        if not path.is_file():
+            raise DataError(f"{path}: missing; choose another checkpoint")
+        size, wanted = path.stat().st_size, entry["bytes"]
+        if size != wanted:
+            raise DataError(f"{path}: {size} bytes, its manifest says {wanted}; choose another checkpoint")
+    with ThreadPoolExecutor(max(1, min(8, len(files)))) as pool:
+        for (path, entry), sha256 in zip(files.items(), pool.map(sha256_of, files), strict=True):
+            if sha256 != entry["sha256"]:
+                raise DataError(f"{path}: changed since it was written (its sha256 differs); choose another checkpoint")
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict:
+    """What a manifest says, in a form that can be relied on; its files unread. Raises DataError."""
     try:
-        with safe_open(folder / STATE, "pt") as file:
-            have = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
-            want = {name: tuple(t.shape) for name, t in tensors.items()}
-            if have != want:
-                wrong = sorted(n for n in have.keys() | want.keys() if have.get(n) != want.get(n))
-                raise DataError(
-                    f"{folder / STATE}: {len(wrong)} tensors do not fit this model, first "
-                    + ", ".join(f"{n} ({have.get(n)}, wanted {want.get(n)})" for n in wrong[:3])
-                )
-            for name, tensor in tensors.items():
-                tensor.copy_(file.get_tensor(name))
-    except SafetensorError as error:
-        raise DataError(f"{folder / STATE}: {error}; choose another checkpoint") from None
+        manifest = json.loads((folder / MANIFEST).read_text())
+        kind = manifest["format"]
+        if kind not in (FORMAT, SHARDED):
+            raise DataError(f"{folder / MANIFEST}: format {kind}, this version reads {FORMAT} and {SHARDED}")
+        insist(type(manifest["step"]) is int, "its step is no number")
+        files, known = manifest["files"], re.escape(STATE) if kind == FORMAT else r"state-\d{5}-of-\d{5}\.safetensors"
+        for name, entry in files.items():
+            insist(re.fullmatch(known, name, re.ASCII), f"a file named {name!r}")
+            insist(type(entry["bytes"]) is int and type(entry["sha256"]) is str, f"{name} without size and sha256")
+        if kind == FORMAT:
+            insist(files, "no file")
+        else:
+            for name, entry in manifest["tensors"].items():
+                shape, dtype = entry["shape"], entry["dtype"]
+                insist(dtype in DTYPES and type(shape) is list, f"{name} of dtype {dtype} and shape {shape}")
+                insist(all(type(size) is int and size >= 0 for size in shape), f"{name} of shape {shape}")
+            ends = [end for entry in files.values() for span in entry["rows"].values() for end in span]
+            insist(all(type(end) is int for end in ends), "rows that are no numbers")
+            check_rows(manifest["tensors"], files)
+        return manifest
+    except FileNotFoundError:
+        raise DataError(f"{folder}: no {MANIFEST}, so its save never finished; choose another checkpoint") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        what = f"{type(error).__name__} {error}"
+        raise DataError(f"{folder / MANIFEST}: not a manifest of ours ({what}); choose another checkpoint") from None
+
+
+def insist(holds, what):
+    if not holds:
+        raise ValueError(what)
+
+
+def sha256_of(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ---- read -----------------------------------------------------------------------------------------------------------
+
+
+def load(folder: Path, tensors: dict[str, torch.Tensor | Shard]) -> None:
+    """Fills the tensors in place, each with the rows it wants, from a verified checkpoint of any number of writers.
+
+    Files are mapped, one after the other, and only those rows read. Raises DataError listing names, shapes or kinds of
+    numbers that differ.
+    """
+    manifest, shards = read_manifest(folder), as_shards(tensors)
+    path = folder / STATE
+    try:
+        if manifest["format"] == SHARDED:
+            whole, files = manifest["tensors"], {file: entry["rows"] for file, entry in manifest["files"].items()}
+        else:
+            with safe_open(path, "pt") as file:
+                whole = {name: described(rows) for name, rows in slices(file).items()}
+            files = {STATE: {name: [0, n_rows(entry["shape"])] for name, entry in whole.items()}}
+        check_fit(folder, whole, shards)
+        for name, rows in files.items():
+            path = folder / name
+            with safe_open(path, "pt") as file:
+                stored = slices(file)
+                if {name: described(part) for name, part in stored.items()} != held(whole, rows):
+                    raise DataError(f"{path}: holds other rows than its manifest says; choose another checkpoint")
+                for name, (first, end) in rows.items():
+                    fill(shards[name], stored[name], first, end)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path}: {first_line(error)}; choose another checkpoint") from None
+
+
+def slices(file):
+    return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+
+
+def described(part):
+    return {"dtype": part.get_dtype(), "shape": list(part.get_shape())}
+
+
+def held(whole, rows):
+    """What a file with these rows of the tensors holds."""
+    return {
+        name: whole[name] | {"shape": [end - first, *whole[name]["shape"][1:]] if whole[name]["shape"] else []}
+        for name, (first, end) in rows.items()
+    }
+
+
+def check_fit(folder, whole, shards):
+    """Raises DataError naming what is not the same here and there. fp32 may become bf16; bits are no numbers."""
+    have = {name: (tuple(entry["shape"]), DTYPES.get(entry["dtype"])) for name, entry in whole.items()}
+    want = {name: (s.shape, s.tensor.dtype) for name, s in shards.items()}
+    wrong = []
+    for name in sorted(have.keys() | want.keys()):
+        (shape, dtype), (wanted, as_dtype) = have.get(name, (None, None)), want.get(name, (None, None))
+        if shape != wanted:
+            wrong.append(f"{name} ({shape}, wanted {wanted})")
+        elif dtype != as_dtype and not (dtype and dtype.is_floating_point and as_dtype.is_floating_point):
+            wrong.append(f"{name} ({dtype}, wanted {as_dtype})")
+    if wrong:
+        raise DataError(f"{folder}: {len(wrong)} tensors do not fit this model, first {', '.join(wrong[:3])}")
+
+
+@torch.no_grad()
+def fill(shard, part, first, end):
+    """The rows that a shard wants of those that part has."""
+    low, high = max(first, shard.first), min(end, shard.end)
+    if shard.tensor.ndim == 0:
+        shard.tensor.copy_(part[...])
+    elif low < high:
+        shard.tensor[low - shard.first : high - shard.first].copy_(part[low - first : high - first])
