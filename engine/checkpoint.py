@@ -29,39 +29,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from engine.errors import DataError
 from engine.folders import sync
-from engine.tensor_files import DTYPE_NAMES, DTYPES, first_line, write_safetensors
+from engine.shards import HostRoom, Shard, as_shards, check_layout, described, lay_out, layout_of, read
+from engine.tensor_files import write_safetensors
 
 FORMAT, SHARDED = 1, 2  # of the manifest: one file of whole tensors; several, of some rows each
 STATE, MANIFEST = "state.safetensors", "manifest.json"
-ARENA_BYTES, ALIGN = 1 << 28, 128
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Rows [first, end) of a tensor that has `rows` rows, its first axis. A tensor without axes counts as one row."""
-
-    tensor: torch.Tensor
-    first: int = 0
-    rows: int | None = None  # None: it is the whole tensor
-
-    def __post_init__(self):
-        shape = self.shape
-        if self.first < 0 or self.end > n_rows(shape):
-            raise ValueError(f"Shard: rows [{self.first}, {self.end}) of a tensor of shape {shape}")
-
-    @property
-    def end(self) -> int:
-        return self.first + n_rows(self.tensor.shape)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the whole tensor."""
-        shape = tuple(self.tensor.shape)
-        return shape if self.rows is None else (self.rows, *shape[1:])
 
 
 @dataclass(frozen=True)
@@ -73,14 +48,6 @@ class Saved:
     bytes: int
     seconds: float
     held_seconds: float = 0.0
-
-
-def n_rows(shape):
-    return shape[0] if len(shape) else 1
-
-
-def as_shards(tensors):
-    return {name: t if isinstance(t, Shard) else Shard(t) for name, t in tensors.items()}
 
 
 # ---- write ----------------------------------------------------------------------------------------------------------
@@ -132,32 +99,36 @@ def write(out: Path, keep: int, step: int, arrived: Callable[[], dict[str, Shard
     """This writer's part of a state, in three stages, each of which succeeds on all writers or fails on all."""
     began = time.perf_counter()
     final, tmp = out / f"checkpoint-{step}", out / f".tmp-{step}"
-    shards: dict[str, Shard] = {}
+    n, shards = writers.n, {}
+    names = [STATE] if n == 1 else [f"state-{i:05}-of-{n:05}.safetensors" for i in range(n)]
+    own = names[writers.writer]
 
     def begin():
         shards.update(arrived())
         if writers.writer == 0:
             sweep(out)
             tmp.mkdir()
-        return {n: (DTYPE_NAMES[s.tensor.dtype], list(s.shape), s.first, s.end) for n, s in shards.items()}
+        return described(shards)
 
     def write_own():
-        name = file_name(writers.writer, writers.n)
-        if name not in files:
+        if own not in files:
             return None
         if not tmp.is_dir():
             raise OSError(errno.ENOENT, f"{tmp} is not there; all writers must see the same folder")
-        mine = {n: s.tensor for n, s in shards.items() if writers.n == 1 or s.end > s.first}
-        listed = ((n, tuple(t.shape), t.dtype, lambda t=t: t) for n, t in mine.items())
-        sha256 = write_safetensors(tmp / name, listed, sha256=True)
-        return name, {"bytes": (tmp / name).stat().st_size, "sha256": sha256}
+        mine = ((name, shards[name].tensor) for name in files[own])
+        listed = ((name, tuple(t.shape), t.dtype, lambda t=t: t) for name, t in mine)
+        sha256 = write_safetensors(tmp / own, listed, sha256=True)
+        return own, {"bytes": (tmp / own).stat().st_size, "sha256": sha256}
 
     def commit():
         if writers.writer == 0:
-            kind = {"format": FORMAT} if writers.n == 1 else {"format": SHARDED}
-            rows = {} if writers.n == 1 else {"tensors": whole}
+            if writers.n == 1:
+                layout = {"format": FORMAT, "files": written}
+            else:
+                held = {name: entry | {"rows": files[name]} for name, entry in written.items()}
+                layout = {"format": SHARDED, "tensors": whole, "files": held}
             with open(tmp / MANIFEST, "w") as file:
-                json.dump(kind | {"step": step, **facts, **rows, "files": files}, file, indent=1)
+                json.dump({"format": None, "step": step, **facts, **layout}, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
             sync(tmp)
@@ -165,51 +136,14 @@ def write(out: Path, keep: int, step: int, arrived: Callable[[], dict[str, Shard
             rotate(out, final, keep)
 
     try:
-        whole, files = lay_out(writers.agree((step, "begin"), begin))
-        for name, entry in filter(None, writers.agree((step, "write"), write_own)):
-            files[name] = entry | files[name]
+        whole, files = lay_out(dict(zip(names, writers.agree((step, "begin"), begin), strict=True)))
+        written = dict(filter(None, writers.agree((step, "write"), write_own)))
         writers.agree((step, "commit"), commit)
     except BaseException:
         if writers.writer == 0:
             shutil.rmtree(tmp, ignore_errors=True)
         raise
-    return Saved(step, final, sum(entry["bytes"] for entry in files.values()), time.perf_counter() - began)
-
-
-def file_name(writer, n_writers):
-    return STATE if n_writers == 1 else f"state-{writer:05}-of-{n_writers:05}.safetensors"
-
-
-def lay_out(held: list[dict]) -> tuple[dict, dict]:
-    """The whole tensors and the files that hold them, as a manifest has them, from what each writer holds: the same on
-    all of them. Raises ValueError when they do not add up."""
-    whole, files = {}, {}
-    for writer, tensors in enumerate(held):
-        rows = {name: [first, end] for name, (_, _, first, end) in tensors.items() if end > first}
-        for name, (dtype, shape, _, _) in tensors.items():
-            entry = {"dtype": dtype, "shape": shape}
-            if whole.setdefault(name, entry) != entry:
-                raise ValueError(f"{name}: writer {writer} has {entry}, another one {whole[name]}")
-        if rows and len(held) > 1:
-            files[file_name(writer, len(held))] = {"rows": rows}
-        elif len(held) == 1:
-            files[STATE] = {}
-    check_rows(whole, files if len(held) > 1 else {STATE: {"rows": rows}})
-    return whole, files
-
-
-def check_rows(whole: dict, files: dict) -> None:
-    """Raises ValueError unless every row of every tensor is held once."""
-    held = {name: [] for name in whole}
-    for entry in files.values():
-        for name, (first, end) in entry["rows"].items():
-            held[name].append((first, end))
-    for name, ranges in held.items():
-        at, rows = 0, n_rows(whole[name]["shape"])
-        for first, end in [*sorted(ranges), (rows, rows)]:
-            if first != at:
-                raise ValueError(f"{name}: rows [{min(at, first)}, {max(at, first)}) are held {2 * (first < at)} times")
-            at = end
+    return Saved(step, final, sum(entry["bytes"] for entry in written.values()), time.perf_counter() - began)
 
 
 def put(tmp, final):
@@ -332,39 +266,6 @@ def _raise(error):
     raise error
 
 
-class HostRoom:
-    """Memory of the host for a copy of shards, kept for the next one. Pinned, where a GPU copies into it, in arenas:
-    torch rounds each piece of pinned memory up to a power of two."""
-
-    def __init__(self, pinned: bool):
-        self.pinned, self.layout, self.views = pinned, None, {}
-
-    def copy(self, shards: dict[str, Shard]) -> dict[str, Shard]:
-        """Raises OSError when the host has too little memory."""
-        layout = [(name, s.tensor.shape, s.tensor.dtype) for name, s in shards.items()]
-        if layout != self.layout:
-            self.layout, self.views = None, {}  # what was there goes before more is taken
-            try:
-                self.views = self._carve(layout)
-            except RuntimeError as error:
-                raise OSError(errno.ENOMEM, f"no memory for a copy of the state: {first_line(error)}") from error
-            self.layout = layout
-        for name, s in shards.items():
-            self.views[name].copy_(s.tensor.detach(), non_blocking=True)
-        return {name: replace(s, tensor=self.views[name]) for name, s in shards.items()}
-
-    def _carve(self, layout):
-        views, arena, at = {}, torch.empty(0, dtype=torch.uint8), 0
-        for name, shape, dtype in layout:
-            size = shape.numel() * dtype.itemsize
-            if at + size > len(arena):
-                whole = max(ARENA_BYTES, 1 << (size - 1).bit_length()) if self.pinned else size
-                arena, at = torch.empty(whole, dtype=torch.uint8, pin_memory=self.pinned), 0
-            views[name] = arena[at : at + size].view(dtype).view(shape)
-            at += -(-size // ALIGN) * ALIGN
-        return views
-
-
 # ---- what is there --------------------------------------------------------------------------------------------------
 
 
@@ -441,13 +342,7 @@ def read_manifest(folder: Path) -> dict:
         if kind == FORMAT:
             insist(files, "no file")
         else:
-            for name, entry in manifest["tensors"].items():
-                shape, dtype = entry["shape"], entry["dtype"]
-                insist(dtype in DTYPES and type(shape) is list, f"{name} of dtype {dtype} and shape {shape}")
-                insist(all(type(size) is int and size >= 0 for size in shape), f"{name} of shape {shape}")
-            ends = [end for entry in files.values() for span in entry["rows"].values() for end in span]
-            insist(all(type(end) is int for end in ends), "rows that are no numbers")
-            check_rows(manifest["tensors"], files)
+            check_layout(manifest["tensors"], {name: entry["rows"] for name, entry in files.items()})
         return manifest
     except FileNotFoundError:
         raise DataError(f"{folder}: no {MANIFEST}, so its save never finished; choose another checkpoint") from None
@@ -469,73 +364,14 @@ def sha256_of(path):
     return digest.hexdigest()
 
 
-# ---- read -----------------------------------------------------------------------------------------------------------
-
-
 def load(folder: Path, tensors: dict[str, torch.Tensor | Shard]) -> None:
     """Fills the tensors in place, each with the rows it wants, from a verified checkpoint of any number of writers.
 
-    Files are mapped, one after the other, and only those rows read. Raises DataError listing names, shapes or kinds of
-    numbers that differ.
+    Raises DataError listing names, shapes or kinds of numbers that differ.
     """
-    manifest, shards = read_manifest(folder), as_shards(tensors)
-    path = folder / STATE
-    try:
-        if manifest["format"] == SHARDED:
-            whole, files = manifest["tensors"], {file: entry["rows"] for file, entry in manifest["files"].items()}
-        else:
-            with safe_open(path, "pt") as file:
-                whole = {name: described(rows) for name, rows in slices(file).items()}
-            files = {STATE: {name: [0, n_rows(entry["shape"])] for name, entry in whole.items()}}
-        check_fit(folder, whole, shards)
-        for name, rows in files.items():
-            path = folder / name
-            with safe_open(path, "pt") as file:
-                stored = slices(file)
-                if {name: described(part) for name, part in stored.items()} != held(whole, rows):
-                    raise DataError(f"{path}: holds other rows than its manifest says; choose another checkpoint")
-                for name, (first, end) in rows.items():
-                    fill(shards[name], stored[name], first, end)
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path}: {first_line(error)}; choose another checkpoint") from None
-
-
-def slices(file):
-    return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-
-
-def described(part):
-    return {"dtype": part.get_dtype(), "shape": list(part.get_shape())}
-
-
-def held(whole, rows):
-    """What a file with these rows of the tensors holds."""
-    return {
-        name: whole[name] | {"shape": [end - first, *whole[name]["shape"][1:]] if whole[name]["shape"] else []}
-        for name, (first, end) in rows.items()
-    }
-
-
-def check_fit(folder, whole, shards):
-    """Raises DataError naming what is not the same here and there. fp32 may become bf16; bits are no numbers."""
-    have = {name: (tuple(entry["shape"]), DTYPES.get(entry["dtype"])) for name, entry in whole.items()}
-    want = {name: (s.shape, s.tensor.dtype) for name, s in shards.items()}
-    wrong = []
-    for name in sorted(have.keys() | want.keys()):
-        (shape, dtype), (wanted, as_dtype) = have.get(name, (None, None)), want.get(name, (None, None))
-        if shape != wanted:
-            wrong.append(f"{name} ({shape}, wanted {wanted})")
-        elif dtype != as_dtype and not (dtype and dtype.is_floating_point and as_dtype.is_floating_point):
-            wrong.append(f"{name} ({dtype}, wanted {as_dtype})")
-    if wrong:
-        raise DataError(f"{folder}: {len(wrong)} tensors do not fit this model, first {', '.join(wrong[:3])}")
-
-
-@torch.no_grad()
-def fill(shard, part, first, end):
-    """The rows that a shard wants of those that part has."""
-    low, high = max(first, shard.first), min(end, shard.end)
-    if shard.tensor.ndim == 0:
-        shard.tensor.copy_(part[...])
-    elif low < high:
-        shard.tensor[low - shard.first : high - shard.first].copy_(part[low - first : high - first])
+    manifest = read_manifest(folder)
+    if manifest["format"] == SHARDED:
+        whole, files = manifest["tensors"], {name: entry["rows"] for name, entry in manifest["files"].items()}
+    else:
+        whole, files = layout_of(folder / STATE)
+    read(folder, whole, files, as_shards(tensors))
