@@ -55,7 +55,7 @@ def micro_batches(
 
     Every rank cuts the whole step the same way and keeps each ranks-th micro-batch: the i-th of all ranks are computed
     at the same time, and the losses of all add up to the step's. A rank that would have none then, so that the others
-    need not wait in vain, gets the shortest example once more, whose losses weigh 0; it does not count in the mean.
+    need not wait in vain, gets the shortest example once more, whose losses weigh 0; it counts in no mean.
     """
     rows = [dataset.tokens_of(i) for i in examples]
     groups = shared_prefixes(rows) if share_prefix else [(0, [i]) for i in range(len(rows))]
@@ -194,8 +194,9 @@ def best_fit(groups, lengths, max_tokens, max_examples):
 
 
 def spread(groups, lengths, max_tokens, max_examples, ranks):
-    """The rows in runs for every rank, as few as a multiple of ranks holds best-fit's, the largest first: those that
-    are computed at the same time are neighbours and about the same size. Fewer than a multiple where rows are few."""
+    """The rows in as few runs as best-fit finds, up to a multiple of ranks as far as there are rows, and evened out where
+    that stays within the limits. The largest first: neighbours, which are computed at the same time, are about as large.
+    """
     fewest = best_fit(groups, lengths, max_tokens, max_examples)
     runs = level(groups, lengths, -(-len(fewest) // ranks) * ranks, max_tokens, max_examples) or fewest
     group_of, n_shared = by_row(groups)
