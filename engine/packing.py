@@ -194,8 +194,8 @@ def best_fit(groups, lengths, max_tokens, max_examples):
 
 
 def spread(groups, lengths, max_tokens, max_examples, ranks):
-    """The rows in as few runs as best-fit finds, up to a multiple of ranks as far as there are rows, and evened out where
-    that stays within the limits. The largest first: neighbours, which are computed at the same time, are about as large.
+    """The rows in as few runs as best-fit finds, up to a multiple of ranks as far as there are rows, and evened out
+    where that keeps the limits. The largest first: neighbours, which are computed at the same time, are of like size.
     """
     fewest = best_fit(groups, lengths, max_tokens, max_examples)
     runs = level(groups, lengths, -(-len(fewest) // ranks) * ranks, max_tokens, max_examples) or fewest
