@@ -151,6 +151,7 @@ def start(device: str, replicas: int, timeout_s: float):
         torch.cuda.set_device(local)
     timeout = datetime.timedelta(seconds=timeout_s)
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(f"start {number('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # torchrun keeps one store
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     world = World(rank, size, replicas, dist.PrefixStore("cria", store), "cuda" if cuda else "cpu", timeout_s)

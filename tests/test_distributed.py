@@ -1,0 +1,273 @@
+"""Several ranks are one run: torchrun with gloo on the CPU against one process: same rows, curve and weights."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import ROOT, environment, events
+from safetensors.torch import load_file
+
+from engine import finetune as command
+from engine.errors import exit_code_of
+
+STEPS = 6
+COMMON = (
+    "--model",
+    "tiny",
+    "--random-init",
+    "--device",
+    "cpu",
+    "--dtype",
+    "fp32",
+    "--lr",
+    "1e-3",
+    "--max-length",
+    "64",
+)
+
+
+def torchrun(ranks, *args, more=()):
+    """A running `torchrun -m engine.finetune ARGS` on this machine."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *more]
+    words += ["-m", "engine.finetune", *map(str, args)]
+    return subprocess.Popen(
+        words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def several(ranks, *args, code=0):
+    process = torchrun(ranks, *args)
+    said, _ = process.communicate(timeout=240)
+    assert process.returncode == code, said
+    return said
+
+
+def alone(*args):
+    assert exit_code_of(command.main, [str(a) for a in args]) == 0
+
+
+def flags(rows, out, *more):
+    return (*COMMON, "--data", rows, "--out", out, "--global-batch-size", 8, "--max-steps", STEPS, *more)
+
+
+def curve(out):
+    return [(line["loss"], line["grad_norm"]) for line in events(out)]
+
+
+def same(out, reference, weights=2e-5):
+    for ours, theirs in zip(curve(out), curve(reference), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    a, b = (load_file(folder / "model.safetensors") for folder in (out, reference))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.dist(a[name], b[name]) <= weights * b[name].norm(), name
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "rows.json"
+    made = [
+        {"instruction": f"Say {i} in words.", "input": "n" * (i % 5), "output": "yes " * (1 + i * 7 % 23)}
+        for i in range(40)
+    ]
+    path.write_text(json.dumps(made))
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference(rows, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone") / "out"
+    alone(*flags(rows, out, "--eval-fraction", 0.2, "--eval-every", 2, "--sample-every", "end", "--sample-tokens", 4))
+    return out
+
+
+@pytest.mark.parametrize("ranks, more", [(2, ()), (4, ("--replicas", 2)), (3, ("--micro-batch-tokens", 64))])
+def test_ranks_give_one_curve(rows, reference, tmp_path, ranks, more):
+    out = tmp_path / "out"
+    said = several(ranks, *flags(
+        rows, out, "--eval-fraction", 0.2, "--eval-every", 2, "--sample-every", "end", "--sample-tokens", 4, *more
+    ))  # fmt: skip
+    same(out, reference)
+    assert "the model is in" in said
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    theirs = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
+    for event in ("eval", "sample"):
+        mine, other = ([line for line in found if line["event"] == event] for found in (lines, theirs))
+        assert len(mine) == len(other) > 0
+        for a, b in zip(mine, other, strict=True):
+            assert a.get("text") == b.get("text") and a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-5)
+    for name in ("tokens", "examples", "loss_tokens"):
+        mine, other = ([line[name] for line in found if line["event"] == "train"] for found in (lines, theirs))
+        assert mine == other, name
+
+
+# ---- faults: each run is a file that torchrun starts, with something that goes wrong on one rank --------------------
+
+DRIVER = """
+import os, signal, sys, time
+from pathlib import Path
+from engine import checkpoint, distributed, finetune, job
+from engine.errors import exit_code_of
+
+RANK = int(os.environ.get("RANK", "0"))
+die, term, freeze = (lambda n=n: os.kill(os.getpid(), n) for n in (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP))
+
+def before(module, name, nth, act):
+    real, calls = getattr(module, name), [0]
+    def call(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == nth:
+            act()
+        return real(*args, **kwargs)
+    setattr(module, name, call)
+
+{patch}
+sys.exit(exit_code_of(finetune.main, sys.argv[1:]))
+"""
+
+
+def driven(tmp_path, ranks, patch, *args, more=(), wait=240):
+    """(exit code, what it said) of a run under a patch."""
+    script = tmp_path / "driver.py"
+    script.write_text(DRIVER.replace("{patch}", patch))
+    words = [sys.executable, script, *args]
+    if ranks > 1:
+        launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *more)
+        words = [sys.executable, *launch, script, *args]
+    done = subprocess.run(
+        list(map(str, words)), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, check=False, timeout=wait,
+    )  # fmt: skip
+    return done.returncode, done.stdout
+
+
+SAVES = ("--eval-fraction", 0.2, "--eval-every", 2, "--save-every", 1)
+
+
+def steps_of(out):
+    return [line["step"] for line in events(out)]
+
+
+def test_two_ranks_then_one_then_four_are_one_run(rows, reference, tmp_path):
+    """Stopped twice by a signal to one rank, and resumed on another number of ranks: one curve of the same rows."""
+    out = tmp_path / "out"
+    code, said = driven(
+        tmp_path, 2, "if RANK == 1: before(finetune, 'forward_backward', 2, term)", *flags(rows, out, *SAVES)
+    )
+    assert code != 0 and "stopped" in said and steps_of(out) == [1, 2], said
+    code, said = driven(tmp_path, 1, "before(finetune, 'forward_backward', 3, term)", *flags(rows, out, *SAVES))
+    assert code == 143 and "going on after step 2" in said and steps_of(out) == [1, 2, 3, 4], said
+    said = several(4, *flags(rows, out, *SAVES))
+    assert "going on after step 4" in said
+    same(out, reference)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "before(finetune.Transformer, 'loss', 4, die)",  # in a step
+        "before(finetune, 'evaluate', 2, die)",
+        "before(checkpoint, 'write_safetensors', 3, die)",  # in the writing of its shard
+        "before(finetune, 'whole_model', 1, die)",  # in the export
+    ],
+)
+def test_a_rank_that_is_killed_ends_the_run_which_resumes(rows, reference, tmp_path, where):
+    out = tmp_path / "out"
+    code, said = driven(tmp_path, 2, f"if RANK == 1: {where}", *flags(rows, out, *SAVES))
+    assert code == 1 and "rank      : 1" in said and "exitcode  : -9" in said, said
+    assert "going on after step" in several(2, *flags(rows, out, *SAVES))
+    same(out, reference)
+    assert not list(out.glob(".tmp-*"))
+
+
+def test_a_restart_by_torchrun_resumes_by_itself(rows, reference, tmp_path):
+    out = tmp_path / "out"
+    once = "mark = Path(sys.argv[sys.argv.index('--out') + 1]).parent / 'died'\n"
+    once += "if RANK == 1 and not mark.exists(): before(finetune, 'forward_backward', 4, lambda: (mark.touch(), die()))"
+    code, said = driven(tmp_path, 2, once, *flags(rows, out, *SAVES), more=("--max-restarts", "1"))
+    assert code == 0 and "going on after step" in said, said
+    same(out, reference)
+
+
+def test_a_rank_that_hangs_is_named_and_ends_the_run(rows, tmp_path):
+    out = tmp_path / "out"
+    patch = "if RANK == 1: before(finetune, 'forward_backward', 4, freeze)"
+    code, said = driven(tmp_path, 2, patch, *flags(rows, out, *SAVES, "--rank-timeout", 3))
+    assert code == 1 and "rank 1 has not been heard of for" in said and "last at step" in said, said
+    assert "checkpoint-3" in {path.name for path in out.iterdir()}
+
+
+def test_sigterm_to_torchrun_saves_once_and_resumes(rows, reference, tmp_path):
+    out = tmp_path / "out"
+    slow = "before(finetune, 'forward_backward', 3, lambda: time.sleep(3))"
+    script = tmp_path / "driver.py"
+    script.write_text(DRIVER.replace("{patch}", slow))
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script)
+    process = subprocess.Popen(
+        list(map(str, (sys.executable, *launch, *flags(rows, out, *SAVES[:4])))), cwd=ROOT, env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    end = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists() or '"step": 2' not in (out / "metrics.jsonl").read_text():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "stopped by SIGTERM after step" in said, said
+    assert len(list(out.glob("checkpoint-*"))) == 1
+    assert "going on after step" in several(2, *flags(rows, out, *SAVES[:4]))
+    same(out, reference)
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+def test_a_failure_of_one_rank_is_told_once_by_that_rank(rows, tmp_path):
+    patch = "if RANK == 1: sys.argv[sys.argv.index('--data') + 1] = 'nowhere.json'"
+    code, said = driven(tmp_path, 2, patch, *flags(rows, tmp_path / "out"))
+    assert code == 1 and said.count("error: ") == 1 and "nowhere.json" in said, said
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_other_data_on_one_rank_is_refused(rows, tmp_path):
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(json.loads(rows.read_text())[:-1]))
+    patch = f"if RANK == 1: sys.argv[sys.argv.index('--data') + 1] = {str(other)!r}"
+    code, said = driven(tmp_path, 2, patch, *flags(rows, tmp_path / "out"))
+    assert code == 1 and "rank 1 read other data than rank 0" in said, said
+
+
+@pytest.mark.parametrize(
+    "more, told",
+    [
+        (("--replicas", 3), "wanted one of 1, 2"),
+        (("--optimizer-in-backward", "--grad-clip", 0), "--optimizer-in-backward with 2 ranks"),
+        (("--global-batch-size", 1), "--global-batch-size 1 is under the 2 ranks"),
+    ],
+)
+def test_what_ranks_cannot_do_is_told(rows, tmp_path, more, told):
+    words = [*COMMON, "--data", rows, "--out", tmp_path / "out", *more]
+    assert told in several(2, *words, code=1)
+
+
+def test_counts_of_shards_that_cut_no_block():
+    from engine.optim import counts_that_fit
+
+    assert counts_that_fit({"w": (4096, 4096), "small": (576,)}, 8) == list(range(1, 9))
+    assert counts_that_fit({"w": (6, 1000)}, 6) == [1]
+    assert 2 in counts_that_fit({"w": (512, 576)}, 8)
+
+
+def test_the_first_row_of_a_shard_is_torchs():
+    from engine.distributed import first_row
+
+    for rows in range(1, 40):
+        for shards in range(1, 9):
+            ends = [first_row(rows, shards, i) for i in range(shards + 1)]
+            sizes = [len(part) for part in torch.arange(rows).chunk(shards)]
+            assert [b - a for a, b in pairwise(ends)] == sizes + [0] * (shards - len(sizes))
