@@ -3,7 +3,7 @@
     python -m engine.estimate --model llama-7b --gpu H100
 
 engine.memory has the bytes, engine.cards the seconds. Nothing here needs a GPU, and what no report in benchmarks/
-measured on the card is labelled projected. So are several cards: the engine trains on one.
+measured on the card is labelled projected. So are several cards: none has been measured.
 """
 
 import json

@@ -428,7 +428,7 @@ def test_resumed_is_bit_equal(dtype, master, states, tmp_path):
     resumed.n_updates = unbroken.n_updates
     go(unbroken, range(3, 6)), go(resumed, range(3, 6))
     ours, theirs = resumed.tensors(), unbroken.tensors()
-    assert ours.keys() == theirs.keys() and all(same(ours[name], t) for name, t in theirs.items())
+    assert ours.keys() == theirs.keys() and all(same(ours[name].tensor, shard.tensor) for name, shard in theirs.items())
     kinds = {name.split(".")[0] for name in ours}
     assert kinds == {"param", "m", "v"} | ({"m_absmax", "v_absmax"} if states == "8bit" else set()) | (
         {{"fp32": "master", "split": "low"}.get(master, "param")} if dtype == torch.bfloat16 else set()

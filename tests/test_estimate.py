@@ -254,7 +254,7 @@ def test_state_is_that_of_a_real_model_and_optimizer(shape, dtype, master, state
     make = functools.partial(
         AdamW, model, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, master=master, states=states
     )
-    tensors = make().tensors()
+    tensors = {name: shard.tensor for name, shard in make().tensors().items()}
     by_kind = {}
     for name, t in tensors.items():
         kind = {"param": "weights", "low": "master", "master": "master"}.get(name.split(".")[0], "states")

@@ -427,10 +427,12 @@ def test_a_tokenizer_of_another_model_is_refused_before_anything_is_allocated(sm
     assert done.returncode == 3 and "has 49152 tokens, the model embeds 32000" in done.stderr
 
 
-def test_several_processes_are_refused(tmp_path, rows_file, monkeypatch):
+def test_several_ranks_that_nobody_started_are_refused(tmp_path, rows_file, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     done = finetune("--model", "tiny", "--random-init", "--data", rows_file, "--out", tmp_path / "o", check=False)
-    assert done.returncode == 2 and "WORLD_SIZE is 4: this version trains in one process" in done.stderr
+    assert (
+        done.returncode == 2 and "LOCAL_RANK is None, wanted a number: start several ranks by torchrun" in done.stderr
+    )
 
 
 def test_another_model_of_the_same_shape_is_another_run(tmp_path, rows_file):

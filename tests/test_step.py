@@ -113,7 +113,7 @@ def train(model, optimizer, n=4):
         norm = optimizer.grad_norm()
         optimizer.step(1e-3, norm, 1.0, apply=torch.isfinite(norm))
         optimizer.zero_grad()
-    return {name: t.clone() for name, t in optimizer.tensors().items()}
+    return {name: shard.tensor.clone() for name, shard in optimizer.tensors().items()}
 
 
 @pytest.mark.parametrize(("master", "states"), KINDS)
@@ -198,7 +198,7 @@ def test_updates_within_backward_are_those_after_it_and_no_gradient_stays(device
             optimizer.step(1e-3, norms[-1], 0.0, apply=torch.isfinite(loss + norms[-1]))
             optimizer.zero_grad()
         assert optimizer.n_updates == 3
-        ends.append((optimizer.tensors(), torch.stack(norms)))
+        ends.append(({name: shard.tensor for name, shard in optimizer.tensors().items()}, torch.stack(norms)))
     (after, norms), (within, norms_within) = ends
     assert all(t.equal(within[name]) for name, t in after.items())
     assert torch.allclose(norms, norms_within, rtol=1e-5)
@@ -218,9 +218,9 @@ def test_a_step_of_several_micro_batches_accumulates_as_always(device):
 def test_a_loss_that_is_no_number_updates_nothing_within_backward(device):
     model = model_of(device)
     optimizer = AdamW(model, in_backward=True, **SETTINGS)
-    before = {name: t.clone() for name, t in optimizer.tensors().items()}
+    before = {name: shard.tensor.clone() for name, shard in optimizer.tensors().items()}
     loss = model.loss(batches(range(6))[0])
     optimizer.begin(1e-3, loss * torch.tensor(torch.nan, device=device))
     loss.backward()
-    assert all(t.equal(before[name]) for name, t in optimizer.tensors().items())
+    assert all(shard.tensor.equal(before[name]) for name, shard in optimizer.tensors().items())
     assert torch.isfinite(optimizer.grad_norm()), "of the gradients, which are finite here"
