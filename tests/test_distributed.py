@@ -271,3 +271,17 @@ def test_the_first_row_of_a_shard_is_torchs():
             ends = [first_row(rows, shards, i) for i in range(shards + 1)]
             sizes = [len(part) for part in torch.arange(rows).chunk(shards)]
             assert [b - a for a, b in pairwise(ends)] == sizes + [0] * (shards - len(sizes))
+
+
+def test_a_loss_that_is_no_number_on_one_rank_updates_none(rows, tmp_path):
+    """Every rank sees it, no rank updates, and the run ends with the rows of the step."""
+    patch = """
+if RANK == 1:
+    real = finetune.Transformer.loss
+    finetune.Transformer.loss = lambda self, batch: real(self, batch) * float("nan")
+"""
+    out = tmp_path / "out"
+    code, said = driven(tmp_path, 2, patch, *flags(rows, out, "--max-skips", 1))
+    assert code == 1 and "exitcode  : 4" in said and "2 steps in a row had no finite loss" in said, said
+    skipped = [line for line in (out / "metrics.jsonl").read_text().splitlines() if '"skip"' in line]
+    assert len(skipped) == 2 and "rows.json:" in skipped[0]

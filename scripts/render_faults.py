@@ -1,0 +1,176 @@
+"""docs/faults.md: what can go wrong, what is expected, and what the test that makes it go wrong observed.
+
+python -m scripts.render_faults            runs the tests and writes the page
+python -m scripts.render_faults --check    exits 1 where the page names a test that is not there
+"""
+
+import argparse
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "faults.md"
+NOT_BUILT = "not built yet"
+F, C, R, W, D = "test_faults.py", "test_checkpoint.py", "test_rows.py", "test_weights.py", "test_distributed.py"
+G, A = "test_data_generate.py", "test_data.py"
+FAULTS = [  # fault, expected, tests
+    ("kill -9 at each write point of a save", "the newest whole state resumes; temporaries go", [
+        (C, "test_kill_at_every_write_point_leaves_a_whole_state"),
+        (C, "test_a_kill_of_any_writer_at_any_point_leaves_a_whole_state"),
+        (D, "test_a_rank_that_is_killed_ends_the_run_which_resumes")]),
+    ("kill -9 in a step", "weights, states and losses bit-equal to an unbroken run", [
+        (F, "test_kill_9_then_resume_is_bit_equal"), (F, "test_kill_9_at_random_moments_then_resume_is_bit_equal"),
+        (D, "test_a_rank_that_is_killed_ends_the_run_which_resumes")]),
+    ("kill -9 in rotation", "at least one whole state", [(F, "test_kill_9_then_resume_is_bit_equal")]),
+    ("SIGTERM or SIGINT in a step, evaluation, preparation, save", "ranks agree, save once, exit 143", [
+        (F, "test_a_signal_saves_once_and_exits_143_and_the_run_goes_on_bit_equal"),
+        (F, "test_a_signal_while_data_is_prepared_exits_143_at_once"),
+        (D, "test_sigterm_to_torchrun_saves_once_and_resumes")]),
+    ("a second signal", "exit at once, the old state whole", [
+        (F, "test_a_second_signal_leaves_at_once_with_the_old_state_whole")]),
+    ("disk full in a save", "the old state kept, the temporary gone, a warning; at the last save exit 1", [
+        (F, "test_a_full_disk_costs_a_save_not_the_run"),
+        (F, "test_a_full_disk_at_the_last_save_exits_1_with_the_state_intact"),
+        (C, "test_one_writers_full_disk_fails_the_save_of_all")]),
+    ("too little disk at the start", "refused, needed and free bytes named", [
+        (F, "test_too_little_disk_is_said_before_the_first_step")]),
+    ("--out unwritable, or holds something else", "exit 2 before the model loads", [
+        (F, "test_a_folder_that_holds_something_else_is_left_alone"),
+        (F, "test_a_folder_that_cannot_be_written_is_refused_before_the_model_loads")]),
+    ("two runs, one --out", "the second exits 2", [(F, "test_two_runs_cannot_share_a_folder")]),
+    ("a truncated or bit-flipped state", "named; falls back, or exit 3 where it was chosen", [
+        (F, "test_a_broken_newest_state_falls_back"), (C, "test_each_file_of_several_is_verified")]),
+    ("safetensors with a huge header, overlapping offsets", "a clean error, bounded memory", [
+        (W, "test_11_truncated_shards_and_bad_headers"), (W, "test_11_a_header_that_claims_a_real_gigabyte")]),
+    ("wrong shapes, vocabulary unlike the tokenizer's", "all mismatches listed before allocation", [
+        (W, "test_12_and_13_every_mismatch_at_once"),
+        (F, "test_a_tokenizer_of_another_model_is_refused_before_anything_is_allocated")]),
+    ("missing shard or key, extra key", "exit 3 listing all", [
+        (W, "test_13_missing_shard_and_what_else_is_wrong"), (W, "test_12_and_13_every_mismatch_at_once")]),
+    ("an index with ../x, an absolute path, a link out", "rejected", [
+        (W, "test_14_index_with_paths"), (W, "test_14_links_that_lead_out")]),
+    ("a malicious .pth", "refused, its payload never runs", [(W, "test_15_malicious_pth")]),
+    ("a missing Meta shard, bad params.json", "exit 3", [(W, "test_16_meta_shards_and_params")]),
+    ("another number of ranks on resume", "resharded, the same order of rows; indivisible: exit 2 with valid counts", [
+        (D, "test_two_ranks_then_one_then_four_are_one_run"), (D, "test_what_ranks_cannot_do_is_told"),
+        (C, "test_any_number_of_readers_finds_what_any_number_wrote")]),
+    ("settings or data changed on resume", "refused unless --allow-changed", [
+        (F, "test_changed_settings_and_data_are_refused_unless_allowed")]),
+    ("a rank raises, dies, stalls", "the group ends non-zero in bounded time naming it; a restart resumes", [
+        (D, "test_a_failure_of_one_rank_is_told_once_by_that_rank"),
+        (D, "test_a_rank_that_is_killed_ends_the_run_which_resumes"),
+        (D, "test_a_rank_that_hangs_is_named_and_ends_the_run"), (D, "test_a_restart_by_torchrun_resumes_by_itself")]),
+    ("NaN or Inf", "no rank updates; at most N skipped, then exit 4 with rows", [
+        (F, "test_a_loss_that_is_no_number_changes_nothing_and_ends_the_run_with_4"),
+        (D, "test_a_loss_that_is_no_number_on_one_rank_updates_none")]),
+    ("a loss spike", "a warning; opt-in rollback", NOT_BUILT),
+    ("out of memory", "the peak and the next smaller settings; halves once", [
+        (F, "test_out_of_memory_halves_the_micro_batch_once_says_so_and_goes_on"),
+        (F, "test_out_of_memory_again_ends_the_run_with_what_would_help")]),
+    ("an empty dataset, all rows dropped", "exit 3 with counts", [(F, "test_bad_data_exits_3")]),
+    ("a row over the maximum length", "truncated and counted", [
+        (A, "test_long_rows_are_cut_and_rows_without_loss_are_dropped_and_both_are_counted")]),
+    ("a row with no loss token left", "dropped and counted", [
+        (A, "test_long_rows_are_cut_and_rows_without_loss_are_dropped_and_both_are_counted")]),
+    ("invalid UTF-8, BOM, lone surrogate", "file:line; --skip-bad-rows counts", [
+        (R, "test_invalid_utf8_is_found_to_the_byte"), (R, "test_byte_order_mark_blanks_and_an_unlike_name"),
+        (F, "test_bad_rows_can_be_skipped_and_are_counted")]),
+    ("duplicate keys, wrong types, missing fields", "an error naming file and row", [(R, "test_a_bad_row")]),
+    ("a 100 MB line, deep nesting", "the row rejected, memory bounded", [
+        (R, "test_a_100_mb_row_is_dropped_alone_in_little_memory"), (R, "test_nesting_up_to_the_limit")]),
+    ("</s>, <s>, [PAD], <|im_end|> in text", "plain text tokens", [
+        (A, "test_text_that_spells_a_special_token_stays_text")]),
+    ("an unknown flag or value", "exit 2, the nearest one suggested", [("test_cli.py", "test_bad_flags")]),
+    ("no GPU, no Triton, no bf16", "the reference path, said once", [
+        (F, "test_the_reference_path_is_said_once"), (F, "test_cuda_is_not_silently_the_cpu")]),
+    ("an API's 429, 500, time-out", "retried with backoff; nothing paid twice", [
+        (G, "test_faults_and_concurrency_change_nothing"), (G, "test_a_server_that_is_down_for_a_while")]),
+    ("401, quota gone, model gone", "stops at once", [
+        (G, "test_what_no_retry_mends_stops_it_at_once_and_keeps_what_there_is")]),
+    ("truncated output, malformed JSON, refusal", "whole items kept, counted, goes on", [
+        ("test_curate.py", "test_every_way_of_losing_a_task_is_told"),
+        ("test_curate.py", "test_an_answer_cut_off_keeps_its_whole_tasks")]),
+    ("the API key is missing", "exit 2 first; keys never logged or written", [
+        (G, "test_no_key_is_told_before_anything_is_done"), (G, "test_the_key_is_nowhere")]),
+    ("data_gen: kill -9 anywhere", "nothing recorded is lost or paid twice", [
+        (G, "test_killed_again_and_again_it_is_the_same_dataset_and_nothing_recorded_is_asked_twice")]),
+    ("the spend cap is reached", "stops, resumable", [
+        (G, "test_the_cap_stops_it_and_a_larger_one_goes_on"),
+        ("test_collect.py", "test_the_cap_is_never_passed_by_a_cent")]),
+    ("server: a huge or slow body, bad JSON", "413, 408, 400", NOT_BUILT),
+    ("concurrent requests, disconnects", "a bounded queue, 503; generation cancelled", NOT_BUILT),
+    ("XSS in prompt or output, a foreign Origin", "text only, CSP, loopback, Origin and Host checked", NOT_BUILT),
+]  # fmt: skip
+
+
+def missing():
+    """Tests that the table names and no file has."""
+    named = {test for _, _, tests in FAULTS if tests != NOT_BUILT for test in tests}
+    return sorted(
+        f"{file}::{test}" for file, test in named
+        if not (ROOT / "tests" / file).exists() or f"def {test}(" not in (ROOT / "tests" / file).read_text()
+    )  # fmt: skip
+
+
+def observe():
+    """{(file, test): [outcome of each of its cases]}, by running them."""
+    named = sorted({test for _, _, tests in FAULTS if tests != NOT_BUILT for test in tests})
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "junit.xml")
+        nodes = [f"tests/{file}::{test}" for file, test in named]
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "auto", f"--junitxml={report}", *nodes]
+        subprocess.run(command, cwd=ROOT, check=False)
+        cases = ElementTree.parse(report).getroot().iter("testcase")
+        found = {}
+        for case in cases:
+            outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
+            key = case.get("classname").split(".")[-1] + ".py", re.sub(r"\[.*", "", case.get("name"), flags=re.S)
+            found.setdefault(key, []).append(outcome)
+    return found
+
+
+def page(found):
+    lines = [
+        "# What can go wrong", "",
+        "Made by `python -m scripts.render_faults`, which runs the tests named here "
+        f"({time.strftime('%Y-%m-%d')}, Python {platform.python_version()}, {platform.machine()}).", "",
+        "| # | fault | expected | test | observed |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for number, (fault, expected, tests) in enumerate(FAULTS, 1):
+        if tests == NOT_BUILT:
+            lines.append(f"| {number} | {escaped(fault)} | {escaped(expected)} | | {NOT_BUILT} |")
+            continue
+        names = "<br>".join(f"`{file.removesuffix('.py')}::{test}`" for file, test in tests)
+        outcomes = "<br>".join(told(found.get(test, ["not run"])) for test in tests)
+        lines.append(f"| {number} | {escaped(fault)} | {escaped(expected)} | {names} | {outcomes} |")
+    return "\n".join([*lines, ""])
+
+
+def told(outcomes):
+    kinds = {kind: outcomes.count(kind) for kind in dict.fromkeys(outcomes)}
+    if kinds == {"passed": 1}:
+        return "as expected"
+    return ", ".join(f"{n} {'as expected' if kind == 'passed' else kind}" for kind, n in kinds.items())
+
+
+def escaped(text):
+    return text.replace("<", "&lt;").replace("|", "\\|")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    if lost := missing():
+        raise SystemExit(f"render_faults: no such tests: {', '.join(lost)}")
+    if not parser.parse_args().check:
+        PAGE.write_text(page(observe()))
+
+
+if __name__ == "__main__":
+    main()
