@@ -209,6 +209,11 @@ class Ledger:
             self.writer = asyncio.get_running_loop().create_task(self._drain())
         await done
 
+    async def flush(self):
+        """Returns when all that was given to write() is on the disk, or could not be written."""
+        while self.writer:
+            await self.writer
+
     async def _drain(self):
         while self.pending:
             group, self.pending = self.pending, []
