@@ -21,8 +21,10 @@ from conftest import ROOT, environment
 from openai_server import Server, request_key
 
 from data_gen import batch as module
+from data_gen import calls
 from data_gen import generate as command
 from data_gen.batch import Batches, read_line
+from data_gen.calls import Calls
 from data_gen.cli import exit_code_of
 from data_gen.ledger import Ledger
 
@@ -320,7 +322,7 @@ def dying_at(n, do):
         if next(count) == n:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    commit, unless_halted = Ledger.commit, Batches.unless_halted
+    commit, unless_halted = Ledger.commit, Calls.unless_halted
 
     def commit_or_die(self, statements):
         commit(self, statements)
@@ -331,7 +333,7 @@ def dying_at(n, do):
         moment()
         return found
 
-    Ledger.commit, Batches.unless_halted = commit_or_die, call_or_die
+    Ledger.commit, Calls.unless_halted = commit_or_die, call_or_die
     return do()
 
 
@@ -627,13 +629,13 @@ def test_a_reply_that_is_lost_is_looked_for_on_every_page(plain, tmp_path):
 
 
 def test_a_server_that_asks_to_wait_is_waited_for(tmp_path, monkeypatch):
-    pauses, pause = [], Batches.pause
+    pauses, pause = [], Calls.pause
 
     async def counted(self, seconds):
         pauses.append(seconds)
         await pause(self, min(seconds, 0.01))
 
-    monkeypatch.setattr(Batches, "pause", counted)
+    monkeypatch.setattr(Calls, "pause", counted)
     with serve(api_faults={"429": 1.0}, retry_after_s=7, max_faults_per_request=1) as server:
         assert batched(server, tmp_path, "--rows", 10) == 0
     assert 7 in pauses
@@ -720,7 +722,7 @@ def test_a_signal_reaches_a_process_of_its_own(tmp_path):
 
 
 def test_a_signal_is_heard_while_the_server_hangs_or_is_down(plain, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "GRACE_S", 0.2)
+    monkeypatch.setattr(calls, "GRACE_S", 0.2)
     for fault in ("hang", "503"):
         out = tmp_path / fault
         with serve(api_faults={fault: 1.0}, max_faults_per_request=10**9) as server:
