@@ -91,7 +91,7 @@ def exit_code_of(main, argv):
     try:
         main(argv)
     except KeyboardInterrupt:
-        print("stopped by SIGINT", file=sys.stderr, flush=True)
+        print("stopped by a signal", file=sys.stderr, flush=True)
         return Stopped.exit_code
     except Exception as error:
         if "--debug" in argv:

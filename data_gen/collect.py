@@ -153,7 +153,7 @@ class Collector:
         for task in self.tasks:
             task.cancel()
         await self.ledger.flush()  # an answer of the last moment
-        if self.fatal:
+        if self.fatal and not self.curator.full:
             self.status = "failed"
             raise self.fatal
 

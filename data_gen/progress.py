@@ -31,6 +31,10 @@ class Progress:
         return self
 
     def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        """Gives the terminal back as it was."""
         if self.live:
             self.live.stop()
 

@@ -268,7 +268,12 @@ def test_the_key_is_nowhere(tmp_path, capsys):
         ("--language", "xx", "--language is 'xx'"),
         ("--rows", "0", "--rows"),
         ("--max-usd", "-1", "--max-usd"),
+        ("--model", "m\udcff", "wanted UTF-8"),
+        ("--max-output-tokens", "1000001", "wanted a whole number from 1 to a million"),
         ("--extra", "[1]", "wanted a JSON object"),
+        ("--extra", '{"top_p": NaN}', "wanted a JSON object"),
+        ("--extra", '{"top_p": 1e999}', "wanted a JSON object"),
+        ("--extra", r'{"user": "\ud800"}', "wanted a JSON object"),
         ("--extra", '{"stream": true}', "without model, messages, n, stream"),
         ("--extra", '{"max_tokens": 9}', "max_tokens"),
         ("--temperature", "nan", "wanted a number from 0 to 2"),
@@ -294,6 +299,48 @@ def test_bad_flags_are_told_before_anything_is_done(tmp_path, capsys, flag, valu
 def test_an_unknown_price_is_refused(tmp_path, capsys):
     assert exit_code_of(module.main, ["--model", "gpt-4.1-nnao", "--out", str(tmp_path / "out")]) == 2
     assert "did you mean gpt-4.1-nano?" in capsys.readouterr().err
+
+
+def test_a_tier_with_prices_of_its_own_needs_them(tmp_path, capsys):
+    words = ["--model", "gpt-4.1-nano", "--max-usd", "1", "--extra", '{"service_tier": "priority"}']
+    assert exit_code_of(module.main, [*words, "--out", str(tmp_path / "out")]) == 2
+    assert "pass its --price-in and --price-out" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_password_in_the_address_is_nowhere(tmp_path, capsys):
+    with Server(seed=3) as server:
+        address = server.base_url.replace("//", "//mary:Tr0ub4dor@")
+        assert generate(server, tmp_path, "--rows", 20, "--base-url", address) == 0
+    said = capsys.readouterr()
+    assert "Tr0ub4dor" not in said.out + said.err
+    for path in tmp_path.iterdir():
+        assert b"Tr0ub4dor" not in path.read_bytes(), path.name
+
+
+def test_a_full_disk_is_told_and_costs_nothing_that_is_written(unbroken, tmp_path):
+    size = 250_000  # of any file
+    code = f"import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}));"
+    code += "runpy.run_module('data_gen.generate', run_name='__main__')"
+    with Server(seed=3, faults=ANSWERS | ODD) as server:
+        words = [sys.executable, "-c", code, *flags(server, tmp_path, "--rows", 600)]
+        full = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+        assert full.returncode == 1 and full.stderr.count("error:") == 1, full.stderr
+        assert "ledger.sqlite could not be written" in full.stderr and "Traceback" not in full.stderr
+        recorded, arrived = server_keys(done(tmp_path)), len(server.log)
+        assert recorded and generate(server, tmp_path, "--rows", 600) == 0
+        assert not recorded & {entry["key"] for entry in server.log[arrived:]}
+    assert (tmp_path / "dataset.json").read_bytes() == (unbroken / "dataset.json").read_bytes()
+
+
+def test_a_dataset_that_cannot_be_written_is_told(tmp_path, capsys):
+    (tmp_path / "dataset.jsonl").mkdir()
+    with Server(seed=3) as server:
+        assert generate(server, tmp_path, "--rows", 20) == 1
+        assert "the dataset could not be written: " in capsys.readouterr().err
+        (tmp_path / "dataset.jsonl").rmdir()
+        asked = len(server.log)
+        assert generate(server, tmp_path, "--rows", 20) == 0
+        assert len(server.log) == asked and len(rows_of(tmp_path)) == 20
 
 
 def test_two_runs_in_one_folder(tmp_path):
