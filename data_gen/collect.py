@@ -194,7 +194,7 @@ class Collector:
             usage = read_answer(reply.body).usage
             return "answer", usage or (None, None), self.price.cost(*usage) if usage else ask.most
         most = self.options.max_attempts if reply.kind != "odd" else min(ODD_STRIKES, self.options.max_attempts)
-        if reply.kind in ("failed", "lost", "odd") and reply.status != 429 and self.strikes(job) >= most:
+        if reply.kind in ("failed", "lost", "odd") and not is_limit(reply) and self.strikes(job) >= most:
             return "refused", (None, None), ask.most if reply.kind == "lost" else 0
         return reply.kind if reply.kind in ("lost", "refused") else "failed", (None, None), 0
 
@@ -271,7 +271,7 @@ class Collector:
             self.progress.say(f"no answer yet ({said}); trying again for {self.options.patience:g} s (--patience)")
         self.last_failure = said
         job.tries += 1
-        if reply.status != 429:  # a limit is no fault of the request
+        if not is_limit(reply):
             job.strikes, job.answers_seen = self.strikes(job), self.rate.answers
         heapq.heappush(self.retries, (self.rate.clock() + self.rate.backoff(job.tries), job))
 
@@ -295,6 +295,11 @@ class Collector:
         while self.folded in self.ready:
             self.curator.take(self.ready.pop(self.folded))
             self.folded += 1
+
+
+def is_limit(reply) -> bool:
+    """A failure that is no fault of the request."""
+    return reply.kind == "failed" and reply.status == 429
 
 
 def make_ask(prompter, sampling, price):

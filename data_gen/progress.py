@@ -55,12 +55,14 @@ class Progress:
 
     def reading(self, entries, total, curator):
         """The entries of a ledger, while it is told how far the curator has come: large ones take a minute."""
-        for n, entry in enumerate(entries):
+        n = 0
+        for entry in entries:
             yield entry
+            n += entry.kind == "answer"
             now = time.monotonic()
             if not self.quiet and now - self.shown >= (REFRESH_S if self.live else PLAIN_EVERY_S):
                 self.shown = now
-                text = f"reading {n + 1:,} of {total:,} recorded answers · {len(curator.rows):,} rows"
+                text = f"reading {n:,} of {total:,} recorded answers · {len(curator.rows):,} rows"
                 self.live.update(Text(text)) if self.live else self.say(text)
 
     def drawn(self, collector, now):

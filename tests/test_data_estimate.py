@@ -89,9 +89,21 @@ def test_a_folder_without_a_run_is_told(capsys, tmp_path):
 
 def test_the_prompts_that_are_measured_are_those_that_are_sent():
     prompter, sampling = Prompter(read_seed_tasks()), Sampling("m", 4096, 1.0)
-    means = estimate.assumed(prompter, sampling, 20)
+    means = estimate.assumed(prompter, sampling)
     plain = sum(len(message["content"]) for n in range(200) for message in prompter.messages(n)) / 200
     assert plain / 4.3 < means.input_tokens < plain / 4.3 * 1.5
+
+
+def test_an_answer_cut_off_at_its_limit_holds_fewer_rows():
+    means = estimate.assumed(Prompter(read_seed_tasks(), n_tasks=100), Sampling("m", 4150, 1.0))
+    assert (means.output_tokens, means.rows) == (4150, 25)
+
+
+def test_a_table_of_another_host_is_compared_too(capsys, tmp_path):
+    table = tmp_path / "prices.json"
+    table.write_text('{"as_of": "today", "host": "llm.example.com", "models": {"a": [1, 2], "b": [0.5, 1]}}')
+    text = told(capsys, "--prices", table)
+    assert line_of(text, "b")[:2] == [Decimal("0.5"), 1] and text.index("\nb ") < text.index("\na ")
 
 
 def test_help():
