@@ -16,8 +16,8 @@ import pytest
 pytest.importorskip("openai")
 pytest.importorskip("rapidfuzz")
 
-from conftest import ROOT, command, environment, finetune
-from openai_server import Server, request_key
+from conftest import ROOT, command, environment
+from openai_server import DIALECTS, Server, request_key
 
 from data_gen import generate as module
 from data_gen.cli import exit_code_of
@@ -128,15 +128,6 @@ def test_the_engine_reads_every_format(unbroken, name):
     assert len(rows) == 600 and not skipped
 
 
-def test_the_engine_trains_on_it_as_it_is(unbroken, tmp_path):
-    done = finetune(
-        "--model", "tiny", "--random-init", "--data", unbroken / "dataset.json",
-        "--out", tmp_path / "out", "--max-steps", 2,
-    )  # fmt: skip
-    assert "600" in done.stdout + done.stderr
-    assert (tmp_path / "out" / "model.safetensors").exists()
-
-
 @pytest.mark.parametrize("concurrency", [1, 50])
 def test_faults_and_concurrency_change_nothing(unbroken, tmp_path, concurrency):
     with Server(seed=3, faults=FAULTS | ANSWERS | ODD, latency_s=0.002) as server:
@@ -153,7 +144,7 @@ def test_killed_again_and_again_it_is_the_same_dataset_and_nothing_recorded_is_a
     rng = random.Random(5)
     with Server(seed=3, faults=FAULTS | ANSWERS | ODD, latency_s=0.05) as server:
         kills, known = 0, []
-        while kills < 8:
+        while kills < 5:
             process = started(server, tmp_path, "--rows", 600, "--concurrency", 8)
             before = len(server.log)
             while len(server.log) < before + rng.randrange(1, 9) and process.poll() is None:
@@ -166,7 +157,7 @@ def test_killed_again_and_again_it_is_the_same_dataset_and_nothing_recorded_is_a
             kills += 1
             time.sleep(0.1)  # the server notices
             known.append((len(server.log), server_keys(done(tmp_path))))
-        assert kills >= 5, "it was done before it could be killed"
+        assert kills >= 3, "it was done before it could be killed"
         assert generate(server, tmp_path, "--rows", 600) == 0
         log = [entry["key"] for entry in server.log]
     assert known[-1][1], "nothing was recorded before the last kill"
@@ -445,10 +436,17 @@ def test_a_model_that_writes_no_tasks_is_left_soon(tmp_path, capsys):
     assert "held nothing new that can be kept (no items" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("dialect", ["openai", "vllm", "vllm_old", "llama.cpp", "llama.cpp_old", "fastapi", "plain"])
-@pytest.mark.parametrize("supports", [[], ["json_object", "max_tokens"], ["json_schema", "max_completion_tokens"]])
+NEWER, OLDER = ["json_schema", "max_completion_tokens"], ["json_object", "max_tokens"]
+
+
+@pytest.mark.parametrize(
+    "dialect, supports",
+    [
+        *((dialect, ["max_tokens"]) for dialect in DIALECTS),
+        *((dialect, supports) for dialect in ("openai", "llama.cpp_old") for supports in (NEWER, OLDER)),
+    ],
+)
 def test_what_a_server_understands_is_found_once(tmp_path, dialect, supports):
-    supports = supports or ["max_tokens"]
     known = {"response_format"} if any(name.startswith("json") for name in supports) else set()
     with Server(seed=3, dialect=dialect, supports=[*supports, *known]) as server:
         assert generate(server, tmp_path, "--rows", 100, "--tasks-per-request", 5) == 0
