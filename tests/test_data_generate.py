@@ -4,12 +4,14 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -194,6 +196,33 @@ def test_a_second_signal_leaves_at_once(tmp_path):
         assert process.poll() is None, "it did not wait for what was in flight"
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=5) == 143
+
+
+def test_a_second_signal_gives_the_terminal_back(monkeypatch):
+    did = []
+    monkeypatch.setattr(module.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit, match="143"):
+        module.stop(SimpleNamespace(stopping=True, progress=SimpleNamespace(close=lambda: did.append("closed"))))
+    assert did == ["closed"]
+
+
+def test_a_signal_while_the_ledger_is_read_changes_no_file(unbroken, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(unbroken, out)
+    take = module.Curator.take
+
+    def stopped(curator, entry):
+        if entry.request == 5:
+            signal.raise_signal(signal.SIGTERM)
+        take(curator, entry)
+
+    monkeypatch.setattr(module.Curator, "take", stopped)
+    with Server(seed=3) as server:
+        assert generate(server, out, "--rows", 700) == 143
+        assert not server.log and capsys.readouterr().err.endswith("stopped by a signal\n")
+    for path in unbroken.glob("*.*"):
+        if path.suffix.startswith(".json") or path.suffix == ".html":
+            assert (out / path.name).read_bytes() == path.read_bytes()
 
 
 def test_the_cap_stops_it_and_a_larger_one_goes_on(unbroken, tmp_path, capsys):
