@@ -349,28 +349,29 @@ def check_after_kills(server, out, plain):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """The folder of a run of 24 rows without batches."""
+    """The folder of a run of 14 rows without batches."""
     out = tmp_path_factory.mktemp("small") / "out"
     os.environ["OPENAI_API_KEY"] = "sk-test-5f3a9c1e77d04b21"
     with serve() as server:
-        assert ordinary(server, out, "--rows", 24) == 0
+        assert ordinary(server, out, "--rows", 14) == 0
     return out
 
 
 def test_killed_at_any_moment_it_is_the_same_dataset_and_nothing_is_paid_for_twice(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MOST_REQUESTS", 4)
+    monkeypatch.setattr(module, "MOST_REQUESTS", 3)
     monkeypatch.setattr(module, "GROUP", 2)
+    monkeypatch.setattr(command, "write_report", lambda rows, page: page)  # it takes a third of the time
     for n in itertools.count(1):
         out = tmp_path / str(n)
         with serve(batch_polls=1, batch_fates=["expired"]) as server:
-            do = lambda: batched(server, out, "--rows", 24)  # noqa: E731, B023
+            do = lambda: batched(server, out, "--rows", 14)  # noqa: E731, B023
             code = exit_of(child(lambda: dying_at(n, do)))  # noqa: B023
             if code == 0:
                 break
             assert code == -signal.SIGKILL
             assert do() == 0
             check_after_kills(server, out, small)
-    assert n > 25, "there were hardly any moments to die at"
+    assert n > 20, "there were hardly any moments to die at"
 
 
 def test_killed_again_and_again(plain, tmp_path, monkeypatch):
@@ -702,10 +703,20 @@ def poke(server):
     return server.within(begin)
 
 
-def test_a_signal_leaves_batches_at_work_and_the_same_command_takes_them(plain, opened, capfd):
+def test_a_signal_leaves_batches_at_work_and_the_same_command_takes_them(plain, opened, monkeypatch):
     server, out = opened
     assert told(out)["status"] == "stopped" and [status for _, status, _ in batches_of(server)] == ["in_progress"]
+    reserved = uncertain(out)
+    seen, rounds = [], Batches.rounds
+
+    async def watched(self):
+        seen.append((self.budget.uncertain, self.budget.reserved))
+        await rounds(self)
+
+    monkeypatch.setattr(Batches, "rounds", watched)
     assert batched(server, out) == 0
+    assert seen == [(0, reserved)] and reserved > 0, "what is at the server is set aside, and not lost"
+    assert "GET /v1/batches" not in server.stats()["api"], "a batch whose id is known was looked for"
     check_nothing_twice(server)
     check_money(server, out)
     assert same(out, plain)
