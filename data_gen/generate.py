@@ -21,7 +21,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from data_gen.batch import end_batches, run_batches
-from data_gen.cli import Failure, Parser, Stopped, UsageError, run, write_whole
+from data_gen.cli import Failure, Parser, Stopped, UsageError, run, tell, write_whole
 from data_gen.client import Client, Sampling, key_for
 from data_gen.collect import Collector, make_ask
 from data_gen.curate import Curator
@@ -288,12 +288,11 @@ def write_outputs(options, ledger, curator, status, cap, price, seconds):
     report = write_report(options.out / "dataset.jsonl", options.out / "report.html")
     share = len(curator.rows) / curator.items if curator.items else 0
     top = ", ".join(f"{reason} {n:,}" for reason, n in curator.rejected.most_common(4))
-    print(
+    tell(
         f"{len(curator.rows):,} rows of {curator.items:,} tasks ({share:.0%}) in {clock(seconds)}\n"
         f"{usd(totals.spent)} spent on {totals.answers:,} answers, at most {usd(totals.uncertain)} on lost ones\n"
         f"left out: {top or 'nothing'}\n{options.out / 'dataset.json'}  {report}",
-        file=sys.stdout,
-        flush=True,
+        sys.stdout,
     )
 
 

@@ -9,17 +9,25 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from data_gen.cli import unread
 from data_gen.prices import usd
 
 PLAIN_EVERY_S = 15
 REFRESH_S = 0.25
 
 
+class Screen(Console):
+    """stderr. Where its reader leaves, rich would end the process, with answers in flight."""
+
+    def on_broken_pipe(self):
+        unread(self.file)
+
+
 class Progress:
     """Shows a Collector. With quiet, says what happens and shows no progress."""
 
     def __init__(self, quiet=False):
-        self.console = Console(file=sys.stderr, highlight=False)
+        self.console = Screen(file=sys.stderr, highlight=False)
         self.quiet, self.live = quiet, None
         self.started = self.shown = time.monotonic()
         self.first = None  # (time, rows) when the first answer had come: what a resumed run begins with is no speed

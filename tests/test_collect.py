@@ -312,17 +312,18 @@ def test_useless_answers_after_good_ones_are_borne_longer_and_a_run_that_they_en
     assert len(again.curator.rows) >= 100, "what an earlier server wrote ended a run for good"
 
 
-def test_holes_of_a_run_that_was_killed_are_asked_first(make):
+@pytest.mark.parametrize("wanted", [12, 8])  # 8: what is answered would do, but for the holes
+def test_holes_of_a_run_that_was_killed_are_asked_first(make, wanted):
     collector = make(answer, 100)
     for number in range(12):  # answered all but 3 and 7, which were in flight
         _, intent = collector.ledger.intent(number, "-", "m", 50)
         done = collector.ledger.outcome(number + 1, "answer", 200, completion(), (10, 10), 20)
         collector.ledger.commit([intent] if number in (3, 7) else [intent, done])
     collector.ledger.set(dialect={"format": "text", "limit": "max_tokens", "temperature": True})
-    again = make(answer, 12, again=True)
+    again = make(answer, wanted, again=True, patience=5)
     assert again.budget.uncertain == 100, "what was in flight may have been billed"
     assert sorted(run(again).client.asked) == [3, 7]
-    assert again.curator.rows == list(range(12))
+    assert again.curator.rows[:wanted] == list(range(wanted))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -359,6 +360,12 @@ def test_the_cap_is_never_passed_by_a_cent(make, data):
         collector = make(reply, 10**6, cap=cap, price=price, most=most, again=True)
     if cap >= 64 * most and not share["failed"]:
         assert most_in_flight > 8
+
+
+def test_a_request_that_the_cap_held_back_is_asked_when_there_is_room_again(make):
+    collector = run(make(answer, 10**6, cap=50 * 9 + 20 * 60, seed=3))  # 50 at most, 20 as it turns out
+    assert collector.status == "cap reached" and len(collector.done) > 30
+    assert collector.folded == len(collector.done), "one was left out"
 
 
 def test_a_server_that_bills_more_than_was_asked_ends_a_capped_run(make):

@@ -186,6 +186,19 @@ def test_a_signal_ends_it_with_143_and_what_was_paid_for_on_disk(unbroken, tmp_p
     assert (tmp_path / "dataset.json").read_bytes() == (unbroken / "dataset.json").read_bytes()
 
 
+def test_a_reader_that_leaves_costs_no_answer(tmp_path):
+    """tee, say, which the same Ctrl-C ends."""
+    with Server(seed=3, latency_s=0.3) as server:
+        process = started(server, tmp_path, "--rows", 600, "--concurrency", 4)
+        while len(server.log) < 4:
+            time.sleep(0.001)
+        process.stdout.close()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 143
+        assert server_keys(done(tmp_path)) == {entry["key"] for entry in server.log}
+    assert about(tmp_path)["status"] == "stopped"
+
+
 def test_a_second_signal_leaves_at_once(tmp_path):
     with Server(seed=3, faults={"hang": 1.0}) as server:
         process = started(server, tmp_path, "--rows", 600)
