@@ -17,10 +17,11 @@ pytest.importorskip("rapidfuzz")
 
 from data_gen import collect, rate
 from data_gen.cli import Failure
-from data_gen.client import Dialect, Reply
+from data_gen.client import Dialect, Reply, Sampling
 from data_gen.collect import Ask, Collector
 from data_gen.ledger import Ledger
 from data_gen.prices import Budget, Price
+from data_gen.prompt import Prompter
 
 ONE = Price(1, 1)
 USELESS = json.dumps({"choices": [{"message": {"content": "nothing"}}]})
@@ -189,6 +190,8 @@ def test_one_that_always_fails_is_left_out_when_nothing_else_is_needed(make, bad
     collector = run(make(lambda n, t, b: Reply(kind, status, "") if n == bad else answer(n, t, b), 20, patience=5))
     assert [entry.request for entry in collector.curator.entries if entry.kind == "refused"] == [bad]
     assert len(set(collector.client.asked)) <= 20 + 8
+    totals, lost = collector.ledger.totals(), collector.client.asked.count(bad) if kind == "lost" else 0
+    assert totals.spent + totals.uncertain == 20 * totals.answers + 50 * lost == collector.budget.committed
 
 
 def test_one_that_fails_behind_a_full_lookahead_is_left_out(make, monkeypatch):
@@ -375,6 +378,26 @@ def test_a_server_that_bills_more_than_was_asked_ends_a_capped_run(make):
     assert run(make(lambda *_: Reply("answer", 200, completion((100, 100))), 50)).curator.full, (
         "without a cap it goes on"
     )
+
+
+def test_a_failure_after_the_last_row_is_none(make):
+    collector = make(answer, 5)
+    take = collector.curator.take
+
+    def last(entry):
+        take(entry)
+        if collector.curator.full:
+            collector.end("the server said 401")
+
+    collector.curator.take = last
+    assert run(collector).curator.full
+
+
+def test_the_most_that_a_request_can_cost_is_by_the_bytes_of_its_body():
+    seeds = ({"instruction": "Écrivez « 雪 ».", "input": "", "output": "雪"},)
+    ask = collect.make_ask(Prompter(seeds), Sampling("m", 100, 1.0), Price(1, 10**6))(7, Dialect())
+    assert "雪" in ask.body["messages"][1]["content"]
+    assert ask.most == len(json.dumps(ask.body, ensure_ascii=False).encode()) + 100 * 10**6
 
 
 def test_stop_waits_for_what_is_in_flight(make):
