@@ -395,6 +395,8 @@ def test_other_settings_are_refused_or_allowed(tmp_path, capsys):
         assert len(rows_of(tmp_path)) == 40, "a refused run touched the dataset"
         first = rows_of(tmp_path)
         assert generate(server, tmp_path, "--rows", 80, "--seed", 1, "--allow-changed") == 0
+        assert generate(server, tmp_path, "--rows", 80, "--seed", 1) == 0, "it was to be allowed once"
+        assert generate(server, tmp_path, "--rows", 80) == 2
     assert rows_of(tmp_path)[:40] == first and len(rows_of(tmp_path)) == 80
 
 
@@ -425,6 +427,19 @@ def test_a_replay_sends_nothing_and_takes_new_filters(unbroken, tmp_path):
     )
     assert row not in rows_of(out) and about(out)["counts"]["rejected"]["evaluation prompt"] >= 1
     assert exit_code_of(module.main, ["--out", str(tmp_path / "none"), "--replay"]) == 2
+
+
+def test_a_replay_ends_where_an_answer_is_missing(unbroken, tmp_path):
+    """As a run that was killed there would begin."""
+    (tmp_path / "ledger.sqlite").write_bytes((unbroken / "ledger.sqlite").read_bytes())
+    db = sqlite3.connect(tmp_path / "ledger.sqlite")
+    db.execute("DELETE FROM received WHERE attempt IN (SELECT attempt FROM sent WHERE request = 7)")
+    db.commit()
+    db.close()
+    assert exit_code_of(module.main, ["--out", str(tmp_path), "--replay", "--quiet"]) == 0
+    found = lines_of(tmp_path / "dataset.jsonl")
+    assert found == [row for row in lines_of(unbroken / "dataset.jsonl") if row["provenance"]["request"] < 7] != []
+    assert about(tmp_path)["status"] == "replayed"
 
 
 def test_seed_tasks_of_self_instruct_and_another_language(tmp_path):
