@@ -116,8 +116,10 @@ def test_a_dataset_as_promised(unbroken):
 def test_the_money_told_is_what_the_server_billed(tmp_path):
     with Server(seed=4) as server:
         assert generate(server, tmp_path, "--rows", 300) == 0
-        billed = server.stats()["billed"]
+        billed, attempts = server.stats()["billed"], len(server.log)
     cost = about(tmp_path)["cost"]
+    assert about(tmp_path)["counts"]["attempts"] == attempts
+    assert (cost["usd_per_million_in"], cost["usd_per_million_out"], cost["cap_usd"]) == (0.1, 0.4, None)
     assert (cost["input_tokens"], cost["output_tokens"]) == (billed["prompt_tokens"], billed["completion_tokens"])
     assert cost["spent_usd"] == pytest.approx(
         (0.1 * cost["input_tokens"] + 0.4 * cost["output_tokens"]) / 1e6, rel=1e-12
@@ -392,6 +394,12 @@ def test_other_settings_are_refused_or_allowed(tmp_path, capsys):
         assert generate(server, tmp_path, "--rows", 40) == 0
         assert generate(server, tmp_path, "--rows", 80, "--seed", 1) == 2
         assert "seed was 0, is 1" in capsys.readouterr().err
+        for flag, value in {
+            "model": "n", "temperature": 0.5, "max-output-tokens": 99, "extra": '{"top_p": 1}', "examples": 2,
+            "tasks-per-request": 9, "language": "fr",
+        }.items():  # fmt: skip
+            assert generate(server, tmp_path, "--rows", 80, "--" + flag, value) == 2, flag
+            assert f"{flag.replace('-', '_')} was " in capsys.readouterr().err
         assert len(rows_of(tmp_path)) == 40, "a refused run touched the dataset"
         first = rows_of(tmp_path)
         assert generate(server, tmp_path, "--rows", 80, "--seed", 1, "--allow-changed") == 0
