@@ -5,23 +5,21 @@ batch that was created when the process died is found again by its name, its met
 One that is not there was never begun, and its requests are planned anew.
 """
 
-import asyncio
 import contextlib
 import io
 import itertools
 import json
 import math
-import time
 import uuid
 from collections import deque
 from dataclasses import dataclass
 
-from data_gen.cli import Failure, json_line
+from data_gen.calls import Calls, Halted
+from data_gen.cli import json_line
 from data_gen.client import is_completion, kind_of, message_of, read_answer
 from data_gen.collect import HOPELESS_FIRST, RECENT
 from data_gen.ledger import DONE, Entry
 from data_gen.prices import Price
-from data_gen.rate import retry_after
 
 MOST_REQUESTS, MOST_BYTES = 50_000, 200_000_000  # of one input file
 ENDED = ("completed", "failed", "expired", "cancelled")
@@ -31,11 +29,6 @@ GROUP = 500  # answers a transaction
 BREATH = 100  # requests drawn, 25 ms, between two looks at signals
 MOST_FRUITLESS = 3
 FIRST_SHARE = 0.7  # of tasks are kept, until more is known: too few requests cost a round, too many cost money
-GRACE_S = 5  # for the call in flight when a signal comes
-
-
-class Halted(Exception):
-    """A signal came. What is at the server goes on there, and the ledger knows it."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +75,7 @@ async def end_batches(collector, options, ask, price):
             await batches.leave()
             if collector.curator.full or collector.stopping or collector.fatal:
                 return
-            await batches.pause(options.poll if batches.open else 0)
+            await batches.calls.pause(options.poll if batches.open else 0)
 
 
 def line_of(attempt, ask) -> bytes:
@@ -113,6 +106,7 @@ class Batches:
         self.collector, self.options, self.ask, self.price = collector, options, ask, price
         self.ledger, self.budget, self.client = collector.ledger, collector.budget, collector.client
         self.api, self.say = collector.client.api, collector.progress.say
+        self.calls = Calls(collector, options)
         self.queue, self.open, self.token_limit, self.is_leaving = deque(), {}, options.batch_tokens, False
 
     async def recover(self):
@@ -124,7 +118,7 @@ class Batches:
             self.budget.reserved += most
             self.open[name] = Batch(name, tokens, Price(price_in, price_out), sent, id)
         for batch in [batch for batch in self.open.values() if batch.id is None]:
-            found = await self.call(lambda b=batch: self.find(b))
+            found = await self.calls.make(lambda b=batch: self.find(b))
             await (self.created(batch, found.id) if found else self.close(batch, "never begun"))
 
     async def rounds(self):
@@ -143,7 +137,7 @@ class Batches:
                 await self.look(batch)
             collector.progress.show(collector)
             if self.open and not collector.curator.full:
-                await self.pause(self.options.poll)
+                await self.calls.pause(self.options.poll)
 
     async def leave(self):
         """Takes what has ended and cancels the rest: what that did until now is billed, and taken by a later run."""
@@ -156,7 +150,7 @@ class Batches:
         for batch in list(self.open.values()):
             await self.look(batch)
             if batch.name in self.open:
-                await self.call(lambda b=batch: cancel(b))
+                await self.calls.make(lambda b=batch: cancel(b))
 
     # ---- planning ------------------------------------------------------------------------------------------------
 
@@ -200,7 +194,7 @@ class Batches:
             intents.append(intent)
             n_bytes, n_tokens = n_bytes + len(line), n_tokens + tokens
             if len(sent) % BREATH == 0:
-                await self.pause(0)
+                await self.calls.pause(0)
         if not sent:
             return False
         batch = self.open[name] = Batch(name, n_tokens, self.price, sent)
@@ -212,7 +206,7 @@ class Batches:
 
     async def create(self, batch, data):
         """Uploads the batch's file and starts it."""
-        file = await self.call(lambda: self.api.files.create(file=(f"{batch.name}.jsonl", data), purpose="batch"))
+        file = await self.calls.make(lambda: self.api.files.create(file=(f"{batch.name}.jsonl", data), purpose="batch"))
         tries = itertools.count()
 
         async def start():
@@ -224,7 +218,7 @@ class Batches:
                 metadata={"cria_batch": batch.name},
             )
 
-        await self.created(batch, (await self.call(start)).id)
+        await self.created(batch, (await self.calls.make(start)).id)
 
     async def created(self, batch, id):
         await self.ledger.write(self.ledger.event(batch.name, "created", id))
@@ -240,7 +234,7 @@ class Batches:
 
     async def look(self, batch):
         """Asks how a batch does; takes what an ended one gave."""
-        state = await self.call(lambda: self.api.batches.retrieve(batch.id))
+        state = await self.calls.make(lambda: self.api.batches.retrieve(batch.id))
         total, completed = (
             (state.request_counts.total, state.request_counts.completed) if state.request_counts else (0, 0)
         )
@@ -279,7 +273,7 @@ class Batches:
 
     async def take_file(self, batch, file):
         """The lines of an output or error file, some hundred a transaction."""
-        lines = io.BytesIO((await self.call(lambda: self.api.files.content(file))).content)
+        lines = io.BytesIO((await self.calls.make(lambda: self.api.files.content(file))).content)
         while group := list(itertools.islice(lines, GROUP)):
             await self.take(batch, [found for line in group if (found := read_line(line, self.client.clean))])
 
@@ -310,49 +304,3 @@ class Batches:
                 self.collector.check_bill(sent.number, usage or (None, None))
             if entry.kind in DONE:
                 self.collector.settle(entry)
-
-    # ---- calls ---------------------------------------------------------------------------------------------------
-
-    async def call(self, make):
-        """await make(), again after what passes. Raises Failure after --patience or on what does not pass."""
-        openai, since = self.client.openai, time.monotonic()
-        for tries in itertools.count(1):
-            response, status = None, 0
-            try:
-                found = await self.unless_halted(make())
-                if not isinstance(found, str):
-                    return found
-                text = found  # a proxy's page
-            except (openai.APIError, ValueError) as error:  # ValueError: half a JSON text
-                response = getattr(error, "response", None)
-                status, text = (response.status_code, response.text) if response is not None else (0, str(error))
-            text = message_of(self.client.clean(text))
-            if status and kind_of(status, response.text) != "failed":
-                raise Failure(f"the server said {status}: {text}; the same command goes on from here")
-            if time.monotonic() - since > self.options.patience:
-                why = f"no answer for {self.options.patience:g} s (--patience): {text}"
-                raise Failure(f"{why}; the same command goes on from here")
-            after = retry_after(response.headers) if response is not None else None
-            await self.pause(max(after or 0, self.collector.rate.backoff(tries)))
-
-    async def unless_halted(self, made):
-        """await made; after a signal for a moment only."""
-        task, halt_at = asyncio.ensure_future(made), math.inf
-        while not task.done():
-            await asyncio.wait([task], timeout=0.25)
-            if self.collector.stopping:
-                halt_at = min(halt_at, time.monotonic() + GRACE_S)
-            if time.monotonic() > halt_at:
-                task.cancel()
-                raise Halted
-        return task.result()
-
-    async def pause(self, seconds):
-        """Sleeps. Raises Halted when a signal comes."""
-        until = time.monotonic() + seconds
-        while True:
-            await asyncio.sleep(max(0.0, min(0.25, until - time.monotonic())))
-            if self.collector.stopping:
-                raise Halted
-            if time.monotonic() >= until:
-                return

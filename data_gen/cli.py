@@ -82,6 +82,19 @@ def nearest(word, known):
     return f"; did you mean {found[0]}?" if found else ""
 
 
+def tell(text, file):
+    """Prints. A reader that has left, as tee does on Ctrl-C, ends nothing."""
+    try:
+        print(text, file=file, flush=True)
+    except OSError:
+        unread(file)
+
+
+def unread(file):
+    """What is written from now on goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
 def run(main):
     """Exits with the code of main(argv); a failure is told on stderr, with its traceback under --debug."""
     sys.exit(exit_code_of(main, sys.argv[1:]))
@@ -91,14 +104,14 @@ def exit_code_of(main, argv):
     try:
         main(argv)
     except KeyboardInterrupt:
-        print("stopped by SIGINT", file=sys.stderr, flush=True)
+        tell("stopped by a signal", sys.stderr)
         return Stopped.exit_code
     except Exception as error:
         if "--debug" in argv:
             traceback.print_exc()
         known = isinstance(error, Failure)
         text = error if known else f"{type(error).__name__}: {error}; --debug shows where"
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        tell(f"error: {text}", sys.stderr)
         return error.exit_code if known else 1
     return 0
 

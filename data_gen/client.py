@@ -13,7 +13,8 @@ from data_gen.prompt import FORMATS
 from data_gen.rate import retry_after
 
 RETRIED = {408, 409, 425, 429}  # and every 5xx
-OVERLOADED = {408, 429, 503, 529}
+OVERLOADED = {408, 429, 503, 504, 524, 529}
+GAVE_UP = {504, 524}  # of a proxy: the server behind it may go on, and bill
 OUT_OF_MONEY = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "insufficient_funds")
 BLOCKED = ("content_policy", "content_filter", "invalid_prompt", "moderation", "safety system", "responsibleai")
 MOST_TOKENS = 10**9  # of a count that can be meant
@@ -112,13 +113,14 @@ class Client:
             # The package's time-out is for one read: a server that drips would never meet it.
             asked = asyncio.wait_for(create(**known, extra_body=rest), self.timeout_s + 1)
             response = (await asked).http_response
-            text, headers = self.clean(response.text), self.kept(response.headers)
+            text, headers = self.clean(utf8(response)), self.kept(response.headers)
             kind = "answer" if is_completion(text) else "lost"
             return Reply(kind, response.status_code, text, headers, started_at)
         except self.openai.APIStatusError as error:
-            text, headers = self.clean(error.response.text), self.kept(error.response.headers)
+            text, headers = self.clean(utf8(error.response)), self.kept(error.response.headers)
             status = error.status_code
-            return Reply(kind_of(status, text), status, text, headers, started_at, status in OVERLOADED)
+            kind = "lost" if status in GAVE_UP else kind_of(status, text)
+            return Reply(kind, status, text, headers, started_at, status in OVERLOADED)
         except self.openai.APIConnectionError as error:
             cause = error.__cause__
             name = type(cause or error).__name__
@@ -138,6 +140,11 @@ class Client:
         return {name: value for name, value in lower.items() if name.startswith(("retry-after", "x-ratelimit-"))}
 
 
+def utf8(response) -> str:
+    """JSON is UTF-8 (RFC 8259), whatever a header says: one of a charset that is none would lose a paid answer."""
+    return response.content.decode("utf-8", "replace")
+
+
 def is_completion(text) -> bool:
     try:
         return isinstance(json.loads(text)["choices"][0]["message"], dict)
@@ -150,6 +157,8 @@ def kind_of(status, text) -> str:
     told = text.lower()
     if any(code in told for code in OUT_OF_MONEY):
         return "fatal"
+    if status == 429 and "request too large" in told:  # for a minute's limit: it will never fit
+        return "unsupported"
     if status in RETRIED or status >= 500:
         return "failed"
     if status in (400, 403, 422) and any(word in told for word in BLOCKED):

@@ -16,6 +16,8 @@ LOOKAHEAD = 10_000  # requests beyond the oldest that has no answer
 RECENT = 200  # requests whose yield foretells that of the next
 HOPELESS_FIRST, HOPELESS = 20, 400  # requests without a kept row, at the start and later, after which to stop
 REFUSED_IN_A_ROW = 20
+HOPEFUL_TRIES = 3  # failures after which a request is no longer reckoned with
+ODD_STRIKES = 2  # of a request that the server does not understand, though it does others
 GRACE_S = 60  # for what is in flight when the run ends
 
 
@@ -52,16 +54,18 @@ class Collector:
         self.tasks, self.retries, self.next_number = {}, [], 0
         self.highest = -1  # request that is done
         self.refused_in_a_row, self.stopping, self.blocked, self.fatal, self.status = 0, False, False, None, "running"
-        self.last_failure, self.tried = "none", set()
+        self.last_failure, self.tried = "", set()
         known = ledger.settings().get("dialect")
         self.dialect, self.probed = Dialect(**known) if known else client.dialect, bool(known)
-        for entry in ledger.done():
-            self.settle(entry)
+        for entry in progress.reading(ledger.done(), ledger.totals().answers, curator):
+            self.fold(entry)
+        self.replayed = len(curator.kept_by_request)
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
     async def run(self, until=lambda: False):
         """Until the dataset is full, the budget is used up or stop() was called; or until() holds."""
+        self.rate.last_answer = self.rate.clock()  # what was done before this is not the server's silence
         while not (self.curator.full or self.stopping or self.fatal or until()):
             self.start()
             if not self.stopping:
@@ -101,15 +105,21 @@ class Collector:
         while self.next_number in self.done:
             self.next_number += 1
         is_hole = self.next_number < self.highest  # later ones are answered: those wait for it
-        if not is_hole and (self.next_number >= self.folded + LOOKAHEAD or not self.wants_more()):
+        is_wanted = self.next_number < self.folded + LOOKAHEAD and self.wants_more()
+        if not (is_hole or is_wanted or self.is_in_doubt()):
             return None
         self.next_number += 1
         return Job(self.next_number - 1, answers_seen=self.rate.answers)
 
     def wants_more(self) -> bool:
-        hopeful = [job for job in (*self.tasks.values(), *(job for _, job in self.retries)) if job.tries < 3]
-        coming = len(hopeful) + len(self.ready)
+        jobs = *self.tasks.values(), *(job for _, job in self.retries)
+        coming = sum(job.tries < HOPEFUL_TRIES for job in jobs) + len(self.ready)
         return len(self.curator.rows) + coming * self.expected_yield() < self.curator.wanted
+
+    def is_in_doubt(self) -> bool:
+        """Whether all that is left are failing requests: one more tells whether it is theirs or the server's fault."""
+        seen = [job.answers_seen for _, job in self.retries if job.tries >= HOPEFUL_TRIES]
+        return not self.tasks and self.rate.answers in seen
 
     def expected_yield(self) -> float:
         """Rows that a request will give, by those of late."""
@@ -119,7 +129,7 @@ class Collector:
     async def wait(self):
         """For an answer, or until something may start."""
         pause = 1.0  # at most: stop() and the progress are looked at
-        if not self.blocked and self.rate.has_room():
+        if not self.blocked and self.rate.has_room() and (self.probed or not self.tasks):
             pause = self.rate.ready_in() or (self.retries[0][0] - self.rate.clock() if self.retries else pause)
         pause = min(max(pause, 0.002), 1.0)
         if self.tasks:
@@ -129,9 +139,9 @@ class Collector:
             await asyncio.sleep(pause)
         self.progress.show(self)
         if self.rate.silent_s() > self.options.patience:
-            wait = f"; the server asks to wait {self.rate.ready_in():.0f} s more" if self.rate.ready_in() > 5 else ""
-            why = f"no answer for {self.options.patience:g} s (--patience); the last failure: {self.last_failure}{wait}"
-            self.end(why)
+            wait = f"; the next try was to be in {self.rate.ready_in():.0f} s" if self.rate.ready_in() > 5 else ""
+            last = self.last_failure or "none"
+            self.end(f"no answer for {self.options.patience:g} s (--patience); the last failure: {last}{wait}")
 
     async def finish(self):
         """Lets what is in flight end, since it is paid for, and raises what ended the run."""
@@ -142,14 +152,18 @@ class Collector:
             self.progress.show(self)
         for task in self.tasks:
             task.cancel()
-        if self.fatal:
+        await self.ledger.flush()  # an answer of the last moment
+        if self.fatal and not self.curator.full:
             self.status = "failed"
             raise self.fatal
 
     def collect(self, done):
         for task in done:
             job = self.tasks.pop(task)
-            self.handle(job, *task.result())
+            try:
+                self.handle(job, *task.result())
+            except Failure as failure:  # of the ledger; the disk may take the others that are in flight
+                self.fatal = self.fatal or failure
 
     def stop(self):
         """Starts nothing more; what is in flight is waited for."""
@@ -168,6 +182,8 @@ class Collector:
         reply = await self.client.ask(ask.body)
         if not self.probed and reply.kind == "failed" and dialect.without(reply.body):
             reply = replace(reply, kind="unsupported")  # older llama.cpp: a 500 for a response_format
+        if reply.kind == "unsupported" and self.probed and (self.rate.answers or not dialect.without(reply.body)):
+            reply = replace(reply, kind="odd")  # others were understood
         kind, usage, cost = self.judge(job, ask, dialect, reply)
         await self.ledger.write(self.ledger.outcome(number, kind, reply.status, reply.body, usage, cost))
         return number, ask, dialect, reply, kind, usage, cost
@@ -177,9 +193,8 @@ class Collector:
         if reply.kind == "answer":
             usage = read_answer(reply.body).usage
             return "answer", usage or (None, None), self.price.cost(*usage) if usage else ask.most
-        if reply.kind == "unsupported" and self.probed and (self.rate.answers or not dialect.without(reply.body)):
-            return "refused", (None, None), 0  # the server answers others, so it is this prompt
-        if reply.kind in ("failed", "lost") and self.strikes(job) >= self.options.max_attempts:
+        most = self.options.max_attempts if reply.kind != "odd" else min(ODD_STRIKES, self.options.max_attempts)
+        if reply.kind in ("failed", "lost", "odd") and not is_limit(reply) and self.strikes(job) >= most:
             return "refused", (None, None), ask.most if reply.kind == "lost" else 0
         return reply.kind if reply.kind in ("lost", "refused") else "failed", (None, None), 0
 
@@ -209,7 +224,11 @@ class Collector:
             self.end(f"the server said {reply.status}: {message_of(reply.body)}")
         elif reply.kind == "unsupported":
             self.step_down(job, dialect, reply)
+        elif reply.kind == "odd":
+            self.refuse(reply)
+            self.retry(job, reply)
         else:
+            self.rate.failed(reply.started_at, **reply.pressure())
             self.retry(job, reply)
 
     def check_bill(self, number, usage):
@@ -247,27 +266,40 @@ class Collector:
 
     def retry(self, job, reply):
         """Later again."""
-        self.last_failure = f"{reply.status or 'no status'}, {message_of(reply.body)}"
-        job.tries, job.strikes, job.answers_seen = job.tries + 1, self.strikes(job), self.rate.answers
-        self.rate.failed(reply.started_at, **reply.pressure())
+        said = f"{reply.status or 'no status'}, {message_of(reply.body)}"
+        if not (self.last_failure or self.rate.answers):
+            self.progress.say(f"no answer yet ({said}); trying again for {self.options.patience:g} s (--patience)")
+        self.last_failure = said
+        job.tries += 1
+        if not is_limit(reply):
+            job.strikes, job.answers_seen = self.strikes(job), self.rate.answers
         heapq.heappush(self.retries, (self.rate.clock() + self.rate.backoff(job.tries), job))
 
     # ---- in order ------------------------------------------------------------------------------------------------
 
     def settle(self, entry):
-        """A request is done: the curator gets it when all before it are."""
+        """A request is done. Ends a run whose answers are of no use."""
+        self.fold(entry)
+        kept = self.curator.kept_by_request[self.replayed :]
+        is_first = not self.curator.rows and len(kept) >= HOPELESS_FIRST
+        if not self.curator.full and (is_first or len(kept) >= HOPELESS) and not any(kept[-HOPELESS:]):
+            most = ", ".join(f"{reason} {n}" for reason, n in self.curator.rejected.most_common(3))
+            n = min(len(kept), HOPELESS)
+            self.end(f"the last {n} answers held nothing new that can be kept ({most}; see rejected.jsonl)")
+
+    def fold(self, entry):
+        """The curator gets it when all before it are done."""
         self.done.add(entry.request)
         self.highest = max(self.highest, entry.request)
         self.ready[entry.request] = entry
         while self.folded in self.ready:
             self.curator.take(self.ready.pop(self.folded))
             self.folded += 1
-        kept = self.curator.kept_by_request
-        first, later = not self.curator.rows and len(kept) >= HOPELESS_FIRST, len(kept) >= HOPELESS
-        if not self.curator.full and (first or (later and not any(kept[-HOPELESS:]))):
-            most = ", ".join(f"{reason} {n}" for reason, n in self.curator.rejected.most_common(3))
-            n = HOPELESS if self.curator.rows else len(kept)
-            self.end(f"the last {n} answers held nothing new that can be kept ({most}; see rejected.jsonl)")
+
+
+def is_limit(reply) -> bool:
+    """A failure that is no fault of the request."""
+    return reply.kind == "failed" and reply.status == 429
 
 
 def make_ask(prompter, sampling, price):

@@ -56,28 +56,28 @@ def main(argv):
     seeds = read_seed_tasks(options.seed_tasks)
     prompter = Prompter(seeds, options.seed, options.tasks_per_request, options.examples, options.language)
     sampling = Sampling(options.model or "", options.max_output_tokens, options.temperature, options.extra)
-    means = shown(options.out, options.rows) if options.out else assumed(prompter, sampling, options.tasks_per_request)
+    means = shown(options.out) if options.out else assumed(prompter, sampling)
     table = read_table(options.prices)
     if options.model:
         prices = {options.model: price_of(options.model, options.base_url, table, options.price_in, options.price_out)}
     else:
-        prices = {name: price_of(name, "https://api.openai.com/v1", table) for name in table.models}
+        prices = {name: price_of(name, options.base_url, table, *pair) for name, pair in table.models.items()}
     tell(options, means, prices, table, prompter, sampling)
 
 
-def assumed(prompter, sampling, n_tasks) -> Means:
+def assumed(prompter, sampling) -> Means:
     """By the bytes of real prompts, and by the constants above."""
     ask = make_ask(prompter, sampling, Price(0, 0))
     sizes = [len(json.dumps(ask(number, Dialect()).body, ensure_ascii=False).encode()) for number in range(N_PROMPTS)]
     source = (
         f"{N_PROMPTS} prompts at {BYTES_A_TOKEN} bytes a token; {TOKENS_A_TASK} tokens a task, of which half are kept"
     )
-    return Means(
-        statistics.mean(sizes) / BYTES_A_TOKEN, n_tasks * TOKENS_A_TASK, n_tasks * KEPT_SHARE, f"assumed: {source}"
-    )
+    output = min(prompter.n_tasks * TOKENS_A_TASK, sampling.max_output_tokens)  # an answer is cut off there
+    rows = output / TOKENS_A_TASK * KEPT_SHARE
+    return Means(statistics.mean(sizes) / BYTES_A_TOKEN, output, rows, f"assumed: {source}")
 
 
-def shown(folder, rows) -> Means:
+def shown(folder) -> Means:
     """By the run in folder. Raises UsageError where it has no answer yet."""
     try:
         about = json.loads((folder / "run.json").read_text(encoding="utf-8"))

@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import signal
 import sys
 import time
@@ -20,7 +21,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from data_gen.batch import end_batches, run_batches
-from data_gen.cli import Failure, Parser, Stopped, UsageError, run, write_whole
+from data_gen.cli import Failure, Parser, Stopped, UsageError, run, tell, write_whole
 from data_gen.client import Client, Sampling, key_for
 from data_gen.collect import Collector, make_ask
 from data_gen.curate import Curator
@@ -67,7 +68,7 @@ def parser():
 def add_request_flags(flags):
     """Those that shape and price requests; data_gen.estimate has them too."""
     add = flags.add_argument
-    add("--model", help="the model's name at the server")
+    add("--model", type=utf8, help="the model's name at the server")
     add("--rows", type=count, default=52_000, help="rows to keep")
     add("--base-url", default=os.environ.get("OPENAI_BASE_URL") or OPENAI, help="the server; also $OPENAI_BASE_URL")
     add("--api-key-env", default="OPENAI_API_KEY", help="environment variable that holds the key")
@@ -85,7 +86,7 @@ def add_request_flags(flags):
     add("--examples", type=count, default=3, help="seed tasks that one prompt shows")
     add("--temperature", type=degree, default=1.0, help="of sampling, left out where the server refuses it")
     add(
-        "--max-output-tokens", type=count, default=4096, help="of one answer; with the prices, what it can cost at most"
+        "--max-output-tokens", type=limit, default=4096, help="of one answer; with the prices, what it can cost at most"
     )
     add(
         "--extra", type=fields, default={}, help='more fields of each request, as JSON: \'{"reasoning_effort": "low"}\''
@@ -110,13 +111,22 @@ def kind(wanted, convert, holds=lambda value: True):
     return converted
 
 
+def json_value(text):
+    """Raises ValueError where the text is no JSON, or holds NaN or half a letter, which cannot be sent."""
+    value = json.loads(text)
+    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    return value
+
+
+utf8 = kind("UTF-8", lambda text: text.encode() and text)
 count = kind("a whole number of at least 1", int, lambda n: n >= 1)
+limit = kind("a whole number from 1 to a million", int, lambda n: 1 <= n <= 10**6)
 seconds = kind("seconds above 0", float, lambda s: 0 < s < 1e9)
 amount = kind("dollars from 0 to a million", money)
 degree = kind("a number from 0 to 2", float, lambda t: 0 <= t <= 2)
 fields = kind(
     f"a JSON object without {', '.join(OURS)}",
-    json.loads,
+    json_value,
     lambda value: isinstance(value, dict) and not set(value) & set(OURS),
 )
 
@@ -129,6 +139,8 @@ def check(options):
     check_language(options.language)
     if options.patience <= options.timeout and not options.replay:
         raise UsageError(f"--patience {options.patience:g} is not longer than --timeout {options.timeout:g}")
+    if "service_tier" in options.extra and options.price_in is None and not options.replay:
+        raise UsageError("--extra: a service_tier has prices of its own; pass its --price-in and --price-out")
     if options.prices and not options.prices.is_file():
         raise UsageError(f"--prices {options.prices} is not there")
 
@@ -140,16 +152,15 @@ def check_language(code):
 
 def main(argv):
     options = parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     check(options)
     seeds = read_seed_tasks(options.seed_tasks)
     decontaminator = Decontaminator(options.decontaminate) if options.decontaminate else None
     curator = Curator(options.rows, seeds, options.language, decontaminator)
-    started = time.time()
+    started = time.monotonic()
     if options.replay:
         ledger, price = Ledger(options.out, create=False), Price(0, 0)
-        status, budget = replay(ledger, curator), Budget(None, ledger.totals().spent, ledger.totals().uncertain)
-        failure = None
+        status, budget, failure = replay(ledger, curator, options.quiet), Budget(None), None
     else:
         table = read_table(options.prices)
         price = price_of(options.model, options.base_url, table, options.price_in, options.price_out)
@@ -157,7 +168,11 @@ def main(argv):
         ledger = Ledger(options.out)
         prices = price, price.times(table.batch)
         status, budget, failure = generate(options, ledger, curator, seeds, prices, key)
-    write_outputs(options, ledger, curator, status, budget, price, started)
+    try:
+        write_outputs(options, ledger, curator, status, budget.cap, price, time.monotonic() - started)
+    except OSError as error:
+        why = f"the dataset could not be written: {error}; the ledger is whole, the same command writes it"
+        failure = failure or Failure(why)
     ledger.close()
     if failure:
         raise failure
@@ -182,15 +197,12 @@ def generate(options, ledger, curator, seeds, prices, key):
             asyncio.run(work(collector, options, asks[1], prices[1]))
         except Failure as failure:
             return "failed", budget, failure
-    if collector.status == "stopped":
-        return (
-            "stopped",
-            budget,
-            Stopped(f"stopped by a signal with {len(curator.rows):,} rows; the same command goes on"),
-        )
     if curator.full:
         return "done", budget, None
-    return collector.status, budget, Failure(f"{len(curator.rows):,} of {options.rows:,} rows: {collector.status}")
+    rows = f"{len(curator.rows):,} of {options.rows:,} rows"
+    if collector.status == "stopped":
+        return "stopped", budget, Stopped(f"stopped by a signal with {rows}; the same command goes on")
+    return collector.status, budget, Failure(f"{rows}: {collector.status}")
 
 
 async def work(collector, options, batch_ask, batch_price):
@@ -211,15 +223,17 @@ async def work(collector, options, batch_ask, batch_price):
 def stop(collector):
     """On a first signal, what is in flight is waited for; a second one ends the process: the ledger is whole."""
     if collector.stopping:
+        collector.progress.close()
         os._exit(Stopped.exit_code)
     collector.progress.say("stopping: waiting for the answers in flight; once more to leave at once")
     collector.stop()
 
 
-def replay(ledger, curator):
-    for entry in ledger.done():
-        if entry.request == len(curator.kept_by_request):
-            curator.take(entry)
+def replay(ledger, curator, quiet):
+    with Progress(quiet) as progress:
+        for entry in progress.reading(ledger.done(), ledger.totals().answers, curator):
+            if entry.request == len(curator.kept_by_request):
+                curator.take(entry)
     return "done" if curator.full else "replayed"
 
 
@@ -240,24 +254,26 @@ def check_settings(options, ledger, prompter, sampling):
         ledger.set(requests=now)
 
 
-def write_outputs(options, ledger, curator, status, budget, price, started):
-    """The dataset, run.json and the report, and a summary of three lines."""
+def write_outputs(options, ledger, curator, status, cap, price, seconds):
+    """The dataset, run.json and the report, and a summary of four lines. cap: in picodollars, or None."""
     curator.write(options.out)
     totals = ledger.totals()
     settings = {
         name: str(value) if isinstance(value, Path | Decimal) else value for name, value in vars(options).items()
     }
     settings["decontaminate"] = [str(path) for path in options.decontaminate]
+    settings["base_url"] = re.sub("//[^/]*@", "//", options.base_url)  # a name and password
+    started = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(seconds=seconds)
     about = {
         "status": status,
-        "started": datetime.datetime.fromtimestamp(started, datetime.timezone.utc).isoformat(timespec="seconds"),
-        "seconds": round(time.time() - started, 3),
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": round(seconds, 3),
         "settings": settings,
         "counts": curator.counts() | {"attempts": totals.attempts},
         "cost": {
             "spent_usd": totals.spent / PICO,
             "uncertain_usd": totals.uncertain / PICO,
-            "cap_usd": None if budget.cap is None else budget.cap / PICO,
+            "cap_usd": None if cap is None else cap / PICO,
             "input_tokens": totals.input_tokens,
             "output_tokens": totals.output_tokens,
             "usd_per_million_in": price.input / 10**6,
@@ -272,12 +288,11 @@ def write_outputs(options, ledger, curator, status, budget, price, started):
     report = write_report(options.out / "dataset.jsonl", options.out / "report.html")
     share = len(curator.rows) / curator.items if curator.items else 0
     top = ", ".join(f"{reason} {n:,}" for reason, n in curator.rejected.most_common(4))
-    print(
-        f"{len(curator.rows):,} rows of {curator.items:,} tasks ({share:.0%}) in {clock(about['seconds'])}\n"
+    tell(
+        f"{len(curator.rows):,} rows of {curator.items:,} tasks ({share:.0%}) in {clock(seconds)}\n"
         f"{usd(totals.spent)} spent on {totals.answers:,} answers, at most {usd(totals.uncertain)} on lost ones\n"
         f"left out: {top or 'nothing'}\n{options.out / 'dataset.json'}  {report}",
-        file=sys.stdout,
-        flush=True,
+        sys.stdout,
     )
 
 

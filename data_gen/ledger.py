@@ -14,6 +14,7 @@ it counts as lost.
 """
 
 import asyncio
+import contextlib
 import fcntl
 import json
 import os
@@ -98,6 +99,10 @@ class Ledger:
             self.db.execute("PRAGMA synchronous=FULL")
             self.db.execute("PRAGMA foreign_keys=ON")
             self.db.executescript(SCHEMA)
+            with contextlib.closing(sqlite3.connect(":memory:")) as ours:
+                ours.executescript(SCHEMA)
+                if tables(self.db) != tables(ours):
+                    raise sqlite3.DatabaseError("its tables are of another version")
             self.next_attempt = 1 + (self.db.execute("SELECT max(attempt) FROM sent").fetchone()[0] or 0)
         except sqlite3.DatabaseError as error:
             self.lock.close()
@@ -209,6 +214,11 @@ class Ledger:
             self.writer = asyncio.get_running_loop().create_task(self._drain())
         await done
 
+    async def flush(self):
+        """Returns when all that was given to write() is on the disk, or could not be written."""
+        while self.writer:
+            await self.writer
+
     async def _drain(self):
         while self.pending:
             group, self.pending = self.pending, []
@@ -225,6 +235,10 @@ class Ledger:
                     if not done.done():
                         done.set_result(None)
         self.writer = None
+
+
+def tables(db) -> set:
+    return set(db.execute("SELECT name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'"))
 
 
 def make_folder(folder):

@@ -32,6 +32,7 @@ class Rate:
         self.in_flight = self.answers = 0
         self.paused_until = self.cut_at = self.opened_at = -math.inf
         self.failures, self.cool_downs, self.last_answer = 0, 0, clock()
+        self.turned_away = 0  # rounds of 429 since the last answer with one request in flight and no time named
         self.window = Window()
 
     # ---- asking --------------------------------------------------------------------------------------------------
@@ -66,7 +67,7 @@ class Rate:
         """tokens: of the answer. headers: of the response, {lower-case name: value}."""
         self.in_flight -= 1
         self.answers += 1
-        self.failures = self.cool_downs = 0
+        self.failures = self.cool_downs = self.turned_away = 0
         self.last_answer = self.clock()
         self.limit = min(self.most, self.limit + (1 if self.slow_start else 1 / self.limit))
         if "x-ratelimit-remaining-requests" in headers or "x-ratelimit-remaining-tokens" in headers:
@@ -80,6 +81,9 @@ class Rate:
         if retry_after is not None:
             self.pause(retry_after)
         if overloaded and started_at > self.cut_at:  # one cut for all that was in flight when the limit was cut
+            if limited and retry_after is None and self.limit == 1:  # nothing to cut: ask less often
+                self.turned_away += 1
+                self.pause(self.backoff(self.turned_away))
             self.limit, self.slow_start, self.cut_at = max(1.0, self.limit / 2), False, self.clock()
             self.window.since = None
         self.failures += not limited

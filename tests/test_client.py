@@ -55,6 +55,16 @@ ERRORS = {
         ),
         "failed",
     ),
+    "OpenAI: more than a minute's tokens": (
+        429,
+        error(
+            "Request too large for gpt-4.1 on tokens per min (TPM): Limit 9000, Requested 9600. The input or output "
+            "tokens must be reduced in order to run successfully.",
+            "rate_limit_exceeded",
+            "tokens",
+        ),
+        "unsupported",
+    ),
     "OpenAI: quota": (
         429,
         error(
@@ -553,13 +563,20 @@ def test_an_answer():
 
 @pytest.mark.parametrize("status, kind, overloaded", [
     ("429 Too Many", "failed", True), ("503 Busy", "failed", True), ("408 Late", "failed", True),
-    ("529 Over", "failed", True),
+    ("529 Over", "failed", True), ("504 Gateway", "lost", True), ("524 Cloudflare", "lost", True),
     ("500 Error", "failed", False), ("401 No", "fatal", False), ("400 Bad", "unsupported", False),
 ])  # fmt: skip
 def test_an_error_status(status, kind, overloaded):
     reply = one(sends(response(error("No."), status, "Retry-After: 4\r\n")))
     assert (reply.kind, reply.status, reply.overloaded) == (kind, int(status[:3]), overloaded)
     assert reply.body == error("No.") and reply.pressure()["retry_after"] == 4
+
+
+@pytest.mark.parametrize("charset", ["hex", "iso-8859-1", "utf-16", "none"])
+def test_an_answer_is_read_as_utf_8_whatever_its_header_says(charset):
+    answer = ANSWER.replace('"content": "', '"content": "é', 1)
+    reply = one(sends(response(answer, headers=f"Content-Type: application/json; charset={charset}\r\n")))
+    assert (reply.kind, reply.body) == ("answer", answer)
 
 
 @pytest.mark.parametrize("body", ["<html>", "", "{}", '{"choices": []}', error("upstream"), "\u2028" * 10])

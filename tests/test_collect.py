@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import time
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,12 +17,14 @@ pytest.importorskip("rapidfuzz")
 
 from data_gen import collect, rate
 from data_gen.cli import Failure
-from data_gen.client import Dialect, Reply
+from data_gen.client import Dialect, Reply, Sampling
 from data_gen.collect import Ask, Collector
 from data_gen.ledger import Ledger
 from data_gen.prices import Budget, Price
+from data_gen.prompt import Prompter
 
 ONE = Price(1, 1)
+USELESS = json.dumps({"choices": [{"message": {"content": "nothing"}}]})
 
 
 class Progress:
@@ -36,12 +39,16 @@ class Progress:
     def show(self, collector):
         pass
 
+    def reading(self, entries, total, curator):
+        return entries
+
 
 class Curator:
     """Keeps one row an answer and the order that they came in."""
 
     def __init__(self, wanted):
         self.wanted, self.rows, self.kept_by_request, self.entries = wanted, [], [], []
+        self.rejected = Counter({"no items": 20})
 
     @property
     def full(self):
@@ -49,7 +56,7 @@ class Curator:
 
     def take(self, entry):
         self.entries.append(entry)
-        kept = entry.kind == "answer"
+        kept = entry.kind == "answer" and entry.body != USELESS
         self.rows += [entry.request] if kept else []
         self.kept_by_request.append(int(kept))
 
@@ -176,6 +183,32 @@ def test_one_that_always_fails_is_left_out_while_others_get_through(make):
     assert run(again).client.asked == [], "what was given up was asked again"
 
 
+@pytest.mark.parametrize("bad, reply", [(17, ("failed", 500)), (0, ("failed", 500)), (17, ("lost", None))])
+def test_one_that_always_fails_is_left_out_when_nothing_else_is_needed(make, bad, reply):
+    """Whether it is the request or the server shows by one more that is asked."""
+    kind, status = reply
+    collector = run(make(lambda n, t, b: Reply(kind, status, "") if n == bad else answer(n, t, b), 20, patience=5))
+    assert [entry.request for entry in collector.curator.entries if entry.kind == "refused"] == [bad]
+    assert len(set(collector.client.asked)) <= 20 + 8
+    totals, lost = collector.ledger.totals(), collector.client.asked.count(bad) if kind == "lost" else 0
+    assert totals.spent + totals.uncertain == 20 * totals.answers + 50 * lost == collector.budget.committed
+
+
+def test_one_that_fails_behind_a_full_lookahead_is_left_out(make, monkeypatch):
+    monkeypatch.setattr(collect, "LOOKAHEAD", 10)
+    collector = make(lambda n, t, b: Reply("failed", 500, "") if n == 2 else answer(n, t, b), 100, patience=5)
+    assert len(run(collector).curator.rows) >= 100
+
+
+def test_a_limit_is_no_fault_of_the_request_that_meets_it(make):
+    def reply(number, times, body):
+        if number % 5 == 3 and times <= 12:
+            return Reply("failed", 429, "slow down", overloaded=False)
+        return answer(number, times, body)
+
+    assert run(make(reply, 60)).curator.rows[:60] == list(range(60))
+
+
 def test_an_outage_gives_up_no_request(make, monkeypatch):
     """While nothing gets through, failures are the server's, not the request's."""
     monkeypatch.setattr(rate, "FIRST_COOL_DOWN_S", 1)
@@ -253,26 +286,47 @@ def test_a_bad_request_among_good_ones_is_that_requests_alone(make):
     assert [e.kind for e in run(make(reply, 50)).curator.entries if e.request == 5] == ["refused"]
 
 
-def test_answers_that_hold_nothing_end_the_run_early(make):
-    collector = make(answer, 100)
-    collector.curator.take = lambda entry: collector.curator.kept_by_request.append(0)
-    collector.curator.rejected = SimpleNamespace(most_common=lambda n: [("no items", 20)])
-    with pytest.raises(Failure, match=r"nothing new that can be kept \(no items 20"):
+@pytest.mark.parametrize("probed", [True, False])
+def test_a_server_that_turns_odd_leaves_no_holes(make, probed):
+    """One that was started anew with other settings, say, refuses everything; what it refuses is asked again later."""
+    run(make(answer, 30 if probed else 1, concurrency=1))
+    collector = make(lambda *_: Reply("unsupported", 400, "odd"), 60, again=True)
+    collector.rate.answers = int(probed)
+    with pytest.raises(Failure, match="refused 20 prompts in a row: odd"):
         run(collector)
-    assert len(collector.client.asked) <= 20 + 2 * 64
+    assert len(collector.client.asked) <= 20 + 64
+    assert run(make(answer, 60, again=True)).curator.rows[:60] == list(range(60))
 
 
-def test_holes_of_a_run_that_was_killed_are_asked_first(make):
+def test_answers_that_hold_nothing_end_the_run_early(make):
+    collector = make(lambda *_: Reply("answer", 200, USELESS), 100)
+    with pytest.raises(Failure, match=r"last \d\d answers held nothing new that can be kept \(no items 20"):
+        run(collector)
+    assert 20 <= len(collector.client.asked) <= 20 + 2 * 64
+
+
+def test_useless_answers_after_good_ones_are_borne_longer_and_a_run_that_they_ended_goes_on(make, monkeypatch):
+    monkeypatch.setattr(collect, "HOPELESS", 40)
+    collector = make(lambda n, t, b: answer(n, t, b) if n < 9 else Reply("answer", 200, USELESS), 100, concurrency=1)
+    with pytest.raises(Failure, match="last 40 answers held nothing"):
+        run(collector)
+    assert collector.client.asked == list(range(9 + 40))
+    again = run(make(answer, 100, again=True))
+    assert len(again.curator.rows) >= 100, "what an earlier server wrote ended a run for good"
+
+
+@pytest.mark.parametrize("wanted", [12, 8])  # 8: what is answered would do, but for the holes
+def test_holes_of_a_run_that_was_killed_are_asked_first(make, wanted):
     collector = make(answer, 100)
     for number in range(12):  # answered all but 3 and 7, which were in flight
         _, intent = collector.ledger.intent(number, "-", "m", 50)
         done = collector.ledger.outcome(number + 1, "answer", 200, completion(), (10, 10), 20)
         collector.ledger.commit([intent] if number in (3, 7) else [intent, done])
     collector.ledger.set(dialect={"format": "text", "limit": "max_tokens", "temperature": True})
-    again = make(answer, 12, again=True)
+    again = make(answer, wanted, again=True, patience=5)
     assert again.budget.uncertain == 100, "what was in flight may have been billed"
     assert sorted(run(again).client.asked) == [3, 7]
-    assert again.curator.rows == list(range(12))
+    assert again.curator.rows[:wanted] == list(range(wanted))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -311,6 +365,12 @@ def test_the_cap_is_never_passed_by_a_cent(make, data):
         assert most_in_flight > 8
 
 
+def test_a_request_that_the_cap_held_back_is_asked_when_there_is_room_again(make):
+    collector = run(make(answer, 10**6, cap=50 * 9 + 20 * 60, seed=3))  # 50 at most, 20 as it turns out
+    assert collector.status == "cap reached" and len(collector.done) > 30
+    assert collector.folded == len(collector.done), "one was left out"
+
+
 def test_a_server_that_bills_more_than_was_asked_ends_a_capped_run(make):
     collector = make(lambda *_: Reply("answer", 200, completion((100, 100))), 50, cap=10**6)
     with pytest.raises(Failure, match=r"billed 100 \+ 100 tokens, more than request 0 can use"):
@@ -318,6 +378,26 @@ def test_a_server_that_bills_more_than_was_asked_ends_a_capped_run(make):
     assert run(make(lambda *_: Reply("answer", 200, completion((100, 100))), 50)).curator.full, (
         "without a cap it goes on"
     )
+
+
+def test_a_failure_after_the_last_row_is_none(make):
+    collector = make(answer, 5)
+    take = collector.curator.take
+
+    def last(entry):
+        take(entry)
+        if collector.curator.full:
+            collector.end("the server said 401")
+
+    collector.curator.take = last
+    assert run(collector).curator.full
+
+
+def test_the_most_that_a_request_can_cost_is_by_the_bytes_of_its_body():
+    seeds = ({"instruction": "Écrivez « 雪 ».", "input": "", "output": "雪"},)
+    ask = collect.make_ask(Prompter(seeds), Sampling("m", 100, 1.0), Price(1, 10**6))(7, Dialect())
+    assert "雪" in ask.body["messages"][1]["content"]
+    assert ask.most == len(json.dumps(ask.body, ensure_ascii=False).encode()) + 100 * 10**6
 
 
 def test_stop_waits_for_what_is_in_flight(make):
@@ -335,6 +415,75 @@ def test_stop_waits_for_what_is_in_flight(make):
     assert asyncio.run(stop_soon()), "nothing was in flight"
     assert collector.status == "stopped" and not collector.tasks
     assert len(collector.done) == len(set(collector.client.asked)), "an answer was thrown away"
+
+
+def test_an_answer_that_is_being_written_when_the_grace_is_over_is_written(make, monkeypatch):
+    monkeypatch.setattr(collect, "GRACE_S", 0)
+    collector = make(answer, 10**6)
+    commit, ask, answered = collector.ledger.commit, collector.client.ask, []
+
+    def slow(statements):
+        time.sleep(0.01)
+        commit(statements)
+
+    async def noted(body):
+        reply = await ask(body)
+        answered.append(body["number"])
+        if len(answered) == 50:
+            collector.stop()
+        return reply
+
+    collector.ledger.commit, collector.client.ask = slow, noted
+    run(collector)
+    assert {entry.request for entry in collector.ledger.done()} == set(answered)
+
+
+def test_a_disk_that_fails_once_costs_no_other_answer(make):
+    collector = make(answer, 10**6)
+    commit, ask, answered, failed = collector.ledger.commit, collector.client.ask, [], []
+
+    def full(statements):
+        if len(answered) > 40 and not failed:
+            failed.extend(statements)
+            raise Failure("no space")
+        commit(statements)
+
+    async def noted(body):
+        reply = await ask(body)
+        answered.append(body["number"])
+        return reply
+
+    collector.ledger.commit, collector.client.ask = full, noted
+    with pytest.raises(Failure, match="no space"):
+        run(collector)
+    assert len(answered) - len(list(collector.ledger.done())) <= len(failed)
+
+
+def test_what_took_time_before_the_run_is_not_the_servers_silence(make):
+    collector = make(failing([("failed", 500)]), 5)
+    collector.rate.last_answer -= 10**6
+    assert run(collector).curator.full
+
+
+def test_the_first_failure_is_told_at_once(make):
+    said = run(make(failing([("failed", 500)] * 2), 5)).progress.said
+    assert [text for text in said if "no answer yet (500, {}); trying again for 900 s" in text] == said[:1]
+
+
+def test_nothing_spins_while_one_request_finds_out_the_dialect(make):
+    collector = make(answer, 5)
+    collector.retries, collector.collect = [(0.0, collect.Job(3))], lambda done: None
+
+    async def loop():
+        collector.tasks[asyncio.create_task(asyncio.sleep(0.2))] = collect.Job(0)
+        rounds = 0
+        while not all(task.done() for task in collector.tasks):
+            collector.start()
+            await asyncio.wait_for(collector.wait(), 5)
+            rounds += 1
+        return rounds
+
+    assert asyncio.run(loop()) <= 2
 
 
 def test_a_request_that_hangs_does_not_hold_up_the_others(make, monkeypatch):

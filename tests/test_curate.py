@@ -117,6 +117,13 @@ def test_it_stops_at_as_many_rows_as_wanted():
     assert curator.rows[0]["provenance"]["usd"] == 0.001, "the price of an answer is that of its kept rows"
 
 
+def test_what_comes_after_the_last_row_is_not_told(tmp_path):
+    """How many were in flight then depends on the time; the files may not."""
+    more = [entry(1, "no"), entry(2, [OTHER, GOOD]), entry(3, "policy", kind="refused")]
+    one, other = curated(entry(0, [GOOD]), wanted=1), curated(entry(0, [GOOD]), *more, wanted=1)
+    assert one.counts() == other.counts() and one.lost == other.lost and one.models == other.models
+
+
 def test_files_say_the_same_in_every_format(tmp_path):
     hostile = {"instruction": "Translate \u2028 this \ud800 line.", "input": 'a "b"\nc', "output": "</script> 日本語"}
     curator = curated(entry(0, [GOOD, OTHER]))

@@ -14,7 +14,9 @@ from openai_server import Server
 from data_gen import estimate, generate
 from data_gen.cli import exit_code_of
 from data_gen.client import Sampling
+from data_gen.ledger import Ledger
 from data_gen.prices import read_table
+from data_gen.progress import clock
 from data_gen.prompt import Prompter, read_seed_tasks
 
 
@@ -36,6 +38,9 @@ def test_the_sum_can_be_done_by_hand(capsys):
         for n in re.search(r"([\d,]+) requests of ([\d,]+) tokens in and ([\d,]+) out", text).groups()
     )
     assert requests == 5200 and n_out == 1660 and 500 < n_in < 1500
+    assert "5,201 requests" in told(capsys, "--model", "gpt-4.1-nano", "--rows", 52_001)
+    assert f"{clock(5200 * 1660 / 60 / 32)} with 32 in flight at 60 tokens/s" in text
+    assert f"{clock(5200 * 1660 / 60)} with 1 in flight" in told(capsys, "--model", "gpt-5-nano", "--concurrency", 1)
     price_in, price_out, dollars, thousand, most = line_of(text, "gpt-4.1-nano")
     assert (price_in, price_out) == (Decimal("0.1"), Decimal("0.4"))
     assert dollars == pytest.approx(Decimal(requests * (n_in * 0.1 + n_out * 0.4) / 1e6), rel=Decimal("0.002"))
@@ -80,18 +85,42 @@ def test_a_run_that_is_there_gives_its_own_means(capsys, tmp_path, monkeypatch):
     assert "shown by" in text and "assumed" not in text.split("\n")[0]
     spent = (billed["prompt_tokens"] * 0.1 + billed["completion_tokens"] * 0.4) / 1e6
     assert line_of(text, "m")[2] == pytest.approx(Decimal(spent), abs=Decimal("0.011"))
+    text = told(capsys, *words[2:-1], "--out", tmp_path, "--rows", 20_000)
+    assert f"20,000 rows: {100 * billed['requests']:,} requests" in text
+    assert line_of(text, "m")[2] == pytest.approx(100 * Decimal(spent), rel=Decimal("0.01"))
 
 
 def test_a_folder_without_a_run_is_told(capsys, tmp_path):
     assert exit_code_of(estimate.main, ["--model", "gpt-5-nano", "--out", str(tmp_path)]) == 2
     assert "wanted the folder of a run" in capsys.readouterr().err
+    (tmp_path / "run.json").write_text('{"counts": {"kept": 0}}')
+    Ledger(tmp_path).close()
+    assert exit_code_of(estimate.main, ["--model", "gpt-5-nano", "--out", str(tmp_path)]) == 2
+    assert "has no answer with a row yet" in capsys.readouterr().err
+
+
+def test_a_language_that_is_unknown_is_told(capsys):
+    assert exit_code_of(estimate.main, ["--language", "xx"]) == 2
+    assert "--language is 'xx'" in capsys.readouterr().err
 
 
 def test_the_prompts_that_are_measured_are_those_that_are_sent():
     prompter, sampling = Prompter(read_seed_tasks()), Sampling("m", 4096, 1.0)
-    means = estimate.assumed(prompter, sampling, 20)
+    means = estimate.assumed(prompter, sampling)
     plain = sum(len(message["content"]) for n in range(200) for message in prompter.messages(n)) / 200
     assert plain / 4.3 < means.input_tokens < plain / 4.3 * 1.5
+
+
+def test_an_answer_cut_off_at_its_limit_holds_fewer_rows():
+    means = estimate.assumed(Prompter(read_seed_tasks(), n_tasks=100), Sampling("m", 4150, 1.0))
+    assert (means.output_tokens, means.rows) == (4150, 25)
+
+
+def test_a_table_of_another_host_is_compared_too(capsys, tmp_path):
+    table = tmp_path / "prices.json"
+    table.write_text('{"as_of": "today", "host": "llm.example.com", "models": {"a": [1, 2], "b": [0.5, 1]}}')
+    text = told(capsys, "--prices", table)
+    assert line_of(text, "b")[:2] == [Decimal("0.5"), 1] and text.index("\nb ") < text.index("\na ")
 
 
 def test_help():

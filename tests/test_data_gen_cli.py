@@ -141,7 +141,7 @@ def test_success_and_interrupt(capsys):
         raise KeyboardInterrupt
 
     assert exit_code_of(lambda argv: None, []) == 0
-    assert exit_code_of(interrupted, []) == 143 and capsys.readouterr().err == "stopped by SIGINT\n"
+    assert exit_code_of(interrupted, []) == 143 and capsys.readouterr().err == "stopped by a signal\n"
 
 
 def test_a_process_ends_with_the_code():

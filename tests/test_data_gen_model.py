@@ -15,7 +15,7 @@ pytest.importorskip("rapidfuzz")
 import openai
 import torch
 from conftest import ROOT, command, environment, events, finetune
-from model_server import Guide, Options, Server, Vocabulary, load, parts_of
+from model_server import Guide, Options, Server, load, parts_of
 
 from data_gen import collect
 from data_gen import generate as module
@@ -27,7 +27,6 @@ from data_gen.prompt import SCHEMA, Prompter, read_seed_tasks
 from engine.data import encode_prompt
 from engine.generate import generate
 from engine.rows import Row
-from engine.tokenizer import load_tokenizer
 
 FIELDS = ["instruction", "input", "output"]
 PROMPT = {"n_tasks": 3, "n_examples": 1}
@@ -66,23 +65,22 @@ def until(condition):
     raise AssertionError("it never came")
 
 
+def ended(process, server):
+    return process.poll() is not None or not server.decoder.is_alive()
+
+
 # ---- the server itself ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def vocabulary(smollm2):
-    return Vocabulary(load_tokenizer(smollm2))
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_whatever_a_model_prefers_the_json_is_whole(smollm2, vocabulary, seed):
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_a_model_prefers_the_json_is_whole(weights, seed):
     """A model that knows nothing: any allowed id at random, with those that hold quotes, backslashes or half of a
     character preferred."""
-    tokenizer, g = load_tokenizer(smollm2), torch.Generator().manual_seed(seed)
+    tokenizer, vocabulary, g = weights.tokenizer, weights.vocabulary, torch.Generator().manual_seed(seed)
     hard = torch.zeros(tokenizer.vocab_size)
     for id, piece in vocabulary.pieces.items():
         hard[id] = 1 + 400 * (b'"' in piece or b"\\" in piece or piece == b"u" or max(piece) > 0xBF)
-    guide, ids = Guide(SCHEMA, vocabulary, Options(items=4, string_tokens=12)), []
+    guide, ids = Guide(SCHEMA, vocabulary, Options(items=4, string_tokens=4)), []
     while True:
         ids += tokenizer.encode(guide.fixed().decode())
         if not guide.parts:
@@ -90,6 +88,7 @@ def test_whatever_a_model_prefers_the_json_is_whole(smollm2, vocabulary, seed):
         allowed = guide.allowed()
         ids.append(int(allowed[torch.multinomial(hard[allowed], 1, generator=g)]))
         guide.take(ids[-1])
+        assert guide.room > -9, "a string goes on past its cap for more than an escape or a character"
     text = b"".join(vocabulary.pieces[id] for id in ids).decode()  # strict: whole characters
     tasks = json.loads(text)["tasks"]
     assert 1 <= len(tasks) <= 4 and all(list(task) == FIELDS for task in tasks)
@@ -149,11 +148,12 @@ def test_a_dataset_from_a_model_killed_halfway_and_a_model_trained_on_it(weights
     with Server(weights, items=3, at_least=2, string_tokens=9) as server:
         words = [sys.executable, "-m", "data_gen.generate", *flags(server, out, *limits)]
         process = subprocess.Popen(words, cwd=ROOT, env=environment())
-        until(lambda: process.poll() is not None or (len(server.log) >= 2 and received(out)))  # others are on their way
+        until(lambda: ended(process, server) or (len(server.log) >= 2 and received(out)))  # others are on their way
         process.kill()
         assert process.wait() == -signal.SIGKILL
         recorded, before = received(out), len(server.log)
         until(lambda: all(entry["finish_reason"] for entry in server.log))
+        assert all(entry["format"] == "json_schema" for entry in server.log)
         abandoned = [entry for entry in server.log if entry["finish_reason"] == "abort"]
         assert abandoned, "nothing was in flight at the kill"
         done = command("data_gen.generate", *flags(server, out, *limits))
@@ -163,8 +163,7 @@ def test_a_dataset_from_a_model_killed_halfway_and_a_model_trained_on_it(weights
         assert set(numbers(abandoned)) <= set(numbers(server.log[before:]))
         log = [entry for entry in server.log if entry["finish_reason"] != "abort"]
 
-    # The protocol: schemas were asked for and held to, answers are recorded as they came, tokens are the server's.
-    assert all(entry["format"] == "json_schema" for entry in server.log)
+    # The protocol: schemas were held to, answers are recorded as they came, tokens are the server's.
     answers = received(out)
     assert len(answers) >= 2 and all(kind == "answer" for _, kind, *_ in answers)
     counted = {number: entry for number, entry in zip(numbers(log), log, strict=True)}
@@ -210,7 +209,7 @@ def test_a_server_without_schemas_and_a_model_that_writes_none_end_it_cleanly(
     monkeypatch.setattr(collect, "HOPELESS_FIRST", 2)
     handler = signal.getsignal(signal.SIGTERM)
     with Server(weights, formats=(), refuses=refuses) as server:
-        limits = ("--rows", 4, "--max-output-tokens", 8, "--concurrency", 2)
+        limits = ("--rows", 4, "--max-output-tokens", 8, "--concurrency", 1)
         code = exit_code_of(module.main, flags(server, tmp_path, *limits))
     signal.signal(signal.SIGTERM, handler)
     said = capsys.readouterr()
@@ -219,10 +218,9 @@ def test_a_server_without_schemas_and_a_model_that_writes_none_end_it_cleanly(
     assert "0 rows of" in said.out and "Traceback" not in said.err
     asked = [(entry["status"], entry["format"]) for entry in server.log]
     stepped = [(400, "json_schema"), (400, "json_object"), (200, None)]
-    assert asked[:3] == stepped if refuses else set(asked) == {(200, "json_schema")}
-    assert len(asked) < 8
+    assert asked == ([*stepped, (200, None)] if refuses else [(200, "json_schema")] * 2)
     told = json.loads((tmp_path / "run.json").read_text())
-    assert told["status"] == "failed" and told["counts"]["kept"] == 0 and told["counts"]["answers"] >= 2
+    assert told["status"] == "failed" and told["counts"]["kept"] == 0 and told["counts"]["answers"] == 2
     assert set(told["counts"]["rejected"]) <= {"no items", "truncated"}
     assert sum(told["counts"]["rejected"].values()) == len(lines_of(tmp_path / "rejected.jsonl"))
     assert told["cost"]["output_tokens"] == sum(entry.get("completion_tokens", 0) for entry in server.log)

@@ -178,6 +178,21 @@ def test_a_file_that_is_no_database(tmp_path, content):
     assert (tmp_path / NAME).read_bytes() == content and DataError.exit_code == 3
 
 
+@pytest.mark.parametrize("change", ["ALTER TABLE batch DROP COLUMN price_in", "CREATE TABLE later (x)"])
+def test_a_ledger_of_another_version(tmp_path, change):
+    Ledger(tmp_path).close()
+    Ledger(tmp_path).close()
+    db = sqlite3.connect(tmp_path / NAME)
+    db.execute("ANALYZE")
+    db.close()
+    Ledger(tmp_path).close()
+    db = sqlite3.connect(tmp_path / NAME)
+    db.execute(change)
+    db.close()
+    with pytest.raises(DataError, match="another version"):
+        Ledger(tmp_path)
+
+
 def test_a_database_of_something_else_or_a_folder(tmp_path):
     db = sqlite3.connect(tmp_path / NAME)
     db.execute("CREATE TABLE sent (x)")

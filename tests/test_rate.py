@@ -104,7 +104,21 @@ def test_the_limit_never_falls_below_one():
         started = start_all(rate)
         assert started
         fail_all(rate, clock, started, overloaded=True, limited=True)
+        clock.now += rate.ready_in()
     assert rate.limit == 1 and rate.has_room()
+
+
+def test_429s_that_name_no_time_are_asked_ever_less_often():
+    rate, clock = rate_of()
+    asked = 0
+    while clock.now < 1000 + 900:
+        fail_all(rate, clock, start_all(rate), overloaded=True, limited=True)
+        asked += 1
+        clock.now += 0.05 + rate.ready_in()
+    assert asked < 60, "it was hammered"
+    rate.started()
+    rate.answered(clock.now, 100, {})
+    assert rate.turned_away == 0 and rate.ready_in() == 0
 
 
 def test_an_error_that_is_not_overload_leaves_the_limit():
@@ -356,7 +370,8 @@ def test_the_429_of_a_server_that_is_up_does_not_open_it():
     rate, clock = rate_of()
     for _ in range(20):
         fail_all(rate, clock, start_all(rate), overloaded=True, limited=True)
-    assert not rate.is_open() and rate.failures == 0 and rate.ready_in() == 0
+        clock.now += rate.ready_in()
+    assert not rate.is_open() and rate.failures == 0
 
 
 def test_a_429_neither_closes_it_nor_lengthens_it():
