@@ -86,8 +86,8 @@ def cards_of(config) -> int:
 
 def label_of(cards: int) -> str:
     """What is to be known of figures of several cards."""
-    label = "projected: this version trains on one card; sharded as FSDP2's fully_shard would be, a block at a time"
-    label += "; a step's tokens shared out evenly"  # dealt out by order, the fullest of 8 cards has 1.19 of the mean's
+    label = "projected: no run on several cards was measured; sharded by FSDP2, a block at a time"
+    label += "; a step's tokens shared out evenly"  # the fullest of 8 cards has 1.01 of the mean's
     return label + f"; machines of {MACHINE}, joined by {8 * PORT_GB_PER_S} Gb/s a card" * (cards > MACHINE)
 
 

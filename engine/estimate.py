@@ -76,7 +76,7 @@ class EstimateConfig:
 
     model: str = knob("", "named shape, folder (Hugging Face or Meta layout) or .gguf file", alias="model_name_or_path")
     gpu: str = knob("H100", "the card, one of " + ", ".join(CARDS))
-    gpus: int = knob(1, "cards; several are projected: this version trains on one")
+    gpus: int = knob(1, "cards, over which the model is sharded; several are projected")
     gpu_memory: float | None = knob(None, "GiB of another card, as torch tells its total_memory (auto: of --gpu)")
     gpu_tflops: float | None = knob(None, "its dense bf16 peak, TFLOP/s (auto: of --gpu)")
     gpu_bandwidth: float | None = knob(None, "its memory's bandwidth, GB/s (auto: of --gpu)")

@@ -16,20 +16,21 @@ from engine.step import Feeder
 ALIGN = 64  # tokens: micro-batches on a GPU are whole rows of a GEMM's tiles
 
 
-def auto_tokens(c: ModelConfig, config: FinetuneConfig, train: data.Dataset, device, dtype) -> int:
-    """Tokens of a micro-batch: on CPU 2048, where more gains nothing; on CUDA as many as fit the free memory, were all
-    of them to carry loss, and no more than a step holds. Raises UsageError with what does fit when not one example
-    does."""
+def auto_tokens(c: ModelConfig, config: FinetuneConfig, train: data.Dataset, device, dtype, shards: int = 1) -> int:
+    """Tokens of a micro-batch: on CPU 2048, where more gains nothing; on CUDA as many as fit the free memory beside one
+    of so many shards of the model, were all of them to carry loss, and no more than a step holds. Raises UsageError
+    with what does fit when not one example does."""
     if device.type == "cpu":
         return max(2048, config.max_length)
     room = torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES  # of which the context is taken already
     most, step = largest(config, train, ALIGN)
     tokens = largest_micro_batch(
         c, room, most_tokens=max(-(-config.max_length // ALIGN) * ALIGN, min(MOST_TOKENS, most)),
-        step_tokens=step if config.optimizer_in_backward else None, **setting_of(config, dtype),
+        step_tokens=step if config.optimizer_in_backward else None,
+        **setting_of(config, dtype) | {"cards": shards},
     )  # fmt: skip
     if tokens // ALIGN * ALIGN < config.max_length:
-        advice = smaller(c, config, dtype, room, config.max_length, config.max_length)
+        advice = smaller(c, config, dtype, room, config.max_length, config.max_length, shards)
         raise UsageError(
             f"{config.model}: an example of {config.max_length} tokens and what training keeps do not fit the "
             f"{room / 1e9:.1f} GB that are free; {advice}"
@@ -45,11 +46,11 @@ def largest(config: FinetuneConfig, train: data.Dataset, align: int) -> tuple[in
     return most, step
 
 
-def smaller(c, config, dtype, room_bytes, tokens, most_tokens):
+def smaller(c, config, dtype, room_bytes, tokens, most_tokens, shards=1):
     """The settings next in price that fit, as advice; tokens: of a micro-batch that did not, most_tokens: that may."""
     fits = cheapest_that_fits(
         c, room_bytes, tokens=tokens, least_tokens=config.max_length, most_tokens=most_tokens,
-        **setting_of(config, dtype),
+        **setting_of(config, dtype) | {"cards": shards},
     )  # fmt: skip
     ways = [f"{' '.join(fit.flags)} ({fit.memory.total / 1e9:.1f} GB)" for fit in fits[:3] if fit.flags]
     if ways:
@@ -110,10 +111,10 @@ def confirm(job, model: Transformer, optimizer: AdamW) -> None:
 
 def halve(job, reason: str) -> None:
     """Half the tokens of a micro-batch, said once in a run. Raises CriaError where they were halved before, or cannot
-    be without changing the maths."""
+    be without changing the maths, or without the other ranks, which wait in the step."""
     config = job.config
     fewer = max(job.max_tokens // 2 // job.align * job.align, config.max_length)
-    if job.halved or fewer == job.max_tokens or config.loss_norm == "micro-mean":
+    if job.world.size > 1 or job.halved or fewer == job.max_tokens or config.loss_norm == "micro-mean":
         raise CriaError(f"out of memory with micro-batches of {job.max_tokens} tokens ({reason}); {advice(job, fewer)}")
     job.progress.say(
         f"out of memory with micro-batches of {job.max_tokens} tokens ({reason}); going on with {fewer}, which changes "
@@ -128,5 +129,6 @@ def advice(job, most_tokens):
     if job.device.type != "cuda":
         return "lower --micro-batch-tokens"
     peak, room = torch.cuda.max_memory_allocated(job.device), torch.cuda.mem_get_info(job.device)[1]
-    ways = smaller(job.model_config, job.config, job.dtype, int(0.9 * room), job.max_tokens, most_tokens)
+    shards = job.world.shards
+    ways = smaller(job.model_config, job.config, job.dtype, int(0.9 * room), job.max_tokens, most_tokens, shards)
     return f"the peak was {peak / 1e9:.1f} of {room / 1e9:.1f} GB; {ways}"

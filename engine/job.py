@@ -157,7 +157,7 @@ def prepare(config: FinetuneConfig, out: Path, signals: Signals, say, world: Wor
         "random_state": "none: order and samples are functions of seed, epoch and step",
     }
     align = ALIGN if device.type == "cuda" else 1
-    max_tokens = config.micro_batch_tokens or auto_tokens(model_config, config, train, device, dtype)
+    max_tokens = config.micro_batch_tokens or auto_tokens(model_config, config, train, device, dtype, world.shards)
     max_tokens = -(-max_tokens // align) * align
     return Job(
         config, out, device, dtype, kernels, model_config, source, tokenizer, train, held_out, total_steps, max_tokens,

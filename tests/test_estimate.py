@@ -671,7 +671,7 @@ def test_several_cards_print_and_say_that_they_are_projected(card, model, gpus, 
     path = tmp_path / "found.json"
     assert run("--model", model, "--gpu", card, "--gpus", gpus, "--json", path) == 0
     out, found = capsys.readouterr().out, strict_json(path)
-    label = "projected: this version trains on one card; sharded as FSDP2's fully_shard would be, a block at a time"
+    label = "projected: no run on several cards was measured; sharded by FSDP2, a block at a time"
     label += "; a step's tokens shared out evenly"
     assert " ".join(out.split()).startswith(label) and found["label"].startswith(label) and found["cards"] == gpus
     assert ("; machines of 8, joined by 400 Gb/s a card" in " ".join(out.split())) == (gpus > 8)

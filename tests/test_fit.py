@@ -8,6 +8,7 @@ import torch
 
 from engine import fit
 from engine.config import MODELS, FinetuneConfig
+from engine.distributed import World
 from engine.errors import CriaError, UsageError
 from engine.memory import CONTEXT_BYTES, memory, setting_of
 
@@ -81,7 +82,7 @@ def test_halving_twice_tells_the_peak_and_what_would_fit(monkeypatch):
     said = []
     job = SimpleNamespace(
         config=config_of(), device=CUDA, dtype=BF16, model_config=MODELS["llama-7b"], max_tokens=9024, align=64,
-        halved=False, facts={}, progress=SimpleNamespace(say=said.append),
+        halved=False, facts={}, world=World(), progress=SimpleNamespace(say=said.append),
     )  # fmt: skip
     fit.halve(job, "no room")
     assert job.max_tokens == job.facts["max_tokens"] == 4480 and "going on with 4480" in said[0]
@@ -92,7 +93,24 @@ def test_halving_twice_tells_the_peak_and_what_would_fit(monkeypatch):
 def test_an_example_must_still_fit_after_halving():
     job = SimpleNamespace(
         config=dataclasses.replace(config_of(), max_length=512), device=torch.device("cpu"), max_tokens=512, align=1,
-        halved=False,
+        halved=False, world=World(),
     )  # fmt: skip
     with pytest.raises(CriaError, match="micro-batches of 512 tokens"):
         fit.halve(job, "no room")
+
+
+def test_a_rank_halves_nothing_without_the_others():
+    job = SimpleNamespace(
+        config=config_of(), device=torch.device("cpu"), max_tokens=9024, align=64, halved=False,
+        world=SimpleNamespace(size=2),
+    )  # fmt: skip
+    with pytest.raises(CriaError, match="out of memory with micro-batches of 9024 tokens"):
+        fit.halve(job, "no room")
+
+
+def test_a_shard_of_a_model_leaves_more_room(monkeypatch):
+    """13B does not fit one card of 80 GB, and an eighth of it does."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (84 * GB, 85 * GB))
+    with pytest.raises(UsageError):
+        fit.auto_tokens(MODELS["llama-13b"], config_of(), LENGTHS, CUDA, BF16)
+    assert fit.auto_tokens(MODELS["llama-13b"], config_of(), LENGTHS, CUDA, BF16, shards=8) > 4096
