@@ -229,6 +229,7 @@ def save(job: Job, optimizer: AdamW, step: int) -> None:
     job.world.at(f"the save of step {step}")
     saved_meanwhile(job, wait=True)
     facts = job.facts | {"n_updates": optimizer.n_updates}
+    job.saving = step
     job.saver.save(step, optimizer.tensors() if job.world.writes else {}, facts)
 
 
@@ -238,8 +239,8 @@ def saved_meanwhile(job: Job, wait: bool = False) -> None:
         done = job.saver.wait() if wait else job.saver.poll()
     except OSError as error:
         reason = f"the state could not be saved ({error.strerror or error}); older states are intact"
-        job.progress.say(f"warning: {reason}")
-        job.metrics.write("skip", step=None, reason=reason)
+        job.progress.say(f"warning: step {job.saving}: {reason}")
+        job.metrics.write("skip", step=job.saving, reason=reason)
         return
     if done:
         job.saved = done.step

@@ -68,6 +68,7 @@ class Job:
     saved: int | None = None  # the step whose state this process wrote or began from
     world: World = dataclasses.field(default_factory=World)  # this process among the ranks
     saver: checkpoint.Saver | None = None
+    saving: int | None = None  # the step whose state was last given to it
     n_signals: int = 0  # ranks that a signal had reached in the last step that was told
     n_skipped: int = 0  # steps in a row without a finite loss
     halved: bool = False  # max_tokens, for want of memory
