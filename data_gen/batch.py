@@ -244,12 +244,11 @@ class Batches:
             self.say(f"batch {batch.id}: {state.status}" + (f", {completed:,} of {total:,}" if total else ""))
         if state.status not in ENDED:
             return
-        for file in (state.output_file_id, state.error_file_id):
-            if file:
-                await self.take_file(batch, file)
+        files = [file for file in (state.output_file_id, state.error_file_id) if file]
+        answered = sum([await self.take_file(batch, file) for file in files])
         left = [one.number for one in batch.sent.values()]
         # Answers that were made and cannot be had may have been billed.
-        await self.close(batch, state.status, "lost" if completed and not state.output_file_id else "failed")
+        await self.close(batch, state.status, "lost" if completed > answered else "failed")
         if state.status == "failed" and not self.is_leaving:
             self.queue.extendleft(reversed(left))
             self.turned_away(batch, len(left), (state.errors.data if state.errors else None) or [])
@@ -271,11 +270,21 @@ class Batches:
 
     # ---- coming back ---------------------------------------------------------------------------------------------
 
-    async def take_file(self, batch, file):
-        """The lines of an output or error file, some hundred a transaction."""
-        lines = io.BytesIO((await self.calls.make(lambda: self.api.files.content(file))).content)
+    async def take_file(self, batch, file) -> int:
+        """The lines of an output or error file, some hundred a transaction. The number of answers in it."""
+
+        async def content():
+            data = (await self.api.files.content(file)).content
+            if b'"custom_id"' not in data:
+                raise ValueError(f"file {file} holds no line of a batch")  # a proxy's page
+            return data
+
+        lines, answered = io.BytesIO(await self.calls.make(content)), 0
         while group := list(itertools.islice(lines, GROUP)):
-            await self.take(batch, [found for line in group if (found := read_line(line, self.client.clean))])
+            found = [line for text in group if (line := read_line(text, self.client.clean))]
+            answered += sum(status == 200 for _, _, status, _ in found)
+            await self.take(batch, found)
+        return answered
 
     async def take(self, batch, outcomes, *statements):
         """Records outcomes of attempts that have none yet, with the statements, then hands them on."""

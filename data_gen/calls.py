@@ -30,7 +30,8 @@ class Calls:
                 if not isinstance(found, str):
                     return found
                 text = found  # a proxy's page
-            except (openai.APIError, ValueError) as error:  # ValueError: half a JSON text
+            # ValueError: half a JSON text; AttributeError: a proxy's page where the package wants a list
+            except (openai.APIError, ValueError, AttributeError) as error:
                 response = getattr(error, "response", None)
                 status, text = (response.status_code, response.text) if response is not None else (0, str(error))
             text = message_of(self.client.clean(text))

@@ -18,7 +18,7 @@ pytest.importorskip("openai")
 pytest.importorskip("rapidfuzz")
 
 from conftest import ROOT, environment
-from openai_server import Server, request_key
+from openai_server import Reply, Server, request_key
 
 from data_gen import batch as module
 from data_gen import calls
@@ -75,7 +75,12 @@ def child(do):
 
 
 def exit_of(pid):
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    deadline = time.monotonic() + 90
+    while (found := os.waitpid(pid, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.003)
+    return os.waitstatus_to_exitcode(found[1])
 
 
 def until(holds, pid=None):
@@ -290,25 +295,24 @@ def test_a_server_that_bills_more_than_was_asked_ends_a_capped_run(tmp_path, cap
     assert "more than request" in capsys.readouterr().err
 
 
-def test_answers_that_were_made_and_cannot_be_had_count_as_perhaps_billed(tmp_path):
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_answers_that_were_made_and_cannot_be_had_count_as_perhaps_billed(tmp_path, share):
     with serve(batch_polls=0) as server:
         inner = server.finish
 
         async def finish(batch, status):
             await inner(batch, status)
             if len(server.batches) == 1:
-                batch.value["output_file_id"] = None
+                file = server.files[batch.value["output_file_id"]]
+                file.data = file.data[: int(share * len(file.data))]
+                batch.value["output_file_id"] = batch.value["output_file_id"] if share else None
 
         server.finish = finish
         assert batched(server, tmp_path) == 0
-        first = batches_of(server)[0][2]
-        lost = [
-            entry
-            for entry in server.log
-            if entry["billed"] and entry["batch" if "batch" in entry else "key"] == batches_of(server)[0][0]
-        ]
-    assert len(first) >= len(lost) > 10
-    assert cost(lost) < uncertain(tmp_path)
+        (first, *_), log = batches_of(server)[0], server.log
+        bills = [cost([entry for entry in log if (entry.get("batch") == first) == own]) for own in (True, False)]
+    assert bills[1] <= spent(tmp_path) <= sum(bills) <= spent(tmp_path) + uncertain(tmp_path)
+    assert bills[0] > 0 and (spent(tmp_path) > bills[1]) == (share > 0)
 
 
 # ---- kills -----------------------------------------------------------------------------------------------------------
@@ -412,8 +416,10 @@ def test_batches_become_smaller_until_the_server_takes_them(plain, tmp_path, cap
     assert same(tmp_path, plain)
 
 
-def test_many_batches_at_once_are_turned_away(plain, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MOST_REQUESTS", 3)
+@pytest.mark.parametrize("most", [1, 3])
+def test_many_batches_at_once_are_turned_away(plain, tmp_path, monkeypatch, most):
+    """One request alone, too: while others are at work, it may fit later."""
+    monkeypatch.setattr(module, "MOST_REQUESTS", most)
     with serve(batch_token_limit=LIMIT) as server:
         assert batched(server, tmp_path) == 0
         states = [status for _, status, _ in batches_of(server)]
@@ -656,20 +662,29 @@ def test_patience_ends_it_and_the_same_command_goes_on(plain, tmp_path, capsys, 
     assert same(tmp_path, plain)
 
 
+@pytest.mark.parametrize("page", [(b"<html>Please log in</html>", "text/html"), (b'{"id": "ba', "application/json")])
+def test_a_proxys_page_is_no_answer(plain, tmp_path, page):
+    with serve() as server:
+        inner, seen = server.resource, set()
+
+        async def resource(request):
+            if (request.method, request.path) not in seen:
+                seen.add((request.method, request.path))
+                return Reply(200, page[0], type=page[1])
+            return await inner(request)
+
+        server.resource = resource
+        assert batched(server, tmp_path) == 0
+        check_nothing_twice(server)
+        check_money(server, tmp_path)
+    assert same(tmp_path, plain)
+
+
 def test_a_server_without_batches_is_told_at_once(tmp_path, capsys):
     with serve() as server:
-        server.files = None  # POST /v1/files fails before anything else
 
         async def no_files(request):
-            return SimpleNamespace(
-                status=404,
-                body={"error": "Not Found"},
-                headers={},
-                type="application/json",
-                way="whole",
-                entry=None,
-                sent=None,
-            )
+            return Reply(404, {"error": "Not Found"})
 
         server.post_files = no_files
         assert batched(server, tmp_path) == 1
@@ -736,7 +751,7 @@ def test_a_signal_is_heard_while_the_server_hangs_or_is_down(plain, tmp_path, mo
     monkeypatch.setattr(calls, "GRACE_S", 0.2)
     for fault in ("hang", "503"):
         out = tmp_path / fault
-        with serve(api_faults={fault: 1.0}, max_faults_per_request=10**9) as server:
+        with serve(api_faults={fault: 1.0}, max_faults_per_request=10**9, hang_s=10**4) as server:
             pid = child(lambda: batched(server, out, "--backoff", 30))  # noqa: B023
             until(lambda: server.stats()["api"].get("POST /v1/files"), pid)
             time.sleep(0.3)
@@ -785,6 +800,22 @@ def test_without_batch_what_batches_left_is_taken_first(plain, opened):
     assert ordinary(server, out, "--poll", "0.01") == 0
     assert [status for _, status, _ in batches_of(server)] == ["cancelled"]
     check_nothing_twice(server)
+    check_money(server, out)
+    assert same(out, plain)
+
+
+def test_what_is_left_of_batches_may_have_failed(plain, opened):
+    server, out = opened
+
+    def fail():
+        for batch in server.batches.values():
+            batch.value |= {
+                "status": "failed",
+                "errors": {"object": "list", "data": [{"code": "odd", "message": "Odd."}]},
+            }
+
+    server.within(fail)
+    assert ordinary(server, out, "--poll", "0.01") == 0
     check_money(server, out)
     assert same(out, plain)
 
