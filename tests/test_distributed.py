@@ -1,11 +1,14 @@
 """Several ranks are one run: torchrun with gloo on the CPU against one process: same rows, curve and weights."""
 
+import dataclasses
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +16,11 @@ from conftest import ROOT, environment, events
 from safetensors.torch import load_file
 
 from engine import finetune as command
-from engine.errors import exit_code_of
+from engine.config import MODELS, FinetuneConfig
+from engine.distributed import first_row, start
+from engine.errors import UsageError, exit_code_of
+from engine.job import check_ranks
+from engine.optim import counts_that_fit
 
 STEPS = 6
 COMMON = (
@@ -170,10 +177,8 @@ def test_two_ranks_then_one_then_four_are_one_run(rows, reference, tmp_path):
 @pytest.mark.parametrize(
     "where",
     [
-        "before(finetune.Transformer, 'loss', 4, die)",  # in a step
-        "before(finetune, 'evaluate', 2, die)",
+        "before(finetune.Transformer, 'loss', 4, die)",  # in a step or an evaluation
         "before(checkpoint, 'write_safetensors', 3, die)",  # in the writing of its shard
-        "before(finetune, 'whole_model', 1, die)",  # in the export
     ],
 )
 def test_a_rank_that_is_killed_ends_the_run_which_resumes(rows, reference, tmp_path, where):
@@ -245,27 +250,35 @@ def test_other_data_on_one_rank_is_refused(rows, tmp_path):
 @pytest.mark.parametrize(
     "more, told",
     [
-        (("--replicas", 3), "wanted one of 1, 2"),
-        (("--optimizer-in-backward", "--grad-clip", 0), "--optimizer-in-backward with 2 ranks"),
-        (("--global-batch-size", 1), "--global-batch-size 1 is under the 2 ranks"),
+        ({"optimizer_in_backward": True, "grad_clip": 0}, "--optimizer-in-backward with 4 ranks"),
+        ({"global_batch_size": 3}, "--global-batch-size 3 is under the 4 ranks"),
+        (
+            {"optimizer_states": "8bit"},
+            "on 4 shards would cut a block of 256 elements; wanted one of 1",
+        ),
     ],
 )
-def test_what_ranks_cannot_do_is_told(rows, tmp_path, more, told):
-    words = [*COMMON, "--data", rows, "--out", tmp_path / "out", *more]
-    assert told in several(2, *words, code=1)
+def test_what_ranks_cannot_do_is_told(more, told):
+    config = FinetuneConfig(model="tiny", random_init=True, data=("x",), out="y", **more)
+    shape = dataclasses.replace(MODELS["tiny"], dim=96, vocab_size=1002)
+    with pytest.raises(UsageError, match=re.escape(told)):
+        check_ranks(config, shape, SimpleNamespace(size=4, shards=4))
+    check_ranks(config, shape, SimpleNamespace(size=1, shards=1))
+
+
+def test_replicas_must_divide_the_ranks(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with pytest.raises(UsageError, match="--replicas 4 of 6 ranks; wanted one of 1, 2, 3, 6"), start("cpu", 4, 600):
+        pass
 
 
 def test_counts_of_shards_that_cut_no_block():
-    from engine.optim import counts_that_fit
-
     assert counts_that_fit({"w": (4096, 4096), "small": (576,)}, 8) == list(range(1, 9))
     assert counts_that_fit({"w": (6, 1000)}, 6) == [1]
     assert 2 in counts_that_fit({"w": (512, 576)}, 8)
 
 
 def test_the_first_row_of_a_shard_is_torchs():
-    from engine.distributed import first_row
-
     for rows in range(1, 40):
         for shards in range(1, 9):
             ends = [first_row(rows, shards, i) for i in range(shards + 1)]
