@@ -8,15 +8,16 @@ Of a micro-batch of T tokens, L of whose targets carry loss at U distinct rows, 
     temporaries            what the worst moment needs beside that: temporaries()
     overhead               CUDA's context and libraries, and what the allocator cannot use: assumed
 
-On each of N cards, sharded as FSDP2's fully_shard shards a block at a time, the embedding and the head being one each,
-the first two lines are of shards: of a parameter (R, ...) the largest has ceil(R / N) rows. Activations and temporaries
-are those of the card's own micro-batch, and beside them, at the moment at which most is whole:
+On each of N cards, sharded as engine.distributed does, a block at a time and the embedding, norm and head together, the
+first two lines are of shards: of a parameter (R, ...) the largest has ceil(R / N) rows. Activations and temporaries are
+those of the card's own micro-batch, and beside them, at the moment at which most is whole:
 
-    gathered      weights of two neighbours, the one under way and the next, fetched ahead: max(2 B, B + E)
-                  gradients on their way to the reduce-scatter, a block's and the head's:          B + E
+    gathered      weights of the embedding and the head, E, from a step's begin to its end, and of two neighbouring
+                  blocks, the one under way and the next, fetched ahead; gradients of E until the end, and a block's
+                  with the fp32 that is reduced:                        2 E + 2 B + (B + F B), with F = 4 / dtype's size
+                  or, at the end, E's alone with the fp32 of it:        2 E + F E
 
-B is a block, E the embedding or the head, of N shards each. A tied matrix is whole from the embedding to the head: the
-weights are then 2 B + E. Projected: no run on several cards was measured.
+B is a block, of N shards. Projected: no run on several cards was measured.
 """
 
 import functools
@@ -90,9 +91,9 @@ def state_bytes(c: ModelConfig, dtype: torch.dtype, master: str, states: str, ca
 
 @functools.cache
 def whole_bytes(c: ModelConfig, dtype: torch.dtype, cards: int) -> tuple[int, int]:
-    """Bytes of a block's weights, and of the embedding's or the head's, gathered from so many shards."""
+    """Bytes of a block's weights, and of those outside of blocks, gathered from so many shards."""
     model = new_model(c, "meta", dtype)
-    groups = model.layers[0].parameters(), [model.tok_embeddings]
+    groups = model.layers[0].parameters(), model.parameters(recurse=False)
     return tuple(sum(cards * shard_of(p, cards).nbytes for p in group) for group in groups)
 
 
@@ -100,15 +101,16 @@ def gathered_bytes(c: ModelConfig, dtype: torch.dtype, cards: int) -> int:
     """The most that is whole on one of several cards: see the top of the file."""
     if cards == 1:
         return 0
-    block, embedding = whole_bytes(c, dtype, cards)
-    weights = 2 * block + embedding if c.tied else block + max(block, embedding)
-    return weights + block + embedding
+    block, others = whole_bytes(c, dtype, cards)
+    wide = 4 // dtype.itemsize
+    return 2 * others + max(3 * block + wide * block, wide * others)
 
 
 def sent_bytes(c: ModelConfig, dtype: torch.dtype, cards: int) -> int:
     """What each card sends, and receives, for a micro-batch: (N - 1) / N of the padded weights in forward and again in
-    backward, and of their gradients, in the weights' dtype. Recomputing a block gathers nothing more."""
-    return 3 * (cards - 1) * state_bytes(c, dtype, "split", "fp32", cards)[0]
+    backward, and of their gradients, in fp32. Recomputing a block gathers nothing more."""
+    shard = state_bytes(c, dtype, "split", "fp32", cards)[0]
+    return (cards - 1) * (2 * shard + 4 // dtype.itemsize * shard)
 
 
 def layer_bytes(c: ModelConfig, t: int, u: int, size: int, recompute: str, last: bool) -> int:

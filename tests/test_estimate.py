@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ from conftest import command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,6 +28,7 @@ from engine.cards import CARDS, GIB, Work, find_card, gemm_flops, rates, step_se
 from engine.cli import from_cli
 from engine.config import MODELS, FinetuneConfig, ModelConfig
 from engine.data import Dataset
+from engine.distributed import shard
 from engine.errors import exit_code_of
 from engine.estimate import SHARED, EstimateConfig, estimate, main, show
 from engine.memory import (
@@ -542,9 +543,7 @@ def test_shards_and_what_is_sent_are_fsdp2s(shape, recompute, ranks):
     c = ModelConfig(**SMALL | SHAPES[shape])
     model, mesh = new_model(c, "cpu", torch.bfloat16, "ref", recompute), init_device_mesh("cpu", (ranks,))
     model.init_weights(0)
-    for module in (*model.layers, model):
-        fully_shard(module, mesh=mesh)
-    register_fsdp_forward_method(model, "loss")
+    shard(model, SimpleNamespace(mesh=mesh))
     shards = [p.to_local() for p in model.parameters()]
     states = [adamw_state(shard, "split", "8bit").tensors() for shard in shards]
     found = state_bytes(c, torch.bfloat16, "split", "8bit", ranks)
@@ -564,13 +563,14 @@ def test_what_is_sent_and_gathered_by_hand():
     block, embedding = 2 * (8 + 8 + 16 * 8 + 8 * 8 + 24 * 8 + 8 * 12), 2 * 12 * 8
     whole = 2 * block + 2 * embedding + 2 * 8
     assert state_bytes(TINY, torch.bfloat16, "split", "fp32", 4)[0] == whole / 4
-    assert sent_bytes(TINY, torch.bfloat16, 4) == 3 * whole * 3 / 4
-    assert memory(TINY, tokens=9, loss_rows=5, cards=4).gathered == 2 * block + (block + embedding)
+    assert sent_bytes(TINY, torch.bfloat16, 4) == 4 * whole * 3 / 4
+    assert sent_bytes(TINY, torch.float32, 4) == 3 * 2 * whole * 3 / 4
+    assert memory(TINY, tokens=9, loss_rows=5, cards=4).gathered == 5 * block + 2 * (2 * embedding + 16)
     tied = dataclasses.replace(TINY, tied=True)
-    assert sent_bytes(tied, torch.bfloat16, 4) == 3 * (whole - embedding) * 3 / 4
-    assert memory(tied, tokens=9, loss_rows=5, cards=4).gathered == 3 * block + 2 * embedding
+    assert sent_bytes(tied, torch.bfloat16, 4) == 4 * (whole - embedding) * 3 / 4
+    assert memory(tied, tokens=9, loss_rows=5, cards=4).gathered == 5 * block + 2 * (embedding + 16)
     wide = dataclasses.replace(TINY, vocab_size=1000)
-    assert memory(wide, tokens=9, loss_rows=5, cards=4).gathered == 2 * (block + 2 * 1000 * 8)
+    assert memory(wide, tokens=9, loss_rows=5, cards=4).gathered == 4 * (2 * 2 * 1000 * 8 + 16)
     with pytest.raises(ValueError, match="in_backward with 4 cards"):
         memory(TINY, tokens=9, loss_rows=5, cards=4, in_backward=True)
 
