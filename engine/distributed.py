@@ -14,6 +14,7 @@ for --rank-timeout seconds: a rank that hangs ends the run in bounded time, and 
 import contextlib
 import datetime
 import os
+import re
 import sys
 import threading
 import time
@@ -158,7 +159,7 @@ def start(device: str, replicas: int, timeout_s: float):
     try:
         yield world
     except RuntimeError as error:
-        raise CriaError(f"rank {rank} of {size}: {world.watch.blame()}{first_line(error)}") from error
+        raise CriaError(f"rank {rank} of {size}: {world.watch.blame()}{cause_of(error)}") from error
     finally:
         world.watch.stop()
     dist.destroy_process_group()
@@ -172,8 +173,11 @@ def number(name, default=None) -> int:
         raise UsageError(f"{name} is {text!r}, wanted a number: start several ranks by torchrun") from None
 
 
-def first_line(error):
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+def cause_of(error) -> str:
+    """In a line. Of a connection that broke: what that means."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    gone = re.search(r"Connection (reset|closed) by peer|Broken pipe|Socket closed", text)
+    return f"another rank ended ({gone[0]}); torchrun tells which" if gone else f"{type(error).__name__}: {text}"
 
 
 class Watch:

@@ -185,6 +185,7 @@ def test_a_rank_that_is_killed_ends_the_run_which_resumes(rows, reference, tmp_p
     out = tmp_path / "out"
     code, said = driven(tmp_path, 2, f"if RANK == 1: {where}", *flags(rows, out, *SAVES))
     assert code == 1 and "rank      : 1" in said and "exitcode  : -9" in said, said
+    assert "error: rank 0 of 2" not in said or "another rank ended" in said, said
     assert "going on after step" in several(2, *flags(rows, out, *SAVES))
     same(out, reference)
     assert not list(out.glob(".tmp-*"))
