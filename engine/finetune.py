@@ -110,11 +110,11 @@ def train(job: Job, model: Transformer, optimizer: AdamW, start: int) -> None:
                 stop(job, optimizer, step - 1)
             loss, counts = done
             within = optimizer.begun is not None
-            loss, norm, computed, signals = over_ranks(job, loss, optimizer.grad_norm(), counts)
+            loss, norm, shared = over_ranks(job, loss, optimizer.grad_norm(), counts)
             finite = torch.isfinite(loss + norm)
             optimizer.step(lr, norm, config.grad_clip, apply=finite)
             optimizer.zero_grad()
-            told = step, lr, counts, began, Figures(loss, norm, finite, computed, signals), within
+            told = step, lr, counts, began, Figures(loss, norm, finite, *shared), within
 
             if not job.runs_ahead or job.pauses_after(step) or job.asked_to_stop():
                 told = tell(job, optimizer, *told)
@@ -128,22 +128,24 @@ def train(job: Job, model: Transformer, optimizer: AdamW, start: int) -> None:
 
 
 def over_ranks(job: Job, loss, norm, counts):
-    """(loss, gradient norm, computed tokens, ranks that a signal reached) of all ranks, on the device."""
+    """(loss, gradient norm, [computed tokens, ranks that a signal reached]) of all ranks, on the device; alone, [], as
+    the host knows them. Filled, not copied there: a copy would wait for the device."""
     if job.world.size == 1:
-        return loss, norm, torch.tensor(counts["computed_tokens"]), torch.tensor(int(job.signals.pending()))
+        return loss, norm, []
     square = norm.double().square()
     if job.world.replicas > 1:  # each replica holds every gradient
         square = square / job.world.replicas
-    mine = [loss.double(), square, *(loss.new_tensor(n, dtype=torch.float64) for n in
-            (counts["computed_tokens"], job.signals.pending()))]  # fmt: skip
-    loss, square, computed, signals = job.world.sum(torch.stack(mine))
-    return loss, square.sqrt(), computed, signals
+    host = counts["computed_tokens"], job.signals.pending()
+    filled = [torch.full((), float(n), dtype=torch.float64, device=loss.device) for n in host]
+    loss, square, *shared = job.world.sum(torch.stack([loss.double(), square, *filled]))
+    return loss, square.sqrt().float(), shared
 
 
 def tell(job: Job, optimizer: AdamW, step: int, lr: float, counts: dict, began: Mark, figures: Figures, within):
     """Reads a step's figures, waiting for them if need be, and tells them. within: it was updated in backward."""
-    loss, norm, finite, computed, signals = figures.read()
-    job.n_signals, counts = int(signals), counts | {"computed_tokens": int(computed)}
+    loss, norm, finite, *shared = figures.read()
+    if shared:
+        counts["computed_tokens"], job.n_signals = map(int, shared)
     job.n_skipped = 0 if finite else job.n_skipped + 1
     if not finite:
         optimizer.n_updates -= 1  # the device has left it out
