@@ -120,6 +120,11 @@ def tell(options, means, prices, table, prompter, sampling):
     if options.batch:
         when = "answers within a day a round, two or three rounds"
     console.print(f"{when}; prices as of {table.as_of}", markup=False, soft_wrap=True)
+    if not options.out:
+        thoughts = (
+            "a model that reasons bills its reasoning as output: that is not in here, --out with a first run has it"
+        )
+        console.print(thoughts, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def test_the_sum_can_be_done_by_hand(capsys):
     assert dollars == pytest.approx(Decimal(requests * (n_in * 0.1 + n_out * 0.4) / 1e6), rel=Decimal("0.002"))
     assert thousand == pytest.approx(dollars / 52, rel=Decimal("0.01"))
     assert most > dollars / requests
-    assert "assumed" in text and read_table().as_of in text
+    assert "assumed" in text and read_table().as_of in text and "bills its reasoning as output" in text
 
 
 def test_a_batch_is_half_the_price(capsys):
@@ -83,6 +83,7 @@ def test_a_run_that_is_there_gives_its_own_means(capsys, tmp_path, monkeypatch):
     assert n_in == round(billed["prompt_tokens"] / billed["requests"])
     assert n_out == round(billed["completion_tokens"] / billed["requests"])
     assert "shown by" in text and "assumed" not in text.split("\n")[0]
+    assert "reasoning" not in text, "what was billed has it"
     spent = (billed["prompt_tokens"] * 0.1 + billed["completion_tokens"] * 0.4) / 1e6
     assert line_of(text, "m")[2] == pytest.approx(Decimal(spent), abs=Decimal("0.011"))
     text = told(capsys, *words[2:-1], "--out", tmp_path, "--rows", 20_000)
