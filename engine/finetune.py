@@ -268,7 +268,7 @@ def save_or_fail(job: Job, optimizer: AdamW, step: int, why: str) -> None:
 
 def stop(job: Job, optimizer: AdamW, step: int):
     """A signal came: saves once, and ends."""
-    why = f"stopped by {job.signals.received} after step {step}"
+    why = f"stopped by {job.signals.received or 'a signal to another rank'} after step {step}"
     save_or_fail(job, optimizer, step, why)
     raise Stopped(f"{why}; run the same command again to go on")
 
@@ -277,8 +277,8 @@ def finish(job: Job, model: Transformer, optimizer: AdamW) -> None:
     """The model as a complete Hugging Face folder. On a full disk the training state is saved, if that fits."""
     saved_meanwhile(job, wait=True)
     whole = model if job.world.size == 1 else whole_model(job, model)
-
-    def write():
+    problem = None
+    try:
         if job.world.is_main:
             save_hf(
                 job.out, whole, max_shard_bytes=job.config.max_shard_bytes, bos_id=job.tokenizer.bos_id,
@@ -286,12 +286,8 @@ def finish(job: Job, model: Transformer, optimizer: AdamW) -> None:
                 generation_config=job.source.generation_config if job.source else None,
             )  # fmt: skip
             job.tokenizer.save(job.out)
-
-    try:
-        problem = None
-        write()
     except OSError as error:
-        problem = error.strerror
+        problem = error.strerror or str(error)
     if problem := job.world.from_main(problem):
         why = f"the model could not be written ({problem})"
         save_or_fail(job, optimizer, job.total_steps, why)

@@ -75,6 +75,19 @@ def command(module, *args, check=True):
 finetune, generate, export = (partial(command, f"engine.{name}") for name in ("finetune", "generate", "export"))
 
 
+# Python for a process of its own: act() just before the nth call of module.name.
+BEFORE_CALL = """
+def before(module, name, nth, act):
+    real, calls = getattr(module, name), [0]
+    def call(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == nth:
+            act()
+        return real(*args, **kwargs)
+    setattr(module, name, call)
+"""
+
+
 def environment():
     return os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, environment, events, finetune
+from conftest import BEFORE_CALL, ROOT, environment, events, finetune
 from safetensors.torch import load_file
 
 STEPS = 12
@@ -42,18 +42,6 @@ def end(process):
     """(exit code, stdout, stderr); the code of a killed one is negative."""
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
-
-
-BEFORE_CALL = """
-def before(module, name, nth, act):
-    real, calls = getattr(module, name), [0]
-    def call(*args, **kwargs):
-        calls[0] += 1
-        if calls[0] == nth:
-            act()
-        return real(*args, **kwargs)
-    setattr(module, name, call)
-"""
 
 
 @pytest.fixture(scope="module")
