@@ -98,6 +98,7 @@ class EstimateConfig:
     share_prefix: bool = same("share_prefix")
     master_weights: str = same("master_weights")
     optimizer_states: str = same("optimizer_states")
+    replicas: int | None = same("replicas")
     offload_optimizer: bool = same("offload_optimizer")
     optimizer_in_backward: bool = same("optimizer_in_backward")
     recompute: str = same("recompute")

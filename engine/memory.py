@@ -8,8 +8,8 @@ Of a micro-batch of T tokens, L of whose targets carry loss at U distinct rows, 
     temporaries            what the worst moment needs beside that: temporaries()
     overhead               CUDA's context and libraries, and what the allocator cannot use: assumed
 
-On each of N cards, sharded as engine.distributed does, a block at a time and the embedding, norm and head together, the
-first two lines are of shards: of a parameter (R, ...) the largest has ceil(R / N) rows. Activations and temporaries are
+On each of S cards, sharded as engine.distributed does, a block at a time and the embedding, norm and head together, the
+first two lines are of shards: of a parameter (n, ...) the largest has ceil(n / S) rows. Activations and temporaries are
 those of the card's own micro-batch, and beside them, at the moment at which most is whole:
 
     gathered      weights of the embedding and the head, E, from a step's begin to its end, and of two neighbouring
@@ -17,12 +17,20 @@ those of the card's own micro-batch, and beside them, at the moment at which mos
                   with the fp32 that is reduced:                        2 E + 2 B + (B + F B), with F = 4 / dtype's size
                   or, at the end, E's alone with the fp32 of it:        2 E + F E
 
-B is a block, of N shards. Projected: no run on several cards was measured.
+B is a block, of S shards. R replicas of S shards sum their gradients once a step. Until then each keeps fp32 sums of
+its shard's, and FSDP2 keeps what it sends, fp32 too, until backward has ended: 4 bytes a parameter beside its gradient
+in bf16. With S = 1 nothing is sent to gather, but FSDP2 copies: the weights of E and of the block under way; of its
+gradients that are to be summed it has an fp32 copy, the same divided by 1, and the sum of earlier micro-batches':
+
+    gathered, S = 1    2 E + max(2 B + F B, 3 F B), or at the end 3 F E
+
+Projected: no run on several cards was measured.
 """
 
 import functools
 import itertools
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -97,20 +105,33 @@ def whole_bytes(c: ModelConfig, dtype: torch.dtype, cards: int) -> tuple[int, in
     return tuple(sum(cards * shard_of(p, cards).nbytes for p in group) for group in groups)
 
 
-def gathered_bytes(c: ModelConfig, dtype: torch.dtype, cards: int) -> int:
+def gathered_bytes(c: ModelConfig, dtype: torch.dtype, cards: int, replicas: int = 1) -> int:
     """The most that is whole on one of several cards: see the top of the file."""
-    if cards == 1:
+    if cards * replicas == 1:
         return 0
     block, others = whole_bytes(c, dtype, cards)
     wide = 4 // dtype.itemsize
+    if cards == 1:
+        return max(2 * others + max(2 * block + wide * block, 3 * wide * block), 3 * wide * others)
     return 2 * others + max(3 * block + wide * block, wide * others)
 
 
+def sums_bytes(parameters: int, dtype: torch.dtype, replicas: int) -> int:
+    """What one of several replicas keeps in fp32 beside gradients of so many bytes; those of fp32 are the same."""
+    return parameters * 4 // dtype.itemsize if replicas > 1 and dtype.itemsize < 4 else 0
+
+
 def sent_bytes(c: ModelConfig, dtype: torch.dtype, cards: int) -> int:
-    """What each card sends, and receives, for a micro-batch: (N - 1) / N of the padded weights in forward and again in
+    """What each card sends, and receives, for a micro-batch: (S - 1) / S of the padded weights in forward and again in
     backward, and of their gradients, in fp32. Recomputing a block gathers nothing more."""
     shard = state_bytes(c, dtype, "split", "fp32", cards)[0]
     return (cards - 1) * (2 * shard + 4 // dtype.itemsize * shard)
+
+
+def summed_bytes(c: ModelConfig, dtype: torch.dtype, cards: int, replicas: int) -> int:
+    """What each card sends, and receives, once a step: 2 (R - 1) / R of its shard's gradients, in fp32."""
+    shard = state_bytes(c, dtype, "split", "fp32", cards)[0]
+    return 2 * (replicas - 1) * shard * 4 // dtype.itemsize // replicas
 
 
 def layer_bytes(c: ModelConfig, t: int, u: int, size: int, recompute: str, last: bool) -> int:
@@ -218,7 +239,7 @@ def gradients_at_once(c: ModelConfig, loss_rows: int, size: int, in_backward: bo
 def memory(
     c: ModelConfig, *, tokens: int, loss_rows: int, query_rows: int | None = None, dtype: torch.dtype = torch.bfloat16,
     master: str = "split", states: str = "fp32", recompute: str = "cheap", offload: bool = False,
-    in_backward: bool = False, one_micro_batch: bool = False, cards: int = 1,
+    in_backward: bool = False, one_micro_batch: bool = False, cards: int = 1, replicas: int = 1,
 ) -> Memory:  # fmt: skip
     """Bytes of a training step on a card.
 
@@ -226,22 +247,23 @@ def memory(
     that predict them; None is L. master, states, recompute, offload, in_backward: as FinetuneConfig's flags say. With
     offload master and states are on the host, but for those in SLOTS, each as large as the largest tensor's.
     one_micro_batch: no step has a second; then gradients come as activations go, and with in_backward go again at once.
-    cards: that share everything but a micro-batch. Raises ValueError for several with in_backward.
+    cards: over which a replica is sharded, which share everything but a micro-batch. replicas: of so many cards each.
+    Raises ValueError for several cards or replicas with in_backward.
     """
-    if in_backward and cards > 1:
-        raise ValueError(f"memory: in_backward with {cards} cards, wanted one")
+    if in_backward and cards * replicas > 1:
+        raise ValueError(f"memory: in_backward with {cards * replicas} cards, wanted one")
     size = dtype.itemsize
     query_rows = loss_rows if query_rows is None else query_rows
     parameters, masters, moments, largest = state_bytes(c, dtype, master, states, cards)
-    gathered = gathered_bytes(c, dtype, cards)
+    gathered = gathered_bytes(c, dtype, cards, replicas)
     host = masters + moments if offload else 0
     if offload:
         masters, moments = 0, SLOTS * largest
     kept_bytes = kept(c, tokens, loss_rows, query_rows, size, recompute)
     activations = kept_bytes + tokens * (8 + PLAN_BYTES) + 12 * loss_rows  # positions, plans; targets and their weights
     head, backward, first, end = temporaries(c, tokens, loss_rows, query_rows, size, recompute)
-    if cards > 1:  # whole ones are among what is gathered, the embedding's too
-        gradients = parameters
+    if cards * replicas > 1:  # whole ones are among what is gathered, the embedding's too
+        gradients = parameters + sums_bytes(parameters, dtype, replicas)
     elif one_micro_batch and not in_backward:  # most gradients are there when most activations are not
         others = parameters - c.vocab_size * c.dim * size  # all but the embedding's, or the one that it is added to
         latest = others + max(first, end) + c.tied * c.vocab_size * c.dim * size
@@ -252,7 +274,7 @@ def memory(
         gradients += 0 if one_micro_batch else parameters  # autograd adds a new one to the old
         backward = max(backward, end - kept_bytes)
     tensors = parameters + gradients + masters + moments + gathered + activations + max(head, backward)
-    libraries = CONTEXT_BYTES + (NCCL_BYTES if cards > 1 else 0)
+    libraries = CONTEXT_BYTES + (NCCL_BYTES if cards * replicas > 1 else 0)
     return Memory(
         parameters, masters, moments, gradients, gathered, activations, head, backward,
         libraries + round(SLACK * tensors), host,
@@ -284,6 +306,30 @@ def largest_micro_batch(
     return low
 
 
+def layout_that_fits(
+    c: ModelConfig, room_bytes: int, n_cards: int, *, share_tokens: int, least_tokens: int,
+    counts: Collection[int] | None = None, **setting,
+) -> tuple[int, int]:  # fmt: skip
+    """(replicas, tokens of a micro-batch): the most replicas whose cards hold as much of a step at a time as one
+    replica's would, or all of their share; where none holds least_tokens, the fewest.
+
+    More replicas send less for each micro-batch; more micro-batches send it more often. share_tokens: of a step, of one
+    card. least_tokens: of the longest example. counts: shards into which a replica may be cut; None: any. setting: of
+    largest_micro_batch(), but cards and replicas. Raises ValueError where n_cards are no multiple of any of counts.
+    """
+    allowed = [r for r in range(1, n_cards + 1) if n_cards % r == 0 and (counts is None or n_cards // r in counts)]
+    if not allowed:
+        raise ValueError(f"layout: {n_cards} cards, wanted a multiple of one of {', '.join(map(str, counts))} shards")
+
+    def tokens(replicas):
+        return largest_micro_batch(c, room_bytes, **setting | {"cards": n_cards // replicas, "replicas": replicas})
+
+    fewest = allowed[0], tokens(allowed[0])
+    wanted = max(min(share_tokens, fewest[1]), least_tokens)
+    found = ((replicas, tokens(replicas)) for replicas in reversed(allowed))
+    return next((layout for layout in found if layout[1] >= wanted), fewest)
+
+
 # What saves memory, the cheapest in speed and mathematics first: (setting of memory(), its value, flags).
 SAVINGS = (
     ("states", "8bit", "--optimizer-states 8bit"),
@@ -296,16 +342,19 @@ SAVINGS = (
 )
 DEFAULTS = {
     "dtype": torch.bfloat16, "master": "split", "states": "fp32", "recompute": "cheap", "offload": False,
-    "in_backward": False, "cards": 1,
+    "in_backward": False, "cards": 1, "replicas": 1,
 }  # fmt: skip
 
 
 def setting_of(config, dtype: torch.dtype) -> dict:
-    """What memory() is to know of a FinetuneConfig's flags, or an EstimateConfig's."""
+    """What memory() is to know of a FinetuneConfig's flags, whose run is one card's, or of an EstimateConfig's. With
+    replicas chosen by what fits it is the setting of one, over all cards."""
+    cards = cards_of(config)
+    replicas = config.replicas or 1 if cards > 1 else 1
     return {
         "dtype": dtype, "master": config.master_weights, "states": config.optimizer_states,
         "recompute": config.recompute, "offload": config.offload_optimizer, "in_backward": config.optimizer_in_backward,
-        "cards": cards_of(config),
+        "cards": cards // replicas, "replicas": replicas,
     }  # fmt: skip
 
 
@@ -337,7 +386,7 @@ def cheapest_that_fits(
 
     price = {saving: 2 << i for i, saving in enumerate(SAVINGS)}
     most = min(most_tokens, step_tokens or most_tokens)
-    known = [s for s in SAVINGS if s[0] != "in_backward" or setting["cards"] == 1]
+    known = [s for s in SAVINGS if s[0] != "in_backward" or setting["cards"] * setting["replicas"] == 1]
     saving = [s for s in known if used(most, setting | {s[0]: s[1]}).total < used(most, setting).total]
     groups = [[s for s in saving if s[0] == name] for name in dict.fromkeys(name for name, *_ in saving)]
     found = []
