@@ -135,10 +135,10 @@ class FinetuneConfig:
     grad_clip: float = knob(1.0, "largest global gradient norm; 0 is no clipping")
     seed: int = knob(42, "of the order of rows, the held-out split, random weights, samples")
     shuffle: bool = knob(True, "a new order each epoch; off: the order of the files")
-    replicas: int = knob(
-        1,
+    replicas: int | None = knob(
+        None,
         "of the model, over the ranks that torchrun starts: each is sharded over ranks / replicas (FSDP2); as many as "
-        "ranks is plain data parallelism",
+        "ranks is plain data parallelism (auto: as many as fit without smaller micro-batches)",
     )
     rank_timeout: float = knob(600.0, "seconds after which a rank that is not heard of ends the run")
     device: str = knob("auto", "auto is cuda where there is one", ("auto", "cpu", "cuda"))
@@ -191,6 +191,13 @@ class FinetuneConfig:
     skip_bad_rows: bool = knob(False, "drop and count rows that cannot be read, instead of stopping")
     allow_changed: bool = knob(False, "resume although settings or data changed")
     max_skips: int = knob(3, "consecutive steps with a non-finite loss or gradient before giving up")
+    spike_threshold: float = knob(
+        6.0, "robust standard deviations over the median of the last 64 losses that make a loss a spike, told; 0 is off"
+    )
+    spike_rollback: bool = knob(
+        False,
+        "at a spike go back to the newest state on disk and leave out the steps since; wants --save-every N",
+    )
     log_every: int = knob(1, "steps a line where the output is not a terminal", alias="logging_steps")
     debug: bool = knob(False, "show tracebacks")
 
@@ -201,7 +208,7 @@ class FinetuneConfig:
                 ("epochs", 1), ("max_steps", 1), ("global_batch_size", 1), ("micro_batch_tokens", 1),
                 ("micro_batch_size", 1), ("max_length", 2), ("lr", 0), ("weight_decay", 0), ("grad_clip", 0),
                 ("seed", 0), ("keep", 1), ("max_shard_bytes", 1), ("sample_tokens", 1), ("log_every", 1),
-                ("max_skips", 0), ("replicas", 1), ("rank_timeout", 1),
+                ("max_skips", 0), ("replicas", 1), ("rank_timeout", 1), ("spike_threshold", 0),
             ]
             if getattr(self, name) is not None and not getattr(self, name) >= least
         ]  # fmt: skip
@@ -223,6 +230,10 @@ class FinetuneConfig:
             problems.append("--optimizer-in-backward drops the gradients that --grad-clip needs; pass --grad-clip 0")
         if self.optimizer_in_backward and self.offload_optimizer:
             problems.append("--optimizer-in-backward and --offload-optimizer exclude each other")
+        if self.spike_rollback and (self.save_every in ("off", "end") or not self.spike_threshold):
+            problems.append(
+                "--spike-rollback wants a --spike-threshold and states to go back to; pass --save-every 100"
+            )
         if self.loss_norm == "micro-mean" and self.packing:
             object.__setattr__(self, "packing", False)  # the mean of micro-batches in the order of the rows
         if self.eval_data and self.eval_fraction:

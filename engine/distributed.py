@@ -34,16 +34,21 @@ PATIENCE_S = 24 * 3600  # of ranks for the first one's long work: the watch noti
 class World:
     """This process among the ranks of its run. Alone (size 1), all calls are plain Python."""
 
-    def __init__(self, rank=0, size=1, replicas=1, store=None, device=None, timeout_s=600.0):
-        self.rank, self.size, self.replicas, self.store = rank, size, replicas, store
+    def __init__(self, rank=0, size=1, store=None, device=None, timeout_s=600.0):
+        self.rank, self.size, self.replicas, self.store, self.device = rank, size, 1, store, device
         self.watch = Watch(self, timeout_s) if size > 1 else None
         self.mesh = self.saving = None
         if size > 1:
-            shape, names = (replicas, size // replicas), ("replicas", "shards")
-            whole = slice(None) if replicas > 1 else slice(1, None)
-            self.mesh = init_device_mesh(device, shape[whole], mesh_dim_names=names[whole])
             self.saving = dist.new_group(backend="gloo")  # of a thread of its own: collectives of a group keep order
             self.calls = 0
+
+    def arrange(self, replicas: int) -> None:
+        """Stands the ranks in rows of one replica's shards each; all call it, before anything is sharded."""
+        self.replicas = replicas
+        if self.size > 1:
+            shape, names = (replicas, self.shards), ("replicas", "shards")
+            whole = slice(None) if replicas > 1 else slice(1, None)
+            self.mesh = init_device_mesh(self.device, shape[whole], mesh_dim_names=names[whole])
 
     def at(self, place: str) -> None:
         """Where this rank is, for whoever has to tell that it went missing there."""
@@ -134,13 +139,9 @@ class World:
 
 
 @contextlib.contextmanager
-def start(device: str, replicas: int, timeout_s: float):
+def start(device: str, timeout_s: float):
     """The World that torchrun's environment describes. Raises UsageError for one that cannot be."""
-    size = number("WORLD_SIZE", 1)
-    if size % replicas:
-        counts = [r for r in range(1, size + 1) if size % r == 0]
-        raise UsageError(f"--replicas {replicas} of {size} ranks; wanted one of {', '.join(map(str, counts))}")
-    if size == 1:
+    if number("WORLD_SIZE", 1) == 1:
         yield World()
         return
     cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
@@ -155,7 +156,7 @@ def start(device: str, replicas: int, timeout_s: float):
     store = dist.PrefixStore(f"start {number('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # torchrun keeps one store
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    world = World(rank, size, replicas, dist.PrefixStore("cria", store), "cuda" if cuda else "cpu", timeout_s)
+    world = World(rank, size, dist.PrefixStore("cria", store), "cuda" if cuda else "cpu", timeout_s)
     try:
         yield world
     except RuntimeError as error:
@@ -253,6 +254,13 @@ def shard(model, world: World):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def completes(model, last: bool) -> None:
+    """Whether the next backward is the last one of a step. Replicas add their gradients up there alone; until then each
+    keeps its own sums, in fp32."""
+    if hasattr(model, "set_requires_all_reduce"):
+        model.set_requires_all_reduce(last)
 
 
 def held(model) -> dict[str, Shard]:

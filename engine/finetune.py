@@ -21,15 +21,14 @@ from engine import checkpoint, data, distributed, packing
 from engine.cards import CARDS, card_at_hand
 from engine.cli import from_cli, stanford
 from engine.config import EMBEDDED, FinetuneConfig
-from engine.errors import CriaError, DataError, DivergedError, Stopped, exit_code_of
+from engine.errors import DataError, DivergedError, Stopped, exit_code_of
 from engine.estimate import estimate_on
 from engine.estimate import tell as tell_estimate
-from engine.fit import confirm, within_memory
+from engine.fit import confirm, halved_before, within_memory
 from engine.generate import generate, stop_ids
 from engine.job import Job, find_resume, finished, plan, prepare
 from engine.load import cpu_multiplies_bf16
 from engine.log import Metrics, Progress
-from engine.memory import state_bytes
 from engine.mix import dataset_mix
 from engine.model import Transformer, new_model
 from engine.optim import AdamW, lr_factor
@@ -42,13 +41,13 @@ from engine.run import (
     Signals,
     claim,
     environment,
-    need_disk,
     read_json,
     read_lines,
     write_json,
 )
+from engine.saving import finish, roll_back, room_for_states, save, saved_meanwhile, stop
+from engine.spikes import Spike, Spikes
 from engine.step import Feeder, Figures, Mark
-from engine.weights import save_hf
 
 EVAL_CHUNK = 256  # held-out examples packed together
 
@@ -75,9 +74,10 @@ def forward_backward(job: Job, model: Transformer, optimizer: AdamW, feed: Feede
     that, end the step first."""
     batches = feed.take(step)
     loss = torch.zeros((), device=job.device)
-    for batch in batches:
+    for i, batch in enumerate(batches, 1):
         if job.world.size == 1 and job.signals.pending():
             return None
+        distributed.completes(model, i == len(batches))
         part = model.loss(batch)
         if job.config.optimizer_in_backward and len(batches) == 1:
             optimizer.begin(lr, part)
@@ -151,6 +151,11 @@ def tell(job: Job, optimizer: AdamW, step: int, lr: float, counts: dict, began: 
         optimizer.n_updates -= 1  # the device has left it out
         skip(job, step, loss, norm, [job.train.sources[i] for i in job.examples_of(step)], within)
     log_step(job, step, loss, lr, norm, counts, figures.mark.seconds_since(began))
+    if finite:
+        spike = job.spikes.look(step, loss)
+        job.n_spiked = job.n_spiked + 1 if spike else 0
+        if spike:
+            tell_spike(job, optimizer, step, spike)
 
 
 def after_step(job: Job, model: Transformer, optimizer: AdamW, step: int) -> None:
@@ -190,6 +195,28 @@ def skip(job, step, loss, norm, rows, within):
         )
 
 
+def tell_spike(job: Job, optimizer: AdamW, step: int, spike: Spike) -> None:
+    """A loss that stands out is told with its rows. With --spike-rollback the run goes on with the next step from the
+    newest state on disk; too many in a row end it."""
+    said = f"step {step}: loss {spike.loss:.4f} is a spike: the median was {spike.median:.4f} +- {spike.deviation:.4f}"
+    back_to = None
+    if job.config.spike_rollback:
+        back_to = roll_back(job, optimizer)
+        where = f"back to the state of step {back_to}, the rows of {step - (back_to or 0)} steps are left out"
+        said += f"; {'no state to go back to yet' if back_to is None else where}"
+    job.progress.say(f"warning: {said}")
+    rows = [job.train.sources[i] for i in job.examples_of(step)]
+    job.metrics.write("spike", step=step, **dataclasses.asdict(spike), back_to=back_to, rows=rows)
+    if back_to is None:
+        return
+    job.spikes.forget(back_to)
+    if job.n_spiked > job.config.max_skips:
+        raise DivergedError(
+            f"step {step}: the loss spiked {job.n_spiked} times in a row after the state of step {back_to}; lower "
+            f"--lr, or look at the rows: {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}"
+        )
+
+
 @torch.no_grad()
 def evaluate(job: Job, model: Transformer, step: int, optimizer: AdamW) -> None:
     """The loss a token on the held-out examples."""
@@ -221,88 +248,6 @@ def show_samples(job: Job, model: Transformer, step: int) -> None:
         text = job.tokenizer.decode(answer).strip()
         job.metrics.write("sample", step=step, prompt=prompt, text=text)
         job.progress.say(f"[{title}] {prompt}\n    " + text.replace("\n", "\n    "))
-
-
-# ---- save -----------------------------------------------------------------------------------------------------------
-
-
-def save(job: Job, optimizer: AdamW, step: int) -> None:
-    """A training state on the way, written by a thread: a full disk costs this one, not the run."""
-    job.world.at(f"the save of step {step}")
-    saved_meanwhile(job, wait=True)
-    facts = job.facts | {"n_updates": optimizer.n_updates}
-    job.saving = step
-    job.saver.save(step, optimizer.tensors() if job.world.writes else {}, facts)
-
-
-def saved_meanwhile(job: Job, wait: bool = False) -> None:
-    """Tells of the state that was being written, when it is."""
-    try:
-        done = job.saver.wait() if wait else job.saver.poll()
-    except OSError as error:
-        reason = f"the state could not be saved ({error.strerror or error}); older states are intact"
-        job.progress.say(f"warning: step {job.saving}: {reason}")
-        job.metrics.write("skip", step=job.saving, reason=reason)
-        return
-    if done:
-        job.saved = done.step
-        job.metrics.write(
-            "save", step=done.step, path=done.folder.name, seconds=done.seconds, held_seconds=done.held_seconds,
-            bytes=done.bytes,
-        )  # fmt: skip
-
-
-def save_or_fail(job: Job, optimizer: AdamW, step: int, why: str) -> None:
-    """The state at the end of a process, unless it is on disk already."""
-    saved_meanwhile(job, wait=True)
-    if job.saved == step:
-        return
-    save(job, optimizer, step)
-    try:
-        done = job.saver.wait()
-    except OSError as error:
-        raise CriaError(f"{why}; step {step}: the state could not be saved ({error.strerror or error})") from None
-    job.saved = done.step
-    job.metrics.write("save", step=step, path=done.folder.name, seconds=done.seconds, bytes=done.bytes)
-
-
-def stop(job: Job, optimizer: AdamW, step: int):
-    """A signal came: saves once, and ends."""
-    why = f"stopped by {job.signals.received or 'a signal to another rank'} after step {step}"
-    save_or_fail(job, optimizer, step, why)
-    raise Stopped(f"{why}; run the same command again to go on")
-
-
-def finish(job: Job, model: Transformer, optimizer: AdamW) -> None:
-    """The model as a complete Hugging Face folder. On a full disk the training state is saved, if that fits."""
-    saved_meanwhile(job, wait=True)
-    whole = model if job.world.size == 1 else whole_model(job, model)
-    problem = None
-    try:
-        if job.world.is_main:
-            save_hf(
-                job.out, whole, max_shard_bytes=job.config.max_shard_bytes, bos_id=job.tokenizer.bos_id,
-                eos_ids=sorted(job.tokenizer.stop_ids),
-                generation_config=job.source.generation_config if job.source else None,
-            )  # fmt: skip
-            job.tokenizer.save(job.out)
-    except OSError as error:
-        problem = error.strerror or str(error)
-    if problem := job.world.from_main(problem):
-        why = f"the model could not be written ({problem})"
-        save_or_fail(job, optimizer, job.total_steps, why)
-        raise CriaError(f"{why}; the training state is saved: make room and run the same command again")
-
-
-def whole_model(job: Job, model: Transformer) -> Transformer | None:
-    """The model in the host's memory of the first rank."""
-    job.world.at("the model's export")
-    tensors = distributed.gathered(model, job.world)
-    if not job.world.is_main:
-        return None
-    whole = new_model(job.model_config, "meta", job.dtype)
-    whole.load_state_dict(tensors, assign=True)
-    return whole
 
 
 # ---- main -----------------------------------------------------------------------------------------------------------
@@ -338,7 +283,7 @@ def main(argv):
     config, notes = from_cli(FinetuneConfig, argv, stanford, embedded)
     signals = Signals()
     with ExitStack() as stack:
-        world = stack.enter_context(distributed.start(config.device, config.replicas, config.rank_timeout))
+        world = stack.enter_context(distributed.start(config.device, config.rank_timeout))
         say = print if world.is_main else silent
         for note in notes:
             say(note)
@@ -350,7 +295,10 @@ def main(argv):
             say(f"{out} holds this run, finished; --resume never starts it over")
             return
         found = world.from_main(world.together(lambda: find_resume(job, say) if world.is_main else None))
-        job.max_tokens = job.facts["max_tokens"] = world.from_main(job.max_tokens)
+        if world.is_main:
+            halved_before(job, say)
+        job.max_tokens, job.halved = world.from_main((job.max_tokens, job.halved))
+        job.facts["max_tokens"] = job.max_tokens
         world.together(lambda: world.is_main and room_for_states(job))
         if not config.dry_run:
             run(job, found)
@@ -374,14 +322,7 @@ def agree(job: Job) -> None:
     if others := [rank for rank, sha256 in enumerate(hashes) if sha256 != hashes[0]]:
         raise DataError(f"rank {others[0]} read other data than rank 0; --data must be the same on every machine")
     job.max_tokens = job.facts["max_tokens"] = job.world.least(job.max_tokens)
-
-
-def room_for_states(job: Job) -> None:
-    config, out = job.config, job.out
-    states = config.keep + 1 - len(checkpoint.checkpoints(out)) if job.keeps_states else 0
-    weights, *rest, _ = state_bytes(job.model_config, job.dtype, config.master_weights, config.optimizer_states)
-    need = weights + (weights + sum(rest)) * max(0, states)
-    need_disk(out, need, "free some, choose another folder, or lower --keep")
+    job.world.arrange(job.world.least(job.replicas))
 
 
 def dry_run(job: Job) -> None:
@@ -430,8 +371,10 @@ def run(job: Job, found) -> None:
     if world.is_main:
         write_json(out / RUN, record | {"seconds": earlier})
         job.metrics = Metrics(out / METRICS, start if found else None)
-        job.told = frozenset((line["event"], line.get("step")) for line in read_lines(out / METRICS))
-    job.told = world.from_main(job.told)
+    lines = world.from_main(read_lines(out / METRICS) if world.is_main else None)
+    job.told = frozenset((line["event"], line.get("step")) for line in lines)
+    job.spikes = Spikes(config.spike_threshold)
+    job.spikes.remember(lines)
     job.signals.training = True
     with ExitStack() as stack:
         quiet = None if world.is_main else stack.enter_context(open(os.devnull, "w"))

@@ -1,5 +1,6 @@
 """The largest micro-batch that fits: found from the estimate, tried before the first step, halved once if need be."""
 
+import json
 import re
 
 import numpy as np
@@ -8,34 +9,55 @@ import torch
 from engine import data, packing
 from engine.config import FinetuneConfig, ModelConfig
 from engine.errors import CriaError, UsageError
-from engine.memory import CONTEXT_BYTES, MOST_TOKENS, cheapest_that_fits, largest_micro_batch, setting_of
-from engine.model import Transformer
-from engine.optim import AdamW
+from engine.memory import CONTEXT_BYTES, MOST_TOKENS, cheapest_that_fits, layout_that_fits, setting_of
+from engine.model import Transformer, new_model
+from engine.optim import AdamW, counts_that_fit
+from engine.run import read_json
 from engine.step import Feeder
 
+HALVED = "halved.json"  # in --out: micro-batches that ranks ran out of memory with, and those to take instead
 ALIGN = 64  # tokens: micro-batches on a GPU are whole rows of a GEMM's tiles
 
 
-def auto_tokens(c: ModelConfig, config: FinetuneConfig, train: data.Dataset, device, dtype, shards: int = 1) -> int:
-    """Tokens of a micro-batch: on CPU 2048, where more gains nothing; on CUDA as many as fit the free memory beside one
-    of so many shards of the model, were all of them to carry loss, and no more than a step holds. Raises UsageError
-    with what does fit when not one example does."""
+def auto_layout(
+    c: ModelConfig, config: FinetuneConfig, train: data.Dataset, device, dtype, ranks: int = 1
+) -> tuple[int, int]:
+    """(replicas of the model over the ranks, tokens of a micro-batch).
+
+    On a CPU one replica where --replicas does not say, and 2048 tokens, where more gains nothing. On CUDA the most
+    replicas that cost no smaller micro-batches, and as many tokens as fit the free memory beside a shard, were all of
+    them to carry loss, and no more than a step holds. Raises UsageError with what does fit when not one example does.
+    """
+    counts = shards_that_fit(config, c, ranks)
+    if config.replicas:
+        counts = [ranks // config.replicas]
     if device.type == "cpu":
-        return max(2048, config.max_length)
+        return ranks // max(counts), max(2048, config.max_length)
     room = torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES  # of which the context is taken already
     most, step = largest(config, train, ALIGN)
-    tokens = largest_micro_batch(
-        c, room, most_tokens=max(-(-config.max_length // ALIGN) * ALIGN, min(MOST_TOKENS, most)),
-        step_tokens=step if config.optimizer_in_backward else None,
-        **setting_of(config, dtype) | {"cards": shards},
+    least = -(-config.max_length // ALIGN) * ALIGN
+    replicas, tokens = layout_that_fits(
+        c, room, ranks, share_tokens=config.micro_batch_tokens or -(-step // ranks), least_tokens=least, counts=counts,
+        most_tokens=max(least, min(MOST_TOKENS, most)), step_tokens=step if config.optimizer_in_backward else None,
+        **setting_of(config, dtype),
     )  # fmt: skip
-    if tokens // ALIGN * ALIGN < config.max_length:
-        advice = smaller(c, config, dtype, room, config.max_length, config.max_length, shards)
+    if tokens // ALIGN * ALIGN < config.max_length and not config.micro_batch_tokens:
+        advice = smaller(c, config, dtype, room, config.max_length, config.max_length, ranks, replicas)
         raise UsageError(
             f"{config.model}: an example of {config.max_length} tokens and what training keeps do not fit the "
             f"{room / 1e9:.1f} GB that are free; {advice}"
         )
-    return tokens // ALIGN * ALIGN
+    return replicas, tokens // ALIGN * ALIGN
+
+
+def shards_that_fit(config: FinetuneConfig, c: ModelConfig, ranks: int) -> list[int]:
+    """Into how many shards a replica can be cut over so many ranks: divisors that cut no block of 8-bit states."""
+    counts = [n for n in range(1, ranks + 1) if ranks % n == 0]
+    if config.optimizer_states != "8bit" or ranks == 1:
+        return counts
+    parameters = new_model(c, "meta", torch.bfloat16).named_parameters()
+    whole = counts_that_fit({name: tuple(p.shape) for name, p in parameters}, ranks)
+    return [n for n in counts if n in whole]
 
 
 def largest(config: FinetuneConfig, train: data.Dataset, align: int) -> tuple[int, int]:
@@ -46,11 +68,11 @@ def largest(config: FinetuneConfig, train: data.Dataset, align: int) -> tuple[in
     return most, step
 
 
-def smaller(c, config, dtype, room_bytes, tokens, most_tokens, shards=1):
+def smaller(c, config, dtype, room_bytes, tokens, most_tokens, ranks=1, replicas=1):
     """The settings next in price that fit, as advice; tokens: of a micro-batch that did not, most_tokens: that may."""
     fits = cheapest_that_fits(
         c, room_bytes, tokens=tokens, least_tokens=config.max_length, most_tokens=most_tokens,
-        **setting_of(config, dtype) | {"cards": shards},
+        **setting_of(config, dtype) | {"cards": ranks // replicas, "replicas": replicas},
     )  # fmt: skip
     ways = [f"{' '.join(fit.flags)} ({fit.memory.total / 1e9:.1f} GB)" for fit in fits[:3] if fit.flags]
     if ways:
@@ -111,11 +133,15 @@ def confirm(job, model: Transformer, optimizer: AdamW) -> None:
 
 def halve(job, reason: str) -> None:
     """Half the tokens of a micro-batch, said once in a run. Raises CriaError where they were halved before, or cannot
-    be without changing the maths, or without the other ranks, which wait in the step."""
+    be without changing the maths, or without the other ranks, which wait in the step: then the next start halves."""
     config = job.config
     fewer = max(job.max_tokens // 2 // job.align * job.align, config.max_length)
-    if job.world.size > 1 or job.halved or fewer == job.max_tokens or config.loss_norm == "micro-mean":
-        raise CriaError(f"out of memory with micro-batches of {job.max_tokens} tokens ({reason}); {advice(job, fewer)}")
+    said = f"out of memory with micro-batches of {job.max_tokens} tokens ({reason})"
+    if job.halved or fewer == job.max_tokens or config.loss_norm == "micro-mean":
+        raise CriaError(f"{said}; {advice(job, fewer)}")
+    if job.world.size > 1:
+        (job.out / HALVED).write_text(json.dumps({"from": job.max_tokens, "to": fewer}))
+        raise CriaError(f"{said}; the same command goes on with {fewer}; {advice(job, fewer)}")
     job.progress.say(
         f"out of memory with micro-batches of {job.max_tokens} tokens ({reason}); going on with {fewer}, which changes "
         "the speed and nothing else"
@@ -124,11 +150,19 @@ def halve(job, reason: str) -> None:
     job.halved = True
 
 
+def halved_before(job, say) -> None:
+    """What ranks that ran out of memory left word of: the micro-batches that they had then are halved now."""
+    told = read_json(job.out / HALVED)
+    if job.max_tokens in (told.get("from"), told.get("to")):
+        say(f"micro-batches of {told['to']} tokens: those of {told['from']} ran out of memory")
+        job.max_tokens, job.halved = told["to"], True
+
+
 def advice(job, most_tokens):
     """What the peak was, and what would fit with micro-batches of at most most_tokens."""
     if job.device.type != "cuda":
         return "lower --micro-batch-tokens"
     peak, room = torch.cuda.max_memory_allocated(job.device), torch.cuda.mem_get_info(job.device)[1]
-    shards = job.world.shards
-    ways = smaller(job.model_config, job.config, job.dtype, int(0.9 * room), job.max_tokens, most_tokens, shards)
+    layout = job.world.size, job.world.replicas
+    ways = smaller(job.model_config, job.config, job.dtype, int(0.9 * room), job.max_tokens, most_tokens, *layout)
     return f"the peak was {peak / 1e9:.1f} of {room / 1e9:.1f} GB; {ways}"

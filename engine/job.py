@@ -14,15 +14,14 @@ from engine import checkpoint, data, token_cache
 from engine.config import MODELS, FinetuneConfig, ModelConfig
 from engine.distributed import World
 from engine.errors import DataError, UsageError
-from engine.fit import ALIGN, auto_tokens
+from engine.fit import ALIGN, auto_layout, shards_that_fit
 from engine.load import choose_device, choose_dtype, choose_kernels, cpu_multiplies_bf16, find_model, find_tokenizer
 from engine.log import Metrics, NoMetrics, Progress, phase
 from engine.memory import state_bytes
 from engine.mix import SEED_TASKS
-from engine.model import new_model
-from engine.optim import counts_that_fit
 from engine.rows import mapped, read_rows
 from engine.run import RUN, Signals, read_json
+from engine.spikes import Spikes
 from engine.tokenizer import Tokenizer
 from engine.weights import Source, open_source
 
@@ -39,7 +38,7 @@ FREE = {
     "packing", "share_prefix", "recompute", "offload_optimizer", "optimizer_in_backward",
     "eval_every", "sample_every", "sample_prompts", "sample_tokens", "save_every", "keep", "resume", "max_shard_bytes",
     "kernels", "deterministic", "replicas", "rank_timeout", "dry_run", "skip_bad_rows", "allow_changed", "max_skips",
-    "log_every", "debug",
+    "spike_threshold", "spike_rollback", "log_every", "debug",
 }  # fmt: skip
 
 
@@ -62,6 +61,7 @@ class Job:
     align: int  # its tokens are a multiple of
     facts: dict  # what a checkpoint records and resume compares
     prompts: list[str]  # of the samples
+    replicas: int  # of the model, over the ranks
     signals: Signals
     progress: Progress | None = None
     metrics: Metrics | NoMetrics = dataclasses.field(default_factory=NoMetrics)
@@ -71,6 +71,8 @@ class Job:
     saving: int | None = None  # the step whose state was last given to it
     n_signals: int = 0  # ranks that a signal had reached in the last step that was told
     n_skipped: int = 0  # steps in a row without a finite loss
+    spikes: Spikes = dataclasses.field(default_factory=lambda: Spikes(0))
+    n_spiked: int = 0  # steps in a row that the run went back from
     halved: bool = False  # max_tokens, for want of memory
     told: frozenset = frozenset()  # (event, step) that metrics.jsonl held when the run was resumed
 
@@ -99,8 +101,8 @@ class Job:
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether the host gives the device its next step before it has heard of this one."""
-        return self.device.type == "cuda"
+        """Whether the host gives the device its next step before it has heard of this one, which may be undone."""
+        return self.device.type == "cuda" and not self.config.spike_rollback
 
     @property
     def keeps_states(self) -> bool:
@@ -149,6 +151,8 @@ def prepare(config: FinetuneConfig, out: Path, signals: Signals, say, world: Wor
     settings["model"] = config.model if source is None else str(source.path.resolve())
     if config.loss_norm == "micro-mean":  # how a batch is cut is then part of the maths
         settings["micro_batch_size"] = config.micro_batch_size
+    if config.spike_rollback:  # so is which steps are left out
+        settings["spike_rollback"] = config.spike_threshold
     facts = {
         "settings": settings,
         "dtype": str(dtype).removeprefix("torch."),
@@ -158,12 +162,11 @@ def prepare(config: FinetuneConfig, out: Path, signals: Signals, say, world: Wor
         "random_state": "none: order and samples are functions of seed, epoch and step",
     }
     align = ALIGN if device.type == "cuda" else 1
-    max_tokens = config.micro_batch_tokens or auto_tokens(model_config, config, train, device, dtype, world.shards)
-    max_tokens = -(-max_tokens // align) * align
+    replicas, max_tokens = auto_layout(model_config, config, train, device, dtype, world.size)
+    max_tokens = -(-(config.micro_batch_tokens or max_tokens) // align) * align
     return Job(
         config, out, device, dtype, kernels, model_config, source, tokenizer, train, held_out, total_steps, max_tokens,
-        align, facts | {"max_tokens": max_tokens}, read_prompts(config.sample_prompts),
-        signals, world=world,
+        align, facts | {"max_tokens": max_tokens}, read_prompts(config.sample_prompts), replicas, signals, world=world,
     )  # fmt: skip
 
 
@@ -175,14 +178,19 @@ def check_ranks(config, model_config, world):
         raise UsageError(
             f"--global-batch-size {config.global_batch_size} is under the {world.size} ranks; pass as many"
         )
-    if config.optimizer_states == "8bit" and world.shards > 1:
-        parameters = new_model(model_config, "meta", torch.bfloat16).named_parameters()
-        counts = counts_that_fit({name: tuple(p.shape) for name, p in parameters})
-        if world.shards not in counts:
-            raise UsageError(
-                f"--optimizer-states 8bit on {world.shards} shards would cut a block of 256 elements; wanted one of "
-                f"{', '.join(map(str, counts[:8]))} ranks a replica, or other states"
-            )
+    if config.replicas and world.size % config.replicas:
+        counts = [r for r in range(1, world.size + 1) if world.size % r == 0]
+        raise UsageError(f"--replicas {config.replicas} of {world.size} ranks; wanted one of {listed(counts)}")
+    shards = world.size // (config.replicas or 1)
+    if config.replicas and shards not in (counts := shards_that_fit(config, model_config, world.size)):
+        raise UsageError(
+            f"--optimizer-states 8bit on {shards} shards would cut a block of 256 elements; wanted one of "
+            f"{listed(counts[:8])} ranks a replica, or other states"
+        )
+
+
+def listed(numbers):
+    return ", ".join(map(str, numbers))
 
 
 def read_prompts(name):
@@ -301,16 +309,24 @@ def finished(job: Job) -> bool:
     return not changed and job.config.resume == "auto"
 
 
+def layout_of(world: World) -> str:
+    """How ranks share the model, in words."""
+    if world.replicas == 1:
+        return f"sharded over {world.shards}"
+    return f"{world.replicas} replicas" + f" of {world.shards} shards each" * (world.shards > 1)
+
+
 def plan(job: Job) -> str:
     """What is about to happen, in two lines."""
     c, config = job.model_config, job.config
     weights, *rest, _ = state_bytes(c, job.dtype, config.master_weights, config.optimizer_states)
     state = 2 * weights + sum(rest)
+    ranks = f", over {job.world.size} ranks: {layout_of(job.world)}" if job.world.size > 1 else ""
     emulated = job.device.type == "cpu" and job.dtype == torch.bfloat16 and not cpu_multiplies_bf16()
     slow = " (this CPU has no bf16 instructions: --dtype fp32 is faster)" if emulated else ""
     return (
         f"model: {config.model}, {c.n_parameters / 1e6:.1f}M parameters, {job.facts['dtype']} on {job.device}, "
-        f"kernels: {job.kernels}{slow}; weights, gradients and optimizer {state / 1e9:.2f} GB\n"
+        f"kernels: {job.kernels}{slow}; weights, gradients and optimizer {state / 1e9:.2f} GB{ranks}\n"
         f"plan: {job.total_steps} steps of {config.global_batch_size} examples in micro-batches of at most "
         f"{job.max_tokens} tokens{f' and {most} examples' if (most := config.micro_batch_size) else ''}; "
         f"{len(job.train)} examples, {config.epochs} epoch{'s' * (config.epochs > 1)}"

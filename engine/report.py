@@ -112,7 +112,7 @@ def read_run(path):
 
 def read_events(path):
     """{event: [lines]} sorted by step; of a step told twice, the later. A torn line is no line."""
-    events = {name: {} for name in ("train", "eval", "sample", "save", "skip", "end")}
+    events = {name: {} for name in ("train", "eval", "sample", "save", "skip", "spike", "end")}
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
             line = json.loads(line)
@@ -238,11 +238,14 @@ def passage(text):
 
 
 def happenings(events):
-    """Skipped steps and saves, the last 50."""
+    """Skipped steps, spikes and saves, the last 50."""
     rows = {}
-    for line in sorted(events["skip"] + events["save"], key=lambda line: line["step"])[-50:]:
+    for line in sorted(events["skip"] + events["spike"] + events["save"], key=lambda line: line["step"])[-50:]:
         if line["event"] == "skip":
             what = f"skipped: {line.get('reason')}"
+        elif line["event"] == "spike":
+            what = f"loss {figure(number(line.get('loss')))}, a spike over {figure(number(line.get('median')))}"
+            what += "" if line.get("back_to") is None else f"; back to the state of step {line['back_to']}"
         else:
             size = number(line.get("bytes"))
             took = number(line.get("seconds"))

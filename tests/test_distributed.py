@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 from engine import finetune as command
 from engine.config import MODELS, FinetuneConfig
-from engine.distributed import first_row, start
+from engine.distributed import first_row
 from engine.errors import UsageError, exit_code_of
+from engine.fit import shards_that_fit
 from engine.job import check_ranks
 from engine.optim import counts_that_fit
 
@@ -93,7 +94,10 @@ def reference(rows, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("ranks, more", [(2, ()), (4, ("--replicas", 2)), (3, ("--micro-batch-tokens", 64))])
+@pytest.mark.parametrize(
+    "ranks, more",
+    [(2, ()), (4, ("--replicas", 2, "--micro-batch-tokens", 64)), (3, ("--micro-batch-tokens", 64))],
+)
 def test_ranks_give_one_curve(rows, reference, tmp_path, ranks, more):
     out = tmp_path / "out"
     said = several(ranks, *flags(
@@ -166,7 +170,8 @@ def test_two_ranks_then_one_then_four_are_one_run(rows, reference, tmp_path):
 @pytest.mark.parametrize(
     "where",
     [
-        "before(finetune.Transformer, 'loss', 4, die)",  # in a step or an evaluation
+        "before(finetune.Transformer, 'loss', 4, die)",  # in a step
+        "before(finetune, 'evaluate', 2, die)",  # the other one is in the evaluation
         "before(checkpoint, 'write_safetensors', 3, die)",  # in the writing of its shard
     ],
 )
@@ -220,6 +225,26 @@ def test_sigterm_to_torchrun_saves_once_and_resumes(rows, reference, tmp_path):
     same(out, reference)
 
 
+def test_out_of_memory_on_one_rank_ends_the_run_and_the_restart_halves(rows, reference, tmp_path):
+    """The others wait in the step: it cannot be taken again with smaller micro-batches without them."""
+    small = """
+real = finetune.Transformer.loss
+def loss(model, batch):
+    if RANK == 1 and len(batch.tokens) > 64 and finetune.torch.is_grad_enabled():
+        raise finetune.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has no more.")
+    return real(model, batch)
+finetune.Transformer.loss = loss
+"""
+    out = tmp_path / "out"
+    more = (*SAVES[:4], "--micro-batch-tokens", 128)
+    code, said = driven(tmp_path, 2, small, *flags(rows, out, *more), more=("--max-restarts", "1"))
+    assert code == 0, said
+    assert said.count("out of memory with micro-batches of 128 tokens") == 1 and "goes on with 64" in said, said
+    assert "micro-batches of 64 tokens: those of 128 ran out of memory" in said
+    same(out, reference)
+    assert not (out / "halved.json").exists()
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -244,23 +269,25 @@ def test_other_data_on_one_rank_is_refused(rows, tmp_path):
         ({"optimizer_in_backward": True, "grad_clip": 0}, "--optimizer-in-backward with 4 ranks"),
         ({"global_batch_size": 3}, "--global-batch-size 3 is under the 4 ranks"),
         (
-            {"optimizer_states": "8bit"},
+            {"optimizer_states": "8bit", "replicas": 1},
             "on 4 shards would cut a block of 256 elements; wanted one of 1",
         ),
+        ({"replicas": 3}, "--replicas 3 of 4 ranks; wanted one of 1, 2, 4"),
     ],
 )
 def test_what_ranks_cannot_do_is_told(more, told):
     config = FinetuneConfig(model="tiny", random_init=True, data=("x",), out="y", **more)
     shape = dataclasses.replace(MODELS["tiny"], dim=96, vocab_size=1002)
     with pytest.raises(UsageError, match=re.escape(told)):
-        check_ranks(config, shape, SimpleNamespace(size=4, shards=4))
-    check_ranks(config, shape, SimpleNamespace(size=1, shards=1))
+        check_ranks(config, shape, SimpleNamespace(size=4))
+    if config.replicas in (None, 1):
+        check_ranks(config, shape, SimpleNamespace(size=1))
 
 
-def test_replicas_must_divide_the_ranks(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "6")
-    with pytest.raises(UsageError, match="--replicas 4 of 6 ranks; wanted one of 1, 2, 3, 6"), start("cpu", 4, 600):
-        pass
+def test_blocks_of_8_bit_states_are_not_cut_where_replicas_are_chosen():
+    shape = dataclasses.replace(MODELS["tiny"], dim=96, vocab_size=1002)
+    config = FinetuneConfig(model="tiny", random_init=True, data=("x",), out="y", optimizer_states="8bit")
+    assert shards_that_fit(config, shape, 4) == [1] and shards_that_fit(config, MODELS["tiny"], 4) == [1, 2, 4]
 
 
 def test_counts_of_shards_that_cut_no_block():

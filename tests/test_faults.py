@@ -27,7 +27,7 @@ def start(*args, patch=""):
     """The command in the background. patch: Python run first, with `finetune` the module and `die`, `term` at hand."""
     code = (
         "import os, signal, sys, time\n"
-        "from engine import checkpoint, finetune, fit, job\nfrom engine.errors import exit_code_of\n"
+        "from engine import checkpoint, finetune, fit, job, saving\nfrom engine.errors import exit_code_of\n"
         "die, term = (lambda n=n: os.kill(os.getpid(), n) for n in (signal.SIGKILL, signal.SIGTERM))\n"
         f"{patch}\n"
         "sys.exit(exit_code_of(finetune.main, sys.argv[1:]))\n"
@@ -88,7 +88,7 @@ def test_two_runs_are_bit_equal(unbroken, tmp_path):
         "before(checkpoint.json, 'dump', 5, die)",
         "before(checkpoint.os, 'rename', 3, die)",
         "before(checkpoint, 'discard', 1, die)",  # in rotation
-        "before(finetune, 'save_hf', 1, die)",  # the loop is over, the model not yet written
+        "before(saving, 'save_hf', 1, die)",  # the loop is over, the model not yet written
         "from engine import weights; before(weights.os, 'replace', 4, die)",  # within the export
     ],
 )
@@ -189,7 +189,7 @@ def test_a_full_disk_costs_a_save_not_the_run(unbroken, tmp_path):
 def test_a_full_disk_at_the_last_save_exits_1_with_the_state_intact(unbroken, tmp_path, save_every):
     arguments_ = [*arguments(tmp_path / "out", unbroken[0])]
     arguments_[arguments_.index("--save-every") + 1] = save_every
-    patch = "def full(*args, **kwargs): raise OSError(28, 'No space left on device')\nfinetune.save_hf = full"
+    patch = "def full(*args, **kwargs): raise OSError(28, 'No space left on device')\nsaving.save_hf = full"
     code, _, err = end(start(*arguments_, patch=patch))
     assert code == 1 and "Traceback" not in err
     assert "the model could not be written (No space left on device); the training state is saved" in err
@@ -361,6 +361,60 @@ def test_a_loss_that_is_no_number_changes_nothing_and_ends_the_run_with_4(unbrok
     manifest = json.loads((tmp_path / "out" / "checkpoint-4" / "manifest.json").read_text())
     assert manifest["n_updates"] == 2, "a step that was left out is no update: AdamW's corrections go by it"
     assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "failed"
+
+
+# Losses of some steps are told as if they were twice as high; few steps are enough to compare with.
+SPIKY = """
+from engine import spikes
+spikes.LEAST, real_pass = 4, finetune.forward_backward
+def spiky(job, model, optimizer, feed, step, lr):
+    loss, counts = real_pass(job, model, optimizer, feed, step, lr)
+    return (loss * 2 if step in STEPS else loss), counts
+finetune.forward_backward = spiky
+"""
+
+
+def test_a_loss_spike_is_told_with_its_rows_and_changes_nothing(unbroken, tmp_path):
+    code, out, err = end(start(*arguments(tmp_path / "out", unbroken[0]), patch=SPIKY.replace("STEPS", "(7, 8)")))
+    assert code == 0 and out.count("is a spike: the median was") == 1, (out, err)
+    (spike,) = events(tmp_path / "out", "spike")
+    assert spike["step"] == 7 and spike["back_to"] is None and len(spike["rows"]) == 8
+    assert spike["loss"] > spike["median"] + 6 * spike["deviation"] > 0
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", unbroken[1]))
+    assert all(ours[k].equal(theirs[k]) for k in ours)
+
+
+def test_a_loss_spike_is_undone_on_request(unbroken, tmp_path):
+    """Back to the state of step 6 and on with step 9, as if 7 and 8 had had no finite loss; killed or not."""
+    nan = (
+        "real = finetune.forward_backward\n"
+        "def poisoned(*args):\n"
+        "    loss, counts = real(*args)\n"
+        "    return (loss * float('nan') if args[4] in (7, 8) else loss), counts\n"
+        "finetune.forward_backward = poisoned"
+    )
+    assert end(start(*arguments(tmp_path / "nan", unbroken[0]), patch=nan))[0] == 0
+    theirs = load_file(tmp_path / "nan" / "model.safetensors")
+    spiky = SPIKY.replace("STEPS", "(8,)")
+    for name, kill in (("through", ""), ("killed", "before(finetune, 'save', 4, die)")):
+        args = arguments(tmp_path / name, unbroken[0], "--spike-rollback")
+        code, out, err = end(start(*args, patch=BEFORE_CALL + spiky + kill))
+        assert "back to the state of step 6, the rows of 2 steps are left out" in out, (out, err)
+        if kill:
+            assert code == -signal.SIGKILL
+            code, _, err = end(start(*args, patch=spiky))
+        assert code == 0, err
+        ours = load_file(tmp_path / name / "model.safetensors")
+        assert all(ours[k].equal(theirs[k]) for k in theirs)
+        assert [line["back_to"] for line in events(tmp_path / name, "spike")] == [6]
+        assert [line["step"] for line in events(tmp_path / name)] == list(range(1, STEPS + 1))
+
+
+def test_spikes_in_a_row_that_going_back_does_not_end_end_the_run_with_4(unbroken, tmp_path):
+    args = arguments(tmp_path / "out", unbroken[0], "--spike-rollback", "--max-skips", 1)
+    code, out, err = end(start(*args, patch=SPIKY.replace("STEPS", "(6, 8, 9)")))
+    assert code == 4 and "step 9: the loss spiked 2 times in a row after the state of step 8" in err, (out, err)
+    assert "rows.json:" in err and [line["back_to"] for line in events(tmp_path / "out", "spike")] == [4, 6, 8]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def config_of(**changes):
 
 def tokens_with(free_gb, monkeypatch, lengths=LENGTHS, **changes):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gb * GB), 85 * GB))
-    return fit.auto_tokens(MODELS["llama-7b"], config_of(**changes), lengths, CUDA, BF16)
+    return fit.auto_layout(MODELS["llama-7b"], config_of(**changes), lengths, CUDA, BF16)[1]
 
 
 @pytest.mark.parametrize("changes", [{}, {"recompute": "block"}, {"recompute": "none"}, {"offload_optimizer": True}])
@@ -53,7 +53,7 @@ def test_where_no_example_fits_what_does_is_said(monkeypatch):
 
 
 def test_on_a_cpu_2048(monkeypatch):
-    assert fit.auto_tokens(MODELS["llama-7b"], config_of(), LENGTHS, torch.device("cpu"), BF16) == 2048
+    assert fit.auto_layout(MODELS["llama-7b"], config_of(), LENGTHS, torch.device("cpu"), BF16, 4) == (1, 2048)
 
 
 def test_no_more_than_micro_batch_size_rows(monkeypatch):
@@ -99,18 +99,37 @@ def test_an_example_must_still_fit_after_halving():
         fit.halve(job, "no room")
 
 
-def test_a_rank_halves_nothing_without_the_others():
+def test_a_rank_halves_nothing_without_the_others_but_at_the_next_start(tmp_path):
     job = SimpleNamespace(
-        config=config_of(), device=torch.device("cpu"), max_tokens=9024, align=64, halved=False,
+        config=config_of(), device=torch.device("cpu"), max_tokens=9024, align=64, halved=False, out=tmp_path,
         world=SimpleNamespace(size=2),
     )  # fmt: skip
-    with pytest.raises(CriaError, match="out of memory with micro-batches of 9024 tokens"):
+    with pytest.raises(CriaError, match=r"micro-batches of 9024 tokens .* the same command goes on with 4480"):
         fit.halve(job, "no room")
+    assert job.max_tokens == 9024
+    for asked, taken, halved in ((9024, 4480, True), (4480, 4480, True), (6016, 6016, False)):
+        later = SimpleNamespace(out=tmp_path, max_tokens=asked, halved=False)
+        fit.halved_before(later, print)
+        assert (later.max_tokens, later.halved) == (taken, halved)
+
+
+def layout(model, ranks, free_gb, monkeypatch, **changes):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gb * GB), 85 * GB))
+    return fit.auto_layout(MODELS[model], config_of(**changes), LENGTHS, CUDA, BF16, ranks)
 
 
 def test_a_shard_of_a_model_leaves_more_room(monkeypatch):
     """13B does not fit one card of 80 GB, and an eighth of it does."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (84 * GB, 85 * GB))
     with pytest.raises(UsageError):
-        fit.auto_tokens(MODELS["llama-13b"], config_of(), LENGTHS, CUDA, BF16)
-    assert fit.auto_tokens(MODELS["llama-13b"], config_of(), LENGTHS, CUDA, BF16, shards=8) > 4096
+        layout("llama-13b", 1, 84, monkeypatch)
+    assert layout("llama-13b", 8, 84, monkeypatch, replicas=1)[1] > 4096
+
+
+def test_a_model_that_fits_is_replicated_and_one_that_does_not_is_sharded(monkeypatch):
+    """No replica may cost smaller micro-batches than a rank's share of a step, 2,048 tokens on 8 ranks."""
+    assert layout("tinyllama-1.1b", 8, 84, monkeypatch)[0] == 8
+    replicas, tokens = layout("llama-13b", 8, 84, monkeypatch)
+    assert 1 <= replicas < 8 and tokens >= 2048
+    with pytest.raises(UsageError, match="do not fit"):
+        layout("llama-13b", 8, 84, monkeypatch, replicas=2 * replicas)
+    assert layout("llama-13b", 8, 84, monkeypatch, replicas=1)[0] == 1, "what is asked for is done"
