@@ -1,6 +1,7 @@
 """The command line made from a dataclass's fields: one --flag a field, typed, checked and explained by it."""
 
 import dataclasses
+import os
 import sys
 import types
 import typing
@@ -133,8 +134,8 @@ def help_text(cls, translate=None, embedded=None):
 # ---- Stanford's command ---------------------------------------------------------------------------------------------
 
 UNNEEDED = {
-    "fsdp": "one process holds the whole model",
-    "fsdp_transformer_layer_cls_to_wrap": "one process holds the whole model",
+    "fsdp": "--replicas says how ranks hold the model",
+    "fsdp_transformer_layer_cls_to_wrap": "every layer is a group of its own",
     "per_device_eval_batch_size": "evaluation fills its forwards by tokens",
     "tf32": "bf16 matrices run on the tensor cores already",
 }
@@ -172,7 +173,9 @@ def stanford(raw, problems):
 
     micro, accumulation = number("per_device_train_batch_size"), number("gradient_accumulation_steps")
     if micro or accumulation:  # absent, transformers takes 8 and 1
-        ours = {"micro_batch_size": micro or 8, "global_batch_size": (micro or 8) * (accumulation or 1)}
+        ranks = os.environ.get("WORLD_SIZE", "")  # torchrun's; one that is no number is told of when ranks start
+        ranks, micro, accumulation = int(ranks) if ranks.isdecimal() else 1, micro or 8, accumulation or 1
+        ours = {"micro_batch_size": micro, "global_batch_size": ranks * micro * accumulation}
         for name, value in ours.items():
             if name in raw:
                 problems.append(
@@ -181,7 +184,8 @@ def stanford(raw, problems):
                 )
             raw.setdefault(name, [str(value)])
         notes.append(
-            f"--global-batch-size {ours['global_batch_size']}: {micro or 8} examples x {accumulation or 1} accumulated"
+            f"--global-batch-size {ours['global_batch_size']}: {micro} examples x {accumulation} accumulated"
+            + f" x {ranks} ranks" * (ranks > 1)
         )
     old, new = take("evaluation_strategy"), take("eval_strategy")
     for ours, strategy, steps in (
