@@ -4,10 +4,11 @@
 
 Parts: what the machine is; its ceilings (copy, GEMMs at the shapes of LLaMA-7B); the kernel tests on the device;
 whole training steps at the shapes of LLaMA-7B and of a 1.1B model, where their time goes, and the same steps by peers;
-kernels.bench with every peer that is installed. The JSON is replaced whole after each measurement, so that an
-interruption costs one at most; a part that fails is recorded with its error and the rest goes on; no measurement begins
-once the time is spent, and what was left out is named. Tests and benchmarks run in processes of their own, one a test
-file and one an op: a kernel that breaks the device's context takes no other down.
+what FSDP2 and states that are written meanwhile take from them; kernels.bench with every peer that is installed. The
+JSON is replaced whole after each measurement, so that an interruption costs one at most; a part that fails is recorded
+with its error and the rest goes on; no measurement begins once the time is spent, and what was left out is named. Tests
+and benchmarks run in processes of their own, one a test file and one an op: a kernel that breaks the device's context
+takes no other down.
 
 --smoke runs every part at toy size on a CPU, the kernels in Triton's interpreter. scripts/render_benchmarks.py turns
 the JSON into README's table.
@@ -185,7 +186,9 @@ def run(command, limit, every=lambda: None, **options):
             child.wait()
 
 
-STEP_PARTS = {"step": "step_bench", "profile": "step_profile", "peers": "step_peers"}  # whose processes are their own
+STEP_PARTS = {  # whose processes are their own
+    "step": "step_bench", "profile": "step_profile", "peers": "step_peers", "ranks": "rank_bench"
+}  # fmt: skip
 
 
 def step_part(name):
@@ -193,13 +196,14 @@ def step_part(name):
     return lambda report: importlib.import_module(f"scripts.{STEP_PARTS[name]}").part(report, run)
 
 
-PARTS = {  # name -> what measures it, and the share of the time then left that it may take
+PARTS = {  # name -> what measures it, and the share of the time then left that it may take; the last has all of it
     "machine": (machine_facts, 1.0),
     "ceilings": (measure_ceilings, 0.2),
     "tests": (kernel_tests, 0.4),
     "step": (step_part("step"), 0.5),
     "profile": (step_part("profile"), 0.4),
     "peers": (step_part("peers"), 0.6),
+    "ranks": (step_part("ranks"), 0.5),
     "kernels": (kernel_benchmarks, 1.0),
 }
 
@@ -242,6 +246,7 @@ def measure(report, only):
             report.result["left_out"].append(name)
             report.save()
             continue
+        share = 1.0 if name == only[-1] else share
         report.deadline = time.monotonic() + share * (report.end - time.monotonic())
         began = time.monotonic()
         try:

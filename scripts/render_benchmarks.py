@@ -205,7 +205,28 @@ def gpu_steps(parts):
             ratio = f"; ours is {r['ours_over_peer']:.2f}x" + (f", {without:.2f}x without sharing" if without else "")
             memory = "" if r["peak_gib"] is None else f", {r['peak_gib']:.1f} GiB"
             lines.append(f"| {r['name']} | {r['tokens_per_s']:,.0f} tokens/s{memory}{ratio} | |")
-    return lines
+    return [*lines, *filter(None, map(gpu_ranks, parts.get("ranks", {}).get("records", [])))]
+
+
+def gpu_ranks(r):
+    """What a record of FSDP2's cost, of saves, or of a check tells beside its target."""
+    if "over_plain" in r:
+        memory = "" if r["peak_gib"] is None else f"; {r['peak_gib']:.1f} GiB, plain {r['plain_peak_gib']:.1f} GiB"
+        figures = f"{r['over_plain']:.3f}x ({r['over_plain_min']:.3f} to {r['over_plain_max']:.3f}){memory}"
+        master = f", master {r['master']}" if "out_of_memory" in r else ""
+        return f"| FSDP2 over the plain step, {r['name']}{master}: {r['pairs']} pairs of blocks | {figures} | |"
+    if "saves" in r:
+        slow = r["meanwhile_over_unsaved"]
+        meanwhile = f"steps meanwhile {slow:.3f}x" if slow else "no step meanwhile"
+        return (
+            f"| {r['name']}: {r['bytes'] / 1e9:.1f} GB to {r['folder'].split('(')[-1].rstrip(')')} | "
+            f"{r['write_s']:.1f} s, {r['gb_per_s']:.2f} GB/s; held {r['held_s']:.3f} s, the first "
+            f"{r['first_held_s']:.3f} s; {meanwhile}; the run {r['over_unsaved_at_100']:.4f}x at --save-every 100 | |"
+        )
+    if "largest_loss_apart" in r:
+        return f"| {r['name']} ({r['backend']}): losses apart at most | {r['largest_loss_apart']:.1e} | |"
+    reason = next((r[word] for word in ("absent", "failed") if word in r), None)
+    return reason and f"| {r['name']} | {reason} | |"
 
 
 def rendered(folder=ROOT / "benchmarks"):

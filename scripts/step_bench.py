@@ -17,6 +17,7 @@ from functools import partial
 import torch
 
 from engine import packing
+from engine.distributed import held
 from engine.job import ALIGN
 from engine.memory import CONTEXT_BYTES, memory
 from engine.model import new_model
@@ -90,13 +91,13 @@ MAIN, UNSHARED = "llama-7b", "llama-7b, no sharing"
 class Steps:
     """A model, its optimizer and its rows, and the step that engine.finetune.train takes."""
 
-    def __init__(self, variant: Variant, tokens: int, n_steps: int, smoke: bool):
+    def __init__(self, variant: Variant, tokens: int, n_steps: int, smoke: bool, shard=None):
         self.variant, self.max_tokens, self.smoke, self.n_steps = variant, tokens, smoke, n_steps
         self.config, self.rows = shape(variant.model, smoke), alpaca_rows(n_steps, smoke)
         self.device = torch.device(DEVICE)
         impl = variant.impl
-        self.model = new_model(self.config, self.device, DTYPE, impl, variant.recompute, accumulate=True)
-        self.model.init_weights(0)
+        self.model = new_model(self.config, self.device, DTYPE, impl, variant.recompute, accumulate=True, shard=shard)
+        self.model.init_weights(0, held(self.model))
         self.optimizer = AdamW(
             self.model, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, master=variant.master,
             states=variant.states, impl=impl, offload=variant.offload,

@@ -59,7 +59,9 @@ def test_kernels_at_toy_size(tmp_path):
 
 def test_steps_at_toy_size(tmp_path):
     parts, table = at_toy_size(tmp_path / "report.json", ["machine", *STEPS])
-    for part, figure in (("step", "tokens_per_s"), ("profile", "kinds"), ("peers", "tokens_per_s")):
+    for part, figure in (
+        ("step", "tokens_per_s"), ("profile", "kinds"), ("peers", "tokens_per_s"), ("ranks", "largest_loss_apart")
+    ):  # fmt: skip
         records = parts[part]["records"]
         assert figure in records[0] and not [r for r in records if "failed" in r], records
     step, peer = parts["step"]["records"][0], parts["peers"]["records"][0]
@@ -68,7 +70,9 @@ def test_steps_at_toy_size(tmp_path):
     assert all(kinds[kind]["ms"] > 0 for kind in kinds) and kinds["attention"]["share"] > kinds["rope"]["share"]
     assert peer["ours_over_peer"] == step["tokens_per_s"] / peer["tokens_per_s"]
     assert "projected from the measured step" in parts["step"]["projections"][0]["what"]
-    assert "training step, ours:" in table and "0 times the host waited" in table
+    assert [r.get("over_plain", 0) > 0 for r in parts["ranks"]["records"]] == [False, True, False]
+    assert parts["ranks"]["records"][2]["over_unsaved_an_epoch"] > 0
+    assert "training step, ours:" in table and "0 times the host waited" in table and "x the plain step" in table
 
 
 def test_a_killed_report_keeps_what_it_had(tmp_path):
@@ -115,10 +119,12 @@ def test_a_part_has_its_share_of_the_time(report, monkeypatch):
         report.deadline = 0
         assert not report.take("the last")
 
-    monkeypatch.setitem(gpu_report.PARTS, "half", (measured, 0.5))
-    gpu_report.measure(report, ["half", "half"])
+    for name in ("half", "again", "end"):
+        monkeypatch.setitem(gpu_report.PARTS, name, (measured, 0.5))
+    gpu_report.measure(report, ["half", "again", "end"])
     assert 25 < left[0] < 30.1 and left[1] > 25  # of a minute; the second's is of what was left again
-    assert on_disk(report)["left_out"] == ["the last", "the last"]
+    assert left[2] > 50  # nothing comes after the last
+    assert on_disk(report)["left_out"] == ["the last"] * 3
     assert "left out for time: the last" in gpu_report.table(report.result)
 
 
@@ -265,6 +271,9 @@ def synthetic():
         "adamw": {"passed": 2, "failed": 1, "skipped": 0, "ended": "x"},
     }
     rate = {"tokens_per_s": 22500.0, "mfu": 0.92, "mfu_formula": "6 x N x t", "peak_gib": 70.06}
+    over = {
+        "over_plain_min": 1.07, "over_plain_max": 1.09, "pairs": 3, "peak_gib": 74.0, "plain_peak_gib": 71.0,
+    }  # fmt: skip
     steps = {
         "step": {
             "records": [
@@ -285,6 +294,12 @@ def synthetic():
             {"name": "llama-7b, transformers", "tokens_per_s": 7500.0, "peak_gib": 71.0, "ours_over_peer": 3.0,
              "ours_without_sharing_over_peer": 2.0},
             {"name": "llama-7b, transformers + liger", "absent": "liger-kernel is not installed"},
+        ]},
+        "ranks": {"records": [
+            {"name": "llama-7b, one rank", **over, "over_plain": 1.08},
+            {"name": "tinyllama-1.1b, one rank", **over, "over_plain": 1.02},
+            {"name": "llama-7b, saves", "over_unsaved_an_epoch": 1.001},
+            {"name": "tinyllama-1.1b, saves", "absent": "the host's memory has 1.0 GB free, wanted 7.0"},
         ]},
     }  # fmt: skip
     return {
@@ -316,12 +331,17 @@ def test_the_table_holds_measured_beside_target(synthetic, tmp_path):
     found = {row["what"]: rows[row["what"]] for row in TARGETS["rows"]}
     values = [cells[0] for cells in found.values()]
     assert values[:6] == ["15,000", "**22,500**", "**70.06**", "76.00", "failed", "**0**"]
-    assert values[6:] == [
+    assert values[6:10] == ["1.08", "**1.02**", "**1.00**", "not measured"]
+    assert values[10:] == [
         "**0.91**", "**0.97**", "0.50", "wrong result", "not measured", "not measured", "**1.25**", "0.75", "**312**",
         "not measured", "not measured", "1.20",
     ]  # fmt: skip
-    assert [cells[1] for cells in found.values()][-1] == "≤ 1.15" and found[TARGETS["rows"][6]["what"]][1] == "≥ 0.9"
+    assert [cells[1] for cells in found.values()][-1] == "≤ 1.15" and found[TARGETS["rows"][10]["what"]][1] == "≥ 0.9"
     assert [cells[1] for cells in found.values()][:6] == ["≥ 16,000", "≥ 22,000", "≤ 75", "≤ 75", "≤ 40", "≤ 0"]
+    assert [cells[1] for cells in found.values()][6:10] == ["≤ 1.03", "≤ 1.03", "≤ 1.02", "≤ 1.02"]
+    assert rows["FSDP2 over the plain step, llama-7b, one rank: 3 pairs of blocks"][0] == (
+        "1.080x (1.070 to 1.090); 74.0 GiB, plain 71.0 GiB"
+    )
     assert rows["step, llama-7b: MFU = 6 x N x t"][0] == "22,500 tokens/s, 92.0%, 70.1 GiB"
     run = rows["Alpaca, projected from the measured step (llama-7b): 1,221 steps"]
     assert run[0] == "14.7 minutes, $0.66 at $2.69 an hour (March 2026)"
@@ -341,9 +361,9 @@ def test_without_a_report_of_a_gpu_nothing_is_claimed(synthetic, tmp_path):
 def test_targets_name_what_is_measured():
     """A row that selects nothing would read "not measured" for ever."""
     from kernels import bench_cases
-    from scripts import step_bench, step_profile
+    from scripts import rank_bench, step_bench, step_profile
 
-    names = {"step": step_bench.VARIANTS, "profile": step_profile.PROFILED}
+    names = {"step": step_bench.VARIANTS, "profile": step_profile.PROFILED, "ranks": rank_bench.VARIANTS}
     cases = list(bench_cases.full())
     for row in TARGETS["rows"]:
         if "part" in row:
