@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -209,6 +210,12 @@ def slurm(tmp_path):
     return job
 
 
+def before_the_limit():
+    """The signal that the script wants of Slurm, to itself and not to what srun started (B:)."""
+    name = re.search(r"^#SBATCH --signal=B:(\w+)@\d+$", (ROOT / "scripts" / "slurm.sh").read_text(), re.MULTILINE)[1]
+    return signal.Signals[f"SIG{name}"]
+
+
 def wait_for(process, log, text):
     """Until a run has said so."""
     while text not in log.read_text():
@@ -217,12 +224,12 @@ def wait_for(process, log, text):
 
 
 def test_slurm_stops_a_job_at_its_time_limit_and_requeues_it(rows, tmp_path, slurm):
-    """Slurm signals the script alone; the job then saves, asks for its return, and goes on."""
+    """Slurm signals the script alone, which asks for that; the job then saves, asks for its return, and goes on."""
     out, reference, log = tmp_path / "out", tmp_path / "alone", tmp_path / "log"
     run = (*TINY, "--data", rows, "--dtype", "fp32", "--global-batch-size", 8)  # 15 steps
     job = slurm(log, *run, "--out", out)
     wait_for(job, log, "step 1/15")
-    job.send_signal(signal.SIGUSR1)
+    job.send_signal(before_the_limit())
     assert ended(job) == 0, log.read_text()
     assert slurm.requeued.exists() and "stopped by SIGTERM after step" in log.read_text(), log.read_text()
     slurm.requeued.unlink()
@@ -237,7 +244,7 @@ def test_a_job_that_fails_or_ends_is_not_requeued(tmp_path, slurm):
     assert ended(slurm(log, srun="#!/bin/bash\nexit 3\n")) == 3
     job = slurm(log, srun="#!/bin/bash\ntrap 'exit 0' TERM\necho up\nwhile :; do sleep 0.05; done\n")
     wait_for(job, log, "up")
-    job.send_signal(signal.SIGUSR1)
+    job.send_signal(before_the_limit())
     assert ended(job) == 0 and not slurm.requeued.exists()
 
 
@@ -272,19 +279,19 @@ def two_ranks(log, *args):
 
 
 @pytest.mark.parametrize(
-    "options, loss",
+    "options, replicas, loss",
     [
-        (("--dtype", "fp32", "--optimizer-states", "8bit", "--loss-norm", "micro-mean", "--micro-batch-size", 2), 1e-5),
-        (("--dtype", "bf16", "--master-weights", "split", "--deterministic"), 1e-4),
-        (("--dtype", "bf16", "--master-weights", "stochastic"), 1e-4),
+        (("--optimizer-states", "8bit", "--loss-norm", "micro-mean", "--micro-batch-size", 2), 1, 1e-5),
+        (("--dtype", "bf16", "--master-weights", "split", "--deterministic"), 2, 1e-4),
+        (("--dtype", "bf16", "--master-weights", "stochastic"), 1, 1e-4),
     ],
-    ids=("8bit states, micro-mean", "split master", "stochastic rounding"),
+    ids=("8bit states, micro-mean", "split master, replicas", "stochastic rounding"),
 )
-def test_ranks_compute_what_one_process_does(rows, tmp_path, options, loss):
+def test_ranks_compute_what_one_process_does(rows, tmp_path, options, replicas, loss):
     """No farther from it than twice what other sums in one process are: templates of their own, or other cuts."""
     run = (*TINY, *STEPS, "--data", rows, *options)
     one, other, two, log = (tmp_path / name for name in ("one", "other", "two", "log"))
     alone(*run, "--out", one)
     alone(*run, "--no-share-prefix", "--out", other)
-    assert two_ranks(log, *run, "--out", two) == [0, 0], log.read_text()
+    assert two_ranks(log, *run, "--replicas", replicas, "--out", two) == [0, 0], log.read_text()
     same(two, one, loss=loss, weights=2 * apart(other, one))
