@@ -292,6 +292,11 @@ def checkpoints(out: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
 
 
+def is_state(folder: Path) -> bool:
+    """Whether a folder is meant to be a checkpoint, whole or not."""
+    return any(re.fullmatch(r"manifest\.json|state(-\d+-of-\d+)?\.safetensors", path.name) for path in folder.glob("*"))
+
+
 def newest(out: Path, warn: Callable[[str], None]) -> tuple[Path, dict] | None:
     """(folder, manifest) of the newest whole checkpoint, None if there is none at all; warn is told of broken ones.
 
@@ -364,14 +369,17 @@ def sha256_of(path):
     return digest.hexdigest()
 
 
-def load(folder: Path, tensors: dict[str, torch.Tensor | Shard]) -> None:
+def layout(folder: Path, manifest: dict) -> tuple[dict, dict]:
+    """(whole, files) of a checkpoint, as engine.shards has them. Raises DataError."""
+    if manifest["format"] == SHARDED:
+        return manifest["tensors"], {name: entry["rows"] for name, entry in manifest["files"].items()}
+    return layout_of(folder / STATE)
+
+
+def load(folder: Path, tensors: dict[str, torch.Tensor | Shard], prefix: str = "") -> None:
     """Fills the tensors in place, each with the rows it wants, from a verified checkpoint of any number of writers.
 
-    Raises DataError listing names, shapes or kinds of numbers that differ.
+    prefix: tensors are all of the checkpoint's whose names begin so; what else it holds is not read. Raises DataError
+    listing names, shapes or kinds of numbers that differ.
     """
-    manifest = read_manifest(folder)
-    if manifest["format"] == SHARDED:
-        whole, files = manifest["tensors"], {name: entry["rows"] for name, entry in manifest["files"].items()}
-    else:
-        whole, files = layout_of(folder / STATE)
-    read(folder, whole, files, as_shards(tensors))
+    read(folder, *layout(folder, read_manifest(folder)), as_shards(tensors), prefix)

@@ -1,6 +1,7 @@
-"""A model from one layout to another.
+"""A model from one layout to another; a training state as a model.
 
 python -m engine.export --model out/demo --out out/demo-meta --layout meta
+python -m engine.export --model out/demo/checkpoint-40 --out out/demo-40
 """
 
 import sys
@@ -12,17 +13,21 @@ import torch
 from engine.cli import from_cli
 from engine.config import knob
 from engine.errors import UsageError, exit_code_of
-from engine.load import DTYPES, find_model, find_tokenizer
+from engine.load import DTYPES, find_model, find_tokenizer, open_state
 from engine.model import new_model
 from engine.run import need_disk
-from engine.weights import open_source, save_hf, save_meta
+from engine.weights import kind_of, open_source, save_hf, save_meta
 
 
 @dataclass(frozen=True)
 class ExportConfig:
     """Write a model as a complete Hugging Face folder, or in Meta's layout."""
 
-    model: str = knob("smollm2-135m", "folder (Hugging Face or Meta layout), .gguf file, or the embedded smollm2-135m")
+    model: str = knob(
+        "smollm2-135m",
+        "folder (Hugging Face or Meta layout), .gguf file, training state (checkpoint-N), or the embedded smollm2-135m",
+    )
+    tokenizer: str = knob("", "folder or .gguf of the tokenizer, where the model or the state's run has none at hand")
     out: str = knob("", "folder to write; it must be new or empty")
     layout: str = knob("hf", "of the folder written", ("hf", "meta"))
     dtype: str = knob("auto", "of the weights written; auto keeps what the model has", ("auto", "bf16", "fp16", "fp32"))
@@ -41,8 +46,12 @@ def main(argv):
     out = Path(config.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out}: exists and is not empty; choose another folder")
-    source = open_source(find_model(config.model))
-    tokenizer = find_tokenizer(source.config, "", source.path)
+    path = find_model(config.model)
+    if kind_of(path) == "state":
+        source, tokenizer = open_state(path, config.tokenizer)
+    else:
+        source = open_source(path)
+        tokenizer = find_tokenizer(source.config, config.tokenizer, path)
     dtype = source.dtype if config.dtype == "auto" else DTYPES[config.dtype]
     out.mkdir(parents=True, exist_ok=True)
     need_disk(out, source.config.n_parameters * torch.finfo(dtype).bits // 8, "free some, or choose another folder")

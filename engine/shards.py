@@ -139,16 +139,19 @@ def layout_of(path: Path) -> tuple[dict, dict]:
     return whole, {path.name: {name: [0, n_rows(entry["shape"])] for name, entry in whole.items()}}
 
 
-def read(folder: Path, whole: dict, files: dict, shards: dict[str, Shard]) -> None:
+def read(folder: Path, whole: dict, files: dict, shards: dict[str, Shard], prefix: str = "") -> None:
     """Fills the shards, each with the rows it wants, from a folder of files with that layout.
 
-    Files are mapped, one after the other, and only those rows read; a file without any is not opened. Raises DataError
-    listing names, shapes or kinds of numbers that differ.
+    prefix: of the tensors that are read; the files may hold others. Files are mapped, one after the other, and only
+    those rows read; a file without any is not opened. Raises DataError listing names, shapes or kinds of numbers that
+    differ.
     """
-    check_fit(folder, whole, shards)
+    check_fit(folder, whole, shards, prefix)
     for file, rows in files.items():
         wanted = {
-            name: (max(first, shards[name].first), min(end, shards[name].end)) for name, (first, end) in rows.items()
+            name: (max(first, shards[name].first), min(end, shards[name].end))
+            for name, (first, end) in rows.items()
+            if name in shards
         }
         wanted = {name: (first, end) for name, (first, end) in wanted.items() if first < end}
         if not wanted:
@@ -185,9 +188,11 @@ def entry_of(part):
     return {"dtype": part.get_dtype(), "shape": list(part.get_shape())}
 
 
-def check_fit(folder, whole, shards):
-    """Raises DataError naming what is not the same here and there. fp32 may become bf16; bits are no numbers."""
-    have = {name: (tuple(entry["shape"]), DTYPES.get(entry["dtype"])) for name, entry in whole.items()}
+def check_fit(folder: Path, whole: dict, shards: dict[str, Shard], prefix: str = "") -> None:
+    """Raises DataError naming what is not the same here and there, of the tensors whose names begin so. fp32 may become
+    bf16; bits are no numbers."""
+    held = {name: entry for name, entry in whole.items() if name.startswith(prefix)}
+    have = {name: (tuple(entry["shape"]), DTYPES.get(entry["dtype"])) for name, entry in held.items()}
     want = {name: (s.shape, s.tensor.dtype) for name, s in shards.items()}
     wrong = []
     for name in sorted(have.keys() | want.keys()):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from engine import layouts
+from engine import checkpoint, layouts
 from engine.config import ModelConfig
 from engine.errors import DataError, UsageError
 from engine.folders import json_writer, member, read_json, replace_files
@@ -88,16 +88,8 @@ def open_source(path: Path) -> Source:
     """Opens a Hugging Face or Meta folder, or a .gguf file. Raises DataError listing every problem at once."""
     path, problems = Path(path), []
     with naming(path):
-        if path.is_file() and path.suffix == ".gguf":
-            kind, opened = "gguf", open_gguf_source(path, problems)
-        elif os.path.lexists(path / "config.json"):
-            kind, opened = "hf", open_hf(path, problems)
-        elif os.path.lexists(path / "params.json"):
-            kind, opened = "meta", open_meta(path, problems)
-        else:
-            got = "holds neither" if path.is_dir() else "is none" if path.exists() else "does not exist"
-            raise DataError(f"{got}; wanted a folder with config.json or params.json, or a .gguf file")
-        config, stored, lost = opened
+        kind = kind_of(path)
+        config, stored, lost = OPENERS.get(kind, refuse)(path, problems)
         generation_config = {}
         if kind == "hf" and os.path.lexists(path / "generation_config.json"):
             generation_config = read_json(path, "generation_config.json", problems) or {}
@@ -109,6 +101,28 @@ def open_source(path: Path) -> Source:
     for tensor in stored.values():
         sizes[tensor.dtype] += torch.Size(tensor.shape).numel()
     return Source(path, kind, config, sizes.most_common(1)[0][0], generation_config, stored)
+
+
+def kind_of(path: Path) -> str | None:
+    """ "hf", "meta" or "gguf"; "state", a training state; None: nothing that is read."""
+    if path.is_file():
+        return "gguf" if path.suffix == ".gguf" else None
+    if os.path.lexists(path / "config.json"):
+        return "hf"
+    if os.path.lexists(path / "params.json"):
+        return "meta"
+    return "state" if checkpoint.is_state(path) else None
+
+
+def refuse(path, problems):
+    """What is no model, though one may be had from it."""
+    export = "python -m engine.export --model {} --out DIR"
+    if checkpoint.is_state(path):
+        raise DataError(f"holds a training state, not a model; {export.format(path)} makes one of it")
+    if states := checkpoint.checkpoints(path):
+        raise DataError(f"holds training states, no model yet; {export.format(states[-1][1])} makes one of the newest")
+    got = "holds neither" if path.is_dir() else "is none" if path.exists() else "does not exist"
+    raise DataError(f"{got}; wanted a folder with config.json or params.json, or a .gguf file")
 
 
 def listed(problems):
@@ -294,6 +308,9 @@ def join(parts, by_columns):
 def open_gguf_source(path, problems):
     metadata, stored = open_gguf(path)
     return layouts.config_from_gguf(metadata, stored, problems), stored, ()
+
+
+OPENERS = {"hf": open_hf, "meta": open_meta, "gguf": open_gguf_source}
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------

@@ -486,11 +486,11 @@ def cut(whole, n, at=None):
     return parts
 
 
-def save_together(out, step, parts, keep=2, savers=None):
+def save_together(out, step, parts, keep=2, savers=None, facts=FACTS):
     """[Saved, or what was raised] of every writer."""
     savers = savers or savers_of(out, len(parts), keep)
     for i, (saver, part) in enumerate(zip(savers, parts, strict=True)):
-        saver.save(step, part, FACTS | {"rank": i})
+        saver.save(step, part, facts | {"rank": i})
     outcomes = []
     for saver in savers:
         try:
@@ -595,6 +595,27 @@ def test_readers_name_what_does_not_fit(tmp_path, n):
     narrow = {"a": torch.ones(4, 2, dtype=torch.bfloat16), "b": torch.ones(4, dtype=torch.int16)}
     checkpoint.load(folder, narrow)  # under --allow-changed
     assert not any(t.any() for t in narrow.values())
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_part_of_a_state_is_read_without_the_rest(tmp_path, n):
+    whole = {"param.a": torch.arange(6.0), "param.b": torch.tensor(1.0), "m.a": torch.ones(6), "count": torch.ones(1)}
+    parts = cut(whole, n)
+    last = {name: parts[-1].pop(name) for name in ("m.a", "count") if name in parts[-1]} if n > 1 else {}
+    folder = save_together(tmp_path, 1, [*parts, last])[0].folder
+    if n > 1:  # who holds nothing of it
+        (folder / "state-00002-of-00003.safetensors").unlink()
+    wanted = {name: t for name, t in whole.items() if name.startswith("param.")}
+    found = blank(wanted)
+    checkpoint.load(folder, found, "param.")
+    assert same_bytes(found, wanted)
+    for other, message in (
+        ({"param.a": found["param.a"]}, r"1 .*param.b \(\(\), wanted None\)"),
+        (found | {"param.c": torch.zeros(2)}, r"1 .*param.c \(None, wanted \(2,\)\)"),
+        (found | {"m.a": torch.zeros(6)}, r"1 .*m.a \(None"),
+    ):
+        with pytest.raises(DataError, match=message):
+            checkpoint.load(folder, other, "param.")
 
 
 def test_one_writers_full_disk_fails_the_save_of_all(tmp_path, monkeypatch):
