@@ -1,6 +1,7 @@
 """Measurements of ranks on one card, at toy size on a CPU: figures by arithmetic, and what is wrong is no figure."""
 
 import json
+import time
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 from engine import checkpoint
-from scripts import rank_bench, render_benchmarks, step_bench
-from scripts.rank_bench import VARIANTS, Block, Differs
+from scripts import rank_bench, rank_checks, render_benchmarks, step_bench
+from scripts.rank_bench import VARIANTS
+from scripts.rank_checks import Block, Differs
 
 GIB = {"peak_gib": 9.0, "peak_reserved_gib": 10.0}
 
@@ -117,7 +119,7 @@ def test_a_save_that_takes_longer_than_its_cadence_is_waited_for():
 
 
 def test_saves_are_of_the_whole_state_and_beside_steps(variant, tmp_path, monkeypatch):
-    states, write, slow = [], checkpoint.write, rank_bench.time.sleep
+    states, write, slow = [], checkpoint.write, time.sleep
 
     def watched(*args):
         slow(0.1)  # some steps are taken meanwhile
@@ -168,11 +170,11 @@ def test_a_state_that_is_read_back_otherwise_is_told(variant, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "load", flipped)
     with pytest.raises(Differs, match="1 tensors of a state that was read back, plain"):
-        rank_bench.check_one_rank(variant, smoke=True)
+        rank_checks.check_one_rank(variant, smoke=True)
 
 
 def test_two_ranks_of_one_device():
-    found = rank_bench.check_two_ranks(smoke=True)
+    found = rank_checks.check_two_ranks(smoke=True)
     assert found["steps"] == 4 and found["largest_loss_apart"] < 1e-5 and found["largest_norm_apart"] < 1e-5
 
 
@@ -186,36 +188,36 @@ def ended(monkeypatch):
             (folder / "two-1.log").write_text(log)
             return codes
 
-        monkeypatch.setattr(rank_bench, "finetuned", finetuned)
+        monkeypatch.setattr(rank_checks, "finetuned", finetuned)
 
     return of
 
 
 def test_what_ranks_of_one_card_cannot_do_is_told_and_what_is_broken_fails(ended):
     ended([77, 77, 0], "x\nnot possible: gloo between ranks of one card: no such op\n")
-    found = rank_bench.check_two_ranks(smoke=True)
+    found = rank_checks.check_two_ranks(smoke=True)
     assert found == {"absent": "not possible: gloo between ranks of one card: no such op"}
     ended([1, 1, 0], "error: rank 1 broke\n")
     with pytest.raises(RuntimeError, match=r"exit codes \[1, 1, 0\] of two ranks and of one: rank 1 broke"):
-        rank_bench.check_two_ranks(smoke=True)
+        rank_checks.check_two_ranks(smoke=True)
     ended([0, -9, 0], "")
     with pytest.raises(RuntimeError, match=r"-9.*a note"):
-        rank_bench.check_two_ranks(smoke=True)
+        rank_checks.check_two_ranks(smoke=True)
 
 
 def test_wrong_collectives_are_told(monkeypatch):
-    with rank_bench.one_rank():
-        rank_bench.collectives("cpu")
-        monkeypatch.setattr(rank_bench, "reduce_scatter", lambda part, whole: part.zero_())
+    with rank_checks.one_rank():
+        rank_checks.collectives("cpu")
+        monkeypatch.setattr(rank_checks, "reduce_scatter", lambda part, whole: part.zero_())
         with pytest.raises(Differs, match="reduce_scatter over 1 ranks"):
-            rank_bench.collectives("cpu")
+            rank_checks.collectives("cpu")
 
 
 # ---- what is told ---------------------------------------------------------------------------------------------------
 
 
 def test_every_variant_begins_with_its_model():
-    kinds = (rank_bench.over_plain, rank_bench.saves, rank_bench.check_one_rank)
+    kinds = (rank_bench.over_plain, rank_bench.saves, rank_checks.check_one_rank)
     for name, measure in VARIANTS.items():
         if getattr(measure, "func", None) in kinds[:2]:
             assert name.split(", ")[0] == measure.args[0].model and measure.args[0].tokens == 8320, name
