@@ -22,7 +22,6 @@ import time
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from engine.checkpoint import Shard
 from engine.errors import CriaError, Elsewhere, UsageError
@@ -244,6 +243,9 @@ class Watch:
 
 def shard(model, world: World):
     """Cuts a model's parameters over the ranks, in place. On meta, nothing is allocated before it is cut."""
+    # Imported here: it takes a second, which a run of one rank need not wait.
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     groups = [*model.layers, model]
     for module in groups:

@@ -191,5 +191,7 @@ def new_model(
     with torch.device("meta"):
         model = Transformer(config, impl, recompute, accumulate).to(dtype)
     if shard:
-        shard(model)
-    return model.to_empty(device=device)
+        return shard(model).to_empty(device=device)
+    if str(device) == "meta":
+        return model
+    return model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))  # to_empty imports sympy: a second

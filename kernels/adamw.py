@@ -83,14 +83,15 @@ def adamw_state(
     if param.dtype == torch.bfloat16 and master == "fp32":
         kept["master"] = param.detach().float().contiguous()
     elif param.dtype == torch.bfloat16 and master == "split":
-        kept["low"] = torch.zeros_like(param, dtype=torch.int16)
+        kept["low"] = param.new_zeros(param.shape, dtype=torch.int16)
     if states == "8bit" and (whole or param.numel()) >= LEAST_8BIT:
         blocks = triton.cdiv(param.numel(), dynamic_map.BLOCK)
         kept |= {name: param.new_zeros(blocks, dtype=torch.float32) for name in ("m_absmax", "v_absmax")}
-        m, v = torch.full_like(param, 127, dtype=torch.uint8), torch.zeros_like(param, dtype=torch.uint8)
+        m = param.new_full(param.shape, 127, dtype=torch.uint8)
+        v = param.new_zeros(param.shape, dtype=torch.uint8)
     else:
         dtype = torch.bfloat16 if states == "bf16" else torch.float32
-        m, v = torch.zeros_like(param, dtype=dtype), torch.zeros_like(param, dtype=dtype)
+        m, v = (param.new_zeros(param.shape, dtype=dtype) for _ in range(2))
     return AdamWState(m.detach(), v.detach(), **kept)
 
 
