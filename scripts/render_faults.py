@@ -69,10 +69,15 @@ FAULTS = [  # fault, expected, tests
     ("NaN or Inf", "no rank updates; at most N skipped, then exit 4 with rows", [
         (F, "test_a_loss_that_is_no_number_changes_nothing_and_ends_the_run_with_4"),
         (D, "test_a_loss_that_is_no_number_on_one_rank_updates_none")]),
-    ("a loss spike", "a warning; opt-in rollback", NOT_BUILT),
+    ("a loss spike", "a warning; opt-in rollback", [
+        (F, "test_a_loss_spike_is_told_with_its_rows_and_changes_nothing"),
+        (F, "test_a_loss_spike_is_undone_on_request"),
+        (F, "test_spikes_in_a_row_that_going_back_does_not_end_end_the_run_with_4"),
+        (D, "test_a_spike_is_undone_by_all_ranks")]),
     ("out of memory", "the peak and the next smaller settings; halves once", [
         (F, "test_out_of_memory_halves_the_micro_batch_once_says_so_and_goes_on"),
-        (F, "test_out_of_memory_again_ends_the_run_with_what_would_help")]),
+        (F, "test_out_of_memory_again_ends_the_run_with_what_would_help"),
+        (D, "test_out_of_memory_on_one_rank_ends_the_run_and_the_restart_halves")]),
     ("an empty dataset, all rows dropped", "exit 3 with counts", [(F, "test_bad_data_exits_3")]),
     ("a row over the maximum length", "truncated and counted", [
         (A, "test_long_rows_are_cut_and_rows_without_loss_are_dropped_and_both_are_counted")]),

@@ -245,6 +245,23 @@ finetune.Transformer.loss = loss
     assert not (out / "halved.json").exists()
 
 
+def test_a_spike_is_undone_by_all_ranks(rows, tmp_path):
+    """A loss that one rank tells as higher than it is: both go back to the same state, as one process does."""
+    spiky = """
+from engine import spikes
+spikes.LEAST, real_pass = 3, finetune.forward_backward
+def spiky(job, model, optimizer, feed, step, lr):
+    loss, counts = real_pass(job, model, optimizer, feed, step, lr)
+    return (loss + 9 if step == 5 and RANK == job.world.size - 1 else loss), counts
+finetune.forward_backward = spiky
+"""
+    more = (*SAVES[:4], "--save-every", 3, "--spike-rollback")
+    for ranks in (1, 2):
+        code, said = driven(tmp_path, ranks, spiky, *flags(rows, tmp_path / f"out{ranks}", *more))
+        assert code == 0 and "back to the state of step 3, the rows of 2 steps are left out" in said, said
+    same(tmp_path / "out2", tmp_path / "out1")
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
