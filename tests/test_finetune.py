@@ -76,12 +76,12 @@ def read(name):
         ("alpaca", [("--micro-batch-size", n) for n in (8, 1)]),
         (
             "seed tasks",
-            [("--micro-batch-size", 4)]
-            + [
-                (*packing, *sharing, "--micro-batch-tokens", tokens)
-                for packing in ((), ("--no-packing",))
-                for sharing in ((), ("--no-share-prefix",))
-                for tokens in (250, 2048)
+            [  # each pair of packing, sharing and size once
+                ("--micro-batch-size", 4),
+                ("--micro-batch-tokens", 250),
+                ("--micro-batch-tokens", 2048, "--no-share-prefix"),
+                ("--micro-batch-tokens", 2048, "--no-packing"),
+                ("--micro-batch-tokens", 250, "--no-packing", "--no-share-prefix"),
             ],
         ),
     ],
