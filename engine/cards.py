@@ -12,10 +12,12 @@ replaces both by what it measured on the card.
 
 Of a link between cards, one way, NCCL is assumed to move 0.8: 370 of 450 GB/s all-gathering over an H100's NVLink, 240
 of 300 over an A100's (github.com/NVIDIA/nccl-tests issues 212, 149), and so over PCIe, where GeForce cards, which know
-no peers, may reach less. Over 8 cards are machines of 8, joined by a 400 Gb/s port a card.
+no peers, may reach less. Over 8 cards are machines of 8, joined by a 400 Gb/s port a card. Ranks fill one machine after
+the other, so the shards of a replica of up to 8 meet over NVLink, and ports carry the sums of replicas alone.
 """
 
 import json
+import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,11 +55,19 @@ class Card:
     price_per_hour: float | None  # dollars
     nvlink_gb_per_s: float = 0  # one way, to all the others together; 0: they meet over PCIe
 
-    def bus_bytes_per_s(self, cards: int) -> float:
-        """What an all-gather or reduce-scatter of so many cards sends from each, and receives at once: nccl-tests'
-        bus bandwidth."""
+    def bus_bytes_per_s(self, shards: int, replicas: int = 1) -> float:
+        """What an all-gather or reduce-scatter among the shards of each replica sends from each card, and receives at
+        once: nccl-tests' bus bandwidth. Across machines a ring leaves each by as many ports as it has cards there."""
+        return self.reached(None if within_machines(shards, replicas) else math.gcd(shards, MACHINE))
+
+    def sum_bytes_per_s(self, shards: int, replicas: int) -> float:
+        """The same of an all-reduce among replicas: of the cards that hold one shard, every shards-th."""
+        return self.reached(None if shards * replicas <= MACHINE else max(1, MACHINE // shards))
+
+    def reached(self, ports: int | None) -> float:
+        """Bytes a second over a card's own link, and over so many ports of its machine unless None."""
         link = self.nvlink_gb_per_s or self.pcie_gb_per_s
-        return 1e9 * LINK_SHARE * min(link, MACHINE * PORT_GB_PER_S if cards > MACHINE else link)
+        return 1e9 * LINK_SHARE * min(link, math.inf if ports is None else ports * PORT_GB_PER_S)
 
 
 # One card on demand, lowest listed price: RunPod in March 2026 (deploybase.ai/articles/runpod-gpu-pricing); the A100 of
@@ -77,6 +87,11 @@ CARDS = {
         Card("RTX-5090", "RTX 5090", 31.36, 209, 1792, 0.85, 50, 0.69),
     )
 }
+
+
+def within_machines(shards: int, replicas: int) -> bool:
+    """Whether no replica lies in more than one machine."""
+    return shards * replicas <= MACHINE or MACHINE % shards == 0
 
 
 def cards_of(config) -> int:
@@ -197,6 +212,80 @@ def layer_weights(c):
     return 2 * c.dim * c.n_heads * c.head_dim + 3 * c.dim * c.hidden_dim, 2 * c.dim * c.n_kv_heads * c.head_dim
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """What each of several cards sends in a step, in bytes of one collective: (of a block, of the weights outside).
+
+    A micro-batch gathers every group before its forward and again before its backward, and reduces its gradients; the
+    last one of a step sums them over the replicas too.
+    """
+
+    layers: int
+    gather: tuple[int, int]
+    reduce: tuple[int, int]
+    sum: tuple[int, int]
+    bytes_per_s: float  # of gathers and reductions
+    sum_bytes_per_s: float
+    apart: bool  # sums take other links than gathers and reductions, beside which they go
+
+    def of_step(self, micro_batches: int) -> dict[str, int]:
+        """Bytes by kind of collective."""
+        gather, reduce, sums = (self.layers * block + rest for block, rest in (self.gather, self.reduce, self.sum))
+        each = {"gather_forward": gather, "gather_backward": gather, "reduce": reduce}
+        return {kind: micro_batches * n for kind, n in each.items()} | {"sum": sums}
+
+    def seconds(self, micro_batches: int) -> dict[str, float]:
+        """Of the same, alone on their links."""
+        sent = self.of_step(micro_batches)
+        rate = {"sum": self.sum_bytes_per_s}
+        return {kind: n / rate.get(kind, self.bytes_per_s) for kind, n in sent.items()}
+
+    def in_backward(self, summed: bool) -> list[float]:
+        """Seconds beside each block's backward, of the first block first: the gather of the one before it, the
+        reduction of the one after."""
+        gather, reduce, sums = self.of_group(0, summed)
+        last = self.layers - 1
+        return [self.together(gather * (i > 0), reduce * (i < last), sums * (i < last)) for i in range(self.layers)]
+
+    def of_group(self, i: int, summed: bool) -> tuple[float, float, float]:
+        """Seconds of a block's gather, reduction and sum (i 0), or of those of the weights outside (1)."""
+        sums = self.sum[i] / self.sum_bytes_per_s if summed else 0.0
+        return self.gather[i] / self.bytes_per_s, self.reduce[i] / self.bytes_per_s, sums
+
+    def together(self, gather, reduce, sums):
+        return max(gather + reduce, sums) if self.apart else gather + reduce + sums
+
+    def late(self, micro_batches: int, forward_s: float, backward_s: float) -> dict[str, float]:
+        """Seconds of a step that computing waits, by why; forward_s, backward_s: of a block in one micro-batch.
+
+        begin     of forward and of backward: the weights outside of blocks and a block, which nothing hides
+        forward   L - 1 gathers, each of them longer than the block before it takes
+        backward  what is beside a block longer than that takes
+        end       reductions and sums of the first block and of the weights outside, after all computing
+        """
+        (gather, _, _), (others, _, _) = self.of_group(0, False), self.of_group(1, False)
+        waits = {
+            "begin": 2 * micro_batches * (gather + others),
+            "forward": micro_batches * (self.layers - 1) * max(0.0, gather - forward_s), "backward": 0.0, "end": 0.0,
+        }  # fmt: skip
+        for summed, times in ((False, micro_batches - 1), (True, 1)):
+            _, block, block_sum = self.of_group(0, summed)
+            _, rest, rest_sum = self.of_group(1, summed)
+            waits["backward"] += times * sum(max(0.0, beside - backward_s) for beside in self.in_backward(summed))
+            waits["end"] += times * (block + self.together(0.0, rest, block_sum) + rest_sum)
+        return waits
+
+
+def block_seconds(c: ModelConfig, work: Work, recompute: str, computing_s: float) -> tuple[float, float]:
+    """Of the forward and the backward of one block in one micro-batch, in the mean, of a step's computing: the blocks'
+    share of its matrix products, a third of which is forward, or a quarter with recompute="block"."""
+    flops = gemm_flops(c, work, recompute)
+    share = 1 - 6 * work.loss_rows * c.dim * c.vocab_size / flops
+    each = computing_s * share / (c.n_layers * work.micro_batches)
+    forward = each / (4 if recompute == "block" else 3)
+    return forward, each - forward
+
+
 def update_bytes(parameters: int, masters: int, moments: int, master: str) -> int:
     """Bytes that AdamW moves, of tensors of so many: all in and out, but gradients in alone, and weights that have an
     fp32 master beside them out alone."""
@@ -213,7 +302,7 @@ def step_seconds(
     recompute: str,
     update_bytes: float,
     offload_bytes: float = 0.0,
-    communication_s: float = 0.0,
+    traffic: Traffic | None = None,
 ) -> dict[str, float]:
     """Seconds of one step by what bounds them; "total" is their sum. size: bytes of a number.
 
@@ -224,10 +313,10 @@ def step_seconds(
         update     bytes that the gradient norm and AdamW move
         offload    the optimizer's state over PCIe, both ways at once; nothing else hides it
         host       what launching takes longer than all of the above but offload
-        communication  what it takes longer than micro-batches, which hide it: all of the above but update and offload
+        communication  what blocks under way do not hide of it: Traffic.late()
 
     update_bytes: of the gradient norm and AdamW. offload_bytes: of the state that crosses PCIe, one way.
-    communication_s: of all micro-batches, between cards.
+    traffic: between several cards.
     """
     t, u = work.tokens, work.loss_rows
     heads, kv_heads, full = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_layers - 1
@@ -252,7 +341,7 @@ def step_seconds(
     }
     launching = work.micro_batches * (c.n_layers + 2) * LAUNCHES * LAUNCH_S
     seconds["host"] = max(0.0, launching - sum(seconds.values()))
-    computing = sum(seconds.values()) - seconds["update"]
-    seconds["communication"] = max(0.0, communication_s - computing)
+    blocks = block_seconds(c, work, recompute, sum(seconds.values()) - seconds["update"])
+    seconds["communication"] = sum(traffic.late(work.micro_batches, *blocks).values()) if traffic else 0.0
     seconds["offload"] = offload_bytes / (1e9 * card.pcie_gb_per_s)
     return seconds | {"total": sum(seconds.values())}

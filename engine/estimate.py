@@ -22,10 +22,14 @@ from engine.cards import (
     CARDS,
     GIB,
     KERNEL_SHARE,
+    MACHINE,
     PRICES_OF,
     Card,
     Rates,
+    Traffic,
     Work,
+    block_seconds,
+    cards_of,
     chosen_card,
     find_card,
     gemm_flops,
@@ -45,20 +49,28 @@ from engine.memory import (
     cheapest_that_fits,
     gb,
     largest_micro_batch,
+    layout_that_fits,
     memory,
     memory_rows,
-    sent_bytes,
     setting_of,
     state_bytes,
+    traffic,
 )
 from engine.mix import Mix, Plan, alpaca_mix, cut, file_mix
+from engine.model import new_model
+from engine.optim import counts_that_fit
 from engine.weights import open_source
 
 MOST_GPUS = 64
+COMPUTING = ("gemm", "attention", "memory", "host")  # of a step, what hides communication
 GOOD_TOKENS = 2048  # with fewer in a micro-batch the GEMMs wait for their weights
 
 
 # ---- settings -------------------------------------------------------------------------------------------------------
+
+
+def divisors(n: int) -> str:
+    return ", ".join(str(r) for r in range(1, n + 1) if n % r == 0)
 
 
 def same(name):
@@ -76,7 +88,8 @@ class EstimateConfig:
 
     model: str = knob("", "named shape, folder (Hugging Face or Meta layout) or .gguf file", alias="model_name_or_path")
     gpu: str = knob("H100", "the card, one of " + ", ".join(CARDS))
-    gpus: int = knob(1, "cards, over which the model is sharded; several are projected")
+    gpus: int = knob(1, "cards; several are projected")
+    replicas: int | None = same("replicas")
     gpu_memory: float | None = knob(None, "GiB of another card, as torch tells its total_memory (auto: of --gpu)")
     gpu_tflops: float | None = knob(None, "its dense bf16 peak, TFLOP/s (auto: of --gpu)")
     gpu_bandwidth: float | None = knob(None, "its memory's bandwidth, GB/s (auto: of --gpu)")
@@ -98,10 +111,10 @@ class EstimateConfig:
     share_prefix: bool = same("share_prefix")
     master_weights: str = same("master_weights")
     optimizer_states: str = same("optimizer_states")
-    replicas: int | None = same("replicas")
     offload_optimizer: bool = same("offload_optimizer")
     optimizer_in_backward: bool = same("optimizer_in_backward")
     recompute: str = same("recompute")
+    save_every: str = same("save_every")
     skip_bad_rows: bool = same("skip_bad_rows")
     debug: bool = same("debug")
 
@@ -115,6 +128,8 @@ class EstimateConfig:
                 f"--global-batch-size {self.global_batch_size} is not divisible by --gpus {self.gpus}: every card "
                 f"takes the same number; pass {f'{lower} or ' if lower > 0 else ''}{lower + self.gpus}"
             )
+        if 1 <= self.gpus <= MOST_GPUS and self.gpus % (self.replicas or 1):
+            problems.append(f"--replicas {self.replicas} of --gpus {self.gpus}; wanted one of {divisors(self.gpus)}")
         if self.gpus > 1 and self.optimizer_in_backward:
             problems.append(
                 f"--optimizer-in-backward with --gpus {self.gpus} is not projected: each card holds a part of the "
@@ -157,34 +172,48 @@ class Projection:
 
     work: Work  # of a step on each card
     seconds: dict[str, float]  # of a step, by what bounds it
-    communication_bytes: int  # that each card sends in a step
-    communication_s: float  # of which seconds["communication"] are not hidden
+    block_s: tuple[float, float]  # of a block's forward and backward in a micro-batch
+    traffic: Traffic  # which each card sends
     tokens_per_s: float  # logical, of all cards
     mfu: float  # 6 N logical tokens a second / peak
     steps: int
     total_s: float
     dollars: float | None
 
+    @property
+    def communication_bytes(self) -> int:
+        """That each card sends in a step."""
+        return sum(self.traffic.of_step(self.work.micro_batches).values())
+
+    @property
+    def communication_s(self) -> float:
+        """Of which seconds["communication"], the sum of late, is not hidden."""
+        return sum(self.traffic.seconds(self.work.micro_batches).values())
+
+    @property
+    def late(self) -> dict[str, float]:
+        return self.traffic.late(self.work.micro_batches, *self.block_s)
+
 
 def project(config, c: ModelConfig, card: Card, speed: Rates, mix: Mix, plan: Plan, setting: dict) -> Projection:
-    cards = setting["cards"]
-    state = state_bytes(c, setting["dtype"], setting["master"], setting["states"], cards)
+    cards = setting["cards"] * setting["replicas"]
+    state = state_bytes(c, setting["dtype"], setting["master"], setting["states"], setting["cards"])
     tokens = min(mix.logical, mix.own + mix.prefix * plan.micro_batches)
     work = Work(tokens, mix.loss_rows, mix.pairs, mix.query_pairs, plan.micro_batches)
-    sent = plan.micro_batches * sent_bytes(c, setting["dtype"], cards)
-    sent_s = sent / card.bus_bytes_per_s(cards)
+    sent = traffic(c, card, setting["dtype"], setting["cards"], setting["replicas"])
     seconds = step_seconds(
         c, card, speed, work, size=setting["dtype"].itemsize, recompute=setting["recompute"],
         update_bytes=update_bytes(*state[:3], setting["master"]) + state[0],  # the gradients' norm reads them once more
-        offload_bytes=state[1] + state[2] if setting["offload"] else 0, communication_s=sent_s,
+        offload_bytes=state[1] + state[2] if setting["offload"] else 0, traffic=sent,
     )  # fmt: skip
+    blocks = block_seconds(c, work, setting["recompute"], sum(seconds[kind] for kind in COMPUTING))
     per_step = min(config.global_batch_size, mix.examples)
     steps = min(config.epochs * steps_per_epoch(mix.examples, config.global_batch_size), config.max_steps or math.inf)
     total_s = seconds["total"] * min(steps, config.epochs * mix.examples / per_step)  # an epoch's last is smaller
     rate = cards * mix.logical / seconds["total"]
     dollars = None if card.price_per_hour is None else total_s / 3600 * cards * card.price_per_hour
     mfu = 6 * c.n_parameters * rate / (1e12 * card.peak_tflops * cards)
-    return Projection(work, seconds, sent, sent_s, rate, mfu, steps, total_s, dollars)
+    return Projection(work, seconds, blocks, sent, rate, mfu, steps, total_s, dollars)
 
 
 def estimate(config: EstimateConfig) -> dict:
@@ -198,13 +227,41 @@ def estimate(config: EstimateConfig) -> dict:
     return estimate_on(card, config, c, mix, DTYPES["bf16" if config.dtype == "auto" else config.dtype])
 
 
+def shards_of_8bit(c: ModelConfig) -> list[int]:
+    """Into how many a replica can be cut with 8-bit states."""
+    return counts_that_fit(
+        {name: tuple(p.shape) for name, p in new_model(c, "meta", torch.bfloat16).named_parameters()}
+    )
+
+
+def layout(config, c: ModelConfig, room: int, tokens: int, share: dict, setting: dict) -> dict:
+    """{"cards": of a replica, "replicas"} as --replicas says, or as fits beside so many tokens in one card's share of a
+    step. Raises UsageError where blocks of 8-bit states would be cut."""
+    n, cards, eight = cards_of(config), setting["cards"], setting["states"] == "8bit"
+    counts = shards_of_8bit(c) if eight and n > 1 else None
+    if n > 1 and config.replicas is None:
+        least = min(config.max_length, share["most_tokens"])
+        asked = share | setting
+        replicas, _ = layout_that_fits(c, room, n, share_tokens=tokens, least_tokens=least, counts=counts, **asked)
+        return {"cards": n // replicas, "replicas": replicas}
+    if counts and cards not in counts:
+        wanted = " or ".join(str(n // count) for count in reversed(counts) if n % count == 0)
+        raise UsageError(
+            f"--optimizer-states 8bit over {cards} shards would cut a block of 256 elements; wanted --replicas {wanted}"
+            ", or other states"
+        )
+    return {"cards": cards, "replicas": setting["replicas"]}
+
+
 def estimate_on(card: Card, config, c: ModelConfig, mix: Mix, dtype: torch.dtype) -> dict:
     """Everything that is printed. config: an EstimateConfig, or the FinetuneConfig of a run."""
-    setting, room, speed = setting_of(config, dtype), int(card.memory_gib * GIB), rates(card)
+    room, speed = int(card.memory_gib * GIB), rates(card)
     whole = cut(mix, 2**40, config.micro_batch_size)  # a step in as few micro-batches as there can be
     step = whole.tokens if whole.one_micro_batch else None
     most = min(config.micro_batch_tokens or MOST_TOKENS, step or MOST_TOKENS)
     share = {"loss_share": mix.loss_share, "most_tokens": most, "step_tokens": step}
+    setting = setting_of(config, dtype)
+    setting |= layout(config, c, room, whole.tokens, share, setting)
 
     def of(budget, setting):
         plan = cut(mix, budget, config.micro_batch_size)
@@ -217,8 +274,11 @@ def estimate_on(card: Card, config, c: ModelConfig, mix: Mix, dtype: torch.dtype
     alternatives = []
     if used.total > room:
         wish = min(most, config.micro_batch_tokens or GOOD_TOKENS)
-        fits = cheapest_that_fits(c, room, tokens=wish, least_tokens=config.max_length, **share, **setting)
-        alternatives = [(fit.flags, *of(fit.tokens, fit.setting)) for fit in fits]
+        ways = cheapest_that_fits(c, room, tokens=wish, least_tokens=config.max_length, **share, **setting)
+        if cards_of(config) > 1:
+            counts = shards_of_8bit(c)
+            ways = [way for way in ways if way.setting["states"] != "8bit" or way.setting["cards"] in counts]
+        alternatives = [(way.flags, way.setting, *of(way.tokens, way.setting)) for way in ways]
     return {
         "config": config, "model": c, "card": card, "speed": speed, "mix": mix, "setting": setting, "room": room,
         "plan": plan, "memory": used, "projection": projection, "alternatives": alternatives,
@@ -274,32 +334,94 @@ def time_rows(found: dict) -> list[tuple[str, str, str]]:
         "offload": f"master and states over PCIe, {card.pcie_gb_per_s:g} GB/s each way",
     }
     rows = [(name, f"{1e3 * ms[name]:.1f}", text) for name, text in why.items() if ms[name]]
-    if (cards := found["setting"]["cards"]) > 1:
-        late = f"not hidden by {1e3 * ms['communication']:,.0f} ms" if ms["communication"] else "hidden"
-        gbs = f"{projection.communication_bytes / 1e9:,.0f} GB at {card.bus_bytes_per_s(cards) / 1e9:.0f} GB/s"
-        text = f"{1e3 * projection.communication_s:,.0f} ms, {late}: {gbs}"
+    if cards_in(found) > 1:
+        text = (
+            f"not hidden of {1e3 * projection.communication_s:,.0f} ms, {projection.communication_bytes / 1e9:,.0f} GB"
+        )
         rows.append(("communication", f"{1e3 * ms['communication']:.1f}", text))
     cut = f"{work.micro_batches} micro-batch{'es' * (work.micro_batches > 1)}"
     tokens = f"{work.tokens:,.0f} tokens computed of {mix.logical:,.0f}"
     return [*rows, ("step", f"{1e3 * ms['total']:.1f}", f"{tokens}, {cut}")]
 
 
+def cards_in(found: dict) -> int:
+    return found["setting"]["cards"] * found["setting"]["replicas"]
+
+
+def layout_name(cards: int, replicas: int) -> str:
+    if replicas == 1:
+        return f"sharded over {cards}"
+    return f"{replicas} replicas" + f" of {cards} shards" * (cards > 1)
+
+
+COLLECTIVES = {
+    "gather_forward": "all-gather, forward", "gather_backward": "all-gather, backward",
+    "reduce": "reduce-scatter", "sum": "all-reduce",
+}  # fmt: skip
+
+
+def collective_rows(projection: Projection) -> list[tuple[str, str, str, str]]:
+    """(collective, GB that a card sends in a step, milliseconds, how) of each kind that there is."""
+    sent, n, rows = projection.traffic, projection.work.micro_batches, []
+    seconds = sent.seconds(n)
+    for kind, n_bytes in sent.of_step(n).items():
+        times, (block, others) = (1, sent.sum) if kind == "sum" else (n, getattr(sent, kind.partition("_")[0]))
+        rate = sent.sum_bytes_per_s if kind == "sum" else sent.bytes_per_s
+        how = (
+            f"{times * sent.layers} of {block / 1e6:,.0f} MB, {times} of {others / 1e6:,.0f}, at {rate / 1e9:.0f} GB/s"
+        )
+        if n_bytes:
+            rows.append((COLLECTIVES[kind], f"{n_bytes / 1e9:.1f}", f"{1e3 * seconds[kind]:.1f}", how))
+    return rows
+
+
+def tell_communication(found: dict) -> None:
+    """What each card sends in a step, and what of it computing waits for."""
+    projection = found["projection"]
+    setting, (forward, backward) = found["setting"], projection.block_s
+    title = f"Communication of a step, each card: {layout_name(setting['cards'], setting['replicas'])}; projected"
+    show(title, ("collective", "GB", "ms", "how"), collective_rows(projection))
+    waits = ", ".join(f"{name} {1e3 * s:.1f}" for name, s in projection.late.items())
+    text = f"A block computes {1e3 * forward:.2f} ms forward, {1e3 * backward:.2f} backward; not hidden: {waits} ms."
+    print(textwrap.fill(text, 80) + "\n")
+
+
+def tell_host(found: dict) -> None:
+    """What the computer's memory holds for its cards."""
+    used, cards = found["memory"], min(cards_in(found), MACHINE)
+    parts = [f"{gb(used.host)} GB a card of master and states"] * (used.host > 0)
+    parts += [f"{gb(used.host_copy)} GB a card for the copy of a state that is saved"] * (used.host_copy > 0)
+    if parts:
+        of_all = f"; {gb(host_bytes(found))} GB in a machine" * (cards > 1)
+        print(textwrap.fill(f"On the host: {', '.join(parts)}{of_all}", 80) + "\n")
+
+
+def host_bytes(found: dict) -> int:
+    """Of the fullest machine: master and states of all its cards, copies of those whose shards a checkpoint holds."""
+    used, setting = found["memory"], found["setting"]
+    return used.host * min(cards_in(found), MACHINE) + used.host_copy * min(setting["cards"], MACHINE)
+
+
 def tell(found: dict) -> None:
     """Prints everything."""
     config, c, card, mix, plan = (found[name] for name in ("config", "model", "card", "mix", "plan"))
-    cards = found["setting"]["cards"]
+    cards, setting = cards_in(found), found["setting"]
     if cards > 1:
         print(textwrap.fill(label_of(cards), 80) + "\n")
     on = f"on each of {cards} {card.name}" if cards > 1 else f"on one {card.name}"
-    title = f"Memory: {config.model}, {c.n_parameters:.3g} parameters, {on}"
-    rows = memory_rows(found["memory"], found["room"], plan.tokens, **found["setting"])
+    on += f", {layout_name(setting['cards'], setting['replicas'])}" * (cards > 1)
+    title = textwrap.fill(f"Memory: {config.model}, {c.n_parameters:.3g} parameters, {on}", 80)
+    rows = memory_rows(found["memory"], found["room"], plan.tokens, **setting)
     show(title, ("kind", "GB", "what"), rows)
+    tell_host(found)
     if found["memory"].total > found["room"]:
         tell_alternatives(found)
         return
     projection, speed = found["projection"], found["speed"]
     title = f"Time of a step: {mix.per_step} examples{' a card' * (cards > 1)} of {mix.what}; {speed.source}"
     show(title, ("part", "ms", "at"), time_rows(found))
+    if cards > 1:
+        tell_communication(found)
     print(
         f"{projection.tokens_per_s:,.0f} tokens/s ({speed.source}), MFU {projection.mfu:.0%}: "
         f"6 x {c.n_parameters:.3g} x tokens/s / {f'{cards} / ' * (cards > 1)}{card.peak_tflops:g}e12"
@@ -318,7 +440,7 @@ def measured_steps(found: dict) -> list[dict]:
     config, setting = found["config"], found["setting"]
     wanted = {"model": config.model, "sharing": config.share_prefix}
     wanted |= {name: setting[name] for name in ("master", "states", "recompute", "offload")}
-    wanted |= {"cards": setting["cards"]} if setting["cards"] > 1 else {}
+    wanted |= {name: setting[name] for name in ("cards", "replicas")} if cards_in(found) > 1 else {}
     figures = {"tokens_per_s", "tokens", "peak_gib"}  # which a step that failed has not
     return [
         step for step in found["speed"].steps
@@ -330,21 +452,21 @@ def cost(found):
     config, dollars, price = found["config"], found["projection"].dollars, found["card"].price_per_hour
     if dollars is None:
         return "at no known price; pass --price-per-hour"
-    cards = f"{found['setting']['cards']} x " * (found["setting"]["cards"] > 1)
+    cards = f"{cards_in(found)} x " * (cards_in(found) > 1)
     given = getattr(config, "price_per_hour", None) is not None
     return f"${dollars:.2f} at {cards}${price:.2f} an hour" + f" ({PRICES_OF})" * (not given)
 
 
 def tell_alternatives(found: dict) -> None:
     """What fits instead, or how far the least is from it."""
-    a_card = "a card " * (found["setting"]["cards"] > 1)
+    a_card = "a card " * (cards_in(found) > 1)
     rows = [
         (
             gb(used.total), f"{p.tokens_per_s:,.0f}", duration(p.total_s),
             "no price" if p.dollars is None else f"${p.dollars:.2f}",
             " ".join(flags) + f"  ({gb(used.host)} GB {a_card}on the host)" * (used.host > 0),
         )
-        for flags, _, used, p in found["alternatives"]
+        for flags, _, _, used, p in found["alternatives"]
     ]  # fmt: skip
     if rows:
         title = f"What fits, the cheapest in speed and mathematics first; {found['speed'].source}"
@@ -362,20 +484,24 @@ def least_bytes(found):
     tokens = found["config"].max_length
     setting = found["setting"] | {"states": "8bit", "recompute": "block", "master": "stochastic"}
     ways = [{"offload": True, "in_backward": False}, {"offload": False, "in_backward": True, "one_micro_batch": True}]
-    ways = ways if setting["cards"] == 1 else ways[:1]
+    ways = ways if cards_in(found) == 1 else ways[:1]
     return min(memory(found["model"], tokens=tokens, loss_rows=tokens, **setting | way).total for way in ways)
 
 
 def as_json(found: dict) -> dict:
     """found as what JSON can say, every quantity with its unit."""
-    card, plan, speed, cards = found["card"], found["plan"], found["speed"], found["setting"]["cards"]
+    card, speed, cards = found["card"], found["speed"], cards_in(found)
 
-    def projected(plan, used, projection):
+    def projected(setting, plan, used, projection):
+        sent, n = projection.traffic, plan.micro_batches
         return {
+            "shards": setting["cards"], "replicas": setting["replicas"],
             "memory_bytes": asdict(used) | {"total": used.total, "room": found["room"]},
             "fits": used.total <= found["room"], "micro_batch_tokens": plan.tokens,
             "micro_batches": plan.micro_batches, "computed_tokens": projection.work.tokens,
             "communication_bytes": projection.communication_bytes, "communication_s": projection.communication_s,
+            "collectives": asdict(sent) | {"bytes": sent.of_step(n), "seconds": sent.seconds(n)},
+            "block_s": projection.block_s, "not_hidden_s": projection.late,
             "step_s": projection.seconds, "tokens_per_s": projection.tokens_per_s, "mfu": projection.mfu,
             "steps": projection.steps, "total_s": projection.total_s, "dollars": projection.dollars,
         }  # fmt: skip
@@ -383,11 +509,11 @@ def as_json(found: dict) -> dict:
     return strict({
         "what": "engine.estimate", "config": asdict(found["config"]), "model": asdict(found["model"]),
         "parameters": found["model"].n_parameters, "cards": cards, "label": label_of(cards) if cards > 1 else None,
-        "card": asdict(card), "bus_bytes_per_s": card.bus_bytes_per_s(cards), "prices_of": PRICES_OF,
+        "card": asdict(card), "prices_of": PRICES_OF, "host_bytes_of_a_machine": host_bytes(found),
         "mix": asdict(found["mix"]), "source": speed.source, "report": speed.report,
         "gemm_flops_per_s": speed.gemm_flops_per_s, "copy_bytes_per_s": speed.copy_bytes_per_s,
         "measured_steps": measured_steps(found),
-        **projected(plan, found["memory"], found["projection"]),
+        **projected(found["setting"], found["plan"], found["memory"], found["projection"]),
         "alternatives": [
             {"flags": flags, **projected(*others)} for flags, *others in found["alternatives"]
         ],

@@ -35,10 +35,11 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.cards import cards_of
+from engine.cards import MACHINE, Card, Traffic, cards_of, within_machines
 from engine.config import ModelConfig
 from engine.model import new_model
 from engine.offload import SLOTS
+from engine.shards import ALIGN, ARENA_BYTES
 from kernels.adamw import adamw_state
 from kernels.linear_cross_entropy import LOGITS_BYTES, PAD, ROWS
 
@@ -63,6 +64,7 @@ class Memory:
     backward: int  # temporaries while backward is in its worst layer
     overhead: int
     host: int  # in the computer's memory, not on the card; for this card alone
+    host_copy: int = 0  # there too, while a state is being saved: of a card whose shards a checkpoint holds
 
     @property
     def temporaries(self) -> int:
@@ -95,6 +97,21 @@ def state_bytes(c: ModelConfig, dtype: torch.dtype, master: str, states: str, ca
         moments += sum(kept.values()) - kept.get("low", 0) - kept.get("master", 0)
         largest = max(largest, sum(kept.values()))
     return parameters, masters, moments, largest
+
+
+@functools.cache
+def copy_bytes(c: ModelConfig, dtype: torch.dtype, master: str, states: str, cards: int = 1) -> int:
+    """Bytes of pinned memory into which engine.shards.HostRoom copies a card's weights, masters and states: arenas, a
+    tensor that is larger in one of its own, of a power of two."""
+    shards = [shard_of(p, cards) for p in new_model(c, "meta", dtype).parameters()]
+    kept = [t.nbytes for p in shards for t in adamw_state(p, master, states).tensors().values()]
+    total = left = 0
+    for size in [*(p.nbytes for p in shards), *kept]:
+        if size > left:
+            left = max(ARENA_BYTES, 1 << (size - 1).bit_length())
+            total += left
+        left -= -(-size // ALIGN) * ALIGN
+    return total
 
 
 @functools.cache
@@ -132,6 +149,20 @@ def summed_bytes(c: ModelConfig, dtype: torch.dtype, cards: int, replicas: int) 
     """What each card sends, and receives, once a step: 2 (R - 1) / R of its shard's gradients, in fp32."""
     shard = state_bytes(c, dtype, "split", "fp32", cards)[0]
     return 2 * (replicas - 1) * shard * 4 // dtype.itemsize // replicas
+
+
+def traffic(c: ModelConfig, card: Card, dtype: torch.dtype, cards: int, replicas: int) -> Traffic:
+    """The same by collective, and the links that carry them."""
+    wide = 4 // dtype.itemsize
+    whole = whole_bytes(c, dtype, cards)
+    sent = tuple(n * (cards - 1) // cards for n in whole)
+    summed = tuple(2 * (replicas - 1) * wide * n // cards // replicas for n in whole)
+    inside = within_machines(cards, replicas)
+    return Traffic(
+        c.n_layers, sent, tuple(wide * n for n in sent), summed,
+        card.bus_bytes_per_s(cards, replicas), card.sum_bytes_per_s(cards, replicas),
+        apart=inside and cards * replicas > MACHINE,
+    )  # fmt: skip
 
 
 def layer_bytes(c: ModelConfig, t: int, u: int, size: int, recompute: str, last: bool) -> int:
@@ -239,7 +270,7 @@ def gradients_at_once(c: ModelConfig, loss_rows: int, size: int, in_backward: bo
 def memory(
     c: ModelConfig, *, tokens: int, loss_rows: int, query_rows: int | None = None, dtype: torch.dtype = torch.bfloat16,
     master: str = "split", states: str = "fp32", recompute: str = "cheap", offload: bool = False,
-    in_backward: bool = False, one_micro_batch: bool = False, cards: int = 1, replicas: int = 1,
+    in_backward: bool = False, one_micro_batch: bool = False, cards: int = 1, replicas: int = 1, saves: bool = False,
 ) -> Memory:  # fmt: skip
     """Bytes of a training step on a card.
 
@@ -248,7 +279,7 @@ def memory(
     offload master and states are on the host, but for those in SLOTS, each as large as the largest tensor's.
     one_micro_batch: no step has a second; then gradients come as activations go, and with in_backward go again at once.
     cards: over which a replica is sharded, which share everything but a micro-batch. replicas: of so many cards each.
-    Raises ValueError for several cards or replicas with in_backward.
+    saves: states on the way, by a copy in the host's memory. Raises ValueError for several cards with in_backward.
     """
     if in_backward and cards * replicas > 1:
         raise ValueError(f"memory: in_backward with {cards * replicas} cards, wanted one")
@@ -277,7 +308,7 @@ def memory(
     libraries = CONTEXT_BYTES + (NCCL_BYTES if cards * replicas > 1 else 0)
     return Memory(
         parameters, masters, moments, gradients, gathered, activations, head, backward,
-        libraries + round(SLACK * tensors), host,
+        libraries + round(SLACK * tensors), host, copy_bytes(c, dtype, master, states, cards) if saves else 0,
     )  # fmt: skip
 
 
@@ -342,7 +373,7 @@ SAVINGS = (
 )
 DEFAULTS = {
     "dtype": torch.bfloat16, "master": "split", "states": "fp32", "recompute": "cheap", "offload": False,
-    "in_backward": False, "cards": 1, "replicas": 1,
+    "in_backward": False, "cards": 1, "replicas": 1, "saves": False,
 }  # fmt: skip
 
 
@@ -354,7 +385,7 @@ def setting_of(config, dtype: torch.dtype) -> dict:
     return {
         "dtype": dtype, "master": config.master_weights, "states": config.optimizer_states,
         "recompute": config.recompute, "offload": config.offload_optimizer, "in_backward": config.optimizer_in_backward,
-        "cards": cards // replicas, "replicas": replicas,
+        "cards": cards // replicas, "replicas": replicas, "saves": config.save_every not in ("off", "end"),
     }  # fmt: skip
 
 
@@ -432,17 +463,17 @@ def memory_rows(used: Memory, room_bytes: int, tokens: int, **setting) -> list[t
     verdict = f"fits, {gb(left)} left" if left >= 0 else f"does not fit, {gb(-left)} too much"
     a_token = used.activations / tokens
     a_token = f"{a_token / 1e6:.2f} MB" if a_token >= 1e6 else f"{a_token / 1e3:.1f} kB"
-    gathered = [("gathered", gb(used.gathered), "two blocks' weights; a block's and head's gradients")]
+    cards, replicas = setting["cards"], setting["replicas"]
+    gathered = "two blocks' weights; a block's and head's gradients"
+    gathered = "copies of a block's and head's weights; their gradients" if cards == 1 else gathered
+    of_gradients = f"{dtype}, and fp32 to be summed" if replicas > 1 and used.gradients > used.weights else dtype
+    of_gradients += ", those there at once" if used.gradients < used.weights else ""
     return [
-        ("weights", gb(used.weights), dtype + (f", 1/{setting['cards']} of them" if setting["cards"] > 1 else "")),
+        ("weights", gb(used.weights), dtype + (f", 1/{cards} of them" if cards > 1 else "")),
         ("fp32 master", gb(used.master), of_master),
         ("optimizer states", gb(used.states), f"m and v, {setting['states']}{on_host}"),
-        (
-            "gradients",
-            gb(used.gradients),
-            f"{dtype}{'' if used.gradients == used.weights else ', those there at once'}",
-        ),
-        *(gathered if used.gathered else []),
+        ("gradients", gb(used.gradients), of_gradients),
+        *([("gathered", gb(used.gathered), gathered)] if used.gathered else []),
         ("activations", gb(used.activations), f"{tokens:,} tokens, {a_token} each"),
         ("temporaries", gb(used.temporaries), f"{which}: the larger of {gb(used.head)} and {gb(used.backward)}"),
         ("overhead", gb(used.overhead), "CUDA and its libraries, the allocator: assumed"),

@@ -24,13 +24,24 @@ from torch.utils._pytree import tree_iter
 
 import kernels
 from engine import packing
-from engine.cards import CARDS, GIB, Work, find_card, gemm_flops, rates, step_seconds, update_bytes
+from engine.cards import (
+    CARDS,
+    GIB,
+    Traffic,
+    Work,
+    block_seconds,
+    find_card,
+    gemm_flops,
+    rates,
+    step_seconds,
+    update_bytes,
+)
 from engine.cli import from_cli
 from engine.config import MODELS, FinetuneConfig, ModelConfig
 from engine.data import Dataset
 from engine.distributed import shard
 from engine.errors import exit_code_of
-from engine.estimate import SHARED, EstimateConfig, estimate, main, show
+from engine.estimate import COLLECTIVES, SHARED, EstimateConfig, estimate, main, show
 from engine.memory import (
     CONTEXT_BYTES,
     DEFAULTS,
@@ -38,19 +49,25 @@ from engine.memory import (
     PLAN_BYTES,
     SAVINGS,
     cheapest_that_fits,
+    copy_bytes,
     kept,
     largest_micro_batch,
     layer_bytes,
+    layout_that_fits,
     memory,
     sent_bytes,
     setting_of,
+    shard_of,
     state_bytes,
+    summed_bytes,
     temporaries,
+    traffic,
 )
 from engine.mix import alpaca_mix, cut, step_of
 from engine.model import Ready, new_model
 from engine.optim import AdamW
 from engine.packing import MicroBatch
+from engine.shards import HostRoom, Shard
 from kernels.adamw import adamw_state
 
 SMALL = dict(
@@ -526,36 +543,89 @@ def ranks(request):
 
 
 class Sent(TorchDispatchMode):
-    """Bytes of what is gathered or scattered, whole, by all-gathers and reduce-scatters."""
+    """Bytes of what is gathered or scattered, whole, or summed over replicas, by collective."""
 
-    whole = 0
+    def __init__(self):
+        super().__init__()
+        self.bytes = {"_allgather_base_": 0, "_reduce_scatter_base_": 0, "allreduce_": 0}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ in ("_allgather_base_", "_reduce_scatter_base_"):
-            self.whole += max(t.nbytes for t in args if isinstance(t, torch.Tensor))
+        name = func.overloadpacket.__name__
+        if name in self.bytes:
+            self.bytes[name] += max(t.nbytes for t in tree_iter(args) if isinstance(t, torch.Tensor))
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("ranks", [2, 7], indirect=True)
+def sharded(c, dtype, replicas, shards, recompute="cheap"):
+    """A model as engine.distributed cuts it, and two micro-batches' forward and backward: sums come with the last."""
+    names = ("replicas", "shards")
+    mesh = init_device_mesh("cpu", (replicas, shards)[replicas == 1 :], mesh_dim_names=names[replicas == 1 :])
+    model = new_model(c, "cpu", dtype, "ref", recompute)
+    model.init_weights(0)
+    shard(model, SimpleNamespace(mesh=mesh, replicas=replicas, shards=shards))
+    documents, rows = torch.tensor([[0, 8, 0, 0]], dtype=torch.int32), torch.arange(5, 8)
+    batch = MicroBatch(
+        torch.randint(301, (8,)), torch.arange(8), documents, rows, torch.randint(301, (3,)), torch.ones(3)
+    )
+
+    def step():
+        for last in (False, True):
+            for module in (*model.layers, model):
+                module.set_requires_all_reduce(last)
+            model.loss(batch).backward()
+
+    return model, step
+
+
+@pytest.mark.parametrize(("ranks", "replicas"), [(2, 1), (7, 1), (4, 2), (6, 2), (6, 3), (3, 3)], indirect=["ranks"])
 @pytest.mark.parametrize("recompute", ["cheap", "block"])
 @pytest.mark.parametrize("shape", ["grouped queries", "tied"])
-def test_shards_and_what_is_sent_are_fsdp2s(shape, recompute, ranks):
-    c = ModelConfig(**SMALL | SHAPES[shape])
-    model, mesh = new_model(c, "cpu", torch.bfloat16, "ref", recompute), init_device_mesh("cpu", (ranks,))
-    model.init_weights(0)
-    shard(model, SimpleNamespace(mesh=mesh))
-    shards = [p.to_local() for p in model.parameters()]
-    states = [adamw_state(shard, "split", "8bit").tensors() for shard in shards]
-    found = state_bytes(c, torch.bfloat16, "split", "8bit", ranks)
-    assert sum(t.nbytes for t in shards) == found[0]
+def test_shards_and_what_is_sent_are_fsdp2s(shape, recompute, ranks, replicas):
+    c, shards = ModelConfig(**SMALL | SHAPES[shape]), ranks // replicas
+    model, step = sharded(c, torch.bfloat16, replicas, shards, recompute)
+    held = [p.to_local() for p in model.parameters()]
+    states = [adamw_state(t, "split", "8bit").tensors() for t in held]
+    found = state_bytes(c, torch.bfloat16, "split", "8bit", shards)
+    assert sum(t.nbytes for t in held) == found[0]
     assert sum(t.nbytes for state in states for t in state.values()) == found[1] + found[2]
-    documents = torch.tensor([[0, 70, 0, 0]], dtype=torch.int32)
-    rows, weights = torch.arange(30, 70), torch.ones(40)
-    batch = MicroBatch(torch.randint(301, (70,)), torch.arange(70), documents, rows, torch.randint(301, (40,)), weights)
     with Sent() as sent:
-        for _ in range(2):
-            model.loss(batch).backward()
-    assert sent.whole * (ranks - 1) == 2 * ranks * sent_bytes(c, torch.bfloat16, ranks)
+        step()
+    gathered, reduced, summed = sent.bytes.values()
+    assert (gathered + reduced) * (shards - 1) == 2 * shards * sent_bytes(c, torch.bfloat16, shards)
+    assert summed * 2 * (replicas - 1) == replicas * summed_bytes(c, torch.bfloat16, shards, replicas)
+    told = traffic(c, CARDS["H100"], torch.bfloat16, shards, replicas).of_step(2)
+    assert told["gather_forward"] == told["gather_backward"]
+    assert 2 * told["gather_forward"] * shards == gathered * (shards - 1)
+    assert told["reduce"] * shards == reduced * (shards - 1) and told["sum"] * replicas == summed * 2 * (replicas - 1)
+
+
+class Held(Watch):
+    """Bytes at most at once, of storages as they are: FSDP2 empties and refills them."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_iter(out):
+            key = t.untyped_storage()._cdata if isinstance(t, torch.Tensor) else None
+            if key is not None and key not in self.but and key not in self.live:
+                self.live[key] = StorageWeakRef(t.untyped_storage())
+        alive = {key: torch.UntypedStorage._new_with_weak_ptr(ref.cdata) for key, ref in self.live.items()}
+        self.live = {key: self.live[key] for key, storage in alive.items() if storage is not None}
+        self.most = max(self.most, sum(storage.nbytes() for storage in alive.values() if storage is not None))
+        return out
+
+
+@pytest.mark.parametrize(("ranks", "replicas"), [(4, 1), (4, 2), (2, 2)], indirect=["ranks"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab_size", [301, 9000])
+def test_what_is_whole_and_summed_is_fsdp2s(vocab_size, dtype, ranks, replicas):
+    """The most that a step of two micro-batches holds beside its shards, activations being next to none."""
+    c = ModelConfig(**SMALL | {"dim": 256, "n_layers": 4, "hidden_dim": 688, "vocab_size": vocab_size})
+    dtype, shards = DTYPES[dtype], ranks // replicas
+    model, step = sharded(c, dtype, replicas, shards)
+    with Held([p.to_local() for p in model.parameters()]) as held:
+        step()
+    used = memory(c, tokens=8, loss_rows=3, dtype=dtype, cards=shards, replicas=replicas)
+    assert 0.77 * (used.gradients + used.gathered) <= held.most <= 1.01 * (used.gradients + used.gathered)
 
 
 def test_what_is_sent_and_gathered_by_hand():
@@ -566,13 +636,22 @@ def test_what_is_sent_and_gathered_by_hand():
     assert sent_bytes(TINY, torch.bfloat16, 4) == 4 * whole * 3 / 4
     assert sent_bytes(TINY, torch.float32, 4) == 3 * 2 * whole * 3 / 4
     assert memory(TINY, tokens=9, loss_rows=5, cards=4).gathered == 5 * block + 2 * (2 * embedding + 16)
+    assert sent_bytes(TINY, torch.bfloat16, 1) == summed_bytes(TINY, torch.bfloat16, 4, 1) == 0
+    for dtype in DTYPES.values():
+        assert summed_bytes(TINY, dtype, 4, 3) == 2 * 2 * whole // 4 * 2 // 3
+    replicated = memory(TINY, tokens=9, loss_rows=5, cards=4, replicas=3)
+    assert replicated.gradients == 3 * whole / 4 and replicated.gathered == 5 * block + 2 * (2 * embedding + 16)
+    assert memory(TINY, tokens=9, loss_rows=5, cards=4, replicas=3, dtype=torch.float32).gradients == 2 * whole / 4
+    alone, plain = 2 * 10 * 8, memory(TINY, tokens=9, loss_rows=5, replicas=3)  # an embedding without padding
+    assert plain.gathered == 6 * block + 2 * (2 * alone + 16) and plain.gradients == 3 * plain.weights
     tied = dataclasses.replace(TINY, tied=True)
     assert sent_bytes(tied, torch.bfloat16, 4) == 4 * (whole - embedding) * 3 / 4
     assert memory(tied, tokens=9, loss_rows=5, cards=4).gathered == 5 * block + 2 * (embedding + 16)
     wide = dataclasses.replace(TINY, vocab_size=1000)
     assert memory(wide, tokens=9, loss_rows=5, cards=4).gathered == 4 * (2 * 2 * 1000 * 8 + 16)
-    with pytest.raises(ValueError, match="in_backward with 4 cards"):
-        memory(TINY, tokens=9, loss_rows=5, cards=4, in_backward=True)
+    for layout in ({"cards": 4}, {"replicas": 4}, {"cards": 2, "replicas": 2}):
+        with pytest.raises(ValueError, match="in_backward with 4 cards"):
+            memory(TINY, tokens=9, loss_rows=5, in_backward=True, **layout)
 
 
 @given(
@@ -626,27 +705,56 @@ def test_fewer_examples_than_cards(rows_file, smollm2, capsys):
     assert run(*flags, "--gpus", 8) == 0 and "3 examples a card of 24 examples" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("card", "hidden"), [("A100-80", True), ("L40S", False)])
+def test_what_blocks_hide_by_hand():
+    """Three blocks, two micro-batches, a byte a second and sums at two. A block computes 4 s forward, 25 s backward."""
+    sent = Traffic(3, (10, 4), (20, 8), (6, 3), 1.0, 2.0, apart=False)
+    assert sent.of_step(2) == {"gather_forward": 68, "gather_backward": 68, "reduce": 136, "sum": 21}
+    assert sent.seconds(2) == {"gather_forward": 68, "gather_backward": 68, "reduce": 136, "sum": 10.5}
+    assert sent.in_backward(False) == [20, 30, 10] and sent.in_backward(True) == [23, 33, 10]
+    late = sent.late(2, 4.0, 25.0)
+    assert late == {"begin": 4 * 14, "forward": 4 * 6, "backward": 5 + 8, "end": 28 + 28 + 3 + 1.5}
+    late = dataclasses.replace(sent, apart=True).late(2, 4.0, 25.0)  # beside reductions, but for the last
+    assert late == {"begin": 4 * 14, "forward": 4 * 6, "backward": 5 + 5, "end": 28 + 28 + 1.5}
+    assert sent.late(2, 10.0, 33.0) == {"begin": 56, "forward": 0, "backward": 0, "end": 60.5}
+    assert dataclasses.replace(sent, layers=1).late(1, 0.0, 0.0)["backward"] == 0
+
+
+@pytest.mark.parametrize(("recompute", "forward"), [("cheap", 1 / 3), ("block", 1 / 4)])
+def test_a_blocks_seconds_are_its_share_of_a_steps(recompute, forward):
+    c, work = MODELS["llama-7b"], Work(4000, 3000, 0, 0, 2)
+    ahead, back = block_seconds(c, work, recompute, 1.0)
+    head = 6 * 3000 * c.dim * c.vocab_size / gemm_flops(c, work, recompute)
+    assert 64 * (ahead + back) == pytest.approx(1 - head) and ahead == pytest.approx(forward * (ahead + back))
+
+
+@pytest.mark.parametrize("card", ["A100-80", "L40S"])
 @pytest.mark.parametrize("offload", [False, True])
-def test_a_micro_batch_takes_the_longer_of_computing_and_communication(card, hidden, offload):
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_step_waits_for_what_is_not_hidden(card, offload, replicas):
     flags = ["--optimizer-states", "8bit", "--gpus", 8, "--gpu", card, *["--offload-optimizer"] * offload]
-    found = found_of(*flags, "--global-batch-size", 512, "--micro-batch-size", 32)
+    flags += ["--replicas", replicas, "--global-batch-size", 512, "--micro-batch-size", 32]
+    found = found_of(*flags)
     projection, seconds, mix = found["projection"], found["projection"].seconds, found["mix"]
-    sent = 2 * sent_bytes(MODELS["llama-7b"], torch.bfloat16, 8)
-    assert projection.work.micro_batches == 2 and projection.communication_bytes == sent
+    c, shards = MODELS["llama-7b"], 8 // replicas
+    sent, summed = sent_bytes(c, torch.bfloat16, shards), summed_bytes(c, torch.bfloat16, shards, replicas)
+    assert projection.work.micro_batches == 2 and projection.communication_bytes == 2 * sent + summed
     link = {"A100-80": 0.8 * 300e9, "L40S": 0.8 * 25e9}[card]
-    assert projection.communication_s == pytest.approx(sent / link)
+    assert projection.communication_s == pytest.approx((2 * sent + summed) / link)
     computing = sum(seconds[k] for k in ("gemm", "attention", "memory", "host"))
-    after = seconds["update"] + seconds["offload"]
-    assert seconds["total"] == pytest.approx(max(computing, projection.communication_s) + after)
-    assert (seconds["communication"] == 0) == hidden and (seconds["offload"] > 0) == offload
-    state = state_bytes(MODELS["llama-7b"], torch.bfloat16, "split", "8bit")
-    assert 8 * seconds["update"] * 0.81 * 1e9 * found["card"].bandwidth_gb_per_s == pytest.approx(
+    assert projection.block_s == block_seconds(c, projection.work, "cheap", computing)
+    assert seconds["communication"] == sum(projection.late.values()) > 0
+    assert (projection.late["backward"] == projection.late["forward"] == 0) == (card == "A100-80")
+    assert seconds["total"] == pytest.approx(
+        computing + sum(seconds[k] for k in ("communication", "update", "offload"))
+    )
+    assert (seconds["offload"] > 0) == offload
+    state = state_bytes(c, torch.bfloat16, "split", "8bit")
+    assert shards * seconds["update"] * 0.81 * 1e9 * found["card"].bandwidth_gb_per_s == pytest.approx(
         update_bytes(*state[:3], "split") + state[0], rel=0.001
     )
     assert projection.tokens_per_s == 8 * mix.logical / seconds["total"]
     assert projection.mfu == pytest.approx(
-        projection.tokens_per_s * 6 * MODELS["llama-7b"].n_parameters / (8e12 * found["card"].peak_tflops)
+        projection.tokens_per_s * 6 * c.n_parameters / (8e12 * found["card"].peak_tflops)
     )
     assert projection.steps == 3 * 102 and projection.total_s == seconds["total"] * (3 * 52002 / 512)
     assert projection.dollars == pytest.approx(8 * found["card"].price_per_hour * projection.total_s / 3600)
@@ -660,9 +768,131 @@ def test_links():
     assert reach["L40S"] == reach["RTX-4090"] == [20, 20, 20] and reach["RTX-5090"] == [40, 40, 40]
 
 
+def test_links_of_replicas():
+    """Shards of a replica within a machine meet there; sums over machines go by ports of those with a shard."""
+    card = CARDS["H100"]
+    assert [card.bus_bytes_per_s(s, r) / 1e9 for s, r in ((8, 8), (2, 32), (1, 64), (16, 4))] == [360, 360, 360, 320]
+    assert [card.sum_bytes_per_s(s, r) / 1e9 for s, r in ((8, 8), (4, 4), (2, 8), (1, 64), (16, 4))] == [
+        40,
+        80,
+        160,
+        320,
+        40,
+    ]
+    assert [card.sum_bytes_per_s(s, 8 // s) / 1e9 for s in (1, 2, 4)] == [360, 360, 360]
+    assert card.bus_bytes_per_s(12) == 0.8 * 200e9 and card.bus_bytes_per_s(6, 2) == 0.8 * 100e9  # four, two a machine
+    apart = {
+        (s, r): traffic(TINY, card, torch.bfloat16, s, r).apart for s, r in ((8, 1), (4, 2), (8, 2), (2, 8), (16, 2))
+    }
+    assert apart == {(8, 1): False, (4, 2): False, (8, 2): True, (2, 8): True, (16, 2): False}
+
+
+# ---- replicas -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("states", ["fp32", "8bit"])
+@pytest.mark.parametrize("gib", [12, 24, 40, 60, 80, 140])
+def test_the_most_replicas_that_hold_as_much(states, gib):
+    c, ways = MODELS["llama-7b"], {"loss_share": 0.7, "most_tokens": 9000, "states": states}
+    fits = {r: largest_micro_batch(c, gib * GIB, cards=8 // r, replicas=r, **ways) for r in (1, 2, 4, 8)}
+    chosen = []
+    for share in (600, 2000, 5000):
+        replicas, tokens = layout_that_fits(c, gib * GIB, 8, share_tokens=share, least_tokens=512, **ways)
+        assert tokens == fits[replicas]
+        enough = [r for r in fits if fits[r] >= max(512, min(share, fits[1]))]
+        assert replicas == (enough[-1] if enough else 1)
+        chosen.append(replicas)
+    assert chosen == sorted(chosen, reverse=True)
+    at = {"share_tokens": 600, "least_tokens": 512, **ways}
+    allowed = [layout_that_fits(c, gib * GIB, 8, counts=counts, **at)[0] for counts in ([8], [4, 2], [1])]
+    assert allowed[0] == 1 and allowed[1] in (2, 4) and allowed[2] == 8
+    with pytest.raises(ValueError, match="layout: 8 cards, wanted a multiple of one of 3, 5 shards"):
+        layout_that_fits(c, gib * GIB, 8, counts=[3, 5], **at)
+
+
+def test_replicas_by_the_room_there_is():
+    layouts = [
+        (found["setting"]["cards"], found["setting"]["replicas"])
+        for found in (
+            found_of("--gpus", 8, "--gpu", gpu, "--model", model, *rest)
+            for gpu, model, *rest in (
+                ("H100", "tinyllama-1.1b"), ("4090", "llama-7b"), ("H100", "llama-7b", "--replicas", 2),
+                ("H100", "llama-13b", "--optimizer-states", "8bit"),
+            )
+        )
+    ]  # fmt: skip
+    assert layouts[0] == (1, 8) and layouts[1][0] > 1 and layouts[2:] == [(4, 2), (4, 2)]
+    few = found_of("--gpus", 64, "--gpu", "H100", "--replicas", 64, "--model", "tinyllama-1.1b")["projection"]
+    assert few.traffic.gather == few.traffic.reduce == (0, 0) and few.traffic.sum[0] > 0
+    many = ("--gpus", 64, "--global-batch-size", 4096, "--micro-batch-size", 16)
+    far, near = (found_of(*many, "--replicas", r)["projection"] for r in (1, 8))
+    assert near.work.micro_batches == 4 and near.traffic.apart and not far.traffic.apart
+    assert near.seconds["communication"] < far.seconds["communication"]
+
+
+def test_states_in_blocks_are_not_cut(capsys):
+    """Those of 8 bits: --replicas that would are refused, and they are not proposed over so many shards."""
+    many = ("--gpus", 64, "--replicas", 1)
+    assert run(*many, "--optimizer-states", "8bit") == 2
+    assert "8bit over 64 shards would cut a block of 256 elements; wanted --replicas 4 or 8" in capsys.readouterr().err
+    for model, gib, cuts in (("llama-7b", 14, False), ("llama-13b", 24, True)):  # an eighth of 5120 is no whole block
+        tight = found_of("--gpus", 8, "--replicas", 1, "--gpu-memory", gib, "--model", model)
+        assert tight["alternatives"]
+        assert any(setting["states"] == "8bit" for _, setting, *_ in tight["alternatives"]) != cuts
+
+
+# ---- the host's memory ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("states", "cards"), [("fp32", 1), ("8bit", 2)])
+def test_the_copy_of_a_state_is_host_rooms(states, cards, monkeypatch):
+    """As its arenas are asked for, with tensors smaller and larger than one."""
+    monkeypatch.setattr("engine.shards.ARENA_BYTES", 1 << 16)
+    monkeypatch.setattr("engine.memory.ARENA_BYTES", 1 << 16)
+    copy_bytes.cache_clear()
+    c, asked = ModelConfig(**SMALL | {"dim": 96, "vocab_size": 2000}), []
+    model = new_model(c, "cpu", torch.bfloat16, "ref")
+    held = {name: shard_of(p, cards) for name, p in model.named_parameters()}
+    state = {name: adamw_state(t, "split", states).tensors() for name, t in held.items()}
+    tensors = {f"param.{name}": Shard(t) for name, t in held.items()}
+    tensors |= {f"{kind}.{name}": Shard(t) for name in held for kind, t in state[name].items()}
+    empty = torch.empty
+
+    def ask(*sizes, pin_memory=False, **rest):
+        asked.extend(sizes)
+        return empty(*sizes, **rest)
+
+    monkeypatch.setattr(torch, "empty", ask)
+    HostRoom(pinned=True).copy(tensors)
+    monkeypatch.undo()
+    monkeypatch.setattr("engine.memory.ARENA_BYTES", 1 << 16)
+    assert len(asked) > 4 and copy_bytes(c, torch.bfloat16, "split", states, cards) == sum(asked)
+    copy_bytes.cache_clear()
+
+
+def test_a_run_that_saves_needs_the_hosts_memory(tmp_path, capsys):
+    path = tmp_path / "found.json"
+    state = sum(state_bytes(MODELS["llama-7b"], torch.bfloat16, "split", "fp32", 4)[:3])
+    flags = ("--gpus", 8, "--replicas", 2, "--json", path)
+    assert run(*flags) == 0
+    assert "On the host" not in capsys.readouterr().out and strict_json(path)["memory_bytes"]["host_copy"] == 0
+    assert run(*flags, "--save-every", 100, "--offload-optimizer") == 0
+    found, out = strict_json(path), " ".join(capsys.readouterr().out.split())
+    used = found["memory_bytes"]
+    assert state <= used["host_copy"] < 1.3 * state
+    assert found["host_bytes_of_a_machine"] == 8 * used["host"] + 4 * used["host_copy"]  # one replica's are saved
+    assert f"{used['host_copy'] / 1e9:.2f} GB a card for the copy of a state that is saved; " in out
+    assert f"{found['host_bytes_of_a_machine'] / 1e9:.2f} GB in a machine" in out
+    assert run("--gpus", 16, "--replicas", 1, "--save-every", "epoch", "--json", path) == 0
+    found = strict_json(path)
+    assert found["host_bytes_of_a_machine"] == 8 * found["memory_bytes"]["host_copy"] > 0
+
+
 def test_a_run_has_one_card():
     assert setting_of(FinetuneConfig(model="llama-7b", random_init=True, data=("x",)), torch.bfloat16)["cards"] == 1
     assert setting_of(EstimateConfig(model="llama-7b", gpus=4), torch.bfloat16)["cards"] == 4
+    setting = setting_of(EstimateConfig(model="llama-7b", gpus=8, replicas=2), torch.bfloat16)
+    assert (setting["cards"], setting["replicas"]) == (4, 2)
 
 
 @pytest.mark.parametrize(("card", "model"), [("A100-80", "llama-13b"), ("H100", "llama-7b"), ("4090", "llama-7b")])
@@ -675,8 +905,12 @@ def test_several_cards_print_and_say_that_they_are_projected(card, model, gpus, 
     label += "; a step's tokens shared out evenly"
     assert " ".join(out.split()).startswith(label) and found["label"].startswith(label) and found["cards"] == gpus
     assert ("; machines of 8, joined by 400 Gb/s a card" in " ".join(out.split())) == (gpus > 8)
+    shards, replicas = found["shards"], found["replicas"]
     assert f"on each of {gpus} {found['card']['name']}" in out and "\n  gathered  " in out
-    assert f"bfloat16, 1/{gpus} of them" in out and f"{found['memory_bytes']['gathered'] / 1e9:.2f}" in out
+    layout = f"{replicas} replicas of {shards} shards" if replicas > 1 else f"sharded over {gpus}"
+    assert shards * replicas == gpus and f", {layout} kind" in " ".join(out.split())
+    assert f"bfloat16, 1/{shards} of them" in out and f"{found['memory_bytes']['gathered'] / 1e9:.2f}" in out
+    assert ("bfloat16, and fp32 to be summed" in out) == (replicas > 1)
     assert max(len(line.partition("  --")[0]) for line in out.splitlines()) <= 80
     if not found["fits"]:
         assert "What fits, " in out and found["alternatives"]
@@ -685,10 +919,14 @@ def test_several_cards_print_and_say_that_they_are_projected(card, model, gpus, 
         assert "GB a card on the host)" in out
         return
     late = found["step_s"]["communication"]
-    words = f"{1e3 * found['communication_s']:,.0f} ms, " + (
-        f"not hidden by {1e3 * late:,.0f} ms" if late else "hidden"
-    )
-    assert f"{1e3 * late:.1f}  {words}: {found['communication_bytes'] / 1e9:,.0f} GB at " in out
+    gbs = f"{found['communication_bytes'] / 1e9:,.0f} GB"
+    assert f"{1e3 * late:.1f}  not hidden of {1e3 * found['communication_s']:,.0f} ms, {gbs}" in out
+    assert late == pytest.approx(sum(found["not_hidden_s"].values()))
+    sent = found["collectives"]
+    assert sum(sent["bytes"].values()) == found["communication_bytes"] and sent["layers"] == MODELS[model].n_layers
+    for kind, name in COLLECTIVES.items():
+        row = rf"{name} +{sent['bytes'][kind] / 1e9:.1f} +{1e3 * sent['seconds'][kind]:.1f} +{sent['layers']} of "
+        assert bool(re.search(row, out)) == (sent["bytes"][kind] > 0)
     assert f"{128 // gpus} examples a card of Alpaca" in out and f"at {gpus} x $" in out
 
 
@@ -760,6 +998,8 @@ def test_help_is_complete():
         ),
         ("--gpus 8 --global-batch-size 4", "not divisible by --gpus 8: every card takes the same number; pass 8\n"),
         ("--gpus 8 --optimizer-in-backward --grad-clip 0", "with --gpus 8 is not projected: each card holds a part"),
+        ("--gpus 8 --replicas 3", "--replicas 3 of --gpus 8; wanted one of 1, 2, 4, 8"),
+        ("--replicas 2", "--replicas 2 of --gpus 1; wanted one of 1"),
         ("--model lama-7b", "did you mean llama-7b?"),
         ("--micro-batch-tokens 100", "an example must fit one forward"),
         ("--optimizer-in-backward", "pass --grad-clip 0"),
