@@ -194,4 +194,5 @@ def new_model(
         return shard(model).to_empty(device=device)
     if str(device) == "meta":
         return model
-    return model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))  # to_empty imports sympy: a second
+    # Not to_empty, which imports sympy: most of a second.
+    return model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
