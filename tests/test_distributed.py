@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -195,9 +198,23 @@ def test_a_restart_by_torchrun_resumes_by_itself(rows, reference, tmp_path):
 
 
 def test_a_rank_that_hangs_is_named_and_ends_the_run(rows, tmp_path):
+    """torchrun waits half a minute before it kills a process that takes no signal; here the test does, when rank 0, who
+    told, has ended."""
     out = tmp_path / "out"
-    patch = "if RANK == 1: before(finetune, 'forward_backward', 4, freeze)"
-    code, said = driven(tmp_path, 2, patch, *flags(rows, out, *SAVES, "--rank-timeout", 3))
+    patch = "pids = Path(sys.argv[0]).parent / f'pid{RANK}'\npids.write_text(str(os.getpid()))\n"
+    patch += "if RANK == 1: before(finetune, 'forward_backward', 4, freeze)"
+
+    def alive(rank):
+        path = tmp_path / f"pid{rank}"
+        return not path.exists() or Path("/proc", path.read_text()).exists()
+
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(driven, tmp_path, 2, patch, *flags(rows, out, *SAVES, "--rank-timeout", 3))
+        while alive(0) and not run.done():
+            time.sleep(0.1)
+        if alive(1) and not run.done():
+            os.kill(int((tmp_path / "pid1").read_text()), signal.SIGKILL)
+        code, said = run.result()
     assert code == 1 and "rank 1 has not been heard of for" in said and "last at step" in said, said
     names = {path.name for path in out.iterdir()}
     assert names & {"checkpoint-2", "checkpoint-3"}, "the third was being written when its writer froze"
