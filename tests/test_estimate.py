@@ -69,6 +69,7 @@ from engine.optim import AdamW
 from engine.packing import MicroBatch
 from engine.shards import HostRoom, Shard
 from kernels.adamw import adamw_state
+from scripts import render_ranks
 
 SMALL = dict(
     dim=48, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=80, vocab_size=301, max_seq_len=128, head_dim=16
@@ -839,6 +840,16 @@ def test_states_in_blocks_are_not_cut(capsys):
         tight = found_of("--gpus", 8, "--replicas", 1, "--gpu-memory", gib, "--model", model)
         assert tight["alternatives"]
         assert any(setting["states"] == "8bit" for _, setting, *_ in tight["alternatives"]) != cuts
+
+
+def test_the_page_of_ranks_is_what_the_estimate_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["render_ranks", "--check"])
+    render_ranks.main()
+    page = render_ranks.DOC.read_text()
+    assert page.count("### 8 x ") == 8 and "Everything here is projected" in page
+    monkeypatch.setattr(render_ranks, "page", lambda: page + "more")
+    with pytest.raises(SystemExit, match=r"docs/ranks.md is not what the estimate says; run python -m scripts"):
+        render_ranks.main()
 
 
 # ---- the host's memory ----------------------------------------------------------------------------------------------
