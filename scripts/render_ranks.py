@@ -276,7 +276,7 @@ def page() -> str:
         text(
             f"{far[2]} x {far[0]} in machines of {MACHINE}, a port of {8 * PORT_GB_PER_S} Gb/s beside each card; "
             f"{far[1]}, fp32 states, micro-batches of at most 4,096 tokens. Sharded over all, each micro-batch's "
-            "gathers and reductions cross machines; replicas that stay in one do both over NVLink, send the ports one "
+            "gathers and reductions cross machines; replicas that stay in one do both over NVLink, and ports carry one "
             "all-reduce a step, beside them. With a port a card the two come out alike, but that a card of the first "
             f"updates a {far[2]}th of the parameters. Rings of {far[2]} have {far[2] - 1} hops, those of {MACHINE} "
             f"have {MACHINE - 1}, which is not counted; and machines with fewer ports favour replicas."
