@@ -216,8 +216,8 @@ def layer_weights(c):
 class Traffic:
     """What each of several cards sends in a step, in bytes of one collective: (of a block, of the weights outside).
 
-    A micro-batch gathers every group before its forward and again before its backward, and reduces its gradients; the
-    last one of a step sums them over the replicas too.
+    A micro-batch gathers every group before its forward and every block but the last, which stays, again before its
+    backward, and reduces all gradients; the last one of a step sums them over the replicas too.
     """
 
     layers: int
@@ -231,7 +231,8 @@ class Traffic:
     def of_step(self, micro_batches: int) -> dict[str, int]:
         """Bytes by kind of collective."""
         gather, reduce, sums = (self.layers * block + rest for block, rest in (self.gather, self.reduce, self.sum))
-        each = {"gather_forward": gather, "gather_backward": gather, "reduce": reduce}
+        again = (self.layers - 1) * self.gather[0]
+        each = {"gather_forward": gather, "gather_backward": again, "reduce": reduce}
         return {kind: micro_batches * n for kind, n in each.items()} | {"sum": sums}
 
     def seconds(self, micro_batches: int) -> dict[str, float]:
@@ -258,14 +259,14 @@ class Traffic:
     def late(self, micro_batches: int, forward_s: float, backward_s: float) -> dict[str, float]:
         """Seconds of a step that computing waits, by why; forward_s, backward_s: of a block in one micro-batch.
 
-        begin     of forward and of backward: the weights outside of blocks and a block, which nothing hides
+        begin     of forward: the weights outside of blocks and a block, which nothing hides
         forward   L - 1 gathers, each of them longer than the block before it takes
         backward  what is beside a block longer than that takes
         end       reductions and sums of the first block and of the weights outside, after all computing
         """
         (gather, _, _), (others, _, _) = self.of_group(0, False), self.of_group(1, False)
         waits = {
-            "begin": 2 * micro_batches * (gather + others),
+            "begin": micro_batches * (gather + others),
             "forward": micro_batches * (self.layers - 1) * max(0.0, gather - forward_s), "backward": 0.0, "end": 0.0,
         }  # fmt: skip
         for summed, times in ((False, micro_batches - 1), (True, 1)):

@@ -138,7 +138,7 @@ class FinetuneConfig:
     replicas: int | None = knob(
         None,
         "of the model, over the ranks that torchrun starts: each is sharded over ranks / replicas (FSDP2); as many as "
-        "ranks is plain data parallelism (auto: as many as fit without smaller micro-batches)",
+        "ranks is plain data parallelism (auto: where a step is several micro-batches, as many as fit without more)",
     )
     rank_timeout: float = knob(600.0, "seconds after which a rank that is not heard of ends the run")
     device: str = knob("auto", "auto is cuda where there is one", ("auto", "cpu", "cuda"))

@@ -2,10 +2,11 @@
 
 The only file that imports torch.distributed. torchrun starts the ranks; alone, a World is one that has nobody to ask.
 
-Each block is one FSDP2 group, embedding, norm and head another: its parameters are gathered for forward and again for
-backward, its gradients are summed in fp32 and scattered. With R replicas the ranks stand in R rows of size / R: shards
-within a row, sums across rows; R = size is plain data parallelism. A gradient is a sum over ranks, not a mean: each
-micro-batch's weights hold the share that it has in the global batch.
+Each block is one FSDP2 group, embedding, norm and head another: its parameters are gathered for forward and, but for
+the last block's and the other group's, again for backward, its gradients are summed in fp32 and scattered. With R
+replicas the ranks stand in R rows of size / R: shards within a row, sums across rows; R = size is plain data
+parallelism. A gradient is a sum over ranks, not a mean: each micro-batch's weights hold the share that it has in the
+global batch.
 
 A thread of each rank tells the store every few seconds that it lives, and ends the process when another rank has not
 for --rank-timeout seconds: a rank that hangs ends the run in bounded time, and is named.
@@ -249,7 +250,8 @@ def shard(model, world: World):
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     groups = [*model.layers, model]
     for module in groups:
-        fully_shard(module, mesh=world.mesh, mp_policy=policy)
+        kept = module in (model.layers[-1], model)  # whole until backward, which begins with them
+        fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=not kept)
     for name in ("loss", "logits"):
         register_fsdp_forward_method(model, name)
     for module in groups:

@@ -24,8 +24,8 @@ def auto_layout(
 ) -> tuple[int, int]:
     """(replicas of the model over the ranks, tokens of a micro-batch).
 
-    On a CPU one replica where --replicas does not say, and 2048 tokens, where more gains nothing. On CUDA the most
-    replicas that cost no smaller micro-batches, and as many tokens as fit the free memory beside a shard, were all of
+    On a CPU one replica where --replicas does not say, and 2048 tokens, where more gains nothing. On CUDA as
+    layout_that_fits() says, and as many tokens as fit the free memory beside a shard, were all of
     them to carry loss, and no more than a step holds. Raises UsageError with what does fit when not one example does.
     """
     counts = shards_that_fit(config, c, ranks)
@@ -36,9 +36,10 @@ def auto_layout(
     room = torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES  # of which the context is taken already
     most, step = largest(config, train, ALIGN)
     least = -(-config.max_length // ALIGN) * ALIGN
+    most = min(MOST_TOKENS, most, config.micro_batch_tokens or most)
     replicas, tokens = layout_that_fits(
-        c, room, ranks, share_tokens=config.micro_batch_tokens or -(-step // ranks), least_tokens=least, counts=counts,
-        most_tokens=max(least, min(MOST_TOKENS, most)), step_tokens=step if config.optimizer_in_backward else None,
+        c, room, ranks, share_tokens=-(-step // ranks), least_tokens=least, counts=counts,
+        most_tokens=max(least, most), step_tokens=step if config.optimizer_in_backward else None,
         **setting_of(config, dtype),
     )  # fmt: skip
     if tokens // ALIGN * ALIGN < config.max_length and not config.micro_batch_tokens:

@@ -139,10 +139,11 @@ def sums_bytes(parameters: int, dtype: torch.dtype, replicas: int) -> int:
 
 
 def sent_bytes(c: ModelConfig, dtype: torch.dtype, cards: int) -> int:
-    """What each card sends, and receives, for a micro-batch: (S - 1) / S of the padded weights in forward and again in
-    backward, and of their gradients, in fp32. Recomputing a block gathers nothing more."""
-    shard = state_bytes(c, dtype, "split", "fp32", cards)[0]
-    return (cards - 1) * (2 * shard + 4 // dtype.itemsize * shard)
+    """What each card sends, and receives, for a micro-batch: (S - 1) / S of the padded weights in forward, again in
+    backward of all blocks but the last, and of all gradients, in fp32. Recomputing a block gathers nothing more."""
+    block, others = whole_bytes(c, dtype, cards)
+    weights = (2 * c.n_layers - 1) * block + others
+    return (weights + 4 // dtype.itemsize * (c.n_layers * block + others)) * (cards - 1) // cards
 
 
 def summed_bytes(c: ModelConfig, dtype: torch.dtype, cards: int, replicas: int) -> int:
@@ -341,12 +342,14 @@ def layout_that_fits(
     c: ModelConfig, room_bytes: int, n_cards: int, *, share_tokens: int, least_tokens: int,
     counts: Collection[int] | None = None, **setting,
 ) -> tuple[int, int]:  # fmt: skip
-    """(replicas, tokens of a micro-batch): the most replicas whose cards hold as much of a step at a time as one
-    replica's would, or all of their share; where none holds least_tokens, the fewest.
+    """(replicas, tokens of a micro-batch): the fewest replicas where a card's share of a step is one micro-batch then:
+    every layout sends as much, and the smaller a shard, the sooner it is updated; else the most replicas that need no
+    more micro-batches.
 
-    More replicas send less for each micro-batch; more micro-batches send it more often. share_tokens: of a step, of one
-    card. least_tokens: of the longest example. counts: shards into which a replica may be cut; None: any. setting: of
-    largest_micro_batch(), but cards and replicas. Raises ValueError where n_cards are no multiple of any of counts.
+    With n micro-batches a step a card sends n x 8 (S - 1) / S + 8 (R - 1) / (R S) bytes a parameter (docs/ranks.md).
+    share_tokens: of a step, of one card. least_tokens: of the longest example. counts: shards into which a replica may
+    be cut; None: any. setting: of largest_micro_batch(), but cards and replicas. Raises ValueError where n_cards are no
+    multiple of any of counts.
     """
     allowed = [r for r in range(1, n_cards + 1) if n_cards % r == 0 and (counts is None or n_cards // r in counts)]
     if not allowed:
@@ -356,7 +359,9 @@ def layout_that_fits(
         return largest_micro_batch(c, room_bytes, **setting | {"cards": n_cards // replicas, "replicas": replicas})
 
     fewest = allowed[0], tokens(allowed[0])
-    wanted = max(min(share_tokens, fewest[1]), least_tokens)
+    if fewest[1] >= share_tokens or fewest[1] < least_tokens:
+        return fewest
+    wanted = max(math.ceil(share_tokens / math.ceil(share_tokens / fewest[1])), least_tokens)
     found = ((replicas, tokens(replicas)) for replicas in reversed(allowed))
     return next((layout for layout in found if layout[1] >= wanted), fewest)
 

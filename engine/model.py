@@ -160,7 +160,8 @@ class Transformer(nn.Module):
     def loss(self, batch: MicroBatch | Ready):
         """Returns the summed loss of the batch's targets, each times its weight, a scalar in fp32."""
         batch = self.ready(batch) if isinstance(batch, MicroBatch) else batch
-        x = self(batch.tokens, batch.positions, rows=batch.rows, plans=batch.plans)
+        # Not self(): FSDP2 has hooks on both, and would let go of the weights in between.
+        x = self.forward(batch.tokens, batch.positions, rows=batch.rows, plans=batch.plans)
         x = kernels.rms_norm(x, self.norm, self.config.norm_eps, self.impl)
         x = x if batch.of_rows is None else x[batch.of_rows]
         return kernels.linear_cross_entropy(x, self.head, batch.targets, batch.weights, self.impl, self.accumulate)

@@ -49,7 +49,7 @@ head together. P is the number of parameters, L the number of blocks, n the numb
 | collective | of | when | numbers that a card sends, a group | how many a step |
 |---|---|---|---|---|
 | all-gather | bf16 weights | before a group's forward | (S - 1) / S of its parameters | n (L + 1) |
-| all-gather | bf16 weights | before its backward | the same | n (L + 1) |
+| all-gather | bf16 weights | before its backward, but for E and block L | the same | n (L - 1) |
 | reduce-scatter | fp32 gradients | after its backward | the same | n (L + 1) |
 | all-reduce | their sums, fp32 | after the last micro-batch's reduce-scatter | 2 (R - 1) / R of a shard | L + 1 |
 
@@ -62,14 +62,15 @@ its all-reduce, run under the backward of block i - 1. Each kind has a stream of
 ```text
 forward    gathers    E  1 | 2  | 3  | ...  | L
            computes        | 1  | 2  | ...  | L - 1 | L | loss
-backward   gathers    E  L | L-1   | L-2   | ...  | 1       |
+backward   gathers    L-1  | L-2   | L-3   | ...  |         |
            reduces         |       | L     | ...  | 3       | 2       | 1  E
-           computes        | L     | L-1   | ...  | 2       | 1       |
+           computes   E    | L     | L-1   | ...  | 2       | 1       |
 ```
 
-E is the group outside of blocks. So four things are not hidden, whatever the cards:
+E is the group outside of blocks. E and block L stay whole from forward to backward, which begins with them. So four
+things are not hidden, whatever the cards:
 
-- **begin**: E and one block are gathered before anything can compute, in forward and again in backward;
+- **begin**: E and block 1 are gathered before anything can compute;
 - **end**: the first block's and E's reductions (and all-reduces) come after all computing;
 - **forward**: in each block, what its neighbour's gather takes longer than the block computes;
 - **backward**: what a gather and a reduce-scatter (and an all-reduce, in the last micro-batch) take longer than a
@@ -85,10 +86,11 @@ In bytes a parameter, of bf16 weights and fp32 reductions, a card sends in a ste
 n x 8 (S - 1) / S  +  8 (R - 1) / (R S)       that is 8 (N - 1) / N when n = 1, whatever the layout
 ```
 
-So where a card's share of a step is one micro-batch, and all links are alike, layouts send the same. But a card updates
-P / S parameters and keeps 4 P / S bytes of fp32 sums, so more replicas take longer and more room. They pay off where a
-step has several micro-batches that do not hide their communication, or where machines are joined by slower links than
-their cards are.
+but for the weights of E and block L, which are gathered once. So where a card's share of a step is one micro-batch, and
+all links are alike, layouts send the same. But a card updates P / S parameters and keeps 4 P / S bytes of fp32 sums, so
+more replicas take longer and more room. They pay off where a step has several micro-batches that do not hide their
+communication, or where machines are joined by slower links than their cards are. Hence `--replicas` auto: one replica
+where a card's share of a step is one micro-batch, else as many as fit without more micro-batches.
 """
 
 

@@ -125,11 +125,11 @@ def test_a_shard_of_a_model_leaves_more_room(monkeypatch):
     assert layout("llama-13b", 8, 84, monkeypatch, replicas=1)[1] > 4096
 
 
-def test_a_model_that_fits_is_replicated_and_one_that_does_not_is_sharded(monkeypatch):
-    """No replica may cost smaller micro-batches than a rank's share of a step, 2,048 tokens on 8 ranks."""
-    assert layout("tinyllama-1.1b", 8, 84, monkeypatch)[0] == 8
-    replicas, tokens = layout("llama-13b", 8, 84, monkeypatch)
-    assert 1 <= replicas < 8 and tokens >= 2048
-    with pytest.raises(UsageError, match="do not fit"):
-        layout("llama-13b", 8, 84, monkeypatch, replicas=2 * replicas)
-    assert layout("llama-13b", 8, 84, monkeypatch, replicas=1)[0] == 1, "what is asked for is done"
+def test_a_model_that_fits_is_replicated_where_a_step_is_several_micro_batches(monkeypatch):
+    """A rank's share of a step is 2,048 tokens on 8 ranks, one micro-batch: nothing is gained by replicas."""
+    assert layout("tinyllama-1.1b", 8, 84, monkeypatch)[0] == 1
+    replicas, tokens = layout("tinyllama-1.1b", 8, 84, monkeypatch, micro_batch_tokens=1024)
+    assert replicas == 8 and tokens >= 1024
+    assert layout("tinyllama-1.1b", 8, 84, monkeypatch, global_batch_size=4096)[0] == 8
+    assert layout("llama-13b", 8, 84, monkeypatch, global_batch_size=4096)[0] < 8, "which would not fit"
+    assert layout("tinyllama-1.1b", 8, 84, monkeypatch, global_batch_size=4096, replicas=2)[0] == 2, "as asked"
