@@ -21,6 +21,7 @@ from engine.run import read_json
 
 TINY = ("--model", "tiny", "--random-init", "--device", "cpu", "--lr", "1e-3", "--max-length", 64)
 STEPS = ("--global-batch-size", 8, "--max-steps", 6)
+STARTED = []  # processes of a test
 BIN = Path(sys.executable).parent  # of torchrun
 
 
@@ -42,6 +43,16 @@ def reference(rows, tmp_path_factory):
     return out
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    """A torchrun that is told to end ends its ranks."""
+    yield
+    for process in STARTED:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+    STARTED.clear()
+
+
 def alone(*args):
     assert exit_code_of(command.main, [str(a) for a in args]) == 0
 
@@ -61,15 +72,15 @@ def start(log, words, **variables):
     """A command as a user gives it, on a machine without GPUs."""
     env = environment() | {"PATH": f"{BIN}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""} | variables
     with open(log, "a") as file:
-        return subprocess.Popen(list(map(str, words)), cwd=ROOT, env=env, stdout=file, stderr=file)
+        STARTED.append(subprocess.Popen(
+            list(map(str, words)), cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True
+        ))  # fmt: skip
+    return STARTED[-1]
 
 
 def ended(process):
     """Its exit code, in bounded time."""
-    try:
-        return process.wait(timeout=120)
-    finally:
-        process.kill()
+    return process.wait(timeout=120)
 
 
 def apart(out, other):
