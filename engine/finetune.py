@@ -23,7 +23,7 @@ from engine.cli import from_cli, stanford
 from engine.config import EMBEDDED, FinetuneConfig
 from engine.errors import DataError, DivergedError, Stopped, exit_code_of
 from engine.estimate import estimate_on
-from engine.estimate import tell as tell_estimate
+from engine.estimate_text import tell as tell_estimate
 from engine.fit import confirm, halved_before, within_memory
 from engine.generate import generate, stop_ids
 from engine.job import Job, find_resume, finished, plan, prepare

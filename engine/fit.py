@@ -56,9 +56,13 @@ def shards_that_fit(config: FinetuneConfig, c: ModelConfig, ranks: int) -> list[
     counts = [n for n in range(1, ranks + 1) if ranks % n == 0]
     if config.optimizer_states != "8bit" or ranks == 1:
         return counts
+    return [n for n in counts if n in shards_of_8bit(c, ranks)]
+
+
+def shards_of_8bit(c: ModelConfig, most: int = 64) -> list[int]:
+    """Into how many shards, up to so many, a replica can be cut whose 8-bit states are in blocks of 256."""
     parameters = new_model(c, "meta", torch.bfloat16).named_parameters()
-    whole = counts_that_fit({name: tuple(p.shape) for name, p in parameters}, ranks)
-    return [n for n in counts if n in whole]
+    return counts_that_fit({name: tuple(p.shape) for name, p in parameters}, most)
 
 
 def largest(config: FinetuneConfig, train: data.Dataset, align: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from engine.errors import DataError, UsageError
 from engine.fit import ALIGN, auto_layout, shards_that_fit
 from engine.load import choose_device, choose_dtype, choose_kernels, cpu_multiplies_bf16, find_model, find_tokenizer
 from engine.log import Metrics, NoMetrics, Progress, phase
-from engine.memory import state_bytes
+from engine.memory import layout_name, state_bytes
 from engine.mix import SEED_TASKS
 from engine.rows import mapped, read_rows
 from engine.run import RUN, Signals, read_json
@@ -309,19 +309,14 @@ def finished(job: Job) -> bool:
     return not changed and job.config.resume == "auto"
 
 
-def layout_of(world: World) -> str:
-    """How ranks share the model, in words."""
-    if world.replicas == 1:
-        return f"sharded over {world.shards}"
-    return f"{world.replicas} replicas" + f" of {world.shards} shards each" * (world.shards > 1)
-
-
 def plan(job: Job) -> str:
     """What is about to happen, in two lines."""
     c, config = job.model_config, job.config
     weights, *rest, _ = state_bytes(c, job.dtype, config.master_weights, config.optimizer_states)
     state = 2 * weights + sum(rest)
-    ranks = f", over {job.world.size} ranks: {layout_of(job.world)}" if job.world.size > 1 else ""
+    world, ranks = job.world, ""
+    if world.size > 1:
+        ranks = f", on {world.size} ranks: {layout_name(world.shards, world.replicas)}"
     emulated = job.device.type == "cpu" and job.dtype == torch.bfloat16 and not cpu_multiplies_bf16()
     slow = " (this CPU has no bf16 instructions: --dtype fp32 is faster)" if emulated else ""
     return (

@@ -366,6 +366,13 @@ def layout_that_fits(
     return next((layout for layout in found if layout[1] >= wanted), fewest)
 
 
+def layout_name(cards: int, replicas: int) -> str:
+    """How cards share a model, in words; cards: of a replica."""
+    if replicas == 1:
+        return f"sharded over {cards}"
+    return f"{replicas} replicas" + f" of {cards} shards" * (cards > 1)
+
+
 # What saves memory, the cheapest in speed and mathematics first: (setting of memory(), its value, flags).
 SAVINGS = (
     ("states", "8bit", "--optimizer-states 8bit"),

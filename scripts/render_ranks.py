@@ -25,8 +25,9 @@ from engine.cards import (
 )
 from engine.config import MODELS
 from engine.errors import UsageError
-from engine.estimate import COMPUTING, EstimateConfig, duration, estimate, layout_name
-from engine.memory import traffic
+from engine.estimate import COMPUTING, EstimateConfig, estimate
+from engine.estimate_text import duration
+from engine.memory import layout_name, traffic
 from engine.mix import alpaca_mix
 
 DOC = Path(__file__).parent.parent / "docs" / "ranks.md"
