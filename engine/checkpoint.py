@@ -326,7 +326,11 @@ def verify(folder: Path) -> dict:
         if size != wanted:
             raise DataError(f"{path}: {size} bytes, its manifest says {wanted}; choose another checkpoint")
     with ThreadPoolExecutor(max(1, min(8, len(files)))) as pool:
-        for (path, entry), sha256 in zip(files.items(), pool.map(sha256_of, files), strict=True):
+        for (path, entry), digest in zip(files.items(), [pool.submit(sha256_of, path) for path in files], strict=True):
+            try:
+                sha256 = digest.result()
+            except OSError as error:  # also when a run that is under way has just removed it
+                raise DataError(f"{path}: cannot be read ({error.strerror}); choose another checkpoint") from None
             if sha256 != entry["sha256"]:
                 raise DataError(f"{path}: changed since it was written (its sha256 differs); choose another checkpoint")
     return manifest

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from scripts import render_faults
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -39,24 +41,31 @@ def test_the_file_tree_is_the_disks():
     assert not gone, f"in README, not on disk: {sorted(gone)}"
 
 
-def test_every_module_that_readme_runs_answers_help():
+def test_every_module_that_readme_runs_answers_help_and_has_its_flags():
     modules = sorted(set(re.findall(r"python -m ((?:engine|kernels|data_gen)\.\w+)", README)))
     assert modules
+    helps = {}
     for module in modules:
         done = subprocess.run(
             [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0 and f"usage: python -m {module}" in done.stdout, module
-
-
-def test_every_flag_that_readme_uses_exists():
+        helps[module] = done.stdout.replace("_", "-")
     for module, rest in re.findall(r"python -m ((?:engine|data_gen)\.\w+)([^\n`#]*)", README.replace("\\\n", " ")):
         flags = set(re.findall(r"--[a-z][a-z0-9_-]*", rest))
-        text = subprocess.run(
-            [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
-        ).stdout.replace("_", "-")
-        missing = {flag for flag in flags if flag.replace("_", "-") not in text}
+        missing = {flag for flag in flags if flag.replace("_", "-") not in helps[module]}
         assert not missing, f"{module}: {missing}"
+
+
+def test_the_page_of_faults_is_of_tests_that_are_there():
+    assert render_faults.missing() == []
+    rows = [line.split(" | ") for line in render_faults.PAGE.read_text().splitlines() if re.match(r"\| \d+ \| ", line)]
+    told = [(row[1], [name.strip("`") for name in row[3].split("<br>") if name.strip()]) for row in rows]
+    assert told == [
+        (render_faults.escaped(fault), [f"{file.removesuffix('.py')}::{test}" for file, test in tests])
+        for fault, _, tests in render_faults.FAULTS
+    ]
+    assert not [row for row in rows if re.search("failure|error|not run", row[4])]
 
 
 def test_the_figures_are_those_of_the_measurements():
