@@ -19,6 +19,7 @@ import re
 import sys
 import threading
 import time
+import uuid
 
 import torch
 import torch.distributed as dist
@@ -153,7 +154,7 @@ def start(device: str, timeout_s: float):
         torch.cuda.set_device(local)
     timeout = datetime.timedelta(seconds=timeout_s)
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    store = dist.PrefixStore(f"start {number('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # torchrun keeps one store
+    store = dist.PrefixStore(name_of_start(store, rank, size, timeout_s), store)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     world = World(rank, size, dist.PrefixStore("cria", store), "cuda" if cuda else "cpu", timeout_s)
@@ -164,6 +165,27 @@ def start(device: str, timeout_s: float):
     finally:
         world.watch.stop()
     dist.destroy_process_group()
+
+
+def name_of_start(store, rank, size, timeout_s) -> str:
+    """What this start of the ranks is called by all of them. torchrun keeps one store over restarts, which it counts on
+    each machine by itself: whatever rank left there may be gone. So each shows a mark that is new, and the first rank
+    answers to marks until every rank has heard it."""
+    mine, end = uuid.uuid4().hex, time.monotonic() + timeout_s
+    store.set(f"mark/{rank}", mine)
+    if rank:
+        name = store.get(f"answer/{mine}").decode()
+        store.set(f"{name}/{rank}", "heard")
+        return name
+    silent = set(range(1, size))
+    while silent:
+        if time.monotonic() > end:
+            raise CriaError(f"ranks {', '.join(map(str, sorted(silent)))} did not start in {timeout_s:.0f} s")
+        for other in [other for other in silent if store.check([f"mark/{other}"])]:
+            store.set(f"answer/{store.get(f'mark/{other}').decode()}", mine)
+        silent -= {other for other in silent if store.check([f"{mine}/{other}"])}
+        time.sleep(0.05)
+    return mine
 
 
 def number(name, default=None) -> int:

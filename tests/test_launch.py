@@ -144,41 +144,47 @@ def test_stanfords_command(rows, tmp_path):
 
 # ---- several machines -----------------------------------------------------------------------------------------------
 
-LOSES_A_MACHINE = (
+DIES = (
     """
 import os, signal, sys
 from engine import finetune
 from engine.errors import exit_code_of
 
 def die():
-    for process in (os.getppid(), os.getpid()):
+    for process in {"rank": (os.getpid(),), "machine": (os.getppid(), os.getpid())}[os.environ["DIES"]]:
         os.kill(process, signal.SIGKILL)
 """
     + BEFORE_CALL
     + """
-if os.environ["MACHINE"] == "0":
-    before(finetune, "forward_backward", 4, die)
+if os.environ["MACHINE"] == "0" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    before(finetune, "forward_backward", 3, die)
 sys.exit(exit_code_of(finetune.main, sys.argv[1:]))
 """
 )
 
 
-def two_machines(log, *program):
-    """Exit codes of two torchruns of a rank each; the first one's machine keeps the store."""
+def two_machines(log, dies, *program):
+    """Exit codes of two torchruns of a rank each; the first one's machine keeps the store, and is where one dies."""
     words = ("torchrun", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=x")
     where = f"--rdzv-endpoint=localhost:{free_port()}"
-    started = [start(log, (*words, where, f"--rdzv-conf=is_host={i == 0}", *program), MACHINE=str(i)) for i in range(2)]
+    started = [
+        start(log, (*words, where, f"--rdzv-conf=is_host={i == 0}", *program), MACHINE=str(i), DIES=dies)
+        for i in range(2)
+    ]
     return [ended(process) for process in started]
 
 
-def test_two_machines_lose_one_and_go_on(rows, reference, tmp_path):
-    out, log, script = tmp_path / "out", tmp_path / "log", tmp_path / "loses.py"
-    run = (*TINY, *STEPS, "--data", rows, "--dtype", "fp32", "--save-every", 1, "--out", out)
-    script.write_text(LOSES_A_MACHINE)
-    lost, left = two_machines(log, script, *run)
+def test_two_machines_lose_one_and_then_a_rank(rows, reference, tmp_path):
+    """Without a machine the run ends, and the same command goes on. A rank that dies is started again, and with it the
+    other machine's, whose torchrun counts no restart."""
+    out, log, script = tmp_path / "out", tmp_path / "log", tmp_path / "dies.py"
+    run = (script, *TINY, *STEPS, "--data", rows, "--dtype", "fp32", "--save-every", 1, "--out", out)
+    script.write_text(DIES)
+    lost, left = two_machines(log, "machine", *run)
     assert lost == -signal.SIGKILL and left == 1 and "another rank ended" in log.read_text(), log.read_text()
-    assert two_machines(log, "-m", "engine.finetune", *run) == [0, 0], log.read_text()
-    assert "going on after step" in log.read_text()
+    assert two_machines(log, "rank", "--max-restarts=1", *run) == [0, 0], log.read_text()
+    assert log.read_text().count("going on after step") == 2, log.read_text()
+    assert "connectFullMesh failed" not in log.read_text(), "a rank looked for one that is gone"
     same(out, reference)
 
 
