@@ -3,13 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import BEFORE_CALL, ROOT, environment, events, finetune
+from conftest import BEFORE_CALL, environment, events, finetune
+from forks import Started
 from safetensors.torch import load_file
 
 STEPS = 12
@@ -32,10 +31,7 @@ def start(*args, patch=""):
         f"{patch}\n"
         "sys.exit(exit_code_of(finetune.main, sys.argv[1:]))\n"
     )
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, args)],
-        cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    return Started(code, *args, env=environment())
 
 
 def end(process):

@@ -41,23 +41,23 @@ def small(tmp_path_factory, smollm2):
     return folder
 
 
-def transformers_curve(folder, rows, micro=BATCH, loss_norm="token"):
+def transformers_curve(folder, rows, micro=BATCH, loss_norm="token", steps=STEPS):
     """(loss, gradient norm) of each step of a LlamaForCausalLM under torch's AdamW, on padded batches."""
-    loop = TransformersLoop(folder, lr=LR, total_steps=STEPS, exact_norm=True)
-    examples = masked(rows[: STEPS * BATCH], transformers.AutoTokenizer.from_pretrained(folder), MAX_LENGTH)
-    return [loop.step(examples[i * BATCH : (i + 1) * BATCH], micro, loss_norm) for i in range(STEPS)]
+    loop = TransformersLoop(folder, lr=LR, total_steps=steps, exact_norm=True)
+    examples = masked(rows[: steps * BATCH], transformers.AutoTokenizer.from_pretrained(folder), MAX_LENGTH)
+    return [loop.step(examples[i * BATCH : (i + 1) * BATCH], micro, loss_norm) for i in range(steps)]
 
 
-def our_curve(folder, data, out, *more):
+def our_curve(folder, data, out, *more, steps=STEPS):
     run(
-        "--model", folder, "--data", data, "--out", out, "--max-steps", STEPS, "--global-batch-size", BATCH,
+        "--model", folder, "--data", data, "--out", out, "--max-steps", steps, "--global-batch-size", BATCH,
         "--no-shuffle", "--dtype", "fp32", "--device", "cpu", "--lr", LR, "--max-length", MAX_LENGTH, *more,
     )  # fmt: skip
     return [(line["loss"], line["grad_norm"]) for line in events(out)]
 
 
-def assert_same(ours, theirs):
-    assert len(ours) == len(theirs) == STEPS
+def assert_same(ours, theirs, steps=STEPS):
+    assert len(ours) == len(theirs) == steps
     for step, (a, b) in enumerate(zip(ours, theirs, strict=True), 1):
         assert a == pytest.approx(b, rel=1e-4), f"step {step}"
 
@@ -98,15 +98,15 @@ def test_one_loss_curve(small, tmp_path, name, cuts):
 
 def test_block_recompute_changes_nothing(small, tmp_path):
     path, _ = read("seed tasks")
-    plain = our_curve(small, path, tmp_path / "a")
-    assert our_curve(small, path, tmp_path / "b", "--recompute", "block") == plain
+    plain = our_curve(small, path, tmp_path / "a", steps=6)
+    assert our_curve(small, path, tmp_path / "b", "--recompute", "block", steps=6) == plain
 
 
 def test_micro_mean_is_the_2023_trainer(small, tmp_path):
     path, rows = read("seed tasks")
-    ours = our_curve(small, path, tmp_path, "--loss-norm", "micro-mean", "--micro-batch-size", 2)
-    assert_same(ours, transformers_curve(small, rows, micro=2, loss_norm="micro-mean"))
-    token = our_curve(small, path, tmp_path / "token", "--micro-batch-size", 2)
+    ours = our_curve(small, path, tmp_path, "--loss-norm", "micro-mean", "--micro-batch-size", 2, steps=8)
+    assert_same(ours, transformers_curve(small, rows, micro=2, loss_norm="micro-mean", steps=8), steps=8)
+    token = our_curve(small, path, tmp_path / "token", "--micro-batch-size", 2, steps=8)
     assert max(abs(a[0] - b[0]) for a, b in zip(ours, token, strict=True)) > 1e-3, "the two norms must differ here"
 
 

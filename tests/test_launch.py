@@ -1,7 +1,6 @@
 """Every way to start ranks: Stanford's command, several machines, Slurm, a launcher's environment. Each is one run."""
 
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import BEFORE_CALL, ROOT, environment, events
+from forks import free_port, ranks
 from safetensors.torch import load_file
 
 from engine import finetune as command
@@ -55,12 +55,6 @@ def nothing_is_left():
 
 def alone(*args):
     assert exit_code_of(command.main, [str(a) for a in args]) == 0
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def is_free(port):
@@ -267,33 +261,6 @@ def test_a_job_that_fails_or_ends_is_not_requeued(tmp_path, slurm):
 
 # ---- a launcher's environment, and options --------------------------------------------------------------------------
 
-FORKS = multiprocessing.get_context("forkserver")  # whose server imports once what all ranks do
-FORKS.set_forkserver_preload(["engine.finetune"])
-
-
-def rank(variables, args, log):
-    """One rank, as mpirun or srun would start it."""
-    os.environ.update(variables)
-    with open(log, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.exit(exit_code_of(command.main, args))
-
-
-def two_ranks(log, *args):
-    """Exit codes of two ranks that no torchrun started."""
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    args = [str(a) for a in args]
-    ranks = [
-        FORKS.Process(target=rank, args=(shared | {"RANK": str(i), "LOCAL_RANK": str(i)}, args, log)) for i in range(2)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(timeout=120)
-        process.kill()
-    return [process.exitcode for process in ranks]
-
 
 @pytest.mark.parametrize(
     "options, replicas, loss",
@@ -307,8 +274,9 @@ def two_ranks(log, *args):
 def test_ranks_compute_what_one_process_does(rows, tmp_path, options, replicas, loss):
     """No farther from it than twice what other sums in one process are: templates of their own, or other cuts."""
     run = (*TINY, *STEPS, "--data", rows, *options)
-    one, other, two, log = (tmp_path / name for name in ("one", "other", "two", "log"))
+    one, other, two = (tmp_path / name for name in ("one", "other", "two"))
     alone(*run, "--out", one)
     alone(*run, "--no-share-prefix", "--out", other)
-    assert two_ranks(log, *run, "--replicas", replicas, "--out", two) == [0, 0], log.read_text()
+    codes, said = ranks(2, *run, "--replicas", replicas, "--out", two)
+    assert codes == [0, 0], said
     same(two, one, loss=loss, weights=2 * apart(other, one))
