@@ -65,7 +65,8 @@ FAULTS = [  # fault, expected, tests
     ("a rank raises, dies, stalls", "the group ends non-zero in bounded time naming it; a restart resumes", [
         (D, "test_a_failure_of_one_rank_is_told_once_by_that_rank"),
         (D, "test_a_rank_that_is_killed_ends_the_run_which_resumes"),
-        (D, "test_a_rank_that_hangs_is_named_and_ends_the_run"), (D, "test_a_restart_by_torchrun_resumes_by_itself")]),
+        (D, "test_a_rank_that_hangs_is_named_and_ends_the_run"), (D, "test_a_restart_by_torchrun_resumes_by_itself"),
+        ("test_launch.py", "test_two_machines_lose_one_and_then_a_rank")]),
     ("NaN or Inf", "no rank updates; at most N skipped, then exit 4 with rows", [
         (F, "test_a_loss_that_is_no_number_changes_nothing_and_ends_the_run_with_4"),
         (D, "test_a_loss_that_is_no_number_on_one_rank_updates_none")]),
