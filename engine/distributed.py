@@ -9,7 +9,8 @@ parallelism. A gradient is a sum over ranks, not a mean: each micro-batch's weig
 global batch.
 
 A thread of each rank tells the store every few seconds that it lives, and ends the process when another rank has not
-for --rank-timeout seconds: a rank that hangs ends the run in bounded time, and is named.
+for --rank-timeout seconds: a rank that froze or died ends the run in bounded time, and is named. One that lives and is
+stuck is found by the others' collectives, half as long again later; where each rank was last is told then.
 """
 
 import contextlib
@@ -24,12 +25,13 @@ import uuid
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from engine.checkpoint import Shard
 from engine.errors import CriaError, Elsewhere, UsageError
 
-BEATS = 10  # in a --rank-timeout
-PATIENCE_S = 24 * 3600  # of ranks for the first one's long work: the watch notices when that one dies
+BEATS, LOOK_S = 10, 0.05  # beats in a --rank-timeout; seconds between looks for the others
+PATIENCE_S = 24 * 3600  # of ranks for the others' long work; the watch notices when one of them dies
 
 
 class World:
@@ -40,7 +42,9 @@ class World:
         self.watch = Watch(self, timeout_s) if size > 1 else None
         self.mesh = self.saving = None
         if size > 1:
-            self.saving = dist.new_group(backend="gloo")  # of a thread of its own: collectives of a group keep order
+            self.timeout = patience(timeout_s)
+            # Of a thread of its own: collectives of a group keep order.
+            self.saving = dist.new_group(backend="gloo", timeout=self.timeout)
             self.calls = 0
 
     def arrange(self, replicas: int) -> None:
@@ -50,6 +54,8 @@ class World:
             shape, names = (replicas, self.shards), ("replicas", "shards")
             whole = slice(None) if replicas > 1 else slice(1, None)
             self.mesh = init_device_mesh(self.device, shape[whole], mesh_dim_names=names[whole])
+            for group in self.mesh.get_all_groups():
+                _set_pg_timeout(self.timeout, group)  # else it is half an hour
 
     def at(self, place: str) -> None:
         """Where this rank is, for whoever has to tell that it went missing there."""
@@ -72,6 +78,18 @@ class World:
 
     # ---- what ranks agree on ----------------------------------------------------------------------------------------
 
+    def meet(self):
+        """Waits for all ranks, however long their work takes. By looking, not in the store's own wait or a collective:
+        those end at --rank-timeout, hold the watch up and handle no signal."""
+        if self.size > 1:
+            self.calls += 1
+            key, end = f"meet/{self.calls}", time.monotonic() + PATIENCE_S
+            self.store.add(key, 1)
+            while self.store.add(key, 0) < self.size:
+                if time.monotonic() > end:
+                    raise CriaError(f"rank {self.rank}: the others are not there after {PATIENCE_S} s")
+                time.sleep(LOOK_S)
+
     def together(self, work):
         """work() on every rank. Where it fails on some, all fail with the first one's exit code; that one tells why."""
         if self.size == 1:
@@ -81,6 +99,7 @@ class World:
             result = work()
         except (CriaError, OSError) as error:
             failure = error
+        self.meet()
         codes = self.gather(getattr(failure, "exit_code", 1) if failure else None)
         failed = [rank for rank, code in enumerate(codes) if code is not None]
         if failed:
@@ -91,15 +110,11 @@ class World:
         """work() on rank 0, then on the others, which find what it cached."""
         if self.size == 1:
             return work()
-        self.calls += 1
-        key = f"first/{self.calls}"
-        if not self.is_main:
-            self.store.wait([key], datetime.timedelta(seconds=PATIENCE_S))
         try:
-            return work()
+            done = work() if self.is_main else None
         finally:
-            if self.is_main:
-                self.store.set(key, "done")
+            self.meet()
+        return done if self.is_main else work()
 
     def gather(self, value, group=None) -> list:
         """Every rank's value, in the order of ranks."""
@@ -114,7 +129,8 @@ class World:
         return self.gather(value, self.saving)
 
     def from_main(self, value):
-        """Rank 0's value."""
+        """Rank 0's value, however long it takes to find."""
+        self.meet()
         return self.gather(value if self.is_main else None)[0]
 
     def least(self, value):
@@ -129,11 +145,9 @@ class World:
             dist.all_reduce(t)
         return t
 
-    def sum_shards(self, t: torch.Tensor) -> torch.Tensor:
-        """Over the ranks that hold the shards of one replica."""
-        if self.shards > 1:
-            dist.all_reduce(t, group=self.mesh.get_group("shards"))
-        return t
+    def alike(self, error: CriaError) -> CriaError:
+        """What to raise for an error that all ranks make: the first one tells it."""
+        return error if self.is_main else Elsewhere(0, error.exit_code)
 
 
 # ---- start and end --------------------------------------------------------------------------------------------------
@@ -152,7 +166,7 @@ def start(device: str, timeout_s: float):
             n = torch.cuda.device_count()
             raise UsageError(f"LOCAL_RANK is {local}, this machine has {n} GPUs; start as many ranks a machine")
         torch.cuda.set_device(local)
-    timeout = datetime.timedelta(seconds=timeout_s)
+    timeout = patience(timeout_s)
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     store = dist.PrefixStore(name_of_start(store, rank, size, timeout_s), store)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -161,7 +175,8 @@ def start(device: str, timeout_s: float):
     try:
         yield world
     except RuntimeError as error:
-        raise CriaError(f"rank {rank} of {size}: {world.watch.blame()}{cause_of(error)}") from error
+        text, waited = cause_of(error)
+        raise CriaError(f"rank {rank} of {size}: {world.watch.blame() if waited else ''}{text}") from error
     finally:
         world.watch.stop()
     dist.destroy_process_group()
@@ -188,6 +203,11 @@ def name_of_start(store, rank, size, timeout_s) -> str:
     return mine
 
 
+def patience(timeout_s: float) -> datetime.timedelta:
+    """Of collectives: longer than the watch's, which knows who is missing."""
+    return datetime.timedelta(seconds=1.5 * timeout_s)
+
+
 def number(name, default=None) -> int:
     text = os.environ.get(name, default)
     try:
@@ -196,11 +216,12 @@ def number(name, default=None) -> int:
         raise UsageError(f"{name} is {text!r}, wanted a number: start several ranks by torchrun") from None
 
 
-def cause_of(error) -> str:
-    """In a line. Of a connection that broke: what that means."""
+def cause_of(error) -> tuple[str, bool]:
+    """(in a line; of a connection that broke, what that means; whether it came of waiting for another rank)."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    gone = re.search(r"Connection (reset|closed) by peer|Broken pipe|Socket closed", text)
-    return f"another rank ended ({gone[0]}); torchrun tells which" if gone else f"{type(error).__name__}: {text}"
+    if gone := re.search(r"Connection (reset|closed) by peer|Broken pipe|Socket closed", text):
+        return f"another rank ended ({gone[0]}); torchrun tells which", True
+    return f"{type(error).__name__}: {text}", bool(re.search(r"[Tt]imed? ?out", text))
 
 
 class Watch:
@@ -221,14 +242,14 @@ class Watch:
         self.done.set()
 
     def look(self):
-        beat = 0
-        while not self.done.wait(min(5.0, self.timeout_s / BEATS)):
+        beat = failures = 0
+        while failures < BEATS and not self.done.wait(min(5.0, self.timeout_s / BEATS)):
             beat += 1
             try:
                 self.world.store.set(f"beat/{self.world.rank}", f"{beat} {self.place}")
-                late = self.late()
-            except (RuntimeError, ValueError):  # the store is gone, and with it the run: torchrun ends what is left
-                return
+                late, failures = self.late(), 0
+            except (RuntimeError, ValueError):  # if the store is gone, so is the run: torchrun ends what is left
+                late, failures = None, failures + 1
             if late is not None and not self.done.is_set():
                 rank, place, seconds = late
                 who = f"rank {rank} has not been heard of for {seconds:.0f} s, last at {place}"
@@ -252,12 +273,12 @@ class Watch:
         return longest
 
     def blame(self) -> str:
-        """Who is behind, by what ranks told last."""
+        """Who was elsewhere, by what ranks told last, which is some seconds old."""
         with contextlib.suppress(RuntimeError, ValueError):
             places = {rank: told.partition(" ")[2] for rank, (told, _) in self.seen.items()}
             behind = {rank: place for rank, place in places.items() if place != self.place}
             if behind:
-                return ", ".join(f"rank {rank} was at {place}" for rank, place in behind.items()) + "; "
+                return ", ".join(f"rank {rank} was last at {place}" for rank, place in behind.items()) + "; "
         return ""
 
 

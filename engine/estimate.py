@@ -152,6 +152,11 @@ class EstimateConfig:
 SHARED = [f.name for f in fields(EstimateConfig) if f.name in {g.name for g in fields(FinetuneConfig)}]
 
 
+def several_cards(config: FinetuneConfig, cards: int, replicas: int) -> EstimateConfig:
+    """A run's settings on so many cards. Raises ValueError where those are not projected."""
+    return EstimateConfig(**{name: getattr(config, name) for name in SHARED} | {"gpus": cards, "replicas": replicas})
+
+
 # ---- projecting -----------------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ from engine.cards import CARDS, card_at_hand
 from engine.cli import from_cli, stanford
 from engine.config import EMBEDDED, FinetuneConfig
 from engine.errors import DataError, DivergedError, Stopped, exit_code_of
-from engine.estimate import estimate_on
+from engine.estimate import estimate_on, several_cards
 from engine.estimate_text import tell as tell_estimate
 from engine.fit import confirm, halved_before, within_memory
 from engine.generate import generate, stop_ids
@@ -45,11 +45,12 @@ from engine.run import (
     read_lines,
     write_json,
 )
-from engine.saving import finish, roll_back, room_for_states, save, saved_meanwhile, stop
+from engine.saving import finish, load_state, roll_back, room_for_states, save, saved_meanwhile, stop
 from engine.spikes import Spike, Spikes
 from engine.step import Feeder, Figures, Mark
 
 EVAL_CHUNK = 256  # held-out examples packed together
+PATHS = {"model", "tokenizer", "data", "eval_data", "token_cache", "out", "sample_prompts", "resume"}  # of a machine
 
 
 # ---- train ----------------------------------------------------------------------------------------------------------
@@ -188,11 +189,12 @@ def skip(job, step, loss, norm, rows, within):
     job.metrics.write("skip", step=step, reason="non-finite", loss=loss, grad_norm=norm, rows=rows)
     job.progress.say(f"step {step}: loss {loss}, gradient norm {norm}; no update ({n} in a row)")
     if n > job.config.max_skips or within:
-        raise DivergedError(
+        text = (
             f"step {step}: {n} step{'s in a row' * (n > 1)} had no finite loss or gradient (loss {loss}, norm {norm})"
             + ", and some layers are updated already, as --optimizer-in-backward does" * within
             + f"; lower --lr, or look at the rows: {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}"
         )
+        raise job.world.alike(DivergedError(text))
 
 
 def tell_spike(job: Job, optimizer: AdamW, step: int, spike: Spike) -> None:
@@ -211,10 +213,11 @@ def tell_spike(job: Job, optimizer: AdamW, step: int, spike: Spike) -> None:
         return
     job.spikes.forget(back_to)
     if job.n_spiked > job.config.max_skips:
-        raise DivergedError(
+        text = (
             f"step {step}: the loss spiked {job.n_spiked} times in a row after the state of step {back_to}; lower "
             f"--lr, or look at the rows: {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}"
         )
+        raise job.world.alike(DivergedError(text))
 
 
 @torch.no_grad()
@@ -271,10 +274,8 @@ def build(job: Job, found) -> tuple[Transformer, AdamW, int]:
     )  # fmt: skip
     if found is None:
         return model, optimizer, 0
-    folder, manifest = found
-    checkpoint.load(folder, optimizer.tensors())
-    optimizer.n_updates = manifest["n_updates"]
-    return model, optimizer, manifest["step"]
+    load_state(found, optimizer)
+    return model, optimizer, found[1]["step"]
 
 
 def main(argv):
@@ -317,10 +318,19 @@ def silent(*_):
 
 
 def agree(job: Job) -> None:
-    """The same plan on every rank. Raises DataError where their data differ."""
-    hashes = job.world.gather(job.facts["data_sha256"])
-    if others := [rank for rank, sha256 in enumerate(hashes) if sha256 != hashes[0]]:
-        raise DataError(f"rank {others[0]} read other data than rank 0; --data must be the same on every machine")
+    """The same plan on every rank. Raises DataError where they read or were told other things."""
+    held, facts = job.held_out, job.facts
+    mine = {
+        "data": facts["data_sha256"], "held-out data": held.sha256() if held else None, "sample prompts": job.prompts,
+        "settings": {k: v for k, v in dataclasses.asdict(job.config).items() if k not in PATHS},
+        "model": facts["model"], "dtype": facts["dtype"], "kernels": job.kernels,
+    }  # fmt: skip
+    first, *rest = job.world.gather(mine)
+    for rank, theirs in enumerate(rest, 1):
+        if other := " and ".join(what for what in first if theirs[what] != first[what]):
+            raise job.world.alike(DataError(
+                f"rank {rank} has other {other} than rank 0; files and flags must be the same on every machine"
+            ))  # fmt: skip
     job.max_tokens = job.facts["max_tokens"] = job.world.least(job.max_tokens)
     job.world.arrange(job.world.least(job.replicas))
 
@@ -332,7 +342,14 @@ def dry_run(job: Job) -> None:
         card = CARDS["H100"]
         print(f"Not on this device, whose figures are not known, but on one {card.name}; engine.estimate has others.")
     dtype = job.dtype if job.device.type == "cuda" or job.config.dtype != "auto" else torch.bfloat16
-    tell_estimate(estimate_on(card, job.config, job.model_config, dataset_mix(job.train, job.config), dtype))
+    config = job.config
+    if job.world.size > 1:
+        try:
+            config = several_cards(config, job.world.size, job.replicas)
+        except ValueError as error:
+            print(f"Not estimated on {job.world.size} cards: {error}")
+            return
+    tell_estimate(estimate_on(card, config, job.model_config, dataset_mix(job.train, config), dtype))
 
 
 def run(job: Job, found) -> None:
@@ -346,7 +363,7 @@ def run(job: Job, found) -> None:
         out, config.keep, world.rank, world.size, world.exchange if world.size > 1 else None, job.device
     )
     model, optimizer, start = build(job, found)
-    world.gather(None)  # a state is read everywhere before it may be removed
+    world.meet()  # a state is read everywhere before it may be removed
     if found:
         job.saved = start
         if world.is_main:

@@ -1,6 +1,8 @@
 """The largest micro-batch that fits: found from the estimate, tried before the first step, halved once if need be."""
 
+import contextlib
 import json
+import os
 import re
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 
 from engine import data, packing
 from engine.config import FinetuneConfig, ModelConfig
+from engine.distributed import completes
 from engine.errors import CriaError, UsageError
 from engine.memory import CONTEXT_BYTES, MOST_TOKENS, cheapest_that_fits, layout_that_fits, setting_of
 from engine.model import Transformer, new_model
@@ -125,8 +128,9 @@ def confirm(job, model: Transformer, optimizer: AdamW) -> None:
             optimizer.begin(0.0, loss * torch.nan)  # which updates nothing
             loss.backward()
         else:
-            model.loss(batch).backward()
-            model.loss(batch).backward()
+            for last in (False, True):
+                completes(model, last)
+                model.loss(batch).backward()
         return tokens
 
     tokens = within_memory(job, optimizer, None, try_it)
@@ -145,7 +149,7 @@ def halve(job, reason: str) -> None:
     if job.halved or fewer == job.max_tokens or config.loss_norm == "micro-mean":
         raise CriaError(f"{said}; {advice(job, fewer)}")
     if job.world.size > 1:
-        (job.out / HALVED).write_text(json.dumps({"from": job.max_tokens, "to": fewer}))
+        leave_word(job.out, {"from": job.max_tokens, "to": fewer})
         raise CriaError(f"{said}; the same command goes on with {fewer}; {advice(job, fewer)}")
     job.progress.say(
         f"out of memory with micro-batches of {job.max_tokens} tokens ({reason}); going on with {fewer}, which changes "
@@ -155,10 +159,20 @@ def halve(job, reason: str) -> None:
     job.halved = True
 
 
+def leave_word(out, told: dict) -> None:
+    """By as many ranks at once as ran out of memory. One that cannot must still tell why the run ends."""
+    new = out / f".tmp-{HALVED}-{os.getpid()}"
+    with contextlib.suppress(OSError):
+        new.write_text(json.dumps(told))
+        os.replace(new, out / HALVED)
+
+
 def halved_before(job, say) -> None:
-    """What ranks that ran out of memory left word of: the micro-batches that they had then are halved now."""
+    """What ranks that ran out of memory left word of: the micro-batches that they had then are halved now, and so are
+    larger ones that were chosen here."""
     told = read_json(job.out / HALVED)
-    if job.max_tokens in (told.get("from"), told.get("to")):
+    larger = job.config.micro_batch_tokens is None and job.max_tokens > told.get("to", job.max_tokens)
+    if larger or job.max_tokens in (told.get("from"), told.get("to")):
         say(f"micro-batches of {told['to']} tokens: those of {told['from']} ran out of memory")
         job.max_tokens, job.halved = told["to"], True
 

@@ -80,7 +80,7 @@ def sample(logits, temperature, top_p, generator):
     return int(torch.multinomial(probs, 1, generator=generator))
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what FSDP2 gathers within is of no use to training
 def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],

@@ -125,7 +125,7 @@ def prepare(config: FinetuneConfig, out: Path, signals: Signals, say, world: Wor
         raise UsageError(f"--max-length {config.max_length} is over the model's {model_config.max_seq_len} positions")
 
     check_ranks(config, model_config, world)
-    read = partial(read_tables, config, tokenizer, say)
+    read = partial(read_tables, config, tokenizer, say, world.is_main)
     (table, skipped), *evals, cached = read() if config.token_cache == "off" else world.main_first(read)
     held_out = evals[0][0].select() if evals else None
     if config.eval_fraction:
@@ -209,7 +209,11 @@ def watch(blocks):
     return phase("tokenising", blocks) if len(blocks) > 1 else blocks
 
 
-def read_tables(config, tokenizer, say):
+def unwatched(blocks):
+    return blocks
+
+
+def read_tables(config, tokenizer, say, shown=True):
     """(table, bad rows skipped) of --data, the same of --eval-data where there is any, and whether no row had to be
     tokenised. Every file is checked before the long work begins."""
     cache = token_cache.folder(config.token_cache)
@@ -223,21 +227,21 @@ def read_tables(config, tokenizer, say):
         paths = [SEED_TASKS if name == "seed-tasks" else Path(name) for name in names]
         key = key_of(paths)
         entry = cache and token_cache.load(cache, key, paths, config.max_length, say)
-        opened.append((paths, key, entry, None if entry else read_data(paths, config.skip_bad_rows)))
+        opened.append((paths, key, entry, None if entry else read_data(paths, config.skip_bad_rows, shown)))
     tables = []
     for paths, key, entry, read in opened:
         if not entry:
             rows, skipped = read
-            entry = data.encode(rows, tokenizer, *settings, watch), skipped
+            entry = data.encode(rows, tokenizer, *settings, watch if shown else unwatched), skipped
             if cache and entry[0].rows["n_loss"].any() and key == key_of(paths):  # not rewritten while it was read
                 token_cache.save(cache, key, *entry, paths, say)
         tables.append(entry)
     return *tables, all(read is None for *_, read in opened)
 
 
-def read_data(paths, skip_bad_rows):
+def read_data(paths, skip_bad_rows, shown=True):
     """read_rows, under a bar where it takes more than a moment."""
-    if sum(len(mapped(path)) for path in paths) < SHOWN_BYTES:
+    if not shown or sum(len(mapped(path)) for path in paths) < SHOWN_BYTES:
         return read_rows(paths, skip_bad_rows)
     with Progress(None, unit="reading MB") as bar:
 

@@ -39,6 +39,7 @@ from engine.cards import MACHINE, Card, Traffic, cards_of, within_machines
 from engine.config import ModelConfig
 from engine.model import new_model
 from engine.offload import SLOTS
+from engine.optim import states_of
 from engine.shards import ALIGN, ARENA_BYTES
 from kernels.adamw import adamw_state
 from kernels.linear_cross_entropy import LOGITS_BYTES, PAD, ROWS
@@ -91,7 +92,7 @@ def state_bytes(c: ModelConfig, dtype: torch.dtype, master: str, states: str, ca
     """
     parameters, masters, moments, largest = 0, 0, 0, 0
     for p in (shard_of(whole, cards) for whole in new_model(c, "meta", dtype).parameters()):
-        kept = {name: t.nbytes for name, t in adamw_state(p, master, states).tensors().items()}
+        kept = {name: t.nbytes for name, t in adamw_state(p, master, states_of(p, states)).tensors().items()}
         parameters += p.nbytes
         masters += kept.get("low", 0) + kept.get("master", 0)
         moments += sum(kept.values()) - kept.get("low", 0) - kept.get("master", 0)
@@ -104,7 +105,7 @@ def copy_bytes(c: ModelConfig, dtype: torch.dtype, master: str, states: str, car
     """Bytes of pinned memory into which engine.shards.HostRoom copies a card's weights, masters and states: arenas, a
     tensor that is larger in one of its own, of a power of two."""
     shards = [shard_of(p, cards) for p in new_model(c, "meta", dtype).parameters()]
-    kept = [t.nbytes for p in shards for t in adamw_state(p, master, states).tensors().values()]
+    kept = [t.nbytes for p in shards for t in adamw_state(p, master, states_of(p, states)).tensors().values()]
     total = left = 0
     for size in [*(p.nbytes for p in shards), *kept]:
         if size > left:

@@ -48,7 +48,7 @@ class AdamW:
         device = next(iter(self.params.values())).device
         self.states, self.offload, host = {}, None, HostMemory(pinned=device.type == "cuda")
         for name, p in self.params.items():  # one after the other: never more than one tensor's on the way
-            state = kernels.adamw_state(self.held[name].tensor, master, states, p.numel())
+            state = kernels.adamw_state(self.held[name].tensor, master, states_of(p, states), p.numel())
             self.states[name] = host.take(state) if offload else state
         if offload:
             self.offload = Offload(self.states, device)
@@ -121,6 +121,11 @@ class AdamW:
         return kept
 
 
+def states_of(p: torch.Tensor, states: str) -> str:
+    """Of a parameter. Vectors keep fp32 states for 8-bit ones: they are few, and their blocks would bind the shards."""
+    return "fp32" if states == "8bit" and p.ndim == 1 else states
+
+
 def own(t: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor, which is all of it where it is not sharded."""
     return t.to_local() if hasattr(t, "to_local") else t
@@ -130,6 +135,8 @@ def counts_that_fit(shapes: dict[str, tuple[int, ...]], most: int = 64) -> list[
     """Into how many shards parameters of these shapes can be cut so that no block of 8-bit states is cut."""
 
     def fits(shape, shards):
+        if len(shape) == 1:
+            return True
         width = math.prod(shape[1:])
         cuts = {first_row(shape[0], shards, i) for i in range(1, shards)} - {shape[0]}
         return math.prod(shape) < LEAST_8BIT or not any(row * width % BLOCK for row in cuts)

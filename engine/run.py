@@ -37,6 +37,10 @@ def claim(out: Path):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(f"--out {out}: another run is writing there; choose another folder") from None
+        except OSError as error:
+            raise UsageError(
+                f"--out {out}: its file system has no locks ({error.strerror}); mount it with flock, or choose another"
+            ) from None
         yield out
 
 

@@ -58,7 +58,8 @@ def save_or_fail(job: Job, optimizer: AdamW, step: int, why: str) -> None:
     try:
         done = job.saver.wait()
     except OSError as error:
-        raise CriaError(f"{why}; step {step}: the state could not be saved ({error.strerror or error})") from None
+        text = f"{why}; step {step}: the state could not be saved ({error.strerror or error})"
+        raise job.world.alike(CriaError(text)) from None
     job.saved = done.step
     job.metrics.write("save", step=step, path=done.folder.name, seconds=done.seconds, bytes=done.bytes)
 
@@ -78,11 +79,16 @@ def roll_back(job: Job, optimizer: AdamW) -> int | None:
     found = world.from_main(world.together(lambda: find() if world.is_main else None))
     if found is None:
         return None
+    load_state(found, optimizer)
+    world.meet()  # it is read everywhere before it may be removed
+    return found[1]["step"]
+
+
+def load_state(found: tuple, optimizer: AdamW) -> None:
+    """A state, (folder, manifest), into the model and its optimizer."""
     folder, manifest = found
     checkpoint.load(folder, optimizer.tensors())
     optimizer.n_updates = manifest["n_updates"]
-    world.gather(None)  # it is read everywhere before it may be removed
-    return manifest["step"]
 
 
 # ---- the model ----------------------------------------------------------------------------------------------------
@@ -107,7 +113,8 @@ def finish(job: Job, model: Transformer, optimizer: AdamW) -> None:
     if problem := job.world.from_main(problem):
         why = f"the model could not be written ({problem})"
         save_or_fail(job, optimizer, job.total_steps, why)
-        raise CriaError(f"{why}; the training state is saved: make room and run the same command again")
+        text = f"{why}; the training state is saved: make room and run the same command again"
+        raise job.world.alike(CriaError(text))
 
 
 def whole_model(job: Job, model: Transformer) -> Transformer | None:

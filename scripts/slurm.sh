@@ -14,6 +14,7 @@ mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 port=$((10000 + SLURM_JOB_ID % 20000)) # jobs may share a machine
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240 # seconds that torchrun gives ranks to save; always 30 before torch 2.12
 
+# --max-restarts is for machines and ranks that die; it also repeats, in vain, a run that ends for its flags or its data.
 # A torchrun a machine, started by srun without what it may be set to: one CPU a task, and an end of all tasks with the
 # first, whose ranks have saved their part while others still write.
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0 torchrun \

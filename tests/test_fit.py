@@ -107,8 +107,8 @@ def test_a_rank_halves_nothing_without_the_others_but_at_the_next_start(tmp_path
     with pytest.raises(CriaError, match=r"micro-batches of 9024 tokens .* the same command goes on with 4480"):
         fit.halve(job, "no room")
     assert job.max_tokens == 9024
-    for asked, taken, halved in ((9024, 4480, True), (4480, 4480, True), (6016, 6016, False)):
-        later = SimpleNamespace(out=tmp_path, max_tokens=asked, halved=False)
+    for asked, taken, halved in ((9024, 4480, True), (4480, 4480, True), (8960, 4480, True), (2048, 2048, False)):
+        later = SimpleNamespace(config=config_of(), out=tmp_path, max_tokens=asked, halved=False)
         fit.halved_before(later, print)
         assert (later.max_tokens, later.halved) == (taken, halved)
 

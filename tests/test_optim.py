@@ -1,5 +1,6 @@
 """The schedules and the clipping, step for step as torch and transformers."""
 
+import dataclasses
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import worst
 import kernels
 from engine.config import MODELS
 from engine.model import new_model
-from engine.optim import AdamW, lr_factor
+from engine.optim import AdamW, counts_that_fit, lr_factor
 
 THEIRS = {
     "cosine": transformers.get_cosine_schedule_with_warmup,
@@ -59,3 +60,13 @@ def test_steps_are_torchs(dtype, clip):
         master = kernels.master_of(p, ours.states[name])
         assert (master - copies[name]).abs().max() < 2e-6
         assert worst(p.float() - master) <= worst(master.bfloat16().float() - master) * (dtype == torch.bfloat16)
+
+
+def test_vectors_keep_fp32_states_for_8_bit_ones():
+    """Blocks of their states would bind the number of shards: 13B's norms are 20 blocks."""
+    config = dataclasses.replace(MODELS["tiny"], dim=5120, n_layers=1, hidden_dim=256, vocab_size=512)
+    model = new_model(config, "meta", torch.bfloat16)
+    optimizer = AdamW(model, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, states="8bit")
+    kinds = {p.ndim: optimizer.states[name].m.dtype for name, p in model.named_parameters()}
+    assert kinds == {1: torch.float32, 2: torch.uint8}
+    assert 8 in counts_that_fit({name: tuple(p.shape) for name, p in model.named_parameters()})
