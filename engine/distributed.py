@@ -31,6 +31,7 @@ from engine.checkpoint import Shard
 from engine.errors import CriaError, Elsewhere, UsageError
 
 BEATS, LOOK_S = 10, 0.05  # beats in a --rank-timeout; seconds between looks for the others
+MAIN_FAILED = "main failed"
 PATIENCE_S = 24 * 3600  # of ranks for the others' long work; the watch notices when one of them dies
 
 
@@ -45,7 +46,7 @@ class World:
             self.timeout = patience(timeout_s)
             # Of a thread of its own: collectives of a group keep order.
             self.saving = dist.new_group(backend="gloo", timeout=self.timeout)
-            self.calls = 0
+            self.meetings = self.firsts = 0
 
     def arrange(self, replicas: int) -> None:
         """Stands the ranks in rows of one replica's shards each; all call it, before anything is sharded."""
@@ -82,8 +83,8 @@ class World:
         """Waits for all ranks, however long their work takes. By looking, not in the store's own wait or a collective:
         those end at --rank-timeout, hold the watch up and handle no signal."""
         if self.size > 1:
-            self.calls += 1
-            key, end = f"meet/{self.calls}", time.monotonic() + PATIENCE_S
+            self.meetings += 1
+            key, end = f"meet/{self.meetings}", time.monotonic() + PATIENCE_S
             self.store.add(key, 1)
             while self.store.add(key, 0) < self.size:
                 if time.monotonic() > end:
@@ -99,6 +100,8 @@ class World:
             result = work()
         except (CriaError, OSError) as error:
             failure = error
+            if self.is_main:
+                self.store.set(MAIN_FAILED, "")
         self.meet()
         codes = self.gather(getattr(failure, "exit_code", 1) if failure else None)
         failed = [rank for rank, code in enumerate(codes) if code is not None]
@@ -107,14 +110,21 @@ class World:
         return result
 
     def main_first(self, work):
-        """work() on rank 0, then on the others, which find what it cached."""
+        """work() on rank 0, then on the others, which find what it cached. Within together(): where rank 0 has failed
+        before it came here, so do they."""
         if self.size == 1:
             return work()
+        self.firsts += 1
+        key = f"first/{self.firsts}"
+        while not self.is_main and not self.store.check([key]):
+            if self.store.check([MAIN_FAILED]):
+                raise Elsewhere(0, 1)
+            time.sleep(LOOK_S)
         try:
-            done = work() if self.is_main else None
+            return work()
         finally:
-            self.meet()
-        return done if self.is_main else work()
+            if self.is_main:
+                self.store.set(key, "done")
 
     def gather(self, value, group=None) -> list:
         """Every rank's value, in the order of ranks."""

@@ -295,6 +295,13 @@ def test_a_dry_run_of_ranks_is_of_as_many_cards(rows, tmp_path):
     assert "on each of 2 H100, sharded over 2" in said and "reduce-scatter" in said and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_fails_before_the_others_read(rows, tmp_path, rank):
+    patch = f"def no(*_): raise job.UsageError('nothing here')\nif RANK == {rank}: job.choose_device = no"
+    code, said = driven(tmp_path, 2, patch, *flags(rows, tmp_path / "out"), wait=60)
+    assert code == 1 and said.count("error: ") == 1 and "error: nothing here" in said and "exitcode  : 2" in said, said
+
+
 def test_other_data_on_one_rank_is_refused(rows, tmp_path):
     other = tmp_path / "other.json"
     other.write_text(json.dumps(json.loads(rows.read_text())[:-1]))
