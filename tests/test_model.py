@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import events, finetune, worst
+from conftest import command, events, finetune, worst
 
 import kernels
 from engine.config import ModelConfig
@@ -168,9 +168,9 @@ def test_one_curve_with_kernels_and_with_references(tmp_path, rows_file):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_kernels_are_not_silently_replaced_on_a_cpu(tmp_path, rows_file, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    done = finetune(
-        "--model", "tiny", "--random-init", "--data", rows_file, "--out", tmp_path / "out", "--kernels", "triton",
-        check=False,
+    done = command(  # which is read when Triton is imported
+        "engine.finetune", "--model", "tiny", "--random-init", "--data", rows_file, "--out", tmp_path / "out",
+        "--kernels", "triton", check=False,
     )  # fmt: skip
     assert done.returncode == 2 and "--kernels triton: they run on a GPU and the device is cpu" in done.stderr
 
