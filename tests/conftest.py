@@ -64,6 +64,18 @@ def rows_file(tmp_path):
     return path
 
 
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory):
+    """40 Alpaca rows of many lengths, for runs of several ranks."""
+    path = tmp_path_factory.mktemp("rows") / "rows.json"
+    made = [
+        {"instruction": f"Say {i} in words.", "input": "n" * (i % 5), "output": "yes " * (1 + i * 7 % 23)}
+        for i in range(40)
+    ]
+    path.write_text(json.dumps(made))
+    return path
+
+
 def command(module, *args, check=True):
     """python -m MODULE ARGS in a process of its own, as a user would."""
     done = subprocess.run(

@@ -71,17 +71,6 @@ def same(out, reference, weights=2e-5):
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    path = tmp_path_factory.mktemp("rows") / "rows.json"
-    made = [
-        {"instruction": f"Say {i} in words.", "input": "n" * (i % 5), "output": "yes " * (1 + i * 7 % 23)}
-        for i in range(40)
-    ]
-    path.write_text(json.dumps(made))
-    return path
-
-
-@pytest.fixture(scope="module")
 def reference(rows, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone") / "out"
     alone(*flags(rows, out, "--eval-fraction", 0.2, "--eval-every", 2, "--sample-every", "end", "--sample-tokens", 4))

@@ -1,6 +1,5 @@
 """Every way to start ranks: Stanford's command, several machines, Slurm, a launcher's environment. Each is one run."""
 
-import json
 import os
 import re
 import signal
@@ -30,17 +29,6 @@ TINY = ("--model", "tiny", "--random-init", "--device", "cpu", "--lr", "1e-3", "
 STEPS = ("--global-batch-size", 8, "--max-steps", 6)
 STARTED = []  # processes of a test
 BIN = Path(sys.executable).parent  # of torchrun
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    path = tmp_path_factory.mktemp("rows") / "rows.json"
-    made = [
-        {"instruction": f"Say {i} in words.", "input": "n" * (i % 5), "output": "yes " * (1 + i * 7 % 23)}
-        for i in range(40)
-    ]
-    path.write_text(json.dumps(made))
-    return path
 
 
 @pytest.fixture(scope="module")
