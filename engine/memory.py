@@ -41,8 +41,8 @@ from engine.model import new_model
 from engine.offload import SLOTS
 from engine.optim import states_of
 from engine.shards import ALIGN, ARENA_BYTES
-from kernels.adamw import adamw_state
-from kernels.linear_cross_entropy import LOGITS_BYTES, PAD, ROWS
+from kernels.ops.adamw import adamw_state
+from kernels.ops.linear_cross_entropy import LOGITS_BYTES, PAD, ROWS
 
 CONTEXT_BYTES = 640 << 20  # CUDA's context, cuBLAS with its workspace, the kernels' code: 0.5 to 0.6 GiB on an H100
 NCCL_BYTES = 512 << 20  # its channels' buffers on each of several cards: assumed

@@ -90,7 +90,7 @@ class Transformer(nn.Module):
     impl: which kernels run, "auto" or a name that is insisted on.
     recompute: what backward computes again instead of keeping: "none"; "cheap", the outputs of norms and SwiGLU, which
     cost a pass over memory; "block", all of a layer but its input. The references keep what autograd keeps, but for
-    "block". accumulate: the kernels add gradients to .grad in the GEMMs' epilogues, see kernels.common.weight_gradient;
+    "block". accumulate: the kernels add gradients to .grad in the GEMMs' epilogues, see kernels.ops.common.weight_gradient;
     each loss() must then be followed by its backward(), with a gradient of 1.
     """
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from kernels.adamw import AdamWState
+from kernels.ops.adamw import AdamWState
 
 SLOTS = 3
 ALIGN = 128  # bytes

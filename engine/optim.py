@@ -11,8 +11,8 @@ import kernels
 from engine.checkpoint import Shard
 from engine.distributed import first_row, held
 from engine.offload import HostMemory, Offload
-from kernels.adamw import LEAST_8BIT
-from kernels.dynamic_map import BLOCK
+from kernels.ops.adamw import LEAST_8BIT
+from kernels.ops.eight_bit import BLOCK
 
 
 def lr_factor(schedule: str, step: int, total_steps: int, warmup_ratio: float) -> float:

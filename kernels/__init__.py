@@ -1,17 +1,17 @@
 """Every op of the training step except the GEMMs; one file each: the formula, the reference, the kernels, the public
 function."""
 
-from kernels.adamw import adamw, adamw_state, master_of
-from kernels.attention import attention, attention_plan, rope_attention, rope_attention_rows
-from kernels.attention_ref import attend
-from kernels.common import INTERPRETED, chip
-from kernels.grad_norm import grad_norm
-from kernels.linear_add import linear_add
-from kernels.linear_cross_entropy import linear_cross_entropy
-from kernels.norm_linear import norm_linear, norm_linear_rows
-from kernels.rms_norm import rms_norm
-from kernels.rope import rope, rope_cos_sin, rope_frequencies
-from kernels.swiglu import swiglu, swiglu_linear
+from kernels.ops.adamw import adamw, adamw_state, master_of
+from kernels.ops.attention import attention, attention_plan, rope_attention, rope_attention_rows
+from kernels.ops.attention_ref import attend
+from kernels.ops.common import INTERPRETED, chip
+from kernels.ops.grad_norm import grad_norm
+from kernels.ops.linear_add import linear_add
+from kernels.ops.linear_cross_entropy import linear_cross_entropy
+from kernels.ops.norm_linear import norm_linear, norm_linear_rows
+from kernels.ops.rms_norm import rms_norm
+from kernels.ops.rope import rope, rope_cos_sin, rope_frequencies
+from kernels.ops.swiglu import swiglu, swiglu_linear
 
 __all__ = [
     "INTERPRETED",

@@ -28,10 +28,10 @@ from pathlib import Path
 import torch
 import triton
 
-from kernels.bench_cases import full, toy
-from kernels.bench_peers import PEERS, UNCHECKED, Absent, plain
-from kernels.bench_truth import Truth, as_tuple, leaves, results
-from kernels.common import INTERPRETED
+from kernels.measure.cases import full, toy
+from kernels.measure.peers import PEERS, UNCHECKED, Absent, plain
+from kernels.measure.truth import Truth, as_tuple, leaves, results
+from kernels.ops.common import INTERPRETED
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -373,7 +373,7 @@ def main(argv=None):
             free()
     print(summary(bench.result))
     if args.plot:
-        from kernels.bench_plot import draw
+        from kernels.measure.plot import draw
 
         for path in draw(bench.result, args.plot):
             print(f"drew {path}")

@@ -2,7 +2,7 @@
 
     python -m kernels.static [--op NAME ...] [--chip sm_90 ...] [--json FILE] [--check FILE]      exits 1 on a violation
 
-What ships is found by running the launch functions themselves (kernels/cases.py) on tensors without storage, with
+What ships is found by running the launch functions themselves (kernels/compiled/launch_cases.py) on tensors without storage, with
 Triton's launch replaced by one that records its arguments; Triton's own binder then derives types and divisibility from
 them, as it would on a GPU. Needs no GPU; does not run under TRITON_INTERPRET=1. Machine code depends on the version of
 Triton: --json keeps what others wrote to the same file, --check fails where the file differs from what this one makes.
@@ -42,9 +42,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from kernels import common
-from kernels.cases import Case, Make, all_cases
-from kernels.sass import CHIPS, SHARED_BLOCK, TENSOR_COLUMNS, programs_per_sm, read_facts
+from kernels.compiled.launch_cases import Case, Make, all_cases
+from kernels.compiled.machine_code import CHIPS, SHARED_BLOCK, TENSOR_COLUMNS, programs_per_sm, read_facts
+from kernels.ops import common
 
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 
@@ -234,7 +234,13 @@ def unused(launched, tables, chips):
     """launched: (op, kernel, chip, size) of entries that were launched. tables: op -> launch table."""
     return [
         Violation(
-            op, kernel, f"size {size}", chip, "unused", "no launch", "a case in kernels/cases.py, or no such entry"
+            op,
+            kernel,
+            f"size {size}",
+            chip,
+            "unused",
+            "no launch",
+            "a case in kernels/compiled/launch_cases.py, or no such entry",
         )
         for op, table in tables.items()
         for kernel, by_chip in table.items()
@@ -248,16 +254,16 @@ def unplayed(cases, operators):
     with patched(common, chip_override="sm_90"):
         played = {getattr(case.build(Make())[0], "_qualname", None) for case in cases}
     return [
-        Violation(name, "", "", "", "unplayed", "no launch", "a case in kernels/cases.py")
+        Violation(name, "", "", "", "unplayed", "no launch", "a case in kernels/compiled/launch_cases.py")
         for name in sorted(operators - played)
     ]
 
 
 def operators():
     """The names of all operators in torch.ops.cria."""
-    for path in Path(__file__).parent.glob("*.py"):
+    for path in (Path(__file__).parent / "ops").glob("*.py"):
         if "\n@operator(" in path.read_text():
-            import_module(f"kernels.{path.stem}")
+            import_module(f"kernels.ops.{path.stem}")
     return {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("cria::")}
 
 
@@ -359,7 +365,7 @@ def main():
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     cases = all_cases(args.op)
     if not cases:
-        sys.exit(f"kernels.static: no cases for {', '.join(args.op)}; see kernels/cases.py")
+        sys.exit(f"kernels.static: no cases for {', '.join(args.op)}; see kernels/compiled/launch_cases.py")
     records, violations, launched = gate(cases, args.chip, workers=args.workers)
     if not args.op:
         tables = {path.stem: common.launch_table(path.stem) for path in sorted(common.LAUNCH.glob("*.json"))}

@@ -4,7 +4,7 @@
     python -m kernels.tune --static [--op NAME ...] [--chip sm_90]    no GPU: ranks by what the machine code shows
     TRITON_INTERPRET=1 python -m kernels.tune --smoke                 no GPU: the whole flow at toy size, writes nothing
 
-For each entry of the launch tables that this chip reads, the candidates (kernels/cases.py) are compiled as the static
+For each entry of the launch tables that this chip reads, the candidates (kernels/compiled/launch_cases.py) are compiled as the static
 gate does, and what it would refuse is left out. The rest are checked against the operator's plain torch path, timed on
 the cases that read the entry (CUDA events, medians, sets of inputs that exceed the L2 twice) and compared by the
 geometric mean. The entry changes when one is faster by more than 2%, which is what repeated measurements differ by. It
@@ -30,9 +30,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from triton.runtime.jit import JITFunction
 
-from kernels import common
-from kernels.cases import CANDIDATES, FOLLOWS, Case, Make, all_cases
-from kernels.sass import CHIPS, programs_per_sm
+from kernels.compiled.launch_cases import CANDIDATES, FOLLOWS, Case, Make, all_cases
+from kernels.compiled.machine_code import CHIPS, programs_per_sm
+from kernels.ops import common
 from kernels.static import ReadTable, compile_all, judge, patched, replay
 
 NOISE = 0.02  # a configuration must be faster by more than this

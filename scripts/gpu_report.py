@@ -36,7 +36,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported, here and in the processes begun from here
 
 from kernels.bench import DEVICE, GPU, ceilings, flusher, line, machine, missing, nvidia_smi, rate_of_gemm, write_json
-from kernels.bench_cases import full, toy
+from kernels.measure.cases import full, toy
 
 ROOT = Path(__file__).parent.parent
 TESTS = ("kernels", "attention", "rms_norm", "rope", "swiglu", "linear_cross_entropy", "adamw", "model", "step")

@@ -7,7 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
-from kernels.bench_plot import draw
+from kernels.measure.plot import draw
 
 
 def benchmarks(report):

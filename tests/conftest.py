@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
 
 from forks import Started
 
-from kernels.common import launch_table
+from kernels.ops.common import launch_table
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"  # real data that some checkouts have beside them; tests skip without it

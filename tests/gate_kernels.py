@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kernels import static
-from kernels.cases import Case
+from kernels.compiled.launch_cases import Case
 
 
 @triton.jit

@@ -13,8 +13,8 @@ from engine import checkpoint
 from engine.config import ModelConfig
 from engine.model import new_model
 from engine.optim import AdamW
-from kernels import dynamic_map
-from kernels.common import INTERPRETED, launch_table
+from kernels.ops import eight_bit as dynamic_map
+from kernels.ops.common import INTERPRETED, launch_table
 
 op, norm_op = (import_module(f"kernels.{name}") for name in ("adamw", "grad_norm"))  # else they are the functions
 

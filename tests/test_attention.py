@@ -12,12 +12,12 @@ from conftest import shared, worst
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from kernels.common import INTERPRETED, LAUNCH
-from kernels.rope import rope_ref
+from kernels.ops.common import INTERPRETED, LAUNCH
+from kernels.ops.rope import rope_ref
 
-op = import_module("kernels.attention")  # kernels.attention is the function
-ref = import_module("kernels.attention_ref")
-plans = import_module("kernels.documents")
+op = import_module("kernels.ops.attention")  # kernels.attention is the function
+ref = import_module("kernels.ops.attention_ref")
+plans = import_module("kernels.ops.attention_plan")
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="bf16 and full sizes need a GPU")
 runs = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or Triton's interpreter")

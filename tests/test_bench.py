@@ -8,8 +8,11 @@ import pytest
 import torch
 from conftest import command, worst
 
-from kernels import bench, bench_cases, bench_peers, bench_truth
-from kernels.bench_cases import Work
+from kernels import bench
+from kernels.measure import cases as bench_cases
+from kernels.measure import peers as bench_peers
+from kernels.measure import truth as bench_truth
+from kernels.measure.cases import Work
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="toy sizes, for the interpreter")
 DOCUMENTS = [(0, 3, 0, 0), (3, 5, 0, 3)]  # the second sees the first whole

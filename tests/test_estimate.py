@@ -70,7 +70,7 @@ from engine.model import Ready, new_model
 from engine.optim import AdamW, states_of
 from engine.packing import MicroBatch
 from engine.shards import HostRoom, Shard
-from kernels.adamw import adamw_state
+from kernels.ops.adamw import adamw_state
 from scripts import render_ranks
 
 SMALL = dict(
@@ -290,7 +290,7 @@ def test_state_is_that_of_a_real_model_and_optimizer(shape, dtype, master, state
 
 
 def test_adamw_moves_what_its_table_says():
-    doc, c = sys.modules["kernels.adamw"].__doc__, MODELS["llama-7b"]
+    doc, c = sys.modules["kernels.ops.adamw"].__doc__, MODELS["llama-7b"]
     table = re.findall(r'^    (fp32 p|"\w+") +(\d+) +(\d+) +([\d.]+) ', doc, re.M)
     assert len(table) == 4
     for name, *wanted in table:
@@ -310,7 +310,7 @@ def test_a_plans_bytes_are_under_what_is_reserved(monkeypatch):
     end = ends[-1]
     rows = torch.arange(end)[torch.rand(end) < 0.7]
     for chip in ("sm_80", "sm_90", "sm_100"):
-        monkeypatch.setattr(kernels.common, "chip_override", chip)
+        monkeypatch.setattr(kernels.ops.common, "chip_override", chip)
         plans = [kernels.attention_plan(documents, end, 128, "cpu", "triton", r) for r in (None, rows)]
         assert sum(t.nbytes for plan in plans for t in plan if isinstance(t, torch.Tensor)) <= PLAN_BYTES * end
 

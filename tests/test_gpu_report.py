@@ -360,7 +360,7 @@ def test_without_a_report_of_a_gpu_nothing_is_claimed(synthetic, tmp_path):
 
 def test_targets_name_what_is_measured():
     """A row that selects nothing would read "not measured" for ever."""
-    from kernels import bench_cases
+    from kernels.measure import cases as bench_cases
     from scripts import rank_bench, step_bench, step_profile
 
     names = {"step": step_bench.VARIANTS, "profile": step_profile.PROFILED, "ranks": rank_bench.VARIANTS}

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import linear_cross_entropy
 
-module = importlib.import_module("kernels.linear_cross_entropy")
+module = importlib.import_module("kernels.ops.linear_cross_entropy")
 
 CUDA = torch.cuda.is_available()
 gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")

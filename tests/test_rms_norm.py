@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from kernels.common import INTERPRETED
+from kernels.ops.common import INTERPRETED
 
-op = import_module("kernels.rms_norm")  # kernels.rms_norm is the function
+op = import_module("kernels.ops.rms_norm")  # kernels.rms_norm is the function
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="bf16 and full sizes need a GPU")
 runs = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or Triton's interpreter")

@@ -9,9 +9,9 @@ from conftest import worst
 
 import kernels
 from engine.config import RopeScaling
-from kernels.common import INTERPRETED
+from kernels.ops.common import INTERPRETED
 
-op = import_module("kernels.rope")  # kernels.rope is the function
+op = import_module("kernels.ops.rope")  # kernels.rope is the function
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="bf16 and full sizes need a GPU")
 runs = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or Triton's interpreter")

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import triton
 
-from kernels import common, sass, static
-from kernels.cases import Case, all_cases
+from kernels import static
+from kernels.compiled import machine_code as sass
+from kernels.compiled.launch_cases import Case, all_cases
+from kernels.ops import common
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "benchmarks" / "static.json"

@@ -16,7 +16,7 @@ from engine.model import new_model
 from engine.offload import SLOTS, HostMemory, Offload, carve, size_of
 from engine.optim import AdamW
 from engine.step import Feeder, Figures, Mark, tensors_of
-from kernels.adamw import adamw_state
+from kernels.ops.adamw import adamw_state
 
 ROWS = [[*range(40, 60), i, i + 1, i + 2] for i in range(12)]
 SETTINGS = dict(beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import common, static, tune
-from kernels.cases import CANDIDATES, FOLLOWS, Case, Make, all_cases
+from kernels import static, tune
+from kernels.compiled.launch_cases import CANDIDATES, FOLLOWS, Case, Make, all_cases
+from kernels.ops import common
 
 ROOT = Path(__file__).parent.parent
 OP = "rms_norm"

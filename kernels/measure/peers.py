@@ -227,7 +227,7 @@ def liger_rope(case, inputs, upstream):
 
 def rope_in_place(case, inputs, upstream):
     """Ours as the engine calls it: no new tensors."""
-    module = importlib.import_module("kernels.rope")
+    module = importlib.import_module("kernels.ops.rope")
     needs_kernels(module)
     q, k = (t.detach().clone() for t in (inputs.q, inputs.k))
     dq, dk = (t.clone() for t in upstream)
@@ -240,7 +240,7 @@ def rope_in_place(case, inputs, upstream):
 
 
 def needs_kernels(module):
-    from kernels.common import INTERPRETED
+    from kernels.ops.common import INTERPRETED
 
     if not (torch.cuda.is_available() or INTERPRETED):
         raise Absent("kernels run on CUDA, or in Triton's interpreter")

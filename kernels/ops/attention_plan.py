@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from kernels.common import choose, launch_config, next_power_of_2
+from kernels.ops.common import choose, launch_config, next_power_of_2
 
 ALIGN = 32  # int32s: each section of the plan starts at a multiple of 128 bytes
 

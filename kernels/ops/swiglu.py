@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.common import accumulator, choose, launch_config, operator, weight_gradient, wide
+from kernels.ops.common import accumulator, choose, launch_config, operator, weight_gradient, wide
 
 # ---- reference: the specification, and the path on CPU --------------------------------------------------------------
 
@@ -187,7 +187,7 @@ def swiglu_linear(
     consume: backward may write gate_up's gradient over gate_up, for a caller with no other use for it, which saves 4F
     bytes a token in bf16. Autograd then refuses a second backward, and the backward of whoever else saved gate_up.
     keep: keeps h, 2F bytes a token in bf16, where backward would compute it again. accumulate: see
-    kernels.common.weight_gradient. The reference leaves all three to autograd.
+    kernels.ops.common.weight_gradient. The reference leaves all three to autograd.
     Raises ValueError when the shapes do not fit.
     """
     fits = gate_up.ndim == residual.ndim == weight.ndim == 2

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.common import choose, launch_config, next_power_of_2, operator, wide
+from kernels.ops.common import choose, launch_config, next_power_of_2, operator, wide
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling=None) -> torch.Tensor:

@@ -44,7 +44,7 @@ class Make:
 
 
 def rms_norm():
-    op = import_module("kernels.rms_norm")
+    op = import_module("kernels.ops.rms_norm")
 
     def forward(dim, residual):
         def build(make):
@@ -71,7 +71,7 @@ def rms_norm():
 
 
 def rope():
-    op = import_module("kernels.rope")
+    op = import_module("kernels.ops.rope")
 
     def rotated(heads, kv_heads, head_dim, inverse):
         def build(make):
@@ -100,7 +100,7 @@ def rope():
 
 
 def attention():
-    op, documents = import_module("kernels.attention"), import_module("kernels.documents")
+    op, documents = import_module("kernels.ops.attention"), import_module("kernels.ops.attention_plan")
 
     def inputs(make, heads, kv_heads, head_dim):
         """q, k, v as views of one tensor, and the plan of documents of 127 tokens, most behind one prefix of 40."""
@@ -135,7 +135,7 @@ def attention():
 
 
 def linear_cross_entropy():
-    op = import_module("kernels.linear_cross_entropy")
+    op = import_module("kernels.ops.linear_cross_entropy")
     width = 64  # of x: the GEMMs are cuBLAS, and small ones leave the kernel's time to be seen
 
     def forward(vocab, weights=False, smoothing=0.0, grad=True):
@@ -165,7 +165,7 @@ def linear_cross_entropy():
 
 
 def swiglu():
-    op = import_module("kernels.swiglu")
+    op = import_module("kernels.ops.swiglu")
 
     def forward(dim):
         return lambda make: (op.forward, make(make.tokens, 2 * make.size(dim)))
@@ -188,7 +188,7 @@ def swiglu():
 
 
 def adamw():
-    op = import_module("kernels.adamw")
+    op = import_module("kernels.ops.adamw")
     settings = 0.9, 0.999, 1e-8, 0.1, 7, 3, 0  # betas, eps, decay, step, seed, offset
 
     def update(master, states, param_dtype, grad_dtype):
@@ -211,7 +211,7 @@ def adamw():
 
 
 def grad_norm():
-    op = import_module("kernels.grad_norm")
+    op = import_module("kernels.ops.grad_norm")
 
     def norm(dtype):
         def build(make):

@@ -14,10 +14,10 @@ stream's gradient apart would move 6 more.
 import torch
 import torch.nn.functional as F
 
-from kernels.common import accumulator, weight_gradient
-from kernels.rms_norm import backward as norm_backward
-from kernels.rms_norm import check, rms_norm_ref
-from kernels.rms_norm import forward as norm_forward
+from kernels.ops.common import accumulator, weight_gradient
+from kernels.ops.rms_norm import backward as norm_backward
+from kernels.ops.rms_norm import check, rms_norm_ref
+from kernels.ops.rms_norm import forward as norm_forward
 
 # ---- reference: the specification, and the path on CPU --------------------------------------------------------------
 
@@ -115,7 +115,7 @@ def norm_linear(
 
     Go on from the x that is returned, as the residual: then its gradient is summed in the norm's own backward pass.
     keep: keeps the norm's output, where backward would compute it again. accumulate: see
-    kernels.common.weight_gradient. The reference leaves both to autograd.
+    kernels.ops.common.weight_gradient. The reference leaves both to autograd.
     Raises ValueError when the shapes or dtypes do not fit.
     """
     if _check("norm_linear", impl, x, norm_weight, weight) == "ref":

@@ -40,9 +40,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import dynamic_map
-from kernels.common import choose, launch_config, operator
-from kernels.dynamic_map import decode, decode_ref, encode, encode_ref
+from kernels.ops import eight_bit as dynamic_map
+from kernels.ops.common import choose, launch_config, operator
+from kernels.ops.eight_bit import decode, decode_ref, encode, encode_ref
 
 MASTERS, STATES = ("fp32", "split", "stochastic"), ("fp32", "bf16", "8bit")
 LEAST_8BIT = 4096  # elements: smaller tensors keep fp32 states

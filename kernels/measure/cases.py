@@ -38,7 +38,7 @@ ADAMW = {  # how the parameter is kept -> bytes a parameter read and written, fo
     "split": (26, 18, 14 + BLOCK_BYTES),
     "stochastic": (22, 14, 10 + BLOCK_BYTES),
 }
-LENGTHS = Path(__file__).parent.parent / "benchmarks" / "alpaca_lengths.json"
+LENGTHS = Path(__file__).parents[2] / "benchmarks" / "alpaca_lengths.json"
 MAX_LENGTH = 512  # the recipe's cut
 TOKENS = 8192  # rows of a case: a packed micro-batch
 

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.common import choose, launch_config, n_sms, next_power_of_2, operator, wide
+from kernels.ops.common import choose, launch_config, n_sms, next_power_of_2, operator, wide
 
 MAX_DIM = 8192  # of the kernels: at 16384 a row, its gradient and its share of dw no longer fit an SM's registers
 
@@ -193,7 +193,7 @@ def rms_norm(
     """Normalises the last axis of x, or of x + residual, by its root mean square and scales it.
 
     x, residual: (..., D). weight: (D,), same dtype and device. Returns the shape and dtype of x; with a residual, that
-    and the sum. impl: see kernels.common.choose.
+    and the sum. impl: see kernels.ops.common.choose.
     Raises ValueError when the shapes or dtypes do not fit.
     """
     impl = check("rms_norm", impl, x, weight)

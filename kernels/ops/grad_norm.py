@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.common import DTYPES, choose, launch_config, operator
+from kernels.ops.common import DTYPES, choose, launch_config, operator
 
 # ---- reference: the specification, and the path on CPU --------------------------------------------------------------
 

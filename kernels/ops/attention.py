@@ -6,7 +6,7 @@ T rows hold documents back to back; none sees another, except that a document ma
 Rows that belong to no document (padding) come out as zeros, whatever they hold. Softmax in fp32.
 
 Bound by the matrix units where documents are long, by masked tiles where they are short. Tiles of queries and of keys
-span documents under a mask of every row's range of keys (kernels.documents makes the lists). Of what is computed for
+span documents under a mask of every row's range of keys (kernels.ops.attention_plan makes the lists). Of what is computed for
 Alpaca's lengths (127 tokens a document in the mean, templates shared) 45% is of use with tiles of 64 x 64, 35% with
 128 x 64 and 26% with 128 x 128: hence 64 x 64, and 64 x 32 (54%) for dk and dv. Of a long document only the diagonal is
 masked, and larger tiles would do.
@@ -24,10 +24,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention_ref import attention_ref, backward_cpu, forward_cpu
-from kernels.common import choose, launch_config, next_power_of_2, operator
-from kernels.documents import AttentionPlan, QueryDocuments, attention_plan, check
-from kernels.rope import rope_ref, rotate
+from kernels.ops.attention_plan import AttentionPlan, QueryDocuments, attention_plan, check
+from kernels.ops.attention_ref import attention_ref, backward_cpu, forward_cpu
+from kernels.ops.common import choose, launch_config, next_power_of_2, operator
+from kernels.ops.rope import rope_ref, rotate
 
 MAX_HEAD_DIM = 256
 LOG2_E = 1.4426950408889634

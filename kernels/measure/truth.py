@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from kernels.bench_peers import plain
+from kernels.measure.peers import plain
 
 ALLOWED = 2.0  # times the error of torch's own path
 

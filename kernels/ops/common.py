@@ -11,7 +11,7 @@ from triton import knobs
 IMPLS = ("auto", "triton", "ref")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the kernels; the references take fp64 too
 INTERPRETED = knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, slowly
-LAUNCH = Path(__file__).parent / "launch"
+LAUNCH = Path(__file__).parent.parent / "launch"
 
 
 def choose(op: str, impl: str, x: torch.Tensor) -> str:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.common import accumulator, choose, launch_config, operator, wide
+from kernels.ops.common import accumulator, choose, launch_config, operator, wide
 
 LOGITS_BYTES = 512 << 20  # of the one buffer: 8,320 rows of V=32000 in bf16, 2,048 of V=128256
 ROWS = 128  # chunks are multiples of a GEMM's tile
@@ -331,7 +331,7 @@ def linear_cross_entropy(
 
     x: (L, D). weight: (V, D), same dtype and device. targets: (L,) int64 in [0, V), or ignore_index for a row without
     loss and gradient. weights: (L,) fp32, or None for ones; they get no gradient. z_loss: z. label_smoothing: s, 0 to
-    1. impl: see kernels.common.choose. Returns a scalar in fp32 (fp64 for fp64 inputs); 0 where no row has a loss.
+    1. impl: see kernels.ops.common.choose. Returns a scalar in fp32 (fp64 for fp64 inputs); 0 where no row has a loss.
     accumulate: forward adds dW to weight.grad, in its dtype, where it would keep it for backward, in fp32 after several
     chunks. For a loss that is differentiated once, by an upstream gradient of 1: put what else it is multiplied by into
     weights. The reference leaves it to autograd.

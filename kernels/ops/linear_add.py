@@ -9,7 +9,7 @@ and the sum over micro-batches of weight's gradient in the last one's.
 import torch
 import torch.nn.functional as F
 
-from kernels.common import accumulator, choose, weight_gradient
+from kernels.ops.common import accumulator, choose, weight_gradient
 
 # ---- reference: the specification, and the path on CPU --------------------------------------------------------------
 
@@ -45,7 +45,7 @@ def linear_add(
 ) -> torch.Tensor:
     """x: (T, N). weight: (D, N). residual: (T, D). Returns (T, D).
 
-    accumulate: backward adds weight's gradient to weight.grad itself, see kernels.common.weight_gradient; the reference
+    accumulate: backward adds weight's gradient to weight.grad itself, see kernels.ops.common.weight_gradient; the reference
     leaves that to autograd. Raises ValueError when the shapes do not fit.
     """
     fits = x.ndim == weight.ndim == residual.ndim == 2
