@@ -2,7 +2,7 @@
 
     python -m engine.estimate --model llama-7b --gpu H100
 
-engine.memory has the bytes, engine.cards the seconds. Nothing here needs a GPU, and what no report in benchmarks/
+engine.planning.memory has the bytes, engine.planning.cards the seconds. Nothing here needs a GPU, and what no report in benchmarks/
 measured on the card is labelled projected. So are several cards: none has been measured.
 """
 
@@ -14,7 +14,13 @@ from pathlib import Path
 
 import torch
 
-from engine.cards import (
+from engine.base.errors import UsageError, exit_code_of
+from engine.base.flags import from_cli
+from engine.data.dataset import steps_per_epoch
+from engine.formats.find import DTYPES, find_model
+from engine.formats.source import open_source
+from engine.model.config import MODELS, FinetuneConfig, ModelConfig, knob, nearest
+from engine.planning.cards import (
     CARDS,
     GIB,
     PRICES_OF,
@@ -30,14 +36,7 @@ from engine.cards import (
     step_seconds,
     update_bytes,
 )
-from engine.cli import from_cli
-from engine.config import MODELS, FinetuneConfig, ModelConfig, knob, nearest
-from engine.data import steps_per_epoch
-from engine.errors import UsageError, exit_code_of
-from engine.estimate_text import as_json, tell
-from engine.fit import shards_of_8bit
-from engine.load import DTYPES, find_model
-from engine.memory import (
+from engine.planning.memory import (
     MOST_TOKENS,
     cheapest_that_fits,
     largest_micro_batch,
@@ -47,8 +46,9 @@ from engine.memory import (
     state_bytes,
     traffic,
 )
-from engine.mix import Mix, Plan, alpaca_mix, cut, file_mix
-from engine.weights import open_source
+from engine.planning.tables import as_json, tell
+from engine.planning.workload import Mix, Plan, alpaca_mix, cut, file_mix
+from engine.training.micro_batch_size import shards_of_8bit
 
 MOST_GPUS = 64
 COMPUTING = ("gemm", "attention", "memory", "host")  # of a step, what hides communication

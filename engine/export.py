@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from engine.cli import from_cli
-from engine.config import knob
-from engine.errors import UsageError, exit_code_of
-from engine.load import DTYPES, find_model, find_tokenizer, open_state
-from engine.model import new_model
-from engine.run import need_disk
-from engine.weights import kind_of, open_source, save_hf, save_meta
+from engine.base.errors import UsageError, exit_code_of
+from engine.base.flags import from_cli
+from engine.formats.find import DTYPES, find_model, find_tokenizer, open_state
+from engine.formats.source import kind_of, open_source, save_hf, save_meta
+from engine.model.config import knob
+from engine.model.llama import new_model
+from engine.output.folder import need_disk
 
 
 @dataclass(frozen=True)

@@ -17,24 +17,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine import checkpoint, data, distributed, packing
-from engine.cards import CARDS, card_at_hand
-from engine.cli import from_cli, stanford
-from engine.config import EMBEDDED, FinetuneConfig
-from engine.errors import DataError, DivergedError, Stopped, exit_code_of
+from engine.base.errors import DataError, DivergedError, Stopped, exit_code_of
+from engine.base.flags import from_cli, stanford
+from engine.base.terminal import Metrics, Progress
+from engine.data import dataset as data
+from engine.data import packing
+from engine.data.rows import Row
+from engine.distributed import world as distributed
 from engine.estimate import estimate_on, several_cards
-from engine.estimate_text import tell as tell_estimate
-from engine.fit import confirm, halved_before, within_memory
+from engine.formats.find import cpu_multiplies_bf16
 from engine.generate import generate, stop_ids
-from engine.job import Job, find_resume, finished, plan, prepare
-from engine.load import cpu_multiplies_bf16
-from engine.log import Metrics, Progress
-from engine.mix import dataset_mix
-from engine.model import Transformer, new_model
-from engine.optim import AdamW, lr_factor
-from engine.report import write_report
-from engine.rows import Row
-from engine.run import (
+from engine.model.config import EMBEDDED, FinetuneConfig
+from engine.model.llama import Transformer, new_model
+from engine.output import checkpoint
+from engine.output.folder import (
     LOCK,
     METRICS,
     RUN,
@@ -45,9 +41,16 @@ from engine.run import (
     read_lines,
     write_json,
 )
-from engine.saving import finish, load_state, roll_back, room_for_states, save, saved_meanwhile, stop
-from engine.spikes import Spike, Spikes
-from engine.step import Feeder, Figures, Mark
+from engine.output.report import write_report
+from engine.planning.cards import CARDS, card_at_hand
+from engine.planning.tables import tell as tell_estimate
+from engine.planning.workload import dataset_mix
+from engine.training.loss_spikes import Spike, Spikes
+from engine.training.micro_batch_size import confirm, halved_before, within_memory
+from engine.training.optimizer import AdamW, lr_factor
+from engine.training.prepare import Job, find_resume, finished, plan, prepare
+from engine.training.run_ahead import Feeder, Figures, Mark
+from engine.training.saving import finish, load_state, roll_back, room_for_states, save, saved_meanwhile, stop
 
 EVAL_CHUNK = 256  # held-out examples packed together
 PATHS = {"model", "tokenizer", "data", "eval_data", "token_cache", "out", "sample_prompts", "resume"}  # of a machine

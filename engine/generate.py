@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from engine.cli import from_cli
-from engine.config import KERNELS, KERNELS_HELP, ModelConfig, knob
-from engine.data import CHAT_STYLES, encode_prompt
-from engine.errors import DataError, UsageError, exit_code_of
-from engine.load import choose_device, choose_dtype, choose_kernels, load_model
-from engine.model import Transformer
-from engine.rows import Row, read_rows
-from engine.run import RUN, read_json
+from engine.base.errors import DataError, UsageError, exit_code_of
+from engine.base.flags import from_cli
+from engine.data.dataset import CHAT_STYLES, encode_prompt
+from engine.data.rows import Row, read_rows
+from engine.formats.find import choose_device, choose_dtype, choose_kernels, load_model
+from engine.model.config import KERNELS, KERNELS_HELP, ModelConfig, knob
+from engine.model.llama import Transformer
+from engine.output.folder import RUN, read_json
 
 
 class KVCache:

@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine import data, packing
-from engine.load import embedded_gguf
-from engine.model import new_model
-from engine.rows import read_rows
-from engine.tokenizer import load_tokenizer
-from engine.weights import open_source
+from engine.data import dataset as data
+from engine.data import packing
+from engine.data.rows import read_rows
+from engine.formats.find import embedded_gguf
+from engine.formats.source import open_source
+from engine.model.llama import new_model
+from engine.text.tokenizer import load_tokenizer
 
 SEED_TASKS = Path(__file__).parent.parent / "data_gen" / "seed_tasks.jsonl"
 OPS = ("attention", "documents", "linear_add", "linear_cross_entropy", "rms_norm", "swiglu")

@@ -23,13 +23,14 @@ import numpy as np
 import torch
 import transformers
 
-from engine import data, packing
-from engine.load import embedded_gguf
-from engine.model import new_model
-from engine.optim import AdamW
-from engine.rows import read_rows
-from engine.tokenizer import load_tokenizer
-from engine.weights import open_source
+from engine.data import dataset as data
+from engine.data import packing
+from engine.data.rows import read_rows
+from engine.formats.find import embedded_gguf
+from engine.formats.source import open_source
+from engine.model.llama import new_model
+from engine.text.tokenizer import load_tokenizer
+from engine.training.optimizer import AdamW
 from scripts.peers import TransformersLoop, masked
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

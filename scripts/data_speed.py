@@ -25,12 +25,13 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from engine import data, packing
-from engine.config import FinetuneConfig
-from engine.job import SEED_TASKS, read_tables
-from engine.load import embedded_gguf
-from engine.rows import read_rows
-from engine.tokenizer import load_tokenizer
+from engine.data import dataset as data
+from engine.data import packing
+from engine.data.rows import read_rows
+from engine.formats.find import embedded_gguf
+from engine.model.config import FinetuneConfig
+from engine.text.tokenizer import load_tokenizer
+from engine.training.prepare import SEED_TASKS, read_tables
 from scripts.cpu_speed import cpu_name
 
 ROOT = Path(__file__).parent.parent

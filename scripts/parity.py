@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from engine.rows import read_rows
+from engine.data.rows import read_rows
 from scripts.peers import TransformersLoop, masked
 
 

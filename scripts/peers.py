@@ -8,7 +8,7 @@ import math
 import torch
 import transformers
 
-from engine.data import ALPACA_INPUT, ALPACA_NO_INPUT
+from engine.data.dataset import ALPACA_INPUT, ALPACA_NO_INPUT
 
 
 def masked(rows, tokenizer, max_length):

@@ -2,11 +2,11 @@
 
     python -m scripts.rank_bench [--only NAME ...] [--json FILE] [--minutes M] [--smoke]
 
-one rank   scripts.step_bench's step of a model that engine.distributed.shard() cut over one rank, over the plain step.
+one rank   scripts.step_bench's step of a model that engine.distributed.world.shard() cut over one rank, over the plain step.
            A run of one rank never shards: this is what FSDP2 itself takes, beside what goes over wires. At this size
            it copies what it would gather and reduce, so NCCL carries nothing. Blocks of both alternate, each from
            fresh weights, as two models of 7B do not fit a card; a ratio is that of two neighbours' median steps.
-saves      steps while engine.checkpoint.Saver writes their whole state, between steps of the same run without.
+saves      steps while engine.output.checkpoint.Saver writes their whole state, between steps of the same run without.
 checks     scripts.rank_checks: losses, norms and states of one rank against none, and of two ranks on one card.
 
 What was wrong is recorded as failed, without a time. Part of scripts.gpu_report.
@@ -20,8 +20,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from engine import checkpoint
-from engine.fit import is_out_of_memory
+from engine.output import checkpoint
+from engine.training.micro_batch_size import is_out_of_memory
 from kernels.bench import DEVICE, free
 from scripts.rank_checks import BACKEND, about, at_hand, block, check_one_rank, check_two_ranks, one_rank, same_curve
 from scripts.step_bench import Steps, Variant

@@ -22,10 +22,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from engine import checkpoint, finetune
-from engine.distributed import shard
-from engine.errors import exit_code_of
-from engine.run import read_lines
+from engine import finetune
+from engine.base.errors import exit_code_of
+from engine.distributed.world import shard
+from engine.output import checkpoint
+from engine.output.folder import read_lines
 from kernels.bench import DEVICE, GPU, free
 from scripts.step_bench import TOY_TOKENS, Steps, Variant
 from scripts.step_common import DTYPE, peak_memory

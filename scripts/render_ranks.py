@@ -12,7 +12,10 @@ from pathlib import Path
 
 import torch
 
-from engine.cards import (
+from engine.base.errors import UsageError
+from engine.estimate import COMPUTING, EstimateConfig, estimate
+from engine.model.config import MODELS
+from engine.planning.cards import (
     COPY_SHARE,
     LINK_SHARE,
     MACHINE,
@@ -23,12 +26,9 @@ from engine.cards import (
     rates,
     step_seconds,
 )
-from engine.config import MODELS
-from engine.errors import UsageError
-from engine.estimate import COMPUTING, EstimateConfig, estimate
-from engine.estimate_text import duration
-from engine.memory import layout_name, traffic
-from engine.mix import alpaca_mix
+from engine.planning.memory import layout_name, traffic
+from engine.planning.tables import duration
+from engine.planning.workload import alpaca_mix
 
 DOC = Path(__file__).parent.parent / "docs" / "ranks.md"
 GPUS, CARDS, SHAPES, STATES = 8, ("A100-80", "H100"), ("llama-7b", "llama-13b"), ("fp32", "8bit")
@@ -256,7 +256,7 @@ def page() -> str:
         HEAD, "## What is assumed\n", assumed(),
         text(
             f"NCCL is assumed to reach {LINK_SHARE} of a link, a copy {COPY_SHARE} of the memory's bandwidth; "
-            "`engine/cards.py` has the sources. A block computes its share of a step's matrix products, a third of it "
+            "`engine/planning/cards.py` has the sources. A block computes its share of a step's matrix products, a third of it "
             "in forward. What a collective takes to start, and a ring's hops, are not counted."
         ),
         f"## {GPUS} cards, {ROWS} rows a step\n",

@@ -16,13 +16,13 @@ from functools import partial
 
 import torch
 
-from engine import packing
-from engine.distributed import held
-from engine.job import ALIGN
-from engine.memory import CONTEXT_BYTES, memory
-from engine.model import new_model
-from engine.optim import AdamW, lr_factor
-from engine.step import Feeder, Figures, Mark
+from engine.data import packing
+from engine.distributed.world import held
+from engine.model.llama import new_model
+from engine.planning.memory import CONTEXT_BYTES, memory
+from engine.training.optimizer import AdamW, lr_factor
+from engine.training.prepare import ALIGN
+from engine.training.run_ahead import Feeder, Figures, Mark
 from kernels.bench import DEVICE, GPU, IMPL
 from scripts.step_common import (
     ALPACA_ROWS,
@@ -191,7 +191,7 @@ def measure(variant: Variant, smoke: bool, spent=lambda: False) -> dict:
 
 
 def estimated(variant: Variant, steps: Steps) -> dict:
-    """What engine.memory says of the largest micro-batch that there was, and the measured peaks over it: of tensors
+    """What engine.planning.memory says of the largest micro-batch that there was, and the measured peaks over it: of tensors
     over the sum of its tensors, of what the allocator held over its total without CUDA's context."""
     tokens, loss_rows, query_rows = steps.largest
     used = memory(

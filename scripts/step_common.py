@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.cards import PRICES_OF, card_named
-from engine.config import MODELS, ModelConfig
-from engine.data import Dataset
-from engine.fit import is_out_of_memory
-from engine.log import strict
+from engine.base.terminal import strict
+from engine.data.dataset import Dataset
+from engine.model.config import MODELS, ModelConfig
+from engine.planning.cards import PRICES_OF, card_named
+from engine.training.micro_batch_size import is_out_of_memory
 from kernels.bench import GPU, free, write_json
 
 LENGTHS = Path(__file__).parent.parent / "benchmarks" / "alpaca_lengths.json"
@@ -82,7 +82,7 @@ def examples_of(step: int, smoke: bool) -> np.ndarray:
 
 
 def card():
-    """The card at hand as engine.cards has it, or None."""
+    """The card at hand as engine.planning.cards has it, or None."""
     return card_named(torch.cuda.get_device_name()) if GPU else None
 
 

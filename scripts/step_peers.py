@@ -17,7 +17,7 @@ from itertools import pairwise
 
 import torch
 
-from engine.step import Mark
+from engine.training.run_ahead import Mark
 from kernels.bench import DEVICE, GPU, installed
 from scripts.step_common import (
     DTYPE,

@@ -88,7 +88,7 @@ def command(module, *args, check=True):
 
 def forked(name, *args, check=True):
     """The same of engine.NAME, without the seconds that imports take."""
-    code = f"import sys\nfrom engine import {name}\nfrom engine.errors import exit_code_of\n"
+    code = f"import sys\nfrom engine import {name}\nfrom engine.base.errors import exit_code_of\n"
     process = Started(f"{code}sys.exit(exit_code_of({name}.main))", *args, env=environment())
     out, err = process.communicate(timeout=140)
     assert not check or process.returncode == 0, out + err

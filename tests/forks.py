@@ -44,7 +44,7 @@ class Started:
         return self.process.exitcode
 
 
-FINETUNE = "import sys; from engine import finetune; from engine.errors import exit_code_of\n"
+FINETUNE = "import sys; from engine import finetune; from engine.base.errors import exit_code_of\n"
 FINETUNE += "sys.exit(exit_code_of(finetune.main))"
 
 

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible chat endpoint over weights that engine.load reads, with real constrained decoding.
+"""An OpenAI-compatible chat endpoint over weights that engine.formats.find reads, with real constrained decoding.
 
     with Server(load("smollm2-135m"), items=3) as server:                  # threads of this process
         openai.OpenAI(base_url=server.base_url, api_key="x").chat.completions.create(...)
@@ -30,10 +30,10 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from engine.data import encode_prompt
+from engine.data.dataset import encode_prompt
+from engine.data.rows import Row
+from engine.formats.find import cpu_multiplies_bf16, load_model
 from engine.generate import sample, stop_ids
-from engine.load import cpu_multiplies_bf16, load_model
-from engine.rows import Row
 
 FORMATS = ("json_schema",)
 OPTIONS = ("minItems", "maxItems", "title", "description")  # of a schema, without effect here
@@ -459,7 +459,9 @@ class Handler(BaseHTTPRequestHandler):
 
 def main():
     flags = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    flags.add_argument("--model", default="smollm2-135m", help="what engine.load finds: a folder, a .gguf, a name")
+    flags.add_argument(
+        "--model", default="smollm2-135m", help="what engine.formats.find finds: a folder, a .gguf, a name"
+    )
     flags.add_argument("--port", type=int, default=0)
     flags.add_argument("--items", type=int, default=Options.items, help="of a list, at most")
     flags.add_argument("--at-least", type=int, default=Options.at_least, help="items of a list")

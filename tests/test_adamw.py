@@ -9,10 +9,10 @@ import torch
 from conftest import finetune, worst
 
 import kernels
-from engine import checkpoint
-from engine.config import ModelConfig
-from engine.model import new_model
-from engine.optim import AdamW
+from engine.model.config import ModelConfig
+from engine.model.llama import new_model
+from engine.output import checkpoint
+from engine.training.optimizer import AdamW
 from kernels.ops import eight_bit as dynamic_map
 from kernels.ops.common import INTERPRETED, launch_table
 

@@ -20,10 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from engine import checkpoint, shards, tensor_files
-from engine.checkpoint import Saver
-from engine.errors import DataError
-from engine.shards import HostRoom, Shard
+from engine.base.errors import DataError
+from engine.formats import tensor_files
+from engine.output import checkpoint
+from engine.output import tensor_rows as shards
+from engine.output.checkpoint import Saver
+from engine.output.tensor_rows import HostRoom, Shard
 
 FACTS = {"settings": {"lr": 1.0}}
 POINTS = [
@@ -408,8 +410,8 @@ def test_kernels_queued_after_a_save_change_nothing_of_it(tmp_path):
 CHILD = """
 import os, signal, sys, time, torch
 from pathlib import Path
-from engine.checkpoint import Saver
-from engine.run import Signals
+from engine.output.checkpoint import Saver
+from engine.output.folder import Signals
 out, how = Path(sys.argv[1]), sys.argv[2]
 t = torch.arange(8_000_000.0)
 if how == "exit":

@@ -5,8 +5,8 @@ import shlex
 
 import pytest
 
-from engine.cli import from_cli, stanford
-from engine.config import EMBEDDED, MODELS, FinetuneConfig, ModelConfig
+from engine.base.flags import from_cli, stanford
+from engine.model.config import EMBEDDED, MODELS, FinetuneConfig, ModelConfig
 
 STANFORD = """--model_name_or_path tiny --data_path ./alpaca_data.json --bf16 True --output_dir out/x
 --num_train_epochs 3 --per_device_train_batch_size 4 --per_device_eval_batch_size 4 --gradient_accumulation_steps 8

@@ -8,10 +8,10 @@ from conftest import shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import data
-from engine.errors import DataError
-from engine.rows import Row
-from engine.tokenizer import load_tokenizer
+from engine.base.errors import DataError
+from engine.data import dataset as data
+from engine.data.rows import Row
+from engine.text.tokenizer import load_tokenizer
 
 ALPACA = Row("f:1", None, "Name a colour.", "", "Red.")
 WITH_INPUT = Row("f:2", None, "Add the numbers.", "2 3", "5")

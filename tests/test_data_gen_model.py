@@ -24,9 +24,9 @@ from data_gen.filters import tidy
 from data_gen.parse import parse
 from data_gen.prompt import FORMATS as ASKED
 from data_gen.prompt import SCHEMA, Prompter, read_seed_tasks
-from engine.data import encode_prompt
+from engine.data.dataset import encode_prompt
+from engine.data.rows import Row
 from engine.generate import generate
-from engine.rows import Row
 
 FIELDS = ["instruction", "input", "output"]
 PROMPT = {"n_tasks": 3, "n_examples": 1}

@@ -24,7 +24,7 @@ from openai_server import DIALECTS, Server, request_key
 from data_gen import generate as module
 from data_gen.cli import exit_code_of
 from data_gen.prompt import Prompter, read_seed_tasks
-from engine.rows import read_rows
+from engine.data.rows import read_rows
 
 FAULTS = {"429_ms": 0.1, "500": 0.1, "503": 0.05, "reset": 0.05, "reset_body": 0.1, "502_html": 0.05, "lost": 0.05}
 FAULTS |= {"empty_choices": 0.05, "html_200": 0.05}  # of attempts: they may change nothing

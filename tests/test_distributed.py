@@ -20,12 +20,12 @@ from forks import Started, ranks
 from safetensors.torch import load_file
 
 from engine import finetune as command
-from engine.config import MODELS, FinetuneConfig
-from engine.distributed import first_row
-from engine.errors import UsageError, exit_code_of
-from engine.fit import shards_that_fit
-from engine.job import check_ranks
-from engine.optim import counts_that_fit
+from engine.base.errors import UsageError, exit_code_of
+from engine.distributed.world import first_row
+from engine.model.config import MODELS, FinetuneConfig
+from engine.training.micro_batch_size import shards_that_fit
+from engine.training.optimizer import counts_that_fit
+from engine.training.prepare import check_ranks
 
 STEPS = 6
 COMMON = (
@@ -109,8 +109,11 @@ def test_ranks_give_one_curve(rows, reference, tmp_path, n, more):
 DRIVER = """
 import os, signal, sys, time
 from pathlib import Path
-from engine import checkpoint, distributed, finetune, job
-from engine.errors import exit_code_of
+from engine import finetune
+from engine.output import checkpoint
+from engine.distributed import world as distributed
+from engine.training import prepare as job
+from engine.base.errors import exit_code_of
 
 RANK = int(os.environ.get("RANK", "0"))
 die, term, freeze = (lambda n=n: os.kill(os.getpid(), n) for n in (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP))
@@ -255,7 +258,7 @@ def test_a_spike_is_undone_by_all_ranks(rows, tmp_path):
     spiky = """
 if RANK == 0 and "WORLD_SIZE" in os.environ:
     before(finetune, "finished", 1, lambda: time.sleep(5))
-from engine import spikes
+from engine.training import loss_spikes as spikes
 spikes.LEAST, real_pass = 3, finetune.forward_backward
 def spiky(job, model, optimizer, feed, step, lr):
     loss, counts = real_pass(job, model, optimizer, feed, step, lr)

@@ -24,8 +24,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import kernels
-from engine import packing
-from engine.cards import (
+from engine.base.errors import exit_code_of
+from engine.base.flags import from_cli
+from engine.data import packing
+from engine.data.dataset import Dataset
+from engine.data.packing import MicroBatch
+from engine.distributed.world import shard
+from engine.estimate import SHARED, EstimateConfig, estimate, main
+from engine.model.config import MODELS, FinetuneConfig, ModelConfig
+from engine.model.llama import Ready, new_model
+from engine.output.tensor_rows import HostRoom, Shard
+from engine.planning.cards import (
     CARDS,
     GIB,
     Traffic,
@@ -37,14 +46,7 @@ from engine.cards import (
     step_seconds,
     update_bytes,
 )
-from engine.cli import from_cli
-from engine.config import MODELS, FinetuneConfig, ModelConfig
-from engine.data import Dataset
-from engine.distributed import shard
-from engine.errors import exit_code_of
-from engine.estimate import SHARED, EstimateConfig, estimate, main
-from engine.estimate_text import COLLECTIVES, show
-from engine.memory import (
+from engine.planning.memory import (
     CONTEXT_BYTES,
     DEFAULTS,
     NCCL_BYTES,
@@ -65,11 +67,9 @@ from engine.memory import (
     temporaries,
     traffic,
 )
-from engine.mix import alpaca_mix, cut, step_of
-from engine.model import Ready, new_model
-from engine.optim import AdamW, states_of
-from engine.packing import MicroBatch
-from engine.shards import HostRoom, Shard
+from engine.planning.tables import COLLECTIVES, show
+from engine.planning.workload import alpaca_mix, cut, step_of
+from engine.training.optimizer import AdamW, states_of
 from kernels.ops.adamw import adamw_state
 from scripts import render_ranks
 
@@ -472,7 +472,7 @@ def test_a_report_of_the_card_replaces_what_is_projected(tmp_path):
 
 
 def test_measured_steps_of_the_same_setting_are_told(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("engine.cards.BENCHMARKS", tmp_path)
+    monkeypatch.setattr("engine.planning.cards.BENCHMARKS", tmp_path)
     failed = {name: value for name, value in STEP.items() if name not in ("tokens_per_s", "peak_gib")}
     records = [STEP, STEP | {"recompute": "block", "name": "another"}, failed | {"failed": "out of memory"}]
     write_report(tmp_path / "h100.json", MACHINE | CEILINGS | {"step": {"records": records}})
@@ -560,7 +560,7 @@ class Sent(TorchDispatchMode):
 
 
 def sharded(c, dtype, replicas, shards, recompute="cheap"):
-    """A model as engine.distributed cuts it, and two micro-batches' forward and backward: sums come with the last."""
+    """A model as engine.distributed.world cuts it, and two micro-batches' forward and backward: sums come with the last."""
     names = ("replicas", "shards")
     mesh = init_device_mesh("cpu", (replicas, shards)[replicas == 1 :], mesh_dim_names=names[replicas == 1 :])
     model = new_model(c, "cpu", dtype, "ref", recompute)
@@ -865,8 +865,8 @@ def test_the_page_of_ranks_is_what_the_estimate_says(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("states", "cards"), [("fp32", 1), ("8bit", 2)])
 def test_the_copy_of_a_state_is_host_rooms(states, cards, monkeypatch):
     """As its arenas are asked for, with tensors smaller and larger than one."""
-    monkeypatch.setattr("engine.shards.ARENA_BYTES", 1 << 16)
-    monkeypatch.setattr("engine.memory.ARENA_BYTES", 1 << 16)
+    monkeypatch.setattr("engine.output.tensor_rows.ARENA_BYTES", 1 << 16)
+    monkeypatch.setattr("engine.planning.memory.ARENA_BYTES", 1 << 16)
     copy_bytes.cache_clear()
     c, asked = ModelConfig(**SMALL | {"dim": 96, "vocab_size": 2000}), []
     model = new_model(c, "cpu", torch.bfloat16, "ref")
@@ -883,7 +883,7 @@ def test_the_copy_of_a_state_is_host_rooms(states, cards, monkeypatch):
     monkeypatch.setattr(torch, "empty", ask)
     HostRoom(pinned=True).copy(tensors)
     monkeypatch.undo()
-    monkeypatch.setattr("engine.memory.ARENA_BYTES", 1 << 16)
+    monkeypatch.setattr("engine.planning.memory.ARENA_BYTES", 1 << 16)
     assert len(asked) > 4 and copy_bytes(c, torch.bfloat16, "split", states, cards) == sum(asked)
     copy_bytes.cache_clear()
 
@@ -955,7 +955,7 @@ def test_nothing_fits_on_several_cards(capsys):
 
 
 def test_measured_steps_are_one_cards(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("engine.cards.BENCHMARKS", tmp_path)
+    monkeypatch.setattr("engine.planning.cards.BENCHMARKS", tmp_path)
     write_report(tmp_path / "h100.json", MACHINE | CEILINGS | {"step": {"records": [STEP]}})
     assert run("--optimizer-states", "8bit", "--gpus", 2) == 0 and "measured in" not in capsys.readouterr().out
 

@@ -12,11 +12,12 @@ from conftest import ROOT, shared
 from test_packing import dataset
 
 import kernels
-from engine import data, packing
-from engine.config import ModelConfig
-from engine.model import new_model
-from engine.rows import read_rows
-from engine.tokenizer import load_tokenizer
+from engine.data import dataset as data
+from engine.data import packing
+from engine.data.rows import read_rows
+from engine.model.config import ModelConfig
+from engine.model.llama import new_model
+from engine.text.tokenizer import load_tokenizer
 
 CONFIG = dict(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=49152, head_dim=8, tied=False)
 

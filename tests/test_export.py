@@ -13,14 +13,15 @@ from conftest import ROOT, export
 from safetensors.torch import load_file
 from test_checkpoint import cut, flip, save_together
 
-from engine import checkpoint, finetune
 from engine import export as command
-from engine.config import ModelConfig, RopeScaling
-from engine.errors import DataError, Stopped, exit_code_of
-from engine.load import load_model
-from engine.model import new_model
-from engine.tokenizer import load_tokenizer
-from engine.weights import save_hf
+from engine import finetune
+from engine.base.errors import DataError, Stopped, exit_code_of
+from engine.formats.find import load_model
+from engine.formats.source import save_hf
+from engine.model.config import ModelConfig, RopeScaling
+from engine.model.llama import new_model
+from engine.output import checkpoint
+from engine.text.tokenizer import load_tokenizer
 
 
 def files(folder):

@@ -26,7 +26,7 @@ def start(*args, patch=""):
     """The command in the background. patch: Python run first, with `finetune` the module and `die`, `term` at hand."""
     code = (
         "import os, signal, sys, time\n"
-        "from engine import checkpoint, finetune, fit, job, saving\nfrom engine.errors import exit_code_of\n"
+        "from engine import checkpoint, finetune, fit, job, saving\nfrom engine.base.errors import exit_code_of\n"
         "die, term = (lambda n=n: os.kill(os.getpid(), n) for n in (signal.SIGKILL, signal.SIGTERM))\n"
         f"{patch}\n"
         "sys.exit(exit_code_of(finetune.main, sys.argv[1:]))\n"
@@ -361,7 +361,7 @@ def test_a_loss_that_is_no_number_changes_nothing_and_ends_the_run_with_4(unbrok
 
 # Losses of some steps are told as if they were twice as high; few steps are enough to compare with.
 SPIKY = """
-from engine import spikes
+from engine.training import loss_spikes as spikes
 spikes.LEAST, real_pass = 4, finetune.forward_backward
 def spiky(job, model, optimizer, feed, step, lr):
     loss, counts = real_pass(job, model, optimizer, feed, step, lr)

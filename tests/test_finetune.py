@@ -8,8 +8,8 @@ import transformers
 from conftest import ROOT, SHARED, events, finetune
 
 from engine import finetune as command
-from engine.errors import exit_code_of
-from engine.tokenizer import load_tokenizer
+from engine.base.errors import exit_code_of
+from engine.text.tokenizer import load_tokenizer
 from scripts.peers import TransformersLoop, masked
 
 STEPS, BATCH, MAX_LENGTH, LR = 20, 8, 192, 1e-3
@@ -155,7 +155,7 @@ def test_the_output_folder_is_complete_and_loads_elsewhere(small, tmp_path):
     model = transformers.LlamaForCausalLM.from_pretrained(out, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     ids = tokenizer("### Instruction:\nName a colour.\n\n### Response:", return_tensors="pt")["input_ids"]
-    from engine.load import load_model
+    from engine.formats.find import load_model
 
     ours, our_tokenizer, _ = load_model(str(out), torch.device("cpu"), torch.float32)
     assert our_tokenizer.encode("### Instruction:\nName a colour.\n\n### Response:") == ids[0].tolist()

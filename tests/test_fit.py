@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine import fit
-from engine.config import MODELS, FinetuneConfig
-from engine.distributed import World
-from engine.errors import CriaError, UsageError
-from engine.memory import CONTEXT_BYTES, memory, setting_of
+from engine.base.errors import CriaError, UsageError
+from engine.distributed.world import World
+from engine.model.config import MODELS, FinetuneConfig
+from engine.planning.memory import CONTEXT_BYTES, memory, setting_of
+from engine.training import micro_batch_size as fit
 
 CUDA, BF16, GB = torch.device("cuda"), torch.bfloat16, 10**9
 LENGTHS = SimpleNamespace(lengths=lambda: torch.full((52002,), 128).numpy())

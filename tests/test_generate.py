@@ -7,12 +7,12 @@ import torch
 import transformers
 from conftest import generate as command
 
-from engine.config import MODELS
-from engine.data import encode_prompt
+from engine.data.dataset import encode_prompt
+from engine.data.rows import Row
+from engine.formats.find import load_model
 from engine.generate import generate, sample
-from engine.load import load_model
-from engine.model import new_model
-from engine.rows import Row
+from engine.model.config import MODELS
+from engine.model.llama import new_model
 
 PROMPTS = ["Name three uses for a paper clip.", "Hi", "Translate to French: Good morning, my friends."]
 
@@ -90,7 +90,7 @@ def test_an_empty_prompt_is_refused(tiny):
 
 def test_greedy_text_is_transformers_over_64_tokens(smollm2, tmp_path):
     """The real model from its GGUF, three prompts of different lengths at once."""
-    from engine.weights import save_hf
+    from engine.formats.source import save_hf
 
     ours, tokenizer, _ = load_model("smollm2-135m", torch.device("cpu"), torch.float32)
     save_hf(tmp_path, ours, bos_id=tokenizer.bos_id, eos_ids=sorted(tokenizer.stop_ids))

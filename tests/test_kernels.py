@@ -7,7 +7,7 @@ import torch
 from conftest import worst
 
 import kernels
-from engine.config import RopeScaling
+from engine.model.config import RopeScaling
 
 DOCUMENTS = [  # start, end, prefix start, prefix end
     [[0, 7, 0, 0]],

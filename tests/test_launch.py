@@ -17,13 +17,13 @@ from forks import free_port, ranks
 from safetensors.torch import load_file
 
 from engine import finetune as command
-from engine.config import MODELS
-from engine.errors import exit_code_of
-from engine.load import embedded_gguf
-from engine.model import new_model
-from engine.run import read_json
-from engine.tokenizer import load_tokenizer
-from engine.weights import save_hf
+from engine.base.errors import exit_code_of
+from engine.formats.find import embedded_gguf
+from engine.formats.source import save_hf
+from engine.model.config import MODELS
+from engine.model.llama import new_model
+from engine.output.folder import read_json
+from engine.text.tokenizer import load_tokenizer
 
 TINY = ("--model", "tiny", "--random-init", "--device", "cpu", "--lr", "1e-3", "--max-length", 64)
 STEPS = ("--global-batch-size", 8, "--max-steps", 6)
@@ -147,7 +147,7 @@ DIES = (
     """
 import os, signal, sys
 from engine import finetune
-from engine.errors import exit_code_of
+from engine.base.errors import exit_code_of
 
 def die():
     for process in {"rank": (os.getpid(),), "machine": (os.getppid(), os.getpid())}[os.environ["DIES"]]:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from engine import log
-from engine.log import Metrics, Output, Progress, clock, phase
+from engine.base import terminal as log
+from engine.base.terminal import Metrics, Output, Progress, clock, phase
 
 ROOT = Path(__file__).parent.parent
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
@@ -41,7 +41,7 @@ def test_kill_leaves_whole_lines_only(tmp_path, size):
     writer = """
         import sys
         from pathlib import Path
-        from engine.log import Metrics
+        from engine.base.terminal import Metrics
         metrics, step = Metrics(Path(sys.argv[1])), 0
         while True:
             metrics.write("train", step=(step := step + 1), text="x" * (int(sys.argv[2]) + step % 50))
@@ -144,7 +144,7 @@ def test_full_disk_leaves_whole_lines(tmp_path, size):
         """
         import resource, sys
         from pathlib import Path
-        from engine.log import Metrics
+        from engine.base.terminal import Metrics
         metrics = Metrics(Path(sys.argv[1]))
         resource.setrlimit(resource.RLIMIT_FSIZE, (21_000, 21_000))
         try:
@@ -216,7 +216,7 @@ def test_phase_ends_with_one_line():
 
 
 def test_forced_colour_leaves_a_pipe_plain():
-    code = "from engine.log import Progress\nwith Progress(1) as p: p.say('hi'); p.step(1, loss=1, lr=1, grad_norm=1,"
+    code = "from engine.base.terminal import Progress\nwith Progress(1) as p: p.say('hi'); p.step(1, loss=1, lr=1, grad_norm=1,"
     process = start(
         code + " tokens_per_second=1)",
         stdout=subprocess.PIPE,
@@ -228,7 +228,7 @@ def test_forced_colour_leaves_a_pipe_plain():
 
 RUN = """
     import sys
-    from engine.log import Progress, phase
+    from engine.base.terminal import Progress, phase
     list(phase("reading", range(10)))
     with Progress(3000) as progress:
         for step in range(1, 3001):
@@ -275,7 +275,7 @@ def on_terminal(code, columns=100, hang_up=False, **environment):
 
 LIVE = """
     import time
-    from engine.log import Progress
+    from engine.base.terminal import Progress
     with Progress(30) as progress:
         for step in range(1, 31):
             time.sleep(0.02)

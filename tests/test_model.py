@@ -5,10 +5,10 @@ import torch
 from conftest import command, events, finetune, worst
 
 import kernels
-from engine.config import ModelConfig
+from engine.data.packing import MicroBatch
 from engine.generate import generate
-from engine.model import Transformer, new_model
-from engine.packing import MicroBatch
+from engine.model.config import ModelConfig
+from engine.model.llama import Transformer, new_model
 
 CONFIG = dict(
     dim=48, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=80, vocab_size=301, max_seq_len=128, head_dim=16, tied=False

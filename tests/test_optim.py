@@ -9,9 +9,9 @@ import transformers
 from conftest import worst
 
 import kernels
-from engine.config import MODELS
-from engine.model import new_model
-from engine.optim import AdamW, counts_that_fit, lr_factor
+from engine.model.config import MODELS
+from engine.model.llama import new_model
+from engine.training.optimizer import AdamW, counts_that_fit, lr_factor
 
 THEIRS = {
     "cosine": transformers.get_cosine_schedule_with_warmup,

@@ -12,8 +12,8 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import packing
-from engine.data import Dataset
+from engine.data import packing
+from engine.data.dataset import Dataset
 
 
 def dataset(rows, targets=None):

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
-from engine import checkpoint
+from engine.output import checkpoint
 from scripts import rank_bench, rank_checks, render_benchmarks, step_bench
 from scripts.rank_bench import VARIANTS
 from scripts.rank_checks import Block, Differs

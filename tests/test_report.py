@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from engine.report import write_report
+from engine.output.report import write_report
 
 EVIL = (
     """</div></script><script>document.title='owned'</script><img src=x onerror="document.title='owned'">&lt;b&gt;"'"""

@@ -8,7 +8,7 @@ import torch
 from conftest import worst
 
 import kernels
-from engine.config import RopeScaling
+from engine.model.config import RopeScaling
 from kernels.ops.common import INTERPRETED
 
 op = import_module("kernels.ops.rope")  # kernels.rope is the function

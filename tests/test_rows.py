@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.errors import DataError
-from engine.rows import MAX_NESTING, MAX_ROW_BYTES, Row, read_rows
+from engine.base.errors import DataError
+from engine.data.rows import MAX_NESTING, MAX_ROW_BYTES, Row, read_rows
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -460,7 +460,7 @@ HUGE = 100_000_000
 PEAK = """
 import json, sys, tracemalloc
 from pathlib import Path
-from engine.rows import read_rows
+from engine.data.rows import read_rows
 tracemalloc.start()
 rows, skipped = read_rows([Path(sys.argv[1])], skip_bad_rows=True)
 dropped = [[bad.source, bad.reason] for bad in skipped]

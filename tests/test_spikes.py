@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from engine.config import FinetuneConfig
-from engine.spikes import LEAST, WINDOW, Spikes
+from engine.model.config import FinetuneConfig
+from engine.training.loss_spikes import LEAST, WINDOW, Spikes
 
 
 def spikes_of(losses, threshold=6.0):

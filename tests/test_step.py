@@ -10,12 +10,12 @@ import pytest
 import torch
 from test_packing import dataset
 
-from engine import packing
-from engine.config import MODELS
-from engine.model import new_model
-from engine.offload import SLOTS, HostMemory, Offload, carve, size_of
-from engine.optim import AdamW
-from engine.step import Feeder, Figures, Mark, tensors_of
+from engine.base.host_memory import SLOTS, HostMemory, Offload, carve, size_of
+from engine.data import packing
+from engine.model.config import MODELS
+from engine.model.llama import new_model
+from engine.training.optimizer import AdamW
+from engine.training.run_ahead import Feeder, Figures, Mark, tensors_of
 from kernels.ops.adamw import adamw_state
 
 ROWS = [[*range(40, 60), i, i + 1, i + 2] for i in range(12)]
@@ -149,13 +149,13 @@ def test_pinned_memory_is_taken_in_powers_of_two(monkeypatch):
         sizes.append(n)
         return real(n, dtype=dtype)
 
-    monkeypatch.setattr("engine.offload.ARENA_BYTES", 1 << 20)
+    monkeypatch.setattr("engine.base.host_memory.ARENA_BYTES", 1 << 20)
     host = HostMemory(pinned=True)
     states = [adamw_state(torch.ones(n), states="fp32") for n in (100_000, 20_000, 200_000, 9_000, 70_000)]
     for state in states:
         state.m.normal_()
     with monkeypatch.context() as patch:
-        patch.setattr("engine.offload.torch.empty", empty)
+        patch.setattr("engine.base.host_memory.torch.empty", empty)
         taken = [host.take(state) for state in states]
     assert sizes == [1 << 20, 1 << 21, 1 << 20]  # the small ones went into the first's room
     assert all(a.m.equal(b.m) and a.v.equal(b.v) for a, b in zip(states, taken, strict=True))

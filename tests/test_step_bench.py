@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from engine import packing
-from engine.cards import CARDS
-from engine.config import MODELS
-from engine.memory import CONTEXT_BYTES, memory
-from engine.model import new_model
-from engine.optim import AdamW, lr_factor
-from engine.weights import open_source
+from engine.data import packing
+from engine.formats.source import open_source
+from engine.model.config import MODELS
+from engine.model.llama import new_model
+from engine.planning.cards import CARDS
+from engine.planning.memory import CONTEXT_BYTES, memory
+from engine.training.optimizer import AdamW, lr_factor
 from scripts import gpu_report, step_bench, step_common, step_peers, step_profile
 
 H100 = CARDS["H100"]

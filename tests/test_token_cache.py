@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from conftest import environment, finetune
 
-from engine import data, job, rows, token_cache
-from engine.config import FinetuneConfig
-from engine.errors import DataError
-from engine.tokenizer import load_tokenizer
+from engine.base.errors import DataError
+from engine.data import dataset as data
+from engine.data import rows, token_cache
+from engine.model.config import FinetuneConfig
+from engine.text.tokenizer import load_tokenizer
+from engine.training import prepare as job
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
 
@@ -301,9 +303,10 @@ PROCESS = """
 import os, signal, sys, time
 sys.path.insert(0, "tests")
 from pathlib import Path
-from engine import job, token_cache
-from engine.config import FinetuneConfig
-from engine.tokenizer import load_tokenizer
+from engine.training import prepare as job
+from engine.data import token_cache
+from engine.model.config import FinetuneConfig
+from engine.text.tokenizer import load_tokenizer
 gguf, cache, kill_at, wait_for, *files = sys.argv[1:]
 calls = 0
 def counted(name):

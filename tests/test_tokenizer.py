@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from engine.errors import DataError, UsageError
-from engine.tokenizer import load_tokenizer
+from engine.base.errors import DataError, UsageError
+from engine.text.tokenizer import load_tokenizer
 
 SPELLED = [
     "</s>",
@@ -169,7 +169,7 @@ CORPUS = [
 @pytest.fixture(scope="module")
 def bpe():
     """A byte-level BPE cut as Llama 3 cuts; special tokens last. Its corpus spells two of them."""
-    from engine.tokenizer_json import LLAMA3_SPLIT
+    from engine.text.tokenizer_json import LLAMA3_SPLIT
 
     bpe = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
     split = pre_tokenizers.Split(tokenizers.Regex(LLAMA3_SPLIT), "isolated")

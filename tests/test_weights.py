@@ -21,12 +21,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine import layouts, weights
-from engine.config import ModelConfig, RopeScaling
-from engine.errors import DataError, UsageError
-from engine.model import new_model
-from engine.tensor_files import write_safetensors
-from engine.weights import open_source, save_hf, save_meta
+from engine.base.errors import DataError, UsageError
+from engine.formats import configs as layouts
+from engine.formats import source as weights
+from engine.formats.source import open_source, save_hf, save_meta
+from engine.formats.tensor_files import write_safetensors
+from engine.model.config import ModelConfig, RopeScaling
+from engine.model.llama import new_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
@@ -926,9 +927,9 @@ PEAK = """
 import json, sys
 from pathlib import Path
 import torch
-from engine.config import ModelConfig
-from engine.model import new_model
-from engine.weights import open_source, save_hf, save_meta
+from engine.model.config import ModelConfig
+from engine.model.llama import new_model
+from engine.formats.source import open_source, save_hf, save_meta
 
 config = ModelConfig(dim=512, n_layers=4, n_heads=8, n_kv_heads=8, hidden_dim=1024, vocab_size=16384, max_seq_len=4096,
                      norm_eps=1e-5)

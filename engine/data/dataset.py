@@ -1,0 +1,334 @@
+"""Rows -> prompt -> masked tokens, and the order in which a run takes them.
+
+A dataset is flat arrays: tokens, which of them are targets, where each example begins and ends. The order of examples
+is a function of (seed, epoch) alone, so a run resumes at any step without any saved state of a sampler.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.base.errors import DataError
+from engine.data.rows import Row
+from engine.text.tokenizer import Tokenizer
+
+BLOCK = 1024  # rows tokenised at a time
+
+# ---- templates ------------------------------------------------------------------------------------------------------
+
+ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+ALPACA_NO_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokenised as one string; the tokens of the prompt alone carry no loss, those of the rest do."""
+
+    prompt: str
+    response: str = ""
+
+
+@dataclass(frozen=True)
+class Special:
+    """One token of the tokenizer by name ("bos", "eos" or its text), which no text can spell."""
+
+    name: str
+    loss: bool = False
+
+
+def chatml(messages, answer_next):
+    """<|im_start|>role\\ncontent<|im_end|>\\n"""
+    for role, content in messages:
+        ours = role == "assistant"
+        yield Special("<|im_start|>")
+        yield Text(f"{role}\n", content) if ours else Text(f"{role}\n{content}")
+        yield from (Special("<|im_end|>", loss=ours), Text("\n"))
+    if answer_next:
+        yield from (Special("<|im_start|>"), Text("assistant\n"))
+
+
+def llama3(messages, answer_next):
+    """<|start_header_id|>role<|end_header_id|>\\n\\ncontent<|eot_id|>, content stripped, as Meta's ChatFormat."""
+    yield Special("bos")
+    for role, content in messages:
+        ours = role == "assistant"
+        yield from (Special("<|start_header_id|>"), Text(role), Special("<|end_header_id|>"))
+        yield Text("\n\n", content.strip()) if ours else Text("\n\n" + content.strip())
+        yield Special("<|eot_id|>", loss=ours)
+    if answer_next:
+        yield from (Special("<|start_header_id|>"), Text("assistant"), Special("<|end_header_id|>"), Text("\n\n"))
+
+
+def llama2(messages, answer_next):
+    """BOS [INST] <<SYS>>\\nsystem\\n<</SYS>>\\n\\nuser [/INST] answer EOS; a turn is one string, as in Meta's code."""
+    system = ""
+    for role, content in messages:
+        content = content.strip()
+        if role == "system":
+            system = f"<<SYS>>\n{content}\n<</SYS>>\n\n"
+        elif role == "user":
+            prompt, system = f"[INST] {system}{content} [/INST]", ""
+        else:
+            yield from (Special("bos"), Text(prompt, f" {content} "), Special("eos", loss=True))
+    if answer_next:
+        yield from (Special("bos"), Text(prompt))
+
+
+CHAT_STYLES = {"chatml": chatml, "llama2": llama2, "llama3": llama3}
+
+
+def pieces(row: Row, style: str, add_bos: bool, answer_next: bool = False) -> list[Text | Special]:
+    """A row under a template. answer_next leaves the last answer out and ends where the model writes it."""
+    if style == "alpaca":
+        if row.messages is not None:
+            raise DataError(
+                f"{row.source}: the row holds chat messages, which the alpaca style cannot say; "
+                "pass --prompt-style chatml, llama2 or llama3"
+            )
+        template = ALPACA_INPUT if row.input else ALPACA_NO_INPUT
+        prompt = template.format(instruction=row.instruction, input=row.input)
+        body = [Text(prompt)] if answer_next else [Text(prompt, row.output), Special("eos", loss=True)]
+        return [Special("bos"), *body] if add_bos else body
+    messages = row.messages
+    if messages is None:
+        question = f"{row.instruction}\n\n{row.input}" if row.input else row.instruction
+        messages = (("user", question), ("assistant", row.output))
+    if answer_next and messages[-1][0] == "assistant":
+        messages = messages[:-1]
+    return list(CHAT_STYLES[style](messages, answer_next))
+
+
+# ---- tokens ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Tokenised examples: pieces of flat arrays, which others may share."""
+
+    tokens: np.ndarray  # (total,) int32
+    is_target: np.ndarray  # (total,) bool: this token is predicted, and carries loss
+    begins: np.ndarray  # (N,) int64: example i is tokens[begins[i]:ends[i]]
+    ends: np.ndarray  # (N,) int64
+    sources: Sequence[str]  # (N,) "file:row" of each, for messages
+    counts: dict  # rows, examples, truncated, dropped, tokens, loss_tokens
+    n_loss: np.ndarray | None = None  # (N,) what loss_tokens says; counted here where it is not given
+
+    def __post_init__(self):
+        if self.n_loss is None:
+            n_loss = [np.count_nonzero(self.is_target_of(i)) for i in range(len(self))]
+            object.__setattr__(self, "n_loss", np.array(n_loss, np.int64))
+
+    def __len__(self):
+        return len(self.begins)
+
+    def lengths(self):
+        """(N,) tokens of each example."""
+        return self.ends - self.begins
+
+    def loss_tokens(self):
+        """(N,) targets of each example."""
+        return self.n_loss
+
+    def tokens_of(self, example: int) -> np.ndarray:
+        """(n,) int32."""
+        return self.tokens[self.begins[example] : self.ends[example]]
+
+    def is_target_of(self, example: int) -> np.ndarray:
+        """(n,) bool."""
+        return self.is_target[self.begins[example] : self.ends[example]]
+
+    def sha256(self) -> str:
+        """Of what is trained on, wherever it lies: tokens, targets and where examples start, one after the other."""
+        digest = hashlib.sha256()
+        cuts = np.flatnonzero(self.begins[1:] != self.ends[:-1]) + 1  # between examples that do not touch
+        runs = list(zip(self.begins[[0, *cuts]], self.ends[[*(cuts - 1), -1]], strict=True))
+        for array in (self.tokens, self.is_target):
+            for begin, end in runs:
+                digest.update(np.ascontiguousarray(array[begin:end]))
+        digest.update(np.concatenate(([0], np.cumsum(self.lengths()))))
+        return digest.hexdigest()
+
+
+class Sources(Sequence):
+    """ "file:row" of each row, written out when it is asked for."""
+
+    def __init__(self, paths, files, numbers):
+        self.paths, self.files, self.numbers = paths, files, numbers
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        return f"{self.paths[self.files[i]]}:{self.numbers[i]}"
+
+    def __eq__(self, other):
+        return tuple(self) == tuple(other)
+
+
+ROW = np.dtype(
+    [("n_tokens", "<i4"), ("n_loss", "<i4"), ("file", "<i4"), ("number", "<i8"), ("truncated", "?")]
+)  # of one row; file and number are where it stands
+
+
+@dataclass(frozen=True)
+class Table:
+    """Every row of some files, tokenised and cut at max_length. A row without a loss token holds no tokens."""
+
+    tokens: np.ndarray  # (total,) int32
+    is_target: np.ndarray  # (total,) bool
+    rows: np.ndarray  # (R,) ROW
+    paths: tuple[str, ...]  # what rows["file"] counts
+    max_length: int
+
+    def __len__(self):
+        return len(self.rows)
+
+    def select(self, numbers: Sequence[int] | None = None) -> Dataset:
+        """The rows of these numbers (from 0, in order; None is all) that have a loss token; the others are counted.
+
+        Raises DataError when none has.
+        """
+        ends = np.cumsum(self.rows["n_tokens"], dtype=np.int64)
+        chosen = np.arange(len(self)) if numbers is None else np.array(numbers, np.int64)
+        rows = self.rows[chosen]
+        kept = rows["n_tokens"] > 0
+        counts = {
+            "rows": len(rows),
+            "examples": int(kept.sum()),
+            "truncated": int(rows["truncated"].sum()),
+            "dropped": int((~kept).sum()),
+            "tokens": int(rows["n_tokens"].sum(dtype=np.int64)),
+            "loss_tokens": int(rows["n_loss"].sum(dtype=np.int64)),
+        }
+        if not counts["examples"]:
+            raise DataError(
+                f"no example is left of {len(rows)} rows: {counts['dropped']} had no response token within "
+                f"--max-length {self.max_length}; give rows with an output, or a larger --max-length"
+            )
+        ends, rows = ends[chosen[kept]], rows[kept]
+        sources = Sources(self.paths, rows["file"], rows["number"])
+        begins, n_loss = ends - rows["n_tokens"], rows["n_loss"].astype(np.int64)
+        return Dataset(self.tokens, self.is_target, begins, ends, sources, counts, n_loss)
+
+
+def special_id(tokenizer, name, style):
+    token = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}.get(name, tokenizer.special_ids.get(name))
+    if token is None:
+        known = ", ".join(sorted(tokenizer.special_ids)[:8])
+        raise DataError(
+            f"prompt style {style} needs the token {name}, and this tokenizer has none (it has {known}); "
+            "choose another --prompt-style"
+        )
+    return token
+
+
+def encode_block(rows: Sequence[Row], tokenizer: Tokenizer, style: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The ids of the rows, back to back, which of them are targets, and how many each row has. Each distinct prompt is
+    tokenised once."""
+    parts = [pieces(row, style, tokenizer.add_bos) for row in rows]
+    texts = [part for row in parts for part in row if isinstance(part, Text)]
+    prompts = list(dict.fromkeys(text.prompt for text in texts))
+    encoded = tokenizer.encode_batch(prompts + [text.prompt + text.response for text in texts])
+    n_prompt = {prompt: len(ids) for prompt, ids in zip(prompts, encoded, strict=False)}
+    encoded = iter(encoded[len(prompts) :])
+    ids, lengths, turns = [], [], []  # turns: tokens without loss, with loss, without, ...
+    for row in parts:
+        before = len(ids)
+        for part in row:
+            if isinstance(part, Special):
+                ids.append(special_id(tokenizer, part.name, style))
+                turns += (not part.loss, part.loss)
+            else:
+                new = next(encoded)
+                masked = min(n_prompt[part.prompt], len(new))
+                ids += new
+                turns += (masked, len(new) - masked)
+        lengths.append(len(ids) - before)
+    is_target = np.repeat(np.arange(len(turns)) % 2 == 1, turns)
+    return np.fromiter(ids, np.int32, len(ids)), is_target, np.array(lengths)
+
+
+def encode(
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    style: str = "alpaca",
+    max_length: int = 512,
+    train_on_prompt: bool = False,
+    watch: Callable[[range], Iterator[int]] = iter,
+) -> Table:
+    """The rows as a Table, cut at max_length tokens.
+
+    watch: wraps the loop over blocks of rows, to show progress.
+    Raises DataError when the tokenizer lacks a token of the style.
+    """
+    tokens, targets, table, paths = [], [], np.zeros(len(rows), ROW), {}
+    for first in watch(range(0, len(rows), BLOCK)):
+        block, out = rows[first : first + BLOCK], table[first : first + BLOCK]
+        ids, is_target, lengths = encode_block(block, tokenizer, style)
+        starts = np.cumsum(lengths) - lengths
+        is_target |= train_on_prompt
+        is_target[starts] = False  # nothing comes before it to predict it from
+        keep = np.arange(len(ids)) - np.repeat(starts, lengths) < max_length
+        out["n_loss"] = np.add.reduceat(is_target & keep, starts, dtype=np.int64)
+        out["n_tokens"] = np.where(out["n_loss"] > 0, np.minimum(lengths, max_length), 0)
+        out["truncated"] = lengths > max_length
+        keep &= np.repeat(out["n_loss"] > 0, lengths)
+        tokens.append(ids[keep])
+        targets.append(is_target[keep])
+        places = [row.source.rpartition(":") for row in block]
+        out["file"] = [paths.setdefault(path, len(paths)) for path, _, _ in places]
+        out["number"] = [number for _, _, number in places]
+    return Table(np.concatenate(tokens), np.concatenate(targets), table, tuple(paths), max_length)
+
+
+def tokenize(rows: Sequence[Row], tokenizer: Tokenizer, *args, **options) -> Dataset:
+    """encode(...).select(): the rows as a Dataset. Raises DataError when nothing is left of them."""
+    return encode(rows, tokenizer, *args, **options).select()
+
+
+def encode_prompt(row: Row, tokenizer: Tokenizer, style: str = "alpaca") -> list[int]:
+    """The ids after which the model answers: a row without its output, under the template."""
+    ids = []
+    for part in pieces(row, style, tokenizer.add_bos, answer_next=True):
+        ids += (
+            [special_id(tokenizer, part.name, style)]
+            if isinstance(part, Special)
+            else tokenizer.encode(part.prompt + part.response)
+        )
+    return ids
+
+
+# ---- order ----------------------------------------------------------------------------------------------------------
+
+
+def order(n: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    """The order of n examples in an epoch (from 0): a permutation that depends on nothing else."""
+    return np.random.default_rng((seed, epoch)).permutation(n) if shuffle else np.arange(n)
+
+
+def steps_per_epoch(n: int, global_batch_size: int) -> int:
+    """The last step of an epoch may hold fewer examples; none is left out and none is taken twice."""
+    return -(-n // global_batch_size)
+
+
+def examples_of_step(step: int, n: int, global_batch_size: int, seed: int, shuffle: bool) -> np.ndarray:
+    """The examples of optimizer step `step` (from 1)."""
+    epoch, index = divmod(step - 1, steps_per_epoch(n, global_batch_size))
+    return order(n, seed, epoch, shuffle)[index * global_batch_size : (index + 1) * global_batch_size]
+
+
+def hold_out(rows: Sequence, fraction: float, seed: int) -> tuple[list, list]:
+    """(kept, held out): round(fraction n), at least one, of the rows, chosen by the seed; both in file order."""
+    n_held = max(1, round(fraction * len(rows)))
+    held = set(np.random.default_rng((seed, 2**32)).permutation(len(rows))[:n_held].tolist())
+    return [r for i, r in enumerate(rows) if i not in held], [r for i, r in enumerate(rows) if i in held]

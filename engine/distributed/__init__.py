@@ -1,0 +1,1 @@
+"""Several GPUs as one run. The only package that imports torch.distributed."""

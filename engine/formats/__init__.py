@@ -1,0 +1,1 @@
+"""Models of other programs, found, checked, read and written: Hugging Face, Meta, GGUF."""

@@ -1,0 +1,1 @@
+"""The LLaMA itself: its shape, its forward pass, the batch it takes."""

@@ -1,0 +1,130 @@
+"""What surrounds a run: the output folder and its lock, signals, run.json."""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from engine.base.errors import Stopped, UsageError
+
+RUN, LOCK, METRICS = "run.json", ".lock", "metrics.jsonl"
+
+
+@contextlib.contextmanager
+def claim(out: Path):
+    """Makes the folder, checks that a run may live there, and holds its lock. Raises UsageError otherwise."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        others = [path.name for path in out.iterdir() if path.name != LOCK and not path.name.startswith(".tmp-")]
+        if others and RUN not in others:
+            raise UsageError(
+                f"--out {out}: holds {', '.join(sorted(others)[:3])} and no {RUN} of ours; choose another folder"
+            )
+        lock = open(out / LOCK, "a+")  # noqa: SIM115 (held until the run ends)
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"--out {out}: another run is writing there; choose another folder") from None
+        except OSError as error:
+            raise UsageError(
+                f"--out {out}: its file system has no locks ({error.strerror}); mount it with flock, or choose another"
+            ) from None
+        yield out
+
+
+def need_disk(out: Path, need_bytes: int, remedy: str) -> None:
+    """Raises UsageError when the disk has too little room."""
+    free = shutil.disk_usage(out).free
+    if free < need_bytes:
+        raise UsageError(
+            f"--out {out}: about {need_bytes / 1e9:.1f} GB are to be written and {free / 1e9:.1f} GB are free there; "
+            f"{remedy}"
+        )
+
+
+# ---- signals --------------------------------------------------------------------------------------------------------
+
+
+class Signals:
+    """SIGTERM and SIGINT. Before training the first one ends the run at once, with nothing to save; in training it is
+    noted, and the loop asks with `pending`. A second one ends the process there and then: what is on disk is whole."""
+
+    def __init__(self):
+        self.received = None
+        self.training = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        name = signal.Signals(number).name
+        if self.received:
+            os.write(2, f"{name} again: leaving at once, the last saved state is whole\n".encode())
+            os._exit(1)
+        self.received = name
+        if not self.training:
+            raise Stopped(f"stopped by {name} before the first step; there is nothing to save")
+
+    def pending(self) -> bool:
+        return self.received is not None
+
+
+# ---- run.json -------------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Whole or not at all."""
+    tmp = path.with_name(f".tmp-{path.name}")
+    with open(tmp, "w") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(tmp, path)
+
+
+def read_json(path: Path) -> dict:
+    """{} when there is none, or none that can be read."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The events of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def environment(device: torch.device) -> dict:
+    """Where the run happened, for run.json."""
+    root = Path(__file__).parents[2]
+    commit = None
+    if (root / ".git").exists():
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(
+                ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False, timeout=10
+            )
+            commit = done.stdout.strip() or None
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "command": sys.argv,
+        "git_commit": commit,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
