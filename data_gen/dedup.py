@@ -29,7 +29,7 @@ import numpy as np
 from rapidfuzz import process
 from rapidfuzz.distance import Indel, LCSseq
 
-from data_gen.cli import DataError, Failure, Parser, UsageError, json_line, read_rows, run, write_whole
+from data_gen.base.cli import DataError, Failure, Parser, UsageError, json_line, read_rows, run, write_whole
 
 # ---- tokens ---------------------------------------------------------------------------------------------------------
 

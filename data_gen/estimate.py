@@ -14,14 +14,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table as Grid
 
-from data_gen.cli import Parser, UsageError, run
-from data_gen.client import Dialect, Sampling
-from data_gen.collect import make_ask
+from data_gen.api.client import Dialect, Sampling
+from data_gen.api.collector import make_ask
+from data_gen.api.ledger import NAME, Ledger
+from data_gen.api.prices import Price, price_of, read_table, usd
+from data_gen.api.progress import clock
+from data_gen.api.prompt import Prompter, read_seed_tasks
+from data_gen.base.cli import Parser, UsageError, run
 from data_gen.generate import add_request_flags, check_language, count
-from data_gen.ledger import NAME, Ledger
-from data_gen.prices import Price, price_of, read_table, usd
-from data_gen.progress import clock
-from data_gen.prompt import Prompter, read_seed_tasks
 
 # Where no run has shown better. Bytes a token: English under byte-level BPE with a vocabulary of 100K to 200K.
 BYTES_A_TOKEN = 4.3

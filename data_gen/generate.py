@@ -20,19 +20,19 @@ from argparse import ArgumentTypeError
 from decimal import Decimal
 from pathlib import Path
 
-from data_gen.batch import end_batches, run_batches
-from data_gen.cli import Failure, Parser, Stopped, UsageError, run, tell, write_whole
-from data_gen.client import Client, Sampling, key_for
-from data_gen.collect import Collector, make_ask
-from data_gen.curate import Curator
-from data_gen.decontaminate import Decontaminator
-from data_gen.language import LANGUAGES
-from data_gen.ledger import Ledger
-from data_gen.prices import PICO, Budget, Price, host_of, money, price_of, read_table, usd
-from data_gen.progress import Progress, clock
-from data_gen.prompt import Prompter, read_seed_tasks
-from data_gen.rate import Rate
+from data_gen.api.batch import end_batches, run_batches
+from data_gen.api.client import Client, Sampling, key_for
+from data_gen.api.collector import Collector, make_ask
+from data_gen.api.ledger import Ledger
+from data_gen.api.prices import PICO, Budget, Price, host_of, money, price_of, read_table, usd
+from data_gen.api.progress import Progress, clock
+from data_gen.api.prompt import Prompter, read_seed_tasks
+from data_gen.api.rate import Rate
+from data_gen.base.cli import Failure, Parser, Stopped, UsageError, run, tell, write_whole
+from data_gen.base.language import LANGUAGES
 from data_gen.report import write_report
+from data_gen.rows.contamination import Decontaminator
+from data_gen.rows.curator import Curator
 
 OPENAI = "https://api.openai.com/v1"
 

@@ -10,10 +10,10 @@ from collections import Counter
 from html import escape
 from pathlib import Path
 
-from data_gen.cli import Parser, UsageError, read_rows, run, write_whole
+from data_gen.base.cli import Parser, UsageError, read_rows, run, write_whole
+from data_gen.base.language import LANGUAGES, guess
 from data_gen.dedup import tokenize
-from data_gen.language import LANGUAGES, guess
-from data_gen.report_charts import (
+from data_gen.page.charts import (
     EXAMPLE_CHARS,
     SCRIPT,
     STYLE,
@@ -34,7 +34,7 @@ from data_gen.report_charts import (
     sunburst,
     table,
 )
-from data_gen.report_figures import (
+from data_gen.page.figures import (
     LIMIT,
     OBJECTS_SHOWN,
     clean,

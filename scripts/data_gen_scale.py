@@ -24,10 +24,10 @@ from pathlib import Path
 import openai
 import rapidfuzz
 
-from data_gen import curate
-from data_gen.curate import Curator
-from data_gen.ledger import Ledger
-from data_gen.prompt import Prompter, read_seed_tasks
+from data_gen.api.ledger import Ledger
+from data_gen.api.prompt import Prompter, read_seed_tasks
+from data_gen.rows import curator as curate
+from data_gen.rows.curator import Curator
 from scripts.data_speed import cpu_name
 
 ROOT = Path(__file__).parent.parent

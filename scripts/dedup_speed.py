@@ -26,7 +26,7 @@ import rapidfuzz
 from rapidfuzz import process
 from rapidfuzz.distance import Indel
 
-from data_gen.cli import read_rows
+from data_gen.base.cli import read_rows
 from data_gen.dedup import Deduplicator, Numbers, tokenize
 
 SEED_TASKS = Path(__file__).parent.parent / "data_gen" / "seed_tasks.jsonl"

@@ -20,13 +20,13 @@ pytest.importorskip("rapidfuzz")
 from conftest import ROOT, environment
 from openai_server import Reply, Server, request_key
 
-from data_gen import batch as module
-from data_gen import calls
 from data_gen import generate as command
-from data_gen.batch import Batches, read_line
-from data_gen.calls import Calls
-from data_gen.cli import exit_code_of
-from data_gen.ledger import Ledger
+from data_gen.api import batch as module
+from data_gen.api import retries as calls
+from data_gen.api.batch import Batches, read_line
+from data_gen.api.ledger import Ledger
+from data_gen.api.retries import Calls
+from data_gen.base.cli import exit_code_of
 
 ANSWERS = {"truncated": 0.1, "malformed": 0.08, "refusal": 0.06, "content_policy_400": 0.08, "prose": 0.1}
 LINES = {"429": 0.1, "500": 0.1, "503": 0.05, "hang": 0.1}  # of lines in a batch; "hang" is its request_timeout

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_gen.cli import UsageError
-from data_gen.client import (
+from data_gen.api.client import (
     BLOCKED,
     OUT_OF_MONEY,
     Answer,
@@ -26,7 +25,8 @@ from data_gen.client import (
     message_of,
     read_answer,
 )  # fmt: skip
-from data_gen.prompt import FORMATS, read_seed_tasks, topics
+from data_gen.api.prompt import FORMATS, read_seed_tasks, topics
+from data_gen.base.cli import UsageError
 
 OPENAI = "https://api.openai.com/v1"
 KEY = "sk-proj-abc123DEF456ghi789"

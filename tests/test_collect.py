@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 pytest.importorskip("openai")
 pytest.importorskip("rapidfuzz")
 
-from data_gen import collect, rate
-from data_gen.cli import Failure
-from data_gen.client import Dialect, Reply, Sampling
-from data_gen.collect import Ask, Collector
-from data_gen.ledger import Ledger
-from data_gen.prices import Budget, Price
-from data_gen.prompt import Prompter
+from data_gen.api import collector as collect
+from data_gen.api import rate
+from data_gen.api.client import Dialect, Reply, Sampling
+from data_gen.api.collector import Ask, Collector
+from data_gen.api.ledger import Ledger
+from data_gen.api.prices import Budget, Price
+from data_gen.api.prompt import Prompter
+from data_gen.base.cli import Failure
 
 ONE = Price(1, 1)
 USELESS = json.dumps({"choices": [{"message": {"content": "nothing"}}]})

@@ -8,9 +8,10 @@ import pytest
 pytest.importorskip("openai")
 pytest.importorskip("rapidfuzz")
 
-from data_gen import filters, parse
-from data_gen.curate import REASONS, Curator, messages
-from data_gen.ledger import Entry
+from data_gen.api.ledger import Entry
+from data_gen.rows import defects as filters
+from data_gen.rows import parse
+from data_gen.rows.curator import REASONS, Curator, messages
 
 SEEDS = [{"instruction": "Name three uses for an old glass jar.", "input": "", "output": "A vase."}]
 GOOD = {"instruction": "Explain why the tide comes in twice a day.", "input": "", "output": "The moon pulls the sea."}

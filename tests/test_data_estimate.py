@@ -12,12 +12,12 @@ from conftest import command
 from openai_server import Server
 
 from data_gen import estimate, generate
-from data_gen.cli import exit_code_of
-from data_gen.client import Sampling
-from data_gen.ledger import Ledger
-from data_gen.prices import read_table
-from data_gen.progress import clock
-from data_gen.prompt import Prompter, read_seed_tasks
+from data_gen.api.client import Sampling
+from data_gen.api.ledger import Ledger
+from data_gen.api.prices import read_table
+from data_gen.api.progress import clock
+from data_gen.api.prompt import Prompter, read_seed_tasks
+from data_gen.base.cli import exit_code_of
 
 
 def told(capsys, *words):

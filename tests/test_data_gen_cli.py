@@ -14,7 +14,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_gen.cli import (
+from data_gen.base.cli import (
     DataError,
     Failure,
     Parser,
@@ -145,7 +145,7 @@ def test_success_and_interrupt(capsys):
 
 
 def test_a_process_ends_with_the_code():
-    text = "from data_gen.cli import *\nrun(lambda argv: (_ for _ in ()).throw(DataError('\\ud800 ' + argv[0])))"
+    text = "from data_gen.base.cli import *\nrun(lambda argv: (_ for _ in ()).throw(DataError('\\ud800 ' + argv[0])))"
     done = subprocess.run([sys.executable, "-c", text, "here"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (3, "", "error: \\ud800 here\n")
 
@@ -178,7 +178,7 @@ def test_a_surrogate_that_utf8_cannot_hold_leaves_the_old_one(tmp_path):
 def test_a_disk_that_is_full_leaves_the_old_one(tmp_path):
     text = f"""
 import resource, signal
-from data_gen.cli import write_whole
+from data_gen.base.cli import write_whole
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 write_whole({str(tmp_path / "rows")!r}, ["old"])

@@ -17,13 +17,13 @@ import torch
 from conftest import ROOT, command, environment, events, finetune
 from model_server import Guide, Options, Server, load, parts_of
 
-from data_gen import collect
 from data_gen import generate as module
-from data_gen.cli import exit_code_of
-from data_gen.filters import tidy
-from data_gen.parse import parse
-from data_gen.prompt import FORMATS as ASKED
-from data_gen.prompt import SCHEMA, Prompter, read_seed_tasks
+from data_gen.api import collector as collect
+from data_gen.api.prompt import FORMATS as ASKED
+from data_gen.api.prompt import SCHEMA, Prompter, read_seed_tasks
+from data_gen.base.cli import exit_code_of
+from data_gen.rows.defects import tidy
+from data_gen.rows.parse import parse
 from engine.data.dataset import encode_prompt
 from engine.data.rows import Row
 from engine.generate import generate

@@ -22,8 +22,8 @@ from conftest import ROOT, command, environment
 from openai_server import DIALECTS, Server, request_key
 
 from data_gen import generate as module
-from data_gen.cli import exit_code_of
-from data_gen.prompt import Prompter, read_seed_tasks
+from data_gen.api.prompt import Prompter, read_seed_tasks
+from data_gen.base.cli import exit_code_of
 from engine.data.rows import read_rows
 
 FAULTS = {"429_ms": 0.1, "500": 0.1, "503": 0.05, "reset": 0.05, "reset_body": 0.1, "502_html": 0.05, "lost": 0.05}

@@ -17,11 +17,11 @@ from itertools import pairwise
 import pytest
 from rapidfuzz.distance import LCSseq
 
-from data_gen import report_figures
-from data_gen.cli import DataError, UsageError, exit_code_of
+from data_gen.base.cli import DataError, UsageError, exit_code_of
 from data_gen.dedup import tokenize
+from data_gen.page import figures as report_figures
+from data_gen.page.figures import in_common, nearest, root, whole_bins
 from data_gen.report import main, write_report
-from data_gen.report_figures import in_common, nearest, root, whole_bins
 from tests.conftest import shared
 
 EVIL = """</div></section></script><script>document.title='owned'</script><img src=x onerror="alert(1)">"'&lt;"""

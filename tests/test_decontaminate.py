@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from data_gen.cli import DataError
-from data_gen.decontaminate import N_GRAM, Decontaminator
+from data_gen.base.cli import DataError
 from data_gen.dedup import is_duplicate, tokenize
+from data_gen.rows.contamination import N_GRAM, Decontaminator
 from tests.conftest import ROOT, shared
 
 PROMPT = "Suggest a better and more professional rephrasing of the following sentence."

@@ -19,7 +19,7 @@ from rapidfuzz import process
 from rapidfuzz.distance import LCSseq
 
 from data_gen import dedup
-from data_gen.cli import exit_code_of
+from data_gen.base.cli import exit_code_of
 from data_gen.dedup import Deduplicator, rouge_l, tokenize
 
 # ---- the references -------------------------------------------------------------------------------------------------

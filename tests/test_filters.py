@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_gen.filters import CHECKS, MAX_TOKENS, REASONS, REPAIRS, SCAN, SEEN, defect, tidy
+from data_gen.rows.defects import CHECKS, MAX_TOKENS, REASONS, REPAIRS, SCAN, SEEN, defect, tidy
 from tests.conftest import ROOT, shared
 
 

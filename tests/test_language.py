@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 
-from data_gen.language import LANGUAGES, LETTERS, SCAN, SCRIPTS, WORDS, guess
+from data_gen.base.language import LANGUAGES, LETTERS, SCAN, SCRIPTS, WORDS, guess
 from tests.conftest import ROOT, shared
 
 SENTENCES = {

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from data_gen.cli import DataError, Failure, UsageError
-from data_gen.ledger import ERROR_CHARS, NAME, Entry, Ledger
+from data_gen.api.ledger import ERROR_CHARS, NAME, Entry, Ledger
+from data_gen.base.cli import DataError, Failure, UsageError
 
 
 def add(ledger, request, kind=None, status=200, body="{}", usage=(None, None), cost=0, most=100, batch=None):
@@ -48,7 +48,7 @@ def ledger(tmp_path):
 
 CHILD = """
 import asyncio, sys
-from data_gen.ledger import Ledger
+from data_gen.api.ledger import Ledger
 
 async def main():
     ledger = Ledger(sys.argv[1])
@@ -155,7 +155,9 @@ def test_a_commit_is_synced(tmp_path):
 
 
 def test_a_second_process_is_refused(tmp_path, ledger):
-    text = "from data_gen.cli import run; from data_gen.ledger import Ledger; run(lambda argv: Ledger(argv[0]))"
+    text = (
+        "from data_gen.base.cli import run; from data_gen.api.ledger import Ledger; run(lambda argv: Ledger(argv[0]))"
+    )
     folder = tmp_path / "out"
     done = subprocess.run([sys.executable, "-c", text, folder], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: another process is at work in")
@@ -432,8 +434,8 @@ def test_a_full_disk_is_told_to_everyone_who_waits_and_the_ledger_goes_on(tmp_pa
 
 FULL = """
 import resource, signal, sys
-from data_gen.cli import Failure
-from data_gen.ledger import Ledger
+from data_gen.base.cli import Failure
+from data_gen.api.ledger import Ledger
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 ledger = Ledger(sys.argv[1])
 number, intent = ledger.intent(0, "h", "m", 1)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_gen.parse import EXCERPT, KINDS, MAX_DEPTH, MAX_PROBLEMS, parse
+from data_gen.rows.parse import EXCERPT, KINDS, MAX_DEPTH, MAX_PROBLEMS, parse
 
 A = {"instruction": "Name a colour.", "input": "", "output": "Red"}
 B = {"instruction": 'Quote "him" and {"a": 1}.', "input": "x\ty\n\\", "output": "{"}

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from data_gen.cli import DataError, UsageError
-from data_gen.prices import MOST_USD, PICO, TABLE, Budget, Price, Table, host_of, money, price_of, read_table, usd
+from data_gen.api.prices import MOST_USD, PICO, TABLE, Budget, Price, Table, host_of, money, price_of, read_table, usd
+from data_gen.base.cli import DataError, UsageError
 
 OPENAI = "https://api.openai.com/v1"
 LOCAL = "http://localhost:8000/v1"

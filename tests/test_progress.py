@@ -11,10 +11,10 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from data_gen import progress as module
-from data_gen.prices import PICO, Budget
-from data_gen.progress import PLAIN_EVERY_S, Progress, clock
-from data_gen.rate import BREAKER_FAILURES, Rate
+from data_gen.api import progress as module
+from data_gen.api.prices import PICO, Budget
+from data_gen.api.progress import PLAIN_EVERY_S, Progress, clock
+from data_gen.api.rate import BREAKER_FAILURES, Rate
 
 
 class Clock:

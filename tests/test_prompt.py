@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_gen import prompt
-from data_gen.cli import DataError
-from data_gen.language import LANGUAGES
-from data_gen.prompt import FIELDS, FORMATS, N_KINDS, N_SUBJECTS, Prompter, pick, read_seed_tasks, sha256, topics
+from data_gen.api import prompt
+from data_gen.api.prompt import FIELDS, FORMATS, N_KINDS, N_SUBJECTS, Prompter, pick, read_seed_tasks, sha256, topics
+from data_gen.base.cli import DataError
+from data_gen.base.language import LANGUAGES
 
 SEEDS = read_seed_tasks()
 N = 2000

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_gen.rate import (
+from data_gen.api.rate import (
     BREAKER_FAILURES,
     FIRST_COOL_DOWN_S,
     LONGEST_BACKOFF_S,
@@ -236,7 +236,7 @@ def test_no_header_is_an_error(text):
 
 
 def test_the_date_is_of_this_clock(monkeypatch):
-    monkeypatch.setattr("data_gen.rate.time.time", lambda: NOW)
+    monkeypatch.setattr("data_gen.api.rate.time.time", lambda: NOW)
     assert retry_after({"retry-after": email.utils.formatdate(NOW + 5, usegmt=True)}) == 5
 
 

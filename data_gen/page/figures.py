@@ -12,7 +12,7 @@ import numpy as np
 from rapidfuzz import process
 from rapidfuzz.distance import Indel, LCSseq
 
-from data_gen.cli import DataError
+from data_gen.base.cli import DataError
 from data_gen.dedup import tokenize
 
 EXAMPLES = 3  # kept of each reason, and of what one instruction attracted

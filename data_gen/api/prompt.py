@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from data_gen.cli import DataError, json_line, read_rows
-from data_gen.language import LANGUAGES
+from data_gen.base.cli import DataError, json_line, read_rows
+from data_gen.base.language import LANGUAGES
 
-SEED_TASKS = Path(__file__).with_name("seed_tasks.jsonl")
-TOPICS = Path(__file__).with_name("topics.txt")
+SEED_TASKS = Path(__file__).parent.with_name("seed_tasks.jsonl")
+TOPICS = Path(__file__).parent.with_name("topics.txt")
 FIELDS = ("instruction", "input", "output")
 N_SUBJECTS, N_KINDS = 6, 4
 

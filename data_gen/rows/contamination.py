@@ -11,7 +11,7 @@ The first two compare instruction and input with the prompt; the third also the 
 
 from pathlib import Path
 
-from data_gen.cli import DataError, read_rows
+from data_gen.base.cli import DataError, read_rows
 from data_gen.dedup import Deduplicator, tokenize
 
 N_GRAM = 13

@@ -6,11 +6,11 @@ import json
 import time
 from dataclasses import asdict, dataclass, field, replace
 
-from data_gen.cli import Failure
-from data_gen.client import Dialect, Reply, message_of, read_answer
-from data_gen.ledger import Entry
-from data_gen.prices import usd
-from data_gen.prompt import sha256
+from data_gen.api.client import Dialect, Reply, message_of, read_answer
+from data_gen.api.ledger import Entry
+from data_gen.api.prices import usd
+from data_gen.api.prompt import sha256
+from data_gen.base.cli import Failure
 
 LOOKAHEAD = 10_000  # requests beyond the oldest that has no answer
 RECENT = 200  # requests whose yield foretells that of the next

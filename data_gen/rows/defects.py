@@ -7,8 +7,8 @@ data alone. All take linear time and look at the first SCAN characters of a fiel
 import re
 from collections import Counter
 
+from data_gen.base.language import LANGUAGES, guess
 from data_gen.dedup import tokenize
-from data_gen.language import LANGUAGES, guess
 
 REASONS = {
     "empty instruction": "the instruction holds no word",

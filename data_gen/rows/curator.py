@@ -5,12 +5,12 @@ What is kept depends on the answers and their order alone, never on when they ca
 
 from collections import Counter
 
-from data_gen.cli import json_line, write_whole
-from data_gen.client import read_answer
+from data_gen.api.client import read_answer
+from data_gen.api.prices import PICO
+from data_gen.base.cli import json_line, write_whole
 from data_gen.dedup import Deduplicator, rouge_l
-from data_gen.filters import defect, tidy
-from data_gen.parse import parse
-from data_gen.prices import PICO
+from data_gen.rows.defects import defect, tidy
+from data_gen.rows.parse import parse
 
 REASONS = {  # those of answers and of the stream; parse.KINDS and filters.REASONS have the others
     "refused by the server": "the server would not answer this prompt",

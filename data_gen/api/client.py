@@ -7,10 +7,10 @@ import re
 import time
 from dataclasses import dataclass, field, replace
 
-from data_gen.cli import UsageError
-from data_gen.prices import host_of
-from data_gen.prompt import FORMATS
-from data_gen.rate import retry_after
+from data_gen.api.prices import host_of
+from data_gen.api.prompt import FORMATS
+from data_gen.api.rate import retry_after
+from data_gen.base.cli import UsageError
 
 RETRIED = {408, 409, 425, 429}  # and every 5xx
 OVERLOADED = {408, 429, 503, 504, 524, 529}

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_gen.cli import DataError, Failure, UsageError
+from data_gen.base.cli import DataError, Failure, UsageError
 
 NAME = "ledger.sqlite"
 SCHEMA = """

@@ -14,12 +14,12 @@ import uuid
 from collections import deque
 from dataclasses import dataclass
 
-from data_gen.calls import Calls, Halted
-from data_gen.cli import json_line
-from data_gen.client import is_completion, kind_of, message_of, read_answer
-from data_gen.collect import HOPELESS_FIRST, RECENT
-from data_gen.ledger import DONE, Entry
-from data_gen.prices import Price
+from data_gen.api.client import is_completion, kind_of, message_of, read_answer
+from data_gen.api.collector import HOPELESS_FIRST, RECENT
+from data_gen.api.ledger import DONE, Entry
+from data_gen.api.prices import Price
+from data_gen.api.retries import Calls, Halted
+from data_gen.base.cli import json_line
 
 MOST_REQUESTS, MOST_BYTES = 50_000, 200_000_000  # of one input file
 ENDED = ("completed", "failed", "expired", "cancelled")

@@ -7,7 +7,7 @@ import hashlib
 import math
 from html import escape
 
-from data_gen.report_figures import in_common, nice, text_of
+from data_gen.page.figures import in_common, nice, text_of
 
 EXAMPLE_CHARS, SAMPLE_CHARS = 300, 3000  # of one text at most
 FOLDED_CHARS = 600  # a longer text of a sample is folded here

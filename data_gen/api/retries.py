@@ -5,9 +5,9 @@ import itertools
 import math
 import time
 
-from data_gen.cli import Failure
-from data_gen.client import kind_of, message_of
-from data_gen.rate import retry_after
+from data_gen.api.client import kind_of, message_of
+from data_gen.api.rate import retry_after
+from data_gen.base.cli import Failure
 
 GRACE_S = 5  # for the call in flight when a signal comes
 

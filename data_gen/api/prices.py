@@ -9,9 +9,9 @@ from fractions import Fraction
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from data_gen.cli import DataError, UsageError, nearest
+from data_gen.base.cli import DataError, UsageError, nearest
 
-TABLE = Path(__file__).with_name("prices.json")
+TABLE = Path(__file__).parent.with_name("prices.json")
 PICO = 10**12  # picodollars in a dollar
 MOST_USD = 10**6  # of any amount: the ledger's integers hold nine million dollars
 

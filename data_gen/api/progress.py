@@ -9,8 +9,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from data_gen.cli import unread
-from data_gen.prices import usd
+from data_gen.api.prices import usd
+from data_gen.base.cli import unread
 
 PLAIN_EVERY_S = 15
 REFRESH_S = 0.25

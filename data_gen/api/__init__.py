@@ -1,0 +1,1 @@
+"""Requests out, answers in: prompts, clients, limits, money, and the ledger that records every request."""
