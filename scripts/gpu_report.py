@@ -10,7 +10,7 @@ with its error and the rest goes on; no measurement begins once the time is spen
 and benchmarks run in processes of their own, one a test file and one an op: a kernel that breaks the device's context
 takes no other down.
 
---smoke runs every part at toy size on a CPU, the kernels in Triton's interpreter. scripts/render_benchmarks.py turns
+--smoke runs every part at toy size on a CPU, the kernels in Triton's interpreter. scripts/pages/benchmarks.py turns
 the JSON into README's table.
 """
 

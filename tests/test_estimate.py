@@ -71,7 +71,7 @@ from engine.planning.tables import COLLECTIVES, show
 from engine.planning.workload import alpaca_mix, cut, step_of
 from engine.training.optimizer import AdamW, states_of
 from kernels.ops.adamw import adamw_state
-from scripts import render_ranks
+from scripts.pages import ranks as render_ranks
 
 SMALL = dict(
     dim=48, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=80, vocab_size=301, max_seq_len=128, head_dim=16

@@ -26,7 +26,8 @@ def start(*args, patch=""):
     """The command in the background. patch: Python run first, with `finetune` the module and `die`, `term` at hand."""
     code = (
         "import os, signal, sys, time\n"
-        "from engine import checkpoint, finetune, fit, job, saving\nfrom engine.base.errors import exit_code_of\n"
+        "from engine import finetune\nfrom engine.output import checkpoint\n"
+        "from engine.training import micro_batch_size as fit, prepare as job, saving\nfrom engine.base.errors import exit_code_of\n"
         "die, term = (lambda n=n: os.kill(os.getpid(), n) for n in (signal.SIGKILL, signal.SIGTERM))\n"
         f"{patch}\n"
         "sys.exit(exit_code_of(finetune.main, sys.argv[1:]))\n"
@@ -85,7 +86,7 @@ def test_two_runs_are_bit_equal(unbroken, tmp_path):
         "before(checkpoint.os, 'rename', 3, die)",
         "before(checkpoint, 'discard', 1, die)",  # in rotation
         "before(saving, 'save_hf', 1, die)",  # the loop is over, the model not yet written
-        "from engine import weights; before(weights.os, 'replace', 4, die)",  # within the export
+        "from engine.formats import source; before(source.os, 'replace', 4, die)",  # within the export
     ],
 )
 def test_kill_9_then_resume_is_bit_equal(unbroken, tmp_path, kill):
@@ -195,7 +196,7 @@ def test_a_full_disk_at_the_last_save_exits_1_with_the_state_intact(unbroken, tm
 
 
 def test_too_little_disk_is_said_before_the_first_step(unbroken, tmp_path):
-    patch = "from engine import run; run.shutil.disk_usage = lambda p: type('D', (), {'free': 10**6})"
+    patch = "from engine.output import folder; folder.shutil.disk_usage = lambda p: type('D', (), {'free': 10**6})"
     code, _, err = end(start(*arguments(tmp_path / "out", unbroken[0]), patch=patch))
     assert code == 2 and "about 0.1 GB are to be written and 0.0 GB are free there" in err
 

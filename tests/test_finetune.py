@@ -10,7 +10,7 @@ from conftest import ROOT, SHARED, events, finetune
 from engine import finetune as command
 from engine.base.errors import exit_code_of
 from engine.text.tokenizer import load_tokenizer
-from scripts.peers import TransformersLoop, masked
+from scripts.parity.transformers_loop import TransformersLoop, masked
 
 STEPS, BATCH, MAX_LENGTH, LR = 20, 8, 192, 1e-3
 DATA = {"alpaca": SHARED / "alpaca_en_demo.json", "seed tasks": ROOT / "data_gen" / "seed_tasks.jsonl"}

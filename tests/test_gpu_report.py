@@ -12,7 +12,8 @@ import pytest
 import torch
 from conftest import ROOT, command, environment
 
-from scripts import gpu_report, render_benchmarks
+from scripts import gpu_report
+from scripts.pages import benchmarks as render_benchmarks
 
 TARGETS = json.loads((ROOT / "benchmarks" / "targets.json").read_text())
 
@@ -361,7 +362,9 @@ def test_without_a_report_of_a_gpu_nothing_is_claimed(synthetic, tmp_path):
 def test_targets_name_what_is_measured():
     """A row that selects nothing would read "not measured" for ever."""
     from kernels.measure import cases as bench_cases
-    from scripts import rank_bench, step_bench, step_profile
+    from scripts.step import bench as step_bench
+    from scripts.step import breakdown as step_profile
+    from scripts.step import ranks as rank_bench
 
     names = {"step": step_bench.VARIANTS, "profile": step_profile.PROFILED, "ranks": rank_bench.VARIANTS}
     cases = list(bench_cases.full())

@@ -12,9 +12,12 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from engine.output import checkpoint
-from scripts import rank_bench, rank_checks, render_benchmarks, step_bench
-from scripts.rank_bench import VARIANTS
-from scripts.rank_checks import Block, Differs
+from scripts.pages import benchmarks as render_benchmarks
+from scripts.step import bench as step_bench
+from scripts.step import rank_checks
+from scripts.step import ranks as rank_bench
+from scripts.step.rank_checks import Block, Differs
+from scripts.step.ranks import VARIANTS
 
 GIB = {"peak_gib": 9.0, "peak_reserved_gib": 10.0}
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scripts import render_faults
+from scripts.pages import faults as render_faults
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -70,7 +70,7 @@ def test_the_page_of_faults_is_of_tests_that_are_there():
 
 def test_the_figures_are_those_of_the_measurements():
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.render_benchmarks", "--check"],
+        [sys.executable, "-m", "scripts.pages.benchmarks", "--check"],
         cwd=ROOT,
         capture_output=True,
         text=True,

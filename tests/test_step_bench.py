@@ -15,7 +15,11 @@ from engine.model.llama import new_model
 from engine.planning.cards import CARDS
 from engine.planning.memory import CONTEXT_BYTES, memory
 from engine.training.optimizer import AdamW, lr_factor
-from scripts import gpu_report, step_bench, step_common, step_peers, step_profile
+from scripts import gpu_report
+from scripts.step import bench as step_bench
+from scripts.step import breakdown as step_profile
+from scripts.step import common as step_common
+from scripts.step import peers as step_peers
 
 H100 = CARDS["H100"]
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import kernels
-from scripts import step_bench, step_profile
+from scripts.step import bench as step_bench
+from scripts.step import breakdown as step_profile
 
 NAMES = {  # names of kernels as traces of H100s have them, outside any operator that is known
     "nvjet_tst_256x128_64x4_1x2_h_bz_coopA_NNT": "GEMM",

@@ -1,4 +1,4 @@
-"""That ranks train right on one card, and that what a state holds comes back: what scripts.rank_bench checks.
+"""That ranks train right on one card, and that what a state holds comes back: what scripts.step.ranks checks.
 
 One rank of FSDP2 (NCCL; gloo on a CPU) against none: losses, norms, a state that is saved while it trains. Then
 engine.finetune, whole, on two ranks of one card, which NCCL refuses to share, so gloo carries what they exchange; where
@@ -28,10 +28,10 @@ from engine.distributed.world import shard
 from engine.output import checkpoint
 from engine.output.folder import read_lines
 from kernels.bench import DEVICE, GPU, free
-from scripts.step_bench import TOY_TOKENS, Steps, Variant
-from scripts.step_common import DTYPE, peak_memory
+from scripts.step.bench import TOY_TOKENS, Steps, Variant
+from scripts.step.common import DTYPE, peak_memory
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ROUNDING = 2**-8 if GPU else 1e-5  # relative: of one number in bf16; of sums in fp32
 RANKS_LIMIT_S = 150
 BACKEND = "nccl" if GPU else "gloo"
@@ -239,7 +239,7 @@ def finetuned(folder: Path, runs: dict[Path, int]) -> list[int]:
     children = []
     try:
         for out, ranks in runs.items():
-            command = [sys.executable, "-c", "from scripts.rank_checks import as_rank; as_rank()"]
+            command = [sys.executable, "-c", "from scripts.step.rank_checks import as_rank; as_rank()"]
             command += ["--data", folder / "rows.json", "--out", out, *FINETUNE, "--device", DEVICE]
             port = free_port()
             for rank in range(ranks):

@@ -1,7 +1,7 @@
 """Exact de-duplication of a stream as long as Alpaca's: data_gen.dedup, and beside it all pairs by rapidfuzz.
 
-    OMP_NUM_THREADS=1 python -m scripts.dedup_speed --json benchmarks/dedup.json
-    OMP_NUM_THREADS=1 python -m scripts.dedup_speed --rows alpaca.json --json benchmarks/dedup.json
+    OMP_NUM_THREADS=1 python -m scripts.speed.dedup --json benchmarks/dedup.json
+    OMP_NUM_THREADS=1 python -m scripts.speed.dedup --rows alpaca.json --json benchmarks/dedup.json
 
 The two take turns in one run and must make the same decisions: which texts are dropped, and for which kept one each.
 Instructions as many as Alpaca's are not at hand, so the stream is made of those of --rows: whole ones, and beginnings
@@ -29,7 +29,7 @@ from rapidfuzz.distance import Indel
 from data_gen.base.cli import read_rows
 from data_gen.dedup import Deduplicator, Numbers, tokenize
 
-SEED_TASKS = Path(__file__).parent.parent / "data_gen" / "seed_tasks.jsonl"
+SEED_TASKS = Path(__file__).parents[2] / "data_gen" / "seed_tasks.jsonl"
 BLOCK = 512  # texts a call of cdist: 100 MB of scores
 RATE = 0.9  # up to this share of a text's words is replaced
 PART = re.compile(r"\w+|\W+")
@@ -175,7 +175,7 @@ def main():
     print(json.dumps(result, indent=1), flush=True)
     result["all_pairs"] = turns(texts[: args.n], args.rounds)
 
-    from scripts.cpu_speed import cpu_name  # last: it brings torch, whose memory is not what is measured
+    from scripts.speed.cpu_step import cpu_name  # last: it brings torch, whose memory is not what is measured
 
     result |= {
         "cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "load_average": load, "rounds": args.rounds,

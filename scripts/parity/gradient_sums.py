@@ -1,6 +1,6 @@
 """What summing gradients over micro-batches in bf16 costs, against sums in fp32 of the very same products.
 
-    python -m scripts.accumulation --json benchmarks/accumulation.json
+    python -m scripts.parity.gradient_sums --json benchmarks/accumulation.json
 
 SmolLM2-135M in bf16, one step's rows cut into 1, 2, ... micro-batches. The kernels' autograd functions run on their
 operators' CPU twins, and the products dy.T @ x of every weight are summed three ways: into a bf16 gradient in the
@@ -26,7 +26,7 @@ from engine.formats.source import open_source
 from engine.model.llama import new_model
 from engine.text.tokenizer import load_tokenizer
 
-SEED_TASKS = Path(__file__).parent.parent / "data_gen" / "seed_tasks.jsonl"
+SEED_TASKS = Path(__file__).parents[2] / "data_gen" / "seed_tasks.jsonl"
 OPS = ("attention", "documents", "linear_add", "linear_cross_entropy", "rms_norm", "swiglu")
 
 

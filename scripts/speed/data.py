@@ -1,7 +1,7 @@
 """How long data takes before and between the steps: tokenised once, mapped after that, packed a step at a time.
 
-    python -m scripts.data_speed --json benchmarks/data_speed.json
-    python -m scripts.data_speed --rows alpaca.json --tokenizer FOLDER --json benchmarks/data_speed.json
+    python -m scripts.speed.data --json benchmarks/data_speed.json
+    python -m scripts.speed.data --rows alpaca.json --tokenizer FOLDER --json benchmarks/data_speed.json
 
 The rows are repeated to 52,002, each copy with other sentences, since Alpaca itself is not at hand. Such rows have the
 lengths of those that they are made of; what Alpaca's own lengths make of packing is measured on rows of random tokens
@@ -32,9 +32,9 @@ from engine.formats.find import embedded_gguf
 from engine.model.config import FinetuneConfig
 from engine.text.tokenizer import load_tokenizer
 from engine.training.prepare import SEED_TASKS, read_tables
-from scripts.cpu_speed import cpu_name
+from scripts.speed.cpu_step import cpu_name
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 N_ROWS, BATCH, MAX_LENGTH, ALIGN = 52_002, 128, 512, 64  # Alpaca's rows and recipe; ALIGN as on a GPU
 BUDGETS = (4096, 8320, 16384)
 SENTENCE = re.compile(r"\S.*?(?:[.!?\n]+\s*|$)", re.DOTALL)

@@ -1,8 +1,8 @@
 """Where the time of a training step goes: its kernels by kind, the gaps between them, and whether the host ever waits.
 
-    python -m scripts.step_profile [--only NAME ...] [--json FILE] [--minutes M] [--smoke]
+    python -m scripts.step.breakdown [--only NAME ...] [--json FILE] [--minutes M] [--smoke]
 
-torch.profiler watches steps of scripts.step_bench in their steady state. A kernel's kind is that of the operator which
+torch.profiler watches steps of scripts.step.bench in their steady state. A kernel's kind is that of the operator which
 launched it, the innermost one that KINDS knows; what library GEMMs are called decides before that. Gaps are the time
 from the step's first kernel to the next step's in which the computing stream runs none. On a CPU the same is made of
 what each operator takes itself. Part of scripts.gpu_report.
@@ -21,8 +21,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from kernels.bench import GPU
-from scripts.step_bench import TOY_TOKENS, VARIANTS, Steps
-from scripts.step_common import Records, in_processes, parse, within_memory
+from scripts.step.bench import TOY_TOKENS, VARIANTS, Steps
+from scripts.step.common import Records, in_processes, parse, within_memory
 
 PROFILED = ("llama-7b", "tinyllama-1.1b")
 TOP = 15
@@ -249,7 +249,7 @@ def measure(name: str, smoke: bool) -> dict:
 
 
 def part(report, run):
-    in_processes(report, run, "profile", "scripts.step_profile", PROFILED[:1] if report.smoke else PROFILED)
+    in_processes(report, run, "profile", "scripts.step.breakdown", PROFILED[:1] if report.smoke else PROFILED)
 
 
 def table(found: dict) -> list[str]:
@@ -276,7 +276,7 @@ def table(found: dict) -> list[str]:
 
 
 def main(argv=None):
-    args = parse("scripts.step_profile", __doc__, list(PROFILED), argv)
+    args = parse("scripts.step.breakdown", __doc__, list(PROFILED), argv)
     records = Records(args.json, args.minutes)
     for name in args.only:
         records.attempt(name, partial(measure, name, args.smoke))

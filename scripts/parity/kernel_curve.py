@@ -1,6 +1,6 @@
 """One loss curve: a small model fine-tuned in fp32 through our kernels and through their references, step by step.
 
-    python -m scripts.kernel_parity --json benchmarks/kernel_parity.json
+    python -m scripts.parity.kernel_curve --json benchmarks/kernel_parity.json
 
 On a GPU the kernels themselves; elsewhere the same code in Triton's interpreter.
 """

@@ -1,13 +1,13 @@
 """What one card tells of ranks: the cost of FSDP2, that of a state which is written meanwhile, and that both are right.
 
-    python -m scripts.rank_bench [--only NAME ...] [--json FILE] [--minutes M] [--smoke]
+    python -m scripts.step.ranks [--only NAME ...] [--json FILE] [--minutes M] [--smoke]
 
-one rank   scripts.step_bench's step of a model that engine.distributed.world.shard() cut over one rank, over the plain step.
+one rank   scripts.step.bench's step of a model that engine.distributed.world.shard() cut over one rank, over the plain step.
            A run of one rank never shards: this is what FSDP2 itself takes, beside what goes over wires. At this size
            it copies what it would gather and reduce, so NCCL carries nothing. Blocks of both alternate, each from
            fresh weights, as two models of 7B do not fit a card; a ratio is that of two neighbours' median steps.
 saves      steps while engine.output.checkpoint.Saver writes their whole state, between steps of the same run without.
-checks     scripts.rank_checks: losses, norms and states of one rank against none, and of two ranks on one card.
+checks     scripts.step.rank_checks: losses, norms and states of one rank against none, and of two ranks on one card.
 
 What was wrong is recorded as failed, without a time. Part of scripts.gpu_report.
 """
@@ -23,9 +23,18 @@ from pathlib import Path
 from engine.output import checkpoint
 from engine.training.micro_batch_size import is_out_of_memory
 from kernels.bench import DEVICE, free
-from scripts.rank_checks import BACKEND, about, at_hand, block, check_one_rank, check_two_ranks, one_rank, same_curve
-from scripts.step_bench import Steps, Variant
-from scripts.step_common import ALPACA_ROWS, ROWS, Records, card, in_processes, line, parse, shape, speed
+from scripts.step.bench import Steps, Variant
+from scripts.step.common import ALPACA_ROWS, ROWS, Records, card, in_processes, line, parse, shape, speed
+from scripts.step.rank_checks import (
+    BACKEND,
+    about,
+    at_hand,
+    block,
+    check_one_rank,
+    check_two_ranks,
+    one_rank,
+    same_curve,
+)
 
 EPOCH = -(-ALPACA_ROWS // ROWS)  # steps
 MEMORY = "/dev/shm"
@@ -208,7 +217,7 @@ SMOKE = ("checks, one rank", "tinyllama-1.1b, one rank", "tinyllama-1.1b, saves"
 
 
 def part(report, run):
-    in_processes(report, run, "ranks", "scripts.rank_bench", SMOKE if report.smoke else VARIANTS)
+    in_processes(report, run, "ranks", "scripts.step.ranks", SMOKE if report.smoke else VARIANTS)
 
 
 def table(found: dict) -> list[str]:
@@ -246,7 +255,7 @@ def text(r: dict) -> str:
 
 
 def main(argv=None):
-    args = parse("scripts.rank_bench", __doc__, list(VARIANTS), argv)
+    args = parse("scripts.step.ranks", __doc__, list(VARIANTS), argv)
     records = Records(args.json, args.minutes)
     for name in args.only:
         records.attempt(name, partial(VARIANTS[name], smoke=args.smoke, spent=records.spent))

@@ -1,7 +1,7 @@
 """Writes docs/kernels.md from benchmarks/static.json and the kernels' own docstrings.
 
-python -m scripts.render_static            writes it
-python -m scripts.render_static --check    exits 1 when it says something else
+python -m scripts.pages.kernels            writes it
+python -m scripts.pages.kernels --check    exits 1 when it says something else
 """
 
 import ast
@@ -9,13 +9,13 @@ import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RECORDS, DOC = ROOT / "benchmarks" / "static.json", ROOT / "docs" / "kernels.md"
 CHIPS = ("sm_80", "sm_90", "sm_100")
 
 HEAD = """# What the kernels are on each chip
 
-Made by `python -m scripts.render_static`; do not edit. Every configuration that ships was compiled for {chips} by the
+Made by `python -m scripts.pages.kernels`; do not edit. Every configuration that ships was compiled for {chips} by the
 static gate (`python -m kernels.static`), without a GPU, and its machine code read. Nothing here is a time: those are
 `python -m kernels.bench`'s to measure.
 
@@ -106,7 +106,7 @@ def main():
         DOC.parent.mkdir(exist_ok=True)
         DOC.write_text(new)
     elif not DOC.exists() or DOC.read_text() != new:
-        sys.exit("docs/kernels.md is not what benchmarks/static.json says; run python -m scripts.render_static")
+        sys.exit("docs/kernels.md is not what benchmarks/static.json says; run python -m scripts.pages.kernels")
 
 
 if __name__ == "__main__":

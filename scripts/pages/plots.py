@@ -1,6 +1,6 @@
 """Pictures of the kernels from a file that scripts.gpu_report or kernels.bench wrote. Needs matplotlib (extra "plots").
 
-python -m scripts.plots benchmarks/DEVICE.json --out docs/img
+python -m scripts.pages.plots benchmarks/DEVICE.json --out docs/img
 """
 
 import argparse
@@ -27,7 +27,7 @@ def ceilings(parts):
 
 def main():
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.plots", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m scripts.pages.plots", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("json", help="the file with the figures")
     parser.add_argument("--out", default="docs/img", help="folder for the pictures (docs/img)")

@@ -1,7 +1,7 @@
 """Writes docs/ranks.md: what several cards send each other in a step, what computing hides of it, and what a run costs.
 
-python -m scripts.render_ranks            writes it
-python -m scripts.render_ranks --check    exits 1 when it says something else
+python -m scripts.pages.ranks            writes it
+python -m scripts.pages.ranks --check    exits 1 when it says something else
 
 Every number is engine.estimate's, projected: none was measured on several cards.
 """
@@ -30,14 +30,14 @@ from engine.planning.memory import layout_name, traffic
 from engine.planning.tables import duration
 from engine.planning.workload import alpaca_mix
 
-DOC = Path(__file__).parent.parent / "docs" / "ranks.md"
+DOC = Path(__file__).parents[2] / "docs" / "ranks.md"
 GPUS, CARDS, SHAPES, STATES = 8, ("A100-80", "H100"), ("llama-7b", "llama-13b"), ("fp32", "8bit")
 LAYOUTS = (1, 2, 4, 8)  # replicas
 ROWS = EstimateConfig("llama-7b").global_batch_size
 
 HEAD = """# Several cards: the communication plan
 
-Made by `python -m scripts.render_ranks`; do not edit. **Everything here is projected**: no run on several GPUs was
+Made by `python -m scripts.pages.ranks`; do not edit. **Everything here is projected**: no run on several GPUs was
 measured. Bytes are exact (a test counts FSDP2's collectives); seconds are bytes over the rate that a link is assumed to
 reach, and arithmetic over the rate that a card is assumed to reach. `python -m engine.estimate --gpus N` says the same
 of any model, card and layout.
@@ -295,7 +295,7 @@ def main():
         DOC.parent.mkdir(exist_ok=True)
         DOC.write_text(new)
     elif not DOC.exists() or DOC.read_text() != new:
-        sys.exit("docs/ranks.md is not what the estimate says; run python -m scripts.render_ranks")
+        sys.exit("docs/ranks.md is not what the estimate says; run python -m scripts.pages.ranks")
 
 
 if __name__ == "__main__":

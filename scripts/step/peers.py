@@ -1,8 +1,8 @@
 """The same training step by what others use today: transformers, liger-kernel, torch.compile.
 
-    python -m scripts.step_peers [--only NAME ...] [--json FILE] [--minutes M] [--smoke]
+    python -m scripts.step.peers [--only NAME ...] [--json FILE] [--minutes M] [--smoke]
 
-Rows, global batch, clipping and learning rate are scripts.step_bench's; weights and AdamW states are in bf16, which is
+Rows, global batch, clipping and learning rate are scripts.step.bench's; weights and AdamW states are in bf16, which is
 less than our fp32 master holds, and torch's AdamW is fused. A peer gets what favours it: a step's rows sorted by
 length, so that padding is least; the largest power of two rows in a micro-batch that fits; a record without gradient
 checkpointing and one with it. liger-kernel patches transformers for good, so each has a process of its own. Part of
@@ -19,7 +19,7 @@ import torch
 
 from engine.training.run_ahead import Mark
 from kernels.bench import DEVICE, GPU, installed
-from scripts.step_common import (
+from scripts.step.common import (
     DTYPE,
     Records,
     alpaca_rows,
@@ -211,7 +211,7 @@ SMOKE = ("llama-7b, transformers", "llama-7b, transformers + liger", "llama-7b, 
 def part(report, run):
     """Every peer in a process of its own, and what ours does in this run over what it does."""
     for name in SMOKE if report.smoke else PEERS:
-        in_processes(report, run, "peers", "scripts.step_peers", [name])
+        in_processes(report, run, "peers", "scripts.step.peers", [name])
         compare(report.result["parts"])
         report.save()
 
@@ -236,7 +236,7 @@ def table(found: dict) -> list[str]:
 
 
 def main(argv=None):
-    args = parse("scripts.step_peers", __doc__, list(PEERS), argv)
+    args = parse("scripts.step.peers", __doc__, list(PEERS), argv)
     records = Records(args.json, args.minutes)
     for name in args.only:
         records.attempt(name, partial(measure, name, args.smoke, records.spent))

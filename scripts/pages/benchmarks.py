@@ -1,15 +1,15 @@
 """Writes README's figures from benchmarks/*.json, so that no number there is typed by hand.
 
-python -m scripts.render_benchmarks            writes them
-python -m scripts.render_benchmarks --check    exits 1 when README says something else
+python -m scripts.pages.benchmarks            writes them
+python -m scripts.pages.benchmarks --check    exits 1 when README says something else
 """
 
 import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-START, END = "<!-- figures: made by scripts/render_benchmarks.py -->\n", "<!-- /figures -->"
+ROOT = Path(__file__).parents[2]
+START, END = "<!-- figures: made by scripts/pages/benchmarks.py -->\n", "<!-- /figures -->"
 
 
 def parity(figures):
@@ -262,7 +262,7 @@ def main():
     if "--check" in sys.argv:
         if new != readme:
             sys.exit(
-                "README.md: its figures are not those of benchmarks/*.json; run python -m scripts.render_benchmarks"
+                "README.md: its figures are not those of benchmarks/*.json; run python -m scripts.pages.benchmarks"
             )
         return
     (ROOT / "README.md").write_text(new)

@@ -1,6 +1,6 @@
 """One loss curve: SmolLM2-135M fine-tuned by transformers and by us, the same rows, step by step.
 
-    python -m scripts.parity --data alpaca.json --json benchmarks/parity.json
+    python -m scripts.parity.loss_curve --data alpaca.json --json benchmarks/parity.json
 
 fp32 on CPU, the order of the file, 20 steps of 8 rows. Ours runs through its command line at several micro-batch sizes.
 """
@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from engine.data.rows import read_rows
-from scripts.peers import TransformersLoop, masked
+from scripts.parity.transformers_loop import TransformersLoop, masked
 
 
 def ours(data, out, args, micro):

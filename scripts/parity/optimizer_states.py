@@ -1,6 +1,6 @@
 """AdamW's 8-bit states against fp32 ones: SmolLM2-135M fine-tuned on a CPU, the same steps, one curve for each.
 
-    python -m scripts.optimizer_parity --json benchmarks/optimizer_parity.json
+    python -m scripts.parity.optimizer_states --json benchmarks/optimizer_parity.json
 
 Weights are fp32, so that the states alone differ. The final loss is the mean over the last steps, a tenth of all.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 STATES = ("fp32", "8bit")
-SEED_TASKS = Path(__file__).parent.parent / "data_gen" / "seed_tasks.jsonl"
+SEED_TASKS = Path(__file__).parents[2] / "data_gen" / "seed_tasks.jsonl"
 
 
 def curve(states, out, args):

@@ -1,6 +1,6 @@
 """Our training step at the shapes of real models, on rows of Alpaca's lengths: speed, memory, MFU of every mode.
 
-    python -m scripts.step_bench [--only NAME ...] [--json FILE] [--minutes M] [--smoke]
+    python -m scripts.step.bench [--only NAME ...] [--json FILE] [--minutes M] [--smoke]
 
 The pieces are engine.finetune's, put together as its loop does: packed micro-batches from a thread, gradients that add
 up in the GEMMs, clipping at 1.0, an update that the device can call off, figures read a step late. Weights are random.
@@ -24,7 +24,7 @@ from engine.training.optimizer import AdamW, lr_factor
 from engine.training.prepare import ALIGN
 from engine.training.run_ahead import Feeder, Figures, Mark
 from kernels.bench import DEVICE, GPU, IMPL
-from scripts.step_common import (
+from scripts.step.common import (
     ALPACA_ROWS,
     DTYPE,
     EPOCHS,
@@ -218,7 +218,7 @@ SMOKE = (MAIN, "tinyllama-1.1b, references")
 
 def part(report, run):
     """Every variant, and the whole fine-tune at the pace of the main one."""
-    in_processes(report, run, "step", "scripts.step_bench", SMOKE if report.smoke else VARIANTS)
+    in_processes(report, run, "step", "scripts.step.bench", SMOKE if report.smoke else VARIANTS)
     measured = {r["name"]: r for r in report.result["parts"]["step"]["records"] if "tokens_per_s" in r}
     found = [projection(measured[name], card()) for name in (MAIN, UNSHARED) if name in measured]
     report.put("step", projections=found)
@@ -236,7 +236,7 @@ def table(found: dict) -> list[str]:
 
 
 def main(argv=None):
-    args = parse("scripts.step_bench", __doc__, list(VARIANTS), argv)
+    args = parse("scripts.step.bench", __doc__, list(VARIANTS), argv)
     records = Records(args.json, args.minutes)
     for name in args.only:
         records.attempt(name, partial(measure, VARIANTS[name], args.smoke, records.spent))

@@ -1,7 +1,7 @@
 """docs/faults.md: what can go wrong, what is expected, and what the test that makes it go wrong observed.
 
-python -m scripts.render_faults            runs the tests and writes the page
-python -m scripts.render_faults --check    exits 1 where the page names a test that is not there
+python -m scripts.pages.faults            runs the tests and writes the page
+python -m scripts.pages.faults --check    exits 1 where the page names a test that is not there
 """
 
 import argparse
@@ -14,7 +14,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "faults.md"
 WAITS = "waits for the server"  # what nothing can be tested of yet: there is no engine.serve
 F, C, R, W, D = "test_faults.py", "test_checkpoint.py", "test_rows.py", "test_weights.py", "test_distributed.py"
@@ -144,7 +144,7 @@ def observe():
 def page(found):
     lines = [
         "# What can go wrong", "",
-        "Made by `python -m scripts.render_faults`, which runs the tests named here "
+        "Made by `python -m scripts.pages.faults`, which runs the tests named here "
         f"({time.strftime('%Y-%m-%d')}, Python {platform.python_version()}, {platform.machine()}).", "",
         "| # | fault | expected | test | observed |", "|---|---|---|---|---|",
     ]  # fmt: skip

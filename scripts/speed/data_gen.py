@@ -1,6 +1,6 @@
 """A dataset as large as Alpaca's, built from a server that fails on purpose: what it takes, and what kill -9 changes.
 
-    python -m scripts.data_gen_scale --json benchmarks/data_gen.json
+    python -m scripts.speed.data_gen --json benchmarks/data_gen.json
 
 tests/openai_server.py answers, in a process of its own. Three runs of data_gen.generate, which must give one dataset
 byte for byte: one that is let alone, one that is killed (SIGKILL) at random moments and given again each time, one in
@@ -28,9 +28,9 @@ from data_gen.api.ledger import Ledger
 from data_gen.api.prompt import Prompter, read_seed_tasks
 from data_gen.rows import curator as curate
 from data_gen.rows.curator import Curator
-from scripts.data_speed import cpu_name
+from scripts.speed.data import cpu_name
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 PRICES = ("--price-in", "0.10", "--price-out", "0.40")
 ANSWERS = {"truncated": 0.03, "malformed": 0.01, "refusal": 0.005, "content_filter": 0.005, "wrong_schema": 0.01}

@@ -27,7 +27,7 @@ from engine.planning.cards import PRICES_OF, card_named
 from engine.training.micro_batch_size import is_out_of_memory
 from kernels.bench import GPU, free, write_json
 
-LENGTHS = Path(__file__).parent.parent / "benchmarks" / "alpaca_lengths.json"
+LENGTHS = Path(__file__).parents[2] / "benchmarks" / "alpaca_lengths.json"
 ROWS, MAX_LENGTH = 128, 512  # of a step; tokens a row is cut at
 ALPACA_ROWS, EPOCHS = 52_002, 3
 DTYPE = torch.bfloat16 if GPU else torch.float32

@@ -1,6 +1,6 @@
 """Fine-tuning SmolLM2-135M on a CPU: our step against the transformers loop, in one run, as a ratio.
 
-    python -m scripts.cpu_speed --json benchmarks/cpu_speed.json
+    python -m scripts.speed.cpu_step --json benchmarks/cpu_speed.json
 
 Both get the dtype and thread count that a probe finds best, and we the micro-batch. The loop is timed twice: padded, at
 the micro-batch of Stanford's command (4 rows), and at the size that a probe finds best for it, which may be 1, where
@@ -31,12 +31,12 @@ from engine.formats.source import open_source
 from engine.model.llama import new_model
 from engine.text.tokenizer import load_tokenizer
 from engine.training.optimizer import AdamW
-from scripts.peers import TransformersLoop, masked
+from scripts.parity.transformers_loop import TransformersLoop, masked
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LR = 1e-5
 PADDED = 4  # rows: --per_device_train_batch_size of Stanford's command
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SEED_TASKS = ROOT / "data_gen" / "seed_tasks.jsonl"
 
 

@@ -1,0 +1,1 @@
+"""Proofs that the maths is the peers': loss curves against transformers and against our references."""

@@ -1,0 +1,1 @@
+"""Speeds that a CPU can measure."""
