@@ -39,7 +39,12 @@ from kernels.bench import DEVICE, GPU, ceilings, flusher, line, machine, missing
 from kernels.measure.cases import full, toy
 
 ROOT = Path(__file__).parent.parent
-TESTS = ("kernels", "attention", "rms_norm", "rope", "swiglu", "linear_cross_entropy", "adamw", "model", "step")
+TESTS = {  # name in the report: file
+    **{name: f"tests/kernels/ops/test_{name}.py" for name in (
+        "references", "attention", "rms_norm", "rope", "swiglu", "linear_cross_entropy", "adamw"
+    )},
+    "llama": "tests/engine/model/test_llama.py", "run_ahead": "tests/engine/training/test_run_ahead.py",
+}  # fmt: skip
 TOKENS = (4096, 8192, 16384)  # of a micro-batch
 CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu", "power.draw", "power.limit")
 TEST_LIMIT_S = 180  # of one test file
@@ -102,12 +107,12 @@ def measure_ceilings(report):
 
 def kernel_tests(report):
     """Each test file on the device in a process of its own: counts, and the first line of every failure."""
-    names = [name for name in TESTS if (ROOT / "tests" / f"test_{name}.py").exists()]
+    names = list(TESTS)
     only = ["-k", "rms_norm"] if report.smoke else []
     for name in names[:1] if report.smoke else names:
-        if report.take(f"tests/test_{name}.py"):
+        if report.take(TESTS[name]):
             limit = min(TEST_LIMIT_S, max(20, report.left()))
-            report.put("tests", **{name: run_tests(f"tests/test_{name}.py", only, limit)})
+            report.put("tests", **{name: run_tests(TESTS[name], only, limit)})
 
 
 def run_tests(path, only, limit):
@@ -187,7 +192,7 @@ def run(command, limit, every=lambda: None, **options):
 
 
 STEP_PARTS = {  # whose processes are their own
-    "step": "step_bench", "profile": "step_profile", "peers": "step_peers", "ranks": "rank_bench"
+    "step": "step.bench", "profile": "step.breakdown", "peers": "step.peers", "ranks": "step.ranks"
 }  # fmt: skip
 
 
@@ -270,7 +275,7 @@ def table(result):
         if isinstance(figures, dict):
             ended = f"; ended {figures['ended']}" if "ended" in figures else ""
             lines.append(
-                f"tests/test_{name}.py: {figures['passed']} passed, {figures['failed']} failed, "
+                f"{TESTS[name]}: {figures['passed']} passed, {figures['failed']} failed, "
                 f"{figures['skipped']} skipped in {figures['seconds']:.0f} s{ended}"
             )
             lines += [f"    {test}: {said}" for test, said in figures["failures"].items()]

@@ -5,10 +5,7 @@ import importlib.metadata
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 
 # Tests run side by side, and threads of their own would fight. Before torch is imported.
@@ -23,19 +20,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on CPU tensors; before any of them is imported
 
-from forks import Started
-
 from kernels.ops.common import launch_table
-
-ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared" / "data"  # real data that some checkouts have beside them; tests skip without it
-
-
-def shared(name):
-    path = SHARED / name
-    if not path.exists():
-        pytest.skip(f"needs {name}, which is not part of the project")
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -74,55 +59,6 @@ def rows(tmp_path_factory):
     ]
     path.write_text(json.dumps(made))
     return path
-
-
-def command(module, *args, check=True):
-    """python -m MODULE ARGS in a process of its own, as a user would."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, *map(str, args)],
-        cwd=ROOT, capture_output=True, text=True, timeout=140, check=False, env=environment(),
-    )  # fmt: skip
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-def forked(name, *args, check=True):
-    """The same of engine.NAME, without the seconds that imports take."""
-    code = f"import sys\nfrom engine import {name}\nfrom engine.base.errors import exit_code_of\n"
-    process = Started(f"{code}sys.exit(exit_code_of({name}.main))", *args, env=environment())
-    out, err = process.communicate(timeout=140)
-    assert not check or process.returncode == 0, out + err
-    return subprocess.CompletedProcess(args, process.returncode, out, err)
-
-
-finetune, generate, export = (partial(forked, name) for name in ("finetune", "generate", "export"))
-
-
-# Python for a process of its own: act() just before the nth call of module.name.
-BEFORE_CALL = """
-def before(module, name, nth, act):
-    real, calls = getattr(module, name), [0]
-    def call(*args, **kwargs):
-        calls[0] += 1
-        if calls[0] == nth:
-            act()
-        return real(*args, **kwargs)
-    setattr(module, name, call)
-"""
-
-
-def environment():
-    return os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
-
-
-def events(out, event="train"):
-    """The lines of an output folder's metrics.jsonl that tell of one event."""
-    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == event]
-
-
-def worst(difference):
-    return difference.abs().max().item() if difference.numel() else 0.0
 
 
 @pytest.fixture

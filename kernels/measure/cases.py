@@ -66,8 +66,8 @@ class Case:
 
 
 def op(name):
-    """The module kernels.<name>: as an attribute of the package the name is the function's."""
-    return importlib.import_module(f"kernels.{name}")
+    """The module kernels.ops.<name>: as an attribute of the package the name is the function's."""
+    return importlib.import_module(f"kernels.ops.{name}")
 
 
 # ---- documents ------------------------------------------------------------------------------------------------------

@@ -17,8 +17,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "faults.md"
 WAITS = "waits for the server"  # what nothing can be tested of yet: there is no engine.serve
-F, C, R, W, D = "test_faults.py", "test_checkpoint.py", "test_rows.py", "test_weights.py", "test_distributed.py"
-G, A = "test_data_generate.py", "test_data.py"
+F, C, R, W, D = (
+    "project/test_faults.py",
+    "engine/output/test_checkpoint.py",
+    "engine/data/test_rows.py",
+    "engine/formats/test_source.py",
+    "engine/distributed/test_ranks.py",
+)
+G, A = "data_gen/test_generate.py", "engine/data/test_dataset.py"
 FAULTS = [  # fault, expected, tests
     ("kill -9 at each write point of a save", "the newest whole state resumes; temporaries go", [
         (C, "test_kill_at_every_write_point_leaves_a_whole_state"),
@@ -66,7 +72,7 @@ FAULTS = [  # fault, expected, tests
         (D, "test_a_failure_of_one_rank_is_told_once_by_that_rank"),
         (D, "test_a_rank_that_is_killed_ends_the_run_which_resumes"),
         (D, "test_a_rank_that_hangs_is_named_and_ends_the_run"), (D, "test_a_restart_by_torchrun_resumes_by_itself"),
-        ("test_launch.py", "test_two_machines_lose_one_and_then_a_rank")]),
+        ("engine/distributed/test_launch.py", "test_two_machines_lose_one_and_then_a_rank")]),
     ("NaN or Inf", "no rank updates; at most N skipped, then exit 4 with rows", [
         (F, "test_a_loss_that_is_no_number_changes_nothing_and_ends_the_run_with_4"),
         (D, "test_a_loss_that_is_no_number_on_one_rank_updates_none")]),
@@ -92,7 +98,7 @@ FAULTS = [  # fault, expected, tests
         (R, "test_a_100_mb_row_is_dropped_alone_in_little_memory"), (R, "test_nesting_up_to_the_limit")]),
     ("</s>, <s>, [PAD], <|im_end|> in text", "plain text tokens", [
         (A, "test_text_that_spells_a_special_token_stays_text")]),
-    ("an unknown flag or value", "exit 2, the nearest one suggested", [("test_cli.py", "test_bad_flags")]),
+    ("an unknown flag or value", "exit 2, the nearest one suggested", [("engine/base/test_flags.py", "test_bad_flags")]),
     ("no GPU, no Triton, no bf16", "the reference path, said once", [
         (F, "test_the_reference_path_is_said_once"), (F, "test_cuda_is_not_silently_the_cpu")]),
     ("an API's 429, 500, time-out", "retried with backoff; nothing paid twice", [
@@ -100,15 +106,15 @@ FAULTS = [  # fault, expected, tests
     ("401, quota gone, model gone", "stops at once", [
         (G, "test_what_no_retry_mends_stops_it_at_once_and_keeps_what_there_is")]),
     ("truncated output, malformed JSON, refusal", "whole items kept, counted, goes on", [
-        ("test_curate.py", "test_every_way_of_losing_a_task_is_told"),
-        ("test_curate.py", "test_an_answer_cut_off_keeps_its_whole_tasks")]),
+        ("data_gen/rows/test_curator.py", "test_every_way_of_losing_a_task_is_told"),
+        ("data_gen/rows/test_curator.py", "test_an_answer_cut_off_keeps_its_whole_tasks")]),
     ("the API key is missing", "exit 2 first; keys never logged or written", [
         (G, "test_no_key_is_told_before_anything_is_done"), (G, "test_the_key_is_nowhere")]),
     ("data_gen: kill -9 anywhere", "nothing recorded is lost or paid twice", [
         (G, "test_killed_again_and_again_it_is_the_same_dataset_and_nothing_recorded_is_asked_twice")]),
     ("the spend cap is reached", "stops, resumable", [
         (G, "test_the_cap_stops_it_and_a_larger_one_goes_on"),
-        ("test_collect.py", "test_the_cap_is_never_passed_by_a_cent")]),
+        ("data_gen/api/test_collector.py", "test_the_cap_is_never_passed_by_a_cent")]),
     ("server: a huge or slow body, bad JSON", "413, 408, 400", []),
     ("concurrent requests, disconnects", "a bounded queue, 503; generation cancelled", []),
     ("XSS in prompt or output, a foreign Origin", "text only, CSP, loopback, Origin and Host checked", []),
@@ -136,7 +142,8 @@ def observe():
         found = {}
         for case in cases:
             outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
-            key = case.get("classname").split(".")[-1] + ".py", re.sub(r"\[.*", "", case.get("name"), flags=re.S)
+            file = case.get("classname").removeprefix("tests.").replace(".", "/") + ".py"
+            key = file, re.sub(r"\[.*", "", case.get("name"), flags=re.S)
             found.setdefault(key, []).append(outcome)
     return found
 

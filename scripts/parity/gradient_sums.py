@@ -49,11 +49,11 @@ class Sums:
 def watched(sums):
     """Has the kernels' functions run on a CPU, and `sums` see their products."""
     for name in OPS:
-        module = import_module(f"kernels.{name}")
+        module = import_module(f"kernels.ops.{name}")
         if hasattr(module, "choose"):
             module.choose = lambda op, impl, x: "triton"
     for name in ("linear_add", "norm_linear", "swiglu"):
-        module = import_module(f"kernels.{name}")
+        module = import_module(f"kernels.ops.{name}")
         real = module.weight_gradient
 
         def gradient(dy, x, into, real=real):

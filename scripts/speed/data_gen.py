@@ -2,7 +2,7 @@
 
     python -m scripts.speed.data_gen --json benchmarks/data_gen.json
 
-tests/openai_server.py answers, in a process of its own. Three runs of data_gen.generate, which must give one dataset
+tests/helpers/openai_server.py answers, in a process of its own. Three runs of data_gen.generate, which must give one dataset
 byte for byte: one that is let alone, one that is killed (SIGKILL) at random moments and given again each time, one in
 batches. The server's log must show no request again whose answer was in the ledger when the run was killed.
 """

@@ -1,0 +1,280 @@
+"""What the commands of data_gen share: flags, errors of one line, exit codes, whole files, rows of a file."""
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_gen.base.cli import (
+    DataError,
+    Failure,
+    Parser,
+    Stopped,
+    UsageError,
+    exit_code_of,
+    json_line,
+    nearest,
+    read_rows,
+    write_whole,
+)  # fmt: skip
+from tests.helpers.run import ROOT
+
+
+def flags():
+    parser = Parser("thing", "Does a thing.")
+    parser.add_argument("--max-usd", type=Decimal, help="dollars")
+    parser.add_argument("--rows", type=int, default=1, help="rows, 100%% of them")
+    parser.add_argument("--extra", type=json.loads, default={}, help="fields")
+    parser.add_argument("--files", nargs="+", default=[], help="files")
+    parser.add_argument("--some-thing", default="50%", help="more")
+    parser.add_argument("--on", action=argparse.BooleanOptionalAction, default=True, help="switch")
+    parser.add_argument("--must", required=True, help="needed")
+    return parser
+
+
+def error_of(capsys, *words):
+    with pytest.raises(SystemExit) as caught:
+        flags().parse_args(["--must", "1", *words])
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+# ---- flags -----------------------------------------------------------------------------------------------------------
+
+
+def test_dashes_and_underscores_are_the_same_in_names_alone():
+    found = flags().parse_args(
+        ["--max_usd=1.5", "--must", "a_b", "--files", "x_y", "--rows", "3", "--some-thing=c_d=e_f"]
+    )
+    assert (found.max_usd, found.must, found.files, found.rows) == (Decimal("1.5"), "a_b", ["x_y"], 3)
+    assert found.some_thing == "c_d=e_f" and found.debug is False
+
+
+def test_an_unknown_flag_is_told_the_nearest(capsys):
+    assert "unknown flag --max-us; did you mean --max-usd?" in error_of(capsys, "--max_us", "5")
+    both = error_of(capsys, "--rwos=5", "--filse", "a")
+    assert "--rwos=5; did you mean --rows?" in both and "--filse; did you mean --files?" in both
+    assert "did you mean" not in error_of(capsys, "--zzzzzz")
+    assert "--debug?" in error_of(capsys, "--debgu")
+
+
+def test_a_value_without_a_flag_is_named_as_such(capsys):
+    assert "unexpected 'stray'" in error_of(capsys, "stray")
+
+
+def test_no_abbreviations(capsys):
+    assert "unknown flag --ro" in error_of(capsys, "--ro", "5")
+
+
+def test_bad_and_missing_values_are_one_line(capsys):
+    assert "--rows" in error_of(capsys, "--rows", "x\ny")
+    assert "--rows" in error_of(capsys, "--rows")
+    with pytest.raises(SystemExit) as caught:
+        flags().parse_args([])
+    assert caught.value.code == 2 and "--must" in capsys.readouterr().err
+
+
+def test_help_shows_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit) as caught:
+        flags().parse_args(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert caught.value.code == 0
+    lines = ("dollars (default: none)", "rows, 100% of them (default: 1)", "fields (default: none)")
+    lines += ("files (default: none)", "more (default: 50%)", "switch (default: on)", "came from (default: off)")
+    assert not [line for line in lines if line not in told]
+    assert "needed" in told and "needed (default" not in told
+
+
+@pytest.mark.parametrize("name", ["generate", "estimate"])
+def test_the_help_of_each_command_of_the_pipeline(name):
+    pytest.importorskip("openai")
+    pytest.importorskip("rapidfuzz")
+    text = importlib.import_module(f"data_gen.{name}").parser().format_help()
+    assert "(default: none)" in text and "(default: off)" in text and "(default: 52000)" in text
+    assert "%(" not in text
+
+
+def test_nearest():
+    assert nearest("gpt-4o-mni", ["gpt-4o-mini", "o3"]) == "; did you mean gpt-4o-mini?" and nearest("x", []) == ""
+
+
+# ---- exit codes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, code", [(Failure, 1), (UsageError, 2), (DataError, 3), (Stopped, 143)])
+def test_a_failure_is_one_line_and_its_code(capsys, kind, code):
+    def main(argv):
+        raise kind("the server said no; ask later")
+
+    assert exit_code_of(main, []) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err == "error: the server said no; ask later\n"
+
+
+def test_an_error_of_ours_names_its_kind_and_how_to_see_more(capsys):
+    assert exit_code_of(lambda argv: {}["x"], []) == 1
+    err = capsys.readouterr().err
+    assert err == "error: KeyError: 'x'; --debug shows where\n"
+
+
+@pytest.mark.parametrize("error", [DataError("row 3"), KeyError("x")])
+def test_debug_shows_where(capsys, error):
+    def main(argv):
+        raise error
+
+    exit_code_of(main, ["--debug"])
+    err = capsys.readouterr().err
+    assert "Traceback" in err and "in main" in err and err.splitlines()[-1].startswith("error: ")
+
+
+def test_success_and_interrupt(capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    assert exit_code_of(lambda argv: None, []) == 0
+    assert exit_code_of(interrupted, []) == 143 and capsys.readouterr().err == "stopped by a signal\n"
+
+
+def test_a_process_ends_with_the_code():
+    text = "from data_gen.base.cli import *\nrun(lambda argv: (_ for _ in ()).throw(DataError('\\ud800 ' + argv[0])))"
+    done = subprocess.run([sys.executable, "-c", text, "here"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", "error: \\ud800 here\n")
+
+
+# ---- whole files -----------------------------------------------------------------------------------------------------
+
+
+def chunks_that_fail(error):
+    yield "new" * 100_000
+    raise error
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("x"), KeyboardInterrupt()])
+def test_a_file_that_is_not_written_whole_leaves_the_old_one(tmp_path, error):
+    path = tmp_path / "rows.json"
+    write_whole(path, ["old"])
+    with pytest.raises(type(error)):
+        write_whole(path, chunks_that_fail(error))
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["rows.json"]
+
+
+def test_a_surrogate_that_utf8_cannot_hold_leaves_the_old_one(tmp_path):
+    path = tmp_path / "rows.json"
+    write_whole(path, ["old"])
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(path, ["new\ud800"])
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["rows.json"]
+
+
+def test_a_disk_that_is_full_leaves_the_old_one(tmp_path):
+    text = f"""
+import resource, signal
+from data_gen.base.cli import write_whole
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+write_whole({str(tmp_path / "rows")!r}, ["old"])
+try:
+    write_whole({str(tmp_path / "rows")!r}, ["new"] * 1000)
+except OSError as error:
+    print(error.errno)
+"""
+    done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "27\n" and (tmp_path / "rows").read_text() == "old" and os.listdir(tmp_path) == ["rows"]
+
+
+def test_a_file_is_synced_before_it_takes_the_old_ones_place(tmp_path, monkeypatch):
+    path, order = tmp_path / "x", []
+    real_sync, real_replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (order.append(("sync", os.fstat(fd).st_size)), real_sync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (order.append(("replace", Path(b))), real_replace(a, b)))
+    write_whole(path, ["é\n", "b\r\n"])
+    assert order == [("sync", 6), ("replace", path)] and path.read_bytes() == "é\nb\r\n".encode()
+
+
+def test_a_file_where_none_can_be(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "none" / "x", tmp_path / "file" / "x"):
+        with pytest.raises(OSError):
+            write_whole(path, ["x"])
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+# Lone surrogates of one kind: two that are a pair are one character in JSON.
+TEXTS = st.text(st.sampled_from("ab\ud800\ud999\u2028\x85\r\n\0\ufeffé\U0001f600"), max_size=6)
+VALUES = st.none() | st.booleans() | st.integers() | st.lists(TEXTS, max_size=2) | TEXTS
+
+
+@given(st.lists(st.dictionaries(TEXTS, VALUES, max_size=2), max_size=3))
+@settings(deadline=None)
+def test_rows_come_back_as_they_were(tmp_path_factory, rows):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    lines = [json_line(row) for row in rows]
+    assert all(line.count("\n") == 1 and line.endswith("\n") for line in lines)
+    write_whole(path, lines)
+    assert read_rows(path) == rows
+
+
+def test_text_is_written_as_it_is_read():
+    assert (
+        json_line({"a": "é\U0001f600"}) == '{"a": "é\U0001f600"}\n' and json_line(["é\ud800"]) == '["\\u00e9\\ud800"]\n'
+    )
+
+
+FORMS = {
+    "lines": '{"a": 1}\n{"a": "é"}\n',
+    "no end": '{"a": 1}\n{"a": "é"}',
+    "CRLF": '{"a": 1}\r\n{"a": "é"}\r\n',
+    "BOM": '\ufeff{"a": 1}\n{"a": "é"}\n',
+    "BOM and list": '\ufeff [{"a": 1},\r\n {"a": "é"}]\r\n',
+    "empty lines": '\n  \n{"a": 1}\n\n{"a": "é"}\n\n',
+    "list": '\n[{"a": 1}, {"a": "é"}]',
+}
+
+
+@pytest.mark.parametrize("text", FORMS.values(), ids=FORMS)
+def test_forms_of_a_file(tmp_path, text):
+    path = tmp_path / "rows"
+    path.write_bytes(text.encode())
+    assert read_rows(path) == [{"a": 1}, {"a": "é"}]
+
+
+def test_an_empty_file_has_no_row(tmp_path):
+    (tmp_path / "rows").write_text("")
+    assert read_rows(tmp_path / "rows") == []
+
+
+BAD = {
+    "third line": ('{"a": 1}\n\n{"a": 2,}\n', "rows:3 is not JSON"),
+    "third line, CRLF": ('{"a": 1}\r\n{"a": 1}\r\n{"a', "rows:3 is not JSON"),
+    "deep line": ('{"a": 1}\n' + '{"a":' * 100_000, "rows:2 is not JSON"),
+    "deep list": ("[" * 100_000, "rows is not JSON"),
+    "broken list": ('[{"a": 1},]', "rows is not JSON"),
+    "a row that is none": ('{"a": 1}\n"x"\n', "row 2: got str, wanted an object"),
+    "a list in a list": ("[{}, [1]]", "row 2: got list, wanted an object"),
+    "number of 5,000 digits": ("1" * 5000, "rows:1 is not JSON"),
+}
+
+
+@pytest.mark.parametrize("text, said", BAD.values(), ids=BAD)
+def test_what_is_wrong_in_a_file_and_where(tmp_path, text, said):
+    path = tmp_path / "rows"
+    path.write_bytes(text.encode())
+    with pytest.raises(DataError, match=said):
+        read_rows(path)
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    (tmp_path / "latin1").write_bytes(b'{"a": "\xe9"}')
+    for name in ("latin1", "none", ""):
+        with pytest.raises(DataError, match="cannot be read"):
+            read_rows(tmp_path / name)

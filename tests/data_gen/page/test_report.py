@@ -1,0 +1,755 @@
+"""The page about a dataset: its figures are those of the data, odd files do no harm, no text is ever markup."""
+
+import base64
+import hashlib
+import json
+import math
+import random
+import re
+import shutil
+import statistics
+import subprocess
+from collections import Counter
+from html import unescape
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import pytest
+from rapidfuzz.distance import LCSseq
+
+from data_gen.base.cli import DataError, UsageError, exit_code_of
+from data_gen.dedup import tokenize
+from data_gen.page import figures as report_figures
+from data_gen.page.figures import in_common, nearest, root, whole_bins
+from data_gen.report import main, write_report
+from tests.helpers.run import shared
+
+EVIL = """</div></section></script><script>document.title='owned'</script><img src=x onerror="alert(1)">"'&lt;"""
+VERBS = {"Write": 9, "Describe": 5, "Explain": 4, "Create": 3, "Suggest": 2}  # and how often
+NOUNS = {"story": 8, "plan": 5, "method": 3, "name": 2, "letter": 1}
+TOPICS = """bread rain bicycles night trains maps winter gardens music bridges salt markets rivers owls clocks
+    tides""".split()  # noqa: SIM905
+REASONS = {"duplicate": 60, "empty output": 20, "given text missing": 9, "url": 4, "truncated": 6, "malformed": 3}
+REASONS |= {"refusal": 1}
+
+
+def make(n=400, seed=0):
+    """Rows with provenance, lines of rejected.jsonl and a run.json that agree."""
+    rng = random.Random(seed)
+
+    def pick(weights):
+        return rng.choices(list(weights), list(weights.values()))[0]
+
+    def words(k):
+        return " ".join(rng.choice(TOPICS) for _ in range(k))
+
+    def item():
+        instruction = f"{pick(VERBS)} a short {pick(NOUNS)} about {words(rng.randint(3, 9))}."
+        given = words(int(rng.lognormvariate(2, 0.8)) + 1) if rng.random() < 0.4 else ""
+        output = rng.choice(
+            [words(int(rng.lognormvariate(4, 1)) + 1), "42", f"- {words(3)}\n- {words(2)}", f"```\n{words(4)}\n```"]
+        )
+        return {"instruction": instruction, "input": given, "output": output}
+
+    rows, lost, request = [], [], 0
+    while len(rows) < n:
+        for number in range(1, 21):
+            at = {"request": request, "item": number}
+            if rng.random() < 0.2 + 0.4 * len(rows) / n:
+                line = at | {"reason": pick(REASONS), "detail": words(3)}
+                if line["reason"] not in ("truncated", "malformed"):
+                    line |= item()
+                if line["reason"] == "duplicate" and rows:
+                    line |= {"duplicate_of": rng.choice(rows[:9])["instruction"], "similarity": rng.uniform(0.7, 1)}
+                lost.append(line)
+            else:
+                source = {
+                    "model": "gpt-4.1-mini",
+                    "prompt_sha256": "0" * 64,
+                    "response_id": "chatcmpl-1",
+                    "usd": 0.0005,
+                }
+                rows.append(item() | {"provenance": at | source})
+        request += 1
+    counts = {"requests": request + 2, "answers": request, "failed_requests": 2, "items": len(rows) + len(lost)}
+    counts |= {"kept": len(rows), "repaired": {"marker removed": 17, "number removed": 4}}
+    counts["rejected"] = dict(Counter(line["reason"] for line in lost))
+    cost = {"spent_usd": 3.21, "uncertain_usd": 0.01, "cap_usd": 5.0, "input_tokens": 345678, "output_tokens": 2345678}
+    cost |= {"usd_per_million_in": 0.4, "usd_per_million_out": 1.6, "batch": False}
+    run = {"status": "done", "started": "2025-03-01T10:00:59+00:00", "seconds": 5234.5, "counts": counts, "cost": cost}
+    run |= {
+        "settings": {"model": "gpt-4.1-mini", "rows": n, "batch": False, "seed-tasks": None},
+        "models": {"gpt-4.1-mini": request},
+    }
+    return rows, lost, run | {"versions": {"openai": "3.1.0"}}
+
+
+class Page(HTMLParser):
+    """The parsed page: tags, visible text, and whether every tag was closed."""
+
+    VOID = ("meta", "!doctype")
+
+    def __init__(self, source):
+        super().__init__()
+        self.source, self.tags, self.open, self.texts = source, [], [], []
+        self.feed(source)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.texts.append(data)
+
+    @property
+    def text(self):
+        return " ".join("".join(self.texts).split())
+
+    def section(self, key):
+        found = re.search(rf'<section><h2 id="{key}">(.*?)</section>', self.source, re.DOTALL)
+        return found[1] if found else ""
+
+    def figure(self, label):
+        """The value and the note of a key figure."""
+        found = re.search(rf"<dt>{label}</dt><dd>(.*?)</dd>", self.source)
+        return plain(found[1]) if found else None
+
+    def table(self):
+        return {
+            plain(key): plain(value) for key, value in re.findall(r"<tr><th>(.*?)</th><td>(.*?)</td></tr>", self.source)
+        }
+
+    def chart(self, title):
+        """What the bars of a histogram or the stretches of a line say: [(text, first number after its colon)]."""
+        found = re.search(
+            rf"<figure[^>]*><figcaption><div class=\"head\"><h3>{title}</h3>.*?</figure>", self.source, re.DOTALL
+        )
+        tips = re.findall(r'<g class="bin tip"><title>(.*?)</title>', found[0]) if found else []
+        return [(unescape(tip), int(re.search(r": ([\d,]+)", tip)[1].replace(",", ""))) for tip in tips]
+
+
+def plain(html):
+    return unescape(re.sub(r"<[^>]*>", "|", html)).strip("|")
+
+
+def bars(html):
+    """{name: count} and {name: share} of the bars in a piece of the page."""
+    rows = re.findall(
+        r'<span class="name">(.*?)</span>.*?<span class="n">([\d,]+) (?:<small>(.*?)</small>)?', html, re.DOTALL
+    )
+    return {unescape(a): int(n.replace(",", "")) for a, n, _ in rows}, {
+        unescape(a): unescape(share) for a, _, share in rows
+    }
+
+
+def arcs(page):
+    """{(verb, object or None): rows} of the sunburst."""
+    found = {}
+    for verb, noun, n in re.findall(r"<title>(\w+)(?: … (\w+))?: ([\d,]+) rows?", page.source):
+        found[verb, noun or None] = int(n.replace(",", ""))
+    return found
+
+
+def report(folder, rows, lost=None, run=None, name="dataset.jsonl"):
+    path = folder / name
+    path.write_text(json.dumps(rows) if name.endswith(".json") else "".join(json.dumps(row) + "\n" for row in rows))
+    for file, value in (("rejected.jsonl", lost), ("run.json", run)):
+        (folder / file).unlink(missing_ok=True)
+        if value is not None:
+            lines = "".join(json.dumps(line) + "\n" for line in value) if isinstance(value, list) else json.dumps(value)
+            (folder / file).write_text(value if isinstance(value, str) else lines)
+    out = write_report(path)
+    assert out == folder / "report.html" and not list(folder.glob(".*"))
+    page = Page(out.read_text())
+    allowed = (
+        "html head meta title style body header h1 p span nav a dl div dt dd small figure figcaption h3 output svg g"
+    )
+    allowed += (
+        " rect line text path circle section h2 ul li article details summary mark table thead tbody tr th td script"
+    )
+    assert {tag for tag, _ in page.tags} <= set(allowed.split())
+    assert sum(tag == "script" for tag, _ in page.tags) == 1
+    links = [a["href"] for tag, a in page.tags if tag == "a"]
+    assert links == [f"#{key}" for key in re.findall(r'<h2 id="(\w+)">', page.source)]
+    assert not [a for _, a in page.tags for key in a if key.startswith("on") or key in ("src", "style")]
+    assert all(a.get("aria-label") for t, a in page.tags if t == "svg" and a.get("role") == "img")
+    assert not re.search(
+        r"nan|inf\b|None", re.sub(r"<style>.*?</style>|<div class=\"text\">.*?</div>", "", page.source, flags=re.DOTALL)
+    )
+    return page
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    rows, lost, run = make()
+    return rows, lost, run, report(tmp_path_factory.mktemp("whole"), rows, lost, run)
+
+
+# ---- the figures are those of the data ------------------------------------------------------------------------------
+
+
+def test_key_figures(whole):
+    rows, lost, _, page = whole
+    inputs = [row["input"] for row in rows if row["input"]]
+    assert f"<title>dataset.jsonl: {len(rows)} rows</title>" in page.source
+    assert "· done · started 2025-03-01 10:00 UTC · took 1h 27m · gpt-4.1-mini" in page.text
+    assert page.figure("Rows") == str(len(rows))
+    assert page.figure("With input") == f"{100 * len(inputs) / len(rows):.1f}%|{len(inputs)}"
+    for label, texts in (
+        ("instruction", [row["instruction"] for row in rows]),
+        ("input", inputs),
+        ("output", [row["output"] for row in rows]),
+    ):
+        median = statistics.median(len(tokenize(text)) for text in texts)
+        assert page.figure(f"Median {label}").split("|")[0] == f"{median:g} words"
+    items = len(rows) + len(lost)
+    assert page.figure("Yield") == f"{100 * len(rows) / items:.1f}%|{len(rows)} of {items} items kept"
+    requests = 3 + max(row["provenance"]["request"] for row in rows)
+    assert page.figure("Requests") == f"{requests}|2 failed" and page.figure("Spent") == "$3.21|and $0.01 uncertain"
+    assert page.figure("Per 1,000 rows") == f"${1000 * 3.21 / len(rows):.2f}"
+
+
+def test_rejections_and_their_examples(whole):
+    _, lost, run, page = whole
+    html = page.section("rejections")
+    reasons, repaired = html.split("Repaired and kept")
+    counts, shares = bars(reasons)
+    assert counts == run["counts"]["rejected"] and list(counts.values()) == sorted(counts.values(), reverse=True)
+    assert shares["duplicate"] == f"{100 * counts['duplicate'] / len(lost):.1f}%"
+    assert bars(repaired)[0] == {"marker removed": 17, "number removed": 4} and f"{len(lost)} rejections" in reasons
+    assert "run.json counts" not in reasons
+    widths = [float(width) for width in re.findall(r'<rect class="bar" width="([\d.]+)%"', reasons)]
+    assert widths == [pytest.approx(100 * n / max(counts.values()), abs=0.3) for n in counts.values()]
+    for reason, part in re.findall(r'<span class="name">([^<]*)</span>(.*?)</details>', reasons, re.DOTALL):
+        shown = [plain(label).split(" · ") for label in re.findall(r'<span class="label">([^<]* · [^<]*)</span>', part)]
+        of = {(f"request {x['request']}", f"item {x['item']}"): x for x in lost if x["reason"] == reason}
+        assert len(shown) == part.count("<article>") == min(3, counts[reason])
+        for words in shown:
+            line = of[words[1], words[2]]
+            assert f'<div class="text">{line["detail"]}</div>' in part
+            assert words[0] == ("instruction" if "instruction" in line else "no instruction")
+            assert ("similarity" in line) == (len(words) == 4) == (line.get("duplicate_of", "no such text") in part)
+
+
+def test_lengths(whole):
+    rows, _, _, page = whole
+    for title, key in (("Instruction", "instruction"), ("Input", "input"), ("Output", "output")):
+        found = sorted(len(tokenize(row[key])) for row in rows if key != "input" or row[key])
+        bins = page.chart(title)
+        assert sum(n for _, n in bins) == len(found) and sum(n > 0 for _, n in bins) > 4
+        for tip, n in bins:
+            first, last = (
+                int(x)
+                for x in re.match(r"(\d+)(?:\u2013(\d+))? words", tip.replace(",", "")).groups(default=tip.split()[0])
+            )
+            assert n == sum(first <= value <= last for value in found)
+        part = page.section("lengths").split(f"<h3>{title}</h3>")[1].split("</figure>")[0]
+        high = next(v for v in found if sum(x <= v for x in found) >= 0.95 * len(found))
+        assert f">median {statistics.median(found):g}<" in part and f">95% up to {high}<" in part
+        assert f"longest {found[-1]:,} words" in part and ("log scale" in part) == (
+            found[-1] > 6 * statistics.median(found)
+        )
+    assert (
+        "log scale" in page.section("lengths") and f"{sum(not row['input'] for row in rows)} rows without" in page.text
+    )
+
+
+def test_rows_without_words_count_in_the_median_alone(tmp_path):
+    page = report(
+        tmp_path, [{"instruction": "Say it now.", "output": "! !"}] * 3 + [{"instruction": "Go on.", "output": "a b"}]
+    )
+    assert (
+        page.figure("Median output") == "0 words" and ">median 0<" in page.source and "3 rows of no words" in page.text
+    )
+    assert sum(n for _, n in page.chart("Output")) == 1 and page.figure("Median input").startswith("-")
+
+
+def test_a_long_tail_is_drawn_to_the_logarithm(tmp_path):
+    rows = [{"instruction": "word " * k, "output": "x"} for k in (1, 2, 3, 3, 4, 7, 60)]
+    part = report(tmp_path, rows).source.split("<h3>Instruction</h3>")[1].split("</figure>")[0]
+    left = [float(x) for x in re.findall(r'<rect class="hit" x="([\d.]+)%"', part)]
+    first = [int(x) for x in re.findall(r"<title>(\d+)", part)]
+    scale = left[3] / math.log(first[3])
+    assert left == [pytest.approx(scale * math.log(x), abs=0.01) for x in first] and len(first) > 8
+    marked = re.search(r'<line class="quantile" x1="([\d.]+)%"', part)[1]
+    assert float(marked) == pytest.approx(scale * math.log(3.5), abs=0.01)  # amid what is 3
+
+
+@pytest.mark.parametrize("values", [[1], [7] * 5, [1, 2], [3, 3, 1000], list(range(1, 400)), [1, 10**7], [250, 251]])
+def test_bins_hold_every_value_once(values):
+    bins, _ = whole_bins(values)
+    assert sum(n for _, _, n in bins) == len(values)
+    assert all(n == sum(a <= v < b for v in values) and a < b for a, b, n in bins)
+    assert all(x[1] == y[0] for x, y in pairwise(bins)) and 2 < len(bins) < 60
+
+
+def test_sunburst_counts_verbs_and_objects(whole):
+    rows, _, _, page = whole
+    pairs = Counter(
+        tuple(w.lower() for w in re.match(r"(\w+) a short (\w+)", row["instruction"]).groups()) for row in rows
+    )
+    expected = {}
+    for verb in {verb for verb, _ in pairs}:
+        of = sorted(((n, noun) for (v, noun), n in pairs.items() if v == verb), key=lambda x: (-x[0], x[1]))[:4]
+        expected |= {(verb, noun): n for n, noun in of} | {(verb, None): sum(n for n, _ in of)}
+    assert arcs(page) == expected
+    drawn = sum(n for (_, noun), n in expected.items() if noun)
+    assert f"{drawn} rows, {100 * drawn / len(rows):.1f}% of the dataset" in page.text and "heuristic" in page.text
+    assert f"found in {len(rows)} of {len(rows)} instructions; {len(rows)} have a verb" in page.text
+    table = dict(re.findall(r'<tr><th>(\w+)</th><td class="n">(\d+)</td>', page.section("content")))
+    assert {verb: int(n) for verb, n in table.items()} == Counter(verb for verb, _ in pairs.elements())
+
+
+def test_arcs_are_as_wide_as_their_counts(whole):
+    page, sweeps = whole[3], {}
+    for d, tip in re.findall(r'<path class="\w+" d="([^"]*)"><title>(.*?)</title>', page.source):
+        (x0, y0), (x1, y1) = ([float(v) - 360 for v in re.findall(r"[\d.]+", d)[i : i + 2]] for i in (2, 9))
+        sweeps[tip.split(":")[0]] = (math.atan2(x1, -y1) - math.atan2(x0, -y0)) % (2 * math.pi)
+    counts = {verb if noun is None else f"{verb} … {noun}": n for (verb, noun), n in arcs(page).items()}
+    total = sum(n for name, n in counts.items() if "…" not in name)
+    assert sweeps == {name: pytest.approx(6.28319 * n / total, abs=0.01) for name, n in counts.items()}
+
+
+def test_a_single_verb_fills_the_ring(tmp_path):
+    page = report(tmp_path, [{"instruction": "Write a poem.", "input": "", "output": "x"}] * 3)
+    assert arcs(page) == {("write", None): 3, ("write", "poem"): 3} and "A352 352 0 1 1" in page.source
+    ends = re.findall(r'd="M([\d.]+ [\d.]+)L[\d.]+ [\d.]+A.*?L([\d.]+ [\d.]+)A', page.source)
+    assert len(ends) == 2 and all(start != end for start, end in ends)  # an arc between equal points is not drawn
+
+
+def test_similarities_and_what_attracted_duplicates(whole):
+    _, lost, _, page = whole
+    like = [line["similarity"] for line in lost if "similarity" in line]
+    bins = page.chart("Rejected duplicates")
+    assert sum(n for _, n in bins) == len(like) > 30 and len(bins) == 15
+    first = sum(value < 0.72 for value in like)
+    assert bins[0] == (f"0.70\u20130.72 similarity: {first} row{'s' * (first != 1)}", first)
+    expected = Counter(line["duplicate_of"] for line in lost if "duplicate_of" in line)
+    html = page.section("duplicates").split("Most imitated")[1].split("Closest pairs")[0]
+    assert bars(html)[0] == dict(expected) and list(bars(html)[0].values()) == sorted(expected.values(), reverse=True)
+
+
+def test_near_misses_are_the_closest_pairs_under_the_limit(tmp_path):
+    rows = make(120)[0][:120]
+    page = report(tmp_path, rows)
+    codes = [tokenize(row["instruction"]) for row in rows]
+    like = {
+        (i, j): 2 * LCSseq.similarity(codes[i], codes[j]) / (len(codes[i]) + len(codes[j]))
+        for i in range(120)
+        for j in range(i)
+    }
+    best = [max(score for pair, score in like.items() if i in pair) for i in range(120)]
+    bins = page.chart("Nearest other instruction")
+    assert sum(n for _, n in bins) == 120 and bins[-1][1] == sum(score > 0.95 - 1e-6 for score in best)
+    over = sum(score > 0.7 - 1e-9 for score in best)
+    assert f"a sample of 120 rows against all. {over} of them" in page.text and over > 1
+    shown = re.findall(r'<div class="score">([\d.]+)</div>.*?>row (\d+)<.*?>row (\d+)<', page.source, re.DOTALL)
+    scores = [float(score) for score, _, _ in shown]
+    assert len(shown) == 12 and scores == sorted(scores, reverse=True) and all(score < 0.7 for score in scores)
+    assert scores[0] == round(max(score for score in like.values() if score < 0.7 - 1e-9), 3)
+    assert all(round(like[int(b) - 1, int(a) - 1], 3) == float(score) for score, a, b in shown)
+    assert len({row for _, *pair in shown for row in pair}) == 24  # each row once
+
+
+def test_a_tie_with_the_limit_is_over_it():
+    tokens = [list("abcdefg123"), list("abcdefg456"), list("abcdexyz"), list("zzzzz")]
+    best, pairs = nearest(tokens)
+    assert best[0] == pytest.approx(0.7) and all(score < 0.7 for score, _, _ in pairs)
+    assert all({a, b} != {0, 1} for _, a, b in pairs)
+
+
+def test_near_misses_of_a_sample_in_blocks(monkeypatch):
+    tokens = [tokenize(row["instruction"]) for row in make(300)[0][:300]] + [[], []]
+    whole = nearest(tokens)
+    monkeypatch.setattr(report_figures, "BLOCK_PAIRS", 2000)
+    assert nearest(tokens) == whole and len(whole[0]) == 300
+    few, pairs = nearest(tokens, most=20)
+    assert len(few) == 20 and set(few) <= set(whole[0]) and nearest(tokens, most=20) == (few, pairs)
+    assert all(score > 0 for score, _, _ in pairs)
+    assert nearest([]) == nearest([[]]) == nearest([["a"]]) == nearest([["a"], []]) == ([], [])
+
+
+def test_words_in_common_are_marked():
+    one, two = "Write a Story, about the SEA; quickly.", "Now write about a story: the sea"
+    pieces = in_common(one, two)
+    assert "".join(text for text, _ in pieces) == one
+    assert [text for text, same in pieces if same] in (
+        ["Write", "a", "Story", "the", "SEA"],
+        ["Write", "about", "the", "SEA"],
+    )
+    for text in ("İstanbul'da bir gün", "", "日本 の 話", EVIL, "a" * 50):
+        assert "".join(piece for piece, _ in in_common(text, "bir a b の")) == text
+
+
+def test_kinds_and_languages(tmp_path):
+    outputs = [
+        "42",
+        "-3.5%",
+        "yes",
+        "yes",
+        "a b",
+        "- a\n- b",
+        "1. a\n2. b\n\nc",
+        "```\nx\n```",
+        "| a | b |\n| c | d |",
+        "",
+        "- a",
+    ]
+    rows = [{"instruction": "What is the weather like in the city today?", "input": "", "output": o} for o in outputs]
+    rows += [
+        {"instruction": "Schreibe einen kurzen Text über das Wetter und die Stadt.", "output": f"nein {i}"}
+        for i in range(2)
+    ]
+    rows += [
+        {"instruction": "请写一个关于天气的故事。", "output": "好的, 一个"},
+        {"instruction": "???", "output": "! !"},
+    ]
+    page = report(tmp_path, rows, name="d.json")
+    kinds, languages = page.section("content").split("<h3>Languages</h3>")
+    assert bars(kinds)[0] == {
+        "asked as a question": 12, "output seen in another row": 2, "output of one word": 4, "output with a list": 2,
+        "output of one number": 2, "output with code (```)": 1, "output with a table": 1, "output of paragraphs": 1,
+        "output empty": 1,
+    }  # fmt: skip
+    assert bars(languages)[0] == {"English": 11, "German": 2, "Chinese": 1, "undetermined": 1}
+    assert "none found. 3 rows in other languages are left out." in page.text
+
+
+def test_yield_over_the_run(whole, tmp_path, monkeypatch):
+    rows, lost, run, _ = whole
+    monkeypatch.setattr("data_gen.report.STRETCHES", 10)
+    page = report(tmp_path, rows, lost, run)
+    tips = page.chart("Rows per request")
+    numbers = [[int(n) for n in re.findall(r"(\d+) (?:kept,|duplicates|rejected)", tip)] for tip, _ in tips]
+    same = sum("similarity" in line for line in lost)
+    assert [sum(column) for column in zip(*numbers, strict=True)] == [len(rows), same, len(lost) - same]
+    first, last = (int(n) for n in re.match(r"requests (\d+) to (\d+)", tips[2][0]).groups())
+    assert numbers[2][0] == sum(first <= row["provenance"]["request"] <= last for row in rows)
+    assert len(tips) <= 10 and last - first > 1 and page.source.count('<path class="curve') == 2
+    top = max(float(v) for v in re.findall(r'dy=".35em" text-anchor="end">(\d+)<', page.section("yield")))
+    (d,) = re.findall(r'<path class="curve " d="([^"]*)"', page.source)
+    heights = [top * (1 - float(y) / 1000) for y in re.findall(r" ([\d.]+)", d)]
+    assert heights[2] == pytest.approx(numbers[2][0] / (last - first + 1), abs=0.01 * top)
+    page = report(tmp_path, [*rows, {"instruction": "Do.", "output": "x"}])
+    assert page.source.count('<path class="curve') == 1 and "1 row without a request number left out." in page.text
+
+
+def test_cost(whole, tmp_path):
+    rows, _, run, page = whole
+    table = page.table()
+    assert table["spent"] == "$3.21" and table["uncertain"] == "$0.01" and table["cap"] == "$5.00"
+    assert table["per 1,000 rows kept"] == f"${3210 / len(rows):.2f}" and table["input tokens"] == "345,678"
+    assert table["output tokens"] == "2,345,678" and table["input price"] == "$0.40 per million tokens"
+    assert table["output price"] == "$1.60 per million tokens" and table["batch prices"] == "no"
+    assert float(table["per request"][1:]) == pytest.approx(3.21 / run["counts"]["requests"], rel=0.05)
+    assert bars(page.section("cost"))[0] == {"gpt-4.1-mini": run["counts"]["answers"]}
+    page = report(tmp_path, rows)
+    assert (
+        page.figure("Spent") == f"${0.0005 * len(rows):.2f}|sum over the rows kept" and page.figure("Requests") is None
+    )
+    assert page.figure("Per 1,000 rows") == "$0.50" and page.figure("Yield") is None
+
+
+def test_sample_shows_rows_whole(tmp_path):
+    rows = make()[0]
+    rows[0]["output"] = "word " * 500
+    page = report(tmp_path, rows)
+    numbers = [int(n) - 1 for n in re.findall(r'<span class="label">row (\d+)</span>', page.section("sample"))]
+    assert len(numbers) == 30 and numbers == sorted(set(numbers)) and numbers[-1] > 300
+    for at, card in zip(numbers, page.section("sample").split("<article>")[1:], strict=True):
+        texts = [unescape(text) for text in re.findall(r'<div class="text">(.*?)</div>', card, re.DOTALL)]
+        row = rows[at]
+        wanted = [row[key] for key in ("instruction", "input", "output") if row[key]]
+        assert card.count('<span class="label">input</span>') == bool(row["input"])
+        assert " ".join(" ".join(texts).split()) == " ".join(" ".join(wanted).split())
+    page = report(tmp_path, rows[:1])
+    assert "All rows." in page.text and re.search(r"<summary>1,9\d\d characters more</summary>", page.source)
+
+
+def test_settings(whole):
+    table = whole[3].table()
+    assert table["model"] == "gpt-4.1-mini" and table["batch"] == "no" and table["seed-tasks"] == "-"
+    assert table["openai"] == "3.1.0"
+
+
+# ---- verbs and objects ----------------------------------------------------------------------------------------------
+
+ROOTS = {
+    "Write a short story about a lonely robot.": "write story",
+    "write a haiku": "write haiku",
+    "Please suggest a few books for a child.": "suggest book",
+    "Can you explain the concept of entropy?": "explain concept",
+    "Could you please list three healthy snacks?": "list snack",
+    "Given a list of numbers, find the largest one.": "find",
+    "Given the following attributes, build a customer persona.": "build persona",
+    "In one sentence, explain photosynthesis.": "explain photosynthesis",
+    "Generate a list of ideas for a birthday party.": "generate idea",
+    "Create a set of five quiz questions on rivers.": "create question",
+    "Give me an example of a metaphor.": "give example",
+    "Tell me a joke about cats.": "tell joke",
+    "Come up with a creative tagline for a bakery.": "come tagline",
+    "Think of a new name for a café.": "think name",
+    "Fill in the blank: the sky is ___.": "fill blank",
+    "Compare and contrast the two cities.": "compare city",
+    "Summarise the article in two sentences.": "summarize article",
+    "Re-write this sentence in the passive voice.": "rewrite sentence",
+    "You are given a paragraph. Identify the main topic.": "identify topic",
+    "Your task is to classify the sentiment of the tweet.": "classify sentiment",
+    "I want you to act as a travel guide.": "act guide",
+    "Help me write an apology letter.": "write letter",
+    "Describe the following:": "describe",
+    "Sort the following list of words alphabetically.": "sort word",
+    "Write a product description for a backpack.": "write description",
+    "Create a marketing plan.": "create plan",
+    "Build a machine learning algorithm to sort mail.": "build algorithm",
+    "Compose a poem titled The Sea": "compose poem",
+    "Make a sentence using the word brave.": "make sentence",
+    "Name two European countries.": "name country",
+    "List the pros and cons of remote work": "list pros",
+    "Provide advice.": "provide advice",
+    "Find all the synonyms of happy": "find synonym",
+    "Design a logo.\nUse blue.": "design logo",
+    "Explain how a bicycle works.": "explain",
+    "Convert 5 miles to kilometers": "convert mile",
+    "Identify the children's favourite movies.": "identify movie",
+    "Rewrite the paragraph carefully": "rewrite paragraph",
+    "What is the capital of France?": "",
+    "How do I write a good resume?": "",
+    "If I have three apples, how many are left": "",
+    "The quick brown fox": "",
+    "": "",
+    "Classify the animals into groups: lion, name, list.": "classify animal",
+    "Review this author's": "review author",
+    "Write 3 hypotheses": "write hypothesis",
+    "请写一个故事": "",
+    "What happens here? Describe the scene.": "describe scene",
+    "Translate “good morning” into French": "translate morning",
+}
+
+
+@pytest.mark.parametrize("instruction", ROOTS)
+def test_root_verb_and_object(instruction):
+    assert " ".join(root(instruction)).strip() == ROOTS[instruction]
+
+
+# ---- hostile, odd and missing ---------------------------------------------------------------------------------------
+
+
+def hostile():
+    rows, lost, run = make(60)
+    for row in rows:
+        row |= {"instruction": f"Write a poem {EVIL}", "input": EVIL, "output": EVIL * 20}
+        row["provenance"]["model"] = EVIL
+    for line in lost:
+        line |= {"reason": line["reason"] + EVIL, "detail": EVIL, "instruction": EVIL, "input": EVIL, "output": EVIL}
+        line |= {"duplicate_of": EVIL, "similarity": 0.9, "item": EVIL}
+    run |= {
+        "status": EVIL,
+        "started": EVIL,
+        "settings": {EVIL: EVIL, "list": [EVIL]},
+        "models": {EVIL: 5},
+        "versions": {EVIL: EVIL},
+    }
+    run["counts"] |= {"repaired": {EVIL: 4}, "rejected": {EVIL: 2}}
+    return rows, lost, run
+
+
+def test_texts_are_never_markup(tmp_path):
+    rows, lost, run = hostile()
+    page = report(tmp_path, rows, lost, run, name=f"d{EVIL.replace('/', '')[:60]}.jsonl")
+    assert page.text.count("document.title='owned'") > 100
+    assert page.table()[EVIL] == EVIL and "<script>document" not in page.source and "<img" not in page.source
+
+
+def test_texts_that_utf_8_cannot_hold(tmp_path):
+    rows = [{"instruction": "Write \ud800 \x00 \u202e a poem", "input": "\ud800", "output": "\udfff ok"}]
+    assert "ok" in report(tmp_path, rows, [{"reason": "\ud800", "instruction": "\ud800"}]).text
+
+
+ODD = [None, "x", 3, -1, True, [], ["x"], {}, {"x": "y"}, float("nan"), float("inf"), 10**400, 1e308, ""]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: str(odd)[:8])
+def test_odd_parts_never_crash(tmp_path, odd):
+    rows, lost, run = make(40)
+    report(tmp_path, rows, lost, odd if odd == odd and not isinstance(odd, str) else {})
+    for part in run:
+        report(tmp_path, rows, None, run | {part: odd})
+    counts = {key: odd for key in run["counts"]}
+    report(tmp_path, rows, None, run | {"counts": counts, "cost": {key: odd for key in run["cost"]}})
+    inner = {"repaired": {"x": odd}, "rejected": {"x": odd}}
+    report(tmp_path, rows, None, run | {"counts": run["counts"] | inner, "models": {"m": odd}, "settings": {"s": odd}})
+    broken = [{key: odd for key in line} for line in lost[:3]]
+    broken += [lost[5] | {key: odd} for key in ("request", "reason", "similarity", "duplicate_of", "instruction")]
+    report(tmp_path, rows, broken, run)
+    rows = [
+        {key: odd for key in rows[0]},
+        rows[1] | {"provenance": {key: odd for key in rows[1]["provenance"]}},
+        {"instruction": odd},
+    ]
+    report(tmp_path, rows, lost, run)
+
+
+def test_torn_and_missing_files(tmp_path):
+    rows, lost, run = make(60)
+    text = "".join(json.dumps(line) + "\n" for line in lost[:9]) + '[1]\nnull\n\n{"reason": "du'
+    page = report(tmp_path, rows, text, "{")
+    assert bars(page.section("rejections"))[0] == Counter(line["reason"] for line in lost[:9])
+    assert "3 lines of rejected.jsonl could not be read" in page.text and not page.section("settings")
+    assert page.figure("Yield") == f"{100 * len(rows) / (len(rows) + 9):.1f}%|{len(rows)} of {len(rows) + 9} items kept"
+    page = report(tmp_path, rows, None, run)  # without rejected.jsonl the counts of run.json
+    assert bars(page.section("rejections").split("Repaired")[0])[0] == run["counts"]["rejected"]
+    assert "<details><summary>" not in page.section("rejections")
+    page = report(tmp_path, rows, lost[:-1], run)
+    assert f"{len(lost) - 1} rejections" in page.text and f"run.json counts {len(lost)}." in page.text
+    run["counts"]["kept"] = 7
+    assert (
+        page.figure("Rows") == str(len(rows))
+        and report(tmp_path, rows, lost, run).figure("Rows") == f"{len(rows)}|run.json counts 7"
+    )
+
+
+def test_a_run_of_another_kind_is_left_alone(tmp_path):
+    run = {"status": "done", "started": "2025", "config": {"lr": 1}, "model": {"name": "x"}}
+    page = report(tmp_path, make(30)[0], None, run)
+    assert "done" not in page.text and "2025" not in page.text and not page.section("settings")
+
+
+def test_no_rows_yet(tmp_path):
+    page = report(tmp_path, [])
+    assert page.figure("Rows") == "0" and page.figure("Median output") == "-" and "<section>" not in page.source
+    _, lost, run = make(40)
+    page = report(tmp_path, [], lost, run | {"status": "cap reached"})
+    assert '<span class="open">cap reached</span>' in page.source and page.section("rejections")
+
+
+def test_many_reasons_and_long_texts_stay_small(tmp_path):
+    long = "<&'\"" * 5000
+    rows = [{"instruction": f"{i} {long}", "input": long, "output": long} for i in range(200)]
+    lost = [
+        {"reason": f"{i} {long}", "detail": long, "instruction": long, "duplicate_of": f"{i}{long}", "similarity": 0.8}
+        for i in range(150)
+    ]
+    run = {
+        "counts": {"repaired": {f"{i}{long}": 3 for i in range(300)}},
+        "settings": {f"{i}{long}": long for i in range(300)},
+    }
+    page = report(
+        tmp_path, rows, lost, run | {"models": {f"{i}{long}": 2 for i in range(90)}, "cost": {"spent_usd": 1}}
+    )
+    assert len(page.source.encode()) < 2_000_000 and "characters more)" in page.text
+    counts = bars(page.section("rejections").split("Repaired")[0])[0]
+    assert len(counts) == 41 and counts["110 other reasons"] == 110
+
+
+def test_wrong_files_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"messages": []}\n')
+    with pytest.raises(DataError, match='no row has an "instruction"'):
+        write_report(path)
+    path.write_text('{"instruction": "Write.", "output": "x"}\n')
+    for out in (path, "d.jsonl", tmp_path / "run.json", tmp_path / "." / "rejected.jsonl"):
+        with pytest.raises(UsageError, match="made from"):
+            write_report(path, out)
+    with pytest.raises(UsageError, match="no folder"):
+        write_report(path, tmp_path / "missing" / "x.html")
+    assert exit_code_of(main, [str(path), "--out", str(tmp_path / "page.html")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "page.html") and (tmp_path / "page.html").exists()
+    assert exit_code_of(main, [str(tmp_path / "none.json")]) == 3 and "cannot be read" in capsys.readouterr().err
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["d.jsonl", "page.html"]
+
+
+def test_same_bytes_and_its_own_blocks_alone(whole, tmp_path):
+    rows, lost, run, page = whole
+    assert report(tmp_path, rows, lost, run).source == page.source
+    (policy,) = (a["content"] for t, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+    for kind in ("style", "script"):
+        (block,) = re.findall(rf"<{kind}>(.*?)</{kind}>", page.source, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(block.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in policy
+    assert policy.startswith("default-src 'none';") and "unsafe" not in policy
+    assert not re.search(r"https?:|url\(|@import|//[a-z]", page.source)
+
+
+def test_real_rows(tmp_path):
+    path = shared("alpaca_en_demo.json")
+    page = Page(write_report(path, tmp_path / "r.html").read_text())
+    assert page.figure("Rows") == "999" and not page.section("rejections") and not page.section("cost")
+    assert arcs(page)["rewrite", "sentence"] > 10 and len([1 for _, noun in arcs(page) if noun is None]) == 20
+
+
+# ---- in a browser ---------------------------------------------------------------------------------------------------
+
+PROBE = """<script>
+const wide = [...document.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > innerWidth + 1 ||
+  (e.matches(".text, td, th, .name, h1") && e.scrollWidth > e.clientWidth + 1));
+const scroll = document.documentElement.scrollWidth;
+console.error(`width ${innerWidth} scroll ${scroll} out ${wide.map(e => e.outerHTML)[0]}`);
+const bin = document.querySelector("g.bin"), say = () => document.querySelector("figure output").textContent;
+bin.firstElementChild.nextElementSibling.dispatchEvent(new PointerEvent("pointerover", {bubbles: true}));
+console.error("says " + (say() === bin.querySelector("title").textContent));
+document.querySelector("figure svg").dispatchEvent(new PointerEvent("pointerleave"));
+console.error("then " + (say() === ""));
+</script></body>"""
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not binary:
+        pytest.skip("no chromium on PATH")
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += " --disable-component-update --disable-sync --enable-logging=stderr --v=0 --hide-scrollbars --dump-dom"
+
+    def dump(source, width):
+        folder = tmp_path_factory.mktemp("profile")
+        (folder / "page.html").write_text(source)
+        if width < 500:  # the least that the window itself can be
+            (folder / "inner.html").write_text(source)
+            source = f'<iframe src="inner.html" width="{width}" height="900" frameborder="0"></iframe>'
+            (folder / "page.html").write_text(source)
+        command = [
+            binary,
+            *flags.split(),
+            f"--window-size={width},900",
+            f"--user-data-dir={folder}",
+            (folder / "page.html").as_uri(),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+    return dump
+
+
+def test_in_a_browser(chromium, tmp_path):
+    rows, lost, run = hostile()
+    source = report(tmp_path, rows, lost, run).source
+    dom, console = chromium(source, 1280)
+    assert console == [] and "<title>dataset.jsonl: " in dom and "<title>owned" not in dom
+    dom, console = chromium(source.replace("<h1>", "<script>document.title='owned'</script><h1>"), 1280)
+    assert "<title>owned" not in dom and any("Content Security Policy" in line for line in console)
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_sticks_out_and_charts_answer(chromium, tmp_path, width):
+    rows, lost, run = make(24)
+    rows[3]["instruction"] = rows[4]["output"] = "x" * 900  # a word without end
+    run["settings"]["y" * 300] = "z" * 300
+    source = report(tmp_path, rows, [lost[0] | {"reason": "w" * 110}, *lost], run).source
+    source = (
+        re.sub(r"<meta http-equiv[^>]*>", "", source).replace("</body>", PROBE).replace("<details", "<details open")
+    )
+    _, console = chromium(source, width)
+    assert len(console) == 3 and f"width {width} scroll {width} out undefined" in console[0], console
+    assert "says true" in console[1] and "then true" in console[2]

@@ -1,0 +1,474 @@
+# ruff: noqa: RUF001 - texts in many alphabets
+"""Every reason with defects as models write them, and with tasks that look alike and are good."""
+
+import json
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_gen.rows.defects import CHECKS, MAX_TOKENS, REASONS, REPAIRS, SCAN, SEEN, defect, tidy
+from tests.helpers.run import ROOT, shared
+
+
+def task(instruction="Name three primary colours.", input="", output="Red, yellow and blue."):
+    return {"instruction": instruction, "input": input, "output": output}
+
+
+def reason(item, language="en"):
+    found = defect(item, language)
+    return found and found[0]
+
+
+def rows_of(path):
+    text = path.read_text(encoding="utf-8")
+    return json.loads(text) if text[0] == "[" else [json.loads(line) for line in text.splitlines()]
+
+
+# Repairs
+
+
+@pytest.mark.parametrize("input", [
+    "<noinput>", "<No Input>", "noinput", "No input", "No input.", "NO INPUT REQUIRED", "(no input required)", "N/A",
+    "n/a",
+    "[N/A]", "None", "none.", "None required", "No input needed", "No additional input is required.", "Not applicable",
+    "[no input]", "- none -", "<empty>", "[null]", "-", "—", "No input provided for this task", "Input not required",
+    " <noinput>\n", "Input: N/A", "Keine Eingabe", "Aucune entrée", "无", "なし",
+])  # fmt: skip
+def test_a_marker_is_no_input(input):
+    fields, repairs = tidy(task(input=input))
+    assert fields == task() and "no-input marker" in repairs
+
+
+@pytest.mark.parametrize("input", [
+    "no", "Na", "null", "empty", "blank", "Nonetheless", "None of the guests came.", "No input devices were found.",
+    "...",
+    "nothing", "0", "N", "A", "--", "+", "No entry", "{}", "[]", "<p>none</p>", "x = None",
+])  # fmt: skip
+def test_a_text_is_no_marker(input):
+    assert tidy(task(input=input)) == (task(input=input), [])
+
+
+@pytest.mark.parametrize("written, read", [
+    ("Name five companies < noinput >", "Name five companies"),
+    ("Who is the CEO of Google? No input", "Who is the CEO of Google?"),
+    ("Generate a recipe. `<noinput>`", "Generate a recipe."),
+    ("Give an idea. noinput", "Give an idea."),
+    ("Describe a use case. (No input)", "Describe a use case."),
+    ("Describe it.\nNo input. No input.", "Describe it."),
+    ("Explain what happens when there is no input", None),
+    ("Say what the tag <noinput> means", None),
+    ("No input", None),
+])  # fmt: skip
+def test_a_marker_at_the_end_of_an_instruction(written, read):
+    assert tidy(task(written)) == ((task(read), ["no-input marker"]) if read else (task(written), []))
+
+
+@pytest.mark.parametrize("field, written, read", [
+    ("instruction", "Instruction: Name a colour.", "Name a colour."),
+    ("instruction", "3. Name a colour.", "Name a colour."),
+    ("instruction", "12) Name a colour.", "Name a colour."),
+    ("instruction", "Task 7: Name a colour.", "Name a colour."),
+    ("instruction", "### Instruction:\nName a colour.", "Name a colour."),
+    ("instruction", "**Instruction:** Name a colour.", "Name a colour."),
+    ("instruction", "4. Instruction: Name a colour.", "Name a colour."),
+    ("input", "Input: 1 2", "1 2"),
+    ("output", "Output: 3", "3"),
+    ("output", "### Response:\n3", "3"),
+    ("output", "**Output:** 3", "3"),
+    ("instruction", "3.5 times what is 7?", None),
+    ("instruction", "1984 is a novel by whom?", None),
+    ("instruction", "Taskbar icons are gone, why?", None),
+    ("instruction", "Task:", None),
+    ("input", "Inputs: 3, outputs: 4", None),
+    ("output", "1. Red\n2. Blue", None),
+    ("output", "Outputs: 3", None),
+    ("output", "Answer: 3\nReason: 1 + 2", None),
+])  # fmt: skip
+def test_labels(field, written, read):
+    fields, repairs = tidy(task() | {field: written})
+    assert fields[field] == (read or written) and repairs == (["label"] if read else [])
+
+
+def test_line_ends_and_blanks():
+    fields, repairs = tidy(task(" Name\r\na colour.\u200b\n", "\ufeff a\rb ", "\tRed\u3000"))
+    assert fields == task("Name\na colour.", "a\nb", "Red") and repairs == ["line ends", "blanks"]
+
+
+def test_repairs_are_named_in_order_and_once():
+    _, repairs = tidy(task(" 1. Instruction: a b. No input", " N/A\r\n", "Output: x"))
+    assert repairs == list(REPAIRS)
+
+
+PARTS = st.lists(
+    st.sampled_from(["Instruction:", "3.", "Task 7", ":", "No input", "<noinput>", " ", "\r\n", ".", "a", "**", "N/A"])
+)
+
+
+@given(PARTS, PARTS, PARTS)
+def test_what_was_repaired_stays(instruction, input, output):
+    once, _ = tidy(task("".join(instruction), "".join(input), "".join(output)))
+    assert tidy(once) == (once, [])
+
+
+# Defects
+
+LONG = "Keep every name in the text as it is, put each sentence on a line of its own and leave out all dates. " * 8
+LOOP = "The sea is blue and the sky is blue. " * 12
+DEFECTS = {
+    "empty instruction": [task(""), task("???"), task("..."), task(" \n")],
+    "empty output": [task(output=""), task(output=" \n"), task("Summarise it.", "A text.", "")],
+    "N/A output": [
+        task(output="N/A"), task(output="n/a."), task(output="<nooutput>"), task(output="<No output>"),
+        task(output="..."),
+        task(output="Not applicable."), task(output="N/A (no input was given)"), task(output="[Output]"),
+        task(output="TBD"),
+        task(output="Your answer here"), task(output="No output required."),
+    ],
+    "broken characters": [
+        task(output="It\ufffds fine."), task("Explain DNA\x00 please."), task(input="a\x1b[31mred"),
+        task(output="a\x7f"),
+        task(output="Itâ€™s a nice cafÃ©."), task(output="He ate crÃ¨me brulee."),
+        task(output="\x0crac{1}{2} is half."),
+        task(output="3 \times 4 = 12"), task(output="Use \text{min} here."), task(input="\ud800 and more"),
+        task(output="A \nabla B"), task(output="x \x85 y"),
+    ],
+    "short instruction": [task("Summarize"), task("Translate:", "Guten Tag"), task("好"), task("a")],
+    "long instruction": [task("Do this: " + LONG), task("word " * (MAX_TOKENS + 1)), task("字" * (MAX_TOKENS + 1))],
+    "list debris": [
+        task(", and then name a colour."), task("- Name a colour."), task(") Name a colour."), task("] Name a colour"),
+        task("# Name a colour"), task(". Name a colour."), task("• Name a colour."), task(": Name a colour."),
+        task("} Name a colour."), task("== Name a colour"),
+    ],
+    "merged examples": [
+        task(output="Red\n\n### Instruction:\nName a fruit.\n\n### Response:\nApple"),
+        task(output="Red\n\nInstruction: Name a fruit.\nInput:\nOutput: Apple"),
+        task(output='Red"}, {"instruction": "Name a fruit", "output": "Apple"'),
+        task(output="Red\n21. Instruction: Name a fruit.\nOutput: Apple"),
+        task(output="Red\n\n21. Instruction\nName a fruit."),
+        task(input="The sea.\n### Response:\nIt is blue."),
+        task("Name a colour.\n**Instruction**: Name a fruit."),
+        task(output="Red<|im_end|>\n<|im_start|>user"), task(output="Red [/INST] Blue"),
+        task(output="Red<|endoftext|>"),
+        task(output="Red\n## Instruction\nName a fruit."),
+    ],
+    "placeholder": [
+        task("Describe it.", "[attached image]"), task("What is shown here?", "<image>"), task("Caption it.",
+        "[Image]"),
+        task("Summarize it.", "[insert text here]"), task("Summarize it.", "<Article about climate change>"),
+        task("Sort it.", "[list of numbers]"), task("Edit it.", "{paragraph}"), task("Proofread it.",
+        "[Paste your essay here]"),
+        task("Classify the animal.", "cat.jpg"), task("Transcribe this.", "recording_01.mp3"),
+        task("Summarize the attached document.", "The document."), task("Rewrite it, see attached."),
+        task("Summarize this: [insert article]"), task("Summarize it.", "(a short text about dogs)"),
+    ],
+    "URL": [
+        task("Summarize https://www.nytimes.com/2021/01/02/a.html"), task("Describe the site.", "www.cnn.com"),
+        task("Who wrote this article?", "https://time.com/5798772/a-b/"),
+        task("Rate this site: http://shop.notreserved.io."),
+        task("Explain the page.", "See https://de.wikipedia.org/wiki/Hund (German)"),
+        task("Summarise it.", "https://example.com.evil.net/a"),
+    ],
+    "media task": [
+        task("Draw a cat."), task("Please draw me a picture of a sunset."), task("Create an image of a red barn."),
+        task("Generate a picture that shows a happy family."), task("Design a logo for a coffee shop."),
+        task("You need to design a suitable logo for a cafe."), task("Make a short video about recycling."),
+        task("Create a 3D model of a chair."), task("Produce an infographic about vaccines."),
+        task("Sketch a portrait of an old sailor."), task("Colorize the photo.", "An old photo of a street."),
+        task("Record a video in which you introduce yourself."), task("Play a song that makes me happy."),
+        task("Create a diagram of the water cycle."), task("Find a photo of the Eiffel Tower."),
+        task("Paint a landscape with mountains."), task("Add some background illustrations to the menu."),
+    ],
+    "missing text": [
+        task("Summarize the following article."), task("Correct the errors in the following paragraph."),
+        task("Translate the following sentence into French."), task("Rewrite the sentence in the passive voice."),
+        task("Sort the numbers below."), task("Summarise the text above in one sentence."),
+        task("Find the bug in the above code."),
+        task("Classify the given list of words."), task("Identify the tone of the given passage."),
+        task("Proofread this paragraph."), task("Complete this sentence with an example of a homophone."),
+        task("Given a paragraph, identify its main idea."), task("Please edit the text for grammar."),
+        task("How could you improve the design of the following website?"), task("Calculate the following."),
+        task("Describe the following painting in at least ten words."), task("Explain what the following code does."),
+        task("Find the average of the following set of numbers."), task("Read the passage and answer the question."),
+        task("Arrange the words given below."), task("Answer the question based on the passage below."),
+    ],
+    "copied input": [
+        task("Fix the grammar.", "She go home.", "She go home."), task("Make it formal.", "hey", " hey\n"),
+        task("Translate it into simple English.", "The contract is void.", "The contract is void."),
+    ],
+    "copied instruction": [
+        task("Name three colours.", "", "Name three colours."), task("What is a noun?", "", "what is a noun"),
+        task("Explain gravity.", "Explain gravity.", "It pulls."),
+    ],
+    "refusal": [
+        task(output="As an AI language model, I cannot feel joy."), task(output="As an AI, I don't have a favourite."),
+        task(output="I'm sorry, but as an AI language model I am unable to browse."),
+        task(output="I'm sorry, but I can't assist with that request."),
+        task(output="I’m sorry, but I can’t help with that."),
+        task(output="I am sorry, I do not have access to that data."),
+        task(output="Sorry, I cannot provide medical advice."),
+        task(output="Unfortunately, I am unable to access the article."), task(output="I cannot fulfill this request."),
+        task(output="I apologize, but I cannot generate images."), task(output="I'm unable to view the picture."),
+        task(output="I am just an AI and have no taste."),
+        task(output="It is blue. However, as an AI language model, I see none."),
+        task(output="I'm sorry, but you didn't provide the text."),
+        task(output="Please provide the text you want me to edit."),
+        task(output="Sure! Could you please share the list so that I can sort it?"),
+    ],
+    "no answer": [
+        task(output="The output should be a list of three colours."),
+        task(output="The model should name three colours."),
+        task(output="The generated poem will describe the sea."), task(output="Sample output:"),
+        task("Write one like the seed tasks."), task("Do the same as in the previous task."),
+        task(output="The output will vary, depending on the reader."),
+    ],
+    "repetition": [
+        task(output=LOOP), task(output="no! " * 80), task(output="a" * 60), task(output="Buy more milk today.\n" * 6),
+        task(output="A tale. " + "x y z w " * 40), task(output="哈" * 80),
+        task(output=" ".join(f"w{i}" for i in range(40)) + " and so on" * 40), task(output="Aaaa" + "h" * 55 + "!"),
+    ],
+    "wrong language": [
+        task("Schreibe eine kurze Geschichte über einen Hund, der schwimmen lernen will.", "",
+        "Es war einmal ein Hund."),
+        task("¿Cuáles son las principales causas de la Revolución francesa?"), task("请解释为什么天空是蓝色的。"),
+        task(output="Der Himmel ist blau, weil das Licht an der Luft gestreut wird und nicht alle Farben gleich sind."),
+        task(output="天空是蓝色的，因为大气散射阳光。"),
+    ],
+}  # fmt: skip
+GOOD = {
+    "empty instruction": [task("为什么？"), task("1 + 1 = ?"), task("¿Qué hora es?")],
+    "empty output": [task(output="0"), task(output=":)"), task(output="🙂")],
+    "N/A output": [
+        task(output="None"), task(output="None of them."), task(output="No"), task(output="-"),
+        task(output="No output"),
+        task(output="N/A stands for not applicable."), task(output="Na"), task(output="... --- ..."),
+        task(output="null"),
+    ],
+    "broken characters": [
+        task(output="a\tb\n\n\tc"), task(output="naïve café, São Paulo, Ångström, “so”"), task(output="👩‍👩‍👧 ok"),
+        task(output="\\frac{1}{2} \\times 3 \\text{ m}"), task(output="a\ttan b"), task(output="x\nequal\ty"),
+        task(output="\ttime\ttheta"), task(output="à la carte, Ã vs. ã"),
+    ],
+    "short instruction": [task("Proofread this.", "I has it."), task("Why me?")],
+    "long instruction": [task("word " * MAX_TOKENS, "", "Fine."), task("Do this.", LONG * 3, "Done.")],
+    "list debris": [
+        task('"To be or not to be" is from which play?'), task("(a + b)^2 = ? Expand it."), task("-5 + 3 = what?"),
+        task(".NET or Java: which is older?"), task("#hashtags: are they useful?"),
+        task("*args in Python: explain it."),
+        task("¿Why do Spaniards write this mark?"), task("[1, 2, 3] in Python: what type is it?"), task("$5 in cents?"),
+        task("'Affect' or 'effect'?"), task("/etc/passwd holds what?"), task("2 + 2 = ?"),
+    ],
+    "merged examples": [
+        task(output="Instructions:\n1. Boil water.\n2. Add pasta."), task(output="## Instructions\nBoil water."),
+        task(output="Input: [1, 2]\nOutput: 3"), task("Write a function.\nInput: 5\nOutput: 120"),
+        task(output="### Output\n```\n5\n```"), task(output="1. Task: sweep. 2. Task: mop."),
+        task(output="User: Hi\nAssistant: Hello"), task(output="My instruction: never give up."),
+        task("What is an instruction set?"), task(output="1. Follow every instruction: it helps."),
+    ],
+    "placeholder": [
+        task(output="Dear [Your Name],\nI enjoyed [insert event].\n[Image]"), task("Sum it.", "[1, 2, 3]"),
+        task("Explain the tag.", "<p>"), task("What does it match?", "[a-z]+"), task("Convert it.", "(a + b)"),
+        task("Rename this file.", "holiday photo.jpg"), task("What type of file is this?", "cat.jpg"),
+        task("Write an e-mail that says the report is attached."), task("Improve it.",
+        "Please see attached the invoice."),
+        task("Reply to it.", "Dear [Name], thank you for the list of words."), task("Explain the code.", "{x: 1}"),
+        task("Explain how muscles are attached to bones."),
+    ],
+    "URL": [
+        task("What is https?"), task("Explain http:// in a sentence."),
+        task("Open https://example.com/a?b=1 with curl."),
+        task("What does it print?", "curl http://localhost:8080/health"), task("Read it.", "http://127.0.0.1/a"),
+        task("Extract the domain.", "https://docs.google.com/document"), task("Explain it.", "www.shop.example/a"),
+        task("Explain it.", '<a href="https://www.w3.org">W3C</a>'), task("Explain it.",
+        "requests.get('https://a.io')"),
+        task("Make it polite.",
+        "Hi all, the new menu of the canteen is out, look at https://canteen.io/menu. There is soup "
+             "on Monday, curry on Tuesday and fish on Friday, and whoever wants to change a day tells Anna by noon."),
+        task(output="See https://www.wikipedia.org."), task("Find the path in https://www.bbc.com/a/b with a regex."),
+        task("Explain it.", "www.yourwebsite.com"), task("Mail me at bob@www.co, what is wrong?"),
+    ],
+    "media task": [
+        task("Explain what a flowchart is."), task("Describe how to draw a cat."),
+        task("Draw a conclusion from the data."),
+        task("Write a prompt for an image of a cat."), task("Write the HTML that shows a picture of a dog."),
+        task("Write alt text for a photo of a beach."), task("Draw up a table of the inner planets."),
+        task("Sketch a relaxed two-day itinerary."), task("Create a list of photo album titles."),
+        task("Generate a title for a video about bees."), task("Draw a comparison between cats and dogs."),
+        task("Paint a picture of village life in words."), task("Draw an ASCII picture of a house."),
+        task("Create an SVG logo with a circle."), task("Write a script for a video about recycling."),
+        task("What makes a logo memorable?"), task("Render this German notice in English.", "Rauchen verboten"),
+        task("How do I resize an image?"), task("Create a slogan for a photo shop."),
+        task("Give a tip for better photos."),
+        task("Design a study plan for a portrait course."), task("Play the role of a shop assistant."),
+        task("Record the minutes of the meeting.", "Anna opened it."), task("Name a painting by Monet."),
+        task("Draw a line between fact and opinion."), task("Make a photosynthesis quiz."),
+        task("Create a video game story."),
+        task("Illustrate the point with an example."), task("Create a podcast episode title."),
+    ],
+    "missing text": [
+        task("Summarize the following article.", "The sea is blue."),
+        task("Translate the following sentence: I am here."),
+        task('Rewrite the following sentence.\n"He was late."'), task("Rewrite the following sentence:\nHe was late."),
+        task("Describe the following painting Guernica in two sentences."),
+        task("Explain the following word serendipity."),
+        task('"He was late." Put the above sentence into the passive voice.'),
+        task('Put the sentence "He was late." into the passive voice.'), task("Explain the following term - entropy"),
+        task("Sort the following numbers: 3, 1, 2."), task("Sort the following numbers 3, 1, 2."),
+        task("Write a function that reverses the given string."), task("Write an algorithm to sort a given list."),
+        task("List the prime numbers below 20."), task("What are the numbers above 90 that are prime?"),
+        task("Name a country above the equator."), task("Write a story in the following week."),
+        task("What is a given name?"),
+        task("Explain the text of the First Amendment."), task("Translate the word hello into Spanish."),
+        task("Analyze the poem The Road Not Taken."), task("Summarize the story of Cinderella."),
+        task("What does the data say?"),
+        task("Given two numbers a and b, write a function that adds them."), task("Plan the following day."),
+        task("Edit the `sentence` variable."), task("Tell me a story in the style of the Brothers Grimm."),
+        task("Which of the following is a fruit: carrot or apple?"), task("How do you write the sentence of a judge?"),
+        task("Give the steps for following a recipe."), task("Describe the map of Europe in 1914."),
+    ],
+    "copied input": [
+        task("Correct it if needed.", "All is well.", "All is well."), task("Sort the words.", "a b c", "a b c"),
+        task("Make it upper case.", "abc", "ABC"), task("Add the comma.", "Yes he said.", "Yes, he said."),
+        task("Repeat it.", "a b", "a b"), task(input="", output="Red"),
+    ],
+    "copied instruction": [
+        task("Name three colours.", "", "Three colours are red, blue and green."), task("Hello there", "", "Hello"),
+        task("Say what you see.", "What do you see?", "A tree."),
+    ],
+    "refusal": [
+        task("Decline an invitation.", "", "I'm sorry, but I can't make it. I cannot help with the party."),
+        task("Write an apology.", "", "I'm sorry, I could not find the time."),
+        task(output="I can't help with getting into someone's home; it is likely to be a crime."),
+        task(output="I won't write a forged note."), task("What is an AI?", "", "As an AI, a program can learn."),
+        task("You are a chatbot. Greet me.", "", "As an AI language model, I greet you."),
+        task(output="Unfortunately, I cannot determine the angle from two sides alone."),
+        task(output="Sorry is a hard word. I cannot forget it."), task(output="Please provide feedback by Friday."),
+        task(output="As an aim, try to save more."), task(output="I am unable to sleep, he said."),
+        task(output="As an airline pilot, I fly."), task(output="I'm sorry for your loss. It takes time."),
+        task("Reply to the customer.", "My kettle broke.", "I am sorry, but I cannot give a refund yet."),
+    ],
+    "no answer": [
+        task(output="The answer depends on the country."), task(output="The model T was built by Ford."),
+        task("What should a model return?", "", "The model should return a list."), task("What is a seed?"),
+        task(output="The task is hard."), task(output="Your response was kind."),
+        task(output="The output of a sum is a number."),
+    ],
+    "repetition": [
+        task("Repeat the line.", "", LOOP), task("Say it 50 times.", "", "no! " * 80), task(output="-" * 80),
+        task(output="Row, row, row your boat,\nGently down the stream.\nRow, row, row your boat,\nMerrily, merrily."),
+        task(output="| a | b |\n|-----|-----|\n" + "".join(f"| item {i} | price {i * 7} |\n" for i in range(20))),
+        task(output="ha " * 20), task(output="The moon is up again.\n" * 3 + "The sun is gone."),
+        task(output="The moon is up again.\n" * 5 + "".join(f"The star number {i} is gone.\n" for i in range(9))),
+        task(output="x = 1\n" * 9), task(output=" ".join(str(i) for i in range(200))),
+        task(output="".join(f"{i}. Step {i}: turn the wheel by {i} degrees.\n" for i in range(9))),
+        task(output="0" * 99),
+    ],
+    "wrong language": [
+        task("Translate it into French.", "I am lost.", "Je suis perdu et je ne sais pas où est la gare."),
+        task("How do you say in German that you are lost and need help?", "",
+        "Ich bin leider verloren und brauche Hilfe."),
+        task('What does "Je ne sais pas ce que tu veux dire, mais c\'est bien" mean?', "",
+        "I do not know what you mean."),
+        task("Summarise it.", "Der Hund ist alt und will nicht mehr mit dem Kind spielen.",
+        "Der Hund ist alt und müde, und "
+             "er will nicht mehr spielen."),
+        task(output="x = [i for i in range(10)]"), task(output="Rot"), task("Olá!  Bom dia", "", "Good day."),
+        task("Name five cities in Spain.", "", "Madrid, Barcelona, Valencia, Sevilla, Zaragoza"),
+    ],
+}  # fmt: skip
+
+
+def cases(table):
+    return [pytest.param(name, item, id=f"{name}-{i}") for name in table for i, item in enumerate(table[name])]
+
+
+@pytest.mark.parametrize("name, item", cases(DEFECTS))
+def test_defects(name, item):
+    assert reason(item) == name
+
+
+@pytest.mark.parametrize("name, item", cases(GOOD))
+def test_near_misses(name, item):
+    assert defect(item) is None
+
+
+def test_every_reason_is_tested_and_explained():
+    assert list(DEFECTS) == list(GOOD) == list(REASONS) == [*CHECKS, "wrong language"]
+
+
+def test_the_first_reason_counts():
+    everything = task("Summarize", "https://a.io", "")
+    assert reason(everything) == "empty output"
+    assert reason(everything | {"output": "As an AI, I cannot."}) == "short instruction"
+    assert reason(task("Summarize the site.", "https://a.io", "As an AI, I cannot.")) == "URL"
+
+
+def test_what_was_seen():
+    assert defect(task("Summarize the\nfollowing text.")) == ("missing text", "the following text")
+    assert defect(task(output="a\ud800")) == ("broken characters", "\\ud800")
+    assert len(defect(task("Show it.", "https://a.io/" + "x" * 500))[1]) == SEEN
+
+
+def test_other_languages():
+    german = task(
+        "Schreibe eine kurze Geschichte über einen Hund, der schwimmen lernen will.", "", "Es war einmal ein Hund."
+    )
+    assert reason(german, "de") is None and reason(german, "fr") == "wrong language"
+    assert reason(task("Write a short story about a dog that wants to swim."), "de") == "wrong language"
+    assert reason(german | {"output": ""}, "de") == "empty output"
+    assert reason(german | {"output": "There was a dog that wanted to learn how to swim."}, "de") is None
+    assert reason(german | {"output": "As an AI language model, I cannot."}, "de") is None
+    assert reason(task("用一句话总结下面的文字。", "天空是蓝色的。", "天很蓝。"), "zh") is None
+    assert reason(task("Fasse ihn zusammen.", "https://spiegel.de/a", "Kurz."), "de") == "URL"
+
+
+# Real data
+
+
+def test_seed_tasks_pass():
+    rows = [{key: row[key] for key in task()} for row in rows_of(ROOT / "data_gen" / "seed_tasks.jsonl")]
+    assert len(rows) == 175
+    for row in rows:
+        assert tidy(row) == (row, []) and defect(row) is None
+
+
+def test_few_alpaca_rows_are_dropped():
+    found = [reason(tidy(row)[0]) for row in rows_of(shared("alpaca_en_demo.json"))]
+    dropped = [name for name in found if name]
+    assert 0.02 * len(found) < len(dropped) < 0.05 * len(found)
+    assert len(dropped) - dropped.count("refusal") < 0.015 * len(found)
+    assert {"refusal", "URL", "missing text", "media task"} <= set(dropped)
+
+
+def test_tasks_that_people_wrote_pass():
+    rows = rows_of(shared("user_oriented_instructions.jsonl"))
+    items = [{"instruction": row["instruction"], **row["instances"][0]} for row in rows]
+    found = [reason(tidy(item)[0]) for item in items]
+    assert len(found) - found.count(None) <= 1
+
+
+# Text that is made to hurt
+
+HOSTILE = [
+    "a ", "the following ", "draw a a a a ", "I'm sorry, I cannot ", "<a ", "[a-b ", "https://a.", "\n", " ", "' ",
+    '"', "1 ",
+    "#", "*", "Instruction:", "3. ", "no input ", "<noinput>", "的", "A.b.c.", "given a ", "the above ", "`", "…", "\t",
+    "n/a",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("part", HOSTILE)
+def test_hostile_text_takes_little_time(part):
+    text = part * (1_000_000 // len(part))
+    start = time.process_time()
+    for item in (task(text), task("Do it now.", text), task("Do it now.", "a", text), task(text, text, text)):
+        tidy(item)
+        defect(item)
+    assert time.process_time() - start < 2
+
+
+def test_defects_behind_what_is_scanned_are_not_seen():
+    words = " ".join(f"w{i}" for i in range(SCAN))
+    assert reason(task(output=words + "\ufffd")) is None
+    assert reason(task(output=words[: SCAN - 1] + "\ufffd")) == "broken characters"

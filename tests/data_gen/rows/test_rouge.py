@@ -1,0 +1,480 @@
+"""Exact ROUGE-L de-duplication, against comparing all pairs."""
+# ruff: noqa: RUF001 (texts of many scripts are the point)
+
+import json
+import random
+import re
+import sys
+from fractions import Fraction
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.helpers.run import ROOT, command, shared
+
+pytest.importorskip("rapidfuzz")
+from rapidfuzz import process
+from rapidfuzz.distance import LCSseq
+
+from data_gen import dedup
+from data_gen.base.cli import exit_code_of
+from data_gen.dedup import Deduplicator, rouge_l, tokenize
+
+# ---- the references -------------------------------------------------------------------------------------------------
+
+
+def lcs_table(a, b):
+    """Longest common subsequence, by the textbook."""
+    above = [0] * (len(b) + 1)
+    for x in a:
+        row = [0]
+        for j, y in enumerate(b):
+            row.append(above[j] + 1 if x == y else max(above[j + 1], row[j]))
+        above = row
+    return above[-1]
+
+
+def all_pairs(tokens, lcs):
+    """For each list of tokens what add returns, where lcs(i, j) is of lists i and j: from every kept list."""
+    kept, answers = [], []
+    for i, a in enumerate(tokens):
+        similar = []
+        for index, j in enumerate(kept):
+            length, total = lcs(i, j), len(a) + len(tokens[j])
+            if 20 * length >= 7 * total:
+                similar.append((-Fraction(2 * length, total) if total else -1, index))
+        answers.append(min(similar)[1] if similar else None)
+        if not similar:
+            kept.append(i)
+    return answers
+
+
+def by_table(texts):
+    tokens = [tokenize(text) for text in texts]
+    return all_pairs(tokens, lambda i, j: lcs_table(tokens[i], tokens[j]))
+
+
+def by_matrix(texts):
+    """The same for more and longer texts: rapidfuzz's LCS of lists of numbers."""
+    tokens, numbers = [tokenize(text) for text in texts], {}
+    lists = [[numbers.setdefault(token, len(numbers)) for token in row] for row in tokens]
+    lcs = process.cdist(lists, lists, scorer=LCSseq.similarity, dtype=np.int32).tolist()
+    return all_pairs(tokens, lambda i, j: lcs[i][j])
+
+
+def streamed(texts):
+    deduplicator, answers = Deduplicator(), []
+    for text in texts:
+        found, n = deduplicator.find(text), len(deduplicator)
+        answers.append(deduplicator.add(text))
+        assert found == answers[-1], "find says something else than add"
+        assert len(deduplicator) == n + (found is None), "find kept a text, or add did not"
+    assert deduplicator.texts == [text for text, found in zip(texts, answers, strict=True) if found is None]
+    return answers
+
+
+@pytest.fixture
+def rebuilds(monkeypatch):
+    """Sets how many texts are kept at the first rebuild, and how many times as many at the next."""
+
+    def set_them(first, growth=2):
+        monkeypatch.setattr(dedup, "FIRST_REBUILD", first)
+        monkeypatch.setattr(dedup, "GROWTH", growth)
+
+    return set_them
+
+
+# ---- decisions ------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def streams(draw, alphabet, joiner=" ", longest=14):
+    """Texts of a few tokens, many of them edits of earlier ones, so that many F are about 0.7."""
+    token = st.sampled_from(alphabet)
+    rows = []
+    for _ in range(draw(st.integers(1, 25))):
+        if rows and draw(st.booleans()):
+            row = list(draw(st.sampled_from(rows)))
+            for _ in range(draw(st.integers(0, 5))):
+                at = draw(st.integers(0, len(row)))
+                row[at : at + draw(st.integers(0, 2))] = draw(st.lists(token, max_size=2))
+        else:
+            row = draw(st.lists(token, max_size=longest))
+        rows.append(row)
+    return [joiner.join(row) for row in rows]
+
+
+ALPHABETS = {
+    "two": ("ab", " "),
+    "four": ("abcd", " "),
+    "thirty": ([f"w{i}" for i in range(30)], " "),
+    "chinese": ("你好世界人工智能机器学习的是", ""),
+    "japanese": ("日本語のカタカナとひらがな", ""),
+    "thai": ("กขคงจเแาำี่้", ""),
+    "hindi": (["नमस्ते", "दुनिया", "हिन्दी", "भाषा", "कि", "की", "का", "में"], " "),
+    "emoji": (["👍", "👍🏽", "❤️", "👩‍💻", "🇫🇷", "🇩🇪", "🎉", "±"], ""),
+    "mixed": (["hello", "世", "界", "🎉", "Straße", "naïve", "नमस्ते", "42", "-", "_"], " "),
+}
+
+
+@pytest.mark.parametrize("name", ALPHABETS)
+def test_decisions_on_tiny_alphabets(name, rebuilds):
+    rebuilds(3)
+
+    @given(streams(*ALPHABETS[name]))
+    @settings(deadline=None, max_examples=60, derandomize=True)
+    def check(texts):
+        assert streamed(texts) == by_table(texts)
+
+    check()
+
+
+@given(st.lists(st.sampled_from(["", " ", "...", "a", "A", "b", "a a", "a b", "你", "—", "🎉", "🎉 a"]), max_size=12))
+@settings(deadline=None, max_examples=100, derandomize=True)
+def test_nothing_and_one_token(texts):
+    assert streamed(texts) == by_table(texts)
+
+
+def test_empty_texts_are_duplicates_of_each_other_alone():
+    assert streamed(["a", "", "?!", "b", "—"]) == [None, None, 1, None, 1]
+    assert rouge_l("", "?!") == 1 and rouge_l("", "a") == 0
+
+
+def sentence(prefix, n):
+    return [f"{prefix}{i}" for i in range(n)]
+
+
+def test_exact_ties_and_one_below():
+    same = sentence("s", 7)
+    kept = same + sentence("a", 3)
+    assert streamed([" ".join(kept), " ".join(same + sentence("b", 3))]) == [None, 0]  # 14 of 20
+    assert streamed([" ".join(kept), " ".join(same[1:] + sentence("b", 4))]) == [None, None]
+    assert streamed([" ".join(kept), " ".join(same + sentence("b", 4))]) == [None, None]  # 14 of 21
+    long = sentence("s", 700)  # one token in 2,000 below the tie
+    assert streamed([" ".join(long + sentence("a", 300)), " ".join(long + sentence("b", 300))]) == [None, 0]
+    assert streamed([" ".join(long + sentence("a", 300)), " ".join(long + sentence("b", 301))]) == [None, None]
+
+
+@pytest.mark.parametrize("posted_by", ["add", "rebuild"])
+def test_every_pair_of_lengths_at_the_threshold_and_below(posted_by, rebuilds):
+    """What two texts share is what is most frequent, so the index finds it at the last place that it may look at."""
+    for m, n in product(range(1, 23), repeat=2):
+        least = -(-7 * (m + n) // 20)
+        for n_shared in {least, least - 1}:
+            if not 1 <= n_shared <= min(m, n):
+                continue
+            same = sentence("s", n_shared)
+            rebuilds(n_shared + (posted_by == "rebuild"), 100)
+            deduplicator = Deduplicator()
+            for token in same:  # no duplicates, and each makes a token of `same` more frequent
+                assert deduplicator.add(" ".join([token, *sentence(f"f{token}x", 49)])) is None
+            assert deduplicator.add(" ".join(same + sentence("a", m - n_shared))) is None
+            found = deduplicator.add(" ".join(sentence("b", n - n_shared) + same))
+            assert found == (n_shared if n_shared == least else None), (m, n, n_shared)
+
+
+def test_the_most_similar_and_of_equals_the_first():
+    words = sentence("w", 10)
+    low, high = words[:7] + sentence("a", 3), words[1:] + sentence("b", 5)  # F 0.7 and 0.75, of each other 0.5
+    short = words[:6]  # F 12/16, as 18/24 of high
+    texts = {name: " ".join(row) for name, row in (("low", low), ("high", high), ("short", short))}
+    query = " ".join(words)
+    assert streamed([texts["low"], texts["high"], query]) == [None, None, 1]
+    assert streamed([texts["high"], texts["low"], query]) == [None, None, 0]
+    assert streamed([texts["high"], texts["short"], query]) == [None, None, 0]
+    assert streamed([texts["short"], texts["high"], query]) == [None, None, 0]
+    equal = [" ".join(words[:7] + sentence("c", 3)), " ".join(words[3:] + sentence("d", 3))]
+    assert streamed([*equal, query]) == streamed([*equal[::-1], query]) == [None, None, 0]
+
+
+def test_order_of_tokens_matters():
+    words = sentence("w", 10)
+    assert streamed([" ".join(words), " ".join(words[::-1])]) == [None, None]
+    assert streamed([" ".join(words), " ".join(words[3:] + words[:3])]) == [None, 0]
+    assert streamed([" ".join(words), " ".join(words[4:] + words[:4])]) == [None, None]
+
+
+def test_repeats_count(rebuilds):
+    rebuilds(2)
+    texts = ["a " * n for n in range(1, 60)] + ["a b " * n for n in range(1, 20)] + ["b a b " * n for n in range(1, 20)]
+    random.Random(0).shuffle(texts)
+    assert streamed(texts) == by_table(texts)
+
+
+# ---- real texts -----------------------------------------------------------------------------------------------------
+
+
+def mutated(texts, n, generator):
+    """n texts: of the words of one and the rest of another, some words by others, repeated or left out."""
+    rows = [text.split() for text in texts]
+    words = [word for row in rows for word in row]
+    made = []
+    for _ in range(n):
+        a, b = generator.choice(rows), generator.choice(rows)
+        row = list(a) if generator.random() < 0.7 else a[: len(a) // 2] + b[len(b) // 2 :]
+        rate = generator.uniform(0, 0.6)
+        for at in range(len(row) - 1, -1, -1):
+            if generator.random() < rate:
+                row[at : at + 1] = generator.choice(([], [generator.choice(words)], [row[at], row[at]]))
+        made.append(" ".join(row))
+    return made
+
+
+@pytest.fixture(scope="module")
+def seed_instructions():
+    lines = (ROOT / "data_gen" / "seed_tasks.jsonl").read_text().splitlines()
+    return [json.loads(line)["instruction"] for line in lines]
+
+
+def test_a_stream_of_edits_that_crosses_rebuilds(seed_instructions, monkeypatch):
+    compared, extract_one = 0, process.extractOne
+
+    def counted(code, found, **options):
+        nonlocal compared
+        compared += len(found)
+        return extract_one(code, found, **options)
+
+    texts = mutated(seed_instructions[:60], 2400, random.Random(1))
+    expected = by_matrix(texts)
+    assert streamed(texts) == expected
+    kept = expected.count(None)
+    assert kept > 1.2 * dedup.FIRST_REBUILD * dedup.GROWTH and len(texts) - kept > 500, "too few to tell"
+
+    monkeypatch.setattr(dedup.process, "extractOne", counted)
+    deduplicator = Deduplicator()
+    assert [deduplicator.add(text) for text in texts] == expected
+    share = compared / (len(texts) * kept)  # 1.4%; 2% without one of the bounds or with new tokens last, 26% with ranks
+    assert 0.005 < share < 0.018, share  # by falling frequency
+
+
+@pytest.mark.parametrize("first, growth", [(1, 2), (2, 3), (7, 2)])
+def test_when_it_rebuilds_changes_nothing(first, growth, rebuilds, seed_instructions):
+    texts = mutated(seed_instructions[:12], 250, random.Random(first))
+    rebuilds(first, growth)
+    assert streamed(texts) == by_matrix(texts)
+
+
+@pytest.mark.parametrize("fields", [("instruction",), ("output",), ("instruction", "input", "output")])
+def test_alpaca_rows(fields, rebuilds):
+    rebuilds(100)
+    rows = json.loads(shared("alpaca_en_demo.json").read_text())
+    texts = [" ".join(row[field] for field in fields) for row in rows]
+    answers = streamed(texts)
+    assert len(answers) == 999 and answers == by_matrix(texts)
+    assert any(found is not None for found in answers) or fields != ("instruction",)
+
+
+def test_long_texts_near_the_threshold(rebuilds):
+    """Rows of hundreds of tokens, most of them repeats."""
+    rebuilds(20)
+    generator = random.Random(2)
+    words = [f"w{int(generator.paretovariate(0.6)) % 400}" for _ in range(3000)]
+    bases = [" ".join(words[at : at + generator.randrange(150, 400)]) for at in range(0, 2000, 250)]
+    texts = mutated(bases, 300, generator)
+    answers = streamed(texts)
+    assert answers == by_matrix(texts)
+    assert 50 < answers.count(None) < 290
+
+
+@pytest.mark.parametrize("end", [0xD7F0, 0x10FFF0])
+def test_more_tokens_than_characters(end, rebuilds, seed_instructions):
+    """The numbers of tokens pass the surrogates, and the last character."""
+    rebuilds(50, 100)
+    texts = mutated(seed_instructions[:20], 200, random.Random(3))
+    deduplicator = Deduplicator()
+    first = [deduplicator.add(text) for text in texts[:10]]
+    deduplicator._numbers.end = end
+    assert first + [deduplicator.add(text) for text in texts[10:]] == by_matrix(texts)
+    assert deduplicator._numbers.end > (0xE000 if end < 0xE000 else 0x110000)
+    strings = [code for code in deduplicator._codes if isinstance(code, str)]
+    "".join(strings).encode()  # raises for a surrogate
+    assert len(strings) > 10 and (end < 0xE000) == (len(strings) == len(deduplicator))
+
+
+# ---- tokens ---------------------------------------------------------------------------------------------------------
+
+
+def rouge_score_tokens(text):
+    """rouge_score.tokenize.tokenize without a stemmer."""
+    text = re.sub(r"[^a-z0-9]+", " ", text.lower())
+    return [token for token in re.split(r"\s+", text) if re.match(r"^[a-z0-9]+$", token)]
+
+
+@given(st.text(st.characters(max_codepoint=127)))
+@settings(max_examples=300, derandomize=True)
+def test_ascii_tokens_are_those_of_rouge_score(text):
+    assert tokenize(text) == rouge_score_tokens(text)
+
+
+@given(st.text(st.characters(max_codepoint=127)))
+@settings(max_examples=200, derandomize=True)
+def test_a_character_beyond_ascii_changes_no_other_token(text):
+    assert tokenize(text + " é") == [*tokenize(text), "é"]
+    assert tokenize(text + " —") == tokenize(text)
+
+
+TOKENS = {
+    "snake_case isn't 3.14": "snake case isn t 3 14",
+    "Don’t stop—NOW": "don t stop now",
+    "Café CAFE\u0301 STRASSE Straße": "café café strasse strasse",
+    "ＦＵＬＬ width ①": "full width 1",
+    "नमस्ते दुनिया, कि की": "नमस्ते दुनिया कि की",
+    "தமிழ் மொழி": "தமிழ் மொழி",
+    "Привет, МИР": "привет мир",
+    "안녕 세계": "안녕 세계",
+    "مي\u200cخواهم": "ميخواهم",
+    "क्\u200dष co\u00adop": "क्ष coop",
+    "你好, abc世界123": "你 好 abc 世 界 123",
+    "日本の「カタカナ」": "日 本 の カ タ カ ナ",
+    "ﾊﾟﾝ": "パ ン",
+    "ดี่ไป ๑๒": "ดี่ ไ ป ๑๒",
+    "မြန်မာ ខ្មែរ བོད": "မြ န် မာ ខ្ មែ រ བོ ད",
+    "👍👍🏽 🎉!": "👍 👍🏽 🎉",
+    "❤️❤": "❤ ❤",
+    "👩‍💻👩🏽‍💻": "👩‍💻 👩🏽‍💻",
+    "🇫🇷🇩🇪🇫": "🇫🇷 🇩🇪 🇫",
+    "🏴\U000e0067\U000e0062\U000e007f🏴": "🏴\U000e0067\U000e0062\U000e007f 🏴",
+    "x² ± €5 →": "x2 ± 5 →",
+    "\U0001faff\ue000 \ud800": "\U0001faff \ue000",  # unknown to this Unicode, private, half a pair
+    "é_é": "é é",
+}
+
+
+@pytest.mark.parametrize("text", TOKENS)
+def test_unicode_tokens(text):
+    assert tokenize(text) == TOKENS[text].split(" ")
+
+
+@given(st.text())
+@settings(max_examples=300, derandomize=True)
+def test_tokens_of_any_text(text):
+    tokens = tokenize(text)
+    assert all(tokens)
+    assert tokenize(" ".join(tokens)) == tokens  # normal forms stay as they are
+
+
+def test_emoji_are_told_apart():
+    assert streamed(["👍👍🏽🎉", "😀😃😄", "😀😃😄", "👍👍🏽🎉🎉"]) == [None, None, 1, 0]
+
+
+def test_rouge_l_is_symmetric_and_exact():
+    assert rouge_l("a b c d", "a c d e f") == rouge_l("a c d e f", "a b c d") == 6 / 9
+    assert rouge_l("Hello, world", "hello world!") == 1
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+ROWS = [
+    {"output": "x", "instruction": "Name three primary colours.", "id": 7, "deep": {"b": [1, None], "a": 0.1}},
+    {"instruction": "name THREE primary colours", "output": "é—\ud83d"},
+    {"instruction": "你好，世界", "output": ""},
+    {"instruction": "Name three primary numbers now", "output": "2 3 5"},
+    {"instruction": "Say something else entirely", "input": "\u2028"},
+    {"instruction": "", "z": 1, "a": 2},
+    {"instruction": "Say something else entirely please"},
+]
+KEPT = [0, 2, 3, 4, 5]
+
+
+def written(path, rows):
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_text(json.dumps(rows) if path.suffix == ".json" else lines)
+    return path
+
+
+def read(path):
+    text = path.read_text(encoding="utf-8")
+    return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+@pytest.mark.parametrize("source", ["in.json", "in.jsonl"])
+@pytest.mark.parametrize("out", ["out.json", "out.jsonl"])
+def test_files(source, out, tmp_path, capsys):
+    file, out, rejected = written(tmp_path / source, ROWS), tmp_path / out, tmp_path / "no.jsonl"
+    assert exit_code_of(dedup.main, [str(file), "--out", str(out), "--rejected", str(rejected)]) == 0
+    rows = read(out)
+    assert rows == [ROWS[i] for i in KEPT]
+    assert [list(row) for row in rows] == [list(ROWS[i]) for i in KEPT]
+    assert read(rejected) == [
+        {
+            "row": at + 1,
+            "duplicates_row": first + 1,
+            "similarity": similarity,
+            "duplicates": ROWS[first]["instruction"],
+            "dropped": ROWS[at],
+        }
+        for at, first, similarity in ((1, 0, 1.0), (6, 4, 8 / 9))
+    ]
+    said = capsys.readouterr()
+    assert re.fullmatch(rf"7 rows, 5 kept, 2 dropped in \d+\.\d s: {re.escape(str(out))}\n", said.out)
+    assert said.err == ""
+
+
+def test_command_line_and_another_field(tmp_path):
+    file = written(tmp_path / "in.jsonl", [{"q": "a b c"}, {"q": "a b c d"}, {"q": "z"}])
+    done = command("data_gen.dedup", file, "--out", tmp_path / "out.jsonl", "--field", "q")
+    assert "3 rows, 2 kept, 1 dropped" in done.stdout
+    assert (tmp_path / "out.jsonl").read_text() == '{"q": "a b c"}\n{"q": "z"}\n'
+    done = command("data_gen.dedup", file, "--out", tmp_path / "out.jsonl", check=False)
+    assert done.returncode == 3 and "row 1: no 'instruction' among 'q'" in done.stderr
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_no_rows(suffix, tmp_path):
+    file, out = written(tmp_path / f"in{suffix}", []), tmp_path / f"out{suffix}"
+    assert exit_code_of(dedup.main, [str(file), "--out", str(out)]) == 0
+    assert read(out) == []
+
+
+@pytest.mark.parametrize(
+    "rows, says",
+    [
+        ([{"instruction": "a"}, {"input": "b"}], "row 2: no 'instruction' among 'input'; --field names another"),
+        ([{}], "row 1: no 'instruction' among no keys"),
+        ([{"instruction": "a"}, {"instruction": ["b"]}], "row 2: 'instruction' is of type list, wanted a string"),
+        ([{"instruction": None}], "row 1: 'instruction' is of type NoneType"),
+        ([{"instruction": "a"}, 5], "row 2: got int, wanted an object"),
+    ],
+)
+def test_rows_that_are_not_what_they_should_be(rows, says, tmp_path, capsys):
+    file, out = written(tmp_path / "in.json", rows), tmp_path / "out.json"
+    assert exit_code_of(dedup.main, [str(file), "--out", str(out)]) == 3
+    assert f"{file}, {says}" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_files_that_cannot_be(tmp_path, capsys):
+    file, out = written(tmp_path / "in.json", ROWS), tmp_path / "out.json"
+    (tmp_path / "broken.jsonl").write_text('{"instruction": "a"}\n{"instr')
+    (tmp_path / "folder.json").mkdir()
+
+    def fails(code, says, *argv):
+        assert exit_code_of(dedup.main, list(map(str, argv))) == code
+        assert says in capsys.readouterr().err
+
+    fails(3, "absent.json cannot be read", tmp_path / "absent.json", "--out", out)
+    fails(3, "broken.jsonl:2 is not JSON", tmp_path / "broken.jsonl", "--out", out)
+    for name in ("out.csv", "out", "out.json.gz"):
+        fails(2, f"{name}: the suffix says the format; wanted .json or .jsonl", file, "--out", tmp_path / name)
+    fails(2, "there is no such folder", file, "--out", tmp_path / "none" / "out.json")
+    fails(2, "there is no such folder", file, "--out", out, "--rejected", tmp_path / "none" / "no.jsonl")
+    fails(2, "is a file of its own", file, "--out", out, "--rejected", out)
+    fails(2, "is a file of its own", file, "--out", out, "--rejected", file)
+    fails(1, "folder.json cannot be written", file, "--out", tmp_path / "folder.json")
+    with pytest.raises(SystemExit, match="2"):
+        dedup.main([str(file)])
+    assert not out.exists() and read(file) == ROWS
+
+
+def test_progress(monkeypatch, capsys):
+    assert list(dedup.told(["a", "b"])) == ["a", "b"]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(dedup, "TELL_EVERY_S", 0)
+    assert list(dedup.told(["a", "b"])) == ["a", "b"]
+    assert capsys.readouterr().err == "0 of 2 rows compared\n1 of 2 rows compared\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert list(dedup.told(["a", "b"])) == ["a", "b"]
+    assert "rows compared" not in capsys.readouterr().err

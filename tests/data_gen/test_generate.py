@@ -1,0 +1,543 @@
+"""data_gen.generate as a user runs it, against a server that fails on purpose: nothing is lost or paid for twice."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("openai")
+pytest.importorskip("rapidfuzz")
+
+from data_gen import generate as module
+from data_gen.api.prompt import Prompter, read_seed_tasks
+from data_gen.base.cli import exit_code_of
+from engine.data.rows import read_rows
+from tests.helpers.openai_server import DIALECTS, Server, request_key
+from tests.helpers.run import ROOT, command, environment
+
+FAULTS = {"429_ms": 0.1, "500": 0.1, "503": 0.05, "reset": 0.05, "reset_body": 0.1, "502_html": 0.05, "lost": 0.05}
+FAULTS |= {"empty_choices": 0.05, "html_200": 0.05}  # of attempts: they may change nothing
+ANSWERS = {"truncated": 0.1, "malformed": 0.08, "refusal": 0.06, "content_filter": 0.06, "wrong_schema": 0.06}
+ODD = {"no_usage": 0.08, "prose": 0.1, "content_policy_400": 0.08}
+KEY = "sk-test-5f3a9c1e77d04b21"
+
+
+def flags(server, out, *more):
+    common = ("--model", "m", "--price-in", "0.1", "--price-out", "0.4", "--backoff", "0.01", "--quiet")
+    return [str(word) for word in ("--base-url", server.base_url, "--out", out, *common, *more)]
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+def generate(server, out, *more):
+    """The exit code of a run in this process."""
+    return exit_code_of(module.main, flags(server, out, *more))
+
+
+def started(server, out, *more):
+    """A run in a process of its own."""
+    words = [sys.executable, "-m", "data_gen.generate", *flags(server, out, *more)]
+    return subprocess.Popen(
+        words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def rows_of(out):
+    return json.loads((out / "dataset.json").read_text())
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def about(out):
+    return json.loads((out / "run.json").read_text())
+
+
+def done(out):
+    """The numbers of the requests that the ledger holds an outcome of."""
+    with sqlite3.connect(f"file:{out / 'ledger.sqlite'}?mode=ro", uri=True) as db:
+        sql = "SELECT request FROM received JOIN sent USING (attempt) WHERE kind IN ('answer', 'refused')"
+        return {number for (number,) in db.execute(sql)}
+
+
+def server_keys(numbers, **settings):
+    prompter = Prompter(read_seed_tasks(), **settings)
+    return {request_key(prompter.messages(number)) for number in numbers}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """The folder of a run of 600 rows that met no fault of an attempt."""
+    out = tmp_path_factory.mktemp("unbroken") / "out"
+    os.environ["OPENAI_API_KEY"] = KEY
+    with Server(seed=3, faults=ANSWERS | ODD) as server:
+        assert generate(server, out, "--rows", 600) == 0
+    return out
+
+
+def test_a_dataset_as_promised(unbroken):
+    rows, told = rows_of(unbroken), about(unbroken)
+    assert len(rows) == 600 and all(list(row) == ["instruction", "input", "output"] for row in rows)
+    lines = lines_of(unbroken / "dataset.jsonl")
+    assert [{k: v for k, v in line.items() if k != "provenance"} for line in lines] == rows
+    source = lines[0]["provenance"]
+    assert source["request"] == 0 and source["model"] == "m" and source["response_id"].startswith("chatcmpl-")
+    messages = Prompter(read_seed_tasks()).messages(0)
+    assert source["prompt_sha256"] == hashlib.sha256(json.dumps(messages).encode()).hexdigest()
+    counts, rejected = told["counts"], lines_of(unbroken / "rejected.jsonl")
+    assert told["status"] == "done" and counts["kept"] == 600
+    assert sum(counts["rejected"].values()) == len(rejected)
+    assert {line["reason"] for line in rejected} >= {"refused by the server", "refusal", "duplicate"}
+    assert {"truncated", "missing field"} & {line["reason"] for line in rejected}
+    assert (unbroken / "report.html").read_text().startswith("<!DOCTYPE html>")
+    used = {line["provenance"]["request"] for line in lines}
+    paid = sum(line["provenance"]["usd"] for line in lines)
+    assert paid <= told["cost"]["spent_usd"] and len(used) <= counts["answers"]
+
+
+def test_the_money_told_is_what_the_server_billed(tmp_path):
+    with Server(seed=4) as server:
+        assert generate(server, tmp_path, "--rows", 300) == 0
+        billed, attempts = server.stats()["billed"], len(server.log)
+    cost = about(tmp_path)["cost"]
+    assert about(tmp_path)["counts"]["attempts"] == attempts
+    assert (cost["usd_per_million_in"], cost["usd_per_million_out"], cost["cap_usd"]) == (0.1, 0.4, None)
+    assert (cost["input_tokens"], cost["output_tokens"]) == (billed["prompt_tokens"], billed["completion_tokens"])
+    assert cost["spent_usd"] == pytest.approx(
+        (0.1 * cost["input_tokens"] + 0.4 * cost["output_tokens"]) / 1e6, rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "dataset.jsonl", "chat.jsonl"])
+def test_the_engine_reads_every_format(unbroken, name):
+    rows, skipped = read_rows([unbroken / name], False)
+    assert len(rows) == 600 and not skipped
+
+
+@pytest.mark.parametrize("concurrency", [1, 50])
+def test_faults_and_concurrency_change_nothing(unbroken, tmp_path, concurrency):
+    with Server(seed=3, faults=FAULTS | ANSWERS | ODD, latency_s=0.002) as server:
+        assert generate(server, tmp_path, "--rows", 600, "--concurrency", concurrency) == 0
+        outcomes = server.stats()["outcomes"]
+    assert set(FAULTS) <= set(outcomes), "some fault never came"
+    for name in ("dataset.json", "chat.jsonl"):
+        assert (tmp_path / name).read_bytes() == (unbroken / name).read_bytes()
+    strip = [{k: v for k, v in line.items() if k != "provenance"} for line in lines_of(tmp_path / "rejected.jsonl")]
+    assert strip == lines_of(unbroken / "rejected.jsonl")
+
+
+def test_killed_again_and_again_it_is_the_same_dataset_and_nothing_recorded_is_asked_twice(unbroken, tmp_path):
+    rng = random.Random(5)
+    with Server(seed=3, faults=FAULTS | ANSWERS | ODD, latency_s=0.05) as server:
+        kills, known = 0, []
+        while kills < 5:
+            process = started(server, tmp_path, "--rows", 600, "--concurrency", 8)
+            before = len(server.log)
+            while len(server.log) < before + rng.randrange(1, 9) and process.poll() is None:
+                time.sleep(0.002)
+            time.sleep(rng.random() * 0.06)
+            if process.poll() is not None:
+                break
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills += 1
+            time.sleep(0.1)  # the server notices
+            known.append((len(server.log), server_keys(done(tmp_path))))
+        assert kills >= 3, "it was done before it could be killed"
+        assert generate(server, tmp_path, "--rows", 600) == 0
+        log = [entry["key"] for entry in server.log]
+    assert known[-1][1], "nothing was recorded before the last kill"
+    for arrived, keys in known:
+        assert not keys & set(log[arrived:]), "a request whose answer was recorded was sent again"
+    assert (tmp_path / "dataset.json").read_bytes() == (unbroken / "dataset.json").read_bytes()
+    assert about(tmp_path)["cost"]["uncertain_usd"] > 0, "what was in flight at a kill may have been billed"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_it_with_143_and_what_was_paid_for_on_disk(unbroken, tmp_path, name):
+    with Server(seed=3, faults=ANSWERS | ODD, latency_s=0.1) as server:
+        process = started(server, tmp_path, "--rows", 600, "--concurrency", 4)
+        while len(server.log) < 6:
+            time.sleep(0.001)
+        process.send_signal(getattr(signal, name))
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == 143, said
+        assert "the same command goes on" in said
+        billed = {entry["key"] for entry in server.log if entry["billed"]}
+        assert billed <= server_keys(done(tmp_path)), "a paid answer was thrown away"
+        assert about(tmp_path)["status"] == "stopped" and 0 < len(rows_of(tmp_path)) < 600
+        assert generate(server, tmp_path, "--rows", 600) == 0
+    assert (tmp_path / "dataset.json").read_bytes() == (unbroken / "dataset.json").read_bytes()
+
+
+def test_a_reader_that_leaves_costs_no_answer(tmp_path):
+    """tee, say, which the same Ctrl-C ends."""
+    with Server(seed=3, latency_s=0.3) as server:
+        process = started(server, tmp_path, "--rows", 600, "--concurrency", 4)
+        while len(server.log) < 4:
+            time.sleep(0.001)
+        process.stdout.close()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 143
+        assert server_keys(done(tmp_path)) == {entry["key"] for entry in server.log}
+    assert about(tmp_path)["status"] == "stopped"
+
+
+def test_a_second_signal_leaves_at_once(tmp_path):
+    with Server(seed=3, faults={"hang": 1.0}) as server:
+        process = started(server, tmp_path, "--rows", 600)
+        while not server.stats()["in_flight"]:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1.5)
+        assert process.poll() is None, "it did not wait for what was in flight"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=5) == 143
+
+
+def test_a_second_signal_gives_the_terminal_back(monkeypatch):
+    did = []
+    monkeypatch.setattr(module.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit, match="143"):
+        module.stop(SimpleNamespace(stopping=True, progress=SimpleNamespace(close=lambda: did.append("closed"))))
+    assert did == ["closed"]
+
+
+def test_a_signal_while_the_ledger_is_read_changes_no_file(unbroken, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(unbroken, out)
+    take = module.Curator.take
+
+    def stopped(curator, entry):
+        if entry.request == 5:
+            signal.raise_signal(signal.SIGTERM)
+        take(curator, entry)
+
+    monkeypatch.setattr(module.Curator, "take", stopped)
+    with Server(seed=3) as server:
+        assert generate(server, out, "--rows", 700) == 143
+        assert not server.log and capsys.readouterr().err.endswith("stopped by a signal\n")
+    for path in unbroken.glob("*.*"):
+        if path.suffix.startswith(".json") or path.suffix == ".html":
+            assert (out / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_cap_stops_it_and_a_larger_one_goes_on(unbroken, tmp_path, capsys):
+    with Server(seed=3, faults=FAULTS | ANSWERS | ODD) as server:
+        assert generate(server, tmp_path, "--rows", 600, "--max-usd", "0.02") == 1
+        billed = server.stats()["billed"]
+        true_cost = (0.1 * billed["prompt_tokens"] + 0.4 * billed["completion_tokens"]) / 1e6
+        assert 0.01 < true_cost <= 0.02
+        said = capsys.readouterr()
+        assert "stopped at the cap" in said.err and "--max-usd goes on" in said.err
+        told = about(tmp_path)
+        assert told["status"] == "cap reached" and 0 < len(rows_of(tmp_path)) < 600
+        assert told["cost"]["spent_usd"] + told["cost"]["uncertain_usd"] <= 0.02
+        assert generate(server, tmp_path, "--rows", 600, "--max-usd", "0.02") == 1, (
+            "a cap is of the ledger, not of a run"
+        )
+        assert server.stats()["billed"] == billed
+        assert generate(server, tmp_path, "--rows", 600, "--max-usd", "1") == 0
+    assert (tmp_path / "dataset.json").read_bytes() == (unbroken / "dataset.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"api_key": "another"}, "401"),
+        ({"models": ["other"]}, "404"),
+        ({"quota_after": 8}, "429"),
+    ],
+)
+def test_what_no_retry_mends_stops_it_at_once_and_keeps_what_there_is(unbroken, tmp_path, capsys, options, said):
+    with Server(seed=3, faults=ANSWERS | ODD, **options) as server:
+        assert generate(server, tmp_path, "--rows", 600, "--concurrency", 4) == 1
+        assert len(server.log) <= 8 + 8
+        told = capsys.readouterr().err
+        assert f"the server said {said}" in told and "the same command goes on from here" in told
+        assert KEY not in told
+        server.within(lambda: server.configure(api_key=None, models=None, quota_after=None))
+        assert generate(server, tmp_path, "--rows", 600) == 0
+    assert (tmp_path / "dataset.json").read_bytes() == (unbroken / "dataset.json").read_bytes()
+
+
+def test_no_key_is_told_before_anything_is_done(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    out = tmp_path / "out"
+    words = ["--model", "gpt-4.1-nano", "--base-url", "https://api.openai.com/v1", "--out", str(out)]
+    assert exit_code_of(module.main, words) == 2
+    assert "OPENAI_API_KEY" in capsys.readouterr().err and not out.exists()
+
+
+def test_the_key_is_nowhere(tmp_path, capsys):
+    """A server that echoes it gets it into no file and no message."""
+    with Server(seed=3, answer=lambda key, body: f'{{"tasks": [], "seen": "{KEY}"}}') as server:
+        generate(server, tmp_path, "--rows", 5)
+    said = capsys.readouterr()
+    assert KEY not in said.out + said.err
+    for path in tmp_path.iterdir():
+        assert KEY.encode() not in path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize(
+    "flag, value, said",
+    [
+        ("--language", "xx", "--language is 'xx'"),
+        ("--rows", "0", "--rows"),
+        ("--max-usd", "-1", "--max-usd"),
+        ("--model", "m\udcff", "wanted UTF-8"),
+        ("--max-output-tokens", "1000001", "wanted a whole number from 1 to a million"),
+        ("--extra", "[1]", "wanted a JSON object"),
+        ("--extra", '{"top_p": NaN}', "wanted a JSON object"),
+        ("--extra", '{"top_p": 1e999}', "wanted a JSON object"),
+        ("--extra", r'{"user": "\ud800"}', "wanted a JSON object"),
+        ("--extra", '{"stream": true}', "without model, messages, n, stream"),
+        ("--extra", '{"max_tokens": 9}', "max_tokens"),
+        ("--temperature", "nan", "wanted a number from 0 to 2"),
+        ("--base-url", "localhost:8000/v1", "no address of a server"),
+        ("--patience", "5", "--patience 5 is not longer than --timeout 600"),
+        ("--max-uds", "1", "did you mean --max-usd?"),
+        ("--seed-tasks", "nowhere.json", "nowhere.json"),
+        ("--decontaminate", "nowhere.json", "nowhere.json"),
+        ("--prices", "nowhere.json", "nowhere.json"),
+    ],
+)
+def test_bad_flags_are_told_before_anything_is_done(tmp_path, capsys, flag, value, said):
+    out = tmp_path / "out"
+    words = ["--model", "m", "--price-in", "0", "--price-out", "0", "--out", str(out), flag, value]
+    try:
+        code = exit_code_of(module.main, words)
+    except SystemExit as left:
+        code = left.code
+    assert code in (2, 3)
+    assert said in capsys.readouterr().err and not out.exists()
+
+
+def test_an_unknown_price_is_refused(tmp_path, capsys):
+    assert exit_code_of(module.main, ["--model", "gpt-4.1-nnao", "--out", str(tmp_path / "out")]) == 2
+    assert "did you mean gpt-4.1-nano?" in capsys.readouterr().err
+
+
+def test_a_tier_with_prices_of_its_own_needs_them(tmp_path, capsys):
+    words = ["--model", "gpt-4.1-nano", "--max-usd", "1", "--extra", '{"service_tier": "priority"}']
+    assert exit_code_of(module.main, [*words, "--out", str(tmp_path / "out")]) == 2
+    assert "pass its --price-in and --price-out" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_password_in_the_address_is_nowhere(tmp_path, capsys):
+    with Server(seed=3) as server:
+        address = server.base_url.replace("//", "//mary:Tr0ub4dor@")
+        assert generate(server, tmp_path, "--rows", 20, "--base-url", address) == 0
+    said = capsys.readouterr()
+    assert "Tr0ub4dor" not in said.out + said.err
+    for path in tmp_path.iterdir():
+        assert b"Tr0ub4dor" not in path.read_bytes(), path.name
+
+
+def test_a_full_disk_is_told_and_costs_nothing_that_is_written(unbroken, tmp_path):
+    size = 250_000  # of any file
+    code = f"import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}));"
+    code += "runpy.run_module('data_gen.generate', run_name='__main__')"
+    with Server(seed=3, faults=ANSWERS | ODD) as server:
+        words = [sys.executable, "-c", code, *flags(server, tmp_path, "--rows", 600)]
+        full = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+        assert full.returncode == 1 and full.stderr.count("error:") == 1, full.stderr
+        assert "ledger.sqlite could not be written" in full.stderr and "Traceback" not in full.stderr
+        recorded, arrived = server_keys(done(tmp_path)), len(server.log)
+        assert recorded and generate(server, tmp_path, "--rows", 600) == 0
+        assert not recorded & {entry["key"] for entry in server.log[arrived:]}
+    assert (tmp_path / "dataset.json").read_bytes() == (unbroken / "dataset.json").read_bytes()
+
+
+def test_a_dataset_that_cannot_be_written_is_told(tmp_path, capsys):
+    (tmp_path / "dataset.jsonl").mkdir()
+    with Server(seed=3) as server:
+        assert generate(server, tmp_path, "--rows", 20) == 1
+        assert "the dataset could not be written: " in capsys.readouterr().err
+        (tmp_path / "dataset.jsonl").rmdir()
+        asked = len(server.log)
+        assert generate(server, tmp_path, "--rows", 20) == 0
+        assert len(server.log) == asked and len(rows_of(tmp_path)) == 20
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    with Server(seed=3, latency_s=0.3) as server:
+        first = started(server, tmp_path, "--rows", 600)
+        while not server.stats()["in_flight"]:
+            time.sleep(0.01)
+        second = command("data_gen.generate", *flags(server, tmp_path, "--rows", 600), check=False)
+        first.kill()
+        first.communicate()
+    assert second.returncode == 2 and "another process is at work" in second.stderr
+
+
+def test_other_settings_are_refused_or_allowed(tmp_path, capsys):
+    with Server(seed=3) as server:
+        assert generate(server, tmp_path, "--rows", 40) == 0
+        assert generate(server, tmp_path, "--rows", 80, "--seed", 1) == 2
+        assert "seed was 0, is 1" in capsys.readouterr().err
+        for flag, value in {
+            "model": "n", "temperature": 0.5, "max-output-tokens": 99, "extra": '{"top_p": 1}', "examples": 2,
+            "tasks-per-request": 9, "language": "fr",
+        }.items():  # fmt: skip
+            assert generate(server, tmp_path, "--rows", 80, "--" + flag, value) == 2, flag
+            assert f"{flag.replace('-', '_')} was " in capsys.readouterr().err
+        assert len(rows_of(tmp_path)) == 40, "a refused run touched the dataset"
+        first = rows_of(tmp_path)
+        assert generate(server, tmp_path, "--rows", 80, "--seed", 1, "--allow-changed") == 0
+        assert generate(server, tmp_path, "--rows", 80, "--seed", 1) == 0, "it was to be allowed once"
+        assert generate(server, tmp_path, "--rows", 80) == 2
+    assert rows_of(tmp_path)[:40] == first and len(rows_of(tmp_path)) == 80
+
+
+def test_more_rows_go_on_from_those_there_are(tmp_path):
+    with Server(seed=3) as server:
+        assert generate(server, tmp_path, "--rows", 50) == 0
+        first, asked = rows_of(tmp_path), len(server.log)
+        assert generate(server, tmp_path, "--rows", 50) == 0
+        assert len(server.log) == asked, "a finished run asked again"
+        assert generate(server, tmp_path, "--rows", 130) == 0
+        assert len({entry["key"] for entry in server.log}) == len(server.log)
+    assert rows_of(tmp_path)[:50] == first
+
+
+def test_a_replay_sends_nothing_and_takes_new_filters(unbroken, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "ledger.sqlite").write_bytes((unbroken / "ledger.sqlite").read_bytes())
+    assert exit_code_of(module.main, ["--out", str(out), "--rows", "600", "--replay"]) == 0
+    for name in ("dataset.json", "dataset.jsonl", "chat.jsonl", "rejected.jsonl"):
+        assert (out / name).read_bytes() == (unbroken / name).read_bytes()
+    prompts = tmp_path / "evaluation.jsonl"
+    row = rows_of(out)[17]
+    prompts.write_text(json.dumps({"instruction": row["instruction"], "input": row["input"]}))
+    assert (
+        exit_code_of(module.main, ["--out", str(out), "--rows", "600", "--replay", "--decontaminate", str(prompts)])
+        == 0
+    )
+    assert row not in rows_of(out) and about(out)["counts"]["rejected"]["evaluation prompt"] >= 1
+    assert exit_code_of(module.main, ["--out", str(tmp_path / "none"), "--replay"]) == 2
+
+
+def test_a_replay_ends_where_an_answer_is_missing(unbroken, tmp_path):
+    """As a run that was killed there would begin."""
+    (tmp_path / "ledger.sqlite").write_bytes((unbroken / "ledger.sqlite").read_bytes())
+    db = sqlite3.connect(tmp_path / "ledger.sqlite")
+    db.execute("DELETE FROM received WHERE attempt IN (SELECT attempt FROM sent WHERE request = 7)")
+    db.commit()
+    db.close()
+    assert exit_code_of(module.main, ["--out", str(tmp_path), "--replay", "--quiet"]) == 0
+    found = lines_of(tmp_path / "dataset.jsonl")
+    assert found == [row for row in lines_of(unbroken / "dataset.jsonl") if row["provenance"]["request"] < 7] != []
+    assert about(tmp_path)["status"] == "replayed"
+
+
+def test_seed_tasks_of_self_instruct_and_another_language(tmp_path):
+    seeds = tmp_path / "seeds.jsonl"
+    instances = [{"input": "", "output": "Pommes, pain."}]
+    seeds.write_text(
+        "".join(json.dumps({"instruction": f"List {n} foods.", "instances": instances}) + "\n" for n in range(5))
+    )
+    asked = []
+
+    words = [
+        "chat",
+        "maison",
+        "route",
+        "neige",
+        "jardin",
+        "fromage",
+        "train",
+        "musique",
+        "hiver",
+        "école",
+        "pluie",
+        "pain",
+    ]
+
+    def french(key, body):
+        asked.append(body["messages"][-1]["content"])
+        some = " ".join(random.Random(key).sample(words, 8))
+        task = {"instruction": f"Écrivez une lettre avec les mots que voici : {some}.", "input": ""}
+        return json.dumps({"tasks": [task | {"output": "Cher voisin, je vous écris au sujet de notre jardin."}]})
+
+    def english(key, body):
+        text = f"Please write a letter to the neighbours about the garden and all of their {key[:5]} and {key[5:11]}."
+        return json.dumps(
+            {"tasks": [{"instruction": text, "input": "", "output": "Dear neighbours, this is the letter."}]}
+        )
+
+    more = ("--seed-tasks", seeds, "--language", "fr", "--rows", 3, "--tasks-per-request", 1)
+    with Server(answer=french) as server:
+        assert generate(server, tmp_path / "out", *more) == 0
+    assert "French" in asked[0] and "foods" in asked[0] and "Pommes, pain." in asked[0]
+    with Server(answer=english) as server:
+        assert generate(server, tmp_path / "english", *more) == 1
+    assert about(tmp_path / "english")["counts"]["rejected"]["wrong language"] >= 15
+
+
+def test_a_model_that_writes_no_tasks_is_left_soon(tmp_path, capsys):
+    with Server(answer=lambda key, body: "I would rather talk about the weather.") as server:
+        assert generate(server, tmp_path, "--rows", 1000) == 1
+        assert len(server.log) < 120
+    assert "held nothing new that can be kept (no items" in capsys.readouterr().err
+
+
+NEWER, OLDER = ["json_schema", "max_completion_tokens"], ["json_object", "max_tokens"]
+
+
+@pytest.mark.parametrize(
+    "dialect, supports",
+    [
+        *((dialect, ["max_tokens"]) for dialect in DIALECTS),
+        *((dialect, supports) for dialect in ("openai", "llama.cpp_old") for supports in (NEWER, OLDER)),
+    ],
+)
+def test_what_a_server_understands_is_found_once(tmp_path, dialect, supports):
+    known = {"response_format"} if any(name.startswith("json") for name in supports) else set()
+    with Server(seed=3, dialect=dialect, supports=[*supports, *known]) as server:
+        assert generate(server, tmp_path, "--rows", 100, "--tasks-per-request", 5) == 0
+        refused = [entry for entry in server.log if entry["status"] in (400, 422, 500)]
+        assert len(refused) <= 4 and server.log[-1] not in refused
+        assert generate(server, tmp_path, "--rows", 160, "--tasks-per-request", 5) == 0
+        assert [entry for entry in server.log if entry["status"] in (400, 422, 500)] == refused
+
+
+def test_a_server_that_is_down_for_a_while(unbroken, tmp_path):
+    with Server(seed=3, faults=ANSWERS | ODD, down_after=12, down_for_s=1.5) as server:
+        assert generate(server, tmp_path, "--rows", 600, "--backoff", "0.05") == 0
+        down = sum(entry["outcome"] == "down" for entry in server.log)
+    assert 0 < down < 80, "it was hammered"
+    assert (tmp_path / "dataset.json").read_bytes() == (unbroken / "dataset.json").read_bytes()
+
+
+def test_a_rate_limit_is_kept_to(tmp_path):
+    with Server(seed=3, rate_limit_rpm=1200, rate_burst=10) as server:
+        assert generate(server, tmp_path, "--rows", 600, "--backoff", "0.05") == 0
+        outcomes = server.stats()["outcomes"]
+    assert outcomes["answered"] >= 30 and sum(outcomes.values()) < 2.5 * outcomes["answered"]
+
+
+def test_help_names_every_flag_with_its_default():
+    said = command("data_gen.generate", "--help").stdout
+    for action in module.parser()._actions:
+        assert all(flag in said for flag in action.option_strings)
+    assert said.count("(default:") >= 25
+    assert Path(ROOT / "data_gen" / "prices.json").exists()

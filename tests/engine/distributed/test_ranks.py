@@ -1,0 +1,357 @@
+"""Several ranks are one run: torchrun with gloo on the CPU against one process: same rows, curve and weights."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine import finetune as command
+from engine.base.errors import UsageError, exit_code_of
+from engine.distributed.world import first_row
+from engine.model.config import MODELS, FinetuneConfig
+from engine.training.micro_batch_size import shards_that_fit
+from engine.training.optimizer import counts_that_fit
+from engine.training.prepare import check_ranks
+from tests.helpers.forks import Started, ranks
+from tests.helpers.run import BEFORE_CALL, ROOT, environment, events
+
+STEPS = 6
+COMMON = (
+    "--model",
+    "tiny",
+    "--random-init",
+    "--device",
+    "cpu",
+    "--dtype",
+    "fp32",
+    "--lr",
+    "1e-3",
+    "--max-length",
+    "64",
+)
+
+
+def several(n, *args):
+    codes, said = ranks(n, *args)
+    assert codes == [0] * n, said
+    return said
+
+
+def alone(*args):
+    assert exit_code_of(command.main, [str(a) for a in args]) == 0
+
+
+def flags(rows, out, *more):
+    return (*COMMON, "--data", rows, "--out", out, "--global-batch-size", 8, "--max-steps", STEPS, *more)
+
+
+def curve(out):
+    return [(line["loss"], line["grad_norm"]) for line in events(out)]
+
+
+def same(out, reference, weights=2e-5):
+    for ours, theirs in zip(curve(out), curve(reference), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    a, b = (load_file(folder / "model.safetensors") for folder in (out, reference))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.dist(a[name], b[name]) <= weights * b[name].norm(), name
+
+
+@pytest.fixture(scope="module")
+def reference(rows, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone") / "out"
+    alone(*flags(rows, out, "--eval-fraction", 0.2, "--eval-every", 2, "--sample-every", "end", "--sample-tokens", 4))
+    return out
+
+
+@pytest.mark.parametrize(
+    "n, more",
+    [
+        (2, ()),
+        (4, ("--replicas", 2, "--micro-batch-tokens", 64)),
+        (3, ("--micro-batch-tokens", 64, "--recompute", "block", "--offload-optimizer")),
+    ],
+)
+def test_ranks_give_one_curve(rows, reference, tmp_path, n, more):
+    out = tmp_path / "out"
+    said = several(n, *flags(
+        rows, out, "--eval-fraction", 0.2, "--eval-every", 2, "--sample-every", "end", "--sample-tokens", 4, *more
+    ))  # fmt: skip
+    same(out, reference)
+    assert "the model is in" in said
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    theirs = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
+    for event in ("eval", "sample"):
+        mine, other = ([line for line in found if line["event"] == event] for found in (lines, theirs))
+        assert len(mine) == len(other) > 0
+        for a, b in zip(mine, other, strict=True):
+            assert a.get("text") == b.get("text") and a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-5)
+    for name in ("tokens", "examples", "loss_tokens"):
+        mine, other = ([line[name] for line in found if line["event"] == "train"] for found in (lines, theirs))
+        assert mine == other, name
+
+
+# ---- faults: each run is a file that torchrun starts, with something that goes wrong on one rank --------------------
+
+DRIVER = """
+import os, signal, sys, time
+from pathlib import Path
+from engine import finetune
+from engine.output import checkpoint
+from engine.distributed import world as distributed
+from engine.training import prepare as job
+from engine.base.errors import exit_code_of
+
+RANK = int(os.environ.get("RANK", "0"))
+die, term, freeze = (lambda n=n: os.kill(os.getpid(), n) for n in (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP))
+"""
+RUN = "\nsys.exit(exit_code_of(finetune.main, sys.argv[1:]))\n"
+
+
+def driven(tmp_path, n, patch, *args, more=(), wait=240):
+    """(exit code, what it said) of a run under a patch, of several ranks by torchrun."""
+    code = DRIVER + BEFORE_CALL + patch + RUN
+    if n == 1:
+        process = Started(code, *args)
+        said = "".join(process.communicate(wait))
+        return process.returncode, said
+    script = tmp_path / "driver.py"
+    script.write_text(code)
+    launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", *more)
+    words = [sys.executable, *launch, script, *args]
+    done = subprocess.run(
+        list(map(str, words)), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, check=False, timeout=wait,
+    )  # fmt: skip
+    return done.returncode, done.stdout
+
+
+SAVES = ("--eval-fraction", 0.2, "--eval-every", 2, "--save-every", 1)
+
+
+def steps_of(out):
+    return [line["step"] for line in events(out)]
+
+
+def test_two_ranks_then_one_then_four_are_one_run(rows, reference, tmp_path):
+    """Stopped twice by a signal to one rank, and resumed on another number of ranks: one curve of the same rows."""
+    out = tmp_path / "out"
+    code, said = driven(
+        tmp_path, 2, "if RANK == 1: before(finetune, 'forward_backward', 2, term)", *flags(rows, out, *SAVES)
+    )
+    assert code != 0 and "stopped by a signal to another rank" in said and steps_of(out) == [1, 2], said
+    code, said = driven(tmp_path, 1, "before(finetune, 'forward_backward', 3, term)", *flags(rows, out, *SAVES))
+    assert code == 143 and "going on after step 2" in said and steps_of(out) == [1, 2, 3, 4], said
+    said = several(4, *flags(rows, out, *SAVES))
+    assert "going on after step 4" in said
+    same(out, reference)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "before(finetune.Transformer, 'loss', 4, die)",  # in a step
+        "before(finetune, 'evaluate', 2, die)",  # the other one is in the evaluation
+        "before(checkpoint, 'write_safetensors', 3, die)",  # in the writing of its shard
+    ],
+)
+def test_a_rank_that_is_killed_ends_the_run_which_resumes(rows, reference, tmp_path, where):
+    out = tmp_path / "out"
+    code, said = driven(tmp_path, 2, f"if RANK == 1: {where}", *flags(rows, out, *SAVES))
+    assert code == 1 and "rank      : 1" in said and "exitcode  : -9" in said, said
+    assert "error: rank 0 of 2" not in said or "another rank ended" in said, said
+    assert "going on after step" in several(2, *flags(rows, out, *SAVES))
+    same(out, reference)
+    assert not list(out.glob(".tmp-*"))
+
+
+def test_a_restart_by_torchrun_resumes_by_itself(rows, reference, tmp_path):
+    out = tmp_path / "out"
+    once = "mark = Path(sys.argv[sys.argv.index('--out') + 1]).parent / 'died'\n"
+    once += "if RANK == 1 and not mark.exists(): before(finetune, 'forward_backward', 4, lambda: (mark.touch(), die()))"
+    code, said = driven(tmp_path, 2, once, *flags(rows, out, *SAVES), more=("--max-restarts", "1"))
+    assert code == 0 and "going on after step" in said, said
+    same(out, reference)
+
+
+def test_a_rank_that_hangs_is_named_and_ends_the_run(rows, tmp_path):
+    """torchrun waits half a minute before it kills a process that takes no signal; here the test does, when rank 0, who
+    told, has ended."""
+    out = tmp_path / "out"
+    patch = "pids = Path(sys.argv[0]).parent / f'pid{RANK}'\npids.write_text(str(os.getpid()))\n"
+    patch += "if RANK == 1: before(finetune, 'forward_backward', 4, freeze)"
+
+    def alive(rank):
+        path = tmp_path / f"pid{rank}"
+        return not path.exists() or Path("/proc", path.read_text()).exists()
+
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(driven, tmp_path, 2, patch, *flags(rows, out, *SAVES, "--rank-timeout", 4))
+        while alive(0) and not run.done():
+            time.sleep(0.1)
+        if alive(1) and not run.done():
+            os.kill(int((tmp_path / "pid1").read_text()), signal.SIGKILL)
+        code, said = run.result()
+    assert code == 1 and re.search(r"rank 1 has not been heard of for \d+ s, last at (step|the [a-z]+)", said), said
+    names = {path.name for path in out.iterdir()}
+    assert names & {"checkpoint-2", "checkpoint-3"}, "the third was being written when its writer froze"
+
+
+def test_sigterm_to_torchrun_saves_once_and_resumes(rows, reference, tmp_path):
+    out = tmp_path / "out"
+    slow = "before(finetune, 'forward_backward', 3, lambda: time.sleep(3))"
+    script = tmp_path / "driver.py"
+    script.write_text(DRIVER + BEFORE_CALL + slow + RUN)
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script)
+    process = subprocess.Popen(
+        list(map(str, (sys.executable, *launch, *flags(rows, out, *SAVES[:4])))), cwd=ROOT, env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    end = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists() or '"step": 2' not in (out / "metrics.jsonl").read_text():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "stopped by SIGTERM after step" in said, said
+    assert len(list(out.glob("checkpoint-*"))) == 1
+    assert "going on after step" in several(2, *flags(rows, out, *SAVES[:4]))
+    same(out, reference)
+
+
+def test_out_of_memory_on_one_rank_ends_the_run_and_the_restart_halves(rows, reference, tmp_path):
+    """The others wait in the step: it cannot be taken again with smaller micro-batches without them."""
+    small = """
+real = finetune.Transformer.loss
+def loss(model, batch):
+    if RANK == 1 and len(batch.tokens) > 64 and finetune.torch.is_grad_enabled():
+        raise finetune.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has no more.")
+    return real(model, batch)
+finetune.Transformer.loss = loss
+"""
+    out = tmp_path / "out"
+    more = (*SAVES[:4], "--micro-batch-tokens", 128)
+    code, said = driven(tmp_path, 2, small, *flags(rows, out, *more), more=("--max-restarts", "1"))
+    assert code == 0, said
+    assert said.count("out of memory with micro-batches of 128 tokens") == 1 and "goes on with 64" in said, said
+    assert "micro-batches of 64 tokens: those of 128 ran out of memory" in said
+    same(out, reference)
+    assert not (out / "halved.json").exists()
+
+
+def test_a_spike_is_undone_by_all_ranks(rows, tmp_path):
+    """A loss that one rank tells as higher than it is: both go back to the same state, as one process does. What the
+    first rank does alone may take longer than --rank-timeout: it lives."""
+    spiky = """
+if RANK == 0 and "WORLD_SIZE" in os.environ:
+    before(finetune, "finished", 1, lambda: time.sleep(5))
+from engine.training import loss_spikes as spikes
+spikes.LEAST, real_pass = 3, finetune.forward_backward
+def spiky(job, model, optimizer, feed, step, lr):
+    loss, counts = real_pass(job, model, optimizer, feed, step, lr)
+    return (loss + 9 if step == 5 and RANK == job.world.size - 1 else loss), counts
+finetune.forward_backward = spiky
+"""
+    more = (*SAVES[:4], "--save-every", 3, "--spike-rollback", "--rank-timeout", 3)
+    for n in (1, 2):
+        code, said = driven(tmp_path, n, spiky, *flags(rows, tmp_path / f"out{n}", *more))
+        assert code == 0 and "back to the state of step 3, the rows of 2 steps are left out" in said, said
+    same(tmp_path / "out2", tmp_path / "out1")
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+def test_a_failure_of_one_rank_is_told_once_by_that_rank(rows, tmp_path):
+    patch = "if RANK == 1: sys.argv[sys.argv.index('--data') + 1] = 'nowhere.json'"
+    code, said = driven(tmp_path, 2, patch, *flags(rows, tmp_path / "out"))
+    assert code == 1 and said.count("error: ") == 1 and "nowhere.json" in said, said
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_a_dry_run_of_ranks_is_of_as_many_cards(rows, tmp_path):
+    said = several(2, *flags(rows, tmp_path / "out", "--dry-run"))
+    assert "on each of 2 H100, sharded over 2" in said and "reduce-scatter" in said and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_fails_before_the_others_read(rows, tmp_path, rank):
+    patch = f"def no(*_): raise job.UsageError('nothing here')\nif RANK == {rank}: job.choose_device = no"
+    code, said = driven(tmp_path, 2, patch, *flags(rows, tmp_path / "out"), wait=60)
+    assert code == 1 and said.count("error: ") == 1 and "error: nothing here" in said and "exitcode  : 2" in said, said
+
+
+def test_other_data_on_one_rank_is_refused(rows, tmp_path):
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(json.loads(rows.read_text())[:-1]))
+    patch = f"if RANK == 1: sys.argv[sys.argv.index('--data') + 1] = {str(other)!r}"
+    code, said = driven(tmp_path, 2, patch, *flags(rows, tmp_path / "out"))
+    assert code == 1 and said.count("rank 1 has other data than rank 0") == 1, said
+
+
+@pytest.mark.parametrize(
+    "more, told",
+    [
+        ({"optimizer_in_backward": True, "grad_clip": 0}, "--optimizer-in-backward with 4 ranks"),
+        ({"global_batch_size": 3}, "--global-batch-size 3 is under the 4 ranks"),
+        (
+            {"optimizer_states": "8bit", "replicas": 1},
+            "on 4 shards would cut a block of 256 elements; wanted one of 1",
+        ),
+        ({"replicas": 3}, "--replicas 3 of 4 ranks; wanted one of 1, 2, 4"),
+    ],
+)
+def test_what_ranks_cannot_do_is_told(more, told):
+    config = FinetuneConfig(model="tiny", random_init=True, data=("x",), out="y", **more)
+    shape = dataclasses.replace(MODELS["tiny"], dim=96, vocab_size=1002)
+    with pytest.raises(UsageError, match=re.escape(told)):
+        check_ranks(config, shape, SimpleNamespace(size=4))
+    if config.replicas in (None, 1):
+        check_ranks(config, shape, SimpleNamespace(size=1))
+
+
+def test_blocks_of_8_bit_states_are_not_cut_where_replicas_are_chosen():
+    shape = dataclasses.replace(MODELS["tiny"], dim=96, vocab_size=1002)
+    config = FinetuneConfig(model="tiny", random_init=True, data=("x",), out="y", optimizer_states="8bit")
+    assert shards_that_fit(config, shape, 4) == [1] and shards_that_fit(config, MODELS["tiny"], 4) == [1, 2, 4]
+
+
+def test_counts_of_shards_that_cut_no_block():
+    assert counts_that_fit({"w": (4096, 4096), "small": (576,)}, 8) == list(range(1, 9))
+    assert counts_that_fit({"w": (6, 1000)}, 6) == [1]
+    assert 2 in counts_that_fit({"w": (512, 576)}, 8)
+
+
+def test_the_first_row_of_a_shard_is_torchs():
+    for rows in range(1, 40):
+        for shards in range(1, 9):
+            ends = [first_row(rows, shards, i) for i in range(shards + 1)]
+            sizes = [len(part) for part in torch.arange(rows).chunk(shards)]
+            assert [b - a for a, b in pairwise(ends)] == sizes + [0] * (shards - len(sizes))
+
+
+def test_a_loss_that_is_no_number_on_one_rank_updates_none(rows, tmp_path):
+    """Every rank sees it, no rank updates, and the run ends with the rows of the step."""
+    patch = """
+if RANK == 1:
+    real = finetune.Transformer.loss
+    finetune.Transformer.loss = lambda self, batch: real(self, batch) * float("nan")
+"""
+    out = tmp_path / "out"
+    code, said = driven(tmp_path, 2, patch, *flags(rows, out, "--max-skips", 1))
+    assert code == 1 and "exitcode  : 4" in said and said.count("2 steps in a row had no finite loss") == 1, said
+    skipped = [line for line in (out / "metrics.jsonl").read_text().splitlines() if '"skip"' in line]
+    assert len(skipped) == 2 and "rows.json:" in skipped[0]

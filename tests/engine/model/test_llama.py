@@ -1,0 +1,181 @@
+"""The whole model through the kernels against the whole model through the references."""
+
+import pytest
+import torch
+
+import kernels
+from engine.data.packing import MicroBatch
+from engine.generate import generate
+from engine.model.config import ModelConfig
+from engine.model.llama import Transformer, new_model
+from tests.helpers.run import command, events, finetune, worst
+
+CONFIG = dict(
+    dim=48, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=80, vocab_size=301, max_seq_len=128, head_dim=16, tied=False
+)
+DOCUMENTS = [[0, 9, 0, 0], [9, 24, 0, 9], [24, 25, 0, 9], [25, 58, 0, 0], [58, 58, 0, 0], [60, 70, 0, 0]]
+
+
+def batch(n=70):
+    documents = torch.tensor(DOCUMENTS, dtype=torch.int32)
+    positions = torch.zeros(n, dtype=torch.int64)
+    for start, end, prefix_start, prefix_end in DOCUMENTS:
+        positions[start:end] = torch.arange(end - start) + prefix_end - prefix_start
+    loss_rows = torch.cat([torch.arange(start + (end - start) // 2, end) for start, end, *_ in DOCUMENTS])
+    loss_rows = torch.cat((loss_rows, loss_rows[3:5], loss_rows[4:5])).sort().values  # some predict several targets
+    return MicroBatch(
+        tokens=torch.randint(301, (n,)), positions=positions, documents=documents, loss_rows=loss_rows,
+        targets=torch.randint(301, loss_rows.shape), weights=torch.rand(loss_rows.shape),
+    )  # fmt: skip
+
+
+def model_of(impl, device, dtype=torch.float32, recompute="cheap", accumulate=False, **changes):
+    model = new_model(ModelConfig(**CONFIG | changes), "cpu", torch.float32, impl, recompute, accumulate)
+    model.init_weights(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))  # norms off 1
+    return model.to(device, dtype)
+
+
+def loss_and_gradients(model, *batches):
+    model.zero_grad()
+    for batch in batches:
+        loss = model.loss(batch)
+        loss.backward()
+    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "cheap", "block"])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_loss_and_every_gradient(recompute, accumulate, tied, device):
+    one, options = batch(), {"recompute": recompute, "tied": tied}
+    truth = loss_and_gradients(model_of("ref", "cpu", torch.float64, **options), one)
+    torch_ = loss_and_gradients(model_of("ref", device, **options), one)
+    ours = loss_and_gradients(model_of("triton", device, **options, accumulate=accumulate), one)
+    for name, t in truth.items():
+        err, theirs = worst(ours[name].cpu() - t), worst(torch_[name].cpu() - t)
+        assert err <= 2 * theirs + 1e-6 * t.abs().max().item(), f"{name}: {err:.2e} against {theirs:.2e}"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_of_micro_batches_add_up_in_the_gemms(tied, device):
+    """Into the tensors that are there, in place; where there are none, into new ones."""
+    parts = batch(), batch(), batch()
+    separate = [loss_and_gradients(model_of("triton", device, tied=tied), part) for part in parts]
+    model = model_of("triton", device, tied=tied, accumulate=True)
+    found = loss_and_gradients(model, *parts[:2])
+    places = {name: t.data_ptr() for name, t in found.items() if name != "loss"}
+    model.loss(parts[2]).backward()
+    for name, p in model.named_parameters():
+        wanted = sum(one[name] for one in separate)
+        assert worst(p.grad - wanted) <= 1e-5 * worst(wanted), name
+        assert p.grad.data_ptr() == places[name], name
+    before = {name: p.grad.clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        model.loss(parts[0])
+    assert all(p.grad.equal(before[name]) for name, p in model.named_parameters()), "a loss alone must not add"
+
+
+def test_only_rows_with_a_loss_pass_the_last_layer(device):
+    for impl in ("triton", "ref"):
+        model, one = model_of(impl, device), batch()
+        ready, seen = model.ready(one), []
+        model.layers[-1].register_forward_hook(lambda block, args, out, seen=seen: seen.append(out))
+        everywhere = model(ready.tokens, ready.positions, one.documents)[ready.rows]
+        model.loss(one)
+        assert len(seen[1]) == len(ready.rows) < len(seen[0]) and worst(seen[1] - everywhere) < 1e-5
+        assert ready.rows[ready.of_rows].equal(one.loss_rows.to(device))
+
+
+def test_a_gradient_that_is_added_to_nothing_is_refused(device):
+    x, weight = torch.randn(3, 8, device=device), torch.randn(4, 8, device=device, requires_grad=True)
+    with pytest.raises(ValueError, match="linear_add: accumulate=True wants a parameter"):
+        kernels.linear_add(x, weight * 2, torch.randn(3, 4, device=device), "triton", accumulate=True)
+
+
+def test_what_a_layer_keeps_for_backward(device):
+    """Its input and the residual after attention, q k v, attention's output, gate and up, and per-row statistics."""
+    model, one, kept = model_of("triton", device), batch(), {}
+
+    def keep(t):
+        if not any(
+            t.data_ptr() == p.data_ptr() or t.untyped_storage() is p.untyped_storage() for p in model.parameters()
+        ):
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    n, c = len(one.tokens), model.config
+    x = torch.randn(n, c.dim, device=device, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = model.layers[0](x, attend_of(model, one))
+    kept.pop(y.untyped_storage().data_ptr(), None)
+    numbers = 2 * c.dim + (c.n_heads + 2 * c.n_kv_heads) * c.head_dim + c.n_heads * c.head_dim + 2 * c.hidden_dim
+    statistics = 2 + c.n_heads  # rstd of two norms, logsumexp of each head
+    tables = c.head_dim  # cos and sin, shared by all layers
+    plan = sum(t.untyped_storage().nbytes() for t in tensors_of(plan_of(model, one)))
+    assert abs(sum(kept.values()) - 4 * n * (numbers + statistics + tables)) <= plan + 512
+
+
+def plan_of(model, one):
+    return model.plan(one.documents, len(one.tokens), model.norm.device)[0]
+
+
+def tensors_of(plan):
+    fields = vars(plan) if hasattr(plan, "__dict__") else plan._asdict()
+    return [t for t in fields.values() if isinstance(t, torch.Tensor)]
+
+
+def attend_of(model, one):
+    c, plan = model.config, plan_of(model, one)
+    device = model.norm.device
+    frequencies = kernels.rope_frequencies(c.head_dim, 10000.0).to(device)
+    cos, sin = kernels.rope_cos_sin(one.positions.to(device), frequencies)
+    return lambda qkv: kernels.rope_attention(qkv, cos, sin, plan, c.n_heads, "triton")
+
+
+def test_torch_compile_traces_a_layer_whole(device):
+    model, one = model_of("triton", device), batch()
+    attend = attend_of(model, one)
+    x = torch.randn(len(one.tokens), model.config.dim, device=device, requires_grad=True)
+    eager = model.layers[0](x, attend)
+    wanted = torch.autograd.grad(eager.square().sum(), [x, *model.layers[0].parameters()])
+    compiled = torch.compile(model.layers[0], fullgraph=True, backend="aot_eager")(x, attend)
+    found = torch.autograd.grad(compiled.square().sum(), [x, *model.layers[0].parameters()])
+    assert compiled.equal(eager) and all(a.equal(b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_the_same_text(device):
+    prompts = [[5, 7, 11], [3], [2] * 20]
+    texts = [generate(model_of(impl, device), prompts, {0}, 6) for impl in ("triton", "ref")]
+    assert texts[0] == texts[1] and all(len(answer) for answer in texts[0])
+
+
+def test_one_curve_with_kernels_and_with_references(tmp_path, rows_file):
+    curves = {}
+    for impl in ("triton", "ref"):
+        finetune(
+            "--model", "tiny", "--random-init", "--data", rows_file, "--out", tmp_path / impl, "--kernels", impl,
+            "--dtype", "fp32", "--global-batch-size", 2, "--max-steps", 6, "--max-length", 64, "--lr", 1e-3,
+        )  # fmt: skip
+        curves[impl] = [(line["loss"], line["grad_norm"]) for line in events(tmp_path / impl)]
+    for ours, reference in zip(curves["triton"], curves["ref"], strict=True):
+        assert ours == pytest.approx(reference, rel=1e-4)
+    assert curves["ref"][-1][0] < curves["ref"][0][0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_kernels_are_not_silently_replaced_on_a_cpu(tmp_path, rows_file, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    done = command(  # which is read when Triton is imported
+        "engine.finetune", "--model", "tiny", "--random-init", "--data", rows_file, "--out", tmp_path / "out",
+        "--kernels", "triton", check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and "--kernels triton: they run on a GPU and the device is cpu" in done.stderr
+
+
+def test_the_model_takes_the_kernels_its_user_names(device):
+    model = Transformer(ModelConfig(**CONFIG), impl="magic")
+    with pytest.raises(ValueError, match="impl is 'magic'"):
+        model.to_empty(device=device).loss(batch())

@@ -1,0 +1,248 @@
+"""The export command: layouts round trip to the same bytes, a training state gives those that its run would have
+written, bad requests cost nothing."""
+
+import dataclasses
+import json
+import re
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from engine import export as command
+from engine import finetune
+from engine.base.errors import DataError, Stopped, exit_code_of
+from engine.formats.find import load_model
+from engine.formats.source import save_hf
+from engine.model.config import ModelConfig, RopeScaling
+from engine.model.llama import new_model
+from engine.output import checkpoint
+from engine.text.tokenizer import load_tokenizer
+from tests.engine.output.test_checkpoint import cut, flip, save_together
+from tests.helpers.run import ROOT, export
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_every_layout_holds_the_same_model(smollm2, tmp_path):
+    """GGUF -> Hugging Face -> Meta -> Hugging Face, sharded on the way: the same logits, and the same bytes again."""
+    hf, again, meta, back = (tmp_path / name for name in ("hf", "again", "meta", "back"))
+    export("--model", smollm2, "--out", hf, "--max-shard-bytes", 200_000_000)
+    assert len(list(hf.glob("model-*.safetensors"))) > 1
+    export("--model", hf, "--out", again, "--max-shard-bytes", 200_000_000)
+    assert files(again) == files(hf)
+    export("--model", hf, "--out", meta, "--layout", "meta")
+    export("--model", meta, "--out", back, "--max-shard-bytes", 200_000_000)
+    weights = {name: content for name, content in files(hf).items() if "safetensors" in name}
+    assert {name: files(back)[name] for name in weights} == weights
+
+    tokens = torch.arange(40) * 997 % 49152
+    documents = torch.tensor([[0, 40, 0, 0]], dtype=torch.int32)
+    with torch.no_grad():
+        ours, tokenizer, _ = load_model(str(meta), torch.device("cpu"), torch.float32)
+        logits = ours.logits(ours(tokens, torch.arange(40), documents))
+        theirs = transformers.LlamaForCausalLM.from_pretrained(hf, dtype=torch.float32)
+        theirs = theirs(tokens[None]).logits[0]
+        assert (logits - theirs).abs().max() < 1e-5 * theirs.abs().max()
+    text = "Hello  world\n 12 <|im_end|> \U0001f999"
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(back)
+    assert tokenizer.encode(text) == their_tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
+def test_dtype(smollm2, tmp_path):
+    export("--model", smollm2, "--out", tmp_path / "bf16", "--dtype", "bf16")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "bf16")
+    assert model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        ((), 2, "--out is missing"),
+        (("--out", "."), 2, "exists and is not empty"),
+        (("--out", "new", "--layout", "metta"), 2, "did you mean meta?"),
+        (("--out", "new", "--model", "/nonexistent"), 3, "no such folder or file"),
+    ],
+)
+def test_bad_requests(args, code, message):
+    done = export(*args, check=False)
+    assert done.returncode == code and message in done.stderr and not (ROOT / "new").exists()
+
+
+# ---- a training state -----------------------------------------------------------------------------------------------
+
+OF_A_RUN = {"run.json", "metrics.jsonl", "report.html", ".lock"}
+SHAPE = ModelConfig(
+    dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=49152, norm_eps=1e-5, rope_theta=500000.0,
+    rope_scaling=RopeScaling(factor=32.0),
+)  # fmt: skip
+
+
+def here(*args, main=command.main, code=0):
+    """A command in this process."""
+    assert exit_code_of(main, [str(a) for a in args]) == code
+
+
+def exported(folder, out, *more):
+    here("--model", folder, "--out", out, *more)
+    return files(out)
+
+
+@pytest.fixture
+def base(smollm2, tmp_path):
+    """A model with all that a state must not lose: scaled RoPE, a head of its own, settings of generation."""
+    model, tokenizer = new_model(SHAPE, "cpu", torch.float32), load_tokenizer(smollm2)
+    model.init_weights(0)
+    sampled = {"do_sample": True, "temperature": 0.6}
+    save_hf(tmp_path / "base", model, bos_id=1, eos_ids=(2, 0), generation_config=sampled)
+    tokenizer.save(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def begun_with(base, kind, smollm2):
+    if kind == "random":
+        return "--model", "tiny", "--random-init"
+    return "--model", base, "--tokenizer", smollm2, "--dtype", "bf16", "--master-weights", "fp32"
+
+
+def of_two_writers(state, out):
+    """The same state as two ranks write it."""
+    out.mkdir()
+    shutil.copy(state.parent / "run.json", out)
+    of_layout = ("format", "step", "files")
+    facts = {key: value for key, value in checkpoint.read_manifest(state).items() if key not in of_layout}
+    two = save_together(out, 2, cut(load_file(state / checkpoint.STATE), 2), facts=facts)[0].folder
+    assert checkpoint.read_manifest(two)["format"] == 2 and len(list(two.glob("state-*"))) == 2
+    return two
+
+
+@pytest.mark.parametrize("kind", ["random", "base"])
+def test_a_state_gives_the_model_that_its_run_writes(kind, base, smollm2, rows_file, tmp_path, monkeypatch):
+    """From what the run began with while it is under way, and from what it wrote when it is done."""
+    out, state = tmp_path / "out", tmp_path / "out" / "checkpoint-2"
+    settings = *begun_with(base, kind, smollm2), "--data", rows_file, "--out", out, "--max-steps", 2, "--save-every", 1
+    settings = *settings, "--global-batch-size", 4, "--lr", "1e-2", "--warmup-ratio", 0
+
+    def killed(*args):
+        raise Stopped("before the model was written")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "finish", killed)
+        here(*settings, main=finetune.main, code=143)
+    assert state.is_dir() and not (out / "config.json").exists()
+    early = exported(state, tmp_path / "early")
+    two = of_two_writers(state, tmp_path / "two")
+    assert exported(two, tmp_path / "early-two") == early
+    first = exported(state.with_name("checkpoint-1"), tmp_path / "first")
+    assert first["model.safetensors"] != early["model.safetensors"] and first["config.json"] == early["config.json"]
+
+    here(*settings, main=finetune.main)
+    theirs = {name: content for name, content in files(out).items() if name not in OF_A_RUN}
+    assert early == theirs and (b"0.6" in theirs["generation_config.json"]) == (kind == "base")
+    shutil.rmtree(base)
+    assert exported(state, tmp_path / "late") == theirs
+    meta = exported(out, tmp_path / "meta", "--layout", "meta")
+    shutil.move(two, out / "checkpoint-20")
+    assert "params.json" in meta
+    assert exported(out / "checkpoint-20", tmp_path / "late-meta", "--layout", "meta") == meta
+
+
+def broken(path, *keys, **changes):
+    """A JSON file with other values in the object at keys; None removes one."""
+    content = json.loads(path.read_text())
+    inner = content
+    for key in keys:
+        inner = inner[key]
+    inner |= changes
+    for key in [key for key, value in changes.items() if value is None]:
+        del inner[key]
+    path.write_text(json.dumps(content))
+
+
+@pytest.fixture
+def state(tmp_path, smollm2):
+    """A training state of a run that was stopped, with the least of an optimizer."""
+    model = new_model(SHAPE, "cpu", torch.bfloat16)
+    model.init_weights(0)
+    tensors = {f"param.{name}": p.detach() for name, p in model.named_parameters()} | {"m.norm": torch.ones(32)}
+    facts = {
+        "settings": {"model": str(tmp_path / "base"), "random_init": False},
+        "dtype": "bfloat16",
+        "model": dataclasses.asdict(SHAPE),
+    }
+    run = {"status": "stopped", "config": {"tokenizer": str(smollm2)}}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").write_text(json.dumps(run))
+    return checkpoint.save(tmp_path / "out", 40, tensors, facts, keep=1)
+
+
+def manifest(*keys, **changes):
+    return lambda state: broken(state / "manifest.json", *keys, **changes)
+
+
+REFUSED = {
+    "bit flipped": (lambda state: flip(state / checkpoint.STATE), 3, "changed since it was written"),
+    "manifest missing": (lambda state: (state / "manifest.json").unlink(), 3, "its save never finished"),
+    "weights missing": (lambda state: (state / checkpoint.STATE).unlink(), 3, "state.safetensors: missing"),
+    "no model": (manifest(model=None), 3, "model is missing"),
+    "model odd": (manifest(model=[1]), 3, "model is '[1]', wanted an object"),
+    "no settings": (manifest(settings=None), 3, "settings is missing"),
+    "no base": (manifest("settings", model=None), 3, "do not name the model"),
+    "dtype odd": (manifest(dtype=["int8"]), 3, "dtype is"),
+    "a field less": (manifest("model", rope_theta=None), 3, "model: rope_theta is missing"),
+    "a field more": (manifest("model", experts=8), 3, "model: experts is not known to this version"),
+    "a field odd": (manifest("model", tied="no", norm_eps=float("nan")), 3, "2 problems"),
+    "scaling odd": (manifest("model", rope_scaling={"factor": 8.0}), 3, "3 problems"),
+    "heads odd": (manifest("model", n_kv_heads=3), 3, "must be a multiple of n_kv_heads"),
+    "too large": (manifest("model", n_layers=10**12), 3, "but there are only"),
+    "huge": (manifest("model", dim=2**60, hidden_dim=2**62), 3, "but there are only"),
+    "too small": (manifest("model", n_layers=1), 3, "6 tensors do not fit this model, first param.layers.1"),
+    "of another width": (manifest("model", hidden_dim=95), 3, "4 tensors do not fit this model"),
+    "no run": (lambda state: (state.parent / "run.json").unlink(), 2, "no run.json beside the state"),
+    "no tokenizer": (lambda state: broken(state.parent / "run.json", "config", tokenizer=""), 2, "base: got neither"),
+    "tokenizer gone": (lambda state: broken(state.parent / "run.json", "config", tokenizer="/no"), 2, "/no: no such"),
+}
+
+
+@pytest.mark.parametrize("how", REFUSED)
+def test_a_state_that_gives_no_model_is_refused(how, state, tmp_path, capsys):
+    damage, code, message = REFUSED[how]
+    damage(state)
+    here("--model", state, "--out", tmp_path / "new", code=code)
+    error = capsys.readouterr().err
+    assert message in error and "checkpoint-40" in error and not (tmp_path / "new").exists()
+    assert (code == 2) == ("pass --tokenizer" in error)
+
+
+def test_where_the_tokenizer_is_from(state, smollm2, tmp_path, monkeypatch):
+    """The one named, else the run's: as run.json says, though the state is called by another name, or its model is
+    gone. A state that was moved away has none."""
+    given = exported(state, tmp_path / "given")
+    monkeypatch.chdir(state)
+    assert exported(".", tmp_path / "dot") == given
+    broken(state.parent / "run.json", status="done")
+    assert exported(state, tmp_path / "done") == given
+    shutil.move(state, tmp_path / "alone")
+    here("--model", tmp_path / "alone", "--out", tmp_path / "new", code=2)
+    here("--model", tmp_path / "alone", "--out", tmp_path / "new", "--tokenizer", "/no", code=3)
+    assert not (tmp_path / "new").exists()
+    assert exported(tmp_path / "alone", tmp_path / "named", "--tokenizer", smollm2) == given
+    for path in (tmp_path / "named").glob("tokenizer*"):
+        path.unlink()
+    assert exported(tmp_path / "named", tmp_path / "again", "--tokenizer", smollm2) == given  # a model without one
+
+
+def test_who_wants_a_model_is_told_how_to_make_one(state, tmp_path):
+    checkpoint.save(state.parent, 100, {"a": torch.ones(1)}, {}, keep=2)
+    for path, message in (
+        (state, f"a training state, not a model; python -m engine.export --model {state} --out DIR"),
+        (state.parent, f"no model yet; python -m engine.export --model {state.parent}/checkpoint-100 --out DIR"),
+    ):
+        with pytest.raises(DataError, match=re.escape(message)):
+            load_model(str(path), torch.device("cpu"), torch.float32)
+    here("--model", state.parent, "--out", tmp_path / "new", code=3)
+    assert not (tmp_path / "new").exists()

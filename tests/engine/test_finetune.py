@@ -1,0 +1,194 @@
+"""The whole command against a plain transformers loop, and against itself cut up differently."""
+
+import json
+
+import pytest
+import torch
+import transformers
+
+from engine import finetune as command
+from engine.base.errors import exit_code_of
+from engine.text.tokenizer import load_tokenizer
+from scripts.parity.transformers_loop import TransformersLoop, masked
+from tests.helpers.run import ROOT, SHARED, events, finetune
+
+STEPS, BATCH, MAX_LENGTH, LR = 20, 8, 192, 1e-3
+DATA = {"alpaca": SHARED / "alpaca_en_demo.json", "seed tasks": ROOT / "data_gen" / "seed_tasks.jsonl"}
+
+
+def run(*args):
+    """The command in this process."""
+    code = exit_code_of(command.main, [str(a) for a in args])
+    assert code == 0, f"exit code {code}"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, smollm2):
+    """A small LLaMA with grouped queries, llama3 RoPE scaling and an untied head, as transformers writes it, under
+    SmolLM2's tokenizer."""
+    folder = tmp_path_factory.mktemp("small")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
+        vocab_size=49152, max_position_embeddings=512, tie_word_embeddings=False,
+        rope_parameters={
+            "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+        },
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    load_tokenizer(smollm2).save(folder)
+    return folder
+
+
+def transformers_curve(folder, rows, micro=BATCH, loss_norm="token", steps=STEPS):
+    """(loss, gradient norm) of each step of a LlamaForCausalLM under torch's AdamW, on padded batches."""
+    loop = TransformersLoop(folder, lr=LR, total_steps=steps, exact_norm=True)
+    examples = masked(rows[: steps * BATCH], transformers.AutoTokenizer.from_pretrained(folder), MAX_LENGTH)
+    return [loop.step(examples[i * BATCH : (i + 1) * BATCH], micro, loss_norm) for i in range(steps)]
+
+
+def our_curve(folder, data, out, *more, steps=STEPS):
+    run(
+        "--model", folder, "--data", data, "--out", out, "--max-steps", steps, "--global-batch-size", BATCH,
+        "--no-shuffle", "--dtype", "fp32", "--device", "cpu", "--lr", LR, "--max-length", MAX_LENGTH, *more,
+    )  # fmt: skip
+    return [(line["loss"], line["grad_norm"]) for line in events(out)]
+
+
+def assert_same(ours, theirs, steps=STEPS):
+    assert len(ours) == len(theirs) == steps
+    for step, (a, b) in enumerate(zip(ours, theirs, strict=True), 1):
+        assert a == pytest.approx(b, rel=1e-4), f"step {step}"
+
+
+def read(name):
+    path = DATA[name]
+    if not path.exists():
+        pytest.skip(f"needs {path.name}, which is not part of the project")
+    text = path.read_text()
+    return path, json.loads(text) if text[0] == "[" else [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("name", "cuts"),
+    [
+        ("alpaca", [("--micro-batch-size", n) for n in (8, 1)]),
+        (
+            "seed tasks",
+            [  # each pair of packing, sharing and size once
+                ("--micro-batch-size", 4),
+                ("--micro-batch-tokens", 250),
+                ("--micro-batch-tokens", 2048, "--no-share-prefix"),
+                ("--micro-batch-tokens", 2048, "--no-packing"),
+                ("--micro-batch-tokens", 250, "--no-packing", "--no-share-prefix"),
+            ],
+        ),
+    ],
+    ids=DATA,
+)
+def test_one_loss_curve(small, tmp_path, name, cuts):
+    """fp32, 20 steps: transformers with padding, and ours however the same global batch is cut into forwards."""
+    path, rows = read(name)
+    theirs = transformers_curve(small, rows)
+    assert theirs[-1][0] < theirs[0][0] - 0.5, "the loss must move, or equal curves prove little"
+    for cut in cuts:
+        assert_same(our_curve(small, path, tmp_path / "".join(map(str, cut)), *cut), theirs)
+
+
+def test_block_recompute_changes_nothing(small, tmp_path):
+    path, _ = read("seed tasks")
+    plain = our_curve(small, path, tmp_path / "a", steps=6)
+    assert our_curve(small, path, tmp_path / "b", "--recompute", "block", steps=6) == plain
+
+
+def test_micro_mean_is_the_2023_trainer(small, tmp_path):
+    path, rows = read("seed tasks")
+    ours = our_curve(small, path, tmp_path, "--loss-norm", "micro-mean", "--micro-batch-size", 2, steps=8)
+    assert_same(ours, transformers_curve(small, rows, micro=2, loss_norm="micro-mean", steps=8), steps=8)
+    token = our_curve(small, path, tmp_path / "token", "--micro-batch-size", 2, steps=8)
+    assert max(abs(a[0] - b[0]) for a, b in zip(ours, token, strict=True)) > 1e-3, "the two norms must differ here"
+
+
+def test_bf16_follows_fp32(small, tmp_path):
+    path, _ = read("seed tasks")
+    fp32 = our_curve(small, path, tmp_path / "fp32")
+    run(
+        "--model", small, "--data", path, "--out", tmp_path / "bf16", "--max-steps", STEPS, "--bf16", "True",
+        "--global-batch-size", BATCH, "--no-shuffle", "--device", "cpu", "--lr", LR, "--max-length", MAX_LENGTH,
+    )  # fmt: skip
+    bf16 = [line["loss"] for line in events(tmp_path / "bf16")]
+    assert bf16 != [loss for loss, _ in fp32]
+    assert bf16[-1] == pytest.approx(fp32[-1][0], rel=0.01)
+
+
+def test_the_output_folder_is_complete_and_loads_elsewhere(small, tmp_path):
+    path, _ = read("seed tasks")
+    out = tmp_path / "out"
+    our_curve(
+        small, path, out, "--eval-fraction", 0.1, "--eval-every", 10, "--sample-every", 10, "--sample-tokens", 8,
+        "--save-every", 10, "--max-shard-bytes", 10_000_000,
+    )  # fmt: skip
+    names = {p.name for p in out.iterdir()}
+    assert {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "run.json",
+        "metrics.jsonl",
+        "report.html",
+    } <= names
+    assert {"model.safetensors.index.json", "checkpoint-10", "checkpoint-20"} <= names
+    train = events(out)
+    assert [line["step"] for line in train] == list(range(1, STEPS + 1))
+    keys = {
+        "event", "step", "epoch", "loss", "lr", "grad_norm", "examples", "tokens", "computed_tokens", "loss_tokens",
+        "step_seconds", "tokens_per_second", "mfu", "peak_memory_bytes",
+    }  # fmt: skip
+    assert all(set(line) == keys for line in train)
+    assert [line["step"] for line in events(out, "eval")] == [0, 10, 20]
+    assert [line["step"] for line in events(out, "sample")] == [0] * 3 + [10] * 3 + [20] * 3
+    assert events(out, "end")[0]["status"] == "done"
+    held = [line["loss"] for line in events(out, "eval")]
+    assert held[2] < held[0]
+
+    model = transformers.LlamaForCausalLM.from_pretrained(out, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    ids = tokenizer("### Instruction:\nName a colour.\n\n### Response:", return_tensors="pt")["input_ids"]
+    from engine.formats.find import load_model
+
+    ours, our_tokenizer, _ = load_model(str(out), torch.device("cpu"), torch.float32)
+    assert our_tokenizer.encode("### Instruction:\nName a colour.\n\n### Response:") == ids[0].tolist()
+    documents = torch.tensor([[0, ids.shape[1], 0, 0]], dtype=torch.int32)
+    with torch.no_grad():
+        logits = ours.logits(ours(ids[0], torch.arange(ids.shape[1]), documents))
+        assert (logits - model(ids).logits[0]).abs().max() < 1e-4
+
+
+def test_stanfords_command_runs(tmp_path, rows_file):
+    """Every flag of it, with its own values; only the two paths and the port are a user's."""
+    done = finetune(
+        "--model_name_or_path", "tiny", "--random-init", "--data_path", rows_file, "--bf16", "True",
+        "--output_dir", tmp_path / "out", "--num_train_epochs", "3", "--per_device_train_batch_size", "4",
+        "--per_device_eval_batch_size", "4", "--gradient_accumulation_steps", "8", "--evaluation_strategy", "no",
+        "--save_strategy", "steps", "--save_steps", "2000", "--save_total_limit", "1", "--learning_rate", "2e-5",
+        "--weight_decay", "0.", "--warmup_ratio", "0.03", "--lr_scheduler_type", "cosine", "--logging_steps", "1",
+        "--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer", "--tf32", "True",
+    )  # fmt: skip
+    assert "--fsdp is accepted and not needed" in done.stdout
+    assert "step 3/3" in done.stdout and len(events(tmp_path / "out")) == 3
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_a_dry_run_trains_nothing(tmp_path, rows_file):
+    done = finetune("--model", "tiny", "--random-init", "--data", rows_file, "--out", tmp_path / "out", "--dry-run")
+    assert "plan: 3 steps" in done.stdout and not (tmp_path / "out").exists()
+
+
+def test_one_batch_is_learnt_by_heart(tmp_path, rows_file):
+    run(
+        "--model", "tiny", "--random-init", "--data", rows_file, "--out", tmp_path / "out", "--epochs", 120,
+        "--global-batch-size", 24, "--lr", 1e-2, "--device", "cpu",
+    )  # fmt: skip
+    losses = [line["loss"] for line in events(tmp_path / "out")]
+    assert losses[0] > 9 and losses[-1] < 0.2

@@ -1,0 +1,62 @@
+"""Which losses are spikes: against plain arithmetic, on the losses of a real run, and after a resume."""
+
+import json
+import statistics
+
+import pytest
+import torch
+
+from engine.model.config import FinetuneConfig
+from engine.training.loss_spikes import LEAST, WINDOW, Spikes
+from tests.helpers.run import ROOT
+
+
+def spikes_of(losses, threshold=6.0):
+    spikes = Spikes(threshold)
+    return [step for step, loss in enumerate(losses, 1) if spikes.look(step, loss)]
+
+
+def test_the_loss_of_a_real_run_has_none_and_one_put_there_is_found():
+    losses = json.loads((ROOT / "benchmarks" / "optimizer_parity.json").read_text())["loss"]["fp32"]
+    assert len(losses) == 200 and spikes_of(losses) == []
+    for at in (LEAST, 99, 199):
+        assert spikes_of([*losses[:at], 5.0, *losses[at + 1 :]]) == [at + 1]
+    assert spikes_of([*losses[: LEAST - 1], 5.0]) == [], "too little to compare with"
+
+
+def test_the_line_is_where_the_formula_draws_it():
+    losses = (2 + 0.1 * torch.randn(WINDOW + 20)).tolist()
+    last = losses[-WINDOW:]
+    median = statistics.median(last)
+    mad = statistics.median([abs(x - median) for x in last])
+    line = median + 6 * 1.4826 * mad
+    assert 6 * 1.4826 * mad > 6 * median / 100
+    assert spikes_of([*losses, line * (1 - 1e-9)]) == [] and spikes_of([*losses, line * (1 + 1e-9)]) == [
+        len(losses) + 1
+    ]
+    steady = [2.0] * LEAST
+    assert spikes_of([*steady, 2.0 + 0.119]) == [] and spikes_of([*steady, 2.0 + 0.121]) == [LEAST + 1]
+
+
+def test_losses_that_stay_high_are_one_spike_and_another_comes_after():
+    steady = [2.0, 2.1] * LEAST
+    assert spikes_of([*steady, 9.0, 9.0, 2.0, 2.1, 9.0]) == [len(steady) + 1, len(steady) + 5]
+    assert spikes_of([*steady, 9.0], threshold=0) == []
+
+
+def test_what_metrics_tell_is_what_a_run_knew():
+    losses = [2.0, 2.1] * LEAST
+    lines = [{"event": "train", "step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
+    lines += [{"event": "train", "step": 33, "loss": None}, {"event": "eval", "step": 33, "loss": 7.0}]
+    lines += [{"event": "train", "step": 34, "loss": 9.0}, {"event": "spike", "step": 34, "back_to": 30}]
+    spikes = Spikes(6.0)
+    spikes.remember(lines)
+    assert [step for step, _ in spikes.losses] == list(range(1, 31))
+    assert spikes.look(35, 9.0).loss == 9.0, "the one that was undone is no longer there to be the same spike"
+
+
+@pytest.mark.parametrize("more", [{}, {"save_every": "end"}, {"save_every": "5", "spike_threshold": 0.0}])
+def test_going_back_wants_somewhere_to_go(more):
+    with pytest.raises(ValueError, match="--spike-rollback wants a --spike-threshold and states"):
+        FinetuneConfig(model="m", data=("d",), spike_rollback=True, **more)
+    FinetuneConfig(model="m", data=("d",), spike_rollback=True, save_every="5")

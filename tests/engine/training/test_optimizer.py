@@ -1,0 +1,72 @@
+"""The schedules and the clipping, step for step as torch and transformers."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import transformers
+
+import kernels
+from engine.model.config import MODELS
+from engine.model.llama import new_model
+from engine.training.optimizer import AdamW, counts_that_fit, lr_factor
+from tests.helpers.run import worst
+
+THEIRS = {
+    "cosine": transformers.get_cosine_schedule_with_warmup,
+    "linear": transformers.get_linear_schedule_with_warmup,
+    "constant": lambda optimizer, warmup, total: transformers.get_constant_schedule_with_warmup(optimizer, warmup),
+}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize(("total", "ratio"), [(1, 0.0), (33, 0.03), (100, 0.1), (1219, 0.03), (7, 0.5)])
+def test_schedules_are_transformers(name, total, ratio):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = THEIRS[name](optimizer, math.ceil(total * ratio), total)  # as its trainer counts the warm-up
+    for step in range(1, total + 1):
+        assert abs(lr_factor(name, step, total, ratio) - optimizer.param_groups[0]["lr"]) < 1e-12
+        optimizer.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("clip", [0.0, 0.5, 1e6])
+def test_steps_are_torchs(dtype, clip):
+    """Two groups (matrices decay), clipping, and for bf16 an fp32 master, over five steps."""
+    model = new_model(MODELS["tiny"], "cpu", dtype)
+    model.init_weights(0)
+    ours = AdamW(model, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
+    copies = {n: torch.nn.Parameter(p.detach().float()) for n, p in model.named_parameters()}
+    matrices, vectors = ([p for p in copies.values() if (p.ndim > 1) == wide] for wide in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    theirs = torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-8)
+    for step in range(5):
+        lr = 1e-3 * (step + 1)
+        for name, p in model.named_parameters():
+            p.grad = torch.randn_like(p)
+            copies[name].grad = p.grad.float()
+        norm = ours.grad_norm()
+        ours.step(lr, norm, clip)
+        truth = sum(p.grad.double().square().sum() for p in copies.values()).sqrt()  # torch's own is fp32: off by 6e-5
+        assert torch.isclose(norm.double(), truth, rtol=1e-6)
+        if clip:
+            torch.nn.utils.clip_grads_with_norm_(copies.values(), clip, truth)
+        for group in theirs.param_groups:
+            group["lr"] = lr
+        theirs.step()
+    for name, p in model.named_parameters():
+        master = kernels.master_of(p, ours.states[name])
+        assert (master - copies[name]).abs().max() < 2e-6
+        assert worst(p.float() - master) <= worst(master.bfloat16().float() - master) * (dtype == torch.bfloat16)
+
+
+def test_vectors_keep_fp32_states_for_8_bit_ones():
+    """Blocks of their states would bind the number of shards: 13B's norms are 20 blocks."""
+    config = dataclasses.replace(MODELS["tiny"], dim=5120, n_layers=1, hidden_dim=256, vocab_size=512)
+    model = new_model(config, "meta", torch.bfloat16)
+    optimizer = AdamW(model, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, states="8bit")
+    kinds = {p.ndim: optimizer.states[name].m.dtype for name, p in model.named_parameters()}
+    assert kinds == {1: torch.float32, 2: torch.uint8}
+    assert 8 in counts_that_fit({name: tuple(p.shape) for name, p in model.named_parameters()})

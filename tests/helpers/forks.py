@@ -1,0 +1,74 @@
+"""Processes of their own in a fraction of a second: forked from one that has imported the engine and done nothing else.
+
+Signals, exit codes, locks, threads and files are those of any other process; `python -c` would first import torch.
+"""
+
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["engine.finetune", "engine.export", "engine.generate", "tests.helpers.forks"])
+
+
+class Started:
+    """`python -c CODE ARGS` in ROOT, with the parts of subprocess.Popen that tests use."""
+
+    def __init__(self, code, *args, env=None):
+        self.folder = tempfile.TemporaryDirectory(prefix="cria-process-")
+        files = [str(Path(self.folder.name, name)) for name in ("out", "err")]
+        arguments = code, ["-c", *map(str, args)], dict(os.environ if env is None else env), files
+        self.process = FORKS.Process(target=run, args=arguments)
+        self.process.start()
+        self.pid, self.kill, self.terminate = self.process.pid, self.process.kill, self.process.terminate
+
+    def poll(self):
+        return self.process.exitcode
+
+    def communicate(self, timeout=None):
+        """(stdout, stderr), when it has ended."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.kill()
+            self.process.join()
+            raise subprocess.TimeoutExpired("python -c", timeout)
+        return tuple(Path(self.folder.name, name).read_text() for name in ("out", "err"))
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+
+FINETUNE = "import sys; from engine import finetune; from engine.base.errors import exit_code_of\n"
+FINETUNE += "sys.exit(exit_code_of(finetune.main))"
+
+
+def ranks(n, *args):
+    """Ranks of engine.finetune, as a launcher other than torchrun starts them: (exit codes, what all said)."""
+    started = []
+    shared = os.environ | {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for i in range(n):
+        started.append(Started(FINETUNE, *args, env=shared | {"RANK": str(i), "LOCAL_RANK": str(i)}))
+    said = [text for process in started for text in process.communicate(timeout=200)]
+    return [process.returncode for process in started], "".join(said)
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def run(code, argv, env, files):
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(ROOT)
+    for fd, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), fd)
+    sys.argv = argv
+    exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})

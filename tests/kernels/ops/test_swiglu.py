@@ -1,0 +1,273 @@
+"""SwiGLU, alone and before a linear map, in Triton against the formula in fp64: outputs and every gradient."""
+
+from functools import partial
+from importlib import import_module
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from kernels.ops.common import INTERPRETED
+from tests.helpers.run import worst
+
+op = import_module("kernels.ops.swiglu")  # kernels.swiglu is the function
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="bf16 and full sizes need a GPU")
+runs = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or Triton's interpreter")
+pytestmark = runs
+
+TILES = {"swiglu": {"forward": {"COLS": 16}, "backward": {"COLS": 16}}}
+DTYPES = [torch.float32, torch.float16]
+SIZES = [(0, 4, 3), (1, 1, 1), (3, 17, 5), (5, 40, 24), (2, 300, 33)]  # T, F, D
+
+
+def glu(gate_up, impl="triton"):
+    return kernels.swiglu(gate_up, impl)
+
+
+def linear(gate_up, weight, residual, impl="triton", consume=False):
+    """consume takes a copy: its caller has no other use for gate_up."""
+    return kernels.swiglu_linear(gate_up * 1 if consume else gate_up, weight, residual, impl, consume)
+
+
+def with_gradients(f, inputs, upstream):
+    """The output of f, and the gradient of each input."""
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    out = f(*inputs)
+    return out.detach(), *torch.autograd.grad(out, inputs, upstream.to(out.dtype))
+
+
+def compare(f, inputs, upstream):
+    """Our errors at most twice those of the reference in the same dtype, both against it in fp64; half a unit of the
+    dtype is nobody's error."""
+    ours = with_gradients(f, inputs, upstream)
+    theirs = with_gradients(partial(f, impl="ref"), inputs, upstream)
+    truth = with_gradients(partial(f, impl="ref"), [t.double() for t in inputs], upstream)
+    floor = max(1e-6, torch.finfo(inputs[0].dtype).eps / 2)
+    for i, (a, b, true) in enumerate(zip(ours, theirs, truth, strict=True)):
+        assert a.shape == true.shape and a.dtype == inputs[0].dtype and a.isfinite().all(), i
+        assert worst(a.double() - true) <= 2 * worst(b.double() - true) + floor * worst(true), i
+    return ours
+
+
+def random(device, *shapes, dtype=torch.float32):
+    return [torch.randn(*shape, device=device).to(dtype) for shape in shapes]
+
+
+def inputs_of(t, f, d, device, dtype=torch.float32):
+    """gate_up, weight, residual and an upstream gradient."""
+    gate_up, weight, residual, dy = random(device, (t, 2 * f), (d, f), (t, d), (t, d), dtype=dtype)
+    return [gate_up, weight / f**0.5, residual], dy
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """New memory holds NaN."""
+    empty_like, new_empty = torch.empty_like, torch.Tensor.new_empty
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(torch.nan))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(torch.nan))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("t", "f"), [(0, 4), (1, 1), (3, 17), (5, 40), (2, 300)])
+def test_swiglu(t, f, dtype, device, poison):
+    gate_up, dh = random(device, (t, 2 * f), (t, f), dtype=dtype)
+    compare(glu, [gate_up * 3], dh)
+
+
+@pytest.mark.parametrize("consume", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("t", "f", "d"), SIZES)
+def test_swiglu_linear(t, f, d, dtype, consume, device, poison):
+    inputs, dy = inputs_of(t, f, d, device, dtype)
+    compare(partial(linear, consume=consume), inputs, dy)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+def test_far_from_zero_and_at_it(device):
+    gate = torch.tensor([0.0, -0.0, 1e-7, 20.0, -20.0, 88.0, -88.0, 200.0, -200.0, 1e5, -1e5], device=device)
+    gate_up = torch.cat((gate, torch.ones_like(gate)))[None]
+    compare(glu, [gate_up], torch.ones(1, len(gate), device=device))
+
+
+def test_any_strides_and_an_upstream_gradient_of_stride_0(device):
+    gate_up, weight, residual, dy = random(device, (34, 5), (17, 9), (9, 10), (1, 1))
+    compare(glu, [gate_up.T], dy.expand(5, 17))
+    for consume in (False, True):
+        compare(partial(linear, consume=consume), [gate_up.T, weight.T, residual[:, ::2].T], dy.expand(5, 9))
+
+
+@pytest.mark.parametrize("consume", [False, True])
+def test_nothing_that_is_read_is_written_and_two_runs_are_bit_equal(consume, device):
+    inputs, dy = inputs_of(17, 20, 12, device)
+    before = [t.clone() for t in (*inputs, dy)]
+    first = with_gradients(partial(linear, consume=consume), inputs, dy)
+    assert all(a.equal(b) for a, b in zip(before, (*inputs, dy), strict=True))
+    _, dgate_up, dweight, _ = first  # the residual's gradient is the upstream one itself
+    assert not {t.data_ptr() for t in (*inputs, dy)} & {t.data_ptr() for t in (dgate_up, dweight)}
+    again = with_gradients(partial(linear, consume=consume), inputs, dy)
+    assert all(a.equal(b) for a, b in zip(first, again, strict=True))
+    gate_up, dh = inputs[0].requires_grad_(), random(device, (17, 20))[0]
+    held = dh.clone()
+    torch.autograd.grad(glu(gate_up), gate_up, dh)
+    assert dh.equal(held) and gate_up.equal(before[0])
+
+
+# ---- consume --------------------------------------------------------------------------------------------------------
+
+
+def test_consume_writes_the_gradient_over_gate_up(device):
+    (gate_up, weight, residual), dy = inputs_of(5, 20, 12, device)
+    _, dgate_up, *_ = with_gradients(linear, (gate_up, weight, residual), dy)
+    gate_up = gate_up.requires_grad_()
+    ours = kernels.swiglu_linear(gate_up, weight, residual, "triton", consume=True)
+    (grad,) = torch.autograd.grad(ours, gate_up, dy)
+    assert grad.data_ptr() == gate_up.data_ptr() and not grad.requires_grad
+    assert grad.equal(dgate_up)
+
+
+def test_without_consume_a_second_backward_gives_the_same(device):
+    (gate_up, weight, residual), dy = inputs_of(5, 20, 12, device)
+    gate_up = gate_up.requires_grad_()
+    y = kernels.swiglu_linear(gate_up, weight, residual, "triton")
+    first, again = (torch.autograd.grad(y, gate_up, dy, retain_graph=True)[0] for _ in range(2))
+    assert first.equal(again)
+
+
+def test_autograd_refuses_what_would_read_a_consumed_gate_up(device):
+    (gate_up, weight, residual), dy = inputs_of(5, 20, 12, device)
+    gate_up = gate_up.requires_grad_()
+    consumed = gate_up * 1
+    other = consumed.square()  # saves it too
+    y = kernels.swiglu_linear(consumed, weight, residual, "triton", consume=True)
+    torch.autograd.grad(y, gate_up, dy, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(other.sum(), gate_up)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y, gate_up, dy)
+
+
+# ---- what is asked for, what is saved -------------------------------------------------------------------------------
+
+
+class _Products(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("consume", [False, True])
+@pytest.mark.parametrize(
+    ("asked", "products"),
+    [("gate_up", 1), ("weight", 1), ("residual", 0), ("gate_up weight", 2), ("weight residual", 1)],
+)
+def test_multiplies_for_what_is_asked_alone(asked, products, consume, device):
+    tensors, dy = inputs_of(5, 20, 12, device)
+    inputs = dict(zip(("gate_up", "weight", "residual"), tensors, strict=True))
+    whole = dict(zip(inputs, with_gradients(linear, tensors, dy)[1:], strict=True))
+    leaves = {name: t.clone().requires_grad_(name in asked.split()) for name, t in inputs.items()}
+    y = linear(*leaves.values(), consume=consume)
+    with _Products() as counted:
+        grads = torch.autograd.grad(y, [leaves[name] for name in asked.split()], dy)
+    assert counted.count == products
+    assert all(grad.equal(whole[name]) for name, grad in zip(asked.split(), grads, strict=True))
+
+
+def test_saves_gate_up_and_weight_alone(device):
+    inputs, _ = inputs_of(50, 20, 12, device)
+    saved = {}
+
+    def note(t):
+        saved[t.data_ptr()] = t.numel()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        kernels.swiglu_linear(*(t.requires_grad_() for t in inputs), "triton")
+    assert sum(saved.values()) == inputs[0].numel() + inputs[1].numel()
+
+
+@pytest.mark.parametrize("consume", [False, True])
+def test_a_feed_forward_recomputed_and_compiled(consume, device):
+    """The layer's second half, as the model writes it: x goes round the norm and the product and is added."""
+    x, norm_weight, w13, w2, dy = random(device, (5, 24), (24,), (40, 24), (24, 20), (5, 24))
+
+    def feed_forward(x, norm_weight, w13, w2, impl="triton"):
+        gate_up, x = kernels.norm_linear(x, norm_weight, w13, 1e-5, impl)
+        return kernels.swiglu_linear(gate_up, w2, x, impl, consume)
+
+    inputs = (x, norm_weight, w13 / 5, w2 / 5)
+    ours = compare(feed_forward, inputs, dy)
+    compiled = torch.compile(feed_forward, fullgraph=True, backend="aot_eager")
+    for other in (partial(checkpoint, feed_forward, use_reentrant=False), compiled):
+        assert all(a.equal(b) for a, b in zip(ours, with_gradients(other, inputs, dy), strict=True))
+
+
+# ---- the operators --------------------------------------------------------------------------------------------------
+
+
+def test_operators_without_kernels_are_autograds():
+    (gate_up, _, _), _ = inputs_of(5, 9, 4, "cpu", torch.float64)
+    (dh,) = random("cpu", (5, 9), dtype=torch.float64)
+    gate, up = gate_up.chunk(2, -1)
+    sigmoid = 1 / (1 + (-gate).exp())
+    truth = torch.cat((dh * up * sigmoid * (1 + gate * (1 - sigmoid)), dh * gate * sigmoid), -1)
+    h = gate * sigmoid * up
+    assert worst(op.swiglu_ref(gate_up) - h) < 1e-12
+    for want_h in (False, True):
+        dgate_up, again = op._backward_cpu(dh, gate_up, want_h)
+        assert worst(dgate_up - truth) < 1e-12 and again.numel() == want_h * h.numel()
+    assert worst(again - h) < 1e-12
+    op._backward_over_cpu(dh, gate_up)
+    assert worst(gate_up - truth) < 1e-12 and worst(dh - h) < 1e-12
+
+
+def test_operators_tell_torch_the_truth(device):
+    gate_up, dh = random(device, (5, 34), (5, 17), dtype=torch.float16)
+    torch.library.opcheck(op.forward, (gate_up,))
+    for want_h in (False, True):
+        torch.library.opcheck(op.backward, (dh, gate_up, want_h))
+    torch.library.opcheck(op.backward_over, (dh, gate_up))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda t: glu(t(2, 3, 4)), r"gate_up is \(2, 3, 4\)"),
+        (lambda t: glu(t(2, 3)), "wanted an even number"),
+        (lambda t: linear(t(2, 8), t(5, 3), t(2, 5)), r"wanted \(T, 2F\), \(D, F\), \(T, D\)"),
+        (lambda t: linear(t(2, 8), t(5, 4), t(2, 6)), r"wanted \(T, 2F\), \(D, F\), \(T, D\)"),
+        (lambda t: linear(t(2, 8), t(5, 4), t(1, 5)), r"wanted \(T, 2F\), \(D, F\), \(T, D\)"),
+    ],
+)
+def test_what_does_not_fit_is_said(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.zeros)
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+@gpu
+@pytest.mark.parametrize("f", [1536, 5632, 11008, 14336])
+def test_bf16_at_real_sizes(f):
+    inputs, dy = inputs_of(1027, f, 512, "cuda", torch.bfloat16)
+    for consume in (False, True):
+        compare(partial(linear, consume=consume), inputs, dy)
+    compare(glu, inputs[:1], torch.randn(1027, f, device="cuda").bfloat16())
+
+
+@gpu
+def test_more_than_2_to_the_31_elements():
+    rows, f = 2**31 // (2 * 11008) + 5, 11008
+    gate_up = torch.empty(rows, 2 * f, dtype=torch.bfloat16, device="cuda").normal_()
+    h = op.forward(gate_up)
+    tail, tail_h = op.backward(h[-9:].clone(), gate_up[-9:].clone(), True)
+    assert h[-9:].equal(tail_h)
+    op.backward_over(h, gate_up)
+    assert gate_up[-9:].equal(tail) and h[-9:].equal(tail_h)
