@@ -1,7 +1,6 @@
 """What is trained on, in numbers: the tokens of a step, those that are computed, those with loss, and how micro-batches
 cut it. Of a real file under a tokenizer, or of Alpaca by the lengths of 9,229 of its rows."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,10 @@ from engine.data.rows import read_rows
 from engine.formats.find import find_tokenizer
 from engine.model.config import ModelConfig
 from engine.planning.cards import cards_of
+from kernels.measure.alpaca import ALPACA_ROWS, alpaca_lengths
 
 ROOT = Path(__file__).parents[2]
-LENGTHS = ROOT / "benchmarks" / "alpaca_lengths.json"
 SEED_TASKS = ROOT / "data_gen" / "seed_tasks.jsonl"
-ALPACA_ROWS = 52002
 SAMPLED_STEPS = 32  # of a file's
 
 
@@ -78,11 +76,9 @@ def mix_of(what, n_examples, steps, config):
 
 def alpaca_mix(config, rows: int = ALPACA_ROWS, what: str = "") -> Mix:
     """Alpaca's, or another dataset's of so many rows, by the lengths of 9,229 of Alpaca's."""
-    found = json.loads(LENGTHS.read_text())
-    prompt, response, has_input = (np.array(list(found[k]), int) for k in ("prompt", "response", "has_input"))
-    lengths = np.minimum(prompt + response, config.max_length).astype(float)
-    loss = lengths - (1 if config.train_on_prompt else np.minimum(prompt, lengths))
-    templates = found["shared_prefix"]["no_input"], found["shared_prefix"]["input"]
+    alpaca = alpaca_lengths()
+    lengths = np.minimum(alpaca.prompt + alpaca.response, config.max_length).astype(float)
+    loss = lengths - (1 if config.train_on_prompt else np.minimum(alpaca.prompt, lengths))
     order = data.order(len(lengths), config.seed, 0, True)
     order = order[loss[order] > 0]
     if not len(order):
@@ -90,7 +86,7 @@ def alpaca_mix(config, rows: int = ALPACA_ROWS, what: str = "") -> Mix:
     steps, size = [], share_of(config, len(order))
     for first in range(0, len(order) - size + 1, size):
         step = order[first : first + size]
-        groups = [(n, np.flatnonzero(has_input[step] == kind)) for kind, n in enumerate(templates)]
+        groups = [(n, np.flatnonzero(alpaca.has_input[step] == kind)) for kind, n in enumerate(alpaca.shared_prefix)]
         groups = [(min(n, config.max_length), g) for n, g in groups if len(g) > 1 and config.share_prefix]
         steps.append(step_of(lengths[step], loss[step], groups))
     steps = np.array(steps) * min(1, rows / cards_of(config) / size)  # fewer rows than a step holds

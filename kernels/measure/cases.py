@@ -18,17 +18,17 @@ measured (2 for bf16); fp32 statistics of a row are left out. Per op:
 """
 
 import importlib
-import json
 import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+
+from kernels.measure.alpaca import alpaca_lengths
 
 STATES = ("fp32", "bf16", "8bit")
 BLOCK_BYTES = 2 * 2 * 4 / 256  # an fp32 maximum of each 256 elements, of m and v, read and written
@@ -38,7 +38,6 @@ ADAMW = {  # how the parameter is kept -> bytes a parameter read and written, fo
     "split": (26, 18, 14 + BLOCK_BYTES),
     "stochastic": (22, 14, 10 + BLOCK_BYTES),
 }
-LENGTHS = Path(__file__).parents[2] / "benchmarks" / "alpaca_lengths.json"
 MAX_LENGTH = 512  # the recipe's cut
 TOKENS = 8192  # rows of a case: a packed micro-batch
 
@@ -73,16 +72,15 @@ def op(name):
 # ---- documents ------------------------------------------------------------------------------------------------------
 
 
-def alpaca_rows(tokens, seed=0, path=LENGTHS):
+def alpaca_rows(tokens, seed=0):
     """(prompt, response, shared prefix) lengths of rows of the real mix that hold `tokens` tokens; the last is cut."""
-    table = json.loads(Path(path).read_text())
-    prefixes = {"0": table["shared_prefix"]["no_input"], "1": table["shared_prefix"]["input"]}
+    alpaca = alpaca_lengths()
     rng, rows, total = random.Random(seed), [], 0
     while total < tokens:
-        i = rng.randrange(len(table["prompt"]))
-        prompt = min(table["prompt"][i], MAX_LENGTH, tokens - total)
-        response = min(table["response"][i], MAX_LENGTH - prompt, tokens - total - prompt)
-        rows.append((prompt, response, min(prefixes[table["has_input"][i]], prompt)))
+        i = rng.randrange(len(alpaca))
+        prompt = min(int(alpaca.prompt[i]), MAX_LENGTH, tokens - total)
+        response = min(int(alpaca.response[i]), MAX_LENGTH - prompt, tokens - total - prompt)
+        rows.append((prompt, response, min(alpaca.shared_prefix[alpaca.has_input[i]], prompt)))
         total += prompt + response
     return rows
 

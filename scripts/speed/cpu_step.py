@@ -31,6 +31,7 @@ from engine.formats.source import open_source
 from engine.model.llama import new_model
 from engine.text.tokenizer import load_tokenizer
 from engine.training.optimizer import AdamW
+from kernels.measure.alpaca import alpaca_lengths
 from scripts.parity.transformers_loop import TransformersLoop, masked
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -75,11 +76,11 @@ def seconds(stepper, examples, micro, threads):
 
 def like_alpaca(dataset, n, generator):
     """n examples, each once, whose prompts and responses are as long as those of rows drawn from Alpaca."""
-    figures = json.loads((ROOT / "benchmarks" / "alpaca_lengths.json").read_text())
+    alpaca = alpaca_lengths()
     responses = dataset.loss_tokens()
     prompts, picked = dataset.lengths() - responses, []
-    for i in generator.integers(len(figures["prompt"]), size=n):
-        off = np.abs(prompts - figures["prompt"][i]) + np.abs(responses - figures["response"][i])
+    for i in generator.integers(len(alpaca), size=n):
+        off = np.abs(prompts - alpaca.prompt[i]) + np.abs(responses - alpaca.response[i])
         off[picked] = 1 << 30
         picked.append(int(off.argmin()))
     return np.array(picked)

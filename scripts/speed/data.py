@@ -5,7 +5,7 @@
 
 The rows are repeated to 52,002, each copy with other sentences, since Alpaca itself is not at hand. Such rows have the
 lengths of those that they are made of; what Alpaca's own lengths make of packing is measured on rows of random tokens
-that have the lengths and templates of benchmarks/alpaca_lengths.json.
+that have the lengths and templates of kernels/measure/alpaca_lengths.json.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from engine.formats.find import embedded_gguf
 from engine.model.config import FinetuneConfig
 from engine.text.tokenizer import load_tokenizer
 from engine.training.prepare import SEED_TASKS, read_tables
+from kernels.measure.alpaca import alpaca_lengths
 from scripts.speed.cpu_step import cpu_name
 
 ROOT = Path(__file__).parents[2]
@@ -57,18 +58,18 @@ def recombined(rows, n):
     return made
 
 
-def lengths_of_alpaca(figures, n):
-    """A dataset of random tokens with Alpaca's lengths and its two templates' common prefixes."""
-    generator = np.random.default_rng(0)
-    stems = [generator.integers(3, 32000, figures["shared_prefix"][kind]) for kind in ("no_input", "input")]
-    drawn = generator.integers(len(figures["prompt"]), size=n)
-    prompt, response = (np.array(figures[name])[drawn] for name in ("prompt", "response"))
+def random_rows_like_alpaca(n):
+    """Return a dataset of random tokens with Alpaca's lengths and its two templates' common prefixes."""
+    alpaca, generator = alpaca_lengths(), np.random.default_rng(0)
+    stems = [generator.integers(3, 32000, length) for length in alpaca.shared_prefix]
+    drawn = generator.integers(len(alpaca), size=n)
+    prompt, response = alpaca.prompt[drawn], alpaca.response[drawn]
     ends = np.cumsum(np.minimum(prompt + response, MAX_LENGTH))
     begins = np.concatenate(([0], ends[:-1]))
     tokens = generator.integers(3, 32000, ends[-1], dtype=np.int32)
     is_target = np.zeros(len(tokens), bool)
     for begin, end, n_prompt, row in zip(begins, ends, prompt, drawn, strict=True):
-        stem = stems[int(figures["has_input"][row])]
+        stem = stems[alpaca.has_input[row]]
         tokens[begin : begin + len(stem)] = stem
         is_target[begin + n_prompt : end] = True
     has_loss = [bool(is_target[a:b].any()) for a, b in zip(begins, ends, strict=True)]
@@ -188,8 +189,7 @@ def main():
         print(json.dumps(found, indent=1), flush=True)
         epoch = packed(dataset, 8320)
         print(json.dumps(epoch, indent=1), flush=True)
-    figures = json.loads((ROOT / "benchmarks" / "alpaca_lengths.json").read_text())
-    alpaca = lengths_of_alpaca(figures, args.n)
+    alpaca = random_rows_like_alpaca(args.n)
     mixes = [packed(alpaca, budget) for budget in BUDGETS]
     result = {
         "what": f"{args.n} rows tokenised at {MAX_LENGTH}, cached, packed {BATCH} a step with shared prefixes, to "

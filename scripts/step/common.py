@@ -1,6 +1,6 @@
 """What measurements of a whole training step share: rows, figures, and how a process hands its records over.
 
-Rows have the lengths of Alpaca's (benchmarks/alpaca_lengths.json) and random ids, but for the two stems that its
+Rows have the lengths of Alpaca's (kernels.measure.alpaca) and random ids, but for the two stems that its
 templates begin with, which rows share. Logical tokens are those that the rows hold: padding never counts, and sharing a
 prefix does not reduce them.
 
@@ -26,10 +26,10 @@ from engine.model.config import MODELS, ModelConfig
 from engine.planning.cards import PRICES_OF, card_named
 from engine.training.micro_batch_size import is_out_of_memory
 from kernels.bench import GPU, free, write_json
+from kernels.measure.alpaca import ALPACA_ROWS, alpaca_lengths
 
-LENGTHS = Path(__file__).parents[2] / "benchmarks" / "alpaca_lengths.json"
 ROWS, MAX_LENGTH = 128, 512  # of a step; tokens a row is cut at
-ALPACA_ROWS, EPOCHS = 52_002, 3
+EPOCHS = 3
 DTYPE = torch.bfloat16 if GPU else torch.float32
 TOY = ModelConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=128, vocab_size=256, max_seq_len=64)
 TOY_ROWS = 6
@@ -43,27 +43,21 @@ def shape(model: str, smoke: bool) -> ModelConfig:
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 
-def alpaca_lengths():
-    """(prompt, response, has_input), each (9229,) int, and the tokens that each template's rows begin with."""
-    found = json.loads(LENGTHS.read_text())
-    columns = (np.array(list(found[name]), int) for name in ("prompt", "response", "has_input"))
-    return *columns, (found["shared_prefix"]["no_input"], found["shared_prefix"]["input"])
-
-
 def alpaca_rows(n_steps: int, smoke: bool) -> Dataset:
     """Rows of the mix for so many steps, drawn without repetition while there are enough; the response's tokens are
     targets."""
     vocab_size, max_length, per_step = (TOY.vocab_size, TOY.max_seq_len, TOY_ROWS) if smoke else (32000, 512, ROWS)
-    prompt, response, has_input, n_shared = alpaca_lengths()
+    alpaca = alpaca_lengths()
+    prompt, response = alpaca.prompt, alpaca.response
     generator = np.random.default_rng(0)
-    stems = [generator.integers(3, vocab_size, n) for n in n_shared]
+    stems = [generator.integers(3, vocab_size, n) for n in alpaca.shared_prefix]
     usable = prompt < max_length  # a row cut before its response has no loss, and is no example
     if smoke:
         usable &= prompt + response < max_length + 8  # else all were cut, and of one length
     drawn = np.resize(generator.permutation(np.flatnonzero(usable)), n_steps * per_step)
     tokens, is_target = [], []
     for i in drawn:
-        stem, n = stems[has_input[i]], min(max_length, prompt[i] + response[i])
+        stem, n = stems[alpaca.has_input[i]], min(max_length, prompt[i] + response[i])
         tokens.append(np.concatenate([stem, generator.integers(3, vocab_size, n - len(stem))]))
         is_target.append(np.arange(n) >= prompt[i])
     ends = np.cumsum([len(row) for row in tokens])
@@ -118,8 +112,8 @@ def peak_memory() -> dict:
 
 def projection(record: dict, card) -> dict:
     """The whole Alpaca run at the pace of a measured step: seconds = rows x epochs x mean tokens a row / tokens/s."""
-    prompt, response, *_ = alpaca_lengths()
-    tokens = ALPACA_ROWS * EPOCHS * np.minimum(MAX_LENGTH, prompt + response).mean()
+    alpaca = alpaca_lengths()
+    tokens = ALPACA_ROWS * EPOCHS * np.minimum(MAX_LENGTH, alpaca.prompt + alpaca.response).mean()
     seconds = tokens / record["tokens_per_s"]
     price = card and card.price_per_hour
     return {

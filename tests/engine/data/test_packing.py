@@ -1,7 +1,6 @@
 """From a step's examples to packed micro-batches that share prefixes."""
 
 import itertools
-import json
 from collections import Counter
 from itertools import pairwise
 
@@ -12,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.data import packing
+from kernels.measure.alpaca import alpaca_lengths
 from tests.helpers.datasets import dataset
-from tests.helpers.run import ROOT
 
 
 def arrays(rows):
@@ -317,14 +316,13 @@ def test_weights_carry_the_scale_and_the_mean_of_means():
 
 def alpaca_steps(n):
     """128 rows each, of random tokens but for the two templates."""
-    figures = json.loads((ROOT / "benchmarks" / "alpaca_lengths.json").read_text())
-    generator = np.random.default_rng(0)
-    stems = [generator.integers(3, 32000, figures["shared_prefix"][kind]).tolist() for kind in ("no_input", "input")]
+    alpaca, generator = alpaca_lengths(), np.random.default_rng(0)
+    stems = [generator.integers(3, 32000, n).tolist() for n in alpaca.shared_prefix]
     for _ in range(n):
         rows = []
-        for i in generator.integers(len(figures["prompt"]), size=128):
-            stem = stems[int(figures["has_input"][i])]
-            n_tokens = min(512, figures["prompt"][i] + figures["response"][i])
+        for i in generator.integers(len(alpaca), size=128):
+            stem = stems[alpaca.has_input[i]]
+            n_tokens = min(512, alpaca.prompt[i] + alpaca.response[i])
             rows.append(stem + generator.integers(3, 32000, n_tokens - len(stem)).tolist())
         yield rows
 

@@ -11,9 +11,10 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from kernels.measure.alpaca import alpaca_lengths
 from kernels.ops.common import INTERPRETED, LAUNCH
 from kernels.ops.rope import rope_ref
-from tests.helpers.run import shared, worst
+from tests.helpers.run import worst
 
 op = import_module("kernels.ops.attention")  # kernels.attention is the function
 ref = import_module("kernels.ops.attention_ref")
@@ -664,7 +665,7 @@ def test_forward_and_dq_share_tiles():
 def alpaca(n_rows):
     """Documents of Alpaca's lengths behind one shared prefix of 35 rows, up to n_rows."""
     rng, documents, row = np.random.default_rng(0), [[0, 35, 0, 0]], 35
-    lengths = np.array(json.loads(shared("alpaca_lengths.json").read_text())["rows"])[:, :2].sum(1) - 35
+    lengths = alpaca_lengths().prompt + alpaca_lengths().response - 35
     for length in rng.permutation(lengths):
         if row + length > n_rows:
             return documents
