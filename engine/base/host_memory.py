@@ -16,7 +16,8 @@ from kernels.ops.adamw import AdamWState
 
 SLOTS = 3
 ALIGN = 128  # bytes
-ARENA_BYTES = 1 << 30
+ARENA_BYTES = 1 << 30  # of memory for states that are offloaded
+COPY_ARENA_BYTES = 1 << 28  # of memory for a copy of the state that is being saved
 
 
 class Offload:

@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from engine.base.errors import DataError
+from engine.base.host_memory import ALIGN
+from engine.base.host_memory import COPY_ARENA_BYTES as ARENA_BYTES
 from engine.formats.tensor_files import DTYPE_NAMES, DTYPES, first_line
-
-ARENA_BYTES, ALIGN = 1 << 28, 128
 
 
 @dataclass(frozen=True)

@@ -35,13 +35,11 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.base.host_memory import SLOTS
+from engine.base.host_memory import ALIGN, COPY_ARENA_BYTES, SLOTS
 from engine.model.config import ModelConfig
 from engine.model.llama import new_model
-from engine.output.tensor_rows import ALIGN, ARENA_BYTES
 from engine.planning.cards import MACHINE, Card, Traffic, cards_of, within_machines
-from engine.training.optimizer import states_of
-from kernels.ops.adamw import adamw_state
+from kernels.ops.adamw import adamw_state, states_of
 from kernels.ops.linear_cross_entropy import LOGITS_BYTES, PAD, ROWS
 
 CONTEXT_BYTES = 640 << 20  # CUDA's context, cuBLAS with its workspace, the kernels' code: 0.5 to 0.6 GiB on an H100
@@ -109,7 +107,7 @@ def copy_bytes(c: ModelConfig, dtype: torch.dtype, master: str, states: str, car
     total = left = 0
     for size in [*(p.nbytes for p in shards), *kept]:
         if size > left:
-            left = max(ARENA_BYTES, 1 << (size - 1).bit_length())
+            left = max(COPY_ARENA_BYTES, 1 << (size - 1).bit_length())
             total += left
         left -= -(-size // ALIGN) * ALIGN
     return total

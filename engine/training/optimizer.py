@@ -11,7 +11,7 @@ import kernels
 from engine.base.host_memory import HostMemory, Offload
 from engine.distributed.world import first_row, held
 from engine.output.checkpoint import Shard
-from kernels.ops.adamw import LEAST_8BIT
+from kernels.ops.adamw import LEAST_8BIT, states_of
 from kernels.ops.eight_bit import BLOCK
 
 
@@ -119,11 +119,6 @@ class AdamW:
                 else:
                     kept[f"{kind}.{name}"] = Shard(t, first, rows)
         return kept
-
-
-def states_of(p: torch.Tensor, states: str) -> str:
-    """Of a parameter. Vectors keep fp32 states for 8-bit ones: they are few, and their blocks would bind the shards."""
-    return "fp32" if states == "8bit" and p.ndim == 1 else states
 
 
 def own(t: torch.Tensor) -> torch.Tensor:

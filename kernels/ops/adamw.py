@@ -95,6 +95,14 @@ def adamw_state(
     return AdamWState(m.detach(), v.detach(), **kept)
 
 
+def states_of(param: torch.Tensor, states: str) -> str:
+    """Return the kind of states that a parameter keeps: fp32 in place of 8bit for a vector, else `states`.
+
+    Vectors are few, and blocks of 256 elements would limit into how many shards they can be divided.
+    """
+    return "fp32" if states == "8bit" and param.ndim == 1 else states
+
+
 def master_of(param: torch.Tensor, state: AdamWState) -> torch.Tensor:
     """What the next update starts from, fp32: param itself, its master, or a new tensor."""
     if state.master is not None or param.dtype == torch.float32:

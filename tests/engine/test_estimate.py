@@ -68,8 +68,8 @@ from engine.planning.memory import (
 )
 from engine.planning.tables import COLLECTIVES, show
 from engine.planning.workload import alpaca_mix, cut, step_of
-from engine.training.optimizer import AdamW, states_of
-from kernels.ops.adamw import adamw_state
+from engine.training.optimizer import AdamW
+from kernels.ops.adamw import adamw_state, states_of
 from scripts.pages import ranks as render_ranks
 from tests.helpers.run import command
 
@@ -866,7 +866,7 @@ def test_the_page_of_ranks_is_what_the_estimate_says(tmp_path, monkeypatch):
 def test_the_copy_of_a_state_is_host_rooms(states, cards, monkeypatch):
     """As its arenas are asked for, with tensors smaller and larger than one."""
     monkeypatch.setattr("engine.output.tensor_rows.ARENA_BYTES", 1 << 16)
-    monkeypatch.setattr("engine.planning.memory.ARENA_BYTES", 1 << 16)
+    monkeypatch.setattr("engine.planning.memory.COPY_ARENA_BYTES", 1 << 16)
     copy_bytes.cache_clear()
     c, asked = ModelConfig(**SMALL | {"dim": 96, "vocab_size": 2000}), []
     model = new_model(c, "cpu", torch.bfloat16, "ref")
@@ -883,7 +883,7 @@ def test_the_copy_of_a_state_is_host_rooms(states, cards, monkeypatch):
     monkeypatch.setattr(torch, "empty", ask)
     HostRoom(pinned=True).copy(tensors)
     monkeypatch.undo()
-    monkeypatch.setattr("engine.planning.memory.ARENA_BYTES", 1 << 16)
+    monkeypatch.setattr("engine.planning.memory.COPY_ARENA_BYTES", 1 << 16)
     assert len(asked) > 4 and copy_bytes(c, torch.bfloat16, "split", states, cards) == sum(asked)
     copy_bytes.cache_clear()
 
