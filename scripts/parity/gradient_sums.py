@@ -1,23 +1,25 @@
-"""What summing gradients over micro-batches in bf16 costs, against sums in fp32 of the very same products.
+"""The cost of summing gradients over micro-batches in bf16, measured against fp32 sums of the same products.
 
     python -m scripts.parity.gradient_sums --json benchmarks/accumulation.json
 
-SmolLM2-135M in bf16, one step's rows cut into 1, 2, ... micro-batches. The kernels' autograd functions run on their
-operators' CPU twins, and the products dy.T @ x of every weight are summed three ways: into a bf16 gradient in the
-GEMM's epilogue, as training does; rounded to bf16 and then added in bf16, as autograd does; in fp32. Errors are
-relative L2 norms over all matrices. "bf16 itself" is what the fp32 sums are off from the gradient of the same weights
-in fp32.
+SmolLM2-135M in bf16 takes one step's rows in 1, 2, 4 and 8 micro-batches. The kernels' autograd functions run on their
+operators' CPU twins. The products dy.T @ x of every weight are summed in three ways:
+
+bf16 in the epilogue     into a bf16 gradient in the GEMM's epilogue, as training does
+bf16, rounded and added  rounded to bf16 and then added in bf16, as autograd does
+fp32                     the truth of both
+
+Errors are relative L2 norms over all matrices. "bf16 itself" is the distance from the fp32 sums to the gradient of the
+same weights in fp32.
 """
 
-import argparse
-import json
-import time
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from data_gen.api.prompt import SEED_TASKS
 from engine.data import dataset as data
 from engine.data import packing
 from engine.data.rows import read_rows
@@ -25,33 +27,38 @@ from engine.formats.find import embedded_gguf
 from engine.formats.source import open_source
 from engine.model.llama import new_model
 from engine.text.tokenizer import load_tokenizer
+from scripts.base.results import new_json_parser, today, write_json
 
-SEED_TASKS = Path(__file__).parents[2] / "data_gen" / "seed_tasks.jsonl"
-OPS = ("attention", "documents", "linear_add", "linear_cross_entropy", "rms_norm", "swiglu")
+OPS = ("attention", "attention_plan", "linear_add", "linear_cross_entropy", "rms_norm", "swiglu")  # have CPU twins
 
 
 class Sums:
-    """Every product that belongs to a weight's gradient, summed in fp32 and, rounded one by one, in bf16."""
+    """The products of every weight's gradient, summed in fp32 and, rounded one by one, in bf16."""
 
     def __init__(self):
-        self.fp32, self.apart = {}, {}
+        self.fp32, self.rounded = {}, {}
 
     def add(self, weight, dy, x):
+        """Add the product dy.T @ x to both sums of a weight."""
         product = dy.T.float() @ x.float()
-        wide = self.fp32.setdefault(weight, torch.zeros_like(product))
-        wide += product
-        if weight in self.apart:
-            self.apart[weight] += product.bfloat16()
+        if weight in self.fp32:
+            self.fp32[weight] += product
+            self.rounded[weight] += product.bfloat16()
         else:
-            self.apart[weight] = product.bfloat16()
+            self.fp32[weight] = product
+            self.rounded[weight] = product.bfloat16()
 
 
-def watched(sums):
-    """Has the kernels' functions run on a CPU, and `sums` see their products."""
+def run_kernels_on_cpu():
+    """Make the kernels' functions choose their Triton operators, whose CPU twins then run."""
     for name in OPS:
         module = import_module(f"kernels.ops.{name}")
         if hasattr(module, "choose"):
             module.choose = lambda op, impl, x: "triton"
+
+
+def watch_products(sums):
+    """Make every weight gradient also add its product to sums[0]."""
     for name in ("linear_add", "norm_linear", "swiglu"):
         module = import_module(f"kernels.ops.{name}")
         real = module.weight_gradient
@@ -63,33 +70,40 @@ def watched(sums):
         module.weight_gradient = gradient
 
 
-def error(found, truth):
-    """|found - truth| / |truth| over all matrices."""
+def relative_error(found, truth):
+    """Return |found - truth| / |truth| over all matrices."""
     off = sum((a.double() - b.double()).square().sum() for a, b in zip(found, truth, strict=True))
     return float((off / sum(b.double().square().sum() for b in truth)).sqrt())
 
 
+def exact_gradients(model, config, batches):
+    """Return {name: gradient} of the model's weights in fp32 through the references."""
+    exact = new_model(config, "cpu", torch.float32, "ref")
+    with torch.no_grad():
+        for p, q in zip(exact.parameters(), model.parameters(), strict=True):
+            p.copy_(q)
+    for batch in batches:
+        exact.loss(batch).backward()
+    return {name: p.grad for name, p in exact.named_parameters()}
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_json_parser(__doc__)
     parser.add_argument("--data", default=str(SEED_TASKS), help="Alpaca JSON or JSONL (the embedded seed tasks)")
     parser.add_argument("--rows", type=int, default=8, help="examples of the step")
-    parser.add_argument("--json", required=True, help="where the figures go")
     args = parser.parse_args()
 
     gguf = embedded_gguf()
     source, tokenizer = open_source(gguf), load_tokenizer(gguf)
     dataset = data.tokenize(read_rows([Path(args.data)])[0][: args.rows], tokenizer, max_length=256)
-    examples, sums = np.arange(len(dataset)), [Sums()]
-    scale = 1 / dataset.loss_tokens().sum()
+    examples, scale = np.arange(len(dataset)), 1 / dataset.loss_tokens().sum()
     model = new_model(source.config, "cpu", torch.bfloat16, accumulate=True)
     source.read_into(model)
-    exact = new_model(source.config, "cpu", torch.float32, "ref")
-    with torch.no_grad():
-        for p, q in zip(exact.parameters(), model.parameters(), strict=True):
-            p.copy_(q)
-    for batch in packing.micro_batches(dataset, examples, 2048, scale=scale):
-        exact.loss(batch).backward()
-    watched(sums)
+    exact = exact_gradients(model, source.config, packing.micro_batches(dataset, examples, 2048, scale=scale))
+    names = {p: name for name, p in model.named_parameters()}
+    run_kernels_on_cpu()
+    sums = [Sums()]
+    watch_products(sums)
     figures = []
     for n in (1, 2, 4, 8):
         model.zero_grad()
@@ -97,20 +111,19 @@ def main():
         for part in np.array_split(examples, n):
             for batch in packing.micro_batches(dataset, part, 10**9, scale=scale):
                 model.loss(batch).backward()
-        weights = list(sums[0].fp32)
-        names = {p: name for name, p in model.named_parameters()}
-        truth, wide = [dict(exact.named_parameters())[names[w]].grad for w in weights], [*sums[0].fp32.values()]
+        weights, fp32 = list(sums[0].fp32), list(sums[0].fp32.values())
         figures.append({
-            "micro_batches": n, "bf16 in the epilogue": error([w.grad for w in weights], wide),
-            "bf16, rounded and added": error([*sums[0].apart.values()], wide), "bf16 itself": error(wide, truth),
+            "micro_batches": n, "bf16 in the epilogue": relative_error([w.grad for w in weights], fp32),
+            "bf16, rounded and added": relative_error(sums[0].rounded.values(), fp32),
+            "bf16 itself": relative_error(fp32, [exact[names[w]] for w in weights]),
         })  # fmt: skip
         print(figures[-1], flush=True)
     result = {
         "what": "relative error of gradients summed over micro-batches, SmolLM2-135M in bf16",
         "rows": Path(args.data).name, "examples": len(examples), "tokens": int(dataset.lengths().sum()),
-        "matrices": len(weights), "figures": figures, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
+        "matrices": len(weights), "figures": figures, "torch": torch.__version__, "date": today(),
     }  # fmt: skip
-    Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.json, result)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The loop that others would write: transformers' LlamaForCausalLM, padded batches, torch's AdamW.
+"""The training loop that others would write: transformers' LlamaForCausalLM, padded batches, torch's AdamW.
 
-What our runs are compared with, for the same losses and for speed. Needs transformers.
+Our runs are compared with it, for equal losses and for speed. It needs transformers.
 """
 
 import math
@@ -11,8 +11,13 @@ import transformers
 from engine.data.dataset import ALPACA_INPUT, ALPACA_NO_INPUT
 
 
-def masked(rows, tokenizer, max_length):
-    """Stanford's preparation: [(ids, labels)], prompt and output as one string, EOS, the prompt's labels -100."""
+def row_as_dict(row):
+    """Return a row's three fields of Alpaca as a dictionary."""
+    return {"instruction": row.instruction, "input": row.input, "output": row.output}
+
+
+def encode_rows(rows, tokenizer, max_length):
+    """Return [(ids, labels)] as Stanford prepares them: prompt and output as one string, EOS, the prompt's labels -100."""
     examples = []
     for row in rows:
         prompt = (ALPACA_INPUT if row.get("input") else ALPACA_NO_INPUT).format(**row)
@@ -22,8 +27,8 @@ def masked(rows, tokenizer, max_length):
     return examples
 
 
-def padded(examples):
-    """(ids, attention mask, labels), each (B, longest), padded on the right."""
+def pad_examples(examples):
+    """Return (ids, attention mask, labels), each (B, longest) and padded on the right."""
     width = max(len(ids) for ids, _ in examples)
     ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in examples])
     mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in examples])
@@ -31,10 +36,10 @@ def padded(examples):
 
 
 class TransformersLoop:
-    """Steps of a LlamaForCausalLM; total_steps and warmup_ratio make the cosine schedule.
+    """Steps of a LlamaForCausalLM under a cosine schedule that total_steps and warmup_ratio define.
 
-    exact_norm: the gradients' norm in fp64, for a curve to compare with: torch's own on a CPU is off by 1e-3 over a
-    large tensor, and that much off is then every clipped update.
+    exact_norm computes the gradients' norm in fp64, for curves that are compared. On a CPU torch's own norm is off by
+    1e-3 over a large tensor, and every clipped update would be off by as much.
     """
 
     def __init__(
@@ -48,8 +53,8 @@ class TransformersLoop:
         self.schedule = transformers.get_cosine_schedule_with_warmup(self.optimizer, warmup, total_steps)
 
     def step(self, examples, micro, loss_norm="token"):
-        """One optimizer step over examples in micro-batches of `micro`. Returns (loss, gradient norm)."""
-        parts = [padded(examples[i : i + micro]) for i in range(0, len(examples), micro)]
+        """Take one optimizer step over examples in micro-batches of `micro`. Return (loss, gradient norm)."""
+        parts = [pad_examples(examples[i : i + micro]) for i in range(0, len(examples), micro)]
         counts = [int((labels[:, 1:] != -100).sum()) for *_, labels in parts]
         loss = 0.0
         for (ids, mask, labels), count in zip(parts, counts, strict=True):
@@ -58,13 +63,17 @@ class TransformersLoop:
             part = summed / (sum(counts) if loss_norm == "token" else count * len(parts))
             part.backward()
             loss += part.item()
-        parameters = list(self.model.parameters())
-        if self.exact_norm:
-            norm = torch.stack([p.grad.double().norm() for p in parameters]).norm().float()
-            torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
-        else:
-            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = self.clip()
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
         return loss, norm.item()
+
+    def clip(self):
+        """Clip the gradients at a norm of 1.0 and return the norm they had."""
+        parameters = list(self.model.parameters())
+        if not self.exact_norm:
+            return torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = torch.stack([p.grad.double().norm() for p in parameters]).norm().float()
+        torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
+        return norm

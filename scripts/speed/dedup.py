@@ -3,13 +3,13 @@
     OMP_NUM_THREADS=1 python -m scripts.speed.dedup --json benchmarks/dedup.json
     OMP_NUM_THREADS=1 python -m scripts.speed.dedup --rows alpaca.json --json benchmarks/dedup.json
 
-The two take turns in one run and must make the same decisions: which texts are dropped, and for which kept one each.
-Instructions as many as Alpaca's are not at hand, so the stream is made of those of --rows: whole ones, and beginnings
-of one with ends of another, a share of their words replaced by words as frequent in --rows as they are. Seconds are of
-CPU, one thread; those of all pairs are of its calls of cdist alone, without tokenising and choosing.
+The two take turns in one run. They must make equal decisions: which texts are dropped, and which kept text is each
+one's duplicate. The project does not hold as many instructions as Alpaca, so the stream is made from those of --rows:
+whole ones, and the beginning of one with the end of another, with a share of their words replaced by words that occur
+as often in --rows. Seconds are CPU seconds of one thread. For all pairs they count only the calls of cdist, without
+tokenising and choosing.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -26,17 +26,19 @@ import rapidfuzz
 from rapidfuzz import process
 from rapidfuzz.distance import Indel
 
+from data_gen.api.prompt import SEED_TASKS
 from data_gen.base.cli import read_rows
 from data_gen.dedup import Deduplicator, Numbers, tokenize
+from scripts.base.results import describe_cpu, new_json_parser, summarize, summarize_ratios, today, write_json
 
-SEED_TASKS = Path(__file__).parents[2] / "data_gen" / "seed_tasks.jsonl"
-BLOCK = 512  # texts a call of cdist: 100 MB of scores
-RATE = 0.9  # up to this share of a text's words is replaced
+BLOCK = 512  # texts of one cdist call: 100 MB of scores
+MAX_REPLACED = 0.9  # the largest share of a text's words that is replaced
 PART = re.compile(r"\w+|\W+")
 
 
-def stream_of(rows, n, seed):
-    """n texts made of the rows' instructions; the same for the same rows and seed, and shorter ones begin alike."""
+def make_stream(rows, n, seed):
+    """Return n texts made from the rows' instructions. Equal rows and seed give equal texts, and a shorter stream is the
+    beginning of a longer one."""
     generator = random.Random(seed)
     instructions = [PART.findall(row["instruction"]) for row in rows]
     words = [word for row in rows for name in ("instruction", "input", "output")
@@ -47,21 +49,21 @@ def stream_of(rows, n, seed):
         parts = first
         if generator.random() < 0.5:
             parts = first[: generator.randint(0, len(first))] + second[generator.randint(0, len(second)) :]
-        rate = generator.uniform(0, RATE)
+        rate = generator.uniform(0, MAX_REPLACED)
         texts.append("".join(
             generator.choice(words) if part[0].isalnum() and generator.random() < rate else part for part in parts
         ))  # fmt: skip
     return texts
 
 
-def all_pairs(texts):
-    """What Deduplicator.add returns for each text, from the scores of all pairs, and the CPU seconds of cdist."""
+def compare_all_pairs(texts):
+    """Return Deduplicator.add's answer for each text, found from the scores of all pairs, and the CPU seconds of cdist."""
     numbers, seconds = Numbers(), 0.0
     codes = ["".join(chr(numbers[token]) for token in tokenize(text)) for text in texts]
     kept, answers = [], []
 
-    def duplicates(queries, choices):
-        """Of each query the (F, place) of the choices with F >= 0.7, as fractions."""
+    def find_duplicates(queries, choices):
+        """Return for each query the (F, index) of the choices with F >= 0.7, as fractions."""
         nonlocal seconds
         began = time.process_time()
         scores = process.cdist(
@@ -78,9 +80,9 @@ def all_pairs(texts):
 
     for start in range(0, len(codes), BLOCK):
         block, before = codes[start : start + BLOCK], len(kept)
-        earlier = duplicates(block, kept) if kept else [[] for _ in block]
-        index_of = {}  # place in the block -> index, where it is kept
-        for i, within in enumerate(duplicates(block, block)):
+        earlier = find_duplicates(block, kept) if kept else [[] for _ in block]
+        index_of = {}  # place in the block -> index among the kept texts
+        for i, within in enumerate(find_duplicates(block, block)):
             found = earlier[i] + [(f, index_of[j]) for f, j in within if j in index_of]
             if found:
                 answers.append(min(found, key=lambda pair: (-pair[0], pair[1]))[1])
@@ -91,98 +93,88 @@ def all_pairs(texts):
     return answers, seconds
 
 
-def added(texts):
+def deduplicate(texts):
+    """Return Deduplicator.add's answer for each text."""
     deduplicator = Deduplicator()
     return [deduplicator.add(text) for text in texts]
 
 
-def memory(name):
-    """Bytes of this process: VmRSS now, VmHWM at most so far."""
+def read_memory_bytes(name):
+    """Return this process's memory in bytes: VmRSS is the present, VmHWM the peak so far."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
 
 
-def measured(texts):
-    """In a process of its own: kept, CPU seconds, seconds, and bytes at the peak and before."""
-    before, wall, cpu = memory("VmRSS"), time.perf_counter(), time.process_time()
-    answers = added(texts)
+def measure_stream(texts):
+    """Return how many texts are kept, CPU and wall seconds, and the memory in bytes before and at the peak."""
+    before, wall, cpu = read_memory_bytes("VmRSS"), time.perf_counter(), time.process_time()
+    answers = deduplicate(texts)
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    return {"kept": answers.count(None), "cpu_s": cpu, "wall_s": wall, "peak_bytes": memory("VmHWM"),
+    return {"kept": answers.count(None), "cpu_s": cpu, "wall_s": wall, "peak_bytes": read_memory_bytes("VmHWM"),
             "bytes_before": before}  # fmt: skip
 
 
-def alone(texts):
+def measure_in_new_process(texts):
+    """Return measure_stream's figures from a process that has done nothing else."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measured, (texts,))
+        return pool.apply(measure_stream, (texts,))
 
 
-def spread(values):
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def turns(texts, rounds):
-    """Deduplicator and cdist one after the other, so that what else the machine does falls on both."""
+def measure_in_turns(texts, rounds):
+    """Run the Deduplicator and cdist one after the other, so that other load on the machine falls on both."""
     ours, theirs, walls = [], [], []
     for _ in range(rounds):
         cpu, wall = time.process_time(), time.perf_counter()
-        answers = added(texts)
+        answers = deduplicate(texts)
         ours.append(time.process_time() - cpu)
         walls.append(time.perf_counter() - wall)
-        expected, seconds = all_pairs(texts)
+        expected, seconds = compare_all_pairs(texts)
         theirs.append(seconds)
         assert answers == expected, "the index and all pairs decide otherwise"
         print(f"{ours[-1]:.2f} s, all pairs {theirs[-1]:.2f} s", flush=True)
     return {
-        "texts": len(texts),
-        "kept": answers.count(None),
-        "same_decisions": True,
-        "cpu_s": spread(ours),
-        "wall_s": spread(walls),
-        "cdist_cpu_s": spread(theirs),
-        "ratio": spread([b / a for a, b in zip(ours, theirs, strict=True)]),
-    }
+        "texts": len(texts), "kept": answers.count(None), "same_decisions": True, "cpu_s": summarize(ours),
+        "wall_s": summarize(walls), "cdist_cpu_s": summarize(theirs), "ratio": summarize_ratios(theirs, ours),
+    }  # fmt: skip
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments():
+    parser = new_json_parser(__doc__)
     parser.add_argument("--rows", default=str(SEED_TASKS), help="Alpaca JSON or JSONL (the embedded seed tasks)")
     parser.add_argument("--n", type=int, default=60_000, help="texts of the stream that all pairs are compared of")
     parser.add_argument("--n-long", type=int, default=63_000, help="texts of the stream of about 52,000 kept")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", required=True, help="where the figures go")
-    args = parser.parse_args()
     if os.environ.get("OMP_NUM_THREADS") != "1":
         parser.error("set OMP_NUM_THREADS=1: seconds are of one thread")
+    return parser.parse_args()
 
+
+def main():
+    args = parse_arguments()
     load = os.getloadavg()[0]  # before this program adds to it
     rows = read_rows(args.rows)
-    texts = stream_of(rows, max(args.n, args.n_long), args.seed)
-    runs = [alone(texts[: args.n_long]) for _ in range(args.rounds)]
+    texts = make_stream(rows, max(args.n, args.n_long), args.seed)
+    runs = [measure_in_new_process(texts[: args.n_long]) for _ in range(args.rounds)]
     lengths = [len(tokenize(text)) for text in texts]
     result = {
         "what": "exact ROUGE-L de-duplication of a stream, F >= 0.7; seconds of CPU on one thread; cdist: rapidfuzz's "
         "Indel.normalized_similarity of all pairs, its calls alone",
-        "source": {"rows": Path(args.rows).name, "rows_in_it": len(rows), "words_replaced_at_most": RATE,
+        "source": {"rows": Path(args.rows).name, "rows_in_it": len(rows), "words_replaced_at_most": MAX_REPLACED,
                    "seed": args.seed, "tokens_a_text": statistics.mean(lengths), "longest": max(lengths)},
         "stream": {
-            "texts": args.n_long,
-            "kept": runs[0]["kept"],
-            **{name: spread([run[name] for run in runs]) for name in ("cpu_s", "wall_s", "peak_bytes")},
-            "bytes_before": spread([run["bytes_before"] for run in runs]),
+            "texts": args.n_long, "kept": runs[0]["kept"],
+            **{name: summarize(run[name] for run in runs)
+               for name in ("cpu_s", "wall_s", "peak_bytes", "bytes_before")},
         },
     }  # fmt: skip
     print(json.dumps(result, indent=1), flush=True)
-    result["all_pairs"] = turns(texts[: args.n], args.rounds)
-
-    from scripts.speed.cpu_step import cpu_name  # last: it brings torch, whose memory is not what is measured
-
+    result["all_pairs"] = measure_in_turns(texts[: args.n], args.rounds)
     result |= {
-        "cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "load_average": load, "rounds": args.rounds,
-        "rapidfuzz": rapidfuzz.__version__, "numpy": np.__version__, "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
+        **describe_cpu(), "load_average": load, "rounds": args.rounds, "rapidfuzz": rapidfuzz.__version__,
+        "numpy": np.__version__, "python": platform.python_version(), "date": today(),
     }  # fmt: skip
-    Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.json, result)
     print(json.dumps(result["all_pairs"], indent=1))
 
 

@@ -9,7 +9,7 @@ import transformers
 from engine import finetune as command
 from engine.base.errors import exit_code_of
 from engine.text.tokenizer import load_tokenizer
-from scripts.parity.transformers_loop import TransformersLoop, masked
+from scripts.parity.transformers_loop import TransformersLoop, encode_rows
 from tests.helpers.run import ROOT, SHARED, events, finetune
 
 STEPS, BATCH, MAX_LENGTH, LR = 20, 8, 192, 1e-3
@@ -44,7 +44,7 @@ def small(tmp_path_factory, smollm2):
 def transformers_curve(folder, rows, micro=BATCH, loss_norm="token", steps=STEPS):
     """(loss, gradient norm) of each step of a LlamaForCausalLM under torch's AdamW, on padded batches."""
     loop = TransformersLoop(folder, lr=LR, total_steps=steps, exact_norm=True)
-    examples = masked(rows[: steps * BATCH], transformers.AutoTokenizer.from_pretrained(folder), MAX_LENGTH)
+    examples = encode_rows(rows[: steps * BATCH], transformers.AutoTokenizer.from_pretrained(folder), MAX_LENGTH)
     return [loop.step(examples[i * BATCH : (i + 1) * BATCH], micro, loss_norm) for i in range(steps)]
 
 

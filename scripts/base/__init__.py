@@ -1,0 +1,1 @@
+"""What all measurement scripts share."""
