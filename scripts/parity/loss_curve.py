@@ -13,6 +13,7 @@ import transformers
 
 from engine.data.rows import read_rows
 from scripts.base.results import today, write_json
+from scripts.base.rows import row_as_dict
 from scripts.parity.curves import (
     describe_settings,
     finetune_curve,
@@ -21,7 +22,7 @@ from scripts.parity.curves import (
     run_module,
     worst_difference,
 )
-from scripts.parity.transformers_loop import TransformersLoop, encode_rows, row_as_dict
+from scripts.parity.transformers_loop import TransformersLoop, encode_rows
 
 
 def transformers_curve(args, examples, folder):

@@ -11,13 +11,9 @@ import transformers
 from engine.data.dataset import ALPACA_INPUT, ALPACA_NO_INPUT
 
 
-def row_as_dict(row):
-    """Return a row's three fields of Alpaca as a dictionary."""
-    return {"instruction": row.instruction, "input": row.input, "output": row.output}
-
-
 def encode_rows(rows, tokenizer, max_length):
-    """Return [(ids, labels)] as Stanford prepares them: prompt and output as one string, EOS, the prompt's labels -100."""
+    """Return [(ids, labels)] as Stanford prepares them: prompt and output as one string, then EOS. Labels of the prompt
+    are -100."""
     examples = []
     for row in rows:
         prompt = (ALPACA_INPUT if row.get("input") else ALPACA_NO_INPUT).format(**row)

@@ -37,8 +37,8 @@ PART = re.compile(r"\w+|\W+")
 
 
 def make_stream(rows, n, seed):
-    """Return n texts made from the rows' instructions. Equal rows and seed give equal texts, and a shorter stream is the
-    beginning of a longer one."""
+    """Return n texts made from the rows' instructions. Equal rows and seed give equal texts, and a shorter stream is
+    the beginning of a longer one."""
     generator = random.Random(seed)
     instructions = [PART.findall(row["instruction"]) for row in rows]
     words = [word for row in rows for name in ("instruction", "input", "output")
@@ -57,7 +57,7 @@ def make_stream(rows, n, seed):
 
 
 def compare_all_pairs(texts):
-    """Return Deduplicator.add's answer for each text, found from the scores of all pairs, and the CPU seconds of cdist."""
+    """Return Deduplicator.add's answer for each text, found from the scores of all pairs, and cdist's CPU seconds."""
     numbers, seconds = Numbers(), 0.0
     codes = ["".join(chr(numbers[token]) for token in tokenize(text)) for text in texts]
     kept, answers = [], []
