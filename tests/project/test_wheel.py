@@ -1,0 +1,94 @@
+"""`pip install .` gives everything: a wheel is built, unpacked away from the checkout, and every command runs from it."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("engine", "kernels", "data_gen")  # what is installed
+COMMANDS = sorted(
+    f"{folder}.{path.stem}" for folder in FOLDERS for path in (ROOT / folder).glob("*.py") if path.stem != "__init__"
+)
+HELPS = """
+import contextlib, io, runpy, sys
+from pathlib import Path
+
+installed = Path(sys.argv[1])
+sys.path.insert(0, str(installed))  # -I: neither the current folder nor PYTHONPATH
+for command in sys.argv[2:]:
+    sys.argv = [command, "--help"]
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            runpy.run_module(command, run_name="__main__", alter_sys=True)
+        sys.exit(f"{command} --help goes on after the help")
+    except SystemExit as done:
+        assert not done.code, f"{command} --help exits {done.code}"
+    assert f"usage: python -m {command}" in printed.getvalue(), command
+    print(command)
+folders = ("engine", "kernels", "data_gen")
+for name, module in list(sys.modules.items()):
+    if name.split(".")[0] in folders and getattr(module, "__file__", None):
+        assert Path(module.__file__).is_relative_to(installed), f"{name} comes from {module.__file__}"
+"""
+
+
+def source_files():
+    """Return the files of the installed folders, relative to the root; what Python leaves beside them is none."""
+    found = {path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()}
+    return {str(path) for path in found if "__pycache__" not in path.parts}
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """Build a wheel from a copy of the source, without the network, and return the folder it is unpacked into."""
+    folder = tmp_path_factory.mktemp("wheel")
+    (folder / "source").mkdir()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "source")
+    for name in FOLDERS + ("csrc",) * (ROOT / "csrc").exists():
+        shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(folder / "source")]
+    done = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = folder.glob("cria_engine-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "installed")
+    return folder / "installed"
+
+
+def test_the_wheel_holds_every_module_and_data_file(installed):
+    missing = sorted(name for name in source_files() if not (installed / name).exists())
+    assert not missing, f"not in the wheel: {missing}; see [tool.setuptools] in pyproject.toml"
+
+
+def test_every_command_answers_help_from_the_wheel_alone(installed, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", HELPS, str(installed), *COMMANDS],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.split() == COMMANDS
+
+
+@pytest.mark.parametrize(
+    ("command", "printed"),
+    [
+        ("engine.estimate --model llama-7b", "Memory: llama-7b"),
+        ("engine.estimate --model llama-7b --data seed-tasks", "Memory: llama-7b"),
+        ("data_gen.estimate", "gpt-4"),
+    ],
+)
+def test_commands_that_read_package_data_run_from_the_wheel(installed, tmp_path, command, printed):
+    done = subprocess.run(
+        [sys.executable, "-m", *command.split()],
+        cwd=tmp_path, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(installed)},
+    )  # fmt: skip
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    assert printed in done.stdout
