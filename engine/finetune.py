@@ -27,6 +27,7 @@ from engine.distributed import world as distributed
 from engine.estimate import estimate_on, several_cards
 from engine.formats.find import cpu_multiplies_bf16
 from engine.generate import generate, stop_ids
+from engine.model.batch import MicroBatch
 from engine.model.config import EMBEDDED, FinetuneConfig
 from engine.model.llama import Transformer, new_model
 from engine.output import checkpoint
@@ -59,7 +60,7 @@ PATHS = {"model", "tokenizer", "data", "eval_data", "token_cache", "out", "sampl
 # ---- train ----------------------------------------------------------------------------------------------------------
 
 
-def batches_of_step(job: Job, step: int) -> list[packing.MicroBatch]:
+def batches_of_step(job: Job, step: int) -> list[MicroBatch]:
     """This rank's micro-batches of the global batch, weighted so that all losses add up to the step's."""
     if step > job.total_steps:
         return []

@@ -8,7 +8,6 @@ get from every document: outputs and gradients are those of the plain rows.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
@@ -16,21 +15,10 @@ import numpy as np
 import torch
 
 from engine.data.dataset import Dataset
+from engine.model.batch import MicroBatch
 
 LEAST_SHARED = 8  # tokens: a shorter prefix saves less than the extra blocks that attention reads for it
 EVENING = 1.01  # the step in which a budget grows while micro-batches are evened out
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What one forward takes. A row that predicts several targets (the last of a prefix) is a loss row of each."""
-
-    tokens: torch.Tensor  # (T,) int64
-    positions: torch.Tensor  # (T,) int64, from 0 in a document and its prefix
-    documents: torch.Tensor  # (N, 4) int32: start, end, prefix start, prefix end; an unshared one has an empty prefix
-    loss_rows: torch.Tensor  # (L,) int64, not decreasing: rows whose next token is a target
-    targets: torch.Tensor  # (L,) int64
-    weights: torch.Tensor | None = None  # (L,) fp32; None is all ones
 
 
 def micro_batches(

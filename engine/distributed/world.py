@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from engine.base.errors import CriaError, Elsewhere, UsageError
-from engine.output.checkpoint import Shard
+from engine.model.shard import Shard, first_row
 
 BEATS, LOOK_S = 10, 0.05  # beats in a --rank-timeout; seconds between looks for the others
 MAIN_FAILED = "main failed"
@@ -333,11 +333,6 @@ def held_of(p) -> Shard:
     first = first_row(len(p), shards, mesh.get_local_rank(mesh.ndim - 1))
     assert len(local) == first_row(len(p), shards, mesh.get_local_rank(mesh.ndim - 1) + 1) - first
     return Shard(local.detach(), first, len(p))
-
-
-def first_row(rows: int, shards: int, shard: int) -> int:
-    """Of a shard: equal parts of ceil(rows / shards) rows, the last ones smaller or empty."""
-    return min(rows, -(-rows // shards) * shard)
 
 
 def gathered(model, world: World) -> dict[str, torch.Tensor]:

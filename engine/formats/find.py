@@ -13,9 +13,10 @@ from engine.formats.configs import Settings
 from engine.formats.source import Source, kind_of, listed, open_source
 from engine.model.config import EMBEDDED_MODEL, MODELS, ModelConfig, RopeScaling
 from engine.model.llama import Transformer, new_model
+from engine.model.shard import as_shards
 from engine.output import checkpoint
 from engine.output.folder import RUN, read_json
-from engine.output.tensor_rows import as_shards, check_fit
+from engine.output.tensor_rows import check_fit
 from engine.text.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}

@@ -13,7 +13,6 @@ Source: arXiv:2302.13971, arXiv:2407.21783.
 """
 
 import functools
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -22,7 +21,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from engine.data.packing import MicroBatch
+from engine.model.batch import MicroBatch, Ready
 from engine.model.config import ModelConfig
 
 
@@ -69,19 +68,6 @@ class Block(nn.Module):
 
         gate_up, x = kernels.norm_linear(x, self.ffn_norm, self.w13, c.norm_eps, keep=keep, **options)  # (T, 2F), and x
         return kernels.swiglu_linear(gate_up, self.w2, x, consume=True, keep=keep, **options)
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A micro-batch on the device, with attention planned: what Transformer.loss takes where the host runs ahead."""
-
-    tokens: torch.Tensor  # (T,)
-    positions: torch.Tensor  # (T,)
-    targets: torch.Tensor  # (L,)
-    weights: torch.Tensor | None  # (L,)
-    rows: torch.Tensor  # (U,) the distinct rows with a loss
-    of_rows: torch.Tensor | None  # (L,): which of them each target has; None: each has its own
-    plans: tuple  # attention's, of all layers but the last, and of the last
 
 
 class Transformer(nn.Module):

@@ -33,7 +33,8 @@ import torch
 from engine.base.errors import DataError
 from engine.formats.folders import sync
 from engine.formats.tensor_files import write_safetensors
-from engine.output.tensor_rows import HostRoom, Shard, as_shards, check_layout, described, lay_out, layout_of, read
+from engine.model.shard import Shard, as_shards
+from engine.output.tensor_rows import HostRoom, check_layout, described, lay_out, layout_of, read
 
 FORMAT, SHARDED = 1, 2  # of the manifest: one file of whole tensors; several, of some rows each
 STATE, MANIFEST = "state.safetensors", "manifest.json"

@@ -5,7 +5,7 @@ files   {file: {tensor: [first, end]}}                the rows that each file ho
 """
 
 import errno
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,37 +15,7 @@ from engine.base.errors import DataError
 from engine.base.host_memory import ALIGN
 from engine.base.host_memory import COPY_ARENA_BYTES as ARENA_BYTES
 from engine.formats.tensor_files import DTYPE_NAMES, DTYPES, first_line
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Rows [first, end) of a tensor that has `rows` rows, its first axis. A tensor without axes counts as one row."""
-
-    tensor: torch.Tensor
-    first: int = 0
-    rows: int | None = None  # None: it is the whole tensor
-
-    def __post_init__(self):
-        if self.end > self.first and not 0 <= self.first < self.end <= n_rows(self.shape):
-            raise ValueError(f"Shard: rows [{self.first}, {self.end}) of a tensor of shape {self.shape}")
-
-    @property
-    def end(self) -> int:
-        return self.first + n_rows(self.tensor.shape)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the whole tensor."""
-        shape = tuple(self.tensor.shape)
-        return shape if self.rows is None else (self.rows, *shape[1:])
-
-
-def n_rows(shape):
-    return shape[0] if len(shape) else 1
-
-
-def as_shards(tensors):
-    return {name: t if isinstance(t, Shard) else Shard(t) for name, t in tensors.items()}
+from engine.model.shard import Shard, n_rows
 
 
 def described(shards: dict[str, Shard]) -> dict[str, tuple]:

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from engine.data.packing import MicroBatch
-from engine.model.llama import Ready, Transformer
+from engine.model.batch import MicroBatch, Ready
+from engine.model.llama import Transformer
 
 
 class Feeder:

@@ -27,12 +27,13 @@ from engine.base.errors import exit_code_of
 from engine.base.flags import from_cli
 from engine.data import packing
 from engine.data.dataset import Dataset
-from engine.data.packing import MicroBatch
 from engine.distributed.world import shard
 from engine.estimate import SHARED, EstimateConfig, estimate, main
+from engine.model.batch import MicroBatch, Ready
 from engine.model.config import MODELS, FinetuneConfig, ModelConfig
-from engine.model.llama import Ready, new_model
-from engine.output.tensor_rows import HostRoom, Shard
+from engine.model.llama import new_model
+from engine.model.shard import Shard
+from engine.output.tensor_rows import HostRoom
 from engine.planning.cards import (
     CARDS,
     GIB,

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import kernels
-from engine.data.packing import MicroBatch
 from engine.generate import generate
+from engine.model.batch import MicroBatch
 from engine.model.config import ModelConfig
 from engine.model.llama import Transformer, new_model
 from tests.helpers.run import command, events, finetune, worst

@@ -21,10 +21,11 @@ from safetensors.torch import save_file
 
 from engine.base.errors import DataError
 from engine.formats import tensor_files
+from engine.model.shard import Shard
 from engine.output import checkpoint
 from engine.output import tensor_rows as shards
 from engine.output.checkpoint import Saver
-from engine.output.tensor_rows import HostRoom, Shard
+from engine.output.tensor_rows import HostRoom
 from tests.helpers.run import ROOT, environment
 
 FACTS = {"settings": {"lr": 1.0}}

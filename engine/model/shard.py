@@ -1,0 +1,41 @@
+"""The rows of a tensor that one process of several holds."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows [first, end) of a tensor that has `rows` rows, its first axis. A tensor without axes counts as one row."""
+
+    tensor: torch.Tensor
+    first: int = 0
+    rows: int | None = None  # None: it is the whole tensor
+
+    def __post_init__(self):
+        if self.end > self.first and not 0 <= self.first < self.end <= n_rows(self.shape):
+            raise ValueError(f"Shard: rows [{self.first}, {self.end}) of a tensor of shape {self.shape}")
+
+    @property
+    def end(self) -> int:
+        return self.first + n_rows(self.tensor.shape)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        shape = tuple(self.tensor.shape)
+        return shape if self.rows is None else (self.rows, *shape[1:])
+
+
+def n_rows(shape):
+    return shape[0] if len(shape) else 1
+
+
+def as_shards(tensors):
+    return {name: t if isinstance(t, Shard) else Shard(t) for name, t in tensors.items()}
+
+
+def first_row(rows: int, shards: int, shard: int) -> int:
+    """Of a shard: equal parts of ceil(rows / shards) rows, the last ones smaller or empty."""
+    return min(rows, -(-rows // shards) * shard)
