@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from engine.base.errors import UsageError, exit_code_of
-from engine.base.flags import from_cli
+from engine.base.flags import from_cli, knob, nearest
 from engine.data.dataset import steps_per_epoch
 from engine.formats.find import DTYPES, find_model
 from engine.formats.source import open_source
-from engine.model.config import MODELS, FinetuneConfig, ModelConfig, knob, nearest
+from engine.model.config import MODELS, ModelConfig
 from engine.planning.cards import (
     CARDS,
     GIB,
@@ -48,6 +48,7 @@ from engine.planning.memory import (
 )
 from engine.planning.tables import as_json, tell
 from engine.planning.workload import Mix, Plan, alpaca_mix, cut, file_mix
+from engine.training.config import FinetuneConfig
 from engine.training.micro_batch_size import shards_of_8bit
 
 MOST_GPUS = 64

@@ -11,10 +11,9 @@ from pathlib import Path
 import torch
 
 from engine.base.errors import UsageError, exit_code_of
-from engine.base.flags import from_cli
+from engine.base.flags import from_cli, knob
 from engine.formats.find import DTYPES, find_model, find_tokenizer, open_state
 from engine.formats.source import kind_of, open_source, save_hf, save_meta
-from engine.model.config import knob
 from engine.model.llama import new_model
 from engine.output.folder import need_disk
 

@@ -18,40 +18,35 @@ import numpy as np
 import torch
 
 from engine.base.errors import DataError, DivergedError, Stopped, exit_code_of
-from engine.base.flags import from_cli, stanford
-from engine.base.terminal import Metrics, Progress
+from engine.base.flags import from_cli
+from engine.base.signals import Signals
+from engine.base.terminal import Progress
 from engine.data import dataset as data
 from engine.data import packing
 from engine.data.rows import Row
+from engine.distributed import fsdp
 from engine.distributed import world as distributed
 from engine.estimate import estimate_on, several_cards
 from engine.formats.find import cpu_multiplies_bf16
-from engine.generate import generate, stop_ids
+from engine.generate import stop_ids
+from engine.inference.generation import generate
 from engine.model.batch import MicroBatch
-from engine.model.config import EMBEDDED, FinetuneConfig
 from engine.model.llama import Transformer, new_model
 from engine.output import checkpoint
-from engine.output.folder import (
-    LOCK,
-    METRICS,
-    RUN,
-    Signals,
-    claim,
-    environment,
-    read_json,
-    read_lines,
-    write_json,
-)
+from engine.output.folder import LOCK, METRICS, RUN, claim, environment, read_json, read_lines, write_json
+from engine.output.metrics import Metrics
 from engine.output.report import write_report
 from engine.planning.cards import CARDS, card_at_hand
 from engine.planning.tables import tell as tell_estimate
 from engine.planning.workload import dataset_mix
+from engine.training.config import EMBEDDED, FinetuneConfig
 from engine.training.loss_spikes import Spike, Spikes
 from engine.training.micro_batch_size import confirm, halved_before, within_memory
 from engine.training.optimizer import AdamW, lr_factor
 from engine.training.prepare import Job, find_resume, finished, plan, prepare
 from engine.training.run_ahead import Feeder, Figures, Mark
 from engine.training.saving import finish, load_state, roll_back, room_for_states, save, saved_meanwhile, stop
+from engine.training.stanford_flags import stanford
 
 EVAL_CHUNK = 256  # held-out examples packed together
 PATHS = {"model", "tokenizer", "data", "eval_data", "token_cache", "out", "sample_prompts", "resume"}  # of a machine
@@ -82,7 +77,7 @@ def forward_backward(job: Job, model: Transformer, optimizer: AdamW, feed: Feede
     for i, batch in enumerate(batches, 1):
         if job.world.size == 1 and job.signals.pending():
             return None
-        distributed.completes(model, i == len(batches))
+        fsdp.completes(model, i == len(batches))
         part = model.loss(batch)
         if job.config.optimizer_in_backward and len(batches) == 1:
             optimizer.begin(lr, part)
@@ -264,9 +259,9 @@ def build(job: Job, found) -> tuple[Transformer, AdamW, int]:
     """The model, its optimizer and the step they stand at."""
     config = job.config
     accumulate = not config.optimizer_in_backward
-    shard = partial(distributed.shard, world=job.world) if job.world.size > 1 else None
+    shard = partial(fsdp.shard, world=job.world) if job.world.size > 1 else None
     model = new_model(job.model_config, job.device, job.dtype, job.kernels, config.recompute, accumulate, shard)
-    held = distributed.held(model)
+    held = fsdp.held(model)
     if found is None and job.source:
         job.source.read_into(model, held)
     elif found is None:

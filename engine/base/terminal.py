@@ -1,14 +1,10 @@
-"""What a run says: metrics.jsonl for programs, progress for people. Used by rank 0 alone."""
+"""Progress for people: a live bar on a terminal, plain lines elsewhere. Used by rank 0 alone."""
 
-import errno
-import json
-import math
 import os
 import statistics
 import sys
 import time
 from collections import deque
-from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
@@ -16,103 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-PAGE = 4096  # bytes; a multiple of it is a page boundary on every Linux
-SPARE = 512  # bytes; a page with less room is filled with spaces: a train line (about 350) never crosses pages
 CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-
-
-class Metrics:
-    """metrics.jsonl: one strict JSON object a line; a line is whole or absent, whatever kills the process.
-
-    One write(2) is not enough: Linux copies page by page and a SIGKILL stops it between two (6.18, ext4: 1 of 60 kills
-    tore a 301-byte line, 7 of 60 a 3,001-byte one, 43 of 60 a 20,001-byte one). So a line that fits into its page is
-    appended by one write, and a line that crosses pages (a long sample) comes in with a renamed copy of the file.
-    """
-
-    def __init__(self, path: Path, keep_until_step: int | None = None):
-        """None starts an empty file. N goes on after step N: later lines, "end" events and a torn line are dropped."""
-        self.path = Path(path)
-        self.fd = None
-        self._replace([] if keep_until_step is None else kept_lines(self.path, keep_until_step))
-
-    def write(self, event: str, **fields) -> None:
-        """Appends {"event": event, **fields}. NaN and infinities become null; raises OSError when the disk is full."""
-        text = json.dumps(strict({"event": event, **fields}), allow_nan=False).encode()
-        start = os.fstat(self.fd).st_size
-        room = PAGE - start % PAGE
-        if len(text) >= room:  # the newline counts too
-            with open(self.path, "rb") as lines:
-                return self._replace(lines, padded(text, PAGE - (start + len(text)) % PAGE))
-        line = padded(text, room - len(text))
-        if os.write(self.fd, line) < len(line):
-            os.ftruncate(self.fd, start)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-
-    def close(self) -> None:
-        if self.fd is not None:
-            os.close(self.fd)
-            self.fd = None
-
-    def _replace(self, *chunks):
-        """Puts a new file in place of the old one in one rename, and appends to that from now on."""
-        new = self.path.with_name(f".{self.path.name}.tmp")
-        try:
-            with open(new, "wb") as file:
-                for chunk in chunks:
-                    file.writelines([chunk] if isinstance(chunk, bytes) else chunk)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(new, self.path)
-        except OSError:
-            new.unlink(missing_ok=True)
-            raise
-        self.close()
-        self.fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-
-
-def padded(text, room):
-    """The line of `text`; spaces before its newline fill the `room` bytes of its page when few would be left."""
-    return text + b" " * (room - 1 if room - 1 < SPARE else 0) + b"\n"
-
-
-def kept_lines(path, last_step):
-    """Lines of an interrupted run that a run resumed after `last_step` keeps; lines without a step stay."""
-    if not path.exists():
-        return
-    with open(path, "rb") as lines:
-        for line in lines:
-            try:
-                event = json.loads(line)
-                keep = line.endswith(b"\n") and event["event"] != "end" and (event.get("step") or 0) <= last_step
-            except (ValueError, TypeError, KeyError, AttributeError):
-                continue  # torn, or not ours
-            if keep:
-                yield line
-
-
-def strict(value):
-    """`value` as what JSON can say: NaN and infinities are null, lone surrogates are "?", 0-d arrays are numbers."""
-    if isinstance(value, dict):
-        return {str(key): strict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [strict(item) for item in value]
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if value is None or isinstance(value, int):
-        return value
-    return strict(value.item() if hasattr(value, "item") else str(value))
-
-
-class NoMetrics:
-    """What ranks but the first have in place of Metrics."""
-
-    def write(self, event: str, **fields) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 class Progress:

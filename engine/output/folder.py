@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from engine.base.errors import Stopped, UsageError
+from engine.base.errors import UsageError
 
 RUN, LOCK, METRICS = "run.json", ".lock", "metrics.jsonl"
 
@@ -52,32 +51,6 @@ def need_disk(out: Path, need_bytes: int, remedy: str) -> None:
             f"--out {out}: about {need_bytes / 1e9:.1f} GB are to be written and {free / 1e9:.1f} GB are free there; "
             f"{remedy}"
         )
-
-
-# ---- signals --------------------------------------------------------------------------------------------------------
-
-
-class Signals:
-    """SIGTERM and SIGINT. Before training the first one ends the run at once, with nothing to save; in training it is
-    noted, and the loop asks with `pending`. A second one ends the process there and then: what is on disk is whole."""
-
-    def __init__(self):
-        self.received = None
-        self.training = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.handle)
-
-    def handle(self, number, frame):
-        name = signal.Signals(number).name
-        if self.received:
-            os.write(2, f"{name} again: leaving at once, the last saved state is whole\n".encode())
-            os._exit(1)
-        self.received = name
-        if not self.training:
-            raise Stopped(f"stopped by {name} before the first step; there is nothing to save")
-
-    def pending(self) -> bool:
-        return self.received is not None
 
 
 # ---- run.json -------------------------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ from pathlib import Path
 
 import torch
 
-from engine.model.config import ModelConfig, nearest
+from engine.base.flags import nearest
+from engine.model.config import ModelConfig
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 GIB = 1 << 30

@@ -7,7 +7,8 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.table import Table
 
-from engine.base.terminal import Output, strict
+from engine.base.files import strict
+from engine.base.terminal import Output
 from engine.planning.cards import ATTENTION_SHARE, CARDS, GIB, KERNEL_SHARE, MACHINE, PRICES_OF, gemm_flops, label_of
 from engine.planning.memory import gb, layout_name, memory, memory_rows
 

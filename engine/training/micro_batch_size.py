@@ -11,11 +11,12 @@ import torch
 from engine.base.errors import CriaError, UsageError
 from engine.data import dataset as data
 from engine.data import packing
-from engine.distributed.world import completes
-from engine.model.config import FinetuneConfig, ModelConfig
+from engine.distributed.fsdp import completes
+from engine.model.config import ModelConfig
 from engine.model.llama import Transformer, new_model
 from engine.output.folder import read_json
 from engine.planning.memory import CONTEXT_BYTES, MOST_TOKENS, cheapest_that_fits, layout_that_fits, setting_of
+from engine.training.config import FinetuneConfig
 from engine.training.optimizer import AdamW, counts_that_fit
 from engine.training.run_ahead import Feeder
 

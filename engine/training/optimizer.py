@@ -9,7 +9,7 @@ from torch import nn
 
 import kernels
 from engine.base.host_memory import HostMemory, Offload
-from engine.distributed.world import held
+from engine.distributed.fsdp import held
 from engine.model.shard import Shard, first_row
 from kernels.ops.adamw import LEAST_8BIT, states_of
 from kernels.ops.eight_bit import BLOCK

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from engine.base.errors import DataError, UsageError
-from engine.base.terminal import Metrics, NoMetrics, Progress, phase
+from engine.base.signals import Signals
+from engine.base.terminal import Progress, phase
 from engine.data import dataset as data
 from engine.data import token_cache
 from engine.data.rows import mapped, read_rows
@@ -25,12 +26,14 @@ from engine.formats.find import (
     find_tokenizer,
 )
 from engine.formats.source import Source, open_source
-from engine.model.config import MODELS, FinetuneConfig, ModelConfig
+from engine.model.config import MODELS, ModelConfig
 from engine.output import checkpoint
-from engine.output.folder import RUN, Signals, read_json
+from engine.output.folder import RUN, read_json
+from engine.output.metrics import Metrics, NoMetrics
 from engine.planning.memory import layout_name, state_bytes
 from engine.planning.workload import SEED_TASKS
 from engine.text.tokenizer import Tokenizer
+from engine.training.config import FinetuneConfig
 from engine.training.loss_spikes import Spikes
 from engine.training.micro_batch_size import ALIGN, auto_layout, shards_that_fit
 

@@ -3,7 +3,7 @@
 from functools import partial
 
 from engine.base.errors import CriaError, Stopped
-from engine.distributed import world as distributed
+from engine.distributed import fsdp
 from engine.formats.source import save_hf
 from engine.model.llama import Transformer, new_model
 from engine.output import checkpoint
@@ -121,7 +121,7 @@ def finish(job: Job, model: Transformer, optimizer: AdamW) -> None:
 def whole_model(job: Job, model: Transformer) -> Transformer | None:
     """The model in the host's memory of the first rank."""
     job.world.at("the model's export")
-    tensors = distributed.gathered(model, job.world)
+    tensors = fsdp.gathered(model, job.world)
     if not job.world.is_main:
         return None
     whole = new_model(job.model_config, "meta", job.dtype)

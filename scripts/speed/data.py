@@ -27,8 +27,8 @@ from engine.data import dataset as data
 from engine.data import packing
 from engine.data.rows import read_rows
 from engine.formats.find import embedded_gguf
-from engine.model.config import FinetuneConfig
 from engine.text.tokenizer import load_tokenizer
+from engine.training.config import FinetuneConfig
 from engine.training.prepare import read_tables
 from kernels.measure.alpaca import ALPACA_ROWS, alpaca_lengths
 from scripts.base.results import describe_cpu, new_json_parser, summarize, today, write_json

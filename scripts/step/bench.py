@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 from engine.data import packing
-from engine.distributed.world import held
+from engine.distributed.fsdp import held
 from engine.model.llama import new_model
 from engine.planning.memory import CONTEXT_BYTES, memory
 from engine.training.optimizer import AdamW, lr_factor

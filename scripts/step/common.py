@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.base.terminal import strict
+from engine.base.files import strict
 from engine.data.dataset import Dataset
 from engine.model.config import MODELS, ModelConfig
 from engine.planning.cards import PRICES_OF, card_named

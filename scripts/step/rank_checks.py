@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from engine import finetune
 from engine.base.errors import exit_code_of
-from engine.distributed.world import shard
+from engine.distributed.fsdp import shard
 from engine.output import checkpoint
 from engine.output.folder import read_lines
 from kernels.bench import DEVICE, GPU, free

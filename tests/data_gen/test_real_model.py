@@ -24,7 +24,7 @@ from data_gen.rows.defects import tidy
 from data_gen.rows.parse import parse
 from engine.data.dataset import encode_prompt
 from engine.data.rows import Row
-from engine.generate import generate
+from engine.inference.generation import generate
 from tests.helpers.model_server import Guide, Options, Server, load, parts_of
 from tests.helpers.run import ROOT, command, environment, events, finetune
 

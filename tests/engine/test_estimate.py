@@ -27,10 +27,10 @@ from engine.base.errors import exit_code_of
 from engine.base.flags import from_cli
 from engine.data import packing
 from engine.data.dataset import Dataset
-from engine.distributed.world import shard
+from engine.distributed.fsdp import shard
 from engine.estimate import SHARED, EstimateConfig, estimate, main
 from engine.model.batch import MicroBatch, Ready
-from engine.model.config import MODELS, FinetuneConfig, ModelConfig
+from engine.model.config import MODELS, ModelConfig
 from engine.model.llama import new_model
 from engine.model.shard import Shard
 from engine.output.tensor_rows import HostRoom
@@ -69,6 +69,7 @@ from engine.planning.memory import (
 )
 from engine.planning.tables import COLLECTIVES, show
 from engine.planning.workload import alpaca_mix, cut, step_of
+from engine.training.config import FinetuneConfig
 from engine.training.optimizer import AdamW
 from kernels.ops.adamw import adamw_state, states_of
 from scripts.pages import ranks as render_ranks

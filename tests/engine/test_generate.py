@@ -9,7 +9,7 @@ import transformers
 from engine.data.dataset import encode_prompt
 from engine.data.rows import Row
 from engine.formats.find import load_model
-from engine.generate import generate, sample
+from engine.inference.generation import generate, sample
 from engine.model.config import MODELS
 from engine.model.llama import new_model
 from tests.helpers.run import generate as command

@@ -33,7 +33,8 @@ import kernels
 from engine.data.dataset import encode_prompt
 from engine.data.rows import Row
 from engine.formats.find import cpu_multiplies_bf16, load_model
-from engine.generate import sample, stop_ids
+from engine.generate import stop_ids
+from engine.inference.generation import sample
 
 FORMATS = ("json_schema",)
 OPTIONS = ("minItems", "maxItems", "title", "description")  # of a schema, without effect here

@@ -5,8 +5,10 @@ import shlex
 
 import pytest
 
-from engine.base.flags import from_cli, stanford
-from engine.model.config import EMBEDDED, MODELS, FinetuneConfig, ModelConfig
+from engine.base.flags import from_cli
+from engine.model.config import MODELS, ModelConfig
+from engine.training.config import EMBEDDED, FinetuneConfig
+from engine.training.stanford_flags import stanford
 
 STANFORD = """--model_name_or_path tiny --data_path ./alpaca_data.json --bf16 True --output_dir out/x
 --num_train_epochs 3 --per_device_train_batch_size 4 --per_device_eval_batch_size 4 --gradient_accumulation_steps 8

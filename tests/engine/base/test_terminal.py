@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from engine.base import terminal as log
-from engine.base.terminal import Metrics, Output, Progress, clock, phase
+from engine.base.terminal import Output, Progress, clock, phase
+from engine.output.metrics import Metrics
 
 ROOT = Path(__file__).parents[3]
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
@@ -41,7 +42,7 @@ def test_kill_leaves_whole_lines_only(tmp_path, size):
     writer = """
         import sys
         from pathlib import Path
-        from engine.base.terminal import Metrics
+        from engine.output.metrics import Metrics
         metrics, step = Metrics(Path(sys.argv[1])), 0
         while True:
             metrics.write("train", step=(step := step + 1), text="x" * (int(sys.argv[2]) + step % 50))
@@ -144,7 +145,7 @@ def test_full_disk_leaves_whole_lines(tmp_path, size):
         """
         import resource, sys
         from pathlib import Path
-        from engine.base.terminal import Metrics
+        from engine.output.metrics import Metrics
         metrics = Metrics(Path(sys.argv[1]))
         resource.setrlimit(resource.RLIMIT_FSIZE, (21_000, 21_000))
         try:

@@ -15,9 +15,9 @@ import pytest
 from engine.base.errors import DataError
 from engine.data import dataset as data
 from engine.data import rows, token_cache
-from engine.model.config import FinetuneConfig
 from engine.text.tokenizer import load_tokenizer
 from engine.training import prepare as job
+from engine.training.config import FinetuneConfig
 from tests.helpers.run import environment, finetune
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
@@ -305,7 +305,7 @@ sys.path.insert(0, "tests")
 from pathlib import Path
 from engine.training import prepare as job
 from engine.data import token_cache
-from engine.model.config import FinetuneConfig
+from engine.training.config import FinetuneConfig
 from engine.text.tokenizer import load_tokenizer
 gguf, cache, kill_at, wait_for, *files = sys.argv[1:]
 calls = 0

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 
 from engine import finetune as command
 from engine.base.errors import UsageError, exit_code_of
-from engine.model.config import MODELS, FinetuneConfig
+from engine.model.config import MODELS
 from engine.model.shard import first_row
+from engine.training.config import FinetuneConfig
 from engine.training.micro_batch_size import shards_that_fit
 from engine.training.optimizer import counts_that_fit
 from engine.training.prepare import check_ranks

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kernels
-from engine.generate import generate
+from engine.inference.generation import generate
 from engine.model.batch import MicroBatch
 from engine.model.config import ModelConfig
 from engine.model.llama import Transformer, new_model

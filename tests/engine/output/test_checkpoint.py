@@ -412,7 +412,7 @@ CHILD = """
 import os, signal, sys, time, torch
 from pathlib import Path
 from engine.output.checkpoint import Saver
-from engine.output.folder import Signals
+from engine.base.signals import Signals
 out, how = Path(sys.argv[1]), sys.argv[2]
 t = torch.arange(8_000_000.0)
 if how == "exit":

@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 
-from engine.model.config import FinetuneConfig
+from engine.training.config import FinetuneConfig
 from engine.training.loss_spikes import LEAST, WINDOW, Spikes
 from tests.helpers.run import ROOT
 

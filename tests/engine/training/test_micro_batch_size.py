@@ -8,9 +8,10 @@ import torch
 
 from engine.base.errors import CriaError, UsageError
 from engine.distributed.world import World
-from engine.model.config import MODELS, FinetuneConfig
+from engine.model.config import MODELS
 from engine.planning.memory import CONTEXT_BYTES, memory, setting_of
 from engine.training import micro_batch_size as fit
+from engine.training.config import FinetuneConfig
 
 CUDA, BF16, GB = torch.device("cuda"), torch.bfloat16, 10**9
 LENGTHS = SimpleNamespace(lengths=lambda: torch.full((52002,), 128).numpy())

@@ -1,0 +1,72 @@
+"""Text from a model: greedy or sampled, several prompts at once."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from engine.inference.kv_cache import KVCache
+from engine.model.llama import Transformer
+
+
+def sample(logits, temperature, top_p, generator):
+    """One id from logits (V,). temperature 0: the likeliest. top_p: from the fewest ids that hold that probability."""
+    if temperature == 0:
+        return int(logits.argmax())
+    probs = torch.softmax(logits.float() / temperature, dim=-1)
+    if top_p < 1:
+        probs, ids = probs.sort(descending=True, stable=True)
+        probs[probs.cumsum(0) - probs >= top_p] = 0  # the first id always stays
+        return int(ids[torch.multinomial(probs, 1, generator=generator)])
+    return int(torch.multinomial(probs, 1, generator=generator))
+
+
+@torch.no_grad()  # not inference_mode: what FSDP2 gathers within is of no use to training
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    stop_ids,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """The ids that follow each prompt, up to and without a stop id.
+
+    Each prompt draws from a generator of its own, so its answer does not depend on its neighbours' draws.
+    on_token(prompt, id) is told each id as it comes and may raise to stop. Raises ValueError when a prompt is empty.
+    """
+    if not prompts:
+        return []
+    if not all(prompts):
+        raise ValueError("generate: an empty prompt has no next token; begin with the tokenizer's bos_id")
+    device, dtype = model.norm.device, model.norm.dtype
+    lengths = torch.tensor([len(p) for p in prompts])
+    ends = lengths.cumsum(0)
+    documents = torch.zeros(len(prompts), 4, dtype=torch.int32)
+    documents[:, 0], documents[:, 1] = ends - lengths, ends
+    lengths = lengths.to(device)
+    cache = KVCache(model.config, len(prompts), int(lengths.max()) + max_new_tokens, device, dtype, model.impl)
+    cache.start(lengths, documents)
+    tokens = torch.tensor([i for p in prompts for i in p], device=device)
+    positions = torch.cat([torch.arange(len(p), device=device) for p in prompts])
+    x = model(tokens, positions, cache=cache)[ends - 1]
+    generators = [torch.Generator(device).manual_seed(seed) for _ in prompts]
+    answers, open_ = [[] for _ in prompts], set(range(len(prompts)))
+    while True:
+        logits = model.logits(x)
+        new = torch.zeros(len(prompts), dtype=torch.int64, device=device)
+        for i in sorted(open_):
+            token = sample(logits[i], temperature, top_p, generators[i])
+            if token in stop_ids:
+                open_.discard(i)
+                continue
+            answers[i].append(token)
+            if on_token:
+                on_token(i, token)
+            if len(answers[i]) == max_new_tokens:
+                open_.discard(i)
+            new[i] = token
+        if not open_:
+            return answers
+        x = model(new, cache.step(), cache=cache)
