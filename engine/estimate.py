@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
+from engine.base.device import DTYPES
 from engine.base.errors import UsageError, exit_code_of
 from engine.base.flags import from_cli, knob, nearest
 from engine.data.dataset import steps_per_epoch
-from engine.formats.find import DTYPES, find_model
+from engine.formats.find import find_model
 from engine.formats.source import open_source
 from engine.model.config import MODELS, ModelConfig
 from engine.planning.cards import (

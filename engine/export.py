@@ -10,12 +10,16 @@ from pathlib import Path
 
 import torch
 
-from engine.base.errors import UsageError, exit_code_of
+from engine.base.device import DTYPES
+from engine.base.errors import CriaError, DataError, UsageError, exit_code_of
 from engine.base.flags import from_cli, knob
-from engine.formats.find import DTYPES, find_model, find_tokenizer, open_state
-from engine.formats.source import kind_of, open_source, save_hf, save_meta
+from engine.formats.find import find_model, kind_of
+from engine.formats.save import save_hf, save_meta
+from engine.formats.source import open_source
 from engine.model.llama import new_model
-from engine.output.folder import need_disk
+from engine.output.folder import RUN, need_disk
+from engine.output.state_as_model import State, open_state
+from engine.text.tokenizer import Tokenizer, find_tokenizer
 
 
 @dataclass(frozen=True)
@@ -40,14 +44,31 @@ class ExportConfig:
             raise ValueError(f"--max-shard-bytes is {self.max_shard_bytes}, wanted 1 or more")
 
 
-def main(argv):
+def find_tokenizer_of_state(state: State, name: str) -> Tokenizer:
+    """Return the tokenizer of that name; for "", the one of the run that wrote the state.
+
+    Raise UsageError where the run's tokenizer cannot be had.
+    """
+    if name:
+        return find_tokenizer(state.config, name, state.base)
+    try:
+        if state.tokenizer is None:
+            raise DataError(f"no {RUN} beside the state names it")
+        return find_tokenizer(state.config, state.tokenizer, state.base)
+    except CriaError as error:
+        raise UsageError(f"{state.path}: its run's tokenizer is not at hand ({error}); pass --tokenizer") from None
+
+
+def main(argv: list[str]) -> None:
+    """Export the model that the command line asks for."""
     config, _ = from_cli(ExportConfig, argv)
     out = Path(config.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out}: exists and is not empty; choose another folder")
     path = find_model(config.model)
     if kind_of(path) == "state":
-        source, tokenizer = open_state(path, config.tokenizer)
+        source = open_state(path)
+        tokenizer = find_tokenizer_of_state(source, config.tokenizer)
     else:
         source = open_source(path)
         tokenizer = find_tokenizer(source.config, config.tokenizer, path)

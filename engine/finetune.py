@@ -17,28 +17,28 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from engine.base.device import cpu_multiplies_bf16
 from engine.base.errors import DataError, DivergedError, Stopped, exit_code_of
+from engine.base.files import read_json, write_json
 from engine.base.flags import from_cli
 from engine.base.signals import Signals
 from engine.base.terminal import Progress
 from engine.data import dataset as data
 from engine.data import packing
-from engine.data.rows import Row
 from engine.distributed import fsdp
 from engine.distributed import world as distributed
 from engine.estimate import estimate_on, several_cards
-from engine.formats.find import cpu_multiplies_bf16
-from engine.generate import stop_ids
 from engine.inference.generation import generate
 from engine.model.batch import MicroBatch
 from engine.model.llama import Transformer, new_model
 from engine.output import checkpoint
-from engine.output.folder import LOCK, METRICS, RUN, claim, environment, read_json, read_lines, write_json
+from engine.output.folder import LOCK, METRICS, RUN, claim, environment, read_lines
 from engine.output.metrics import Metrics
 from engine.output.report import write_report
 from engine.planning.cards import CARDS, card_at_hand
 from engine.planning.tables import tell as tell_estimate
 from engine.planning.workload import dataset_mix
+from engine.text.templates import Row, encode_prompt, find_stop_ids
 from engine.training.config import EMBEDDED, FinetuneConfig
 from engine.training.loss_spikes import Spike, Spikes
 from engine.training.micro_batch_size import confirm, halved_before, within_memory
@@ -242,8 +242,8 @@ def evaluate(job: Job, model: Transformer, step: int, optimizer: AdamW) -> None:
 
 def show_samples(job: Job, model: Transformer, step: int) -> None:
     """Greedy answers to the sample prompts, to the terminal and metrics.jsonl."""
-    ids = [data.encode_prompt(Row("", None, p), job.tokenizer, job.config.prompt_style) for p in job.prompts]
-    stops = stop_ids(job.tokenizer, job.config.prompt_style)
+    ids = [encode_prompt(Row("", None, p), job.tokenizer, job.config.prompt_style) for p in job.prompts]
+    stops = find_stop_ids(job.tokenizer, job.config.prompt_style)
     answers = generate(model, ids, stops, job.config.sample_tokens)
     title = "before" if step == 0 else "after" if step == job.total_steps else f"after {step} steps"
     for prompt, answer in zip(job.prompts, answers, strict=True):

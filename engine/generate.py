@@ -7,20 +7,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.base.device import choose_device, choose_dtype, choose_kernels
 from engine.base.errors import DataError, UsageError, exit_code_of
+from engine.base.files import read_json
 from engine.base.flags import KERNELS, KERNELS_HELP, from_cli, knob
-from engine.data.dataset import CHAT_STYLES, encode_prompt
-from engine.data.rows import Row, read_rows
-from engine.formats.find import choose_device, choose_dtype, choose_kernels, load_model
+from engine.data.rows import read_rows
 from engine.inference.generation import generate
-from engine.output.folder import RUN, read_json
-
-
-def stop_ids(tokenizer, style):
-    """The ids that end an answer: the checkpoint's own, and the one that ends a turn of the template."""
-    end = tokenizer.special_ids.get({"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}.get(style))
-    return tokenizer.stop_ids if end is None else tokenizer.stop_ids | {end}
-
+from engine.inference.model_loader import load_model
+from engine.output.folder import RUN
+from engine.text.templates import CHAT_STYLES, Row, encode_prompt, find_stop_ids
 
 # ---- command line ---------------------------------------------------------------------------------------------------
 
@@ -86,7 +81,7 @@ def main(argv):
     style = config.prompt_style
     if style == "auto":
         style = read_json(source.path / RUN).get("config", {}).get("prompt_style", "alpaca")
-    stops = stop_ids(tokenizer, style)
+    stops = find_stop_ids(tokenizer, style)
 
     def encode(row):
         if not config.raw:

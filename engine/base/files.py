@@ -1,6 +1,61 @@
-"""Values as JSON can say them."""
+"""Files that are whole or absent: written under another name, synced, then renamed; and JSON objects read back."""
 
+import json
 import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+
+def write_whole(path: Path, content: bytes | Iterable[bytes]) -> None:
+    """Write a file so that a reader, or the disk after a crash, has the old content or all of the new one.
+
+    Raise OSError when the disk refuses; the old file is then as it was and no temporary file is left.
+    """
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        write_synced(temporary, content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_synced(path: Path, content: bytes | Iterable[bytes]) -> None:
+    """Write a file and wait until its content is on the disk. A crash on the way leaves part of it."""
+    with path.open("wb") as file:
+        file.writelines([content] if isinstance(content, bytes) else content)
+        sync_file(file)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write an object as indented JSON, whole or not at all. Raise OSError."""
+    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, or {} when there is no file or it holds no JSON object."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def sync_file(file: IO[bytes] | IO[str]) -> None:
+    """Flush an open file's buffers and wait until its content is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, as renames and removals within it left them."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def strict(value):

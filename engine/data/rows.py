@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.base.errors import DataError
+from engine.text.templates import Row
 
 MAX_ROW_BYTES = 8 << 20  # thousands of times an Alpaca row; parsing one takes up to 30 times its bytes
 MAX_NESTING = 32  # levels of lists and objects; the row itself is one
@@ -26,15 +27,6 @@ SCALAR = re.compile(rb"-?(?:[0-9][0-9.eE+-]*|Infinity)|NaN|true|false|null")
 # a class among these branches, which begin with a literal each, would make re three times as slow.
 TOKEN = re.compile(rb'\\.|"|\n|\{|\}|\[|\]')
 KINDS = {str: "a string", float: "a number", bool: "a boolean", list: "a list", dict: "an object", type(None): "null"}
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    source: str  # "file.json:17", for messages: the number of the row, in JSONL of its line, from 1
-    messages: tuple[tuple[str, str], ...] | None  # chat: (role, content), role is system, user or assistant
-    instruction: str = ""  # Alpaca, where messages is None
-    input: str = ""
-    output: str = ""
 
 
 @dataclass(slots=True)

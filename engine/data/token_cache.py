@@ -23,16 +23,21 @@ import sentencepiece
 import tokenizers
 
 from engine.base.errors import DataError
+from engine.base.files import sync_file, sync_folder
 from engine.data import dataset as data
 from engine.data import rows
 from engine.data.rows import Skipped, mapped
-from engine.formats.folders import sync
-from engine.formats.tensor_files import flush
-from engine.text import tokenizer, tokenizer_json
+from engine.text import templates, tokenizer, tokenizer_json
 from engine.text.tokenizer import Tokenizer
 
 FORMAT = 1  # of an entry
-CODE = (data, rows, tokenizer, tokenizer_json)  # what turns bytes into ids: a changed template is a changed key
+CODE = (
+    data,
+    rows,
+    templates,
+    tokenizer,
+    tokenizer_json,
+)  # what turns bytes into ids: a changed template is a changed key
 ARRAYS, MANIFEST = ("tokens", "is_target", "rows"), "manifest.json"
 NAME = re.compile("[0-9a-f]{64}")  # what is not named so is not ours to remove
 MAX_ENTRIES, MAX_BYTES = 20, 4 << 30  # kept; 52,000 Alpaca rows take 35 MB
@@ -143,7 +148,7 @@ def save(root: Path, key: str, table: data.Table, skipped: Sequence[Skipped], pa
         except OSError:  # another process was faster, or it is no folder of ours
             if not (root / key / MANIFEST).is_file():
                 raise
-        sync(root)
+        sync_folder(root)
         clean(root)
     except OSError as error:
         reason = error.strerror or error
@@ -164,12 +169,12 @@ def write(entry, table, skipped, names):
         path = entry / f"{name}.npy"
         with open(path, "wb") as file:
             np.lib.format.write_array(file, array, allow_pickle=False)
-            flush(file)
+            sync_file(file)
         manifest[name] = checksum(path)
     with open(entry / MANIFEST, "w") as file:
         json.dump(manifest, file)
-        flush(file)
-    sync(entry)
+        sync_file(file)
+    sync_folder(entry)
 
 
 def clean(root):

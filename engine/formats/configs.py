@@ -1,93 +1,12 @@
-"""How other programs write a LLaMA down: what its tensors are called, what its settings are called.
-
-    ours                 hf: Hugging Face           meta: Meta                      gguf: llama.cpp
-    wqkv (wq, wk, wv)    q_proj, k_proj, v_proj     wq, wk (rows paired), wv        attn_q, attn_k (rows paired), attn_v
-    w13 (w1, w3)         gate_proj, up_proj         w1, w3                          ffn_gate, ffn_up
-
-RoPE turns row i of a head with row i + Dh/2 here and at Hugging Face, row 2i with 2i + 1 at Meta and in GGUF.
-"""
-
-from dataclasses import dataclass
+"""Settings of a LLaMA <-> ModelConfig: config.json (Hugging Face), params.json (Meta) and the metadata of GGUF."""
 
 import torch
 
 import kernels
 from engine.model.config import ModelConfig, RopeScaling
 
-PROGRAMS = ("hf", "meta", "gguf")
-GLOBAL_NAMES = {
-    "tok_embeddings": ("model.embed_tokens.weight", "tok_embeddings.weight", "token_embd.weight"),
-    "norm": ("model.norm.weight", "norm.weight", "output_norm.weight"),
-    "output": ("lm_head.weight", "output.weight", "output.weight"),
-}
-LAYER_PREFIXES = ("model.layers.{}.", "layers.{}.", "blk.{}.")
-LAYER_NAMES = {
-    "wq": ("self_attn.q_proj.weight", "attention.wq.weight", "attn_q.weight"),
-    "wk": ("self_attn.k_proj.weight", "attention.wk.weight", "attn_k.weight"),
-    "wv": ("self_attn.v_proj.weight", "attention.wv.weight", "attn_v.weight"),
-    "wo": ("self_attn.o_proj.weight", "attention.wo.weight", "attn_output.weight"),
-    "w1": ("mlp.gate_proj.weight", "feed_forward.w1.weight", "ffn_gate.weight"),
-    "w3": ("mlp.up_proj.weight", "feed_forward.w3.weight", "ffn_up.weight"),
-    "w2": ("mlp.down_proj.weight", "feed_forward.w2.weight", "ffn_down.weight"),
-    "attention_norm": ("input_layernorm.weight", "attention_norm.weight", "attn_norm.weight"),
-    "ffn_norm": ("post_attention_layernorm.weight", "ffn_norm.weight", "ffn_norm.weight"),
-}
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A tensor of another program: rows of one of our parameters."""
-
-    parameter: str
-    first_row: int
-    shape: tuple[int, ...]
-    paired_heads: int  # heads whose rows come in neighbour pairs; 0: the rows are in our order
-
-    def of(self, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Its rows, a view."""
-        return parameters[self.parameter][self.first_row : self.first_row + self.shape[0]]
-
-
-def pieces(config: ModelConfig, program: str) -> dict[str, Piece]:
-    """{its name: Piece}, all that a checkpoint of this shape holds, in Hugging Face's order."""
-    column = PROGRAMS.index(program)
-    dim, hidden = config.dim, config.hidden_dim
-    q_rows, kv_rows = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    paired = program != "hf"
-    layer = {  # name: parameter, first row, shape, paired heads
-        "wq": ("wqkv", 0, (q_rows, dim), paired * config.n_heads),
-        "wk": ("wqkv", q_rows, (kv_rows, dim), paired * config.n_kv_heads),
-        "wv": ("wqkv", q_rows + kv_rows, (kv_rows, dim), 0),
-        "wo": ("wo", 0, (dim, q_rows), 0),
-        "w1": ("w13", 0, (hidden, dim), 0),
-        "w3": ("w13", hidden, (hidden, dim), 0),
-        "w2": ("w2", 0, (dim, hidden), 0),
-        "attention_norm": ("attention_norm", 0, (dim,), 0),
-        "ffn_norm": ("ffn_norm", 0, (dim,), 0),
-    }
-    table = {GLOBAL_NAMES["tok_embeddings"][column]: Piece("tok_embeddings", 0, (config.vocab_size, dim), 0)}
-    for i in range(config.n_layers):
-        for name, (parameter, first_row, shape, heads) in layer.items():
-            theirs = LAYER_PREFIXES[column].format(i) + LAYER_NAMES[name][column]
-            table[theirs] = Piece(f"layers.{i}.{parameter}", first_row, shape, heads)
-    table[GLOBAL_NAMES["norm"][column]] = Piece("norm", 0, (dim,), 0)
-    if not config.tied:
-        table[GLOBAL_NAMES["output"][column]] = Piece("output", 0, (config.vocab_size, dim), 0)
-    return table
-
-
-def pairs_to_halves(rows, heads):
-    """(heads Dh, D) with neighbours paired -> the same rows in our order; a copy."""
-    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(rows.shape)
-
-
-def halves_to_pairs(rows, heads):
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(rows.shape)
-
-
-# ---- settings -------------------------------------------------------------------------------------------------------
-
 REQUIRED = object()
+MAX_PROBLEMS = 1000  # lines of one error
 
 
 class Settings:
@@ -133,6 +52,13 @@ class Settings:
         except ValueError as error:
             self.problem(str(error))
             return None
+
+
+def join_problems(problems):
+    if len(problems) == 1:
+        return problems[0]
+    more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
+    return "\n  ".join([f"{len(problems)} problems", *problems[:MAX_PROBLEMS], *more])
 
 
 def config_from_hf(raw: dict, problems: list[str]) -> ModelConfig | None:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from engine.base.errors import DataError
-from engine.formats.tensor_files import MAX_HEADER_BYTES, first_line, flush
+from engine.base.files import sync_folder, write_synced
+from engine.formats.tensor_files import MAX_HEADER_BYTES, first_line
 
 
 def member(folder: Path, name: str) -> Path:
@@ -51,12 +52,7 @@ def read_json(folder, name, problems) -> dict | None:
 
 
 def json_writer(value) -> Callable[[Path], None]:
-    def write(path):
-        with path.open("wb") as file:
-            file.write((json.dumps(value, indent=2) + "\n").encode())
-            flush(file)
-
-    return write
+    return lambda path: write_synced(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def replace_files(folder: Path, writers: dict[str, Callable[[Path], None]], stale: str):
@@ -76,20 +72,12 @@ def replace_files(folder: Path, writers: dict[str, Callable[[Path], None]], stal
             path.unlink(missing_ok=True)
         raise
     (folder / list(writers)[-1]).unlink(missing_ok=True)  # from here to the last rename there is no model
-    sync(folder)
+    sync_folder(folder)
     for old in folder.iterdir():
         if re.fullmatch(stale, old.name) and old.name not in writers:
             old.unlink()
     for name, path in temporaries.items():
         if name == list(writers)[-1]:
-            sync(folder)
+            sync_folder(folder)
         os.replace(path, folder / name)
-    sync(folder)
-
-
-def sync(folder):
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_folder(folder)

@@ -17,27 +17,17 @@ from pathlib import Path
 
 import torch
 
-from engine.base.errors import DataError, UsageError
-from engine.formats import configs as layouts
-from engine.formats.folders import json_writer, member, read_json, replace_files
-from engine.formats.tensor_files import (
-    Stored,
-    open_gguf,
-    open_pth,
-    open_safetensors,
-    write_pth,
-    write_safetensors,
-)
+from engine.base.errors import DataError
+from engine.formats.configs import config_from_gguf, config_from_hf, config_from_meta, join_problems
+from engine.formats.find import is_training_state, kind_of, list_checkpoints
+from engine.formats.folders import member, read_json
+from engine.formats.gguf import open_gguf
+from engine.formats.names import GLOBAL_NAMES, PROGRAMS, list_pieces, pairs_to_halves
+from engine.formats.tensor_files import Stored, open_pth, open_safetensors
 from engine.model.config import ModelConfig
 from engine.model.llama import Transformer
-from engine.output import checkpoint
 
-__all__ = ["Source", "open_source", "save_hf", "save_meta", "write_safetensors"]
-MAX_PROBLEMS = 1000  # lines of one error
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq|rope\.freqs")  # computed from the config; 2023 checkpoints hold them
-
-
-# ---- reading --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -61,7 +51,7 @@ class Source:
         if model.config != self.config:
             raise ValueError(f"read_into: the model is {model.config}, {self.path} holds {self.config}")
         parameters = dict(model.named_parameters())
-        for name, piece in layouts.pieces(self.config, self.kind).items():
+        for name, piece in list_pieces(self.config, self.kind).items():
             here = held[piece.parameter] if held else None
             if here is None or not here.rows:
                 self.fill(name, piece, piece.of(parameters))
@@ -82,7 +72,7 @@ class Source:
                 target = target[:, column : column + part.shape[1]]
             target.copy_(part)
         if piece.paired_heads:
-            rows.copy_(layouts.pairs_to_halves(rows, piece.paired_heads))
+            rows.copy_(pairs_to_halves(rows, piece.paired_heads))
 
 
 def open_source(path: Path) -> Source:
@@ -97,40 +87,22 @@ def open_source(path: Path) -> Source:
         if config:
             check_tensors(config, kind, stored, lost, problems)
         if problems:
-            raise DataError(listed(problems))
+            raise DataError(join_problems(problems))
     sizes = Counter()
     for tensor in stored.values():
         sizes[tensor.dtype] += torch.Size(tensor.shape).numel()
     return Source(path, kind, config, sizes.most_common(1)[0][0], generation_config, stored)
 
 
-def kind_of(path: Path) -> str | None:
-    """ "hf", "meta" or "gguf"; "state", a training state; None: nothing that is read."""
-    if path.is_file():
-        return "gguf" if path.suffix == ".gguf" else None
-    if os.path.lexists(path / "config.json"):
-        return "hf"
-    if os.path.lexists(path / "params.json"):
-        return "meta"
-    return "state" if checkpoint.is_state(path) else None
-
-
 def refuse(path, problems):
     """What is no model, though one may be had from it."""
     export = "python -m engine.export --model {} --out DIR"
-    if checkpoint.is_state(path):
+    if is_training_state(path):
         raise DataError(f"holds a training state, not a model; {export.format(path)} makes one of it")
-    if states := checkpoint.checkpoints(path):
+    if states := list_checkpoints(path):
         raise DataError(f"holds training states, no model yet; {export.format(states[-1][1])} makes one of the newest")
     got = "holds neither" if path.is_dir() else "is none" if path.exists() else "does not exist"
     raise DataError(f"{got}; wanted a folder with config.json or params.json, or a .gguf file")
-
-
-def listed(problems):
-    if len(problems) == 1:
-        return problems[0]
-    more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
-    return "\n  ".join([f"{len(problems)} problems", *problems[:MAX_PROBLEMS], *more])
 
 
 @contextlib.contextmanager
@@ -150,9 +122,9 @@ def check_tensors(config, kind, stored, lost, problems):
     if config.n_layers > n_tensors:  # before a table is made of them
         problems.append(f"{config.n_layers} layers by the config, but there are only {n_tensors} tensors")
         return
-    wanted = layouts.pieces(config, kind)
-    column = layouts.PROGRAMS.index(kind)
-    head, embedding = layouts.GLOBAL_NAMES["output"][column], layouts.GLOBAL_NAMES["tok_embeddings"][column]
+    wanted = list_pieces(config, kind)
+    column = PROGRAMS.index(kind)
+    head, embedding = GLOBAL_NAMES["output"][column], GLOBAL_NAMES["tok_embeddings"][column]
     if config.tied and head in stored and embedding in stored:
         if same(stored[head], stored[embedding]):
             del stored[head]
@@ -207,7 +179,7 @@ def open_each(folder, names, opener, problems):
 
 def open_hf(folder, problems):
     raw = read_json(folder, "config.json", problems)
-    config = layouts.config_from_hf(raw, problems) if raw is not None else None
+    config = config_from_hf(raw, problems) if raw is not None else None
     choices = [  # transformers' own order
         ("model.safetensors", open_safetensors),
         ("model.safetensors.index.json", open_safetensors),
@@ -260,7 +232,7 @@ def open_meta(folder, problems):
     stored = merge_shards(shards, raw or {}, problems)
     if raw is None or len(problems) > before:
         return None, {}, ()
-    config = layouts.config_from_meta(raw, {name: tensor.shape for name, tensor in stored.items()}, problems)
+    config = config_from_meta(raw, {name: tensor.shape for name, tensor in stored.items()}, problems)
     head, embedding = stored.get("output.weight"), stored.get("tok_embeddings.weight")
     if config and head and embedding and same(head, embedding):
         config = replace(config, tied=True)  # LLaMA 3.2 ties them and stores both: Meta's code wants them
@@ -308,95 +280,7 @@ def join(parts, by_columns):
 
 def open_gguf_source(path, problems):
     metadata, stored = open_gguf(path)
-    return layouts.config_from_gguf(metadata, stored, problems), stored, ()
+    return config_from_gguf(metadata, stored, problems), stored, ()
 
 
 OPENERS = {"hf": open_hf, "meta": open_meta, "gguf": open_gguf_source}
-
-
-# ---- writing --------------------------------------------------------------------------------------------------------
-
-
-def save_hf(
-    folder: Path,
-    model: Transformer,
-    *,
-    dtype: torch.dtype | None = None,
-    max_shard_bytes: int = 5_000_000_000,
-    bos_id: int | None = None,
-    eos_ids: tuple[int, ...] = (),
-    generation_config: dict | None = None,
-) -> None:
-    """Writes config.json, generation_config.json and model.safetensors, or its shards of at most max_shard_bytes and
-    their index, byte for byte as transformers' save_pretrained writes the weights. dtype: None keeps the model's.
-
-    Raises OSError; the folder then holds what it held.
-    """
-    tensors = outgoing(model, "hf", dtype)
-    shards = split(tensors, max_shard_bytes)
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    writers = {
-        name: lambda path, shard=shard: write_safetensors(path, sorted(shard), {"format": "pt"})
-        for name, shard in zip(names, shards, strict=True)
-    }
-    if len(shards) > 1:
-        sizes = {"total_parameters": model.config.n_parameters, "total_size": sum(map(n_bytes, tensors))}
-        where = {tensor[0]: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        index = {"metadata": sizes, "weight_map": dict(sorted(where.items()))}
-        writers["model.safetensors.index.json"] = json_writer(index)
-    ids = layouts.token_ids(bos_id, eos_ids)
-    writers["generation_config.json"] = json_writer({**(generation_config or {}), **ids})
-    writers["config.json"] = json_writer(layouts.config_to_hf(model.config, tensors[0][2], bos_id, eos_ids))
-    replace_files(Path(folder), writers, r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-
-
-def save_meta(folder: Path, model: Transformer, *, dtype: torch.dtype | None = None) -> None:
-    """Writes params.json and consolidated.00.pth, which Meta's code reads. Raises UsageError for a shape that
-    params.json cannot say, and OSError; the folder then holds what it held."""
-    try:
-        params = layouts.config_to_meta(model.config)
-    except ValueError as error:
-        raise UsageError(f"save_meta: {error}; write the Hugging Face layout") from error
-    tensors = outgoing(model, "meta", dtype)
-    if model.config.tied:  # Meta's code has a head of its own
-        _, shape, kind, load = tensors[0]
-        tensors.append(("output.weight", shape, kind, load))
-    writers = {"consolidated.00.pth": lambda path: write_pth(path, tensors), "params.json": json_writer(params)}
-    replace_files(Path(folder), writers, r"consolidated\.\d+\.pth")
-
-
-def outgoing(model, program, dtype):
-    """What write_* take, of the model in another program's names, order and layout."""
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    dtype = dtype or parameters["tok_embeddings"].dtype
-
-    def load(piece):
-        rows = piece.of(parameters)
-        if piece.paired_heads:
-            rows = layouts.halves_to_pairs(rows, piece.paired_heads)
-        return rows.to(dtype)
-
-    table = layouts.pieces(model.config, program)
-    return [(name, piece.shape, dtype, lambda piece=piece: load(piece)) for name, piece in table.items()]
-
-
-def n_bytes(tensor):
-    _, shape, dtype, _ = tensor
-    return torch.Size(shape).numel() * dtype.itemsize
-
-
-def split(tensors, max_bytes):
-    """Shards of whole tensors in order, as huggingface_hub splits; a tensor over the limit has one of its own."""
-    shards, size = [[]], 0
-    for tensor in tensors:
-        if n_bytes(tensor) > max_bytes:
-            shards.insert(len(shards) - 1, [tensor])
-            continue
-        if size + n_bytes(tensor) > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += n_bytes(tensor)
-    return [shard for shard in shards if shard]

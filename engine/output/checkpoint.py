@@ -31,7 +31,8 @@ from pathlib import Path
 import torch
 
 from engine.base.errors import DataError
-from engine.formats.folders import sync
+from engine.base.files import sync_folder
+from engine.formats.find import list_checkpoints
 from engine.formats.tensor_files import write_safetensors
 from engine.model.shard import Shard, as_shards
 from engine.output.tensor_rows import HostRoom, check_layout, described, lay_out, layout_of, read
@@ -132,7 +133,7 @@ def write(out: Path, keep: int, step: int, arrived: Callable[[], dict[str, Shard
                 json.dump({"format": None, "step": step, **facts, **layout}, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
-            sync(tmp)
+            sync_folder(tmp)
             put(tmp, final)
             rotate(out, final, keep)
 
@@ -158,12 +159,12 @@ def put(tmp, final):
     except OSError:
         restore(final.parent)
         raise
-    sync(final.parent)
+    sync_folder(final.parent)
     shutil.rmtree(was, ignore_errors=True)
 
 
 def rotate(out, newest, keep):
-    others = [folder for _, folder in checkpoints(out) if folder != newest]
+    others = [folder for _, folder in list_checkpoints(out) if folder != newest]
     for old in others[: max(0, len(others) - keep + 1)]:
         discard(old)
 
@@ -282,20 +283,9 @@ def clean(out: Path) -> None:
 
 def rewind(out: Path, step: int) -> None:
     """Removes the states after `step` (-1: all): broken ones, or of a way that the run no longer takes."""
-    for later, folder in checkpoints(out):
+    for later, folder in list_checkpoints(out):
         if later > step:
             discard(folder)
-
-
-def checkpoints(out: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every checkpoint, oldest first, unverified."""
-    found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in out.glob("checkpoint-*"))
-    return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
-
-
-def is_state(folder: Path) -> bool:
-    """Whether a folder is meant to be a checkpoint, whole or not."""
-    return any(re.fullmatch(r"manifest\.json|state(-\d+-of-\d+)?\.safetensors", path.name) for path in folder.glob("*"))
 
 
 def newest(out: Path, warn: Callable[[str], None]) -> tuple[Path, dict] | None:
@@ -305,7 +295,7 @@ def newest(out: Path, warn: Callable[[str], None]) -> tuple[Path, dict] | None:
     """
     broken = []
     restore(out)
-    for _, folder in reversed(checkpoints(out)):
+    for _, folder in reversed(list_checkpoints(out)):
         try:
             return folder, verify(folder)
         except DataError as error:

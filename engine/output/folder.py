@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -54,26 +53,6 @@ def need_disk(out: Path, need_bytes: int, remedy: str) -> None:
 
 
 # ---- run.json -------------------------------------------------------------------------------------------------------
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Whole or not at all."""
-    tmp = path.with_name(f".tmp-{path.name}")
-    with open(tmp, "w") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(tmp, path)
-
-
-def read_json(path: Path) -> dict:
-    """{} when there is none, or none that can be read."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def read_lines(path: Path) -> list[dict]:

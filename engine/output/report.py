@@ -4,9 +4,10 @@ import base64
 import hashlib
 import json
 import math
-import os
 from html import escape
 from pathlib import Path
+
+from engine.base.files import write_whole
 
 POINTS = 1000  # of a curve at most; above, each stretch of steps gives its lowest and its highest
 TEXT_CHARS = 4000  # of one sample or setting at most
@@ -86,16 +87,8 @@ def write_report(out_dir: Path) -> Path:
     The counts of a train line (examples, tokens) are those of its one step."""
     out_dir = Path(out_dir)
     page = render(read_run(out_dir / "run.json"), read_events(out_dir / "metrics.jsonl"))
-    path, new = out_dir / "report.html", out_dir / ".report.html.tmp"
-    try:
-        with open(new, "w", encoding="utf-8", errors="replace") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except OSError:
-        new.unlink(missing_ok=True)
-        raise
+    path = out_dir / "report.html"
+    write_whole(path, page.encode("utf-8", errors="replace"))
     return path
 
 

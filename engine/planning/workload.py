@@ -11,9 +11,9 @@ from engine.base.errors import CriaError, UsageError
 from engine.data import dataset as data
 from engine.data import packing
 from engine.data.rows import read_rows
-from engine.formats.find import find_tokenizer
 from engine.model.config import ModelConfig
 from engine.planning.cards import cards_of
+from engine.text.tokenizer import find_tokenizer
 from kernels.measure.alpaca import ALPACA_ROWS, alpaca_lengths
 
 ROOT = Path(__file__).parents[2]

@@ -22,7 +22,9 @@ from pathlib import Path
 import sentencepiece
 import tokenizers
 
-from engine.base.errors import DataError
+from engine.base.errors import DataError, UsageError
+from engine.formats.find import embedded_gguf, find_model
+from engine.model.config import EMBEDDED_MODEL, MODELS, ModelConfig
 from engine.text.tokenizer_json import (
     BYTE,
     CONTROL,
@@ -72,11 +74,6 @@ class Tokenizer:
         self.bos_id, self.eos_id = bos_id, eos_id
         self.add_bos = add_bos and bos_id is not None
         self.stop_ids = frozenset({eos_id, *stop_ids})
-
-    @property
-    def has_sentencepiece(self) -> bool:
-        """Whether save writes a tokenizer.model, which Meta's own code reads."""
-        return "tokenizer.model" in self._files
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without BOS and EOS. Raises DataError for a lone surrogate."""
@@ -156,6 +153,28 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise DataError(f"{path}: got a tokenizer that cannot be read, {error!r}; copy its files again") from error
     raise DataError(f"{path}: got neither tokenizer.model nor tokenizer.json, wanted one; copy it from the checkpoint")
+
+
+def find_tokenizer(config: ModelConfig, name: str, model_path: Path | None) -> Tokenizer:
+    """The tokenizer named, else the model's own; for a random model the embedded one where the vocabulary fits.
+
+    Raises DataError when its ids do not fit the model's vocabulary.
+    """
+    if name:
+        path = find_model(name)
+    elif model_path is not None:
+        path = model_path
+    elif config.vocab_size == MODELS[EMBEDDED_MODEL].vocab_size:
+        path = embedded_gguf()
+    else:
+        raise UsageError(f"--random-init with {config.vocab_size} tokens needs --tokenizer, a folder or a .gguf")
+    tokenizer = load_tokenizer(path)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise DataError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model embeds {config.vocab_size}; "
+            "they do not belong together"
+        )
+    return tokenizer
 
 
 # ---- the three kinds ------------------------------------------------------------------------------------------------

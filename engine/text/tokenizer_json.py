@@ -7,7 +7,7 @@ transformers takes it as it is.
 import json
 
 from engine.base.errors import DataError
-from engine.formats.tensor_files import open_gguf
+from engine.formats.gguf import open_gguf
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types of SentencePiece and GGUF
 # How text is cut before BPE, by tokenizer.ggml.pre. Source: llama.cpp, src/llama-vocab.cpp

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from engine.base.errors import CriaError, UsageError
+from engine.base.files import read_json
 from engine.data import dataset as data
 from engine.data import packing
 from engine.distributed.fsdp import completes
 from engine.model.config import ModelConfig
 from engine.model.llama import Transformer, new_model
-from engine.output.folder import read_json
 from engine.planning.memory import CONTEXT_BYTES, MOST_TOKENS, cheapest_that_fits, layout_that_fits, setting_of
 from engine.training.config import FinetuneConfig
 from engine.training.optimizer import AdamW, counts_that_fit

@@ -10,29 +10,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from engine.base.device import choose_device, choose_dtype, choose_kernels, cpu_multiplies_bf16
 from engine.base.errors import DataError, UsageError
+from engine.base.files import read_json
 from engine.base.signals import Signals
 from engine.base.terminal import Progress, phase
 from engine.data import dataset as data
 from engine.data import token_cache
 from engine.data.rows import mapped, read_rows
 from engine.distributed.world import World
-from engine.formats.find import (
-    choose_device,
-    choose_dtype,
-    choose_kernels,
-    cpu_multiplies_bf16,
-    find_model,
-    find_tokenizer,
-)
+from engine.formats.find import find_model, list_checkpoints
 from engine.formats.source import Source, open_source
 from engine.model.config import MODELS, ModelConfig
 from engine.output import checkpoint
-from engine.output.folder import RUN, read_json
+from engine.output.folder import RUN
 from engine.output.metrics import Metrics, NoMetrics
 from engine.planning.memory import layout_name, state_bytes
 from engine.planning.workload import SEED_TASKS
-from engine.text.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer, find_tokenizer
 from engine.training.config import FinetuneConfig
 from engine.training.loss_spikes import Spikes
 from engine.training.micro_batch_size import ALIGN, auto_layout, shards_that_fit
@@ -293,7 +288,7 @@ def find_resume(job: Job, say):
         found = checkpoint.newest(out, say)
     else:
         found = Path(config.resume), checkpoint.verify(Path(config.resume))
-        if found[0].resolve().parent != out.resolve() and checkpoint.checkpoints(out):
+        if found[0].resolve().parent != out.resolve() and list_checkpoints(out):
             raise UsageError(
                 f"--resume {found[0]}: not a state of --out {out}, which has states of its own that it would replace; "
                 "choose a new --out"
@@ -317,7 +312,7 @@ def finished(job: Job) -> bool:
         return False
     same_cuts(job, run.get("facts", {}))
     changed = changes(run.get("facts", {}), job.facts)
-    if changed and not (job.config.allow_changed and checkpoint.checkpoints(job.out)):
+    if changed and not (job.config.allow_changed and list_checkpoints(job.out)):
         raise UsageError(
             f"--out {job.out}: holds a finished run with other settings ({'; '.join(changed)}); "
             "choose another folder, or pass --resume never to replace it"

@@ -4,7 +4,8 @@ from functools import partial
 
 from engine.base.errors import CriaError, Stopped
 from engine.distributed import fsdp
-from engine.formats.source import save_hf
+from engine.formats.find import list_checkpoints
+from engine.formats.save import save_hf
 from engine.model.llama import Transformer, new_model
 from engine.output import checkpoint
 from engine.output.folder import need_disk
@@ -18,7 +19,7 @@ from engine.training.prepare import Job
 
 def room_for_states(job: Job) -> None:
     config, out = job.config, job.out
-    states = config.keep + 1 - len(checkpoint.checkpoints(out)) if job.keeps_states else 0
+    states = config.keep + 1 - len(list_checkpoints(out)) if job.keeps_states else 0
     weights, *rest, _ = state_bytes(job.model_config, job.dtype, config.master_weights, config.optimizer_states)
     need = weights + (weights + sum(rest)) * max(0, states)
     need_disk(out, need, "free some, choose another folder, or lower --keep")

@@ -3,7 +3,7 @@
 import numpy as np
 
 from engine.data.dataset import Dataset
-from engine.data.rows import Row
+from engine.text.templates import Row
 from kernels.measure.alpaca import alpaca_lengths
 
 

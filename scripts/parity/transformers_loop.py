@@ -8,7 +8,7 @@ import math
 import torch
 import transformers
 
-from engine.data.dataset import ALPACA_INPUT, ALPACA_NO_INPUT
+from engine.text.templates import ALPACA_INPUT, ALPACA_NO_INPUT
 
 
 def encode_rows(rows, tokenizer, max_length):

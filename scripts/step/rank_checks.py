@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from engine import finetune
 from engine.base.errors import exit_code_of
 from engine.distributed.fsdp import shard
+from engine.formats.find import list_checkpoints
 from engine.output import checkpoint
 from engine.output.folder import read_lines
 from kernels.bench import DEVICE, GPU, free
@@ -214,7 +215,7 @@ def check_two_ranks(smoke: bool, spent=lambda: False) -> dict:
         for key in ("tokens", "examples"):
             if ours[key] != wanted[key] or not ours[key]:
                 raise Differs(f"{key} a step: {ours[key]} of two ranks, {wanted[key]} of one")
-        newest = checkpoint.checkpoints(two)[-1][1]
+        newest = list_checkpoints(two)[-1][1]
         files = checkpoint.verify(newest)["files"]
         if len(files) != 2:
             raise Differs(f"{newest.name} of two ranks is in {len(files)} files")

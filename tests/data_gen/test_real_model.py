@@ -22,9 +22,8 @@ from data_gen.api.prompt import SCHEMA, Prompter, read_seed_tasks
 from data_gen.base.cli import exit_code_of
 from data_gen.rows.defects import tidy
 from data_gen.rows.parse import parse
-from engine.data.dataset import encode_prompt
-from engine.data.rows import Row
 from engine.inference.generation import generate
+from engine.text.templates import Row, encode_prompt
 from tests.helpers.model_server import Guide, Options, Server, load, parts_of
 from tests.helpers.run import ROOT, command, environment, events, finetune
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from engine import export as command
 from engine import finetune
 from engine.base.errors import DataError, Stopped, exit_code_of
-from engine.formats.find import load_model
-from engine.formats.source import save_hf
+from engine.formats.save import save_hf
+from engine.inference.model_loader import load_model
 from engine.model.config import ModelConfig, RopeScaling
 from engine.model.llama import new_model
 from engine.output import checkpoint

@@ -6,12 +6,11 @@ import pytest
 import torch
 import transformers
 
-from engine.data.dataset import encode_prompt
-from engine.data.rows import Row
-from engine.formats.find import load_model
 from engine.inference.generation import generate, sample
+from engine.inference.model_loader import load_model
 from engine.model.config import MODELS
 from engine.model.llama import new_model
+from engine.text.templates import Row, encode_prompt
 from tests.helpers.run import generate as command
 
 PROMPTS = ["Name three uses for a paper clip.", "Hi", "Translate to French: Good morning, my friends."]
@@ -90,7 +89,7 @@ def test_an_empty_prompt_is_refused(tiny):
 
 def test_greedy_text_is_transformers_over_64_tokens(smollm2, tmp_path):
     """The real model from its GGUF, three prompts of different lengths at once."""
-    from engine.formats.source import save_hf
+    from engine.formats.save import save_hf
 
     ours, tokenizer, _ = load_model("smollm2-135m", torch.device("cpu"), torch.float32)
     save_hf(tmp_path, ours, bos_id=tokenizer.bos_id, eos_ids=sorted(tokenizer.stop_ids))

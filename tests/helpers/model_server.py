@@ -1,4 +1,4 @@
-"""An OpenAI-compatible chat endpoint over weights that engine.formats.find reads, with real constrained decoding.
+"""An OpenAI-compatible chat endpoint over weights that engine.formats reads, with real constrained decoding.
 
     with Server(load("smollm2-135m"), items=3) as server:                  # threads of this process
         openai.OpenAI(base_url=server.base_url, api_key="x").chat.completions.create(...)
@@ -30,11 +30,10 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from engine.data.dataset import encode_prompt
-from engine.data.rows import Row
-from engine.formats.find import cpu_multiplies_bf16, load_model
-from engine.generate import stop_ids
+from engine.base.device import cpu_multiplies_bf16
 from engine.inference.generation import sample
+from engine.inference.model_loader import load_model
+from engine.text.templates import Row, encode_prompt, find_stop_ids
 
 FORMATS = ("json_schema",)
 OPTIONS = ("minItems", "maxItems", "title", "description")  # of a schema, without effect here
@@ -292,7 +291,7 @@ class Decoder(threading.Thread):
     def __init__(self, weights, batch):
         super().__init__(daemon=True)
         self.weights, self.batch, self.waiting = weights, batch, queue.Queue()
-        self.stops = stop_ids(weights.tokenizer, "chatml")
+        self.stops = find_stop_ids(weights.tokenizer, "chatml")
         self.stopping = False
 
     @torch.inference_mode()
@@ -460,9 +459,7 @@ class Handler(BaseHTTPRequestHandler):
 
 def main():
     flags = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    flags.add_argument(
-        "--model", default="smollm2-135m", help="what engine.formats.find finds: a folder, a .gguf, a name"
-    )
+    flags.add_argument("--model", default="smollm2-135m", help="a folder, a .gguf, a name")
     flags.add_argument("--port", type=int, default=0)
     flags.add_argument("--items", type=int, default=Options.items, help="of a list, at most")
     flags.add_argument("--at-least", type=int, default=Options.at_least, help="items of a list")

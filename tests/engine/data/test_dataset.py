@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from engine.base.errors import DataError
 from engine.data import dataset as data
-from engine.data.rows import Row
+from engine.text.templates import ALPACA_NO_INPUT, Row, encode_prompt
 from engine.text.tokenizer import load_tokenizer
 from tests.helpers.run import shared
 
@@ -52,7 +52,7 @@ def test_alpaca_tokens_are_prompt_and_output_as_one_string(smol):
 
 def test_the_mask_covers_the_tokens_of_the_prompt_alone_even_where_a_token_spans_the_boundary(smol):
     row = Row("f:1", None, "Say it.", "", ":):")
-    prompt = data.ALPACA_NO_INPUT.format(instruction=row.instruction)
+    prompt = ALPACA_NO_INPUT.format(instruction=row.instruction)
     alone, together = smol.encode(prompt), smol.encode(prompt + row.output)
     assert together[: len(alone)] != alone, "the example must merge over the boundary, or it proves nothing"
     got = one(row, smol)
@@ -113,7 +113,7 @@ def test_a_style_that_needs_a_token_the_tokenizer_lacks_says_so(smol):
 
 def test_a_prompt_is_the_example_without_its_answer(smol):
     for row, style in [(ALPACA, "alpaca"), (WITH_INPUT, "alpaca"), (ALPACA, "chatml"), (CHAT, "chatml")]:
-        prompt, full = data.encode_prompt(row, smol, style), one(row, smol, style=style).tokens.tolist()
+        prompt, full = encode_prompt(row, smol, style), one(row, smol, style=style).tokens.tolist()
         assert full[: len(prompt)] == prompt
         answer = row.messages[-1][1] if row.messages else row.output
         assert smol.decode(full[len(prompt) :]).strip() == answer

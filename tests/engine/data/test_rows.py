@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.base.errors import DataError
-from engine.data.rows import MAX_NESTING, MAX_ROW_BYTES, Row, read_rows
+from engine.data.rows import MAX_NESTING, MAX_ROW_BYTES, read_rows
+from engine.text.templates import Row
 
 ROOT = Path(__file__).parents[3]
 SHARED = ROOT.parent / "shared" / "data"

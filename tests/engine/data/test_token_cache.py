@@ -249,7 +249,7 @@ def test_a_cache_that_cannot_be_written_costs_a_note(kind, files, cache, smol, m
     if kind == "file":
         cache.write_text("not a folder")
     elif kind == "full":
-        monkeypatch.setattr(token_cache, "flush", lambda file: (_ for _ in ()).throw(OSError(28, "No space left")))
+        monkeypatch.setattr(token_cache, "sync_file", lambda file: (_ for _ in ()).throw(OSError(28, "No space left")))
     else:
         monkeypatch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "denied")))
     said = []

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 
 from engine import finetune as command
 from engine.base.errors import exit_code_of
+from engine.base.files import read_json
 from engine.formats.find import embedded_gguf
-from engine.formats.source import save_hf
+from engine.formats.save import save_hf
 from engine.model.config import MODELS
 from engine.model.llama import new_model
-from engine.output.folder import read_json
 from engine.text.tokenizer import load_tokenizer
 from tests.helpers.forks import free_port, ranks
 from tests.helpers.run import BEFORE_CALL, ROOT, environment, events

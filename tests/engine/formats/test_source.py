@@ -22,9 +22,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.base.errors import DataError, UsageError
-from engine.formats import configs as layouts
-from engine.formats import source as weights
-from engine.formats.source import open_source, save_hf, save_meta
+from engine.formats import configs, save
+from engine.formats.names import list_pieces
+from engine.formats.save import save_hf, save_meta
+from engine.formats.source import open_source
 from engine.formats.tensor_files import write_safetensors
 from engine.model.config import ModelConfig, RopeScaling
 from engine.model.llama import new_model
@@ -342,14 +343,14 @@ def test_meta_file_is_an_ordinary_torch_file(tmp_path):
     assert torch.equal(mapped["layers.1.attention.wq.weight"], want)
     assert zipfile.ZipFile(path).testzip() is None  # sums too, which llama.cpp's converter checks
     params = json.loads((tmp_path / "params.json").read_text())
-    assert layouts.meta_hidden_dim(params["dim"], params["multiple_of"]) == META.hidden_dim
+    assert configs.meta_hidden_dim(params["dim"], params["multiple_of"]) == META.hidden_dim
 
 
 def test_meta_feed_forward_of_known_models():
     for dim, hidden in [(4096, 11008), (5120, 13824), (6656, 17920), (8192, 22016), (4096, 14336), (8192, 28672),
                         (2048, 8192), (3072, 8192), (576, 1536), (64, 192), (2048, 5632), (96, 131)]:  # fmt: skip
-        assert layouts.meta_hidden_dim(dim, **layouts.meta_feed_forward(dim, hidden)) == hidden
-    assert layouts.meta_feed_forward(4096, 11008) == {"multiple_of": 256}  # as Meta has it
+        assert configs.meta_hidden_dim(dim, **configs.meta_feed_forward(dim, hidden)) == hidden
+    assert configs.meta_feed_forward(4096, 11008) == {"multiple_of": 256}  # as Meta has it
 
 
 @pytest.mark.parametrize("shape, words", [("wide-heads", "head_dim 16"), ("llama3-rope", "rope_scaling")])
@@ -381,7 +382,7 @@ def write_gguf(path, theirs, config, *, quantise=None, add=None, drop=(), arch="
             )
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", config.norm_eps)
     writer.add_float32("llama.rope.freq_base", config.rope_theta)
-    for name, new in zip(layouts.pieces(config, "hf"), layouts.pieces(config, "gguf"), strict=True):
+    for name, new in zip(list_pieces(config, "hf"), list_pieces(config, "gguf"), strict=True):
         tensor = theirs.state_dict()[name]
         if "attn_q" in new or "attn_k" in new:
             tensor = to_meta_rows(tensor, config.n_heads if "attn_q" in new else config.n_kv_heads)
@@ -873,7 +874,7 @@ def test_a_full_disk_leaves_the_old_model(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return write_safetensors(*args)
 
-    monkeypatch.setattr(weights, "write_safetensors", full)
+    monkeypatch.setattr(save, "write_safetensors", full)
     with pytest.raises(OSError, match="No space"):
         save_hf(tmp_path, random_model(BASE, seed=7), max_shard_bytes=20_000)
     assert digests(tmp_path) == before
@@ -929,7 +930,8 @@ from pathlib import Path
 import torch
 from engine.model.config import ModelConfig
 from engine.model.llama import new_model
-from engine.formats.source import open_source, save_hf, save_meta
+from engine.formats.save import save_hf, save_meta
+from engine.formats.source import open_source
 
 config = ModelConfig(dim=512, n_layers=4, n_heads=8, n_kv_heads=8, hidden_dim=1024, vocab_size=16384, max_seq_len=4096,
                      norm_eps=1e-5)

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from engine.base.errors import DataError
 from engine.formats import tensor_files
+from engine.formats.find import list_checkpoints
 from engine.model.shard import Shard
 from engine.output import checkpoint
 from engine.output import tensor_rows as shards
@@ -106,20 +107,20 @@ def test_kill_at_every_write_point_leaves_a_whole_state(tmp_path, keep):
         folder, manifest = newest(out)
         seen.add(manifest["step"])
         assert equal(loaded(folder), tensors(manifest["step"]))
-        for _, each in checkpoint.checkpoints(out):
+        for _, each in list_checkpoints(out):
             checkpoint.verify(each)  # none is half there, old or new
         if not killed:
             break
         checkpoint.save(out, 4, tensors(4), FACTS, keep)
         assert newest(out)[1]["step"] == 4
-        assert not list(out.glob(".tmp-*")) and len(checkpoint.checkpoints(out)) <= keep
+        assert not list(out.glob(".tmp-*")) and len(list_checkpoints(out)) <= keep
     assert point > 8 and seen == {2, 3}, "kills must fall before and after the moment the new state counts"
 
 
 def test_the_newest_are_kept(tmp_path):
     for step in (5, 10, 100):
         checkpoint.save(tmp_path, step, tensors(step), FACTS, keep=2)
-    assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [10, 100]
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [10, 100]
 
 
 def test_a_state_just_saved_is_never_the_one_that_rotates_out(tmp_path):
@@ -127,7 +128,7 @@ def test_a_state_just_saved_is_never_the_one_that_rotates_out(tmp_path):
         checkpoint.save(tmp_path, step, tensors(step), FACTS, keep=2)
     assert checkpoint.save(tmp_path, 5, tensors(5), FACTS, keep=2).is_dir()
     checkpoint.rewind(tmp_path, 5)
-    assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [5]
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [5]
 
 
 def flip(path):
@@ -339,7 +340,7 @@ def test_every_outcome_is_told_once_in_order(tmp_path, monkeypatch):
         saver.wait()
     assert failed.value.strerror == "No space left on device"
     assert [saver.wait().step for _ in range(3)] == [2, 2, 3] and saver.wait() is None
-    assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [2, 3] and not list(tmp_path.glob(".tmp-*"))
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [2, 3] and not list(tmp_path.glob(".tmp-*"))
 
 
 def test_poll_tells_a_failure_and_close_hides_none(tmp_path, monkeypatch):
@@ -693,7 +694,7 @@ def test_whatever_fails_on_one_fails_on_all(tmp_path, monkeypatch, fault, kind, 
         for error in save_together(tmp_path, 2, cut(tensors(2), 2), savers=savers):
             with pytest.raises(kind, match=message):
                 raise error
-    assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [1, 2]
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [1, 2]
     folder, manifest = newest(tmp_path)
     assert manifest["step"] == 2 and same_bytes(read_by(folder, tensors(1), 3), tensors(1))
     assert not list(tmp_path.glob(".tmp-*"))
@@ -781,7 +782,7 @@ def test_a_kill_of_any_writer_at_any_point_leaves_a_whole_state(tmp_path, victim
         folder, manifest = newest(out)
         seen.add(manifest["step"])
         assert same_bytes(read_by(folder, tensors(0), 3), tensors(manifest["step"]))
-        for _, each in checkpoint.checkpoints(out):
+        for _, each in list_checkpoints(out):
             checkpoint.verify(each)
         assert {p.name for p in out.glob(".tmp-*")} <= {".tmp-3", ".tmp-old-checkpoint-2"}
         if point % 2:

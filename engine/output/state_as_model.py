@@ -1,0 +1,100 @@
+"""A training state opened as a model: its weights, and where its run's tokenizer and settings are found."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.base.device import DTYPES
+from engine.base.errors import DataError
+from engine.base.files import read_json
+from engine.formats.configs import Settings, join_problems
+from engine.formats.find import kind_of
+from engine.model.config import ModelConfig, RopeScaling
+from engine.model.llama import Transformer, new_model
+from engine.model.shard import as_shards
+from engine.output import checkpoint
+from engine.output.folder import RUN
+from engine.output.tensor_rows import check_fit
+
+PARAMETERS = "param."  # begins the names of a state's tensors that are the model's, not the optimizer's
+
+
+@dataclass(frozen=True)
+class State:
+    """A verified training state, opened as engine.formats.source.Source is: nothing big is allocated yet."""
+
+    path: Path
+    config: ModelConfig
+    dtype: torch.dtype
+    base: Path | None  # the model whose tokenizer and generation_config.json its run writes; None: random weights
+    tokenizer: str | None  # the run's --tokenizer, "" where it named none; None: no run.json says
+    generation_config: dict[str, Any]  # of base
+
+    def read_into(self, model: Transformer) -> None:
+        """Fill every parameter of a model of this config, converted to its dtype. No optimizer state is read."""
+        checkpoint.load(self.path, parameters_of(model), PARAMETERS)
+
+
+def parameters_of(model: Transformer) -> dict[str, torch.Tensor]:
+    """Return the parameters of a model under their names in a training state."""
+    return {PARAMETERS + name: p.detach() for name, p in model.named_parameters()}
+
+
+def open_state(folder: Path) -> State:
+    """Verify a training state and return it as the model that its run would write now.
+
+    Raise DataError for a state that is broken or not ours.
+    """
+    manifest, problems = checkpoint.verify(folder), []
+    facts = Settings(manifest, checkpoint.MANIFEST, problems)
+    config = config_from_state(facts.get("model", dict) or {}, problems)
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+    dtype = dtypes.get(named := str(manifest.get("dtype")))
+    if dtype is None:
+        facts.problem(f"dtype is {named[:80]!r}, wanted one of {', '.join(dtypes)}")
+    settings = facts.get("settings", dict) or {}
+    if type(settings.get("model")) is not str:
+        facts.problem("settings do not name the model that the run began with")
+    n_bytes = sum(entry["bytes"] for entry in manifest["files"].values())
+    if config and dtype and config.n_parameters * dtype.itemsize > n_bytes:  # before a table is made of them
+        facts.problem(f"{config.n_parameters} parameters by its model, but there are only {n_bytes} bytes")
+    if problems:
+        raise DataError(f"{folder}: {join_problems(problems)}")
+    whole, _ = checkpoint.layout(folder, manifest)
+    check_fit(folder, whole, as_shards(parameters_of(new_model(config, "meta", dtype))), PARAMETERS)
+    base, tokenizer = find_base(folder, settings)
+    is_hf = base is not None and kind_of(base) == "hf"
+    generation_config = read_json(base / "generation_config.json") if is_hf else {}
+    return State(folder, config, dtype, base, tokenizer, generation_config)
+
+
+def find_base(folder: Path, settings: dict[str, Any]) -> tuple[Path | None, str | None]:
+    """Return (base, tokenizer) of the run that wrote a state; State explains both."""
+    out = folder.resolve().parent
+    run = read_json(out / RUN)
+    if run.get("status") == "done" and kind_of(out) == "hf":  # its model has both, whatever it began with
+        return out, ""
+    base = None if settings.get("random_init") else Path(settings["model"])
+    return base, run.get("config", {}).get("tokenizer")
+
+
+def config_from_state(raw: dict, problems: list[str]) -> ModelConfig | None:
+    """The ModelConfig whose asdict() a manifest holds. None when it added problems."""
+    before, model = len(problems), Settings(raw, f"{checkpoint.MANIFEST}, model", problems)
+    scaling = model.get("rope_scaling", dict, None)
+    if scaling is not None:
+        scaling = Settings(scaling, f"{checkpoint.MANIFEST}, rope_scaling", problems)
+        scaling = RopeScaling(**read_fields(RopeScaling, scaling))
+    return model.config(before, **read_fields(ModelConfig, model), rope_scaling=scaling)
+
+
+def read_fields(kind, settings):
+    """{field: value} of a dataclass, of its numbers and bools."""
+    types = {field.name: field.type for field in dataclasses.fields(kind)}
+    for name in settings.raw.keys() - types.keys():
+        settings.problem(f"{name[:80]} is not known to this version")
+    kinds = {int: int, int | None: int, float: float, bool: bool}
+    return {name: settings.get(name, kinds[type]) for name, type in types.items() if type in kinds}
