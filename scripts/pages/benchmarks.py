@@ -1,271 +1,399 @@
-"""Writes README's figures from benchmarks/*.json, so that no number there is typed by hand.
+"""Writes the figures of README and of docs/measurements.md from benchmarks/*.json, so that none is typed by hand.
 
-python -m scripts.pages.benchmarks            writes them
-python -m scripts.pages.benchmarks --check    exits 1 when README says something else
+python -m scripts.pages.benchmarks            writes both
+python -m scripts.pages.benchmarks --check    exits 1 when one of them says something else
 """
 
 import json
 import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+from scripts.pages.gpu_table import format_report, read_reports
+
 ROOT = Path(__file__).parents[2]
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "measurements.md"
 START, END = "<!-- figures: made by scripts/pages/benchmarks.py -->\n", "<!-- /figures -->"
+HEAD = """\
+# Measurements
+
+Made by `python -m scripts.pages.benchmarks` from `benchmarks/*.json`; do not edit. Each section says what was measured,
+how, by which command and on which machine. `alpaca.json` in a command stands for any file of Alpaca rows; the files
+behind these figures record which one was used. A range in brackets is the least and the most of repeated measurements.
+"""
+MACHINE = (  # what a file may say about where it was measured
+    "cpu", "cores", "python", "torch", "triton", "transformers", "openai", "rapidfuzz", "numpy",
+    "sentencepiece", "tokenizers",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One section of the page, and the line of README's table that links to it.
+
+    figures  the file in benchmarks/
+    about    (figures) -> the paragraphs and the table
+    row      (figures) -> README's cells: what, ours, peer, ratio; None: README has no line for it
+    """
+
+    figures: str
+    title: str
+    command: str
+    about: Callable[[dict], list[str]]
+    row: Callable[[dict], tuple[str, str, str, str]] | None = None
+
+    @property
+    def anchor(self) -> str:
+        """Return the heading's anchor on GitHub."""
+        kept = "".join(c for c in self.title.lower() if c.isalnum() or c in " -")
+        return kept.replace(" ", "-")
+
+
+def spread(summary: dict, form: str) -> str:
+    """Return a median with its extremes: 1.99 (1.74 to 2.28)."""
+    return f"{summary['median']:{form}} ({summary['min']:{form}} to {summary['max']:{form}})"
+
+
+def paragraph(text: str) -> str:
+    """Return the text in lines of the page's width."""
+    return textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False)
+
+
+def machine(figures: dict) -> list[str]:
+    """Return the line that says when, on what and with which versions a file's figures were measured."""
+    if "date" not in figures:
+        return []
+    facts = ", ".join(f"{name} {figures[name]}" for name in MACHINE if name in figures)
+    return [paragraph(f"Measured on {figures['date']}: {facts}."), ""]
+
+
+# ---- the loss curve -------------------------------------------------------------------------------------------------
+
+
+def worst_loss(figures):
+    return max(d["loss"] for d in figures["worst_relative_difference"].values())
 
 
 def parity(figures):
-    worst = max(d["loss"] for d in figures["worst_relative_difference"].values())
-    sizes = ", ".join(figures["worst_relative_difference"])
-    return (
-        f"| same maths: SmolLM2-135M, fp32, {figures['steps']} steps of {figures['batch']} Alpaca rows, micro-batches "
-        f"of {sizes}: worst relative difference of a step's loss from transformers | {worst:.1e} |"
-    )
+    worst = figures["worst_relative_difference"]
+    return [
+        paragraph(
+            "SmolLM2-135M is fine-tuned twice in fp32 on a CPU: by a plain `transformers` loop with padded "
+            f"batches, and by this engine with packed micro-batches. Both take the {figures['batch']} rows of a "
+            f"step in the order of the file. A figure is the largest relative difference over {figures['steps']} "
+            "steps; neighbouring fp32 numbers are 1.2e-07 apart."
+        ),
+        "",
+        "| rows a micro-batch | loss | gradient norm |",
+        "|---|---|---|",
+        *(f"| {size} | {d['loss']:.1e} | {d['grad_norm']:.1e} |" for size, d in worst.items()),
+    ]  # fmt: skip
+
+
+def parity_row(figures):
+    curves = figures["transformers_loss"], figures["loss"][min(figures["loss"], key=int)]
+    theirs, ours = (f"{curve[0]:.4f} to {curve[-1]:.4f}" for curve in curves)
+    what = f"loss over {figures['steps']} steps, SmolLM2-135M in fp32"
+    return what, ours, f"{theirs} (transformers)", f"{worst_loss(figures):.1e} apart at most"
 
 
 def kernel_parity(figures):
-    worst, losses = figures["worst_relative_difference"]["loss"], figures["loss"]["references"]
-    return (
-        f"| every op a kernel against every op a reference ({figures['device']}): a small LLaMA in fp32, "
-        f"{figures['steps']} steps, loss {losses[0]:.2f} to {losses[-1]:.2f}: "
-        f"worst relative difference of a step's loss | {worst:.1e} |"
-    )
+    worst, losses = figures["worst_relative_difference"], figures["loss"]["references"]
+    return [
+        paragraph(
+            f"A small LLaMA is trained twice in fp32 for {figures['steps']} steps: every op through its Triton "
+            f"kernel, and every op through its plain PyTorch reference. The kernels ran on: {figures['device']}. "
+            "README's picture shows both curves."
+        ),
+        "",
+        "| | |",
+        "|---|---|",
+        f"| loss, first step to last | {losses[0]:.2f} to {losses[-1]:.2f} |",
+        f"| worst relative difference of a step's loss | {worst['loss']:.1e} |",
+        f"| worst relative difference of a step's gradient norm | {worst['grad_norm']:.1e} |",
+    ]
+
+
+def kernel_parity_row(figures):
+    ours, references = figures["loss"]["kernels"], figures["loss"]["references"]
+    worst = figures["worst_relative_difference"]["loss"]
+    what = f"loss over {figures['steps']} steps through our kernels (interpreted on a CPU)"
+    forms = (f"{curve[0]:.2f} to {curve[-1]:.2f}" for curve in (ours, references))
+    return what, next(forms), f"{next(forms)} (plain PyTorch)", f"{worst:.1e} apart at most"
 
 
 def optimizer_parity(figures):
+    final = figures["final_loss"]
+    return [
+        paragraph(
+            f"SmolLM2-135M is fine-tuned twice in fp32 on a CPU, {figures['steps']} steps of {figures['batch']} "
+            "rows, with AdamW's m and v kept in fp32 (8 bytes a parameter) and in blockwise 8 bits (2 bytes). The "
+            "final loss is the mean over the last tenth of the steps."
+        ),
+        "",
+        "| states | final loss |",
+        "|---|---|",
+        *(f"| {name} | {loss:.4f} |" for name, loss in final.items()),
+        f"| relative difference | {figures['final_relative_difference']['8bit']:.1e} |",
+    ]  # fmt: skip
+
+
+def optimizer_parity_row(figures):
     final, apart = figures["final_loss"], figures["final_relative_difference"]["8bit"]
-    return (
-        f"| 8-bit optimizer states against fp32: SmolLM2-135M, fp32, {figures['steps']} steps of {figures['batch']} "
-        f"Alpaca rows, loss at the end {final['8bit']:.4f} against {final['fp32']:.4f} | {100 * apart:.3f}% apart |"
-    )
+    what = f"loss after {figures['steps']} steps with 8-bit optimizer states"
+    return what, f"{final['8bit']:.4f}", f"{final['fp32']:.4f} (fp32 states)", f"{100 * apart:.3f}% apart"
+
+
+def accumulation(figures):
+    return [
+        paragraph(
+            "Gradients of several micro-batches are added up in bf16 inside the matrix products. The table "
+            "compares the error of such a sum with that of rounding first and adding then, as autograd does, and "
+            "with what bf16 weights and activations alone are off by. Relative L2 norms over "
+            f"{figures['matrices']} matrices of SmolLM2-135M, against fp32 sums."
+        ),
+        "",
+        "| micro-batches | in the product | rounded, then added | bf16 itself |",
+        "|---|---|---|---|",
+        *(
+            f"| {f['micro_batches']} | {f['bf16 in the epilogue']:.1e} | {f['bf16, rounded and added']:.1e} | "
+            f"{f['bf16 itself']:.1e} |"
+            for f in figures["figures"]
+        ),
+    ]
 
 
 def static(figures):
     records = figures["records"]
     chips = sorted({r["chip"] for r in records}, key=lambda chip: int(chip.removeprefix("sm_")))
     versions = sorted({r["triton"] for r in records})
-    return (
-        f"| every launch that ships compiled for {', '.join(chips)} under Triton {' and '.join(versions)}: "
-        f"{len(records)} compilations | {sum(r['spills'] for r in records)} spills |"
-    )
+    return [
+        paragraph(
+            "Every launch configuration that ships is compiled for each chip by the oldest and by the newest "
+            "supported Triton, and the machine code is judged. [kernels.md](kernels.md) has the registers, shared "
+            "memory and occupancy of each."
+        ),
+        "",
+        "| | |",
+        "|---|---|",
+        f"| chips | {', '.join(chips)} |",
+        f"| Triton | {', '.join(versions)} |",
+        f"| compilations | {len(records)} |",
+        f"| spills | {sum(r['spills'] for r in records)} |",
+    ]
 
 
-def accumulation(figures):
-    row = next(f for f in figures["figures"] if f["micro_batches"] == 8)
-    return (
-        f"| gradients of {row['micro_batches']} micro-batches added up in bf16 in the GEMMs: relative error against "
-        "fp32 sums, beside what bf16 training is off by itself | "
-        f"{row['bf16 in the epilogue']:.1e} beside {row['bf16 itself']:.1e} |"
-    )
-
-
-def data_speed(figures):
-    start, mix = figures["start"], figures["alpaca_lengths"]
-    packed = next(epoch for epoch in mix["epochs"] if epoch["max_tokens"] == 8320)
-    return (
-        f"| data ({figures['cores']} cores): {start['rows']:,} rows of {start['tokens_a_row']:.0f} tokens read and "
-        f"tokenised; the second start, cached | {start['first_start_s']['median']:.1f} s "
-        f"({start['first_start_rows_per_s']:,.0f} rows/s); {start['cached_start_s']['median']:.2f} s |\n"
-        f"| Alpaca's lengths, 128 rows a step, micro-batches of at most {packed['max_tokens']:,} tokens: tokens "
-        f"computed of those that the rows hold, with shared prefixes; padding | {packed['computed_over_logical']:.1%}; "
-        f"{packed['padding']:.2%} |"
-    )
+# ---- speed on a CPU -------------------------------------------------------------------------------------------------
 
 
 def cpu_speed(figures):
-    rates, settings = figures["tokens_per_s"], figures["settings"]
+    rates, ratio, settings = figures["tokens_per_s"], figures["ratio"], figures["settings"]
 
-    def against(name):
-        ratio = figures["ratio"][name]
-        return f"{rates[name]:.0f}: {ratio['median']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f})"
+    def line(name, label):
+        times = spread(ratio[name], ".2f") if name in ratio else ""
+        return f"| {label} | {settings[name]['dtype']} | {settings[name]['threads']} | {rates[name]:.0f} | {times} |"
 
-    return (
-        f"| CPU ({figures['cores']} cores, {figures['cpu']}): SmolLM2-135M in {settings['cria']['dtype']}, rows of "
-        f"Alpaca's lengths, real tokens/s: ours; the transformers loop with padded micro-batches of "
-        f"{settings['transformers, padded']['micro']} rows; with its best, {settings['transformers']['micro']} | "
-        f"{rates['cria']:.0f}; {against('transformers, padded')}; {against('transformers')} |"
-    )
+    return [
+        paragraph(
+            f"SmolLM2-135M takes steps of {figures['batch']} rows with the lengths of Alpaca's. A probe first "
+            "finds the best dtype, thread count and micro-batch of each side; then all take equal steps in turn. "
+            "Tokens are those that the rows hold: padding never counts, and a shared prefix counts in full."
+        ),
+        "",
+        "| | dtype | threads | tokens/s | ours is faster by |",
+        "|---|---|---|---|---|",
+        line("cria", "ours"),
+        line("transformers", f"transformers, its best micro-batch of {settings['transformers']['micro']} rows"),
+        line("transformers, padded", f"transformers, {settings['transformers, padded']['micro']} padded rows"),
+    ]  # fmt: skip
+
+
+def cpu_speed_row(figures):
+    rates, ratio = figures["tokens_per_s"], figures["ratio"]["transformers"]
+    what = f"fine-tuning SmolLM2-135M on {figures['cores']} CPU cores, tokens/s"
+    return what, f"{rates['cria']:.0f}", f"{rates['transformers']:.0f} (transformers)", f"{spread(ratio, '.2f')}"
 
 
 def dedup(figures):
     stream, pairs = figures["stream"], figures["all_pairs"]
-    ratio = pairs["ratio"]
     assert pairs["same_decisions"]
-    return (
-        f"| exact ROUGE-L de-duplication, one thread: {stream['texts']:,} texts, {stream['kept']:,} kept, seconds of "
-        f"CPU; {pairs['texts']:,} texts: all pairs by rapidfuzz take, of the same decisions | "
-        f"{stream['cpu_s']['median']:.1f} s; {ratio['median']:.1f}x ({ratio['min']:.1f} to {ratio['max']:.1f}) |"
-    )
+    return [
+        paragraph(
+            "A stream of instructions is de-duplicated: one is dropped when its ROUGE-L with a kept one reaches "
+            "0.7, exactly. The peer compares all pairs with rapidfuzz's bit-parallel code; only its comparing is "
+            "counted. Both made the same decisions. Seconds of CPU on one thread."
+        ),
+        "",
+        "| texts | kept | ours, s | all pairs, s | ratio |",
+        "|---|---|---|---|---|",
+        f"| {pairs['texts']:,} | {pairs['kept']:,} | {spread(pairs['cpu_s'], '.1f')} | "
+        f"{spread(pairs['cdist_cpu_s'], '.1f')} | {spread(pairs['ratio'], '.1f')} |",
+        f"| {stream['texts']:,} | {stream['kept']:,} | {spread(stream['cpu_s'], '.1f')} | | |",
+    ]
+
+
+def dedup_row(figures):
+    pairs = figures["all_pairs"]
+    what = f"de-duplicating {pairs['texts']:,} instructions exactly, seconds"
+    peer = f"{pairs['cdist_cpu_s']['median']:.1f} (rapidfuzz, all pairs)"
+    return what, f"{pairs['cpu_s']['median']:.1f}", peer, spread(pairs["ratio"], ".1f")
 
 
 def data_gen(figures):
     run, killed, batches = (figures["runs"][name] for name in ("unbroken", "killed", "batches"))
     counts, cpu = run["counts"], figures["replay_cpu_s"]
     assert figures["identical"]
-    return (
-        f"| {counts['kept']:,} rows from a test server ({figures['server']['latency_s']:g} s an answer, "
-        f"{counts['attempts'] - counts['answers'] - counts['failed_requests']:,} failures), {figures['cores']} cores "
-        f"shared with it: requests; wall time; CPU, of which de-duplication; memory | {counts['requests']:,}; "
-        f"{run['wall_s']:.0f} s; {run['cpu_s']:.0f} s, {cpu['de-duplication']:.1f} s; "
-        f"{run['peak_memory_bytes'] / 1e6:,.0f} MB |\n"
-        f"| the same, killed {killed['kills']} times at random, and in batches: the dataset; recorded requests sent "
-        f"again; simulated dollars, of a batch run | identical; {killed['recorded_and_sent_again']}; "
-        f"${run['cost']['spent_usd']:.2f}, ${batches['cost']['spent_usd']:.2f} |"
-    )
-
-
-# ---- reports of scripts.gpu_report ----------------------------------------------------------------------------------
-
-
-def gpu_reports(folder):
-    """Every report of a GPU in a folder; what --smoke wrote is none."""
-    found = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
-    return [r for r in found if r.get("what") == "scripts.gpu_report" and not r["smoke"]]
-
-
-def figure(parts, row):
-    """What a report measured of one row of targets.json: a number, "wrong result", "failed", or None."""
-    records = parts.get(row.get("part", "kernels"), {}).get("records", [])
-    if "name" in row:
-        mine = [r for r in records if r["name"] == row["name"]]
-        if any("failed" in r for r in mine):
-            return "failed"
-        return next((r[row["figure"]] for r in mine if row["figure"] in r), None)
-    mine = [
-        r
-        for r in records
-        if r["op"] == row["op"]
-        and r["shape"] == row.get("shape", r["shape"])
-        and r.get("pass") in (None, row.get("pass", r.get("pass")))
-    ]
-    ours = [r for r in mine if r["who"] == row.get("who", "ours")]
-    if any("wrong" in r for r in ours):
-        return "wrong result"
-    if any("failed" in r for r in ours):
-        return "failed"
-    if row["figure"] == "best_peer":
-        values = [r["times_ours"] for r in mine if r["who"] not in ("ours", "torch eager") and "times_ours" in r]
-    else:
-        values = [r[row["figure"]] for r in ours if row["figure"] in r]
-    if not values:
-        return None
-    # The least favourable of what the row selects; of peers the fastest is that too.
-    return min(values) if "at_least" in row else max(values)
-
-
-def gpu_row(parts, row):
-    value = figure(parts, row)
-    goal = row.get("at_least", row.get("at_most"))
-    target = f"{'≥' if 'at_least' in row else '≤'} {goal:,g}"
-    if not isinstance(value, float | int):
-        return f"| {row['what']} | {value or 'not measured'} | {target} |"
-    met = value >= row["at_least"] if "at_least" in row else value <= row["at_most"]
-    measured = f"{value:,.0f}" if value >= 100 or isinstance(value, int) else f"{value:.2f}"
-    return f"| {row['what']} | {f'**{measured}**' if met else measured} | {target} |"
-
-
-def gpu(report, targets):
-    """A table of one report, the targets beside its figures; bold where a target is reached."""
-    parts = report["parts"]
-    facts, ceilings, tests = (parts.get(name, {}) for name in ("machine", "ceilings", "tests"))
-    about = [
-        facts.get("device", "GPU"), f"driver {facts.get('driver')}", f"torch {facts.get('torch')}",
-        f"triton {facts.get('triton')}", f"commit {(report.get('commit') or 'unknown')[:12]}", report.get("date", ""),
+    failures = counts["attempts"] - counts["answers"] - counts["failed_requests"]
+    return [
+        paragraph(
+            f"`data_gen.generate` builds {counts['kept']:,} rows from a test server that answers after "
+            f"{figures['server']['latency_s']:g} s and fails on purpose ({failures:,} failures). The server shares "
+            "the cores. Three runs must give one dataset, byte for byte, and did: one unbroken, one killed "
+            f"{killed['kills']} times at random moments, and one in batches. Dollars are the test server's tokens "
+            f"at ${run['cost']['usd_per_million_in']:g} and ${run['cost']['usd_per_million_out']:g} a million; "
+            "nobody was paid."
+        ),
+        "",
+        "| | |",
+        "|---|---|",
+        f"| requests, unbroken | {counts['requests']:,} |",
+        f"| wall time | {run['wall_s']:.0f} s |",
+        f"| CPU | {run['cpu_s']:.0f} s |",
+        f"| peak memory | {run['peak_memory_bytes'] / 1e6:,.0f} MB |",
+        f"| CPU to make the dataset anew from the answers | {cpu['all']:.0f} s: "
+        f"de-duplication {cpu['de-duplication']:.1f} s, filters {cpu['tidy and filters']:.1f} s |",
+        f"| recorded requests that the killed run sent again | {killed['recorded_and_sent_again']} |",
+        f"| simulated dollars; in batches | ${run['cost']['spent_usd']:.2f}; ${batches['cost']['spent_usd']:.2f} |",
     ]  # fmt: skip
-    lines = [f"| {', '.join(about)} | measured | target on one {targets['device']} |", "|---|---|---|"]
-    if "copy_gb_per_s" in ceilings:
-        rates = f"{ceilings['copy_gb_per_s']:,.0f} GB/s, {ceilings['gemm_tflops']:,.0f} TFLOP/s"
-        lines.append(f"| device copy; bf16 GEMM of {ceilings['gemm_side']} cubed | {rates} | |")
-    files = [figures for figures in tests.values() if isinstance(figures, dict)]
-    if files:
-        passed, failed, skipped = (sum(f[word] for f in files) for word in ("passed", "failed", "skipped"))
-        cut = sum("ended" in f for f in files)
-        told = f"{passed} passed, {failed} failed, {skipped} skipped" + f"; {cut} files did not finish" * bool(cut)
-        lines.append(f"| kernel tests on the device | {told} | none failed |")
-    return [*lines, *(gpu_row(parts, row) for row in targets["rows"]), *gpu_steps(parts)]
 
 
-def gpu_steps(parts):
-    """What a report tells of whole steps beside its targets: MFU, the whole run, where the time goes, peers."""
-    steps, profiles, peers = (parts.get(name, {}).get("records", []) for name in ("step", "profile", "peers"))
-    lines = []
-    for r in steps:
-        if r.get("mfu") is not None:
-            figures = f"{r['tokens_per_s']:,.0f} tokens/s, {r['mfu']:.1%}, {r['peak_gib']:.1f} GiB"
-            lines.append(f"| step, {r['name']}: MFU = {r['mfu_formula']} | {figures} | |")
-    for p in parts.get("step", {}).get("projections", []):
-        price = f", ${p['dollars']:.2f} at ${p['dollars_an_hour']} an hour ({p['price_of']})" if p["dollars"] else ""
-        lines.append(f"| {p['what']} ({p['of']}): {p['steps']:,} steps | {p['minutes']:.1f} minutes{price} | |")
-    for r in profiles:
-        if "kinds" in r:
-            kinds = sorted(r["kinds"].items(), key=lambda item: -item[1]["share"])
-            told = ", ".join(f"{kind} {part['share']:.1%}" for kind, part in kinds if part["share"] >= 0.001)
-            lines.append(f"| where a step of {r['name']} goes: {r['launches']:,} launches | {told} | |")
-    for r in peers:
-        if "ours_over_peer" in r:
-            without = r.get("ours_without_sharing_over_peer")
-            ratio = f"; ours is {r['ours_over_peer']:.2f}x" + (f", {without:.2f}x without sharing" if without else "")
-            memory = "" if r["peak_gib"] is None else f", {r['peak_gib']:.1f} GiB"
-            lines.append(f"| {r['name']} | {r['tokens_per_s']:,.0f} tokens/s{memory}{ratio} | |")
-    return [*lines, *filter(None, map(gpu_ranks, parts.get("ranks", {}).get("records", [])))]
+def data_speed(figures):
+    start, mix = figures["start"], figures["alpaca_lengths"]
+    return [
+        paragraph(
+            f"{start['rows']:,} rows of {start['tokens_a_row']:.0f} tokens are read and tokenised, and once more "
+            "from the token cache. Then rows of Alpaca's lengths are packed, 128 a step: 'computed' is the share "
+            "of their tokens that are computed when the common prefix of a micro-batch is computed once, padding "
+            "included."
+        ),
+        "",
+        "| | |",
+        "|---|---|",
+        f"| first start | {start['first_start_s']['median']:.1f} s, {start['first_start_rows_per_s']:,.0f} rows/s |",
+        f"| second start, cached | {start['cached_start_s']['median']:.2f} s |",
+        "",
+        "| most tokens of a micro-batch | micro-batches a step | computed | padding | a step's packing |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {e['max_tokens']:,} | {e['micro_batches_a_step']:.2f} | {e['computed_over_logical']:.1%} | "
+            f"{e['padding']:.2%} | {1e3 * e['step_s']['median']:.1f} ms |"
+            for e in mix["epochs"]
+        ),
+    ]  # fmt: skip
 
 
-def gpu_ranks(r):
-    """What a record of FSDP2's cost, of saves, or of a check tells beside its target."""
-    if "over_plain" in r:
-        memory = "" if r["peak_gib"] is None else f"; {r['peak_gib']:.1f} GiB, plain {r['plain_peak_gib']:.1f} GiB"
-        figures = f"{r['over_plain']:.3f}x ({r['over_plain_min']:.3f} to {r['over_plain_max']:.3f}){memory}"
-        master = f", master {r['master']}" if "out_of_memory" in r else ""
-        return f"| FSDP2 over the plain step, {r['name']}{master}: {r['pairs']} pairs of blocks | {figures} | |"
-    if "saves" in r:
-        slow = r["meanwhile_over_unsaved"]
-        meanwhile = f"steps meanwhile {slow:.3f}x" if slow else "no step meanwhile"
-        return (
-            f"| {r['name']}: {r['bytes'] / 1e9:.1f} GB to {r['folder'].split('(')[-1].rstrip(')')} | "
-            f"{r['write_s']:.1f} s, {r['gb_per_s']:.2f} GB/s; held {r['held_s']:.3f} s, the first "
-            f"{r['first_held_s']:.3f} s; {meanwhile}; the run {r['over_unsaved_at_100']:.4f}x at --save-every 100 | |"
-        )
-    if "largest_loss_apart" in r:
-        return f"| {r['name']} ({r['backend']}): losses apart at most | {r['largest_loss_apart']:.1e} | |"
-    reason = next((r[word] for word in ("absent", "failed") if word in r), None)
-    return reason and f"| {r['name']} | {reason} | |"
+def script(name: str, figures: str, data: str = "") -> str:
+    """Return the command that measures a file of figures."""
+    return f"python -m {name} {data + ' ' if data else ''}--json benchmarks/{figures}.json"
 
 
-def rendered(folder=ROOT / "benchmarks"):
-    lines = ["", "| measured | |", "|---|---|"]
-    for render in (
-        parity,
-        kernel_parity,
-        optimizer_parity,
-        accumulation,
-        static,
-        dedup,
-        data_gen,
-        data_speed,
-        cpu_speed,
-    ):
-        path = folder / f"{render.__name__}.json"
-        if path.exists():
-            lines.append(render(json.loads(path.read_text())))
-    reports = gpu_reports(folder)
+ALPACA = "--data alpaca.json"
+MEASUREMENTS = (
+    Measurement(
+        "parity", "The same loss as transformers",
+        script("scripts.parity.loss_curve", "parity", ALPACA), parity, parity_row,
+    ),
+    Measurement(
+        "kernel_parity", "Kernels against references",
+        script("scripts.parity.kernel_curve", "kernel_parity"), kernel_parity, kernel_parity_row,
+    ),
+    Measurement(
+        "optimizer_parity", "Optimizer states in 8 bits",
+        script("scripts.parity.optimizer_states", "optimizer_parity", ALPACA), optimizer_parity, optimizer_parity_row,
+    ),
+    Measurement(
+        "accumulation", "Gradients added up in bf16",
+        script("scripts.parity.gradient_sums", "accumulation"), accumulation,
+    ),
+    Measurement(
+        "cpu_speed", "Fine-tuning on a CPU",
+        script("scripts.speed.cpu_step", "cpu_speed", ALPACA), cpu_speed, cpu_speed_row,
+    ),
+    Measurement(
+        "dedup", "Exact de-duplication",
+        "OMP_NUM_THREADS=1 " + script("scripts.speed.dedup", "dedup", "--rows alpaca.json"), dedup, dedup_row,
+    ),
+    Measurement(
+        "data_gen", "A dataset from a server that fails",
+        script("scripts.speed.data_gen", "data_gen"), data_gen,
+    ),
+    Measurement(
+        "data_speed", "Reading, tokenising and packing",
+        script("scripts.speed.data", "data_speed", "--rows alpaca.json --tokenizer FOLDER"), data_speed,
+    ),
+    Measurement("static", "Machine code without a GPU", script("kernels.static", "static"), static),
+)  # fmt: skip
+
+
+# ---- the two pages --------------------------------------------------------------------------------------------------
+
+
+def read(folder: Path) -> list[tuple[Measurement, dict]]:
+    """Return the measurements whose files are in the folder, each with its figures."""
+    paths = ((m, folder / f"{m.figures}.json") for m in MEASUREMENTS)
+    return [(m, json.loads(path.read_text())) for m, path in paths if path.exists()]
+
+
+def rendered_page(folder: Path = ROOT / "benchmarks") -> str:
+    """Return docs/measurements.md."""
+    lines = [HEAD]
+    for m, figures in read(folder):
+        command = f"```sh\n{m.command}\n```"
+        lines += [f"## {m.title}", "", *m.about(figures), "", command, "", *machine(figures)]
+    lines += ["## On a GPU", ""]
+    reports = read_reports(folder)
     if not reports:
-        lines.append("| GPU | not yet measured |")
+        lines.append("Not measured yet. Projections: [ranks.md](ranks.md) and `python -m engine.estimate`.")
     else:
         targets = json.loads((ROOT / "benchmarks" / "targets.json").read_text())
         for report in reports:
-            lines += ["", *gpu(report, targets)]
+            lines += [*format_report(report, targets), ""]
+        lines.append("```sh\npython -m scripts.gpu_report --json benchmarks/DEVICE.json\n```")
+    return "\n".join([*lines, ""])
+
+
+def rendered_table(folder: Path = ROOT / "benchmarks") -> str:
+    """Return README's table: what, ours, peer, ratio."""
+    lines = ["", "| what | ours | peer | ratio |", "|---|---|---|---|"]
+    for m, figures in read(folder):
+        if m.row:
+            what, ours, peer, ratio = m.row(figures)
+            lines.append(f"| [{what}](docs/measurements.md#{m.anchor}) | {ours} | {peer} | {ratio} |")
+    for report in read_reports(folder):
+        device = report["parts"].get("machine", {}).get("device", "a GPU")
+        for r in report["parts"].get("peers", {}).get("records", []):
+            if "ours_over_peer" in r:
+                ours, ratio = r["tokens_per_s"] * r["ours_over_peer"], r["ours_over_peer"]
+                what = f"[{r['name']} on {device}, tokens/s](docs/measurements.md#on-a-gpu)"
+                lines.append(f"| {what} | {ours:,.0f} | {r['tokens_per_s']:,.0f} | {ratio:.2f} |")
+    if not read_reports(folder):
+        lines.append("| [LLaMA-7B on a GPU](docs/measurements.md#on-a-gpu) | not yet measured | | |")
     return "\n".join([*lines, "", ""])
 
 
 def main():
-    readme = (ROOT / "README.md").read_text()
+    readme = README.read_text()
     before, rest = readme.split(START)
-    new = before + START + rendered() + END + rest.split(END, 1)[1]
-    if "--check" in sys.argv:
-        if new != readme:
-            sys.exit(
-                "README.md: its figures are not those of benchmarks/*.json; run python -m scripts.pages.benchmarks"
-            )
+    new = {README: before + START + rendered_table() + END + rest.split(END, 1)[1], PAGE: rendered_page()}
+    if "--check" not in sys.argv:
+        for path, text in new.items():
+            path.write_text(text)
         return
-    (ROOT / "README.md").write_text(new)
+    wrong = [path.name for path, text in new.items() if not path.exists() or path.read_text() != text]
+    if wrong:
+        sys.exit(f"{', '.join(wrong)}: not the figures of benchmarks/*.json; run python -m scripts.pages.benchmarks")
 
 
 if __name__ == "__main__":

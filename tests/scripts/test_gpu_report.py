@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from scripts import gpu_report
-from scripts.pages import benchmarks as render_benchmarks
+from scripts.pages import benchmarks
 from tests.helpers.run import ROOT, command, environment
 
 TARGETS = json.loads((ROOT / "benchmarks" / "targets.json").read_text())
@@ -317,7 +317,7 @@ def synthetic():
 
 def test_the_table_holds_measured_beside_target(synthetic, tmp_path):
     (tmp_path / "synthetic_9000.json").write_text(json.dumps(synthetic))
-    text = render_benchmarks.rendered(tmp_path)
+    text = benchmarks.rendered_page(tmp_path)
     rows = {
         line.split(" | ")[0].strip("| "): [c.strip() for c in line.strip("|").split("|")[1:]]
         for line in text.splitlines()
@@ -355,8 +355,8 @@ def test_the_table_holds_measured_beside_target(synthetic, tmp_path):
 def test_without_a_report_of_a_gpu_nothing_is_claimed(synthetic, tmp_path):
     (tmp_path / "targets.json").write_text(json.dumps(TARGETS))
     (tmp_path / "smoke.json").write_text(json.dumps({**synthetic, "smoke": True}))
-    assert "| GPU | not yet measured |" in render_benchmarks.rendered(tmp_path)
-    assert "Synthetic" not in render_benchmarks.rendered(tmp_path)
+    assert "Not measured yet" in benchmarks.rendered_page(tmp_path)
+    assert "Synthetic" not in benchmarks.rendered_page(tmp_path)
 
 
 def test_targets_name_what_is_measured():

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from engine.output import checkpoint
-from scripts.pages import benchmarks as render_benchmarks
+from scripts.pages import gpu_table
 from scripts.step import bench as step_bench
 from scripts.step import rank_checks
 from scripts.step import ranks as rank_bench
@@ -247,7 +247,7 @@ def test_records_are_told_in_both_tables(variant, monkeypatch):
     assert "1.100x the plain step of 0.500 s (1.100 to 1.100)  9.0 GiB, plain 8.0" in text
     assert "8.00 GB in 4.0 s (2.00 GB/s) to /tmp (ext4); held 0.250 s" in text and "meanwhile 1.100x" in text
     assert "the same by nccl: losses 1.0e-04 apart" in text and "not possible: x" in text and "Differs: y" in text
-    lines = render_benchmarks.gpu_steps({"ranks": {"records": records}})
+    lines = gpu_table.format_steps({"ranks": {"records": records}})
     assert lines == [
         "| FSDP2 over the plain step, m, one rank: 1 pairs of blocks | 1.100x (1.100 to 1.100); 9.0 GiB, "
         "plain 8.0 GiB | |",
