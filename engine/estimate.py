@@ -17,7 +17,7 @@ import torch
 from engine.base.device import DTYPES
 from engine.base.errors import UsageError, exit_code_of
 from engine.base.flags import from_cli, knob, nearest
-from engine.data.dataset import steps_per_epoch
+from engine.data.batches import count_steps_per_epoch
 from engine.formats.find import find_model
 from engine.formats.source import open_source
 from engine.model.config import MODELS, ModelConfig
@@ -204,7 +204,9 @@ def project(config, c: ModelConfig, card: Card, speed: Rates, mix: Mix, plan: Pl
     )  # fmt: skip
     blocks = block_seconds(c, work, setting["recompute"], sum(seconds[kind] for kind in COMPUTING))
     per_step = min(config.global_batch_size, mix.examples)
-    steps = min(config.epochs * steps_per_epoch(mix.examples, config.global_batch_size), config.max_steps or math.inf)
+    steps = min(
+        config.epochs * count_steps_per_epoch(mix.examples, config.global_batch_size), config.max_steps or math.inf
+    )
     total_s = seconds["total"] * min(steps, config.epochs * mix.examples / per_step)  # an epoch's last is smaller
     rate = cards * mix.logical / seconds["total"]
     dollars = None if card.price_per_hour is None else total_s / 3600 * cards * card.price_per_hour

@@ -23,8 +23,8 @@ from engine.base.files import read_json, write_json
 from engine.base.flags import from_cli
 from engine.base.signals import Signals
 from engine.base.terminal import Progress
-from engine.data import dataset as data
 from engine.data import packing
+from engine.data.batches import count_steps_per_epoch
 from engine.distributed import fsdp
 from engine.distributed import world as distributed
 from engine.estimate import estimate_on, several_cards
@@ -61,10 +61,10 @@ def batches_of_step(job: Job, step: int) -> list[MicroBatch]:
         return []
     config, examples = job.config, job.examples_of(step)
     means = config.loss_norm == "micro-mean"
-    return packing.micro_batches(
-        job.train, examples, job.max_tokens, config.micro_batch_size, config.packing, config.share_prefix, job.align,
-        scale=None if means else 1 / job.train.loss_tokens()[examples].sum(), mean_of_means=means,
-        ranks=job.world.size, rank=job.world.rank,
+    how = packing.Packing(job.max_tokens, config.micro_batch_size, config.packing, config.share_prefix, job.align)
+    return packing.make_micro_batches(
+        job.train, examples, how, scale=None if means else 1 / job.train.loss_tokens()[examples].sum(),
+        mean_of_means=means, ranks=job.world.size, rank=job.world.rank,
     )  # fmt: skip
 
 
@@ -168,7 +168,7 @@ def after_step(job: Job, model: Transformer, optimizer: AdamW, step: int) -> Non
 
 def log_step(job, step, loss, lr, norm, counts, seconds):
     rate, mfu = counts["tokens"] / seconds, None
-    epoch = round(step / data.steps_per_epoch(len(job.train), job.config.global_batch_size), 4)
+    epoch = round(step / count_steps_per_epoch(len(job.train), job.config.global_batch_size), 4)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if job.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(job.device)
@@ -223,10 +223,8 @@ def tell_spike(job: Job, optimizer: AdamW, step: int, spike: Spike) -> None:
 def evaluate(job: Job, model: Transformer, step: int, optimizer: AdamW) -> None:
     """The loss a token on the held-out examples."""
     held, config = job.held_out, job.config
-    cut = partial(
-        packing.micro_batches, held, max_tokens=job.max_tokens, max_examples=config.micro_batch_size,
-        share_prefix=config.share_prefix, align=job.align, ranks=job.world.size, rank=job.world.rank,
-    )  # fmt: skip
+    how = packing.Packing(job.max_tokens, config.micro_batch_size, True, config.share_prefix, job.align)
+    cut = partial(packing.make_micro_batches, held, packing=how, ranks=job.world.size, rank=job.world.rank)
     job.world.at(f"the evaluation after step {step}")
     chunks = np.split(np.arange(len(held)), range(EVAL_CHUNK, len(held), EVAL_CHUNK))
     total, n_tokens = torch.zeros((), device=job.device), held.counts["loss_tokens"]

@@ -1,7 +1,6 @@
-"""Rows -> prompt -> masked tokens, and the order in which a run takes them.
+"""Rows -> prompt -> masked tokens.
 
-A dataset is flat arrays: tokens, which of them are targets, where each example begins and ends. The order of examples
-is a function of (seed, epoch) alone, so a run resumes at any step without any saved state of a sampler.
+A dataset is flat arrays: tokens, which of them are targets, where each example begins and ends.
 """
 
 import hashlib
@@ -193,23 +192,7 @@ def tokenize(rows: Sequence[Row], tokenizer: Tokenizer, *args, **options) -> Dat
     return encode(rows, tokenizer, *args, **options).select()
 
 
-# ---- order ----------------------------------------------------------------------------------------------------------
-
-
-def order(n: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-    """The order of n examples in an epoch (from 0): a permutation that depends on nothing else."""
-    return np.random.default_rng((seed, epoch)).permutation(n) if shuffle else np.arange(n)
-
-
-def steps_per_epoch(n: int, global_batch_size: int) -> int:
-    """The last step of an epoch may hold fewer examples; none is left out and none is taken twice."""
-    return -(-n // global_batch_size)
-
-
-def examples_of_step(step: int, n: int, global_batch_size: int, seed: int, shuffle: bool) -> np.ndarray:
-    """The examples of optimizer step `step` (from 1)."""
-    epoch, index = divmod(step - 1, steps_per_epoch(n, global_batch_size))
-    return order(n, seed, epoch, shuffle)[index * global_batch_size : (index + 1) * global_batch_size]
+# ---- held-out rows --------------------------------------------------------------------------------------------------
 
 
 def hold_out(rows: Sequence, fraction: float, seed: int) -> tuple[list, list]:

@@ -1,232 +1,205 @@
-"""Examples of one optimizer step -> packed micro-batches that compute a common prefix once.
+"""The examples of one step, packed into micro-batches that compute a common prefix once.
 
-A micro-batch is one row of tokens: documents back to back, which never see each other, without padding but for the
-tail. Examples that begin with the same tokens (a template, a repeated question) share them: the prefix stands once in
-the row, and each document's queries look at its prefix's keys and then at its own, at positions that go on from the
-prefix. What a prefix computes depends on nothing after it, and autograd sums the gradients that its keys and values
-get from every document: outputs and gradients are those of the plain rows.
+A micro-batch is one row of tokens: documents back to back, which never see each other, with no padding but at the end.
+Examples that begin with equal tokens (a template, a repeated question) share them. The prefix stands in the row once;
+each document's queries look at its prefix's keys and then at its own, at positions that continue from the prefix. What a
+prefix computes depends on nothing after it, and autograd sums the gradients that its keys and values get from every
+document. So outputs and gradients equal those of the plain rows.
+
+Packing is bin packing: examples are the items, micro-batches the bins, tokens the size. Functions here work on row
+numbers 0, 1, ... of the step, with their lengths and their prefix groups (see engine.data.prefixes).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 import torch
 
 from engine.data.dataset import Dataset
+from engine.data.prefixes import PrefixGroup, count_saved_tokens, find_shared_prefixes
 from engine.model.batch import MicroBatch
 
-LEAST_SHARED = 8  # tokens: a shorter prefix saves less than the extra blocks that attention reads for it
-EVENING = 1.01  # the step in which a budget grows while micro-batches are evened out
+BUDGET_GROWTH = 1.01  # the factor by which a budget grows while micro-batches are evened out
 
 
-def micro_batches(
+@dataclass(frozen=True)
+class Packing:
+    """How the examples of a step become micro-batches."""
+
+    max_tokens: int  # of a micro-batch; no example is longer
+    max_examples: int | None = None  # of a micro-batch
+    best_fit: bool = True  # best-fit, then evened out; off: examples keep their order
+    share_prefix: bool = True  # compute a common prefix once
+    multiple: int = 1  # T is padded to a multiple of this, with tokens that belong to no document
+
+
+def make_micro_batches(
     dataset: Dataset,
     examples: np.ndarray,
-    max_tokens: int,
-    max_examples: int | None = None,
-    packing: bool = True,
-    share_prefix: bool = True,
-    align: int = 1,
+    packing: Packing,
+    *,
     scale: float | None = None,
     mean_of_means: bool = False,
     ranks: int = 1,
     rank: int = 0,
 ) -> list[MicroBatch]:
-    """The examples of a step, each in one micro-batch of at most max_tokens tokens (no example is longer) and at most
-    max_examples examples: those of one rank, of which every rank gets as many.
+    """Return one rank's micro-batches of a step. Each example is in one micro-batch; every rank gets equally many.
 
-    packing: best-fit, then evened out; without, in their order. align: T becomes a multiple of it by tokens of no
-    document. scale: what the losses are multiplied by, in the weights; mean_of_means: and divided by the loss tokens
-    and the number of micro-batches, for losses that add up to the mean of the micro-batches' means.
+    scale multiplies every loss, through the weights. mean_of_means divides each micro-batch's weights by its loss tokens
+    and by the number of micro-batches, so that the losses add up to the mean of the micro-batches' means.
 
-    Every rank cuts the whole step the same way and keeps each ranks-th micro-batch: the i-th of all ranks are computed
-    at the same time, and the losses of all add up to the step's. A rank that would have none then, so that the others
-    need not wait in vain, gets the shortest example once more, whose losses weigh 0; it counts in no mean.
+    Every rank cuts the whole step alike and keeps each ranks-th micro-batch. The i-th micro-batches of all ranks are
+    computed at one time, and the losses of all ranks add up to the step's. Where a rank would have no micro-batch while
+    others still have one, it computes the shortest example again with losses that weigh 0, because collectives need
+    every rank.
     """
     rows = [dataset.tokens_of(i) for i in examples]
-    groups = shared_prefixes(rows) if share_prefix else [(0, [i]) for i in range(len(rows))]
-    lengths, max_tokens = [len(row) for row in rows], max(1, max_tokens // align) * align
-    cut = in_order if not packing else pack if ranks == 1 else partial(spread, ranks=ranks)
-    runs = cut(groups, lengths, max_tokens, max_examples)
-    spare = np.array([np.argmin(lengths)])
+    groups = find_shared_prefixes(rows) if packing.share_prefix else [(0, [i]) for i in range(len(rows))]
+    lengths = [len(row) for row in rows]
+    max_tokens = max(1, packing.max_tokens // packing.multiple) * packing.multiple
+    if not packing.best_fit:
+        cut = cut_in_order
+    elif ranks == 1:
+        cut = pack_evenly
+    else:
+        cut = partial(spread_over_ranks, ranks=ranks)
+    bins = cut(groups, lengths, max_tokens, packing.max_examples)
+    shortest = np.array([np.argmin(lengths)])
     batches = []
-    for turn in range(rank, -(-len(runs) // ranks) * ranks, ranks):
-        run, factor = (runs[turn], scale) if turn < len(runs) else (spare, 0.0)
-        if mean_of_means and turn < len(runs):
-            factor = (scale or 1.0) / (sum(int(dataset.is_target_of(i).sum()) for i in examples[run]) * len(runs))
-        batches.append(collate(dataset, examples[run], share_prefix, align, factor))
+    for turn in range(rank, -(-len(bins) // ranks) * ranks, ranks):
+        members, factor = (bins[turn], scale) if turn < len(bins) else (shortest, 0.0)
+        if mean_of_means and turn < len(bins):
+            n_loss_tokens = sum(int(dataset.is_target_of(i).sum()) for i in examples[members])
+            factor = (scale or 1.0) / (n_loss_tokens * len(bins))
+        batches.append(collate(dataset, examples[members], packing.share_prefix, packing.multiple, factor))
     return batches
-
-
-# ---- which prefixes are shared --------------------------------------------------------------------------------------
-
-
-def shared_prefixes(rows: Sequence[np.ndarray]) -> list[tuple[int, list[int]]]:
-    """How many first tokens which rows share: groups (n_shared, [row, ...]), every row in one; n_shared is 0 for a row
-    alone.
-
-    Of all such groups, where each holds its prefix once and a row is in one group, these save the most tokens. In the
-    tree of common prefixes either all rows below a node that share no longer prefix share the node's, or none does, as
-    each of them gains the same by it; so one choice a node and a nearest sharing node above it is left to compare.
-    """
-    order = sorted(range(len(rows)), key=lambda i: rows[i].astype(">u4").tobytes())
-    common = [common_length(rows[a], rows[b]) for a, b in pairwise(order)]
-    depths, parents, node_of = prefix_tree(common)
-    down = sorted(range(len(depths)), key=depths.__getitem__)  # parents before their children, the root first
-    above = {0: []}  # what depths the nearest sharing node above can have; 0: none shares
-    for node in down[1:]:
-        above[node] = [*above[parents[node]], depths[parents[node]]]
-    # Tokens saved at and below a node, by the depth of the nearest sharing node, itself among them.
-    leaves = np.bincount(node_of, minlength=len(depths)).tolist()
-    saved = [{d: leaves[node] * d for d in [*above[node], depths[node]]} for node in range(len(depths))]
-    shares = [{} for _ in depths]
-    for node in reversed(down[1:]):
-        sharing = saved[node][depths[node]] - depths[node]
-        for d in above[node]:
-            shares[node][d] = depths[node] >= LEAST_SHARED and sharing > saved[node][d]
-            saved[parents[node]][d] += sharing if shares[node][d] else saved[node][d]
-    prefix = {0: 0}  # node -> the sharing node that its rows belong to
-    for node in down[1:]:
-        up = prefix[parents[node]]
-        prefix[node] = node if shares[node][depths[up]] else up
-    members = {}
-    for row, node in zip(order, node_of, strict=True):
-        members.setdefault(prefix[node], []).append(row)
-    alone = [(0, [row]) for row in sorted(members.pop(0, []))]
-    return sorted([(depths[node], sorted(group)) for node, group in members.items()], key=lambda g: g[1]) + alone
-
-
-def saved(groups):
-    """Tokens, were all rows together."""
-    return sum(n_shared * (len(group) - 1) for n_shared, group in groups)
-
-
-def common_length(a, b):
-    n = min(len(a), len(b))
-    differs = np.flatnonzero(a[:n] != b[:n])
-    return int(differs[0]) if len(differs) else n
-
-
-def prefix_tree(common):
-    """The tree of common prefixes of n sorted rows, of which row i and row i + 1 have common[i] tokens in common.
-
-    Returns each node's depth in tokens and its parent, the root (0, None) first, and the deepest node of each row.
-    """
-    depths, parents, node_of, path = [0], [None], [], [0]  # path: from the root to where the last row hangs
-    for depth in [*common, 0]:
-        left, child = path[-1], None
-        while depths[path[-1]] > depth:
-            child = path.pop()
-        if depths[path[-1]] < depth:  # a new node, between the path's end and what was popped
-            depths.append(depth)
-            parents.append(path[-1])
-            path.append(len(depths) - 1)
-            if child is not None:
-                parents[child] = path[-1]
-        node_of.append(left if depths[left] >= depth else path[-1])
-    return depths, parents, node_of
 
 
 # ---- which rows go together -----------------------------------------------------------------------------------------
 
 
-def in_order(groups, lengths, max_tokens, max_examples):
-    """The rows 0, 1, ... cut into runs that keep their order, each of at most max_tokens and max_examples."""
-    group_of, n_shared = by_row(groups)
-    runs, run, here, total = [], [], set(), 0
+def cut_in_order(
+    groups: Sequence[PrefixGroup], lengths: Sequence[int], max_tokens: int, max_examples: int | None
+) -> list[np.ndarray]:
+    """Cut the rows 0, 1, ... into bins that keep their order."""
+    group_of, n_shared = index_by_row(groups)
+    bins: list[list[int]] = []
+    members: list[int] = []
+    groups_here: set[int] = set()
+    total = 0
     for row, length in enumerate(lengths):
-        tokens = length - (n_shared[row] if group_of[row] in here else 0)
-        if run and (total + tokens > max_tokens or len(run) == max_examples):
-            runs, run, here, total, tokens = [*runs, run], [], set(), 0, length
-        run.append(row)
-        here.add(group_of[row])
+        tokens = length - (n_shared[row] if group_of[row] in groups_here else 0)
+        if members and (total + tokens > max_tokens or len(members) == max_examples):
+            bins.append(members)
+            members, groups_here, total, tokens = [], set(), 0, length
+        members.append(row)
+        groups_here.add(group_of[row])
         total += tokens
-    return [np.array(r) for r in [*runs, run]]
+    return [np.array(b) for b in [*bins, members]]
 
 
-def pack(groups, lengths, max_tokens, max_examples):
-    """The rows in as few runs of at most max_tokens and max_examples as best-fit finds, then of about the same size.
+def pack_evenly(
+    groups: Sequence[PrefixGroup], lengths: Sequence[int], max_tokens: int, max_examples: int | None
+) -> list[np.ndarray]:
+    """Pack the rows into as few bins as best-fit finds, then even the bins out.
 
-    Best-fit takes the longest row first and puts it where the least room remains. Then the budget is lowered to the
-    least at which as many runs hold everything: what is computed at once is the smaller for it.
+    The budget is lowered to the least at which equally many bins hold everything. One full and one nearly empty
+    micro-batch need more memory than two half-full ones and take as long.
     """
-    fewest = best_fit(groups, lengths, max_tokens, max_examples)
+    fewest = pack_best_fit(groups, lengths, max_tokens, max_examples)
     if len(fewest) == 1:
         return fewest
-    budget = (sum(lengths) - saved(groups)) / len(fewest)  # no lower one can do
-    while (budget := int(budget * EVENING) + 1) < max_tokens:
-        runs = best_fit(groups, lengths, budget, max_examples)
-        if len(runs) == len(fewest):
-            return runs
+    budget: float = (sum(lengths) - count_saved_tokens(groups)) / len(fewest)  # no lower one can do
+    while (budget := int(budget * BUDGET_GROWTH) + 1) < max_tokens:
+        bins = pack_best_fit(groups, lengths, int(budget), max_examples)
+        if len(bins) == len(fewest):
+            return bins
     return fewest
 
 
-def best_fit(groups, lengths, max_tokens, max_examples):
-    group_of, n_shared = by_row(groups)
-    runs, room, here = [], [], []  # rows, tokens left, groups whose prefix is there
-    for row in longest_first(lengths, n_shared):
+def pack_best_fit(
+    groups: Sequence[PrefixGroup], lengths: Sequence[int], max_tokens: int, max_examples: int | None
+) -> list[np.ndarray]:
+    """Pack the rows, the longest first, each into the bin where it leaves the fewest free tokens."""
+    group_of, n_shared = index_by_row(groups)
+    bins: list[list[int]] = []
+    free_tokens: list[int] = []
+    groups_in: list[set[int]] = []  # whose prefix is in the bin already
+    for row in order_longest_first(lengths, n_shared):
         group, own = group_of[row], lengths[row] - n_shared[row]
-        tokens = [own if group in groups_here else lengths[row] for groups_here in here]
-        left = [r - t if r >= t and len(run) != max_examples else None
-                for run, r, t in zip(runs, room, tokens, strict=True)]  # fmt: skip
-        best = min((i for i, r in enumerate(left) if r is not None), key=lambda i: (left[i], i), default=None)
+        left = []
+        for b, members in enumerate(bins):
+            tokens = own if group in groups_in[b] else lengths[row]
+            fits = tokens <= free_tokens[b] and len(members) != max_examples
+            left.append(free_tokens[b] - tokens if fits else None)
+        best = min((b for b, n in enumerate(left) if n is not None), key=lambda b: (left[b], b), default=None)
         if best is None:
-            runs, room, here = [*runs, [row]], [*room, max_tokens - lengths[row]], [*here, {group}]
+            bins.append([row])
+            free_tokens.append(max_tokens - lengths[row])
+            groups_in.append({group})
         else:
-            runs[best].append(row)
-            room[best] = left[best]
-            here[best].add(group)
-    return [np.array(sorted(run)) for run in runs]
+            bins[best].append(row)
+            free_tokens[best] = left[best]
+            groups_in[best].add(group)
+    return [np.array(sorted(b)) for b in bins]
 
 
-def spread(groups, lengths, max_tokens, max_examples, ranks):
-    """The rows in as few runs as best-fit finds, up to a multiple of ranks as far as there are rows, and evened out
-    where that keeps the limits. The largest first: neighbours, which are computed at the same time, are of like size.
+def spread_over_ranks(
+    groups: Sequence[PrefixGroup], lengths: Sequence[int], max_tokens: int, max_examples: int | None, ranks: int
+) -> list[np.ndarray]:
+    """Pack the rows into a multiple of `ranks` bins of about equal size, the largest bin first.
+
+    The number of bins is what best-fit needs, rounded up as far as there are rows. Neighbouring bins are computed at one
+    time by different ranks, so they should be of like size. Where even bins would break a limit, best-fit's bins stay.
     """
-    fewest = best_fit(groups, lengths, max_tokens, max_examples)
-    runs = level(groups, lengths, -(-len(fewest) // ranks) * ranks, max_tokens, max_examples) or fewest
-    group_of, n_shared = by_row(groups)
+    fewest = pack_best_fit(groups, lengths, max_tokens, max_examples)
+    n_bins = -(-len(fewest) // ranks) * ranks
+    bins = level_bins(groups, lengths, n_bins, max_tokens, max_examples) or fewest
+    group_of, n_shared = index_by_row(groups)
 
-    def computed(run):
-        return sum(lengths[row] - n_shared[row] for row in run) + sum(groups[g][0] for g in {group_of[r] for r in run})
+    def count_computed_tokens(members):
+        prefixes = sum(groups[g][0] for g in {group_of[row] for row in members})
+        return sum(lengths[row] - n_shared[row] for row in members) + prefixes
 
-    return sorted(runs, key=computed, reverse=True)
+    return sorted(bins, key=count_computed_tokens, reverse=True)
 
 
-def level(groups, lengths, n, max_tokens, max_examples):
-    """The rows in n runs of about the same size, less those that stay empty; or None where that takes more than
-    max_tokens.
+def level_bins(
+    groups: Sequence[PrefixGroup], lengths: Sequence[int], n_bins: int, max_tokens: int, max_examples: int | None
+) -> list[np.ndarray] | None:
+    """Distribute the rows over n_bins bins of about equal size. Return None where a bin would exceed max_tokens.
 
-    The longest row first, each to where the fewest tokens are with it (LPT, Graham 1969: the largest run is at most 4/3
-    of the least possible where no prefix is shared). Before that, rows of a prefix keep together up to the mean size:
-    an eighth of Alpaca's step takes 1.1% fewer tokens. Not where examples are counted: runs of long rows would be left
-    for the last, and one of eight be 20% larger than the mean.
+    The longest row comes first, and each goes where the fewest tokens are with it (LPT, Graham 1969: the largest bin is
+    at most 4/3 of the least possible where no prefix is shared). Up to the mean size, rows of one prefix stay together:
+    with eight ranks a step of Alpaca then takes 1.1% fewer tokens. Where examples are limited they do not, since bins of
+    long rows would be left for the end, and one of eight be 20% larger than the mean. Empty bins are left out.
     """
-    group_of, n_shared = by_row(groups)
-    mean = 0 if max_examples else (sum(lengths) - saved(groups)) / n
-    runs, tokens, here = [[] for _ in range(n)], [0] * n, [set() for _ in range(n)]
-    for row in longest_first(lengths, n_shared):
+    group_of, n_shared = index_by_row(groups)
+    mean = 0 if max_examples else (sum(lengths) - count_saved_tokens(groups)) / n_bins
+    bins: list[list[int]] = [[] for _ in range(n_bins)]
+    tokens, groups_in = [0] * n_bins, [set() for _ in range(n_bins)]
+    for row in order_longest_first(lengths, n_shared):
         group, own = group_of[row], lengths[row] - n_shared[row]
-        after = [t + (own if group in groups_here else lengths[row])
-                 for t, groups_here in zip(tokens, here, strict=True)]  # fmt: skip
-        free = [i for i, run in enumerate(runs) if len(run) != max_examples]
-        best = min(free, key=lambda i: (group not in here[i] or after[i] > mean, after[i], i))
+        after = [n + (own if group in here else lengths[row]) for n, here in zip(tokens, groups_in, strict=True)]
+        free = [b for b, members in enumerate(bins) if len(members) != max_examples]
+        best = min(free, key=lambda b: (group not in groups_in[b] or after[b] > mean, after[b], b))
         if after[best] > max_tokens:
             return None
-        runs[best].append(row)
+        bins[best].append(row)
         tokens[best] = after[best]
-        here[best].add(group)
-    return [np.array(sorted(run)) for run in runs if run]
+        groups_in[best].add(group)
+    return [np.array(sorted(members)) for members in bins if members]
 
 
-def longest_first(lengths, n_shared):
-    """Rows by the tokens that they alone have."""
+def order_longest_first(lengths: Sequence[int], n_shared: dict[int, int]) -> list[int]:
+    """Return the rows sorted by the tokens that they do not share, most first."""
     return sorted(range(len(lengths)), key=lambda row: (n_shared[row] - lengths[row], row))
 
 
-def by_row(groups):
+def index_by_row(groups: Sequence[PrefixGroup]) -> tuple[dict[int, int], dict[int, int]]:
+    """Return {row: number of its group} and {row: tokens of its group's prefix}."""
     group_of = {row: number for number, (_, group) in enumerate(groups) for row in group}
     return group_of, {row: n_shared for n_shared, group in groups for row in group}
 
@@ -235,18 +208,20 @@ def by_row(groups):
 
 
 def collate(
-    dataset: Dataset, examples: np.ndarray, share_prefix: bool = False, align: int = 1, scale: float | None = None
+    dataset: Dataset, examples: np.ndarray, share_prefix: bool = False, multiple: int = 1, scale: float | None = None
 ) -> MicroBatch:
-    """The examples as one micro-batch, each shared prefix before the documents that go on from it.
+    """Return the examples as one micro-batch, each shared prefix before the documents that continue from it.
 
-    A target that several examples share weighs as many; scale multiplies every weight.
+    Prefixes are searched for again among these examples: the best sharing of a part of a step is not a part of the
+    step's. A target that several examples share weighs as many; scale multiplies every weight.
     """
     rows, targets = [dataset.tokens_of(i) for i in examples], [dataset.is_target_of(i) for i in examples]
-    groups = shared_prefixes(rows) if share_prefix else [(0, [i]) for i in range(len(rows))]
+    groups = find_shared_prefixes(rows) if share_prefix else [(0, [i]) for i in range(len(rows))]
     tokens, positions, documents, predicting = [], [], [], []
     end = 0
 
-    def put(first, row, prefix):
+    def append_document(first, row, prefix):
+        """Append row[first:] to the micro-batch and return the places of its tokens there."""
         nonlocal end
         start, end = end, end + len(row) - first
         if end > start:
@@ -256,14 +231,14 @@ def collate(
         return np.arange(start, end)
 
     for n_shared, group in groups:
-        shared = put(0, rows[group[0]][:n_shared], (0, 0))
+        shared = append_document(0, rows[group[0]][:n_shared], (0, 0))
         prefix = (shared[0], shared[-1] + 1) if n_shared else (0, 0)
         for i in group:
-            places = np.concatenate((shared, put(n_shared, rows[i], prefix)))
+            places = np.concatenate((shared, append_document(n_shared, rows[i], prefix)))
             at = np.flatnonzero(targets[i])  # never 0: a document's first token is no target
             predicting.append(np.stack((places[at - 1], rows[i][at])))
     pairs, counts = np.unique(np.concatenate(predicting, axis=1), axis=1, return_counts=True)
-    padding = -end % align
+    padding = -end % multiple
     weights = None
     if scale is not None or (counts > 1).any():
         weights = torch.from_numpy((counts * (1.0 if scale is None else scale)).astype(np.float32))
@@ -277,9 +252,11 @@ def collate(
     )
 
 
-def synthetic(n_tokens: int, length: int, vocab_size: int) -> MicroBatch:
-    """n_tokens in documents of `length`, every token a target but the first of each: the most work that a micro-batch
-    of so many can be."""
+def make_largest_micro_batch(n_tokens: int, length: int, vocab_size: int) -> MicroBatch:
+    """Return n_tokens made-up tokens in documents of `length` tokens, with loss at every token but each first one.
+
+    No micro-batch of so many tokens needs more memory or time.
+    """
     starts = np.arange(0, n_tokens, length)
     ends = np.minimum(starts + length, n_tokens)
     tokens = torch.arange(n_tokens) % vocab_size

@@ -9,7 +9,8 @@ import numpy as np
 
 from engine.base.errors import CriaError, UsageError
 from engine.data import dataset as data
-from engine.data import packing
+from engine.data.batches import permute_examples
+from engine.data.prefixes import find_shared_prefixes
 from engine.data.rows import read_rows
 from engine.model.config import ModelConfig
 from engine.planning.cards import cards_of
@@ -79,7 +80,7 @@ def alpaca_mix(config, rows: int = ALPACA_ROWS, what: str = "") -> Mix:
     alpaca = alpaca_lengths()
     lengths = np.minimum(alpaca.prompt + alpaca.response, config.max_length).astype(float)
     loss = lengths - (1 if config.train_on_prompt else np.minimum(alpaca.prompt, lengths))
-    order = data.order(len(lengths), config.seed, 0, True)
+    order = permute_examples(len(lengths), config.seed, 0)
     order = order[loss[order] > 0]
     if not len(order):
         raise UsageError(f"--max-length {config.max_length} leaves no row a token of its response")
@@ -114,12 +115,12 @@ def file_mix(config, c: ModelConfig, path) -> Mix:
 def dataset_mix(train: data.Dataset, config) -> Mix:
     """Of tokenised examples, by the first steps of an epoch."""
     n, size = len(train), share_of(config, len(train))
-    order, steps = data.order(n, config.seed, 0, True), []
+    order, steps = permute_examples(n, config.seed, 0), []
     for first in range(0, n - size + 1, size)[: SAMPLED_STEPS * cards_of(config)]:
         step = order[first : first + size]
         lengths = train.lengths()[step].astype(float)
         loss = train.loss_tokens()[step].astype(float)
-        groups = packing.shared_prefixes([train.tokens_of(i) for i in step]) if config.share_prefix else []
+        groups = find_shared_prefixes([train.tokens_of(i) for i in step]) if config.share_prefix else []
         steps.append(step_of(lengths, loss, groups))
     return mix_of(f"{n:,} examples of --data", n, steps, config)
 

@@ -124,7 +124,7 @@ def confirm(job, model: Transformer, optimizer: AdamW) -> None:
 
     def try_it():
         tokens = min(job.max_tokens, most)
-        batch = packing.synthetic(tokens, job.config.max_length, job.model_config.vocab_size)
+        batch = packing.make_largest_micro_batch(tokens, job.config.max_length, job.model_config.vocab_size)
         if job.config.optimizer_in_backward and tokens == step:
             loss = model.loss(batch)
             optimizer.begin(0.0, loss * torch.nan)  # which updates nothing

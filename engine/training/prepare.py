@@ -17,6 +17,7 @@ from engine.base.signals import Signals
 from engine.base.terminal import Progress, phase
 from engine.data import dataset as data
 from engine.data import token_cache
+from engine.data.batches import Order, count_steps_per_epoch
 from engine.data.rows import mapped, read_rows
 from engine.distributed.world import World
 from engine.formats.find import find_model, list_checkpoints
@@ -87,13 +88,13 @@ class Job:
         """Whether what happens every so often happens after this step; it does after step 0 and after the last."""
         if every == "off" or step in (0, self.total_steps):
             return every != "off"
-        epoch = data.steps_per_epoch(len(self.train), self.config.global_batch_size)
+        epoch = count_steps_per_epoch(len(self.train), self.config.global_batch_size)
         return every != "end" and step % (epoch if every == "epoch" else int(every)) == 0
 
     def examples_of(self, step: int) -> np.ndarray:
         """The examples of an optimizer step."""
         config = self.config
-        return data.examples_of_step(step, len(self.train), config.global_batch_size, config.seed, config.shuffle)
+        return Order(len(self.train), config.global_batch_size, config.seed, config.shuffle).examples_of(step)
 
     def pauses_after(self, step: int) -> bool:
         """Whether anything is due after this step that must know how it went."""
@@ -152,7 +153,7 @@ def prepare(config: FinetuneConfig, out: Path, signals: Signals, say, world: Wor
         f"{train.counts['dropped']} dropped without a response token, {len(skipped)} bad rows skipped"
         + (f"; held out: {len(held_out)} examples" if held_out else "")
     )
-    total_steps = config.epochs * data.steps_per_epoch(len(train), config.global_batch_size)
+    total_steps = config.epochs * count_steps_per_epoch(len(train), config.global_batch_size)
     total_steps = min(total_steps, config.max_steps or total_steps)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
     settings["model"] = config.model if source is None else str(source.path.resolve())

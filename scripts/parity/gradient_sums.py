@@ -21,7 +21,7 @@ import torch
 
 from data_gen.api.prompt import SEED_TASKS
 from engine.data import dataset as data
-from engine.data import packing
+from engine.data.packing import Packing, make_micro_batches
 from engine.data.rows import read_rows
 from engine.formats.find import embedded_gguf
 from engine.formats.source import open_source
@@ -99,7 +99,7 @@ def main():
     examples, scale = np.arange(len(dataset)), 1 / dataset.loss_tokens().sum()
     model = new_model(source.config, "cpu", torch.bfloat16, accumulate=True)
     source.read_into(model)
-    exact = exact_gradients(model, source.config, packing.micro_batches(dataset, examples, 2048, scale=scale))
+    exact = exact_gradients(model, source.config, make_micro_batches(dataset, examples, Packing(2048), scale=scale))
     names = {p: name for name, p in model.named_parameters()}
     run_kernels_on_cpu()
     sums = [Sums()]
@@ -109,7 +109,7 @@ def main():
         model.zero_grad()
         sums[0] = Sums()
         for part in np.array_split(examples, n):
-            for batch in packing.micro_batches(dataset, part, 10**9, scale=scale):
+            for batch in make_micro_batches(dataset, part, Packing(10**9), scale=scale):
                 model.loss(batch).backward()
         weights, fp32 = list(sums[0].fp32), list(sums[0].fp32.values())
         figures.append({

@@ -21,7 +21,7 @@ import transformers
 
 from data_gen.api.prompt import SEED_TASKS
 from engine.data import dataset as data
-from engine.data import packing
+from engine.data.packing import Packing, make_micro_batches
 from engine.data.rows import read_rows
 from engine.formats.find import embedded_gguf
 from engine.formats.source import open_source
@@ -59,7 +59,7 @@ class Ours:
     def step(self, examples, micro):
         """Take one optimizer step."""
         scale = 1 / self.dataset.loss_tokens()[examples].sum()
-        for batch in packing.micro_batches(self.dataset, examples, micro, scale=scale):
+        for batch in make_micro_batches(self.dataset, examples, Packing(micro), scale=scale):
             self.model.loss(batch).backward()
         self.optimizer.step(LR, self.optimizer.grad_norm(), 1.0)
         self.optimizer.zero_grad()

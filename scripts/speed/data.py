@@ -24,7 +24,8 @@ import tokenizers
 
 from data_gen.api.prompt import SEED_TASKS
 from engine.data import dataset as data
-from engine.data import packing
+from engine.data.batches import Order, count_steps_per_epoch
+from engine.data.packing import Packing, make_micro_batches
 from engine.data.rows import read_rows
 from engine.formats.find import embedded_gguf
 from engine.text.tokenizer import load_tokenizer
@@ -83,11 +84,11 @@ def ignore_message(_):
 
 def pack_epoch(dataset, max_tokens):
     """Pack one epoch and return its seconds, its computed tokens and its padding."""
-    n_steps = data.steps_per_epoch(len(dataset), BATCH)
+    n_steps = count_steps_per_epoch(len(dataset), BATCH)
     times, computed, real, counts = [], 0, 0, []
     for step in range(1, n_steps + 1):
-        examples = data.examples_of_step(step, len(dataset), BATCH, seed=42, shuffle=True)
-        batches, *took = time_call(partial(packing.micro_batches, dataset, examples, max_tokens, align=ALIGN))
+        examples = Order(len(dataset), BATCH, seed=42).examples_of(step)
+        batches, *took = time_call(partial(make_micro_batches, dataset, examples, Packing(max_tokens, multiple=ALIGN)))
         times.append(took)
         counts.append(len(batches))
         computed += sum(len(batch.tokens) for batch in batches)

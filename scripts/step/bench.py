@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from engine.data import packing
+from engine.data.packing import Packing, make_micro_batches
 from engine.distributed.fsdp import held
 from engine.model.llama import new_model
 from engine.planning.memory import CONTEXT_BYTES, memory
@@ -112,10 +112,8 @@ class Steps:
         if step > self.n_steps:
             return []
         examples = examples_of(step, self.smoke)
-        return packing.micro_batches(
-            self.rows, examples, self.max_tokens, share_prefix=self.variant.sharing, align=ALIGN if GPU else 1,
-            scale=1 / self.rows.loss_tokens()[examples].sum(),
-        )  # fmt: skip
+        how = Packing(self.max_tokens, share_prefix=self.variant.sharing, multiple=ALIGN if GPU else 1)
+        return make_micro_batches(self.rows, examples, how, scale=1 / self.rows.loss_tokens()[examples].sum())
 
     def take(self, step: int) -> None:
         """Gives one step to the device, and reads the figures of the one before."""

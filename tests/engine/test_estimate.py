@@ -27,6 +27,7 @@ from engine.base.errors import exit_code_of
 from engine.base.flags import from_cli
 from engine.data import packing
 from engine.data.dataset import Dataset
+from engine.data.prefixes import find_shared_prefixes
 from engine.distributed.fsdp import shard
 from engine.estimate import SHARED, EstimateConfig, estimate, main
 from engine.model.batch import MicroBatch, Ready
@@ -424,8 +425,8 @@ def test_a_step_in_numbers_is_what_packing_lays_out(share):
     ends = np.cumsum(lengths)
     tokens = np.concatenate(rows).astype(np.int32)
     dataset = Dataset(tokens, np.concatenate(targets), ends - lengths, ends, ("",) * 12, {})
-    (one,) = packing.micro_batches(dataset, np.arange(12), 10**6, share_prefix=share)
-    groups = packing.shared_prefixes(rows) if share else []
+    (one,) = packing.make_micro_batches(dataset, np.arange(12), packing.Packing(10**6, share_prefix=share))
+    groups = find_shared_prefixes(rows) if share else []
     logical, own, prefix, loss_rows, pairs, query_pairs = step_of(lengths, loss, groups)
     assert (logical, own + prefix, loss_rows) == (ends[-1], len(one.tokens), len(one.targets))
     assert pairs == (one.positions + 1).sum() and query_pairs == (one.positions[one.loss_rows] + 1).sum()

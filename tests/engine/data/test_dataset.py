@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from engine.base.errors import DataError
 from engine.data import dataset as data
+from engine.data.batches import Order, count_steps_per_epoch, permute_examples
 from engine.text.templates import ALPACA_NO_INPUT, Row, encode_prompt
 from engine.text.tokenizer import load_tokenizer
 from tests.helpers.run import shared
@@ -142,9 +143,9 @@ def test_train_on_prompt_predicts_every_token_but_the_first(smol):
 @given(st.integers(1, 300), st.integers(1, 70), st.integers(0, 5), st.booleans())
 @settings(deadline=None)
 def test_an_epoch_holds_every_example_once(n, batch, seed, shuffle):
-    per_epoch = data.steps_per_epoch(n, batch)
+    per_epoch = count_steps_per_epoch(n, batch)
     for epoch in range(2):
-        steps = [data.examples_of_step(epoch * per_epoch + i + 1, n, batch, seed, shuffle) for i in range(per_epoch)]
+        steps = [Order(n, batch, seed, shuffle).examples_of(epoch * per_epoch + i + 1) for i in range(per_epoch)]
         assert sorted(np.concatenate(steps).tolist()) == list(range(n))
         assert all(len(step) == batch for step in steps[:-1])
         if not shuffle:
@@ -152,7 +153,7 @@ def test_an_epoch_holds_every_example_once(n, batch, seed, shuffle):
 
 
 def test_the_order_is_another_each_epoch_and_each_seed():
-    orders = {tuple(data.order(50, seed, epoch, True)) for seed in (0, 1) for epoch in (0, 1)}
+    orders = {tuple(permute_examples(50, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}
     assert len(orders) == 4
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import kernels
 from engine.data import dataset as data
-from engine.data import packing
+from engine.data.packing import Packing, make_micro_batches
 from engine.data.rows import read_rows
 from engine.model.config import ModelConfig
 from engine.model.llama import new_model
@@ -80,7 +80,7 @@ def plain(model, ds, examples):
 
 
 def ours(model, ds, examples, max_tokens, **how):
-    batches = packing.micro_batches(ds, examples, max_tokens, **how)
+    batches = make_micro_batches(ds, examples, Packing(max_tokens, **how))
 
     def loss():
         total = torch.zeros((), dtype=torch.float64)
@@ -117,7 +117,7 @@ def test_alpaca_rows(alpaca, train_on_prompt, tied):
     truth = plain(model, ds, examples)
     logical = ds.lengths().sum()
     for max_tokens in (96, 400, 10**6):
-        for how in ({}, {"share_prefix": False}, {"packing": False, "align": 64})[: 3 if max_tokens == 400 else 2]:
+        for how in ({}, {"share_prefix": False}, {"best_fit": False, "multiple": 64})[: 3 if max_tokens == 400 else 2]:
             found, batches = ours(model, ds, examples, max_tokens, **how)
             assert_equal(found, truth)
             computed = sum(len(batch.tokens) for batch in batches)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.data import packing
+from engine.data import packing, prefixes
 from kernels.measure.alpaca import alpaca_lengths
 from tests.helpers.datasets import dataset
 
@@ -53,31 +53,31 @@ def best_saving(rows):
 def test_no_grouping_saves_more(rows):
     rows = arrays(rows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "LEAST_SHARED", 1)
-        groups = packing.shared_prefixes(rows)
+        patch.setattr(prefixes, "LEAST_SHARED_TOKENS", 1)
+        groups = prefixes.find_shared_prefixes(rows)
     assert sorted(i for _, group in groups for i in group) == list(range(len(rows)))
     for n_shared, group in groups:
         assert all((rows[i][:n_shared] == rows[group[0]][:n_shared]).all() for i in group)
         assert n_shared == 0 or len(group) > 1
-    assert packing.saved(groups) == best_saving(rows)
+    assert prefixes.count_saved_tokens(groups) == best_saving(rows)
 
 
 def test_two_templates_and_a_repeated_question():
     plain, with_input = list(range(100, 130)), list(range(200, 240))
     rows = [[*plain, i, 5] for i in range(6)] + [[*with_input, i] for i in range(5)] + [[7, 8, 9]]
     rows += [[*plain, 0, *range(50)]] * 2
-    groups = packing.shared_prefixes(arrays(rows))
+    groups = prefixes.find_shared_prefixes(arrays(rows))
     assert sorted((n, len(g)) for n, g in groups) == [(0, 1), (30, 6), (40, 5), (81, 2)]
 
 
 def test_a_short_prefix_is_not_worth_sharing():
     rows = arrays([[1, *range(10 * i, 10 * i + 9)] for i in range(2, 6)])
-    assert packing.shared_prefixes(rows) == [(0, [i]) for i in range(4)]
+    assert prefixes.find_shared_prefixes(rows) == [(0, [i]) for i in range(4)]
 
 
 def test_a_chain_of_prefixes_needs_no_recursion():
     rows = arrays([list(range(1, n)) for n in range(2, 1500)])
-    assert sum(len(group) for _, group in packing.shared_prefixes(rows)) == len(rows)
+    assert sum(len(group) for _, group in prefixes.find_shared_prefixes(rows)) == len(rows)
 
 
 # ---- which rows go together -----------------------------------------------------------------------------------------
@@ -91,13 +91,12 @@ def test_a_chain_of_prefixes_needs_no_recursion():
 def test_each_example_is_in_one_micro_batch_within_the_limits(lengths, max_tokens, max_examples, pack, share, align):
     rows = [[i + 1000 if j > 20 else j for j in range(n)] for i, n in enumerate(lengths)]
     max_tokens += 56 % align
-    groups = packing.shared_prefixes(arrays(rows)) if share else [(0, [i]) for i in range(len(rows))]
-    runs = (packing.pack if pack else packing.in_order)(groups, lengths, max_tokens, max_examples)
+    groups = prefixes.find_shared_prefixes(arrays(rows)) if share else [(0, [i]) for i in range(len(rows))]
+    runs = (packing.pack_evenly if pack else packing.cut_in_order)(groups, lengths, max_tokens, max_examples)
     found = np.concatenate(runs).tolist()
     assert sorted(found) == list(range(len(rows))) and (pack or found == sorted(found))
-    batches = packing.micro_batches(
-        dataset(rows), np.arange(len(rows)), max(max_tokens, 64), max_examples, pack, share, align
-    )
+    how = packing.Packing(max(max_tokens, 64), max_examples, pack, share, align)
+    batches = packing.make_micro_batches(dataset(rows), np.arange(len(rows)), how)
     assert sum(int(b.weights.sum()) if b.weights is not None else len(b.targets) for b in batches) == sum(
         lengths
     ) - len(lengths)
@@ -109,10 +108,10 @@ def test_each_example_is_in_one_micro_batch_within_the_limits(lengths, max_token
 def test_packing_fills_what_order_leaves_open_and_evens_it_out():
     lengths = [60, 60, 40, 40, 60, 40]
     groups = [(0, [i]) for i in range(6)]
-    in_order = packing.in_order(groups, lengths, 100, None)
-    packed = packing.pack(groups, lengths, 100, None)
+    in_order = packing.cut_in_order(groups, lengths, 100, None)
+    packed = packing.pack_evenly(groups, lengths, 100, None)
     assert len(in_order) == 4 and [sum(lengths[i] for i in run) for run in packed] == [100, 100, 100]
-    packed = packing.pack(groups, [10] * 6, 50, None)
+    packed = packing.pack_evenly(groups, [10] * 6, 50, None)
     assert [len(run) for run in packed] == [3, 3]
 
 
@@ -137,10 +136,10 @@ def weightless(batch):
     return batch.weights is not None and not batch.weights.any()
 
 
-def of_all(ranks, rows, *args, **options):
-    """The micro-batches of each rank."""
-    step = np.arange(len(rows))
-    return [packing.micro_batches(dataset(rows), step, *args, ranks=ranks, rank=r, **options) for r in range(ranks)]
+def of_all(ranks, rows, how, **options):
+    """Return the micro-batches of each rank. how: a Packing, or the most tokens of a micro-batch."""
+    step, how = np.arange(len(rows)), how if isinstance(how, packing.Packing) else packing.Packing(how)
+    return [packing.make_micro_batches(dataset(rows), step, how, ranks=ranks, rank=r, **options) for r in range(ranks)]
 
 
 def weight_of_targets(batches):
@@ -161,8 +160,8 @@ def weight_of_targets(batches):
 def test_each_example_is_in_one_micro_batch_of_one_rank(lengths, ranks, budget, most, pack, share, align, scale):
     rows = marked(lengths)
     budget += -budget % align
-    options = {"packing": pack, "share_prefix": share, "align": align, "scale": scale}
-    per_rank = of_all(ranks, rows, budget, most, **options)
+    how, options = packing.Packing(budget, most, pack, share, align), {"scale": scale}
+    per_rank = of_all(ranks, rows, how, **options)
     assert len({len(batches) for batches in per_rank}) == 1
     every = [b for batches in per_rank for b in batches]
     real = [b for b in every if not weightless(b)]
@@ -174,16 +173,17 @@ def test_each_example_is_in_one_micro_batch_of_one_rank(lengths, ranks, budget, 
         assert not weightless(b) or (lengths[examples_in(b)[0]] == min(lengths) and len(examples_in(b)) == 1)
     pairs = Counter(pair for row in rows for pair in pairwise(row))
     assert weight_of_targets(every) == {pair: n * (scale or 1) for pair, n in pairs.items()}
-    again = of_all(ranks, rows, budget, most, **options)[-1]
+    again = of_all(ranks, rows, how, **options)[-1]
     assert [same.tokens.tolist() for same in again] == [b.tokens.tolist() for b in per_rank[-1]]
 
 
 @given(st.lists(st.integers(2, 50), min_size=1, max_size=30), st.integers(2, 8), st.integers(50, 200), st.booleans())
 @settings(deadline=None, max_examples=50)
 def test_runs_in_order_are_those_of_one_rank_dealt_out(lengths, ranks, budget, means):
-    rows, options = marked(lengths), {"packing": False, "mean_of_means": means, "scale": 0.25}
-    (one,) = of_all(1, rows, budget, **options)
-    for rank, batches in enumerate(of_all(ranks, rows, budget, **options)):
+    rows, options = marked(lengths), {"mean_of_means": means, "scale": 0.25}
+    how = packing.Packing(budget, best_fit=False)
+    (one,) = of_all(1, rows, how, **options)
+    for rank, batches in enumerate(of_all(ranks, rows, how, **options)):
         mine = one[rank::ranks]
         assert all(weightless(b) for b in batches[len(mine) :]) and len(batches) == -(-len(one) // ranks)
         for b, expected in zip(batches, mine, strict=False):
@@ -192,7 +192,7 @@ def test_runs_in_order_are_those_of_one_rank_dealt_out(lengths, ranks, budget, m
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 def test_the_mean_of_means_is_over_the_micro_batches_of_all_ranks_that_have_weight(ranks):
-    per_rank = of_all(ranks, marked([30, 40, 50, 10, 20]), 60, mean_of_means=True, share_prefix=False)
+    per_rank = of_all(ranks, marked([30, 40, 50, 10, 20]), packing.Packing(60, share_prefix=False), mean_of_means=True)
     real = [b for batches in per_rank for b in batches if not weightless(b)]
     assert len(real) == {1: 3, 2: 4, 8: 5}[ranks]
     for b in real:
@@ -208,15 +208,15 @@ def test_more_ranks_than_examples():
 
 
 def test_a_run_that_has_all_its_examples_takes_no_more_though_it_is_the_smallest():
-    per_rank = of_all(2, marked([50, 2, 2, 3, 2, 2]), 100, 3)
+    per_rank = of_all(2, marked([50, 2, 2, 3, 2, 2]), packing.Packing(100, 3))
     assert [[len(examples_in(b)) for b in batches] for batches in per_rank] == [[3], [3]]
 
 
 def test_best_fits_runs_where_even_ones_do_not_fit():
     lengths = [50, 50, 33, 33, 33]
     groups = [(0, [i]) for i in range(5)]
-    assert packing.level(groups, lengths, 2, 100, None) is None
-    assert [run.tolist() for run in packing.spread(groups, lengths, 100, None, 2)] == [[0, 1], [2, 3, 4]]
+    assert packing.level_bins(groups, lengths, 2, 100, None) is None
+    assert [run.tolist() for run in packing.spread_over_ranks(groups, lengths, 100, None, 2)] == [[0, 1], [2, 3, 4]]
 
 
 def every_cut(n):
@@ -235,14 +235,14 @@ def every_cut(n):
 def test_as_few_micro_batches_as_any_cut_has_or_one_more(lengths, ranks, budget, share, most):
     """Where nothing is shared or counted, best-fit's bound: 11/9 of the least and 6/9."""
     rows = marked(lengths)
-    groups = packing.shared_prefixes(arrays(rows)) if share else [(0, [i]) for i in range(len(rows))]
+    groups = prefixes.find_shared_prefixes(arrays(rows)) if share else [(0, [i]) for i in range(len(rows))]
 
     def computed(run):
         return sum(lengths[i] for i in run) - sum(n * (max(len({*run} & {*group}), 1) - 1) for n, group in groups)
 
     fits = [p for p in every_cut(len(rows)) if all(computed(r) <= budget and len(r) <= (most or 9) for r in p)]
     least = min(map(len, fits))
-    runs = packing.spread(groups, lengths, budget, most, ranks)
+    runs = packing.spread_over_ranks(groups, lengths, budget, most, ranks)
     bound = least + 1 if share or most else (11 * least + 6) // 9
     assert -(-least // ranks) <= -(-len(runs) // ranks) <= -(-bound // ranks)
     sizes = [computed(run) for run in runs]
@@ -252,7 +252,7 @@ def test_as_few_micro_batches_as_any_cut_has_or_one_more(lengths, ranks, budget,
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=7), st.integers(1, 4))
 @settings(deadline=None, max_examples=60)
 def test_the_largest_of_even_runs_is_near_the_least_possible(lengths, n):
-    runs = packing.level([(0, [i]) for i in range(len(lengths))], lengths, n, 10**6, None)
+    runs = packing.level_bins([(0, [i]) for i in range(len(lengths))], lengths, n, 10**6, None)
     largest = max(sum(lengths[i] for i in run) for run in runs)
     least = min(max(sum(lengths[i] for i in run) for run in p) for p in every_cut(len(lengths)) if len(p) <= n)
     assert len(runs) == min(n, len(lengths)) and least <= largest <= least * (4 / 3 - 1 / (3 * n)) + 1e-9
@@ -266,12 +266,15 @@ def test_ranks_have_about_as_many_of_alpacas_tokens_at_a_time(ranks, share):
         in_order = [packing.collate(dataset(part), np.arange(len(part)), share) for part in split(rows, ranks)]
         sizes = {}
         for budget, most, bound in ((8320, None, 1.02), (2048, None, 1.04), (8320, 128 // ranks, 1.04)):
-            per_rank = of_all(ranks, rows, budget, most, share_prefix=share)
+            per_rank = of_all(ranks, rows, packing.Packing(budget, most, share_prefix=share))
             size = np.array([[len(b.tokens) for b in batches] for batches in per_rank])
             assert not any(weightless(b) for batches in per_rank for b in batches)
             assert (size.max(0) < bound * size.mean(0)).all()
             sizes[budget, most] = size
-        computed = sizes[8320, None].sum(), sum(map(len, rows)) - packing.saved(packing.shared_prefixes(arrays(rows)))
+        computed = (
+            sizes[8320, None].sum(),
+            sum(map(len, rows)) - prefixes.count_saved_tokens(prefixes.find_shared_prefixes(arrays(rows))),
+        )
         assert not share or computed[0] < 1.03 * computed[1]  # 1.04 at 8 ranks, were each prefix in every run
         size = sizes[8320, 128 // ranks]
         assert size.max(0).sum() < max(len(b.tokens) for b in in_order)
@@ -295,7 +298,7 @@ def test_documents_back_to_back_in_their_order():
 def test_a_prefix_stands_once_and_its_documents_go_on_from_it():
     stem = list(range(10, 20))
     rows = [[*stem, 1, 2], [3, 4], [*stem, 5], stem]
-    batch = packing.collate(dataset(rows), np.arange(4), share_prefix=True, align=8)
+    batch = packing.collate(dataset(rows), np.arange(4), share_prefix=True, multiple=8)
     assert batch.tokens.tolist() == [*stem, 1, 2, 5, 3, 4, 0]
     assert batch.positions.tolist() == [*range(10), 10, 11, 10, 0, 1, 0]
     assert batch.documents.tolist() == [[0, 10, 0, 0], [10, 12, 0, 10], [12, 13, 0, 10], [13, 15, 0, 0]]
@@ -308,9 +311,9 @@ def test_a_prefix_stands_once_and_its_documents_go_on_from_it():
 def test_weights_carry_the_scale_and_the_mean_of_means():
     rows = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
     data = dataset(rows)
-    (one,) = packing.micro_batches(data, np.arange(3), 100, scale=0.25)
+    (one,) = packing.make_micro_batches(data, np.arange(3), packing.Packing(100), scale=0.25)
     assert one.weights.tolist() == [0.25] * 6
-    batches = packing.micro_batches(data, np.arange(3), 5, packing=False, mean_of_means=True)
+    batches = packing.make_micro_batches(data, np.arange(3), packing.Packing(5, best_fit=False), mean_of_means=True)
     assert [b.weights.tolist() for b in batches] == [pytest.approx([1 / 6] * 3), pytest.approx([1 / 6] * 3)]
 
 
@@ -331,7 +334,7 @@ def test_the_alpaca_length_mix_at_the_sizes_of_the_7b_plan():
     """Computed over logical tokens with sharing, and the tail's padding, of 128-row steps."""
     logical = computed = used = 0
     for rows in alpaca_steps(5):
-        batches = packing.micro_batches(dataset(rows), np.arange(128), 8320, align=64)
+        batches = packing.make_micro_batches(dataset(rows), np.arange(128), packing.Packing(8320, multiple=64))
         assert len(batches) == 2
         logical += sum(map(len, rows))
         computed += sum(len(b.tokens) for b in batches)
@@ -355,7 +358,7 @@ def test_targets_follow_their_rows():
 
 @pytest.mark.parametrize(("n", "length"), [(64, 64), (100, 32), (7, 512)])
 def test_a_synthetic_micro_batch_is_full_of_loss(n, length):
-    batch = packing.synthetic(n, length, 50)
+    batch = packing.make_largest_micro_batch(n, length, 50)
     documents = -(-n // length)
     assert len(batch.tokens) == n and len(batch.documents) == documents and len(batch.targets) == n - documents
     assert batch.documents[-1].tolist() == [(documents - 1) * length, n, 0, 0] and batch.tokens.max() < 50

@@ -29,7 +29,7 @@ def model_of(device, dtype=torch.bfloat16, impl="auto", **options):
 
 
 def batches(examples, **options):
-    return packing.micro_batches(dataset(ROWS), np.asarray(examples), 10**6, **options)
+    return packing.make_micro_batches(dataset(ROWS), np.asarray(examples), packing.Packing(10**6), **options)
 
 
 # ---- fed ahead ------------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def test_updates_within_backward_are_those_after_it_and_no_gradient_stays(device
 def test_a_step_of_several_micro_batches_accumulates_as_always(device):
     model = model_of(device)
     optimizer = AdamW(model, in_backward=True, **SETTINGS)
-    for batch in packing.micro_batches(dataset(ROWS), np.arange(6), 50):
+    for batch in packing.make_micro_batches(dataset(ROWS), np.arange(6), packing.Packing(50)):
         model.loss(batch).backward()
     assert all(p.grad is not None for p in model.parameters())
     before = model.norm.clone()

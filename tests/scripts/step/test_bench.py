@@ -98,8 +98,9 @@ def test_variants_fit_an_h100_by_what_engine_memory_says():
     room = H100.memory_gib - 0.6  # scripts.gpu_report has a context of its own there
     for name, v in step_bench.VARIANTS.items():
         batches = [
-            b for step in (1, 2) for b in packing.micro_batches(
-                rows, step_common.examples_of(step, False), v.tokens, share_prefix=v.sharing, align=64)
+            b for step in (1, 2) for b in packing.make_micro_batches(
+                rows, step_common.examples_of(step, False),
+                packing.Packing(v.tokens, share_prefix=v.sharing, multiple=64))
         ]  # fmt: skip
         largest = max(batches, key=lambda b: len(b.tokens))
         used = memory(
@@ -160,7 +161,7 @@ def test_a_step_is_the_training_loops(plain):
     for step in (1, 2, 3):
         examples = step_common.examples_of(step, True)
         scale = 1 / rows.loss_tokens()[examples].sum()
-        losses = [model.loss(b) for b in packing.micro_batches(rows, examples, 384, scale=scale)]
+        losses = [model.loss(b) for b in packing.make_micro_batches(rows, examples, packing.Packing(384), scale=scale)]
         sum(losses).backward()
         norm = optimizer.grad_norm()
         optimizer.step(2e-5 * lr_factor("cosine", step, 1221, 0.03), norm, 1.0)

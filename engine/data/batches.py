@@ -1,0 +1,94 @@
+"""Step N of a run -> its micro-batches.
+
+The order of examples is a function of seed and epoch alone, so step N of a resumed run is step N, with no saved state of a
+sampler. Packing cuts a step and never changes the order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.data.dataset import Dataset
+from engine.data.packing import Packing, make_micro_batches
+from engine.model.batch import MicroBatch, Ready
+
+
+def permute_examples(n: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
+    """Return the order of n examples in an epoch (from 0): a permutation that depends on nothing else."""
+    return np.random.default_rng((seed, epoch)).permutation(n) if shuffle else np.arange(n)
+
+
+def count_steps_per_epoch(n: int, global_batch_size: int) -> int:
+    """Return the steps that take n examples once. The last one may hold fewer; none is left out or taken twice."""
+    return -(-n // global_batch_size)
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order in which the steps of a run take their examples."""
+
+    n_examples: int
+    global_batch_size: int
+    seed: int
+    shuffle: bool = True
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return count_steps_per_epoch(self.n_examples, self.global_batch_size)
+
+    def examples_of(self, step: int) -> np.ndarray:
+        """Return the examples of a step, counted from 1."""
+        epoch, index = divmod(step - 1, self.steps_per_epoch)
+        first = index * self.global_batch_size
+        return permute_examples(self.n_examples, self.seed, epoch, self.shuffle)[first : first + self.global_batch_size]
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One step: the micro-batches of this rank, and the numbers of the global batch, which all ranks share."""
+
+    micro_batches: Sequence[MicroBatch | Ready]
+    examples: np.ndarray  # (N,) of the global batch, in order
+    n_tokens: int  # of the global batch, as its examples hold them
+    n_loss_tokens: int  # of the global batch
+
+    @property
+    def n_computed_tokens(self) -> int:
+        """The tokens that this rank computes: shared prefixes once, padding included."""
+        return sum(len(batch.tokens) for batch in self.micro_batches)
+
+
+class Batches:
+    """One rank's micro-batches of every step. Weights are such that the losses of all ranks add up to the step's.
+
+    packing may be replaced while a run is under way; steps that are cut after that follow it. mean_of_means: the loss is
+    the mean of the micro-batches' means, as in the trainer of 2023, rather than the mean over the loss tokens of the
+    global batch.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        order: Order,
+        packing: Packing,
+        mean_of_means: bool = False,
+        ranks: int = 1,
+        rank: int = 0,
+    ) -> None:
+        self.dataset, self.order, self.packing = dataset, order, packing
+        self.mean_of_means, self.ranks, self.rank = mean_of_means, ranks, rank
+
+    def of(self, step: int) -> StepBatch:
+        """Return the micro-batches of a step, counted from 1."""
+        examples = self.order.examples_of(step)
+        n_loss_tokens = int(self.dataset.loss_tokens()[examples].sum())
+        micro_batches = make_micro_batches(
+            self.dataset, examples, self.packing, scale=None if self.mean_of_means else 1 / n_loss_tokens,
+            mean_of_means=self.mean_of_means, ranks=self.ranks, rank=self.rank,
+        )  # fmt: skip
+        return StepBatch(micro_batches, examples, int(self.dataset.lengths()[examples].sum()), n_loss_tokens)
+
+    def sources_of(self, examples: Sequence[int] | np.ndarray) -> list[str]:
+        """Return "file:row" of each example."""
+        return [self.dataset.sources[i] for i in examples]
