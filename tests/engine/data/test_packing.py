@@ -43,7 +43,7 @@ def best_saving(rows):
                     yield [[first, *others], *tail]
 
     def common(group):
-        return min(packing.common_length(rows[group[0]], rows[i]) for i in group)
+        return min(prefixes.count_common_tokens(rows[group[0]], rows[i]) for i in group)
 
     return max(sum(common(g) * (len(g) - 1) for g in p) for p in partitions(list(range(len(rows)))))
 
