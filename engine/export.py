@@ -17,7 +17,7 @@ from engine.formats.find import find_model, kind_of
 from engine.formats.save import save_hf, save_meta
 from engine.formats.source import open_source
 from engine.model.llama import new_model
-from engine.output.folder import RUN, need_disk
+from engine.output.folder import RUN, require_disk_space
 from engine.output.state_as_model import State, open_state
 from engine.text.tokenizer import Tokenizer, find_tokenizer
 
@@ -56,7 +56,9 @@ def find_tokenizer_of_state(state: State, name: str) -> Tokenizer:
             raise DataError(f"no {RUN} beside the state names it")
         return find_tokenizer(state.config, state.tokenizer, state.base)
     except CriaError as error:
-        raise UsageError(f"{state.path}: its run's tokenizer is not at hand ({error}); pass --tokenizer") from None
+        raise UsageError(
+            f"{state.checkpoint.folder}: its run's tokenizer is not at hand ({error}); pass --tokenizer"
+        ) from None
 
 
 def main(argv: list[str]) -> None:
@@ -74,7 +76,9 @@ def main(argv: list[str]) -> None:
         tokenizer = find_tokenizer(source.config, config.tokenizer, path)
     dtype = source.dtype if config.dtype == "auto" else DTYPES[config.dtype]
     out.mkdir(parents=True, exist_ok=True)
-    need_disk(out, source.config.n_parameters * torch.finfo(dtype).bits // 8, "free some, or choose another folder")
+    require_disk_space(
+        out, source.config.n_parameters * torch.finfo(dtype).bits // 8, "free some, or choose another folder"
+    )
     model = new_model(source.config, "cpu", dtype)
     source.read_into(model)
     if config.layout == "meta":

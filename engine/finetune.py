@@ -32,7 +32,7 @@ from engine.inference.generation import generate
 from engine.model.batch import MicroBatch
 from engine.model.llama import Transformer, new_model
 from engine.output import checkpoint
-from engine.output.folder import LOCK, METRICS, RUN, claim, environment, read_lines
+from engine.output.folder import LOCK, METRICS, RUN, describe_environment, lock_output_folder, read_lines
 from engine.output.metrics import Metrics
 from engine.output.report import write_report
 from engine.planning.cards import CARDS, card_at_hand
@@ -77,7 +77,7 @@ def forward_backward(job: Job, model: Transformer, optimizer: AdamW, feed: Feede
     for i, batch in enumerate(batches, 1):
         if job.world.size == 1 and job.signals.pending():
             return None
-        fsdp.completes(model, i == len(batches))
+        fsdp.set_last_micro_batch(model, i == len(batches))
         part = model.loss(batch)
         if job.config.optimizer_in_backward and len(batches) == 1:
             optimizer.begin(lr, part)
@@ -103,7 +103,7 @@ def train(job: Job, model: Transformer, optimizer: AdamW, start: int) -> None:
         for step in range(start + 1, job.total_steps + 1):
             began = Mark(job.device)
             lr = config.lr * lr_factor(config.lr_schedule, step, job.total_steps, config.warmup_ratio)
-            job.world.at(f"step {step}")
+            job.world.note_place(f"step {step}")
             done = within_memory(job, optimizer, feed, partial(forward_backward, job, model, optimizer, feed, step, lr))
             told = told and tell(job, optimizer, *told)
             if done is None:
@@ -137,7 +137,7 @@ def over_ranks(job: Job, loss, norm, counts):
         square = square / job.world.replicas
     host = counts["computed_tokens"], job.signals.pending()
     filled = [torch.full((), float(n), dtype=torch.float64, device=loss.device) for n in host]
-    loss, square, *shared = job.world.sum(torch.stack([loss.double(), square, *filled]))
+    loss, square, *shared = job.world.sum_over_ranks(torch.stack([loss.double(), square, *filled]))
     return loss, square.sqrt().float(), shared
 
 
@@ -193,7 +193,7 @@ def skip(job, step, loss, norm, rows, within):
             + ", and some layers are updated already, as --optimizer-in-backward does" * within
             + f"; lower --lr, or look at the rows: {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}"
         )
-        raise job.world.alike(DivergedError(text))
+        raise job.world.error_on_all_ranks(DivergedError(text))
 
 
 def tell_spike(job: Job, optimizer: AdamW, step: int, spike: Spike) -> None:
@@ -216,7 +216,7 @@ def tell_spike(job: Job, optimizer: AdamW, step: int, spike: Spike) -> None:
             f"step {step}: the loss spiked {job.n_spiked} times in a row after the state of step {back_to}; lower "
             f"--lr, or look at the rows: {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}"
         )
-        raise job.world.alike(DivergedError(text))
+        raise job.world.error_on_all_ranks(DivergedError(text))
 
 
 @torch.no_grad()
@@ -225,15 +225,15 @@ def evaluate(job: Job, model: Transformer, step: int, optimizer: AdamW) -> None:
     held, config = job.held_out, job.config
     how = packing.Packing(job.max_tokens, config.micro_batch_size, True, config.share_prefix, job.align)
     cut = partial(packing.make_micro_batches, held, packing=how, ranks=job.world.size, rank=job.world.rank)
-    job.world.at(f"the evaluation after step {step}")
+    job.world.note_place(f"the evaluation after step {step}")
     chunks = np.split(np.arange(len(held)), range(EVAL_CHUNK, len(held), EVAL_CHUNK))
     total, n_tokens = torch.zeros((), device=job.device), held.counts["loss_tokens"]
     for chunk in job.progress.phase("evaluating", chunks):
-        if job.world.any(job.signals.pending()):
+        if job.world.any_rank(job.signals.pending()):
             stop(job, optimizer, step)
         for batch in cut(chunk):
             total += model.loss(batch)
-    loss = float(job.world.sum(total)) / n_tokens
+    loss = float(job.world.sum_over_ranks(total)) / n_tokens
     job.metrics.write("eval", step=step, loss=loss, perplexity=float(np.exp(loss)), loss_tokens=n_tokens)
     job.progress.say(f"step {step}: held-out loss {loss:.4f}")
 
@@ -253,13 +253,13 @@ def show_samples(job: Job, model: Transformer, step: int) -> None:
 # ---- main -----------------------------------------------------------------------------------------------------------
 
 
-def build(job: Job, found) -> tuple[Transformer, AdamW, int]:
+def build(job: Job, found: checkpoint.Checkpoint | None) -> tuple[Transformer, AdamW, int]:
     """The model, its optimizer and the step they stand at."""
     config = job.config
     accumulate = not config.optimizer_in_backward
-    shard = partial(fsdp.shard, world=job.world) if job.world.size > 1 else None
+    shard = partial(fsdp.shard_model, world=job.world) if job.world.size > 1 else None
     model = new_model(job.model_config, job.device, job.dtype, job.kernels, config.recompute, accumulate, shard)
-    held = fsdp.held(model)
+    held = fsdp.local_shards(model)
     if found is None and job.source:
         job.source.read_into(model, held)
     elif found is None:
@@ -272,7 +272,7 @@ def build(job: Job, found) -> tuple[Transformer, AdamW, int]:
     if found is None:
         return model, optimizer, 0
     load_state(found, optimizer)
-    return model, optimizer, found[1]["step"]
+    return model, optimizer, found.step
 
 
 def main(argv):
@@ -281,23 +281,23 @@ def main(argv):
     config, notes = from_cli(FinetuneConfig, argv, stanford, embedded)
     signals = Signals()
     with ExitStack() as stack:
-        world = stack.enter_context(distributed.start(config.device, config.rank_timeout))
+        world = stack.enter_context(distributed.start_ranks(config.device, config.rank_timeout))
         say = print if world.is_main else silent
         for note in notes:
             say(note)
         out = Path(config.out)
-        world.together(lambda: world.is_main and stack.enter_context(claim(out)))
-        job = world.together(lambda: prepare(config, out, signals, say, world))
+        world.on_all_ranks(lambda: world.is_main and stack.enter_context(lock_output_folder(out)))
+        job = world.on_all_ranks(lambda: prepare(config, out, signals, say, world))
         agree(job)
-        if world.from_main(world.together(lambda: world.is_main and finished(job))):
+        if world.on_main(lambda: finished(job)):
             say(f"{out} holds this run, finished; --resume never starts it over")
             return
-        found = world.from_main(world.together(lambda: find_resume(job, say) if world.is_main else None))
+        found = world.on_main(lambda: find_resume(job, say))
         if world.is_main:
             halved_before(job, say)
-        job.max_tokens, job.halved = world.from_main((job.max_tokens, job.halved))
+        job.max_tokens, job.halved = world.broadcast((job.max_tokens, job.halved))
         job.facts["max_tokens"] = job.max_tokens
-        world.together(lambda: world.is_main and room_for_states(job))
+        world.on_main(lambda: room_for_states(job))
         if not config.dry_run:
             run(job, found)
             return
@@ -325,11 +325,11 @@ def agree(job: Job) -> None:
     first, *rest = job.world.gather(mine)
     for rank, theirs in enumerate(rest, 1):
         if other := " and ".join(what for what in first if theirs[what] != first[what]):
-            raise job.world.alike(DataError(
+            raise job.world.error_on_all_ranks(DataError(
                 f"rank {rank} has other {other} than rank 0; files and flags must be the same on every machine"
             ))  # fmt: skip
-    job.max_tokens = job.facts["max_tokens"] = job.world.least(job.max_tokens)
-    job.world.arrange(job.world.least(job.replicas))
+    job.max_tokens = job.facts["max_tokens"] = job.world.min_over_ranks(job.max_tokens)
+    job.world.arrange_replicas(job.world.min_over_ranks(job.replicas))
 
 
 def dry_run(job: Job) -> None:
@@ -349,23 +349,23 @@ def dry_run(job: Job) -> None:
     tell_estimate(estimate_on(card, config, job.model_config, dataset_mix(job.train, config), dtype))
 
 
-def run(job: Job, found) -> None:
+def run(job: Job, found: checkpoint.Checkpoint | None) -> None:
     config, out, world = job.config, job.out, job.world
     if world.is_main:
-        checkpoint.clean(out)
+        checkpoint.remove_temporaries(out)
         if config.resume == "never":
-            checkpoint.rewind(out, -1)
+            checkpoint.remove_later(out, -1)
         print(plan(job))
     job.saver = checkpoint.Saver(
-        out, config.keep, world.rank, world.size, world.exchange if world.size > 1 else None, job.device
+        out, config.keep, world.rank, world.size, world.gather_beside_training if world.size > 1 else None, job.device
     )
     model, optimizer, start = build(job, found)
-    world.meet()  # a state is read everywhere before it may be removed
+    world.wait_for_all()  # a state is read everywhere before it may be removed
     if found:
         job.saved = start
         if world.is_main:
-            checkpoint.rewind(out, start)
-            print(f"going on after step {start}, from {found[0]}")
+            checkpoint.remove_later(out, start)
+            print(f"going on after step {start}, from {found.folder}")
     earlier = read_json(out / RUN).get("seconds", 0.0) if found else 0.0
     record = {
         "status": "running",
@@ -378,14 +378,14 @@ def run(job: Job, found) -> None:
         "data": job.train.counts | {"held_out": len(job.held_out) if job.held_out else 0},
         "total_steps": job.total_steps,
         "facts": job.facts,
-        "environment": environment(job.device) | {"ranks": world.size, "replicas": world.replicas},
+        "environment": describe_environment(job.device) | {"ranks": world.size, "replicas": world.replicas},
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     began, status = time.monotonic(), "failed"
     if world.is_main:
         write_json(out / RUN, record | {"seconds": earlier})
         job.metrics = Metrics(out / METRICS, start if found else None)
-    lines = world.from_main(read_lines(out / METRICS) if world.is_main else None)
+    lines = world.broadcast(read_lines(out / METRICS) if world.is_main else None)
     job.told = frozenset((line["event"], line.get("step")) for line in lines)
     job.spikes = Spikes(config.spike_threshold)
     job.spikes.remember(lines)

@@ -6,7 +6,7 @@ from engine.distributed.world import World
 from engine.model.shard import Shard, first_row
 
 
-def shard(model, world: World):
+def shard_model(model, world: World):
     """Cuts a model's parameters over the ranks, in place. On meta, nothing is allocated before it is cut."""
     # Imported here: it takes a second, which a run of one rank need not wait.
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -24,14 +24,14 @@ def shard(model, world: World):
     return model
 
 
-def completes(model, last: bool) -> None:
+def set_last_micro_batch(model, last: bool) -> None:
     """Whether the next backward is the last one of a step. Replicas add their gradients up there alone; until then each
     keeps its own sums, in fp32."""
     if hasattr(model, "set_requires_all_reduce"):
         model.set_requires_all_reduce(last)
 
 
-def held(model) -> dict[str, Shard]:
+def local_shards(model) -> dict[str, Shard]:
     """What this rank holds of each parameter: {name: rows}; of a model that is not sharded, all."""
     return {name: held_of(p) for name, p in model.named_parameters()}
 
@@ -46,7 +46,7 @@ def held_of(p) -> Shard:
     return Shard(local.detach(), first, len(p))
 
 
-def gathered(model, world: World) -> dict[str, torch.Tensor]:
+def gather_parameters(model, world: World) -> dict[str, torch.Tensor]:
     """The whole parameters in the host's memory of rank 0, {} elsewhere; one at a time is whole on each rank."""
     whole = {}
     for module in (*model.layers, model):

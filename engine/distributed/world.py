@@ -21,6 +21,8 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +30,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from engine.base.errors import CriaError, Elsewhere, UsageError
+
+T = TypeVar("T")
 
 BEATS, LOOK_S = 10, 0.05  # beats in a --rank-timeout; seconds between looks for the others
 MAIN_FAILED = "main failed"
@@ -47,38 +51,38 @@ class World:
             self.saving = dist.new_group(backend="gloo", timeout=self.timeout)
             self.meetings = self.firsts = 0
 
-    def arrange(self, replicas: int) -> None:
+    def arrange_replicas(self, replicas: int) -> None:
         """Stands the ranks in rows of one replica's shards each; all call it, before anything is sharded."""
         self.replicas = replicas
         if self.size > 1:
-            shape, names = (replicas, self.shards), ("replicas", "shards")
+            shape, names = (replicas, self.n_shards), ("replicas", "shards")
             whole = slice(None) if replicas > 1 else slice(1, None)
             self.mesh = init_device_mesh(self.device, shape[whole], mesh_dim_names=names[whole])
             for group in self.mesh.get_all_groups():
                 _set_pg_timeout(self.timeout, group)  # else it is half an hour
 
-    def at(self, place: str) -> None:
+    def note_place(self, place: str) -> None:
         """Where this rank is, for whoever has to tell that it went missing there."""
         if self.watch:
-            self.watch.at(place)
+            self.watch.note_place(place)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     @property
-    def shards(self) -> int:
+    def n_shards(self) -> int:
         """Into how many a parameter is cut."""
         return self.size // self.replicas
 
     @property
-    def writes(self) -> bool:
+    def writes_checkpoint(self) -> bool:
         """Whether this rank's shards are those that a checkpoint holds: one replica writes."""
-        return self.rank < self.shards
+        return self.rank < self.n_shards
 
     # ---- what ranks agree on ----------------------------------------------------------------------------------------
 
-    def meet(self):
+    def wait_for_all(self):
         """Waits for all ranks, however long their work takes. By looking, not in the store's own wait or a collective:
         those end at --rank-timeout, hold the watch up and handle no signal."""
         if self.size > 1:
@@ -90,7 +94,7 @@ class World:
                     raise CriaError(f"rank {self.rank}: the others are not there after {PATIENCE_S} s")
                 time.sleep(LOOK_S)
 
-    def together(self, work):
+    def on_all_ranks(self, work):
         """work() on every rank. Where it fails on some, all fail with the first one's exit code; that one tells why."""
         if self.size == 1:
             return work()
@@ -101,14 +105,21 @@ class World:
             failure = error
             if self.is_main:
                 self.store.set(MAIN_FAILED, "")
-        self.meet()
+        self.wait_for_all()
         codes = self.gather(getattr(failure, "exit_code", 1) if failure else None)
         failed = [rank for rank, code in enumerate(codes) if code is not None]
         if failed:
             raise failure if self.rank == failed[0] else Elsewhere(failed[0], codes[failed[0]])
         return result
 
-    def main_first(self, work):
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Run work() on rank 0 while the others wait, and return its value on every rank.
+
+        Where it fails, every rank fails with its exit code and rank 0 tells why.
+        """
+        return self.broadcast(self.on_all_ranks(lambda: work() if self.is_main else None))
+
+    def on_main_first(self, work):
         """work() on rank 0, then on the others, which find what it cached. Within together(): where rank 0 has failed
         before it came here, so do they."""
         if self.size == 1:
@@ -133,28 +144,28 @@ class World:
         dist.all_gather_object(found, value, group=group)
         return found
 
-    def exchange(self, value) -> list:
+    def gather_beside_training(self, value) -> list:
         """gather() for the thread that writes states."""
         return self.gather(value, self.saving)
 
-    def from_main(self, value):
+    def broadcast(self, value):
         """Rank 0's value, however long it takes to find."""
-        self.meet()
+        self.wait_for_all()
         return self.gather(value if self.is_main else None)[0]
 
-    def least(self, value):
+    def min_over_ranks(self, value):
         return min(self.gather(value))
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         return any(self.gather(flag))
 
-    def sum(self, t: torch.Tensor) -> torch.Tensor:
+    def sum_over_ranks(self, t: torch.Tensor) -> torch.Tensor:
         """Over all ranks, in place; the host does not wait for a GPU."""
         if self.size > 1:
             dist.all_reduce(t)
         return t
 
-    def alike(self, error: CriaError) -> CriaError:
+    def error_on_all_ranks(self, error: CriaError) -> CriaError:
         """What to raise for an error that all ranks make: the first one tells it."""
         return error if self.is_main else Elsewhere(0, error.exit_code)
 
@@ -163,7 +174,7 @@ class World:
 
 
 @contextlib.contextmanager
-def start(device: str, timeout_s: float):
+def start_ranks(device: str, timeout_s: float):
     """The World that torchrun's environment describes. Raises UsageError for one that cannot be."""
     if number("WORLD_SIZE", 1) == 1:
         yield World()
@@ -243,7 +254,7 @@ class Watch:
         self.seen = {}  # rank -> (what it told last, when that was new here)
         self.thread.start()
 
-    def at(self, place: str):
+    def note_place(self, place: str) -> None:
         """Where this rank is: told by whoever finds that it is there no more."""
         self.place = place
 

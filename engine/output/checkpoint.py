@@ -268,11 +268,23 @@ def _raise(error):
     raise error
 
 
-# ---- what is there --------------------------------------------------------------------------------------------------
+# ---- read -----------------------------------------------------------------------------------------------------------
 
 
-def clean(out: Path) -> None:
-    """Removes what an interrupted run left. Not while one is writing there."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: its folder and its manifest, parsed once. Small, and picklable for other ranks."""
+
+    folder: Path
+    manifest: dict
+
+    @property
+    def step(self) -> int:
+        return self.manifest["step"]
+
+
+def remove_temporaries(out: Path) -> None:
+    """Remove what an interrupted run left in its output folder. No run may be writing into the folder."""
     sweep(out)
     for left in out.glob(".tmp-*"):
         if left.is_dir():
@@ -281,23 +293,23 @@ def clean(out: Path) -> None:
             left.unlink(missing_ok=True)
 
 
-def rewind(out: Path, step: int) -> None:
-    """Removes the states after `step` (-1: all): broken ones, or of a way that the run no longer takes."""
+def remove_later(out: Path, step: int) -> None:
+    """Remove the checkpoints after `step` (-1: all): broken ones, and those of steps that the run will repeat."""
     for later, folder in list_checkpoints(out):
         if later > step:
             discard(folder)
 
 
-def newest(out: Path, warn: Callable[[str], None]) -> tuple[Path, dict] | None:
-    """(folder, manifest) of the newest whole checkpoint, None if there is none at all; warn is told of broken ones.
+def find_newest(out: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """Return the newest whole checkpoint of an output folder, or None if it holds no checkpoint at all.
 
-    Raises DataError when there are checkpoints and none of them is whole.
+    Each broken one is passed over with a warning. Raises DataError when every checkpoint is broken.
     """
     broken = []
     restore(out)
     for _, folder in reversed(list_checkpoints(out)):
         try:
-            return folder, verify(folder)
+            return open_checkpoint(folder)
         except DataError as error:
             broken.append(str(error))
             warn(f"passed over: {error}")
@@ -306,8 +318,11 @@ def newest(out: Path, warn: Callable[[str], None]) -> tuple[Path, dict] | None:
     return None
 
 
-def verify(folder: Path) -> dict:
-    """The manifest of a checkpoint whose every file is whole. Raises DataError that names the first broken one."""
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Return the checkpoint in a folder after checking size and sha256 of every file.
+
+    Raises DataError that names the first broken file.
+    """
     manifest = read_manifest(folder)
     files = {folder / name: entry for name, entry in manifest["files"].items()}
     for path, entry in files.items():
@@ -324,7 +339,7 @@ def verify(folder: Path) -> dict:
                 raise DataError(f"{path}: cannot be read ({error.strerror}); choose another checkpoint") from None
             if sha256 != entry["sha256"]:
                 raise DataError(f"{path}: changed since it was written (its sha256 differs); choose another checkpoint")
-    return manifest
+    return Checkpoint(folder, manifest)
 
 
 def read_manifest(folder: Path) -> dict:
@@ -364,17 +379,18 @@ def sha256_of(path):
     return digest.hexdigest()
 
 
-def layout(folder: Path, manifest: dict) -> tuple[dict, dict]:
-    """(whole, files) of a checkpoint, as engine.output.tensor_rows has them. Raises DataError."""
+def read_layout(checkpoint: Checkpoint) -> tuple[dict, dict]:
+    """Return (whole, files) of a checkpoint in the form of engine.output.tensor_rows. Raises DataError."""
+    manifest = checkpoint.manifest
     if manifest["format"] == SHARDED:
         return manifest["tensors"], {name: entry["rows"] for name, entry in manifest["files"].items()}
-    return layout_of(folder / STATE)
+    return layout_of(checkpoint.folder / STATE)
 
 
-def load(folder: Path, tensors: dict[str, torch.Tensor | Shard], prefix: str = "") -> None:
-    """Fills the tensors in place, each with the rows it wants, from a verified checkpoint of any number of writers.
+def load(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor | Shard], prefix: str = "") -> None:
+    """Fill the tensors in place from a checkpoint of any number of writers, each with the rows it wants.
 
-    prefix: tensors are all of the checkpoint's whose names begin so; what else it holds is not read. Raises DataError
-    listing names, shapes or kinds of numbers that differ.
+    The tensors must be all of the checkpoint's tensors whose names begin with the prefix; the others are not read.
+    Raises DataError that lists the names, shapes or kinds of numbers that differ.
     """
-    read(folder, *layout(folder, read_manifest(folder)), as_shards(tensors), prefix)
+    read(checkpoint.folder, *read_layout(checkpoint), as_shards(tensors), prefix)

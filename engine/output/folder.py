@@ -18,7 +18,7 @@ RUN, LOCK, METRICS = "run.json", ".lock", "metrics.jsonl"
 
 
 @contextlib.contextmanager
-def claim(out: Path):
+def lock_output_folder(out: Path):
     """Makes the folder, checks that a run may live there, and holds its lock. Raises UsageError otherwise."""
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def claim(out: Path):
         yield out
 
 
-def need_disk(out: Path, need_bytes: int, remedy: str) -> None:
+def require_disk_space(out: Path, need_bytes: int, remedy: str) -> None:
     """Raises UsageError when the disk has too little room."""
     free = shutil.disk_usage(out).free
     if free < need_bytes:
@@ -60,7 +60,7 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def environment(device: torch.device) -> dict:
+def describe_environment(device: torch.device) -> dict:
     """Where the run happened, for run.json."""
     root = Path(__file__).parents[2]
     commit = None

@@ -26,7 +26,7 @@ PARAMETERS = "param."  # begins the names of a state's tensors that are the mode
 class State:
     """A verified training state, opened as engine.formats.source.Source is: nothing big is allocated yet."""
 
-    path: Path
+    checkpoint: checkpoint.Checkpoint
     config: ModelConfig
     dtype: torch.dtype
     base: Path | None  # the model whose tokenizer and generation_config.json its run writes; None: random weights
@@ -35,7 +35,7 @@ class State:
 
     def read_into(self, model: Transformer) -> None:
         """Fill every parameter of a model of this config, converted to its dtype. No optimizer state is read."""
-        checkpoint.load(self.path, parameters_of(model), PARAMETERS)
+        checkpoint.load(self.checkpoint, parameters_of(model), PARAMETERS)
 
 
 def parameters_of(model: Transformer) -> dict[str, torch.Tensor]:
@@ -48,7 +48,8 @@ def open_state(folder: Path) -> State:
 
     Raise DataError for a state that is broken or not ours.
     """
-    manifest, problems = checkpoint.verify(folder), []
+    found, problems = checkpoint.open_checkpoint(folder), []
+    manifest = found.manifest
     facts = Settings(manifest, checkpoint.MANIFEST, problems)
     config = config_from_state(facts.get("model", dict) or {}, problems)
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
@@ -63,12 +64,12 @@ def open_state(folder: Path) -> State:
         facts.problem(f"{config.n_parameters} parameters by its model, but there are only {n_bytes} bytes")
     if problems:
         raise DataError(f"{folder}: {join_problems(problems)}")
-    whole, _ = checkpoint.layout(folder, manifest)
+    whole, _ = checkpoint.read_layout(found)
     check_fit(folder, whole, as_shards(parameters_of(new_model(config, "meta", dtype))), PARAMETERS)
     base, tokenizer = find_base(folder, settings)
     is_hf = base is not None and kind_of(base) == "hf"
     generation_config = read_json(base / "generation_config.json") if is_hf else {}
-    return State(folder, config, dtype, base, tokenizer, generation_config)
+    return State(found, config, dtype, base, tokenizer, generation_config)
 
 
 def find_base(folder: Path, settings: dict[str, Any]) -> tuple[Path | None, str | None]:

@@ -12,7 +12,7 @@ from engine.base.errors import CriaError, UsageError
 from engine.base.files import read_json
 from engine.data import dataset as data
 from engine.data import packing
-from engine.distributed.fsdp import completes
+from engine.distributed.fsdp import set_last_micro_batch
 from engine.model.config import ModelConfig
 from engine.model.llama import Transformer, new_model
 from engine.planning.memory import CONTEXT_BYTES, MOST_TOKENS, cheapest_that_fits, layout_that_fits, setting_of
@@ -131,7 +131,7 @@ def confirm(job, model: Transformer, optimizer: AdamW) -> None:
             loss.backward()
         else:
             for last in (False, True):
-                completes(model, last)
+                set_last_micro_batch(model, last)
                 model.loss(batch).backward()
         return tokens
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import kernels
 from engine.base.host_memory import HostMemory, Offload
-from engine.distributed.fsdp import held
+from engine.distributed.fsdp import local_shards
 from engine.model.shard import Shard, first_row
 from kernels.ops.adamw import LEAST_8BIT, states_of
 from kernels.ops.eight_bit import BLOCK
@@ -44,7 +44,7 @@ class AdamW:
         self, model: nn.Module, *, beta1, beta2, eps, weight_decay, master="split", states="fp32", seed=0, impl="auto",
         offload=False, in_backward=False,
     ):  # fmt: skip
-        self.params, self.held = dict(model.named_parameters()), held(model)
+        self.params, self.held = dict(model.named_parameters()), local_shards(model)
         device = next(iter(self.params.values())).device
         self.states, self.offload, host = {}, None, HostMemory(pinned=device.type == "cuda")
         for name, p in self.params.items():  # one after the other: never more than one tensor's on the way

@@ -134,7 +134,7 @@ def prepare(config: FinetuneConfig, out: Path, signals: Signals, say, world: Wor
 
     check_ranks(config, model_config, world)
     read = partial(read_tables, config, tokenizer, say, world.is_main)
-    (table, skipped), *evals, cached = read() if config.token_cache == "off" else world.main_first(read)
+    (table, skipped), *evals, cached = read() if config.token_cache == "off" else world.on_main_first(read)
     held_out = evals[0][0].select() if evals else None
     if config.eval_fraction:
         kept, held = data.hold_out(range(len(table)), config.eval_fraction, config.seed)
@@ -280,27 +280,27 @@ def same_cuts(job: Job, recorded: dict) -> None:
         job.max_tokens = job.facts["max_tokens"] = recorded["max_tokens"]
 
 
-def find_resume(job: Job, say):
-    """(folder, manifest) of the state to go on from, or None to start. Raises UsageError when the run changed."""
+def find_resume(job: Job, say) -> checkpoint.Checkpoint | None:
+    """Return the checkpoint to go on from, or None to start. Raises UsageError when the run changed."""
     config, out = job.config, job.out
     if config.resume == "never":
         return None
     if config.resume == "auto":
-        found = checkpoint.newest(out, say)
+        found = checkpoint.find_newest(out, say)
     else:
-        found = Path(config.resume), checkpoint.verify(Path(config.resume))
-        if found[0].resolve().parent != out.resolve() and list_checkpoints(out):
+        found = checkpoint.open_checkpoint(Path(config.resume))
+        if found.folder.resolve().parent != out.resolve() and list_checkpoints(out):
             raise UsageError(
-                f"--resume {found[0]}: not a state of --out {out}, which has states of its own that it would replace; "
+                f"--resume {found.folder}: not a state of --out {out}, which has states of its own that it would replace; "
                 "choose a new --out"
             )
     if found is None:
         return None
-    same_cuts(job, found[1])
-    changed = changes(found[1], job.facts)
+    same_cuts(job, found.manifest)
+    changed = changes(found.manifest, job.facts)
     if changed and not config.allow_changed:
         raise UsageError(
-            f"{found[0]}: saved by a run with other settings ({'; '.join(changed)}); "
+            f"{found.folder}: saved by a run with other settings ({'; '.join(changed)}); "
             "pass --allow-changed to go on all the same, or --resume never to start over"
         )
     return found
@@ -328,7 +328,7 @@ def plan(job: Job) -> str:
     state = 2 * weights + sum(rest)
     world, ranks = job.world, ""
     if world.size > 1:
-        ranks = f", on {world.size} ranks: {layout_name(world.shards, world.replicas)}"
+        ranks = f", on {world.size} ranks: {layout_name(world.n_shards, world.replicas)}"
     emulated = job.device.type == "cpu" and job.dtype == torch.bfloat16 and not cpu_multiplies_bf16()
     slow = " (this CPU has no bf16 instructions: --dtype fp32 is faster)" if emulated else ""
     return (

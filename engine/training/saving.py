@@ -8,7 +8,7 @@ from engine.formats.find import list_checkpoints
 from engine.formats.save import save_hf
 from engine.model.llama import Transformer, new_model
 from engine.output import checkpoint
-from engine.output.folder import need_disk
+from engine.output.folder import require_disk_space
 from engine.planning.memory import state_bytes
 from engine.training.micro_batch_size import HALVED
 from engine.training.optimizer import AdamW
@@ -22,16 +22,16 @@ def room_for_states(job: Job) -> None:
     states = config.keep + 1 - len(list_checkpoints(out)) if job.keeps_states else 0
     weights, *rest, _ = state_bytes(job.model_config, job.dtype, config.master_weights, config.optimizer_states)
     need = weights + (weights + sum(rest)) * max(0, states)
-    need_disk(out, need, "free some, choose another folder, or lower --keep")
+    require_disk_space(out, need, "free some, choose another folder, or lower --keep")
 
 
 def save(job: Job, optimizer: AdamW, step: int) -> None:
     """A training state on the way, written by a thread: a full disk costs this one, not the run."""
-    job.world.at(f"the save of step {step}")
+    job.world.note_place(f"the save of step {step}")
     saved_meanwhile(job, wait=True)
     facts = job.facts | {"n_updates": optimizer.n_updates}
     job.saving = step
-    job.saver.save(step, optimizer.tensors() if job.world.writes else {}, facts)
+    job.saver.save(step, optimizer.tensors() if job.world.writes_checkpoint else {}, facts)
 
 
 def saved_meanwhile(job: Job, wait: bool = False) -> None:
@@ -61,7 +61,7 @@ def save_or_fail(job: Job, optimizer: AdamW, step: int, why: str) -> None:
         done = job.saver.wait()
     except OSError as error:
         text = f"{why}; step {step}: the state could not be saved ({error.strerror or error})"
-        raise job.world.alike(CriaError(text)) from None
+        raise job.world.error_on_all_ranks(CriaError(text)) from None
     job.saved = done.step
     job.metrics.write("save", step=step, path=done.folder.name, seconds=done.seconds, bytes=done.bytes)
 
@@ -77,20 +77,18 @@ def roll_back(job: Job, optimizer: AdamW) -> int | None:
     """To the newest state on disk. Returns its step; None, and nothing has changed, where there is none yet."""
     saved_meanwhile(job, wait=True)
     world = job.world
-    find = partial(checkpoint.newest, job.out, job.progress.say)
-    found = world.from_main(world.together(lambda: find() if world.is_main else None))
+    found = world.on_main(partial(checkpoint.find_newest, job.out, job.progress.say))
     if found is None:
         return None
     load_state(found, optimizer)
-    world.meet()  # it is read everywhere before it may be removed
-    return found[1]["step"]
+    world.wait_for_all()  # it is read everywhere before it may be removed
+    return found.step
 
 
-def load_state(found: tuple, optimizer: AdamW) -> None:
-    """A state, (folder, manifest), into the model and its optimizer."""
-    folder, manifest = found
-    checkpoint.load(folder, optimizer.tensors())
-    optimizer.n_updates = manifest["n_updates"]
+def load_state(found: checkpoint.Checkpoint, optimizer: AdamW) -> None:
+    """Load a checkpoint into the model and its optimizer."""
+    checkpoint.load(found, optimizer.tensors())
+    optimizer.n_updates = found.manifest["n_updates"]
 
 
 # ---- the model ----------------------------------------------------------------------------------------------------
@@ -112,17 +110,17 @@ def finish(job: Job, model: Transformer, optimizer: AdamW) -> None:
             (job.out / HALVED).unlink(missing_ok=True)
     except OSError as error:
         problem = error.strerror or str(error)
-    if problem := job.world.from_main(problem):
+    if problem := job.world.broadcast(problem):
         why = f"the model could not be written ({problem})"
         save_or_fail(job, optimizer, job.total_steps, why)
         text = f"{why}; the training state is saved: make room and run the same command again"
-        raise job.world.alike(CriaError(text))
+        raise job.world.error_on_all_ranks(CriaError(text))
 
 
 def whole_model(job: Job, model: Transformer) -> Transformer | None:
     """The model in the host's memory of the first rank."""
-    job.world.at("the model's export")
-    tensors = fsdp.gathered(model, job.world)
+    job.world.note_place("the model's export")
+    tensors = fsdp.gather_parameters(model, job.world)
     if not job.world.is_main:
         return None
     whole = new_model(job.model_config, "meta", job.dtype)

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 from engine.data.packing import Packing, make_micro_batches
-from engine.distributed.fsdp import held
+from engine.distributed.fsdp import local_shards
 from engine.model.llama import new_model
 from engine.planning.memory import CONTEXT_BYTES, memory
 from engine.training.optimizer import AdamW, lr_factor
@@ -97,7 +97,7 @@ class Steps:
         self.device = torch.device(DEVICE)
         impl = variant.impl
         self.model = new_model(self.config, self.device, DTYPE, impl, variant.recompute, accumulate=True, shard=shard)
-        self.model.init_weights(0, held(self.model))
+        self.model.init_weights(0, local_shards(self.model))
         self.optimizer = AdamW(
             self.model, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, master=variant.master,
             states=variant.states, impl=impl, offload=variant.offload,

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from engine import finetune
 from engine.base.errors import exit_code_of
-from engine.distributed.fsdp import shard
+from engine.distributed.fsdp import shard_model
 from engine.formats.find import list_checkpoints
 from engine.output import checkpoint
 from engine.output.folder import read_lines
@@ -70,12 +70,12 @@ def about(variant: Variant, smoke: bool) -> dict:
 
 @contextlib.contextmanager
 def one_rank():
-    """shard() over a process group of this process alone, on a mesh of its own: a World of one rank has none."""
+    """shard_model() over a process group of this process alone, on a mesh of its own: a World of one rank has none."""
     with tempfile.TemporaryDirectory(prefix="cria-store-") as folder:
         dist.init_process_group(BACKEND, store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
         try:
             mesh = init_device_mesh(DEVICE, (1,), mesh_dim_names=("shards",))
-            yield partial(shard, world=SimpleNamespace(mesh=mesh))
+            yield partial(shard_model, world=SimpleNamespace(mesh=mesh))
         finally:
             dist.destroy_process_group()
 
@@ -176,15 +176,15 @@ def saved_and_resumed(variant, smoke, cut, folder):
         saved = saver.wait()
         saver.close()
         last = steps.losses[half:]
-    manifest = checkpoint.verify(saved.folder)
+    found = checkpoint.open_checkpoint(saved.folder)
     for how in (None, cut):
         with begun(how) as steps:
             tensors = steps.optimizer.tensors()
-            checkpoint.load(saved.folder, tensors)
+            checkpoint.load(found, tensors)
             wrong = [name for name, s in tensors.items() if not torch.equal(s.tensor, kept[name])]
             if wrong or tensors.keys() != kept.keys():
                 raise Differs(f"{len(wrong)} tensors of a state that was read back, {'sharded' if how else 'plain'}")
-            steps.optimizer.n_updates = manifest["n_updates"]
+            steps.optimizer.n_updates = found.manifest["n_updates"]
             for step in range(half + 1, n + 1):
                 steps.take(step)
             steps.read()
@@ -216,7 +216,7 @@ def check_two_ranks(smoke: bool, spent=lambda: False) -> dict:
             if ours[key] != wanted[key] or not ours[key]:
                 raise Differs(f"{key} a step: {ours[key]} of two ranks, {wanted[key]} of one")
         newest = list_checkpoints(two)[-1][1]
-        files = checkpoint.verify(newest)["files"]
+        files = checkpoint.open_checkpoint(newest).manifest["files"]
         if len(files) != 2:
             raise Differs(f"{newest.name} of two ranks is in {len(files)} files")
         loss, norm = (max(map(apart, ours[key], wanted[key])) for key in ("loss", "grad_norm"))

@@ -2,7 +2,7 @@
 
     python -m scripts.step.ranks [--only NAME ...] [--json FILE] [--minutes M] [--smoke]
 
-one rank   scripts.step.bench's step of a model that engine.distributed.world.shard() cut over one rank, over the plain step.
+one rank   scripts.step.bench's step of a model that engine.distributed.fsdp.shard_model() cut over one rank, over the plain step.
            A run of one rank never shards: this is what FSDP2 itself takes, beside what goes over wires. At this size
            it copies what it would gather and reduce, so NCCL carries nothing. Blocks of both alternate, each from
            fresh weights, as two models of 7B do not fit a card; a ratio is that of two neighbours' median steps.

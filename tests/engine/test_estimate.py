@@ -28,7 +28,7 @@ from engine.base.flags import from_cli
 from engine.data import packing
 from engine.data.dataset import Dataset
 from engine.data.prefixes import find_shared_prefixes
-from engine.distributed.fsdp import shard
+from engine.distributed.fsdp import shard_model
 from engine.estimate import SHARED, EstimateConfig, estimate, main
 from engine.model.batch import MicroBatch, Ready
 from engine.model.config import MODELS, ModelConfig
@@ -568,7 +568,7 @@ def sharded(c, dtype, replicas, shards, recompute="cheap"):
     mesh = init_device_mesh("cpu", (replicas, shards)[replicas == 1 :], mesh_dim_names=names[replicas == 1 :])
     model = new_model(c, "cpu", dtype, "ref", recompute)
     model.init_weights(0)
-    shard(model, SimpleNamespace(mesh=mesh, replicas=replicas, shards=shards))
+    shard_model(model, SimpleNamespace(mesh=mesh, replicas=replicas, shards=shards))
     documents, rows = torch.tensor([[0, 8, 0, 0]], dtype=torch.int32), torch.arange(5, 8)
     batch = MicroBatch(
         torch.randint(301, (8,)), torch.arange(8), documents, rows, torch.randint(301, (3,)), torch.ones(3)

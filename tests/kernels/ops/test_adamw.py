@@ -424,7 +424,7 @@ def test_resumed_is_bit_equal(dtype, master, states, tmp_path):
     go(unbroken, range(3))
     checkpoint.save(tmp_path, 3, unbroken.tensors(), {}, keep=1)
     resumed = optimizer_of(1)
-    checkpoint.load(tmp_path / "checkpoint-3", resumed.tensors())
+    checkpoint.load(checkpoint.open_checkpoint(tmp_path / "checkpoint-3"), resumed.tensors())
     resumed.n_updates = unbroken.n_updates
     go(unbroken, range(3, 6)), go(resumed, range(3, 6))
     ours, theirs = resumed.tensors(), unbroken.tensors()
