@@ -13,7 +13,7 @@ import torch
 from engine.base.device import DTYPES
 from engine.base.errors import CriaError, DataError, UsageError, exit_code_of
 from engine.base.flags import from_cli, knob
-from engine.formats.find import find_model, kind_of
+from engine.formats.find import detect_kind, find_model
 from engine.formats.save import save_hf, save_meta
 from engine.formats.source import open_source
 from engine.model.llama import new_model
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out}: exists and is not empty; choose another folder")
     path = find_model(config.model)
-    if kind_of(path) == "state":
+    if detect_kind(path) == "state":
         source = open_state(path)
         tokenizer = find_tokenizer_of_state(source, config.tokenizer)
     else:

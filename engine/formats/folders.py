@@ -1,21 +1,23 @@
-"""Folders of model files: what may be opened in one from elsewhere, and how a model in one is replaced whole."""
+"""Model folders: only their own files are opened, and a model in one is replaced whole."""
 
 import json
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from engine.base.errors import DataError
+from engine.base.errors import DataError, summarize_error
 from engine.base.files import sync_folder, write_synced
-from engine.formats.tensor_files import MAX_HEADER_BYTES, first_line
+from engine.formats.tensor_files import MAX_HEADER_BYTES
 
 
-def member(folder: Path, name: str) -> Path:
-    """The path of a file in the folder. Raises DataError for names and links that lead out of it, and what is no file.
+def find_member(folder: Path, name: str) -> Path:
+    """Return the path of a file in the folder, whose name came from a file and is not trusted.
 
-    Hugging Face's cache keeps snapshots/<revision>/<name> as links to blobs/ beside it: those may be followed.
+    Raise DataError when the name or a link leads out of the folder, or when it is no regular file. Hugging Face's cache
+    keeps snapshots/<revision>/<name> as links to blobs/ beside snapshots/: these links may be followed.
     """
     if not name or name in (".", "..") or any(sign in name for sign in "/\\:\0"):
         raise DataError(f"{name!r} is not the name of a file in this folder; refused")
@@ -35,10 +37,10 @@ def member(folder: Path, name: str) -> Path:
     return path
 
 
-def read_json(folder, name, problems) -> dict | None:
-    """The object in a JSON file, or None and a problem."""
+def read_json_member(folder: Path, name: str, problems: list[str]) -> dict[str, Any] | None:
+    """Return the object in a JSON file of the folder, or None after adding what is wrong with it to problems."""
     try:
-        path = member(folder, name)
+        path = find_member(folder, name)
         if path.stat().st_size > MAX_HEADER_BYTES:
             raise ValueError(f"{path.stat().st_size} bytes, wanted under {MAX_HEADER_BYTES}")
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -48,22 +50,27 @@ def read_json(folder, name, problems) -> dict | None:
     except DataError as error:
         problems.append(str(error))
     except (OSError, ValueError, RecursionError) as error:
-        problems.append(f"{name}: not sound JSON: {first_line(error)}")
+        problems.append(f"{name}: not sound JSON: {summarize_error(error)}")
+    return None
 
 
-def json_writer(value) -> Callable[[Path], None]:
+def make_json_writer(value: Any) -> Callable[[Path], None]:
+    """Return a function that writes the value as indented JSON to a path, for replace_files."""
     return lambda path: write_synced(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def replace_files(folder: Path, writers: dict[str, Callable[[Path], None]], stale: str):
-    """Writes files into a folder, the last name being the one without which it is no model, and removes old files whose
-    names match stale. Killed at any moment, it leaves the old model, the new one, or none; never a mixture.
+def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], object]], stale: str) -> None:
+    """Write the files of a model into a folder in place of an old model.
+
+    Killed at any moment, this leaves the old model, the new one, or none, never a mixture: without the last of the
+    names a folder is no model. stale: a pattern of the old model's names; files of these names are removed unless they
+    are written again. Raise OSError when the disk refuses a new file; the old model is then as it was.
     """
     folder.mkdir(parents=True, exist_ok=True)
     temporaries = {name: folder / f".tmp-{name}" for name in writers}
     for old in folder.glob(".tmp-*"):
         if old.name.removeprefix(".tmp-") in writers or re.fullmatch(stale, old.name.removeprefix(".tmp-")):
-            old.unlink()  # of a save that was killed
+            old.unlink()  # left by a save that was killed
     try:
         for name, path in temporaries.items():
             writers[name](path)

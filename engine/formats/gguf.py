@@ -1,28 +1,34 @@
-"""GGUF files opened: metadata and tensors, dequantised a few rows at a time."""
+"""GGUF files of llama.cpp: their metadata, and their tensors, which are dequantised a few rows at a time.
+
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. gguf.GGUFReader is not used: it checks no length
+against the file, so that a flipped bit in a count makes it fill memory. The gguf package undoes the quantisation.
+"""
 
 import math
 import mmap
 import struct
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
 
-from engine.base.errors import DataError, UsageError
-from engine.formats.tensor_files import Stored, first_line
+from engine.base.errors import DataError, UsageError, summarize_error
+from engine.formats.tensor_files import Block, Stored
 
-BLOCK_ELEMENTS = 1 << 18  # of GGUF dequantised at a time; gguf's temporaries are a few times that
-GGUF_SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
-GGUF_FLOAT32, GGUF_STRING, GGUF_ARRAY = 6, 8, 9
+BLOCK_ELEMENTS = 1 << 18  # dequantised at a time; the temporaries of gguf take a few times as much
+SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))  # kind of value: struct's code
+FLOAT32, STRING, ARRAY = 6, 8, 9  # kinds of value
+MAX_DIMENSIONS = 4
 
 
-def open_gguf(path: Path) -> tuple[dict, dict[str, Stored]]:
-    """Metadata and tensors, which are dequantised to fp32 a few rows at a time.
+def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
+    """Return (metadata, tensors) of a GGUF file; the tensors are dequantised, to fp32, when they are read.
 
-    gguf.GGUFReader checks no length against the file: a flipped bit in a count makes it fill memory. Source:
-    https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-    Raises DataError, and UsageError when the gguf package is missing.
+    Raise DataError for a broken file, and UsageError when the gguf package is missing.
     """
     try:
         import gguf
@@ -33,97 +39,119 @@ def open_gguf(path: Path) -> tuple[dict, dict[str, Stored]]:
     try:
         with path.open("rb") as file:
             pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return read_gguf(path.name, pages, gguf)
+        return read_header(path.name, pages, gguf)
     except (OSError, ValueError, struct.error, RecursionError, OverflowError) as error:
-        raise DataError(f"{path.name}: not a sound GGUF file, truncated or corrupt: {first_line(error)}") from error
+        summary = summarize_error(error)
+        raise DataError(f"{path.name}: not a sound GGUF file, truncated or corrupt: {summary}") from error
 
 
-def read_gguf(file, pages, gguf):
-    at = 0
+class Cursor:
+    """Values read one after the other from a mapped file. A read past its end raises ValueError or struct.error."""
 
-    def take(code):
-        nonlocal at
-        (value,) = struct.unpack_from("<" + code, pages, at)  # struct.error past the end
-        at += struct.calcsize(code)
+    def __init__(self, pages: mmap.mmap):
+        self.pages, self.position = pages, 0
+
+    def read(self, code: str) -> Any:
+        """Return the little-endian number of a struct code."""
+        (value,) = struct.unpack_from("<" + code, self.pages, self.position)
+        self.position += struct.calcsize(code)
         return value
 
-    def skip(n_bytes):
-        nonlocal at
-        if n_bytes > len(pages) - at:
-            raise ValueError(f"{n_bytes} bytes wanted at {at}, the file ends at {len(pages)}")
-        at += n_bytes
-        return at - n_bytes
+    def skip(self, n_bytes: int) -> int:
+        """Move n_bytes on, and return the position before."""
+        if n_bytes > len(self.pages) - self.position:
+            raise ValueError(f"{n_bytes} bytes wanted at {self.position}, the file ends at {len(self.pages)}")
+        self.position += n_bytes
+        return self.position - n_bytes
 
-    def text():
-        start = skip(take("Q"))
-        return pages[start:at].decode()
+    def read_text(self) -> str:
+        """Return a string, which is stored after its length."""
+        start = self.skip(self.read("Q"))
+        return self.pages[start : self.position].decode()
 
-    def value(kind):
-        if kind in GGUF_SCALARS:
-            number = take(GGUF_SCALARS[kind])
-            return float(str(np.float32(number))) if kind == GGUF_FLOAT32 else number  # 1e-5, not 9.99999974e-6
-        if kind == GGUF_STRING:
-            return text()
-        if kind != GGUF_ARRAY:
+    def read_value(self, kind: int) -> Any:
+        """Return a value of the metadata: a number, a bool, a string or a list."""
+        if kind in SCALARS:
+            number = self.read(SCALARS[kind])
+            return float(str(np.float32(number))) if kind == FLOAT32 else number  # 1e-5, not 9.99999974e-6
+        if kind == STRING:
+            return self.read_text()
+        if kind != ARRAY:
             raise ValueError(f"unknown kind of metadata {kind}")
-        element, length = take("I"), take("Q")
-        if element in GGUF_SCALARS:
-            code = GGUF_SCALARS[element]
-            start = skip(length * struct.calcsize(code))
-            return list(struct.unpack_from(f"<{length}{code}", pages, start))
-        return [value(element) for _ in range(length)]  # ends at the end of the file: each takes some of it
+        element, length = self.read("I"), self.read("Q")
+        if element in SCALARS:
+            code = SCALARS[element]
+            start = self.skip(length * struct.calcsize(code))
+            return list(struct.unpack_from(f"<{length}{code}", self.pages, start))
+        return [self.read_value(element) for _ in range(length)]  # ends with the file: each element takes some of it
 
+
+def read_header(file: str, pages: mmap.mmap, gguf: ModuleType) -> tuple[dict[str, Any], dict[str, Stored]]:
+    """Return (metadata, tensors). Raise ValueError, struct.error, RecursionError or OverflowError for a broken file."""
     if pages[:4] != b"GGUF":
         raise ValueError("it does not begin with GGUF")
-    skip(4)
-    version = take("I")
+    cursor = Cursor(pages)
+    cursor.skip(4)
+    version = cursor.read("I")
     if version not in (2, 3):
         raise ValueError(f"version {version}, wanted 2 or 3, little-endian")
-    n_tensors, n_values = take("Q"), take("Q")
+    n_tensors, n_values = cursor.read("Q"), cursor.read("Q")
     metadata = {}
     for _ in range(n_values):
-        name = text()
-        metadata[name] = value(take("I"))
-    infos = []
-    for _ in range(n_tensors):
-        name, n_dims = text(), take("I")
-        if n_dims > 4:
-            raise ValueError(f"{name} has {n_dims} dimensions")
-        shape = tuple(take("Q") for _ in range(n_dims))[::-1]
-        infos.append((name, shape, take("I"), take("Q")))
+        name = cursor.read_text()
+        metadata[name] = cursor.read_value(cursor.read("I"))
+    infos = [read_tensor_info(cursor) for _ in range(n_tensors)]
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1:
         raise ValueError(f"general.alignment is {alignment}")
-    base = at + -at % alignment
-    stored = {}
+    base = cursor.position + -cursor.position % alignment
+    stored: dict[str, Stored] = {}
     for name, shape, kind, offset in infos:
         if name in stored:
             raise ValueError(f"two tensors named {name}")
-        kind = gguf.GGMLQuantizationType(kind)  # ValueError for one that it does not know
-        block_elements, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        n_elements = math.prod(shape)
-        if not shape or 0 in shape or shape[-1] % block_elements:
-            raise ValueError(f"{name} of shape {shape} is not made of {kind.name} blocks of {block_elements}")
-        if base + offset + n_elements // block_elements * block_bytes > len(pages):
-            raise ValueError(f"{name} goes past the end of the file, {len(pages)} bytes")
-        rows = partial(dequantised_rows, gguf, pages, kind, base + offset, shape)
-        try:
-            gguf.dequantize(np.zeros(block_bytes, np.uint8), kind)
-            dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind.name, torch.float32)
-        except NotImplementedError:
-            dtype = kind.name
-        stored[name] = Stored(file, shape, dtype, rows)
+        stored[name] = open_tensor(file, pages, gguf, name, shape, kind, base + offset)
     return metadata, stored
 
 
-def dequantised_rows(gguf, pages, kind, start, shape):
+def read_tensor_info(cursor: Cursor) -> tuple[str, tuple[int, ...], int, int]:
+    """Return (name, shape, kind of quantisation, offset behind the header) of a tensor."""
+    name, n_dims = cursor.read_text(), cursor.read("I")
+    if n_dims > MAX_DIMENSIONS:
+        raise ValueError(f"{name} has {n_dims} dimensions")
+    shape = tuple(cursor.read("Q") for _ in range(n_dims))[::-1]
+    return name, shape, cursor.read("I"), cursor.read("Q")
+
+
+def open_tensor(
+    file: str, pages: mmap.mmap, gguf: ModuleType, name: str, shape: tuple[int, ...], kind: int, start: int
+) -> Stored:
+    """Return a tensor that begins at byte start. Raise ValueError when the file cannot hold it."""
+    quantisation = gguf.GGMLQuantizationType(kind)  # ValueError for one that the package does not know
+    block_elements, block_bytes = gguf.GGML_QUANT_SIZES[quantisation]
+    n_elements = math.prod(shape)
+    if not shape or 0 in shape or shape[-1] % block_elements:
+        raise ValueError(f"{name} of shape {shape} is not made of {quantisation.name} blocks of {block_elements}")
+    if start + n_elements // block_elements * block_bytes > len(pages):
+        raise ValueError(f"{name} goes past the end of the file, {len(pages)} bytes")
+    try:
+        gguf.dequantize(np.zeros(block_bytes, np.uint8), quantisation)
+        dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(quantisation.name, torch.float32)
+    except NotImplementedError:
+        dtype = quantisation.name
+    return Stored(file, shape, dtype, partial(dequantise_rows, gguf, pages, quantisation, start, shape))
+
+
+def dequantise_rows(
+    gguf: ModuleType, pages: mmap.mmap, quantisation: Any, start: int, shape: tuple[int, ...]
+) -> Iterator[Block]:
+    """Yield the rows of a tensor in fp32, about BLOCK_ELEMENTS elements at a time, as Stored.blocks does."""
     n_rows, n_columns = (1, *shape)[-2:]
-    block_elements, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    block_elements, block_bytes = gguf.GGML_QUANT_SIZES[quantisation]
     row_bytes = n_columns // block_elements * block_bytes
     step = max(1, BLOCK_ELEMENTS // n_columns)
     for row in range(0, n_rows, step):
         n = min(step, n_rows - row)
         raw = np.frombuffer(pages, np.uint8, n * row_bytes, start + row * row_bytes)
         # As one long row: gguf loops over rows in Python. A copy: torch warns of pages that are read-only.
-        part = torch.from_numpy(np.array(gguf.dequantize(raw.reshape(1, -1), kind)))
+        part = torch.from_numpy(np.array(gguf.dequantize(raw.reshape(1, -1), quantisation)))
         yield row, 0, part.view(n, n_columns) if len(shape) > 1 else part[0]

@@ -4,9 +4,11 @@
     wqkv (wq, wk, wv)    q_proj, k_proj, v_proj     wq, wk (rows paired), wv        attn_q, attn_k (rows paired), attn_v
     w13 (w1, w3)         gate_proj, up_proj         w1, w3                          ffn_gate, ffn_up
 
-RoPE turns row i of a head with row i + Dh/2 here and at Hugging Face, row 2i with 2i + 1 at Meta and in GGUF.
+RoPE turns row i of a head together with row i + Dh/2 in our parameters and at Hugging Face, and row 2i with row 2i + 1
+at Meta and in GGUF.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,27 +37,27 @@ LAYER_NAMES = {
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor of another program: rows of one of our parameters."""
+    """A tensor of another program, as rows of one of our parameters."""
 
     parameter: str
     first_row: int
     shape: tuple[int, ...]
-    paired_heads: int  # heads whose rows come in neighbour pairs; 0: the rows are in our order
+    paired_heads: int  # heads whose rows come in neighbouring pairs; 0: the rows are in our order
 
-    def of(self, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Its rows, a view."""
+    def rows_of(self, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the piece's rows of its parameter, a view."""
         return parameters[self.parameter][self.first_row : self.first_row + self.shape[0]]
 
 
 def list_pieces(config: ModelConfig, program: str) -> dict[str, Piece]:
-    """{its name: Piece}, all that a checkpoint of this shape holds, in Hugging Face's order."""
+    """Return {tensor name: Piece} of everything that a checkpoint of this shape holds, in Hugging Face's order."""
     column = PROGRAMS.index(program)
     dim, hidden = config.dim, config.hidden_dim
     q_rows, kv_rows = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    paired = program != "hf"
+    q_pairs, k_pairs = (0, 0) if program == "hf" else (config.n_heads, config.n_kv_heads)
     layer = {  # name: parameter, first row, shape, paired heads
-        "wq": ("wqkv", 0, (q_rows, dim), paired * config.n_heads),
-        "wk": ("wqkv", q_rows, (kv_rows, dim), paired * config.n_kv_heads),
+        "wq": ("wqkv", 0, (q_rows, dim), q_pairs),
+        "wk": ("wqkv", q_rows, (kv_rows, dim), k_pairs),
         "wv": ("wqkv", q_rows + kv_rows, (kv_rows, dim), 0),
         "wo": ("wo", 0, (dim, q_rows), 0),
         "w1": ("w13", 0, (hidden, dim), 0),
@@ -67,18 +69,19 @@ def list_pieces(config: ModelConfig, program: str) -> dict[str, Piece]:
     table = {GLOBAL_NAMES["tok_embeddings"][column]: Piece("tok_embeddings", 0, (config.vocab_size, dim), 0)}
     for i in range(config.n_layers):
         for name, (parameter, first_row, shape, heads) in layer.items():
-            theirs = LAYER_PREFIXES[column].format(i) + LAYER_NAMES[name][column]
-            table[theirs] = Piece(f"layers.{i}.{parameter}", first_row, shape, heads)
+            their_name = LAYER_PREFIXES[column].format(i) + LAYER_NAMES[name][column]
+            table[their_name] = Piece(f"layers.{i}.{parameter}", first_row, shape, heads)
     table[GLOBAL_NAMES["norm"][column]] = Piece("norm", 0, (dim,), 0)
     if not config.tied:
         table[GLOBAL_NAMES["output"][column]] = Piece("output", 0, (config.vocab_size, dim), 0)
     return table
 
 
-def pairs_to_halves(rows, heads):
-    """(heads Dh, D) with neighbours paired -> the same rows in our order; a copy."""
-    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(rows.shape)
+def pairs_to_halves(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Return a copy of (heads Dh, D) rows in our order; in rows, RoPE turns neighbours 2i and 2i + 1 of a head."""
+    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(rows.shape)  # (H, Dh/2, 2, D) -> (H, 2, Dh/2, D)
 
 
-def halves_to_pairs(rows, heads):
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(rows.shape)
+def halves_to_pairs(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Return a copy of (heads Dh, D) rows with those that RoPE turns together as neighbours: pairs_to_halves undone."""
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(rows.shape)  # (H, 2, Dh/2, D) -> (H, Dh/2, 2, D)

@@ -1,71 +1,83 @@
-"""Folders and files of other programs <-> our Transformer.
+"""Models of other programs, checked and read into our Transformer.
 
-    hf     config.json + model.safetensors, its shards, or pytorch_model.bin     read and written
-    meta   params.json + consolidated.00.pth ... one a model-parallel rank       read (any number) and written (one)
-    gguf   one file, any quantisation that the gguf package undoes               read
+    hf     config.json + model.safetensors, several of them, or pytorch_model.bin
+    meta   params.json + consolidated.00.pth ..., one for each of any number of model-parallel ranks
+    gguf   one file, any quantisation that the gguf package undoes
 
-open_source checks everything before anything big is allocated. Tensors then go one by one straight into their rows of
-our merged parameters, so beside the model there is at most a copy of one tensor.
+open_source checks everything before anything big is allocated. The tensors then go one by one straight into their rows
+of our merged parameters, so beside the model there is at most a copy of one tensor.
 """
 
-import contextlib
 import os
 import re
 from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from engine.base.errors import DataError
 from engine.formats.configs import config_from_gguf, config_from_hf, config_from_meta, join_problems
-from engine.formats.find import is_training_state, kind_of, list_checkpoints
-from engine.formats.folders import member, read_json
+from engine.formats.find import detect_kind, is_training_state, list_checkpoints
+from engine.formats.folders import find_member, read_json_member
 from engine.formats.gguf import open_gguf
-from engine.formats.names import GLOBAL_NAMES, PROGRAMS, list_pieces, pairs_to_halves
-from engine.formats.tensor_files import Stored, open_pth, open_safetensors
+from engine.formats.names import GLOBAL_NAMES, PROGRAMS, Piece, list_pieces, pairs_to_halves
+from engine.formats.tensor_files import Block, Stored, open_pth, open_safetensors
 from engine.model.config import ModelConfig
 from engine.model.llama import Transformer
+from engine.model.shard import Shard
 
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq|rope\.freqs")  # computed from the config; 2023 checkpoints hold them
+FileOpener = Callable[[Path], dict[str, Stored]]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The content of a model's files, before it is checked."""
+
+    config: ModelConfig | None = None  # None after a fault that leaves nothing to check the tensors against
+    stored: dict[str, Stored] = field(default_factory=dict)
+    lost: Collection[str] = ()  # tensors in files that did not open, which is a problem of its own
 
 
 @dataclass(frozen=True)
 class Source:
-    """An opened checkpoint: everything known, nothing big allocated."""
+    """A checked model of another program, whose tensors can be read. Nothing big is allocated yet."""
 
     path: Path
     kind: str  # "hf", "meta" or "gguf"
     config: ModelConfig
-    dtype: torch.dtype  # that most of the weights are stored in; of quantised ones fp32
-    generation_config: dict  # of the folder's generation_config.json, {} if none
+    dtype: torch.dtype  # of most of the weights; fp32 where they are quantised
+    generation_config: dict[str, Any]  # generation_config.json, {} if the folder has none
     stored: dict[str, Stored] = field(repr=False)
 
     @torch.no_grad()
-    def read_into(self, model: Transformer, held=None) -> None:
-        """Fills every parameter of a model of this config, converting to its dtype and device.
+    def read_into(self, model: Transformer, shards: Mapping[str, Shard] | None = None) -> None:
+        """Fill every parameter of a model of this config, converted to its dtype and device.
 
-        held: {parameter: the rows that are here} of a sharded model: of what is here in part, one whole tensor of the
-        checkpoint at a time is in memory.
+        shards: {parameter: the rows that this rank holds} of a sharded model. For a parameter that is held in part, one
+        whole tensor of the checkpoint at a time is in memory.
         """
         if model.config != self.config:
             raise ValueError(f"read_into: the model is {model.config}, {self.path} holds {self.config}")
         parameters = dict(model.named_parameters())
         for name, piece in list_pieces(self.config, self.kind).items():
-            here = held[piece.parameter] if held else None
-            if here is None or not here.rows:
-                self.fill(name, piece, piece.of(parameters))
+            shard = shards[piece.parameter] if shards else None
+            if shard is None or not shard.rows:
+                self.read_piece(name, piece, piece.rows_of(parameters))
                 continue
             first, end = piece.first_row, piece.first_row + piece.shape[0]
-            first, end = max(first, here.first), min(end, here.first + len(here.tensor))
+            first, end = max(first, shard.first), min(end, shard.first + len(shard.tensor))
             if first < end:
-                whole = here.tensor.new_empty(piece.shape)
-                self.fill(name, piece, whole)
+                whole = shard.tensor.new_empty(piece.shape)
+                self.read_piece(name, piece, whole)
                 wanted = whole[first - piece.first_row : end - piece.first_row]
-                here.tensor[first - here.first : end - here.first] = wanted
+                shard.tensor[first - shard.first : end - shard.first] = wanted
 
-    def fill(self, name, piece, rows):
-        """rows: all of a piece's."""
+    def read_piece(self, name: str, piece: Piece, rows: torch.Tensor) -> None:
+        """Read a tensor into all the rows of its piece."""
         for row, column, part in self.stored[name].blocks():
             target = rows[row : row + len(part)]
             if part.ndim == 2:
@@ -76,47 +88,57 @@ class Source:
 
 
 def open_source(path: Path) -> Source:
-    """Opens a Hugging Face or Meta folder, or a .gguf file. Raises DataError listing every problem at once."""
-    path, problems = Path(path), []
-    with naming(path):
-        kind = kind_of(path)
-        config, stored, lost = OPENERS.get(kind, refuse)(path, problems)
-        generation_config = {}
-        if kind == "hf" and os.path.lexists(path / "generation_config.json"):
-            generation_config = read_json(path, "generation_config.json", problems) or {}
-        if config:
-            check_tensors(config, kind, stored, lost, problems)
-        if problems:
-            raise DataError(join_problems(problems))
-    sizes = Counter()
-    for tensor in stored.values():
-        sizes[tensor.dtype] += torch.Size(tensor.shape).numel()
-    return Source(path, kind, config, sizes.most_common(1)[0][0], generation_config, stored)
-
-
-def refuse(path, problems):
-    """What is no model, though one may be had from it."""
-    export = "python -m engine.export --model {} --out DIR"
-    if is_training_state(path):
-        raise DataError(f"holds a training state, not a model; {export.format(path)} makes one of it")
-    if states := list_checkpoints(path):
-        raise DataError(f"holds training states, no model yet; {export.format(states[-1][1])} makes one of the newest")
-    got = "holds neither" if path.is_dir() else "is none" if path.exists() else "does not exist"
-    raise DataError(f"{got}; wanted a folder with config.json or params.json, or a .gguf file")
-
-
-@contextlib.contextmanager
-def naming(path):
+    """Open a Hugging Face or Meta folder, or a .gguf file. Raise DataError that lists every problem at once."""
+    path = Path(path)
+    problems: list[str] = []
     try:
-        yield
+        kind = detect_kind(path)
+        if kind is None or kind not in OPENERS:
+            raise DataError(explain_no_model(path))
+        opened = OPENERS[kind](path, problems)
+        generation_config = None
+        if kind == "hf" and os.path.lexists(path / "generation_config.json"):
+            generation_config = read_json_member(path, "generation_config.json", problems)
+        if opened.config:
+            check_tensors(opened.config, kind, opened.stored, opened.lost, problems)
+        if problems or opened.config is None:
+            raise DataError(join_problems(problems))
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
+    dtype = most_common_dtype(opened.stored)
+    return Source(path, kind, opened.config, dtype, generation_config or {}, opened.stored)
 
 
-def check_tensors(config, kind, stored, lost, problems):
-    """Names, shapes and dtypes of the stored tensors against the config. Drops from stored what nobody reads.
+def most_common_dtype(stored: dict[str, Stored]) -> torch.dtype:
+    """Return the dtype that most of the weights are stored in."""
+    sizes: Counter[Any] = Counter()
+    for tensor in stored.values():
+        sizes[tensor.dtype] += torch.Size(tensor.shape).numel()
+    return sizes.most_common(1)[0][0]
 
-    lost: names that are in files which did not open, a problem that is told already.
+
+def explain_no_model(path: Path) -> str:
+    """Return why a path holds no model, and the command that makes one where a training state is found."""
+    export = "python -m engine.export --model {} --out DIR"
+    if is_training_state(path):
+        return f"holds a training state, not a model; {export.format(path)} makes one of it"
+    if states := list_checkpoints(path):
+        return f"holds training states, no model yet; {export.format(states[-1][1])} makes one of the newest"
+    got = "does not exist"
+    if path.exists():
+        got = "holds neither" if path.is_dir() else "is none"
+    return f"{got}; wanted a folder with config.json or params.json, or a .gguf file"
+
+
+# ---- tensors against the config -------------------------------------------------------------------------------------
+
+
+def check_tensors(
+    config: ModelConfig, kind: str, stored: dict[str, Stored], lost: Collection[str], problems: list[str]
+) -> None:
+    """Add a problem for every tensor whose name, shape or dtype the config does not want, and for missing ones.
+
+    Tensors that nobody reads are dropped from stored.
     """
     n_tensors = len(stored) + len(lost)
     if config.n_layers > n_tensors:  # before a table is made of them
@@ -126,7 +148,7 @@ def check_tensors(config, kind, stored, lost, problems):
     column = PROGRAMS.index(kind)
     head, embedding = GLOBAL_NAMES["output"][column], GLOBAL_NAMES["tok_embeddings"][column]
     if config.tied and head in stored and embedding in stored:
-        if same(stored[head], stored[embedding]):
+        if is_equal(stored[head], stored[embedding]):
             del stored[head]
         else:
             problems.append(f"{stored[head].file}: {head} differs from {embedding}, but the config ties them")
@@ -136,8 +158,11 @@ def check_tensors(config, kind, stored, lost, problems):
     problems += [f"{name} is missing" for name in wanted if name not in stored and name not in lost]
     for name, tensor in stored.items():
         if name not in wanted:
-            note = ": LLaMA has no biases" if name.endswith(".bias") else ""
-            note = ": mixtures of experts are no LLaMA" if "exp" in name else note
+            note = ""
+            if "exp" in name:
+                note = ": mixtures of experts are no LLaMA"
+            elif name.endswith(".bias"):
+                note = ": LLaMA has no biases"
             problems.append(f"{tensor.file}: {name} {tensor.shape} is not wanted{note}")
             continue
         if tensor.shape != wanted[name].shape:
@@ -149,8 +174,8 @@ def check_tensors(config, kind, stored, lost, problems):
             )
 
 
-def same(a: Stored, b: Stored):
-    """Whether two mapped tensors are equal, part by part where they overlap."""
+def is_equal(a: Stored, b: Stored) -> bool:
+    """Return whether two matrices are equal. Their blocks are compared where they overlap; neither is read whole."""
     if len(a.shape) != 2 or a.shape != b.shape or a.dtype != b.dtype or isinstance(a.dtype, str):
         return False
     for row, column, x in a.blocks():
@@ -164,12 +189,17 @@ def same(a: Stored, b: Stored):
     return True
 
 
-def open_each(folder, names, opener, problems):
-    """{name: its tensors} of the files that can be opened; the others become problems."""
+# ---- Hugging Face ---------------------------------------------------------------------------------------------------
+
+
+def open_each(
+    folder: Path, names: Iterable[str], opener: FileOpener, problems: list[str]
+) -> dict[str, dict[str, Stored]]:
+    """Return {file: its tensors} of the files that can be opened; each of the others becomes a problem."""
     opened = {}
     for name in names:
         try:
-            opened[name] = opener(member(folder, name))
+            opened[name] = opener(find_member(folder, name))
         except DataError as error:
             problems.append(str(error))
         except OSError as error:
@@ -177,8 +207,9 @@ def open_each(folder, names, opener, problems):
     return opened
 
 
-def open_hf(folder, problems):
-    raw = read_json(folder, "config.json", problems)
+def open_hf(folder: Path, problems: list[str]) -> Opened:
+    """Open a Hugging Face folder, adding its faults to problems."""
+    raw = read_json_member(folder, "config.json", problems)
     config = config_from_hf(raw, problems) if raw is not None else None
     choices = [  # transformers' own order
         ("model.safetensors", open_safetensors),
@@ -189,34 +220,40 @@ def open_hf(folder, problems):
     found = [choice for choice in choices if os.path.lexists(folder / choice[0])]
     if not found:
         problems.append("no weights; wanted one of " + ", ".join(name for name, _ in choices))
-        return None, {}, ()
+        return Opened()
     name, opener = found[0]
     if name.endswith(".index.json"):
-        return config, *read_shards(folder, name, opener, problems)
+        return Opened(config, *open_indexed(folder, name, opener, problems))
     opened = open_each(folder, [name], opener, problems)
-    return (config, opened[name], ()) if opened else (None, {}, ())
+    return Opened(config, opened[name]) if opened else Opened()
 
 
-def read_shards(folder, index_name, opener, problems):
-    """The tensors of all shards that open, and the names of those in the others."""
-    raw = read_json(folder, index_name, problems)
-    where = raw.get("weight_map") if raw is not None else {}
-    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+def open_indexed(
+    folder: Path, index_name: str, opener: FileOpener, problems: list[str]
+) -> tuple[dict[str, Stored], set[str]]:
+    """Return the tensors of an index's files that open, and the names of those in its other files."""
+    raw = read_json_member(folder, index_name, problems)
+    file_of = raw.get("weight_map") if raw is not None else {}
+    if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
         problems.append(f"{index_name}: weight_map is missing or not an object of file names")
-        where = {}
-    stored = {}
-    opened = open_each(folder, sorted(set(where.values())), opener, problems)
+        file_of = {}
+    stored: dict[str, Stored] = {}
+    opened = open_each(folder, sorted(set(file_of.values())), opener, problems)
     for file, tensors in opened.items():
         problems += [f"{file}: {name} is in {stored[name].file} too" for name in tensors if name in stored]
         stored |= tensors
-    for name, file in where.items():
+    for name, file in file_of.items():
         if file in opened and name not in opened[file] and not IGNORED.fullmatch(name):
             problems.append(f"{index_name}: {name} is not in {file}")
-    return stored, {name for name, file in where.items() if file not in opened}
+    return stored, {name for name, file in file_of.items() if file not in opened}
 
 
-def open_meta(folder, problems):
-    raw = read_json(folder, "params.json", problems)
+# ---- Meta -----------------------------------------------------------------------------------------------------------
+
+
+def open_meta(folder: Path, problems: list[str]) -> Opened:
+    """Open a Meta folder, adding its faults to problems."""
+    raw = read_json_member(folder, "params.json", problems)
     files = sorted(path.name for path in folder.iterdir() if re.fullmatch(r"consolidated\.\d+\.pth", path.name))
     if not files:
         problems.append("no weights; wanted consolidated.00.pth")
@@ -225,30 +262,34 @@ def open_meta(folder, problems):
         last = int(files[-1].split(".")[1])
         missing = [name for i in range(min(last, 999)) if (name := f"consolidated.{i:02d}.pth") not in files]
         problems.append(f"{', '.join(missing) or 'a shard'} is missing; there are {', '.join(files)}")
-    shards = list(open_each(folder, files, open_pth, problems).values())
-    if files != wanted or len(shards) < len(files) or not shards:
-        return None, {}, ()
+    ranks = list(open_each(folder, files, open_pth, problems).values())
+    if files != wanted or len(ranks) < len(files) or not ranks:
+        return Opened()
     before = len(problems)
-    stored = merge_shards(shards, raw or {}, problems)
+    stored = merge_ranks(ranks, raw or {}, problems)
     if raw is None or len(problems) > before:
-        return None, {}, ()
+        return Opened()
     config = config_from_meta(raw, {name: tensor.shape for name, tensor in stored.items()}, problems)
     head, embedding = stored.get("output.weight"), stored.get("tok_embeddings.weight")
-    if config and head and embedding and same(head, embedding):
+    if config and head and embedding and is_equal(head, embedding):
         config = replace(config, tied=True)  # LLaMA 3.2 ties them and stores both: Meta's code wants them
-    return config, stored, ()
+    return Opened(config, stored)
 
 
-def merge_shards(shards, params, problems):
-    """Stored tensors over all model-parallel ranks, which split a matrix by rows or by columns and repeat a norm."""
-    n, stored, dim = len(shards), {}, params.get("dim")
-    split = shards[0].get("layers.0.attention.wo.weight")  # by columns: its shape tells the number of shards
+def merge_ranks(ranks: list[dict[str, Stored]], params: dict[str, Any], problems: list[str]) -> dict[str, Stored]:
+    """Return the whole tensors of a model that is split over model-parallel ranks, adding faults to problems.
+
+    The ranks split a matrix by rows or by columns and repeat a norm.
+    """
+    n, dim = len(ranks), params.get("dim")
+    stored: dict[str, Stored] = {}
+    split = ranks[0].get("layers.0.attention.wo.weight")  # split by columns: its shape tells the number of ranks
     if split and len(split.shape) == 2 and type(dim) is int and split.shape[1] * n != dim:
         count = f"{dim / max(split.shape[1], 1):g}"
         problems.append(f"{split.file} is one of {count} shards by its shapes and params.json; there are {n}")
         return {}
-    for name in dict.fromkeys(name for shard in shards for name in shard):
-        parts = [shard[name] for shard in shards if name in shard]
+    for name in dict.fromkeys(name for rank in ranks for name in rank):
+        parts = [rank[name] for rank in ranks if name in rank]
         if len(parts) < n:
             problems.append(f"{name} is in {', '.join(part.file for part in parts)} alone, not in every shard")
             continue
@@ -262,14 +303,15 @@ def merge_shards(shards, params, problems):
             continue
         # wo and w2 take split inputs; the embedding is split by columns in LLaMA 1 and 2, by rows in 3.
         by_columns = name.endswith(("wo.weight", "w2.weight")) or (name.startswith("tok_emb") and shape[1] != dim)
-        stored[name] = join(parts, by_columns)
+        stored[name] = join_parts(parts, by_columns)
     return stored
 
 
-def join(parts, by_columns):
+def join_parts(parts: list[Stored], by_columns: bool) -> Stored:
+    """Return the matrix whose parts of one shape lie side by side (by_columns) or one below the other."""
     rows, columns = parts[0].shape
 
-    def blocks():
+    def blocks() -> Iterator[Block]:
         for i, part in enumerate(parts):
             for row, column, tensor in part.blocks():
                 yield (row, column + i * columns, tensor) if by_columns else (row + i * rows, column, tensor)
@@ -278,9 +320,17 @@ def join(parts, by_columns):
     return replace(parts[0], file=f"{parts[0].file} and others", shape=shape, blocks=blocks)
 
 
-def open_gguf_source(path, problems):
+# ---- GGUF -----------------------------------------------------------------------------------------------------------
+
+
+def open_gguf_model(path: Path, problems: list[str]) -> Opened:
+    """Open a GGUF file, adding its faults to problems."""
     metadata, stored = open_gguf(path)
-    return config_from_gguf(metadata, stored, problems), stored, ()
+    return Opened(config_from_gguf(metadata, stored, problems), stored)
 
 
-OPENERS = {"hf": open_hf, "meta": open_meta, "gguf": open_gguf_source}
+OPENERS: dict[str, Callable[[Path, list[str]], Opened]] = {
+    "hf": open_hf,
+    "meta": open_meta,
+    "gguf": open_gguf_model,
+}

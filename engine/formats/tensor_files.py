@@ -1,7 +1,7 @@
-"""Files full of tensors: safetensors and torch's .pth. Opened by their header, read and written piece by piece.
+"""Files of tensors: safetensors and torch's .pth, opened by their header, read and written piece by piece.
 
-open_*() checks a file's header against its size and returns {name: Stored}; nothing is read but that. write_*() take
-tensors as functions and hold one at a time, so a model is written without a second copy of it.
+open_* checks a file's header against its size and returns {name: Stored} without reading any tensor. write_* takes
+functions that make the tensors and holds one tensor at a time, so a model is written without a second copy of it.
 """
 
 import hashlib
@@ -18,34 +18,37 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from engine.base.errors import DataError
+from engine.base.errors import DataError, summarize_error
 from engine.base.files import sync_file
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
-DTYPES = {
+DTYPES = {  # by their names in safetensors
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip  # in safetensors' words
+}  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-Tensors = Iterable[tuple[str, tuple[int, ...], torch.dtype, Callable[[], torch.Tensor]]]  # name, shape, dtype, load
+TensorToWrite = tuple[str, tuple[int, ...], torch.dtype, Callable[[], torch.Tensor]]  # name, shape, dtype, load
+Block = tuple[int, int, torch.Tensor]  # (row, column) of its first element within the whole tensor, the values
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file. blocks() gives (row, column, part): parts that cover it, each placed by its first element."""
+    """A tensor in a file, which blocks() reads part by part."""
 
     file: str  # name, for messages
     shape: tuple[int, ...]
-    dtype: torch.dtype | str  # a str names one that is no tensor's we read
-    blocks: Callable[[], Iterator[tuple[int, int, torch.Tensor]]]
+    dtype: torch.dtype | str  # a str names a type that is not read
+    blocks: Callable[[], Iterator[Block]]
 
 
-def whole(load):
+def as_one_block(load: Callable[[], torch.Tensor]) -> Callable[[], Iterator[Block]]:
+    """Return a function for Stored.blocks that yields the whole tensor at once."""
     return lambda: iter([(0, 0, load())])
 
 
@@ -53,9 +56,9 @@ def whole(load):
 
 
 def open_safetensors(path: Path) -> dict[str, Stored]:
-    """Tensors are views of the mapped file. Raises DataError."""
-    with path.open("rb") as file:
-        length, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
+    """Return the tensors of a safetensors file, which will be views of the mapped file. Raise DataError."""
+    with path.open("rb") as opened:
+        length, size = int.from_bytes(opened.read(8), "little"), os.fstat(opened.fileno()).st_size
     if size < 8 or length > size - 8 or length > MAX_HEADER_BYTES:  # before anyone allocates what the file claims
         raise DataError(f"{path.name}: {size} bytes, of which the header claims {length}; truncated or corrupt")
     try:
@@ -66,27 +69,27 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
                 path.name,
                 tuple(view.get_shape()),
                 DTYPES.get(view.get_dtype(), view.get_dtype()),
-                whole(lambda name=name: file.get_tensor(name)),
+                as_one_block(partial(file.get_tensor, name)),
             )
             for name, view in views.items()
         }
     except Exception as error:
-        raise DataError(f"{path.name}: not a sound safetensors file: {first_line(error)}") from error
+        raise DataError(f"{path.name}: not a sound safetensors file: {summarize_error(error)}") from error
 
 
 def write_safetensors(
-    path: Path, tensors: Tensors, metadata: dict[str, str] | None = None, *, sha256: bool = False
+    path: Path, tensors: Iterable[TensorToWrite], metadata: dict[str, str] | None = None, *, sha256: bool = False
 ) -> str | None:
-    """Writes tensors in the order given, one in memory at a time, and fsyncs.
+    """Write tensors in the given order, one in memory at a time, and fsync. Return the sha256 when it is asked for.
 
-    Offsets follow the order: wide dtypes first keeps every tensor aligned. sha256: return the file's digest, computed
-    on the way. Raises OSError (the file is then incomplete) and ValueError when a load() gives another shape or dtype.
+    Offsets follow the order: with wide dtypes first, every tensor is aligned. Raise OSError, which leaves the file
+    incomplete, and ValueError when a load() returns another shape or dtype than announced.
 
-    Not safetensors.torch.save_file: it wants all tensors at once, so converted ones are a second model; it refuses
-    views of one storage, which wq, wk, wv of wqkv are; and before 0.8 it copies everything to bytes first.
+    safetensors.torch.save_file is not used. It wants all tensors at once, so that converted ones are a second model; it
+    refuses views of one storage, as wq, wk and wv of wqkv are; and before 0.8 it copies everything to bytes first.
     """
-    tensors = list(tensors)
-    header, end = {"__metadata__": metadata} if metadata else {}, 0
+    tensors, end = list(tensors), 0
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     for name, shape, dtype, _ in tensors:
         if name in header:
             raise ValueError(f"write_safetensors: two tensors named {name!r}")
@@ -96,11 +99,14 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        for part in chain([len(text).to_bytes(8, "little"), text], (raw_bytes(*tensor) for tensor in tensors)):
+        parts: Iterator[bytes | memoryview] = chain(
+            [len(text).to_bytes(8, "little"), text], (load_bytes(*tensor) for tensor in tensors)
+        )
+        for part in parts:
             file.write(part)
             if sha256:
                 digest.update(part)
-            del part  # before the next is loaded
+            del part  # before the next tensor is loaded
         sync_file(file)
     return digest.hexdigest() if sha256 else None
 
@@ -109,17 +115,17 @@ def write_safetensors(
 
 
 def open_pth(path: Path) -> dict[str, Stored]:
-    """A pickled {name: tensor}, mapped; no code of the pickle runs. Raises DataError."""
+    """Return the tensors of a pickled {name: tensor}, mapped. No code of the pickle runs. Raise DataError."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise DataError(
             f"{path.name}: refused by torch.load(weights_only=True), which reads tensors and runs no code: "
-            f"{first_line(error)}"
+            f"{summarize_error(error)}"
         ) from error
     except Exception as error:
         raise DataError(
-            f"{path.name}: not a sound torch file: {first_line(error)}; if it is of torch before 1.6, load it and "
+            f"{path.name}: not a sound torch file: {summarize_error(error)}; if it is of torch before 1.6, load it and "
             "torch.save it again"
         ) from error
     if not isinstance(tensors, dict):
@@ -129,12 +135,14 @@ def open_pth(path: Path) -> dict[str, Stored]:
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise DataError(f"{path.name}: {name!r} is no plain tensor; wanted a flat dict of tensors")
         dtype = tensor.dtype if tensor.dtype in DTYPE_NAMES else str(tensor.dtype)
-        stored[str(name)] = Stored(path.name, tuple(tensor.shape), dtype, whole(lambda tensor=tensor: tensor.detach()))
+        stored[str(name)] = Stored(path.name, tuple(tensor.shape), dtype, as_one_block(tensor.detach))
     return stored
 
 
 @dataclass(frozen=True)
 class PickledStorage:
+    """The bytes of one tensor: a record of the zip that a pickle refers to by its key."""
+
     key: str
     dtype: torch.dtype
     n_elements: int
@@ -142,57 +150,68 @@ class PickledStorage:
 
 @dataclass(frozen=True)
 class PickledTensor:
+    """A stand-in for a tensor that fills its storage. It is pickled as the tensor would be, without its bytes."""
+
     storage: PickledStorage
     shape: tuple[int, ...]
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         strides = tuple(math.prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
         return torch._utils._rebuild_tensor_v2, (self.storage, 0, self.shape, strides, False, OrderedDict())
 
 
 class TensorPickler(pickle.Pickler):
-    STORAGES = {  # noqa: RUF012  the names by which pickles know dtypes
+    """A pickler that writes PickledStorage as torch.save writes a tensor's storage."""
+
+    STORAGES = {  # noqa: RUF012  the classes by which pickles name dtypes
         torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage, torch.bfloat16: torch.BFloat16Storage,
         torch.float64: torch.DoubleStorage,
     }  # fmt: skip
 
-    def persistent_id(self, obj):
-        if isinstance(obj, PickledStorage):
-            return "storage", self.STORAGES[obj.dtype], obj.key, "cpu", obj.n_elements
+    def persistent_id(self, obj: Any) -> tuple[Any, ...] | None:
+        """Return torch's description of a storage, and None for other objects, which are pickled as usual."""
+        if not isinstance(obj, PickledStorage):
+            return None
+        return "storage", self.STORAGES[obj.dtype], obj.key, "cpu", obj.n_elements
 
 
-def write_pth(path: Path, tensors: Tensors) -> None:
-    """A file that torch.load(weights_only=True) reads as {name: tensor}; the same bytes each time; fsyncs.
+def write_pth(path: Path, tensors: Iterable[TensorToWrite]) -> None:
+    """Write a file that torch.load(weights_only=True) reads as {name: tensor}, and fsync. Its bytes are reproducible.
 
-    torch.save would want all tensors at once, converted and permuted: a second model. The layout is its own
-    (torch/csrc/serialization: a stored zip of data.pkl and data/N, each aligned to 64 bytes so that it can be mapped).
+    torch.save would want all tensors at once, converted and permuted, which is a second model. The layout is that of
+    torch.save (torch/csrc/serialization): an uncompressed zip of data.pkl and data/N, each record aligned to 64 bytes
+    so that it can be mapped.
     """
-    tensors, state, text = list(tensors), {}, io.BytesIO()
+    tensors, text = list(tensors), io.BytesIO()
+    state: dict[str, PickledTensor] = {}
     for i, (name, shape, dtype, _) in enumerate(tensors):
         state[name] = PickledTensor(PickledStorage(str(i), dtype, math.prod(shape)), tuple(shape))
     TensorPickler(text, protocol=2).dump(state)
-    records = [("data.pkl", text.getvalue), ("byteorder", lambda: b"little"), ("version", lambda: b"3\n")]
-    records[2:2] = [(f"data/{i}", partial(raw_bytes, *tensor)) for i, tensor in enumerate(tensors)]
+    records: list[tuple[str, Callable[[], bytes | memoryview]]] = [
+        ("data.pkl", text.getvalue),
+        ("byteorder", lambda: b"little"),
+        *((f"data/{i}", partial(load_bytes, *tensor)) for i, tensor in enumerate(tensors)),
+        ("version", lambda: b"3\n"),
+    ]
     with path.open("wb") as file:
         with zipfile.ZipFile(file, "w") as archive:
             for name, load in records:
                 info = zipfile.ZipInfo(f"archive/{name}")  # its date is 1980, whatever the clock says
-                start = file.tell() + 30 + len(info.filename) + 20 + 4  # header, name, zip64, padding's own
+                start = file.tell() + 30 + len(info.filename) + 20 + 4  # header, name, zip64, the padding's own header
                 info.extra = struct.pack("<HH", 0x4246, -start % 64) + b"Z" * (-start % 64)
                 with archive.open(info, "w", force_zip64=True) as record:
                     record.write(load())
         sync_file(file)
 
 
-def raw_bytes(name, shape, dtype, load):
-    """The bytes of a tensor, uncopied where it already lies packed in memory."""
+def load_bytes(name: str, shape: tuple[int, ...], dtype: torch.dtype, load: Callable[[], torch.Tensor]) -> memoryview:
+    """Load a TensorToWrite and return its bytes, without a copy when it is contiguous on the CPU.
+
+    Raise ValueError when it has another shape or dtype than announced.
+    """
     tensor = load()
     if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
         raise ValueError(
             f"{name}: loaded {tuple(tensor.shape)} {tensor.dtype}, wanted {tuple(shape)} {dtype} as announced"
         )
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -27,7 +27,7 @@ class ModelConfig:
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
-    head_dim: int | None = None  # None is dim / n_heads
+    head_dim: int = None  # type: ignore[assignment]  # None is dim / n_heads, which __post_init__ fills in
     tied: bool = False  # the head is the embedding
 
     def __post_init__(self):

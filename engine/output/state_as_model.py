@@ -11,7 +11,7 @@ from engine.base.device import DTYPES
 from engine.base.errors import DataError
 from engine.base.files import read_json
 from engine.formats.configs import Settings, join_problems
-from engine.formats.find import kind_of
+from engine.formats.find import detect_kind
 from engine.model.config import ModelConfig, RopeScaling
 from engine.model.llama import Transformer, new_model
 from engine.model.shard import as_shards
@@ -55,19 +55,19 @@ def open_state(folder: Path) -> State:
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
     dtype = dtypes.get(named := str(manifest.get("dtype")))
     if dtype is None:
-        facts.problem(f"dtype is {named[:80]!r}, wanted one of {', '.join(dtypes)}")
+        facts.add_problem(f"dtype is {named[:80]!r}, wanted one of {', '.join(dtypes)}")
     settings = facts.get("settings", dict) or {}
     if type(settings.get("model")) is not str:
-        facts.problem("settings do not name the model that the run began with")
+        facts.add_problem("settings do not name the model that the run began with")
     n_bytes = sum(entry["bytes"] for entry in manifest["files"].values())
     if config and dtype and config.n_parameters * dtype.itemsize > n_bytes:  # before a table is made of them
-        facts.problem(f"{config.n_parameters} parameters by its model, but there are only {n_bytes} bytes")
+        facts.add_problem(f"{config.n_parameters} parameters by its model, but there are only {n_bytes} bytes")
     if problems:
         raise DataError(f"{folder}: {join_problems(problems)}")
     whole, _ = checkpoint.read_layout(found)
     check_fit(folder, whole, as_shards(parameters_of(new_model(config, "meta", dtype))), PARAMETERS)
     base, tokenizer = find_base(folder, settings)
-    is_hf = base is not None and kind_of(base) == "hf"
+    is_hf = base is not None and detect_kind(base) == "hf"
     generation_config = read_json(base / "generation_config.json") if is_hf else {}
     return State(found, config, dtype, base, tokenizer, generation_config)
 
@@ -76,7 +76,7 @@ def find_base(folder: Path, settings: dict[str, Any]) -> tuple[Path | None, str 
     """Return (base, tokenizer) of the run that wrote a state; State explains both."""
     out = folder.resolve().parent
     run = read_json(out / RUN)
-    if run.get("status") == "done" and kind_of(out) == "hf":  # its model has both, whatever it began with
+    if run.get("status") == "done" and detect_kind(out) == "hf":  # its model has both, whatever it began with
         return out, ""
     base = None if settings.get("random_init") else Path(settings["model"])
     return base, run.get("config", {}).get("tokenizer")
@@ -89,13 +89,13 @@ def config_from_state(raw: dict, problems: list[str]) -> ModelConfig | None:
     if scaling is not None:
         scaling = Settings(scaling, f"{checkpoint.MANIFEST}, rope_scaling", problems)
         scaling = RopeScaling(**read_fields(RopeScaling, scaling))
-    return model.config(before, **read_fields(ModelConfig, model), rope_scaling=scaling)
+    return model.make_config(before, **read_fields(ModelConfig, model), rope_scaling=scaling)
 
 
 def read_fields(kind, settings):
     """{field: value} of a dataclass, of its numbers and bools."""
     types = {field.name: field.type for field in dataclasses.fields(kind)}
     for name in settings.raw.keys() - types.keys():
-        settings.problem(f"{name[:80]} is not known to this version")
+        settings.add_problem(f"{name[:80]} is not known to this version")
     kinds = {int: int, int | None: int, float: float, bool: bool}
     return {name: settings.get(name, kinds[type]) for name, type in types.items() if type in kinds}

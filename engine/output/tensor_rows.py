@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from engine.base.errors import DataError
+from engine.base.errors import DataError, summarize_error
 from engine.base.host_memory import ALIGN
 from engine.base.host_memory import COPY_ARENA_BYTES as ARENA_BYTES
-from engine.formats.tensor_files import DTYPE_NAMES, DTYPES, first_line
+from engine.formats.tensor_files import DTYPE_NAMES, DTYPES
 from engine.model.shard import Shard, n_rows
 
 
@@ -82,7 +82,7 @@ class HostRoom:
             try:
                 self.views = self._carve(layout)
             except RuntimeError as error:
-                raise OSError(errno.ENOMEM, f"no memory for a copy of the state: {first_line(error)}") from error
+                raise OSError(errno.ENOMEM, f"no memory for a copy of the state: {summarize_error(error)}") from error
             self.layout = layout
         for name, s in shards.items():
             self.views[name].copy_(s.tensor.detach(), non_blocking=True)
@@ -151,7 +151,7 @@ def using(path, act):
         with safe_open(path, "pt") as file:
             return act({name: file.get_slice(name) for name in file.keys()})  # noqa: SIM118 (no dict)
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{path}: {first_line(error)}; choose another checkpoint") from None
+        raise DataError(f"{path}: {summarize_error(error)}; choose another checkpoint") from None
 
 
 def entry_of(part):

@@ -23,7 +23,7 @@ import sentencepiece
 import tokenizers
 
 from engine.base.errors import DataError, UsageError
-from engine.formats.find import embedded_gguf, find_model
+from engine.formats.find import find_embedded_gguf, find_model
 from engine.model.config import EMBEDDED_MODEL, MODELS, ModelConfig
 from engine.text.tokenizer_json import (
     BYTE,
@@ -165,7 +165,7 @@ def find_tokenizer(config: ModelConfig, name: str, model_path: Path | None) -> T
     elif model_path is not None:
         path = model_path
     elif config.vocab_size == MODELS[EMBEDDED_MODEL].vocab_size:
-        path = embedded_gguf()
+        path = find_embedded_gguf()
     else:
         raise UsageError(f"--random-init with {config.vocab_size} tokens needs --tokenizer, a folder or a .gguf")
     tokenizer = load_tokenizer(path)

@@ -23,7 +23,7 @@ from data_gen.api.prompt import SEED_TASKS
 from engine.data import dataset as data
 from engine.data.packing import Packing, make_micro_batches
 from engine.data.rows import read_rows
-from engine.formats.find import embedded_gguf
+from engine.formats.find import find_embedded_gguf
 from engine.formats.source import open_source
 from engine.model.llama import new_model
 from engine.text.tokenizer import load_tokenizer
@@ -93,7 +93,7 @@ def main():
     parser.add_argument("--rows", type=int, default=8, help="examples of the step")
     args = parser.parse_args()
 
-    gguf = embedded_gguf()
+    gguf = find_embedded_gguf()
     source, tokenizer = open_source(gguf), load_tokenizer(gguf)
     dataset = data.tokenize(read_rows([Path(args.data)])[0][: args.rows], tokenizer, max_length=256)
     examples, scale = np.arange(len(dataset)), 1 / dataset.loss_tokens().sum()

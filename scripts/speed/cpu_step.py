@@ -23,7 +23,7 @@ from data_gen.api.prompt import SEED_TASKS
 from engine.data import dataset as data
 from engine.data.packing import Packing, make_micro_batches
 from engine.data.rows import read_rows
-from engine.formats.find import embedded_gguf
+from engine.formats.find import find_embedded_gguf
 from engine.formats.source import open_source
 from engine.model.llama import new_model
 from engine.text.tokenizer import load_tokenizer
@@ -138,7 +138,7 @@ def parse_arguments() -> Namespace:
 
 def main():
     args = parse_arguments()
-    gguf = embedded_gguf()
+    gguf = find_embedded_gguf()
     source, tokenizer = open_source(gguf), load_tokenizer(gguf)
     rows, _ = read_rows([Path(args.data)])
     dataset = data.tokenize(rows, tokenizer, max_length=args.max_length)

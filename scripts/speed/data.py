@@ -27,7 +27,7 @@ from engine.data import dataset as data
 from engine.data.batches import Order, count_steps_per_epoch
 from engine.data.packing import Packing, make_micro_batches
 from engine.data.rows import read_rows
-from engine.formats.find import embedded_gguf
+from engine.formats.find import find_embedded_gguf
 from engine.text.tokenizer import load_tokenizer
 from engine.training.config import FinetuneConfig
 from engine.training.prepare import read_tables
@@ -153,7 +153,7 @@ def main():
     args = parse_arguments()
     load = os.getloadavg()[0]  # before this program adds to it: other programs take their share of the cores
     with tempfile.TemporaryDirectory() as tmp:
-        file, source = Path(tmp, "rows.json"), Path(args.tokenizer) if args.tokenizer else embedded_gguf()
+        file, source = Path(tmp, "rows.json"), Path(args.tokenizer) if args.tokenizer else find_embedded_gguf()
         if source.suffix == ".model":
             shutil.copy(source, Path(tmp, "tokenizer.model"))
             tokenizer = load_tokenizer(Path(tmp))

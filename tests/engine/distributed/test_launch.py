@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from engine import finetune as command
 from engine.base.errors import exit_code_of
 from engine.base.files import read_json
-from engine.formats.find import embedded_gguf
+from engine.formats.find import find_embedded_gguf
 from engine.formats.save import save_hf
 from engine.model.config import MODELS
 from engine.model.llama import new_model
@@ -117,7 +117,7 @@ STANFORD = """torchrun --nproc_per_node=2 --master_port={port} -m engine.finetun
 
 def untied_llama(folder):
     """A model that has, as LLaMA has, a head of its own."""
-    tokenizer = load_tokenizer(embedded_gguf())
+    tokenizer = load_tokenizer(find_embedded_gguf())
     model = new_model(replace(MODELS["tiny"], tied=False), "cpu", torch.float32)
     model.init_weights(1)
     folder.mkdir()
