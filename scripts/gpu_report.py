@@ -35,8 +35,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported, here and in the processes begun from here
 
-from kernels.bench import DEVICE, GPU, ceilings, flusher, line, machine, missing, nvidia_smi, rate_of_gemm, write_json
-from kernels.measure.cases import full, toy
+from kernels.measure.cases import full_cases, toy_cases
+from kernels.measure.clock import make_l2_flush, measure_gemm_rate, measure_peak_rates
+from kernels.measure.machine import DEVICE, GPU, describe_machine, query_nvidia_smi, write_json
+from kernels.measure.results import find_absent, format_record
 
 ROOT = Path(__file__).parent.parent
 TESTS = {  # name in the report: file
@@ -82,14 +84,14 @@ class Report:
 
 
 def machine_facts(report):
-    report.put("machine", **machine(), clocks=nvidia_smi(*CLOCKS))
+    report.put("machine", **describe_machine(), clocks=query_nvidia_smi(*CLOCKS))
 
 
 def measure_ceilings(report):
     """Copy and GEMM rates; one layer's linear maps and the head: forward, input gradient, weight gradient."""
     repeats = 2 if report.smoke else 10
-    flush = flusher()
-    report.put("ceilings", **ceilings(repeats, flush))
+    flush = make_l2_flush()
+    report.put("ceilings", **measure_peak_rates(repeats, flush))
     dim, hidden, vocab = (32, 88, 128) if report.smoke else (4096, 11008, 32000)
     dtype = torch.bfloat16 if GPU else torch.float32
     for tokens in (64,) if report.smoke else TOKENS:
@@ -101,7 +103,9 @@ def measure_ceilings(report):
             ("down", hidden, dim, tokens), ("head", dim, vocab, tokens // 2),
         ):  # fmt: skip
             shapes = {"fwd": (rows, n_out, n_in), "dgrad": (rows, n_in, n_out), "wgrad": (n_out, n_in, rows)}
-            rates |= {f"{name}_{kind}": rate_of_gemm(repeats, flush, *shape, dtype) for kind, shape in shapes.items()}
+            rates |= {
+                f"{name}_{kind}": measure_gemm_rate(repeats, flush, *shape, dtype) for kind, shape in shapes.items()
+            }
         report.put("ceilings", **{f"gemm_tflops_T{tokens}": rates})
 
 
@@ -145,7 +149,7 @@ def counted(output):
 
 def kernel_benchmarks(report):
     """kernels.bench, an op a process; its JSON is taken over while it runs."""
-    ops = list(dict.fromkeys(case.op for case in (toy() if report.smoke else full())))
+    ops = list(dict.fromkeys(case.op for case in (toy_cases() if report.smoke else full_cases())))
     for group in [ops] if report.smoke else [[op] for op in ops]:
         if report.take(f"kernels.bench --op {' '.join(group)}"):
             bench(report, group)
@@ -281,10 +285,10 @@ def table(result):
             lines += [f"    {test}: {said}" for test, said in figures["failures"].items()]
     if "records" in parts.get("kernels", {}):
         kernels = parts["kernels"]
-        lines += [line(record) for record in kernels["records"]]
+        lines += [format_record(record) for record in kernels["records"]]
         lines += [
             f"{op}: without {who}{' at ' * bool(shapes)}{'; '.join(shapes)}: {reason}"
-            for op, who, reason, shapes in missing(kernels)
+            for op, who, reason, shapes in find_absent(kernels)
         ]
         lines += [f"kernels.bench {op} ended {how}" for op, how in kernels["ended"].items()]
         lines += [f"left out for time: {name}" for name in kernels["left_out"]]
@@ -330,7 +334,7 @@ def main(argv=None):
         report.result |= {"commit": args.commit or commit(), "date": time.strftime("%Y-%m-%d %H:%M")}
         measure(report, args.only)
     if GPU:
-        report.put("machine", clocks_at_the_end=nvidia_smi(*CLOCKS))
+        report.put("machine", clocks_at_the_end=query_nvidia_smi(*CLOCKS))
     print(table(report.result))
     print(f"written to {report.path}")
 

@@ -1,55 +1,71 @@
 """What the static gate compiles and the tuner times: every launch function, at the sizes of real models.
 
 A case is a launch function and its arguments, made by a Make: tensors without storage for the gate, random ones on the
-GPU for the tuner. There is one for each combination of sizes and optional arguments that selects other machine code.
+GPU for the tuner. One case exists for each combination of sizes and optional arguments that selects other machine code.
 """
 
-from collections.abc import Callable
-from importlib import import_module
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
 
 import torch
+
+from kernels.ops import adamw, attention, attention_plan, grad_norm, linear_cross_entropy, rms_norm, rope, swiglu
 
 BF16, FP32 = torch.bfloat16, torch.float32
 DIMS = (576, 2048, 4096, 5120)  # SmolLM2-135M, TinyLlama-1.1B, LLaMA-7B and Llama-3-8B, LLaMA-13B
 
-
-class Case(NamedTuple):
-    op: str  # of kernels/<op>.py and kernels/launch/<op>.json
-    label: str
-    build: Callable  # Make -> (operator or launch function, its arguments...)
+Call = tuple[Any, ...]  # an operator or launch function, and its arguments
 
 
 class Make:
-    """Tensors for a case. tokens: rows of a micro-batch. largest: what other sizes are cut to, for a quick try."""
+    """A maker of a case's tensors: without storage on "meta", with random numbers elsewhere.
 
-    def __init__(self, device="meta", tokens=8192, largest=1 << 30, dtype=BF16):
+    tokens: rows of a micro-batch. largest: other sizes are cut to it, for a quick try.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str = "meta",
+        tokens: int = 8192,
+        largest: int = 1 << 30,
+        dtype: torch.dtype = BF16,
+    ) -> None:
         self.device, self.tokens, self.largest, self.dtype = torch.device(device), tokens, largest, dtype
 
-    def size(self, n):
+    def size(self, n: int) -> int:
+        """Return n, or the largest size if that is smaller."""
         return min(n, self.largest)
 
-    def __call__(self, *shape, dtype=None, low=None):
-        """Normal numbers, or uniform ones in [low, low + 1). dtype: bf16, but for a quick try on a CPU."""
+    def __call__(self, *shape: int, dtype: torch.dtype | None = None, low: float | None = None) -> torch.Tensor:
+        """Return normal numbers, or uniform ones in [low, low + 1), in dtype or else the maker's own."""
         dtype = dtype or self.dtype
         if self.device.type == "meta":
             return torch.empty(shape, dtype=dtype, device="meta")
         values = torch.randn(shape, device=self.device) if low is None else torch.rand(shape, device=self.device) + low
         return values.to(dtype)
 
-    def integers(self, *shape, high, dtype=torch.int64):
+    def integers(self, *shape: int, high: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        """Return random integers in [0, high)."""
         if self.device.type == "meta":
             return torch.empty(shape, dtype=dtype, device="meta")
         return torch.randint(high, shape, device=self.device).to(dtype)
 
 
-def rms_norm():
-    op = import_module("kernels.ops.rms_norm")
+class Case(NamedTuple):
+    """One launch function at one set of sizes."""
+
+    op: str  # names kernels/ops/<op>.py and kernels/launch/<op>.json
+    label: str
+    build: Callable[[Make], Call]
+
+
+def rms_norm_cases() -> Iterator[Case]:
+    """Yield the cases of the forward and backward of RMSNorm, with and without a residual."""
 
     def forward(dim, residual):
         def build(make):
             n, d = make.tokens, make.size(dim)
-            return op.forward, make(n, d), make(n, d) if residual else None, make(d), 1e-5
+            return rms_norm.forward, make(n, d), make(n, d) if residual else None, make(d), 1e-5
 
         return build
 
@@ -57,7 +73,7 @@ def rms_norm():
         def build(make):
             n, d = make.tokens, make.size(dim)
             rstd = make(n, dtype=FP32, low=0.5)
-            return op.backward, make(n, d), make(n, d), make(d), rstd, make(n, d) if ds else None, want_y
+            return rms_norm.backward, make(n, d), make(n, d), make(d), rstd, make(n, d) if ds else None, want_y
 
         return build
 
@@ -70,14 +86,14 @@ def rms_norm():
         yield Case("rms_norm", f"backward D={dim} residual", backward(dim, True, False))
 
 
-def rope():
-    op = import_module("kernels.ops.rope")
+def rope_cases() -> Iterator[Case]:
+    """Yield the cases of the rotation of queries and keys, into new tensors and in place."""
 
     def rotated(heads, kv_heads, head_dim, inverse):
         def build(make):
             n, d = make.tokens, make.size(head_dim)
             q, k = make(n, heads, d), make(n, kv_heads, d)
-            return op.rotated, q, k, make(n, d // 2, dtype=FP32), make(n, d // 2, dtype=FP32), inverse
+            return rope.rotated, q, k, make(n, d // 2, dtype=FP32), make(n, d // 2, dtype=FP32), inverse
 
         return build
 
@@ -85,7 +101,7 @@ def rope():
         def build(make):
             n, d = make.tokens, make.size(head_dim)
             q, k, _ = make(n, heads + 2 * kv_heads, d).split((heads, kv_heads, kv_heads), 1)
-            return op.rotate, q, k, make(n, d // 2, dtype=FP32), make(n, d // 2, dtype=FP32), False
+            return rope.rotate, q, k, make(n, d // 2, dtype=FP32), make(n, d // 2, dtype=FP32), False
 
         return build
 
@@ -99,32 +115,32 @@ def rope():
     yield Case("rope", "H=8 K=8 Dh=512", rotated(8, 8, 512, False))
 
 
-def attention():
-    op, documents = import_module("kernels.ops.attention"), import_module("kernels.ops.attention_plan")
+def attention_cases() -> Iterator[Case]:
+    """Yield the cases of forward and backward of attention over short documents behind a shared prefix."""
 
     def inputs(make, heads, kv_heads, head_dim):
-        """q, k, v as views of one tensor, and the plan of documents of 127 tokens, most behind one prefix of 40."""
+        """Return q, k, v (views of one tensor) and a plan: documents of 127 tokens, most behind one prefix of 40."""
         n, d = make.tokens, make.size(head_dim)
         starts = [0, *range(40, n, 87)]
         table = [(a, b, 0, 40 if a else 0) for a, b in zip(starts, [*starts[1:], n], strict=True)]
         qkv = make(n, heads + 2 * kv_heads, d)
-        plan = documents.plan(torch.tensor(table), n, d, make.device)
+        plan = attention_plan.plan(torch.tensor(table), n, d, make.device)
         return (*qkv.split((heads, kv_heads, kv_heads), 1), plan)
 
     def forward(*sizes):
         def build(make):
             q, k, v, plan = inputs(make, *sizes)
-            return op.forward, q, k, v, *plan[:3]
+            return attention.forward, q, k, v, *plan[:3]
 
         return build
 
     def backward(*sizes):
         def build(make):
             q, k, v, plan = inputs(make, *sizes)
-            o, lse = op.forward(q, k, v, *plan[:3]) if make.device.type != "meta" else (make(*q.shape), None)
+            o, lse = attention.forward(q, k, v, *plan[:3]) if make.device.type != "meta" else (make(*q.shape), None)
             lse = make(q.shape[1], len(q), dtype=FP32) if lse is None else lse
             gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-            return op.backward, q, k, v, o, lse, make(*q.shape), *gradients, *plan[:-2]
+            return attention.backward, q, k, v, o, lse, make(*q.shape), *gradients, *plan[:-2]
 
         return build
 
@@ -134,8 +150,8 @@ def attention():
         yield Case("attention", f"backward {label}", backward(*sizes))
 
 
-def linear_cross_entropy():
-    op = import_module("kernels.ops.linear_cross_entropy")
+def linear_cross_entropy_cases() -> Iterator[Case]:
+    """Yield the cases of the loss and its gradient, and the scaling of gradients in backward."""
     width = 64  # of x: the GEMMs are cuBLAS, and small ones leave the kernel's time to be seen
 
     def forward(vocab, weights=False, smoothing=0.0, grad=True):
@@ -143,14 +159,27 @@ def linear_cross_entropy():
             n, d, v = make.tokens, make.size(width), make.size(vocab)
             rows = make(n, dtype=FP32, low=0.5) if weights else None
             targets = make.integers(n, high=v)
-            return op.forward, make(n, d), make(v, d), targets, rows, -100, 0.0, smoothing, grad, grad, None, 0
+            return (
+                linear_cross_entropy.forward,
+                make(n, d),
+                make(v, d),
+                targets,
+                rows,
+                -100,
+                0.0,
+                smoothing,
+                grad,
+                grad,
+                None,
+                0,
+            )
 
         return build
 
     def scaled(dtype, *shape):
         def build(make):
             n, d = map(make.size, shape)
-            return op.scaled, make(n, d, dtype=dtype), make(dtype=FP32), make.dtype
+            return linear_cross_entropy.scaled, make(n, d, dtype=dtype), make(dtype=FP32), make.dtype
 
         return build
 
@@ -164,21 +193,21 @@ def linear_cross_entropy():
     yield Case(name, "dW scaled from fp32", scaled(FP32, 32000, 4096))
 
 
-def swiglu():
-    op = import_module("kernels.ops.swiglu")
+def swiglu_cases() -> Iterator[Case]:
+    """Yield the cases of the forward and backward of SwiGLU."""
 
     def forward(dim):
-        return lambda make: (op.forward, make(make.tokens, 2 * make.size(dim)))
+        return lambda make: (swiglu.forward, make(make.tokens, 2 * make.size(dim)))
 
     def backward(dim, want_h):
         def build(make):
             n, f = make.tokens, make.size(dim)
-            return op.backward, make(n, f), make(n, 2 * f), want_h
+            return swiglu.backward, make(n, f), make(n, 2 * f), want_h
 
         return build
 
     def backward_over(dim):
-        return lambda make: (op.backward_over, *backward(dim, True)(make)[1:3])
+        return lambda make: (swiglu.backward_over, *backward(dim, True)(make)[1:3])
 
     for dim in (1536, 11008):  # SmolLM2-135M, LLaMA-7B
         yield Case("swiglu", f"forward F={dim}", forward(dim))
@@ -187,36 +216,36 @@ def swiglu():
     yield Case("swiglu", "backward F=11008 over", backward_over(11008))
 
 
-def adamw():
-    op = import_module("kernels.ops.adamw")
+def adamw_cases() -> Iterator[Case]:
+    """Yield the cases of the update for every way of keeping the parameter and the states."""
     settings = 0.9, 0.999, 1e-8, 0.1, 7, 3, 0  # betas, eps, decay, step, seed, offset
 
     def update(master, states, param_dtype, grad_dtype):
         def build(make):
             n = make.size(4096), make.size(11008)
             param, grad = make(*n, dtype=param_dtype), make(*n, dtype=grad_dtype)
-            kept = op.adamw_state(param, master, states)
+            kept = adamw.adamw_state(param, master, states)
             state = kept.m, kept.v, kept.m_absmax, kept.v_absmax, kept.low, kept.master
             lr, scale = make(dtype=FP32, low=0.1), make(dtype=FP32, low=0.1)  # on the device, as the engine has them
             apply = make.integers(high=2, dtype=torch.bool) if make.device.type == "meta" else make(1).abs() >= 0
-            return op.update, param, grad, *state, 0.0, lr, 0.0, scale, apply, *settings
+            return adamw.update, param, grad, *state, 0.0, lr, 0.0, scale, apply, *settings
 
         return build
 
-    for states in op.STATES:
-        for master in op.MASTERS:
+    for states in adamw.STATES:
+        for master in adamw.MASTERS:
             yield Case("adamw", f"{master}, states {states}", update(master, states, BF16, BF16))
         yield Case("adamw", f"fp32 parameter, states {states}", update("fp32", states, FP32, FP32))
     yield Case("adamw", "split, states bf16, fp32 gradient", update("split", "bf16", BF16, FP32))
 
 
-def grad_norm():
-    op = import_module("kernels.ops.grad_norm")
+def grad_norm_cases() -> Iterator[Case]:
+    """Yield the cases of the gradient norm."""
 
     def norm(dtype):
         def build(make):
             d, f = make.size(4096), make.size(11008)
-            return op.norm, [make(2 * f, d, dtype=dtype), make(d, f, dtype=dtype), make(d, dtype=dtype)]
+            return grad_norm.norm, [make(2 * f, d, dtype=dtype), make(d, f, dtype=dtype), make(d, dtype=dtype)]
 
         return build
 
@@ -224,43 +253,11 @@ def grad_norm():
     yield Case("grad_norm", "fp32", norm(FP32))
 
 
-OPS = (rms_norm, rope, attention, linear_cross_entropy, swiglu, adamw, grad_norm)
+OPS = (
+    rms_norm_cases, rope_cases, attention_cases, linear_cross_entropy_cases, swiglu_cases, adamw_cases, grad_norm_cases,
+)  # fmt: skip
 
 
-def all_cases(only=()):
-    """Every case, or those of the named ops."""
+def all_cases(only: Collection[str] = ()) -> list[Case]:
+    """Return every case, or the cases of the named ops."""
     return [case for cases in OPS for case in cases() if not only or case.op in only]
-
-
-# What the tuner tries: op -> kernel -> every combination of these. A kernel that must have the same tile as another is
-# named by it in FOLLOWS, with the constants that it takes over.
-CANDIDATES = {
-    "rms_norm": {
-        "forward": dict(ROWS=(1, 2, 4), num_warps=(2, 4, 8, 16)),
-        "backward": dict(ROWS=(1, 2), STAGES=(2, 3), programs_per_sm=(1, 2, 4), num_warps=(4, 8, 16)),
-    },
-    "rope": {"rotate": dict(ROWS=(8, 16, 32, 64, 128), num_warps=(2, 4, 8))},
-    "attention": {
-        "forward": dict(BLOCK_M=(64, 128), BLOCK_N=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3)),
-        "dq": dict(num_warps=(4, 8), num_stages=(1, 2, 3)),
-        "dkdv": dict(BLOCK_M=(32, 64), BLOCK_N=(64, 128), num_warps=(4, 8), num_stages=(1, 2)),
-        "sum": dict(ROWS=(8, 16, 32), num_warps=(2, 4, 8)),
-    },
-    "linear_cross_entropy": {
-        "rows": dict(VECTORS=(256, 512, 1024, 2048), num_warps=(8, 16, 32)),
-        "scale": dict(BLOCK=(1024, 2048, 4096, 8192), num_warps=(4, 8)),
-    },
-    "swiglu": {
-        "forward": dict(COLS=(512, 1024, 2048, 4096), num_warps=(2, 4, 8)),
-        "backward": dict(COLS=(512, 1024, 2048, 4096), num_warps=(2, 4, 8)),
-    },
-    "adamw": {
-        "update": dict(BLOCK=(512, 1024, 2048, 4096), num_warps=(2, 4, 8)),
-        "update_8bit": dict(BLOCK=(1024, 2048, 4096), num_warps=(2, 4, 8)),
-    },
-    "grad_norm": {
-        "partial": dict(TILES=(4, 8, 16), BLOCK=(2048, 4096, 8192), num_warps=(4, 8)),
-        "total": dict(BLOCK=(4096, 8192, 16384), num_warps=(8, 16, 32)),
-    },
-}
-FOLLOWS = {("attention", "forward"): ("dq", ("BLOCK_M", "BLOCK_N"))}  # one plan serves both

@@ -1,22 +1,24 @@
-"""What a compiled kernel will do on a chip that is not here: registers, spills, matrix instructions, widths of access.
+"""What a compiled kernel does on a chip: registers, spills, matrix instructions, widths of accesses. No GPU is needed.
 
-Read from the machine code (SASS), which ptxas wrote and nvdisasm prints; Triton's wheel carries both. What each tl.load
-and tl.store became is read from the two codes before it, which name source lines: Triton's (TTGIR), where a tile is yet
-a tile, and PTX, whose widths ptxas keeps. (Lines in SASS do not serve: in Triton 3.9 those of inline assembly drift.)
+ptxas writes the machine code (SASS) and nvdisasm prints it; Triton's wheel carries both. What each tl.load and tl.store
+became is read from two earlier codes that name source lines: Triton's (TTGIR), which still knows tiles, and PTX, whose
+widths ptxas keeps. SASS's own lines do not serve: in Triton 3.9 those of inline assembly drift.
 """
 
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from triton import knobs
 
 CHIPS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 SHARED_BLOCK = {"sm_80": 163, "sm_90": 227, "sm_100": 227}  # KB a block may ask for
 SHARED_SM = {"sm_80": 164, "sm_90": 228, "sm_100": 228}  # KB an SM has; 1 KB of it is reserved a block
-TENSOR_COLUMNS = 512  # of tensor memory, which sm_100 has, an SM
+TENSOR_COLUMNS = 512  # of tensor memory on an SM of sm_100
 BULK = ("UBLKCP", "UTMALDG", "UTMASTG", "UTMAREDG")  # whole tiles, by the copy engine
 MOVES = ("LDG", "LDGSTS", "STG", *BULK)  # between global memory and an SM
 
@@ -27,26 +29,7 @@ TILE = re.compile(
     re.M,
 )
 
-
-@dataclass
-class Facts:
-    """Of one compilation."""
-
-    registers: int  # a thread
-    stack_bytes: int  # a thread
-    shared_bytes: int  # a program
-    warps: int  # a program
-    tensor_columns: int = 0  # of a Blackwell SM's tensor memory, a program
-    spills: int = 0  # LDL and STL instructions
-    spills_in_loops: int = 0
-    matrix: dict = field(default_factory=dict)  # opcode -> instructions
-    matrix_in_loops: dict = field(default_factory=dict)
-    wide: int = 0  # instructions that move 128 bits or more a thread from or to global memory, or whole tiles
-    narrow: int = 0  # that move less
-    streams: list = field(default_factory=list)  # see Stream
-    dots: int = 0  # tl.dot
-    loaded: list = field(default_factory=list)  # positions of the arguments, without constants, that are loaded from
-    stored: list = field(default_factory=list)  # and of those stored to
+SourceLine = tuple[str, int]  # a file's name and a line number
 
 
 @dataclass
@@ -57,28 +40,53 @@ class Stream:
     store: bool
     elements: int  # of the largest tile that the line moves
     element_bytes: int
-    bits: int  # that the narrowest instruction moves a thread; 0 where none was found
+    bits: int  # that the narrowest instruction moves a thread; 0 if none was found
 
-    def __str__(self):
+    def __str__(self) -> str:
+        """Return a phrase for a message."""
         return f"the {'store' if self.store else 'load'} of {self.elements} elements in line {self.line}"
 
 
-def read_facts(kernel):
-    """Facts of what triton.compile returned."""
+@dataclass
+class Facts:
+    """The facts of one compilation."""
+
+    registers: int  # a thread
+    stack_bytes: int  # a thread
+    shared_bytes: int  # a program
+    warps: int  # a program
+    tensor_columns: int = 0  # of tensor memory (sm_100), a program
+    spills: int = 0  # LDL and STL instructions
+    spills_in_loops: int = 0
+    matrix: dict[str, int] = field(default_factory=dict)  # opcode -> instructions
+    matrix_in_loops: dict[str, int] = field(default_factory=dict)
+    wide: int = 0  # instructions that move 128 bits or more a thread from or to global memory, or whole tiles
+    narrow: int = 0  # instructions that move less
+    streams: list[Stream] = field(default_factory=list)
+    dots: int = 0  # tl.dot
+    loaded: list[int] = field(default_factory=list)  # positions, constants not counted, of arguments it loads from
+    stored: list[int] = field(default_factory=list)  # and of arguments it stores to
+
+
+def read_facts(kernel: Any) -> Facts:
+    """Return the facts of a compiled kernel, an object that triton.compile returned."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
         sass = _run(knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name)
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if not found:
+        raise RuntimeError(f"cuobjdump shows no registers, wanted a line with REG: and STACK:\n{usage}")
+    registers, stack = map(int, found.groups())
     threads = re.search(r"\.reqntid (\d+)", kernel.asm["ptx"])  # more than num_warps where warps are specialized
     warps = int(threads[1]) // 32 if threads else kernel.metadata.num_warps
     columns = getattr(kernel.metadata, "tmem_size", None) or 0
     facts = Facts(registers, stack, kernel.metadata.shared, warps, columns)
     facts.dots = len(re.findall(r"\b(?:tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma)\b", kernel.asm["ttgir"]))
-    facts.loaded, facts.stored = touched(kernel.asm["ttir"])
-    facts.streams = streams(kernel.asm["ttgir"], kernel.asm["ptx"])
-    _count(instructions(sass), facts)
+    facts.loaded, facts.stored = find_touched_arguments(kernel.asm["ttir"])
+    facts.streams = find_streams(kernel.asm["ttgir"], kernel.asm["ptx"])
+    _count(parse_instructions(sass), facts)
     return facts
 
 
@@ -86,9 +94,14 @@ def _run(*command):
     return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True).stdout
 
 
-def instructions(sass):
-    """[(opcode with its suffixes, whether it is in a loop: between a backward branch and its target)]"""
-    found, labels, jumps = [], {}, []
+# ---- SASS -----------------------------------------------------------------------------------------------------------
+
+
+def parse_instructions(sass: str) -> list[tuple[str, bool]]:
+    """Return [(opcode with its suffixes, is in a loop)]. A loop lies between a backward branch and its target."""
+    found: list[str] = []
+    labels: dict[str, int] = {}
+    jumps: list[tuple[int, str]] = []
     for text in sass.splitlines():
         if label := re.match(r"(\.L_x_\d+):", text):
             labels[label[1]] = len(found)
@@ -97,53 +110,60 @@ def instructions(sass):
                 jumps.append((len(found), jump[1]))
             found.append(code[1])
     # A branch to itself, after the last EXIT, is padding.
-    loops = [(labels[to], at) for at, to in jumps if to in labels and labels[to] < at]
+    loops = [(labels[to], place) for place, to in jumps if to in labels and labels[to] < place]
     return [(opcode, any(first <= i <= last for first, last in loops)) for i, opcode in enumerate(found)]
 
 
-def bits(opcode):
-    """Width of a global memory access in SASS, a thread; 128 for those of the copy engine."""
+def access_bits(opcode: str) -> int:
+    """Return the bits a thread moves in one global memory access of SASS; 128 for the copy engine's."""
     width = re.search(r"\.[US]?(8|16|64|128|256)(?=\.|$)", opcode)
-    return 128 if opcode.split(".")[0] in BULK else int(width[1]) if width else 32
+    if opcode.split(".")[0] in BULK:
+        return 128
+    return int(width[1]) if width else 32
 
 
-def _count(code, facts):
-    for opcode, looped in code:
+def _count(code: Iterable[tuple[str, bool]], facts: Facts) -> None:
+    for opcode, is_in_loop in code:
         name = opcode.split(".")[0]
         if name in ("LDL", "STL"):
             facts.spills += 1
-            facts.spills_in_loops += looped
+            facts.spills_in_loops += is_in_loop
         elif re.fullmatch(r"[A-Z]*MMA", name):
             facts.matrix[name] = facts.matrix.get(name, 0) + 1
-            if looped:
+            if is_in_loop:
                 facts.matrix_in_loops[name] = facts.matrix_in_loops.get(name, 0) + 1
         elif name in MOVES:
-            facts.wide += bits(opcode) >= 128
-            facts.narrow += bits(opcode) < 128
+            facts.wide += access_bits(opcode) >= 128
+            facts.narrow += access_bits(opcode) < 128
 
 
-def streams(ttgir, ptx):
-    """A Stream for each source line that loads tiles through pointers, and for each that stores them."""
-    narrowest = {}
-    for place, store, width in accesses(ptx):
+# ---- PTX and Triton's own codes -------------------------------------------------------------------------------------
+
+
+def find_streams(ttgir: str, ptx: str) -> list[Stream]:
+    """Return a stream for each source line that loads tiles through pointers, and for each that stores them."""
+    narrowest: dict[tuple[SourceLine, bool], int] = {}
+    for place, store, width in find_accesses(ptx):
         narrowest[place, store] = min(width, narrowest.get((place, store), width))
     return [
         Stream(place[1], store, *tile, narrowest.get((place, store), 0))
-        for (place, store), tile in sorted(tiles(ttgir).items())
+        for (place, store), tile in sorted(find_tiles(ttgir).items())
     ]
 
 
-def accesses(ptx):
-    """((file, line), whether a store, bits a thread) of every global memory access in PTX."""
+def find_accesses(ptx: str) -> Iterator[tuple[SourceLine, bool, int]]:
+    """Yield ((file, line), is a store, bits a thread) of every global memory access in PTX."""
     files = dict(re.findall(r'^\s*\.file\s+(\d+) "([^"]*)"', ptx, re.M))
-    place = first = None  # first: of an inline assembly, whose later lines Triton 3.9 counts on from the true one
+    # first: of an inline assembly, whose later lines Triton 3.9 counts on from the true one
+    place: Any = None
+    first: Any = None
     for text in ptx.splitlines():
         if "begin inline asm" in text:
             first = ()
         elif "end inline asm" in text:
             place, first = first or place, None
-        elif at := re.match(r"\s*\.loc\s+(\d+) (\d+)", text):
-            place = (Path(files[at[1]]).name, int(at[2]))
+        elif loc := re.match(r"\s*\.loc\s+(\d+) (\d+)", text):
+            place = (Path(files[loc[1]]).name, int(loc[2]))
             first = first if first or first is None else place
         elif move := re.search(r"\b(ld|st)\.\S*\bglobal\b\S*?(?:\.v(\d))?\.[bufs](\d+)\b", text):
             yield first or place, move[1] == "st", int(move[2] or 1) * int(move[3])
@@ -151,33 +171,43 @@ def accesses(ptx):
             yield first or place, False, 8 * int(copy[1], 0)
 
 
-def tiles(ttgir):
-    """((file, line), whether a store) -> (elements, bytes an element) of the largest tile moved there."""
+def find_tiles(ttgir: str) -> dict[tuple[SourceLine, bool], tuple[int, int]]:
+    """Return ((file, line), is a store) -> (elements, bytes an element) of the largest tile that the line moves."""
     places = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", ttgir, re.M))
-    found = {}
+    found: dict[tuple[SourceLine, bool], tuple[int, int]] = {}
     for op, shape, kind, place in TILE.findall(ttgir):
         elements = 1
         for n in shape.rstrip("x").split("x"):
             elements *= int(n)
-        key = (_place(places[place], places), op == "tt.store")
-        found[key] = max(found.get(key, (0, 0)), (elements, max(1, int(re.search(r"\d+", kind)[0]) // 8)))
+        key = (_source_line(places[place], places), op == "tt.store")
+        bits = re.search(r"\d+", kind)
+        found[key] = max(found.get(key, (0, 0)), (elements, max(1, int(bits[0]) // 8 if bits else 0)))
     return found
 
 
-def _place(text, places):
-    """(file's name, line) of an MLIR location: of the innermost call, as in PTX. No folders: two checkouts may share
-    Triton's cache."""
-    while not (at := re.match(r'"([^"]*)":(\d+):\d+', text)):
+def _source_line(text, places):
+    """Return (file's name, line) of an MLIR location: of the innermost call, as in PTX.
+
+    Folders are left out, because two checkouts may share Triton's cache.
+    """
+    while not (found := re.match(r'"([^"]*)":(\d+):\d+', text)):
         text = places[re.search(r"#loc\d*", text)[0]]
-    return Path(at[1]).name, int(at[2])
+    return Path(found[1]).name, int(found[2])
 
 
-def touched(ttir):
-    """Positions, among the arguments of Triton's first code (TTIR), of pointers loaded from, and of those stored to."""
-    made_of, scopes, used = {}, [], {"load": set(), "store": set()}  # a value -> the values that it comes from
+def find_touched_arguments(ttir: str) -> tuple[list[int], list[int]]:
+    """Return the positions of the kernel's pointers that are loaded from, and of those stored to.
+
+    ttir is Triton's first code; positions count its arguments. Each pointer that is used is followed back through what
+    it was computed from, through loops and branches, to the arguments.
+    """
+    made_of: dict[str, list[str]] = {}  # a value -> the values that it comes from
+    scopes: list[str | None] = []  # the results of the loops and branches around the line
+    used: dict[str, set[str]] = {"load": set(), "store": set()}
     for text in ttir.splitlines():
         text = text.split(" loc(")[0]
-        result = (re.match(r"\s*(%\w+)(?::\d+)? = ", text) or [None, None])[1]
+        named = re.match(r"\s*(%\w+)(?::\d+)? = ", text)
+        result = named[1] if named else None
         if text.lstrip().startswith("}") and "else" not in text and scopes:
             scopes.pop()
         elif found := re.search(r"scf\.yield ([^:]*)", text):
@@ -191,14 +221,19 @@ def touched(ttir):
             made_of.setdefault(inner, []).append(outer)
         if re.search(r"\{$", text.rstrip()):
             scopes.append(result)
-    head = re.search(r"tt\.func public @\w+\((.*?)attributes \{", ttir)[1]
-    arguments = re.findall(r"(%\w+): (!tt\.ptr)?", head)
-    reached = [_reach(names, made_of) for names in used.values()]
-    return [[i for i, (name, pointer) in enumerate(arguments) if pointer and name in names] for names in reached]
+    head = re.search(r"tt\.func public @\w+\((.*?)attributes \{", ttir)
+    arguments = re.findall(r"(%\w+): (!tt\.ptr)?", head[1]) if head else []
+    loaded, stored = (
+        [i for i, (name, pointer) in enumerate(arguments) if pointer and name in reached]
+        for reached in (_follow_back(names, made_of) for names in used.values())
+    )
+    return loaded, stored
 
 
-def _reach(names, made_of):
-    reached, waiting = set(), list(names)
+def _follow_back(names, made_of):
+    """Return the names and every name that they are made of, directly or not."""
+    reached: set[str] = set()
+    waiting = list(names)
     while waiting:
         name = waiting.pop()
         if name not in reached:
@@ -207,15 +242,18 @@ def _reach(names, made_of):
     return reached
 
 
-def programs_per_sm(facts, chip):
-    """How many programs an SM holds at once: the least of
+# ---- occupancy ------------------------------------------------------------------------------------------------------
+
+
+def programs_per_sm(facts: Facts, chip: str) -> int:
+    """Return how many programs an SM holds at once, the least of five limits:
 
     32 blocks,  64 warps / warps,  the SM's shared memory / (a program's + 1 KB reserved),  512 columns of tensor memory
     / a program's,  and what registers allow: each of 4 partitions has 16,384 and gives a warp 32 x registers, in 256s.
     Source: CUDA C++ Programming Guide, compute capabilities; NVIDIA's occupancy calculator.
     """
-    a_warp = -(-32 * facts.registers // 256) * 256
-    by_registers = 4 * (16384 // a_warp) // facts.warps
+    registers_a_warp = -(-32 * facts.registers // 256) * 256
+    by_registers = 4 * (16384 // registers_a_warp) // facts.warps
     by_shared = SHARED_SM[chip] * 1024 // (facts.shared_bytes + 1024)
     by_columns = TENSOR_COLUMNS // max(1, facts.tensor_columns)
     return min(32, 64 // facts.warps, by_registers, by_shared, by_columns)

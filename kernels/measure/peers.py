@@ -1,23 +1,28 @@
-"""What kernels.bench compares with: other ways to do the same, as far as they are installed.
+"""The peers of kernels.bench: other implementations of each op, as far as they are installed.
 
-A contender is prepared once for each set of inputs (layouts, masks and plans are made here, outside the timing) and
-raises Absent, or ImportError, where it cannot take part: that is recorded with its reason.
+A contender is prepared once for each set of inputs: layouts, masks and plans are made before the timing. One that
+cannot take part raises Absent or ImportError, and the benchmark records the reason.
 """
 
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from kernels.measure.cases import BenchCase, Inputs
+from kernels.ops import rope
+from kernels.ops.common import INTERPRETED
+
 
 class Absent(Exception):
-    """Why a peer takes no part."""
+    """The reason why a peer takes no part."""
 
 
-def as_it_is(t):
+def _as_is(t):
     return t
 
 
@@ -25,15 +30,19 @@ def as_it_is(t):
 class Ready:
     """One contender on one set of inputs."""
 
-    run: Callable  # -> tensor or tuple of tensors; timed
-    leaves: tuple = ()  # what backward makes gradients of
-    upstream: tuple = ()  # gradients of what run returns, in its layout
-    back: Callable | None = None  # backward where it is no autograd function's
-    canonical: Callable = as_it_is  # an output or a gradient, into the case's own layout
+    run: Callable[[], Any]  # timed; returns a tensor or a tuple of tensors
+    leaves: tuple[torch.Tensor, ...] = ()  # tensors that backward makes gradients of
+    upstream: tuple[torch.Tensor, ...] = ()  # gradients of what run returns, in its layout
+    back: Callable[[], Sequence[torch.Tensor]] | None = None  # backward, if autograd does not run it
+    canonical: Callable[[torch.Tensor], torch.Tensor] = _as_is  # brings an output or gradient into the case's layout
 
 
-def plain(fn):
-    """A contender that takes the case's own tensors."""
+MakeOptimizer = Callable[[list[torch.Tensor], dict[str, Any]], Any]  # (parameters, settings)
+Prepare = Callable[[BenchCase, Inputs, tuple[torch.Tensor, ...]], Ready]  # (case, inputs, upstream gradients)
+
+
+def plain(fn: Callable[[BenchCase, Inputs], Any]) -> Prepare:
+    """Return a contender that runs fn on the case's own tensors."""
 
     def prepare(case, inputs, upstream):
         leaves = tuple(getattr(inputs, name) for name in case.grads)
@@ -42,16 +51,20 @@ def plain(fn):
     return prepare
 
 
-def needs(package, of=None):
-    """The package, or Absent: an import that fails is one reason, no CUDA another."""
+def import_peer(package: str, of: str | None = None) -> Any:
+    """Return the package, or its module `of`. Raise Absent if it is not installed, or there is no CUDA for it.
+
+    of: "cpu" for a package that needs no CUDA.
+    """
     if importlib.util.find_spec(package) is None:
         raise Absent(f"{package} is not installed")
     if not torch.cuda.is_available() and of != "cpu":
         raise Absent(f"{package} is installed; it runs on CUDA alone")
-    return importlib.import_module(package if of in (None, "cpu") else of)
+    return importlib.import_module(package if of is None or of == "cpu" else of)
 
 
-def needs_cuda(what):
+def require_cuda(what: str) -> None:
+    """Raise Absent if there is no CUDA."""
     if not torch.cuda.is_available():
         raise Absent(f"{what} runs on CUDA alone")
 
@@ -59,16 +72,17 @@ def needs_cuda(what):
 # ---- any op ---------------------------------------------------------------------------------------------------------
 
 
-def compiled(case, inputs, upstream):
-    needs_cuda("torch.compile here")
+def compiled(case: BenchCase, inputs: Inputs, upstream: tuple[torch.Tensor, ...]) -> Ready:
+    """Prepare the reference under torch.compile, at one shape an op."""
+    require_cuda("torch.compile here")
     if not case.main:
         raise Absent("torch.compile is tried at one shape an op: compiling takes longer than measuring")
     fn = case.memo.setdefault("compiled", torch.compile(case.reference, dynamic=False))
     return plain(lambda case, i: fn(i))(case, inputs, upstream)
 
 
-def bare_gemm(case, inputs, upstream):
-    """y = x W^T and its two backward products: what the op's time is held against. Its output is another."""
+def bare_gemm(case: BenchCase, inputs: Inputs, upstream: tuple[torch.Tensor, ...]) -> Ready:
+    """Prepare y = x W^T and its two backward products, which bound the op's time. The output is not the op's."""
     x, w = (getattr(inputs, name).detach().requires_grad_() for name in case.sizes["bare"])
     dy = torch.randn(len(x), len(w), device=x.device, dtype=x.dtype)
     return Ready(lambda: F.linear(x, w), (x, w), (dy,))
@@ -77,31 +91,31 @@ def bare_gemm(case, inputs, upstream):
 # ---- attention ------------------------------------------------------------------------------------------------------
 
 
-def relaid(case, inputs, upstream, to, canonical, fn):
-    """A contender whose q, k, v and output have a layout of their own."""
+def _with_layout(inputs, upstream, to, canonical, fn):
+    """Return a contender whose q, k, v and output have a layout of their own: `to` makes it, canonical undoes it."""
     q, k, v = (to(t).detach().requires_grad_() for t in (inputs.q, inputs.k, inputs.v))
     return Ready(lambda: fn(q, k, v), (q, k, v), (to(upstream[0]).detach(),), canonical=canonical)
 
 
-def no_prefix(case):
+def _require_no_prefix(case):
     if case.sizes.get("prefix"):
         raise Absent("cannot share a prefix between documents")
 
 
-def lengths_of(case):
+def _lengths(case):
     return [end - start for start, end, *_ in case.sizes["documents"]]
 
 
-def sdpa(backend):
-    """Of documents of equal length: a batch of them. Of others: padded to the longest."""
+def sdpa(backend: str) -> Prepare:
+    """Return SDPA on a batch of documents, each padded to the longest."""
 
     def prepare(case, inputs, upstream):
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        no_prefix(case)
+        _require_no_prefix(case)
         if backend == "CUDNN_ATTENTION":
-            needs_cuda("cuDNN")
-        lengths = lengths_of(case)
+            require_cuda("cuDNN")
+        lengths = _lengths(case)
         width, device = max(lengths), inputs.q.device
         rows = torch.arange(width, device=device)
         keep = rows[None] < torch.tensor(lengths, device=device)[:, None]  # (N, width)
@@ -116,25 +130,26 @@ def sdpa(backend):
             with sdpa_kernel(getattr(SDPBackend, backend)):
                 return F.scaled_dot_product_attention(q, k, v, is_causal=True, **grouped)
 
-        return relaid(case, inputs, upstream, to, lambda t: t.transpose(1, 2)[keep], fn)
+        return _with_layout(inputs, upstream, to, lambda t: t.transpose(1, 2)[keep], fn)
 
     return prepare
 
 
-def cumulative(case, device):
+def _cumulative_lengths(case, device):
     ends = [end for _, end, *_ in case.sizes["documents"]]
     return torch.tensor([0, *ends], dtype=torch.int32, device=device)
 
 
-def sdpa_nested(case, inputs, upstream):
-    no_prefix(case)
+def sdpa_nested(case: BenchCase, inputs: Inputs, upstream: tuple[torch.Tensor, ...]) -> Ready:
+    """Prepare SDPA on nested tensors."""
+    _require_no_prefix(case)
     if not case.sizes.get("packed"):
         raise Absent("documents of equal length need no nested tensor")
     if case.sizes["heads"] != case.sizes["kv_heads"]:
         raise Absent("nested SDPA takes no grouped queries")
-    needs_cuda("causal SDPA of nested tensors")
-    offsets = cumulative(case, inputs.q.device).long()
-    longest = max(lengths_of(case))
+    require_cuda("causal SDPA of nested tensors")
+    offsets = _cumulative_lengths(case, inputs.q.device).long()
+    longest = max(_lengths(case))
 
     def to(t):
         return torch.nested.nested_tensor_from_jagged(t.detach(), offsets, max_seqlen=longest).transpose(1, 2)
@@ -142,12 +157,13 @@ def sdpa_nested(case, inputs, upstream):
     def fn(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    return relaid(case, inputs, upstream, to, lambda t: t.transpose(1, 2).values(), fn)
+    return _with_layout(inputs, upstream, to, lambda t: t.transpose(1, 2).values(), fn)
 
 
-def varlen(case, inputs, upstream):
-    no_prefix(case)
-    needs_cuda("varlen_attn")
+def varlen(case: BenchCase, inputs: Inputs, upstream: tuple[torch.Tensor, ...]) -> Ready:
+    """Prepare torch's varlen_attn."""
+    _require_no_prefix(case)
+    require_cuda("varlen_attn")
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
@@ -156,18 +172,19 @@ def varlen(case, inputs, upstream):
         if "enable_gqa" not in known:
             raise Absent(f"varlen_attn of torch {torch.__version__} takes no grouped queries")
         options["enable_gqa"] = True
-    ends, longest = cumulative(case, inputs.q.device), max(lengths_of(case))
+    ends, longest = _cumulative_lengths(case, inputs.q.device), max(_lengths(case))
     return plain(lambda case, i: varlen_attn(i.q, i.k, i.v, ends, ends, longest, longest, **options))(
         case, inputs, upstream
     )
 
 
-def flex(case, inputs, upstream):
+def flex(case: BenchCase, inputs: Inputs, upstream: tuple[torch.Tensor, ...]) -> Ready:
+    """Prepare FlexAttention with a block mask of the documents."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if not case.sizes.get("packed"):
         raise Absent("FlexAttention is measured on packed documents")
-    needs_cuda("the backward of FlexAttention")
+    require_cuda("the backward of FlexAttention")
     n, device = case.sizes["n_rows"], inputs.q.device
     document, start, end = (torch.full((n,), value, dtype=torch.int32, device=device) for value in (-1, 0, 0))
     for d, (first, last, prefix_start, prefix_end) in enumerate(case.sizes["documents"]):
@@ -188,14 +205,15 @@ def flex(case, inputs, upstream):
     def fn(q, k, v):
         return attend(q, k, v, block_mask=mask, **grouped)
 
-    return relaid(case, inputs, upstream, to, lambda t: t[0].transpose(0, 1), fn)
+    return _with_layout(inputs, upstream, to, lambda t: t[0].transpose(0, 1), fn)
 
 
 # ---- liger-kernel, cut-cross-entropy, torch's own -------------------------------------------------------------------
 
 
-def liger_rms_norm(case, inputs, upstream):
-    ops = needs("liger_kernel", "liger_kernel.ops")
+def liger_rms_norm(case: BenchCase, inputs: Inputs, upstream: tuple[torch.Tensor, ...]) -> Ready:
+    """Prepare liger-kernel's RMSNorm."""
+    ops = import_peer("liger_kernel", "liger_kernel.ops")
 
     def fn(case, i):
         if i.residual is not None:
@@ -207,15 +225,16 @@ def liger_rms_norm(case, inputs, upstream):
     return plain(fn)(case, inputs, upstream)
 
 
-def torch_rms_norm(case, inputs, upstream):
+def torch_rms_norm(case: BenchCase, inputs: Inputs, upstream: tuple[torch.Tensor, ...]) -> Ready:
+    """Prepare torch's F.rms_norm."""
     if case.sizes["residual"]:
         raise Absent("F.rms_norm adds no residual")
     return plain(lambda case, i: F.rms_norm(i.x, i.x.shape[-1:], i.weight, case.sizes["eps"]))(case, inputs, upstream)
 
 
-def liger_rope(case, inputs, upstream):
-    """On copies: it writes over q and k, and over what comes back."""
-    ops = needs("liger_kernel", "liger_kernel.ops")
+def liger_rope(case: BenchCase, inputs: Inputs, upstream: tuple[torch.Tensor, ...]) -> Ready:
+    """Prepare liger-kernel's rotary embedding on copies, because it writes over q, k and their gradients."""
+    ops = import_peer("liger_kernel", "liger_kernel.ops")
     cos, sin = (torch.cat((t, t), -1)[None] for t in (inputs.cos, inputs.sin))  # (1, T, Dh), as transformers has them
     q, k = (t.detach().clone().transpose(0, 1)[None].requires_grad_() for t in (inputs.q, inputs.k))
     dq, dk = (t.clone().transpose(0, 1)[None] for t in upstream)
@@ -225,41 +244,37 @@ def liger_rope(case, inputs, upstream):
     )  # fmt: skip
 
 
-def rope_in_place(case, inputs, upstream):
-    """Ours as the engine calls it: no new tensors."""
-    module = importlib.import_module("kernels.ops.rope")
-    needs_kernels(module)
+def rope_in_place(case: BenchCase, inputs: Inputs, upstream: tuple[torch.Tensor, ...]) -> Ready:
+    """Prepare our rotation as the engine calls it: in place, without new tensors."""
+    if not (torch.cuda.is_available() or INTERPRETED):
+        raise Absent("kernels run on CUDA, or in Triton's interpreter")
     q, k = (t.detach().clone() for t in (inputs.q, inputs.k))
     dq, dk = (t.clone() for t in upstream)
 
     def rotate(a, b, inverse):
-        module.rotate(a, b, inputs.cos, inputs.sin, inverse)
+        rope.rotate(a, b, inputs.cos, inputs.sin, inverse)
         return a, b
 
     return Ready(lambda: rotate(q, k, False), back=lambda: rotate(dq, dk, True))
 
 
-def needs_kernels(module):
-    from kernels.ops.common import INTERPRETED
-
-    if not (torch.cuda.is_available() or INTERPRETED):
-        raise Absent("kernels run on CUDA, or in Triton's interpreter")
-
-
-def liger_swiglu(case, inputs, upstream):
-    ops = needs("liger_kernel", "liger_kernel.ops")
+def liger_swiglu(case: BenchCase, inputs: Inputs, upstream: tuple[torch.Tensor, ...]) -> Ready:
+    """Prepare liger-kernel's SwiGLU on separate gate and up."""
+    ops = import_peer("liger_kernel", "liger_kernel.ops")
     return plain(lambda case, i: ops.LigerSiLUMulFunction.apply(*i.gate_up.chunk(2, -1)))(case, inputs, upstream)
 
 
-def liger_swiglu_merged(case, inputs, upstream):
-    ops = needs("liger_kernel", "liger_kernel.ops.swiglu")
+def liger_swiglu_merged(case: BenchCase, inputs: Inputs, upstream: tuple[torch.Tensor, ...]) -> Ready:
+    """Prepare liger-kernel's SwiGLU on the joined projection."""
+    ops = import_peer("liger_kernel", "liger_kernel.ops.swiglu")
     if not hasattr(ops, "LigerFusedGateUpSiLUMulFunction"):
         raise Absent("this liger-kernel takes gate and up apart only")
     return plain(lambda case, i: ops.LigerFusedGateUpSiLUMulFunction.apply(i.gate_up))(case, inputs, upstream)
 
 
-def liger_cross_entropy(case, inputs, upstream):
-    ops = needs("liger_kernel", "liger_kernel.ops")
+def liger_cross_entropy(case: BenchCase, inputs: Inputs, upstream: tuple[torch.Tensor, ...]) -> Ready:
+    """Prepare liger-kernel's fused head and loss."""
+    ops = import_peer("liger_kernel", "liger_kernel.ops")
 
     def fn(case, i):
         return ops.LigerFusedLinearCrossEntropyFunction.apply(
@@ -269,9 +284,11 @@ def liger_cross_entropy(case, inputs, upstream):
     return plain(fn)(case, inputs, upstream)
 
 
-def cut_cross_entropy(exact):
+def cut_cross_entropy(exact: bool) -> Prepare:
+    """Return Apple's cut-cross-entropy, which by default leaves small gradients out; exact keeps them all."""
+
     def prepare(case, inputs, upstream):
-        package = needs("cut_cross_entropy")
+        package = import_peer("cut_cross_entropy")
         options = {"filter_eps": None} if exact else {}
         return plain(
             lambda case, i: package.linear_cross_entropy(i.x, i.weight, i.targets, reduction="sum", **options)
@@ -280,12 +297,13 @@ def cut_cross_entropy(exact):
     return prepare
 
 
-def foreach_norm(case, inputs, upstream):
+def foreach_norm(case: BenchCase, inputs: Inputs, upstream: tuple[torch.Tensor, ...]) -> Ready:
+    """Prepare torch's norm of a list of gradients."""
     return plain(lambda case, i: torch.nn.utils.get_total_norm(i.grads))(case, inputs, upstream)
 
 
-def optimizer(make, dtype):
-    """A step of another AdamW on a parameter of the same shape. Its rates are of the bytes that ours moves."""
+def optimizer(make: MakeOptimizer, dtype: torch.dtype) -> Prepare:
+    """Return a step of another AdamW on a parameter of our shape. Its rates count the bytes that ours moves."""
 
     def prepare(case, inputs, upstream):
         if not case.main:
@@ -295,30 +313,38 @@ def optimizer(make, dtype):
         s = case.sizes["settings"]
         common = dict(lr=s["lr"], betas=(s["beta1"], s["beta2"]), eps=s["eps"], weight_decay=s["weight_decay"])
         stepper = make([param], common)
-        return Ready(lambda: stepper.step() or param.detach())
+
+        def run():
+            stepper.step()
+            return param.detach()
+
+        return Ready(run)
 
     return prepare
 
 
-def torch_fused(params, common):
+def torch_fused(params: list[torch.Tensor], common: dict[str, Any]) -> Any:
+    """Return torch's fused AdamW."""
     return torch.optim.AdamW(params, fused=True, **common)
 
 
-def flash_adamw(bits):
-    """8-bit states; a bf16 parameter with a correction that makes it `bits` wide."""
+def flash_adamw(bits: int) -> MakeOptimizer:
+    """Return flashoptim's AdamW: 8-bit states, and a bf16 parameter with a correction that makes it `bits` wide."""
 
     def make(params, common):
-        return needs("flashoptim").FlashAdamW(params, master_weight_bits=bits, **common)
+        return import_peer("flashoptim").FlashAdamW(params, master_weight_bits=bits, **common)
 
     return make
 
 
-def bitsandbytes_adamw(params, common):
-    return needs("bitsandbytes").optim.AdamW8bit(params, **common)
+def bitsandbytes_adamw(params: list[torch.Tensor], common: dict[str, Any]) -> Any:
+    """Return bitsandbytes' 8-bit AdamW."""
+    return import_peer("bitsandbytes").optim.AdamW8bit(params, **common)
 
 
-def torchao_adamw(params, common):
-    return needs("torchao", "torchao.optim").AdamW8bit(params, bf16_stochastic_round=True, **common)
+def torchao_adamw(params: list[torch.Tensor], common: dict[str, Any]) -> Any:
+    """Return torchao's 8-bit AdamW with stochastic rounding."""
+    return import_peer("torchao", "torchao.optim").AdamW8bit(params, bf16_stochastic_round=True, **common)
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -333,9 +359,9 @@ OPTIMIZERS = {
     "bitsandbytes 8-bit": optimizer(bitsandbytes_adamw, torch.bfloat16),
     "torchao 8-bit": optimizer(torchao_adamw, torch.bfloat16),
 }
-UNCHECKED = {"bare GEMM", *OPTIMIZERS}  # what computes something else
+UNCHECKED = {"bare GEMM", *OPTIMIZERS}  # their results are not the op's
 
-PEERS = {
+PEERS: dict[str, dict[str, Prepare]] = {
     "attention": {
         "SDPA flash": sdpa("FLASH_ATTENTION"),
         "SDPA cuDNN": sdpa("CUDNN_ATTENTION"),

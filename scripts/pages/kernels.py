@@ -37,7 +37,7 @@ How to read the tables: three numbers in a cell are {chips}, one number is the s
 
 def paragraphs(op):
     """From the module's docstring: its first line, the formula, and what bounds it."""
-    doc = ast.get_docstring(ast.parse((ROOT / "kernels" / f"{op}.py").read_text()))
+    doc = ast.get_docstring(ast.parse((ROOT / "kernels" / "ops" / f"{op}.py").read_text()))
     first, *rest = doc.split("\n\n")
     formula = next((p for p in rest if p.startswith("    ")), None)
     bound = "\n\n".join(p for p in rest if p.lstrip().startswith("Bound by"))

@@ -86,7 +86,7 @@ def loss_curve(figures):
 
 def work(op, shape, kind):
     """Return (FLOPs, bytes) of one of kernels.measure's cases: an op, the beginning of its shape, and a pass."""
-    case = next(c for c in cases.full() if c.op == op and c.shape.startswith(shape))
+    case = next(c for c in cases.full_cases() if c.op == op and c.shape.startswith(shape))
     done = [case.work[name] for name in kind.split("+")]
     return sum(w.flops for w in done), sum(BYTES * w.elements + w.bytes for w in done)
 

@@ -23,7 +23,7 @@ from engine.planning.memory import CONTEXT_BYTES, memory
 from engine.training.optimizer import AdamW, lr_factor
 from engine.training.prepare import ALIGN
 from engine.training.run_ahead import Feeder, Figures, Mark
-from kernels.bench import DEVICE, GPU, IMPL
+from kernels.measure.machine import DEVICE, GPU, IMPL
 from scripts.step.common import (
     ALPACA_ROWS,
     DTYPE,

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from kernels.bench import GPU
+from kernels.measure.machine import GPU
 from scripts.step.bench import TOY_TOKENS, VARIANTS, Steps
 from scripts.step.common import Records, in_processes, parse, within_memory
 

@@ -25,8 +25,8 @@ from engine.data.dataset import Dataset
 from engine.model.config import MODELS, ModelConfig
 from engine.planning.cards import PRICES_OF, card_named
 from engine.training.micro_batch_size import is_out_of_memory
-from kernels.bench import GPU, free, write_json
 from kernels.measure.alpaca import ALPACA_ROWS, alpaca_lengths
+from kernels.measure.machine import GPU, free_memory, write_json
 
 ROWS, MAX_LENGTH = 128, 512  # of a step; tokens a row is cut at
 EPOCHS = 3
@@ -161,7 +161,7 @@ class Records:
         print(line(record), flush=True)
         if broken:
             raise broken
-        free()
+        free_memory()
 
 
 class TooLarge(Exception):
@@ -180,7 +180,7 @@ def within_memory(size: int, least: int, measure):
             said = str(error).split(". ")[0]
         failed.append(size)  # outside the handler, whose traceback keeps what the failed pass held
         gc.collect()
-        free()
+        free_memory()
         size //= 2
     raise TooLarge(f"out of memory at {', '.join(map(str, failed))}: {said}")
 
@@ -208,7 +208,7 @@ def in_processes(report, run, part, module, names):
     """The records of `python -m module --only names`, taken over while it runs. Where it dies, what it was at is
     recorded as failed, and another process goes on with the rest."""
     found = report.result["parts"].setdefault(part, {"records": []})["records"]
-    free()  # the device is the other process's
+    free_memory()  # the device is the other process's
     waiting = list(names)
     while waiting and report.take(f"{part}: {', '.join(waiting)}"):
         before, left_out = list(found), []

@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 
 from engine.training.run_ahead import Mark
-from kernels.bench import DEVICE, GPU, installed
+from kernels.measure.machine import DEVICE, GPU, installed_version
 from scripts.step.common import (
     DTYPE,
     Records,
@@ -193,7 +193,7 @@ def measure(name: str, smoke: bool, spent=lambda: False) -> dict:
     about = {
         "model": "toy" if smoke else peer.model, "checkpointing": peer.checkpointing,
         "states": str(DTYPE).removeprefix("torch."),
-        "versions": {package: installed(package) for package in ("transformers", "liger-kernel", "torch")},
+        "versions": {package: installed_version(package) for package in ("transformers", "liger-kernel", "torch")},
     }  # fmt: skip
     try:
         loop = Loop(peer, smoke)

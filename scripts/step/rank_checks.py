@@ -28,7 +28,7 @@ from engine.distributed.fsdp import shard_model
 from engine.formats.find import list_checkpoints
 from engine.output import checkpoint
 from engine.output.folder import read_lines
-from kernels.bench import DEVICE, GPU, free
+from kernels.measure.machine import DEVICE, GPU, free_memory
 from scripts.step.bench import TOY_TOKENS, Steps, Variant
 from scripts.step.common import DTYPE, peak_memory
 
@@ -94,7 +94,7 @@ class Block:
 
 
 def block(variant: Variant, smoke: bool, shard=None) -> Block:
-    free()  # the block before, whose model FSDP2 leaves in cycles
+    free_memory()  # the block before, whose model FSDP2 leaves in cycles
     if GPU:
         torch.cuda.reset_peak_memory_stats()
     n = variant.warmup + variant.steps

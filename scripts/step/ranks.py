@@ -22,7 +22,7 @@ from pathlib import Path
 
 from engine.output import checkpoint
 from engine.training.micro_batch_size import is_out_of_memory
-from kernels.bench import DEVICE, free
+from kernels.measure.machine import DEVICE, free_memory
 from scripts.step.bench import Steps, Variant
 from scripts.step.common import ALPACA_ROWS, ROWS, Records, card, in_processes, line, parse, shape, speed
 from scripts.step.rank_checks import (
@@ -66,7 +66,7 @@ def pairs(variant, n_pairs, smoke, spent):
                 blocks.append(block(variant, smoke, how))
             if spent():
                 break
-        free()
+        free_memory()
     ratios = [statistics.median(b.seconds) / statistics.median(a.seconds) for a, b in zip(plain, sharded, strict=True)]
     n_parameters = shape(variant.model, smoke).n_parameters
     together = {name: [x for b in sharded for x in getattr(b, name)] for name in ("tokens", "computed", "seconds")}

@@ -1,6 +1,6 @@
 """Kernels that the static gate must refuse, and the same ones as it lets them pass. Prints what it says of each.
 
-python -m tests.gate_kernels        not under TRITON_INTERPRET=1; tests/kernels/test_static.py runs it
+python -m tests.helpers.gate_kernels       not under TRITON_INTERPRET=1; tests/kernels/test_static.py runs it
 """
 
 import json
@@ -9,8 +9,8 @@ import warnings
 import triton
 import triton.language as tl
 
-from kernels import static
 from kernels.compiled.launch_cases import Case
+from kernels.compiled.rules import run_gate
 
 
 @triton.jit
@@ -95,5 +95,5 @@ CASES = {
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     built = [Case("gate", label, lambda make, build=build: (build(make),)) for label, build in CASES.items()]
-    records, violations, _ = static.gate(built)
+    records, violations, _ = run_gate(built)
     print(json.dumps({"records": records, "violations": [v._asdict() for v in violations]}))

@@ -367,7 +367,7 @@ def test_targets_name_what_is_measured():
     from scripts.step import ranks as rank_bench
 
     names = {"step": step_bench.VARIANTS, "profile": step_profile.PROFILED, "ranks": rank_bench.VARIANTS}
-    cases = list(bench_cases.full())
+    cases = list(bench_cases.full_cases())
     for row in TARGETS["rows"]:
         if "part" in row:
             assert row["name"] in names[row["part"]], row

@@ -1,0 +1,114 @@
+"""The clock of every kernel measurement: device time between CUDA events, or host time where no GPU is.
+
+The device spins before each repetition, so that all its launches are queued and the host's time is not measured.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from kernels.measure.machine import DEVICE, GPU
+from kernels.ops.common import INTERPRETED
+
+WARMUP = 5  # repetitions before the first that counts
+SPIN_CYCLES = 2_000_000  # about a millisecond: longer than the host needs to queue one repetition
+
+Step = Callable[[Any], Any]  # takes what the step before returned
+
+
+def l2_bytes() -> int:
+    """Return the size of the GPU's L2 cache in bytes; 0 without a GPU."""
+    return torch.cuda.get_device_properties(0).L2_cache_size if GPU else 0
+
+
+def make_l2_flush() -> Callable[[], Any]:
+    """Return a function that reads three times the L2's size, which leaves nothing else in it.
+
+    It reads, because written lines would go back to memory at the cost of the next kernel.
+    """
+    if not GPU:
+        return lambda: None
+    buffer = torch.zeros(3 * l2_bytes() // 4, device=DEVICE)
+    return lambda: buffer.sum()
+
+
+def count_input_sets(set_bytes: int, times_l2: int, most: int) -> int:
+    """Return how many sets of inputs together exceed the L2 times_l2 times: 2 to `most`, or 1 without a GPU."""
+    return max(2, min(most, times_l2 * l2_bytes() // max(1, set_bytes) + 1)) if GPU else 1
+
+
+def time_steps(
+    sets: Sequence[Sequence[Step]], repeats: int, flush: Callable[[], Any], warmup: int = WARMUP
+) -> list[tuple[float, ...]]:
+    """Return the milliseconds of every repetition for each step.
+
+    sets: a list of steps for each set of inputs; repetitions take the sets in turn. flush is called between steps.
+    Without a GPU the host's clock is used, with one repetition of warm-up, or none in the interpreter.
+    """
+    if not GPU:
+        return time_steps_on_host(sets, repeats, 0 if INTERPRETED else 1)
+    recorded = []
+    for r in range(warmup + repeats):
+        torch.cuda._sleep(SPIN_CYCLES)
+        events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        value = None
+        for step in sets[r % len(sets)]:
+            if events:
+                flush()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            value = step(value)
+            end.record()
+            events.append((start, end))
+        del value
+        recorded.append(events)
+    torch.cuda.synchronize()
+    return list(zip(*([a.elapsed_time(b) for a, b in events] for events in recorded[warmup:]), strict=True))
+
+
+def time_steps_on_host(sets: Sequence[Sequence[Step]], repeats: int, warmup: int) -> list[tuple[float, ...]]:
+    """Return the milliseconds of every repetition for each step, by the host's clock."""
+    recorded = []
+    for r in range(warmup + repeats):
+        value, spent = None, []
+        for step in sets[r % len(sets)]:
+            began = time.perf_counter()
+            value = step(value)
+            spent.append((time.perf_counter() - began) * 1e3)
+        recorded.append(spent)
+    return list(zip(*recorded[warmup:], strict=True))
+
+
+def summarize_ms(ms: Sequence[float]) -> dict[str, float]:
+    """Return the median, quartiles and extremes of milliseconds."""
+    low, _, high = statistics.quantiles(ms, n=4, method="inclusive") if len(ms) > 1 else [*ms] * 3
+    return {"ms": statistics.median(ms), "q1": low, "q3": high, "min": min(ms), "max": max(ms), "repeats": len(ms)}
+
+
+# ---- ceilings -------------------------------------------------------------------------------------------------------
+
+
+def measure_copy_rate(repeats: int, flush: Callable[[], Any], n_bytes: int) -> float:
+    """Return the GB/s, reads and writes together, of a copy of n_bytes."""
+    x, y = (torch.randn(n_bytes // 4, device=DEVICE) for _ in range(2))
+    return 2 * x.numel() * 4 / statistics.median(time_steps([[lambda _: y.copy_(x)]], repeats, flush)[0]) / 1e6
+
+
+def measure_gemm_rate(
+    repeats: int, flush: Callable[[], Any], m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16
+) -> float:
+    """Return the TFLOP/s of a (m, k) x (k, n) product of random numbers: zeros take less power and run faster."""
+    x, w = (torch.randn(*shape, device=DEVICE, dtype=dtype) for shape in ((m, k), (n, k)))
+    return 2 * m * n * k / statistics.median(time_steps([[lambda _: x @ w.T]], repeats, flush)[0]) / 1e9
+
+
+def measure_peak_rates(repeats: int, flush: Callable[[], Any]) -> dict[str, float]:
+    """Return the copy rate and the GEMM rate that a roofline is drawn under, with the sizes they were measured at."""
+    size, side = (2**31, 8192) if GPU else (2**22, 128)
+    return {
+        "copy_gb_per_s": measure_copy_rate(repeats, flush, size), "copy_bytes": size,
+        "gemm_tflops": measure_gemm_rate(repeats, flush, side, side, side), "gemm_side": side,
+    }  # fmt: skip

@@ -1,0 +1,74 @@
+"""The gate can refuse: each rule against a kernel that breaks it, and one that keeps it."""
+
+import json
+import re
+
+import pytest
+
+from kernels.compiled.launch_cases import all_cases
+from kernels.compiled.machine_code import CHIPS
+from kernels.compiled.rules import Violation, find_unplayed, find_unused, operator_names
+from tests.helpers.run import start_compiler
+
+
+@pytest.fixture(scope="module")
+def refused():
+    """What the gate says of tests/helpers/gate_kernels.py."""
+    out, err = start_compiler("tests.helpers.gate_kernels").communicate()
+    assert out, err
+    return json.loads(out.splitlines()[-1])
+
+
+REFUSALS = {
+    "copy, unaligned pointer": {("wide", chip) for chip in CHIPS},
+    "copy, every other element": {("wide", chip) for chip in CHIPS},
+    "sum, few registers": {("stack", chip) for chip in CHIPS},
+    "matmul in fp32": {("matrix", chip) for chip in CHIPS},
+    "matmul, 16 rows": {("matrix", "sm_90"), ("matrix", "sm_100")},  # too few for HGMMA: HMMA, as on sm_80
+    "matmul, many stages": {("shared", chip) for chip in CHIPS},
+    "matmul, refused": {("compiles", chip) for chip in CHIPS},
+}
+
+
+def test_a_bad_kernel_is_refused_by_its_rule_and_a_good_one_is_not(refused):
+    found = {}
+    for violation in refused["violations"]:
+        found.setdefault(violation["case"], set()).add((violation["rule"], violation["chip"]))
+    found["matmul, many stages"].discard(("stack", "sm_80"))  # it may spill as well
+    assert found == REFUSALS
+    good = {record["case"] for record in refused["records"]} - set(REFUSALS)
+    assert good == {"copy", "sum", "matmul"}
+
+
+def test_a_violation_names_kernel_chip_rule_and_numbers(refused):
+    shared = next(v for v in refused["violations"] if v["rule"] == "shared" and v["chip"] == "sm_90")
+    text = str(Violation(**shared))
+    assert text == "gate matmul sm_90 matmul, many stages: shared: got 393216 bytes; wanted at most 232448"
+
+
+def test_records_hold_what_the_code_shows(refused):
+    records = {(r["case"], r["chip"]): r for r in refused["records"]}
+    copy = records["copy", "sm_90"]
+    assert copy["bytes_per_element"] == 4.01 and copy["spills"] == 0 and (copy["wide"], copy["narrow"]) == (4, 1)
+    assert copy["tile"] == {"BLOCK": 2048} and copy["num_warps"] == 4 and copy["from"] == "fixed"
+    kinds = [set(records["matmul", chip]["matrix"]) for chip in CHIPS]
+    assert kinds == [{"HMMA"}, {"HGMMA"}, {"UTCHMMA"}]
+    spilled = records["sum, few registers", "sm_90"]
+    said = next(v for v in refused["violations"] if v["case"] == spilled["case"] and v["chip"] == "sm_90")["got"]
+    stack, instructions, in_loops = map(int, re.findall(r"\d+", said))
+    assert (stack, instructions) == (spilled["stack_bytes"], spilled["spills"]) and 0 < in_loops < instructions
+
+
+def test_a_launch_table_entry_that_no_case_launches_is_reported():
+    table = {
+        "forward": {"sm_90": {"64": {"num_warps": 4, "from": "static"}, "128": {"num_warps": 8, "from": "static"}}}
+    }
+    found = find_unused({("op", "forward", "sm_90", "64")}, {"op": table}, ("sm_80", "sm_90"))
+    assert [str(v).split(":")[0] for v in found] == ["op forward sm_90 size 128"]
+
+
+def test_an_operator_that_no_case_launches_is_reported():
+    cases = [case for case in all_cases() if "backward" not in case.label]
+    found = [violation.op for violation in find_unplayed(cases, operator_names())]
+    assert "cria::rms_norm_backward" in found and "cria::rms_norm_forward" not in found
+    assert find_unplayed(all_cases(), operator_names()) == []

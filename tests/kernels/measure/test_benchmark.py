@@ -1,0 +1,100 @@
+"""One run of the microbenchmarks: what it refuses to time, whom it names as absent, and when it stops."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from kernels.measure import cases as bench_cases
+from kernels.measure import peers as bench_peers
+from kernels.measure import results
+from kernels.measure.benchmark import Benchmark
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="toy sizes, for the interpreter")
+
+
+@pytest.fixture
+def run():
+    return Benchmark(repeats=1, dtype=torch.float32)
+
+
+def records(run, **wanted):
+    return [r for r in run.result["records"] if all(r.get(k) == v for k, v in wanted.items())]
+
+
+BROKEN = {
+    "output 0": lambda case: lambda i, impl: case.reference(i) * 1.0001,
+    "dx": lambda case: lambda i, impl: Twisted.apply(case.reference(i), i.x),
+    "dweight is None": lambda case: lambda i, impl: case.reference(detached(i)),
+    "nan": lambda case: lambda i, impl: case.reference(i) * float("nan"),
+}
+
+
+class Twisted(torch.autograd.Function):
+    """Right forward, a gradient of x that is a little off."""
+
+    @staticmethod
+    def forward(ctx, y, x):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy, dy * 1e-3
+
+
+def detached(inputs):
+    return type(inputs)(**{**vars(inputs), "weight": inputs.weight.detach()})
+
+
+@interpreted
+@pytest.mark.parametrize("said", BROKEN)
+def test_a_wrong_result_has_no_time(run, said):
+    case = bench_cases.rms_norm_case(4, 16)
+    run.run_case(dataclasses.replace(case, ours=BROKEN[said](case)), peers=False)
+    (ours,) = records(run, who="ours")
+    assert said in ours["wrong"] and "ms" not in ours
+    assert len(records(run, who="torch eager")) == 3  # the others are timed all the same
+
+
+@interpreted
+def test_a_right_result_is_timed_and_in_place_ops_are_checked(run):
+    run.run_case(bench_cases.rope_case(8, 2, 1, 16))
+    assert not [r for r in run.result["records"] if "wrong" in r or "failed" in r]
+    for who in ("ours", "ours, in place", "torch eager"):
+        assert [r["pass"] for r in records(run, who=who)] == ["fwd", "bwd", "fwd+bwd"]
+    assert records(run, who="ours")[0]["error_over_torch"] <= 2
+
+
+@interpreted
+def test_one_contenders_trouble_is_not_anothers(run):
+    case = bench_cases.swiglu_case(4, 8)
+
+    def broken(i, impl):
+        raise RuntimeError("out of luck\nand more")
+
+    run.run_case(dataclasses.replace(case, ours=broken), peers=False)
+    assert records(run, who="ours")[0]["failed"] == "RuntimeError: out of luck"
+    assert records(run, who="torch eager", **{"pass": "bwd"})
+
+    def poisoned(i, impl):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="CUDA error"):  # the process can measure no more
+        run.run_case(dataclasses.replace(case, ours=poisoned), peers=False)
+    assert "illegal memory access" in run.result["records"][-1]["failed"]
+
+
+def test_absent_peers_are_named(run, monkeypatch):
+    monkeypatch.setattr(bench_peers.importlib.util, "find_spec", lambda name: None)
+    run.run_case(bench_cases.swiglu_case(4, 8))
+    reasons = {r["who"]: r["reason"] for r in run.result["absent"]}
+    assert reasons["liger-kernel"] == reasons["liger-kernel merged"] == "liger_kernel is not installed"
+    assert "swiglu: without liger-kernel: liger_kernel is not installed" in results.format_summary(run.result)
+
+
+def test_nothing_begins_after_the_time(tmp_path):
+    run = Benchmark(tmp_path / "b.json", minutes=1e-9, repeats=1)
+    run.run_case(bench_cases.swiglu_case(4, 8))
+    assert json.loads((tmp_path / "b.json").read_text())["left_out"] == ["swiglu T=4 F=8"]
+    assert not run.result["records"] and "left out for time: swiglu T=4 F=8" in results.format_summary(run.result)
