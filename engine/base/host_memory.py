@@ -1,111 +1,54 @@
-"""Optimizer states in the host's memory, which visit the device for their update.
+"""Memory of the host that a GPU copies to and from.
 
-    upload of tensor i + 1  |  update of tensor i  |  download of tensor i - 1
-
-Three slots of device memory, each as large as the largest parameter's states, are used in turn by an uploading stream,
-the computing one and a downloading one, so that what bounds an update is the slower direction of the bus, and the host
-waits for nothing. The same kernels update the same numbers: bit for bit what is computed without it.
+Such memory is pinned, so that a copy runs beside the GPU's work. torch rounds each piece of pinned memory up to a power
+of two of bytes; therefore many tensors share an arena.
 """
-
-import dataclasses
-from collections.abc import Iterator
 
 import torch
 
-from kernels.ops.adamw import AdamWState
-
-SLOTS = 3
-ALIGN = 128  # bytes
-ARENA_BYTES = 1 << 30  # of memory for states that are offloaded
-COPY_ARENA_BYTES = 1 << 28  # of memory for a copy of the state that is being saved
-
-
-class Offload:
-    """States {name: state} in the host's memory, of parameters on `device`."""
-
-    def __init__(self, states: dict[str, AdamWState], device: torch.device):
-        self.states, self.device, self.cuda = states, device, device.type == "cuda"
-        if self.cuda:
-            torch.cuda.synchronize(device)  # what HostMemory.take copies is there before another stream reads it
-        largest = max(size_of(state) for state in self.states.values())
-        self.slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
-        self.free = [None] * SLOTS  # event after which a slot's last content is back in the host's memory
-        self.up, self.down = (torch.cuda.Stream(device), torch.cuda.Stream(device)) if self.cuda else (None, None)
-
-    def visits(self) -> Iterator[tuple[str, AdamWState]]:
-        """(name, its state on the device), one after another; what the caller writes to it goes back."""
-        names = list(self.states)
-        arrivals = [self._upload(0, self.states[names[0]])]
-        for i, name in enumerate(names):
-            if i + 1 < len(names):
-                arrivals.append(self._upload((i + 1) % SLOTS, self.states[names[i + 1]]))
-            state, arrived = arrivals[i]
-            if self.cuda:
-                torch.cuda.current_stream(self.device).wait_event(arrived)
-            yield name, state
-            self._download(i % SLOTS, state, self.states[name])
-            arrivals[i] = None
-
-    def wait(self) -> None:
-        """Until the host's memory holds what was computed."""
-        if self.cuda:
-            self.down.synchronize()
-
-    def _upload(self, slot, state):
-        views = carve(self.slots[slot], state)
-        if not self.cuda:
-            copy(state, views)
-            return views, None
-        if self.free[slot] is not None:
-            self.up.wait_event(self.free[slot])
-        with torch.cuda.stream(self.up):
-            copy(state, views)
-        return views, self.up.record_event()
-
-    def _download(self, slot, views, state):
-        if not self.cuda:
-            copy(views, state)
-            return
-        self.down.wait_event(torch.cuda.current_stream(self.device).record_event())
-        with torch.cuda.stream(self.down):
-            copy(views, state)
-        self.free[slot] = self.down.record_event()
-
-
-def size_of(state):
-    return sum(-(-t.nbytes // ALIGN) * ALIGN for t in state.tensors().values())
+ALIGN = 128  # bytes; every piece of an arena begins at a multiple
+SLOTS = 3  # of device memory, through which offloaded optimizer states pass: see engine.training.offload
+STATE_ARENA_BYTES = 1 << 30  # arenas of optimizer states that live in the host's memory
+COPY_ARENA_BYTES = 1 << 28  # arenas of the copy of a training state that is being saved
 
 
 class HostMemory:
-    """The host's memory for states: pinned, where a GPU copies from it, in arenas of a power of two, as torch rounds
-    every pinned tensor's up to one."""
+    """Pieces of the host's memory, each in the first arena that has room for it.
 
-    def __init__(self, pinned: bool):
-        self.pinned, self.arenas = pinned, []  # [memory, bytes taken]
+    A pinned arena has arena_bytes, or the power of two that holds a larger piece. Memory that is not pinned needs no
+    arenas: each piece is an allocation of its own size.
+    """
 
-    def take(self, state: AdamWState) -> AdamWState:
-        """The state, moved here."""
-        size = size_of(state)
-        arena = next((a for a in self.arenas if a[1] + size <= len(a[0])), None)
-        if arena is None:
-            whole = max(ARENA_BYTES, 1 << (size - 1).bit_length()) if self.pinned else size
-            arena = [torch.empty(whole, dtype=torch.uint8, pin_memory=self.pinned), 0]
-            self.arenas.append(arena)
-        here = carve(arena[0][arena[1] :], state)
-        arena[1] += size
-        copy(state, here)
-        return here
+    def __init__(self, pinned: bool, arena_bytes: int):
+        self.pinned, self.arena_bytes = pinned, arena_bytes
+        self.sizes: list[int] = []  # bytes of each arena
+        self.taken: list[int] = []  # bytes of each arena that belong to a piece
+        self.arenas: list[torch.Tensor] = []
+
+    def place_piece(self, n_bytes: int) -> tuple[int, int]:
+        """Return (arena, first byte) of a new piece. Nothing is allocated: self.sizes says what would be."""
+        free = [size - taken for size, taken in zip(self.sizes, self.taken, strict=True)]
+        arena = next((i for i, left in enumerate(free) if n_bytes <= left), len(free))
+        if arena == len(free):
+            self.sizes.append(max(self.arena_bytes, round_up_to_power_of_two(n_bytes)) if self.pinned else n_bytes)
+            self.taken.append(0)
+        first = self.taken[arena]
+        self.taken[arena] += round_up(n_bytes)
+        return arena, first
+
+    def reserve_piece(self, n_bytes: int) -> torch.Tensor:
+        """Return memory as an uninitialised tensor (n_bytes,) of uint8. Raises RuntimeError when the host has none."""
+        arena, first = self.place_piece(n_bytes)
+        if arena == len(self.arenas):
+            self.arenas.append(torch.empty(self.sizes[arena], dtype=torch.uint8, pin_memory=self.pinned))
+        return self.arenas[arena][first : first + n_bytes]
 
 
-def carve(memory, state):
-    """The state's tensors laid out in a slot."""
-    views, at = {}, 0
-    for name, t in state.tensors().items():
-        views[name] = memory[at : at + t.nbytes].view(t.dtype).view(t.shape)
-        at += -(-t.nbytes // ALIGN) * ALIGN
-    return dataclasses.replace(state, **views)
+def round_up(n_bytes: int) -> int:
+    """Return the least multiple of ALIGN that is n_bytes or more."""
+    return -(-n_bytes // ALIGN) * ALIGN
 
 
-def copy(source, target):
-    for name, t in target.tensors().items():
-        t.copy_(source.tensors()[name], non_blocking=True)
+def round_up_to_power_of_two(n: int) -> int:
+    """Return the least power of two that is n or more, and 1 for 0."""
+    return 1 << max(0, n - 1).bit_length()

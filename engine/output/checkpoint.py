@@ -35,7 +35,7 @@ from engine.base.files import sync_folder
 from engine.formats.find import list_checkpoints
 from engine.formats.tensor_files import write_safetensors
 from engine.model.shard import Shard, as_shards
-from engine.output.tensor_rows import HostRoom, check_layout, described, lay_out, layout_of, read
+from engine.output.tensor_rows import HostCopy, check_layout, described, lay_out, layout_of, read
 
 FORMAT, SHARDED = 1, 2  # of the manifest: one file of whole tensors; several, of some rows each
 STATE, MANIFEST = "state.safetensors", "manifest.json"
@@ -211,7 +211,7 @@ class Saver:
             raise ValueError(f"Saver: {n_writers} writers, wanted an exchange between them")
         self.out, self.keep, self.writers = out, keep, Writers(writer, n_writers, exchange)
         self.device = torch.device(device or "cpu")
-        self.room = HostRoom(pinned=self.device.type == "cuda")
+        self.host_copy = HostCopy(pinned=self.device.type == "cuda")
         self.pool = ThreadPoolExecutor(1, "saver")
         self.untold = deque()  # [future, held_seconds] of saves that nobody has asked for
 
@@ -227,7 +227,7 @@ class Saver:
             self.untold[-1][0].exception()  # waits: one copy at a time
         try:
             shards = as_shards(tensors)
-            shards = self.room.copy(shards) if copy else shards
+            shards = self.host_copy.copy_shards(shards) if copy else shards
             cuda = self.device.type == "cuda"
             arrived = partial(_after, torch.cuda.current_stream(self.device).record_event() if cuda else None, shards)
         except Exception as error:
@@ -255,7 +255,7 @@ class Saver:
     def close(self) -> None:
         """Waits for what is being written and gives the copy's memory back. wait() still tells how it went."""
         self.pool.shutdown()
-        self.room = None
+        self.host_copy = None
 
 
 def _after(event, shards):

@@ -12,8 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from engine.base.errors import DataError, summarize_error
-from engine.base.host_memory import ALIGN
-from engine.base.host_memory import COPY_ARENA_BYTES as ARENA_BYTES
+from engine.base.host_memory import COPY_ARENA_BYTES, HostMemory
 from engine.formats.tensor_files import DTYPE_NAMES, DTYPES
 from engine.model.shard import Shard, n_rows
 
@@ -67,20 +66,24 @@ def check_layout(whole: dict, files: dict) -> None:
 # ---- copies ---------------------------------------------------------------------------------------------------------
 
 
-class HostRoom:
-    """Memory of the host for a copy of shards, kept for the next one. Pinned, where a GPU copies into it, in arenas:
-    torch rounds each piece of pinned memory up to a power of two."""
+class HostCopy:
+    """A copy of shards in the host's memory. The next copy of shards of the same shapes uses the memory again."""
 
     def __init__(self, pinned: bool):
-        self.pinned, self.layout, self.views = pinned, None, {}
+        self.pinned = pinned
+        self.layout: list[tuple[str, torch.Size, torch.dtype]] | None = None
+        self.views: dict[str, torch.Tensor] = {}
 
-    def copy(self, shards: dict[str, Shard]) -> dict[str, Shard]:
-        """On a GPU the copy is queued on the current stream. Raises OSError when the host has too little memory."""
+    def copy_shards(self, shards: dict[str, Shard]) -> dict[str, Shard]:
+        """Return the copy. On a GPU it is queued on the current stream.
+
+        Raises OSError when the host has too little memory.
+        """
         layout = [(name, s.tensor.shape, s.tensor.dtype) for name, s in shards.items()]
         if layout != self.layout:
-            self.layout, self.views = None, {}  # what was there goes before more is taken
+            self.layout, self.views = None, {}  # frees the memory of the copy before
             try:
-                self.views = self._carve(layout)
+                self.views = self._allocate(layout)
             except RuntimeError as error:
                 raise OSError(errno.ENOMEM, f"no memory for a copy of the state: {summarize_error(error)}") from error
             self.layout = layout
@@ -88,16 +91,10 @@ class HostRoom:
             self.views[name].copy_(s.tensor.detach(), non_blocking=True)
         return {name: replace(s, tensor=self.views[name]) for name, s in shards.items()}
 
-    def _carve(self, layout):
-        views, arena, at = {}, torch.empty(0, dtype=torch.uint8), 0
-        for name, shape, dtype in layout:
-            size = shape.numel() * dtype.itemsize
-            if at + size > len(arena):
-                n_bytes = max(ARENA_BYTES, 1 << (size - 1).bit_length()) if self.pinned else size
-                arena, at = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=self.pinned), 0
-            views[name] = arena[at : at + size].view(dtype).view(shape)
-            at += -(-size // ALIGN) * ALIGN
-        return views
+    def _allocate(self, layout):
+        memory = HostMemory(self.pinned, COPY_ARENA_BYTES)
+        pieces = [(name, memory.reserve_piece(s.numel() * dtype.itemsize), s, dtype) for name, s, dtype in layout]
+        return {name: piece.view(dtype).view(shape) for name, piece, shape, dtype in pieces}
 
 
 # ---- read -----------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.base.host_memory import ALIGN, COPY_ARENA_BYTES, SLOTS
+from engine.base.host_memory import COPY_ARENA_BYTES, SLOTS, HostMemory
 from engine.model.config import ModelConfig
 from engine.model.llama import new_model
 from engine.planning.cards import MACHINE, Card, Traffic, cards_of, within_machines
@@ -100,17 +100,13 @@ def state_bytes(c: ModelConfig, dtype: torch.dtype, master: str, states: str, ca
 
 @functools.cache
 def copy_bytes(c: ModelConfig, dtype: torch.dtype, master: str, states: str, cards: int = 1) -> int:
-    """Bytes of pinned memory into which engine.output.tensor_rows.HostRoom copies a card's weights, masters and states: arenas, a
-    tensor that is larger in one of its own, of a power of two."""
+    """Return the bytes of pinned memory into which a save copies a card's weights, masters and optimizer states."""
     shards = [shard_of(p, cards) for p in new_model(c, "meta", dtype).parameters()]
     kept = [t.nbytes for p in shards for t in adamw_state(p, master, states_of(p, states)).tensors().values()]
-    total = left = 0
-    for size in [*(p.nbytes for p in shards), *kept]:
-        if size > left:
-            left = max(COPY_ARENA_BYTES, 1 << (size - 1).bit_length())
-            total += left
-        left -= -(-size // ALIGN) * ALIGN
-    return total
+    memory = HostMemory(pinned=True, arena_bytes=COPY_ARENA_BYTES)
+    for n_bytes in [*(p.nbytes for p in shards), *kept]:
+        memory.place_piece(n_bytes)
+    return sum(memory.sizes)
 
 
 @functools.cache

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 import kernels
-from engine.base.host_memory import HostMemory, Offload
+from engine.base.host_memory import STATE_ARENA_BYTES, HostMemory
 from engine.distributed.fsdp import local_shards
 from engine.model.shard import Shard, first_row
+from engine.training.offload import Offload, move_to_host
 from kernels.ops.adamw import LEAST_8BIT, states_of
 from kernels.ops.eight_bit import BLOCK
 
@@ -36,8 +37,8 @@ class AdamW:
 
     master: how the fp32 number behind a bf16 parameter is kept; states: m and v. Both as kernels.adamw names them; a
     parameter in fp32 is its own master. seed: of stochastic rounding. offload: master and states are kept in the host's
-    memory, see engine.base.host_memory. in_backward: a step that begin() was called for updates each parameter as soon as its
-    gradient is known, and drops the gradient, so that there are never all of them; nothing can then be clipped.
+    memory, see engine.training.offload. in_backward: a step that begin() was called for updates each parameter as soon as
+    its gradient is known, and drops the gradient, so that there are never all of them; nothing can then be clipped.
     """
 
     def __init__(
@@ -46,10 +47,10 @@ class AdamW:
     ):  # fmt: skip
         self.params, self.held = dict(model.named_parameters()), local_shards(model)
         device = next(iter(self.params.values())).device
-        self.states, self.offload, host = {}, None, HostMemory(pinned=device.type == "cuda")
+        self.states, self.offload, host = {}, None, HostMemory(device.type == "cuda", STATE_ARENA_BYTES)
         for name, p in self.params.items():  # one after the other: never more than one tensor's on the way
             state = kernels.adamw_state(self.held[name].tensor, master, states_of(p, states), p.numel())
-            self.states[name] = host.take(state) if offload else state
+            self.states[name] = move_to_host(state, host) if offload else state
         if offload:
             self.offload = Offload(self.states, device)
         first = random.Random(seed).getrandbits(32)

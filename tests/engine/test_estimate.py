@@ -34,7 +34,7 @@ from engine.model.batch import MicroBatch, Ready
 from engine.model.config import MODELS, ModelConfig
 from engine.model.llama import new_model
 from engine.model.shard import Shard
-from engine.output.tensor_rows import HostRoom
+from engine.output.tensor_rows import HostCopy
 from engine.planning.cards import (
     CARDS,
     GIB,
@@ -866,9 +866,9 @@ def test_the_page_of_ranks_is_what_the_estimate_says(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("states", "cards"), [("fp32", 1), ("8bit", 2)])
-def test_the_copy_of_a_state_is_host_rooms(states, cards, monkeypatch):
+def test_the_copy_of_a_state_takes_the_memory_that_was_planned(states, cards, monkeypatch):
     """As its arenas are asked for, with tensors smaller and larger than one."""
-    monkeypatch.setattr("engine.output.tensor_rows.ARENA_BYTES", 1 << 16)
+    monkeypatch.setattr("engine.output.tensor_rows.COPY_ARENA_BYTES", 1 << 16)
     monkeypatch.setattr("engine.planning.memory.COPY_ARENA_BYTES", 1 << 16)
     copy_bytes.cache_clear()
     c, asked = ModelConfig(**SMALL | {"dim": 96, "vocab_size": 2000}), []
@@ -884,7 +884,7 @@ def test_the_copy_of_a_state_is_host_rooms(states, cards, monkeypatch):
         return empty(*sizes, **rest)
 
     monkeypatch.setattr(torch, "empty", ask)
-    HostRoom(pinned=True).copy(tensors)
+    HostCopy(pinned=True).copy_shards(tensors)
     monkeypatch.undo()
     monkeypatch.setattr("engine.planning.memory.COPY_ARENA_BYTES", 1 << 16)
     assert len(asked) > 4 and copy_bytes(c, torch.bfloat16, "split", states, cards) == sum(asked)

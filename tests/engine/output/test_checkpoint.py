@@ -26,7 +26,7 @@ from engine.model.shard import Shard, as_shards
 from engine.output import checkpoint
 from engine.output import tensor_rows as shards
 from engine.output.checkpoint import Saver
-from engine.output.tensor_rows import HostRoom
+from engine.output.tensor_rows import HostCopy
 from tests.helpers.run import ROOT, environment
 
 FACTS = {"settings": {"lr": 1.0}}
@@ -311,7 +311,7 @@ def test_what_is_not_copied_is_what_it_is_when_written(tmp_path, gate):
     saver.save(1, live, FACTS, copy=False)
     live["m.a"].copy_(tensors(2)["m.a"])
     gate.set()
-    assert loaded(saver.wait().folder)["m.a"].equal(tensors(2)["m.a"]) and not saver.room.views
+    assert loaded(saver.wait().folder)["m.a"].equal(tensors(2)["m.a"]) and not saver.host_copy.views
 
 
 def test_a_save_waits_for_the_one_before(tmp_path, gate):
@@ -372,13 +372,13 @@ def test_a_mistake_of_ours_is_told_as_it_is(tmp_path):
 
 
 def test_the_copys_memory_is_used_again(tmp_path):
-    room = HostRoom(pinned=False)
-    first = {name: s.tensor.data_ptr() for name, s in room.copy(as_shards(tensors(1))).items()}
-    again = room.copy(as_shards(tensors(2)))
+    room = HostCopy(pinned=False)
+    first = {name: s.tensor.data_ptr() for name, s in room.copy_shards(as_shards(tensors(1))).items()}
+    again = room.copy_shards(as_shards(tensors(2)))
     assert {name: s.tensor.data_ptr() for name, s in again.items()} == first
     assert equal({name: s.tensor for name, s in again.items()}, tensors(2))
     other = {"m.a": torch.ones(9)}
-    assert room.copy(as_shards(other))["m.a"].tensor.equal(other["m.a"]) and list(room.views) == ["m.a"]
+    assert room.copy_shards(as_shards(other))["m.a"].tensor.equal(other["m.a"]) and list(room.views) == ["m.a"]
 
 
 def test_pinned_memory_is_taken_in_powers_of_two(monkeypatch):
@@ -389,10 +389,10 @@ def test_pinned_memory_is_taken_in_powers_of_two(monkeypatch):
         return real(size, **kwargs)
 
     monkeypatch.setattr(torch, "empty", empty)
-    monkeypatch.setattr(shards, "ARENA_BYTES", 1024)
+    monkeypatch.setattr(shards, "COPY_ARENA_BYTES", 1024)
     wanted = {str(i): torch.randn(n) for i, n in enumerate((100, 3, 0, 1, 60, 700, 2))}
     more = {"t": torch.randn(6, 4).t()}
-    kept = HostRoom(pinned=True).copy(as_shards(wanted | more))
+    kept = HostCopy(pinned=True).copy_shards(as_shards(wanted | more))
     for name, t in wanted.items():
         assert kept[name].tensor.equal(t) and kept[name].tensor.data_ptr() % 4 == 0
     assert kept["t"].tensor.equal(more["t"]) and sizes == [1024, 4096]
@@ -411,7 +411,7 @@ def test_kernels_queued_after_a_save_change_nothing_of_it(tmp_path):
         found = {"a": torch.zeros(64 << 20), "host": torch.zeros(3)}
         load_folder(saver.wait().folder, found)
         assert found["a"].eq(50 + 100 * (step - 1)).all() and found["host"].eq(1).all()
-        assert all(t.is_pinned() for t in saver.room.views.values())
+        assert all(t.is_pinned() for t in saver.host_copy.views.values())
 
 
 CHILD = """
@@ -644,7 +644,7 @@ def no_memory(monkeypatch, savers):
     def carve(layout):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(savers[1].room, "_carve", carve)
+    monkeypatch.setattr(savers[1].host_copy, "_allocate", carve)
 
 
 def no_folder(monkeypatch, savers):
@@ -694,7 +694,7 @@ def test_whatever_fails_on_one_fails_on_all(tmp_path, monkeypatch, fault, kind, 
     save_together(tmp_path, 1, cut(tensors(1), 2), savers=savers)
     save_together(tmp_path, 2, cut(tensors(1), 2), savers=savers)  # one of the same step is put back
     for saver in savers:
-        saver.room.layout = None
+        saver.host_copy.layout = None
     with monkeypatch.context() as patch:
         fault(patch, savers)
         for error in save_together(tmp_path, 2, cut(tensors(2), 2), savers=savers):

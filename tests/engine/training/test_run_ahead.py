@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from engine.base.host_memory import SLOTS, HostMemory, Offload, carve, size_of
+from engine.base.host_memory import SLOTS
 from engine.data import packing
 from engine.model.config import MODELS
 from engine.model.llama import new_model
+from engine.training.offload import Offload, count_bytes, lay_out_state
 from engine.training.optimizer import AdamW
 from engine.training.run_ahead import Feeder, Figures, Mark, tensors_of
-from kernels.ops.adamw import adamw_state
 from tests.helpers.datasets import dataset
 
 ROWS = [[*range(40, 60), i, i + 1, i + 2] for i in range(12)]
@@ -128,39 +128,16 @@ def test_offloaded_states_are_bit_equal(device, master, states):
 def test_offload_keeps_a_few_parameters_states_on_the_device(device):
     model = model_of(device)
     optimizer = AdamW(model, master="split", states="fp32", offload=True, **SETTINGS)
-    sizes = [size_of(state) for state in optimizer.states.values()]
+    sizes = [count_bytes(state) for state in optimizer.states.values()]
     assert [len(slot) for slot in optimizer.offload.slots] == [max(sizes)] * SLOTS
     for state in optimizer.states.values():
-        views = carve(optimizer.offload.slots[0], state)
+        views = lay_out_state(optimizer.offload.slots[0], state)
         for name, t in views.tensors().items():
             like = state.tensors()[name]
             assert t.shape == like.shape and t.dtype == like.dtype and t.data_ptr() % 16 == 0
             assert like.device.type == "cpu" and like.is_pinned() == (device == "cuda")
         spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in views.tensors().values())
         assert all(a[1] <= b[0] for a, b in pairwise(spans))
-
-
-def test_pinned_memory_is_taken_in_powers_of_two(monkeypatch):
-    sizes = []
-    real = torch.empty
-
-    def empty(n, dtype, pin_memory):
-        assert pin_memory
-        sizes.append(n)
-        return real(n, dtype=dtype)
-
-    monkeypatch.setattr("engine.base.host_memory.ARENA_BYTES", 1 << 20)
-    host = HostMemory(pinned=True)
-    states = [adamw_state(torch.ones(n), states="fp32") for n in (100_000, 20_000, 200_000, 9_000, 70_000)]
-    for state in states:
-        state.m.normal_()
-    with monkeypatch.context() as patch:
-        patch.setattr("engine.base.host_memory.torch.empty", empty)
-        taken = [host.take(state) for state in states]
-    assert sizes == [1 << 20, 1 << 21, 1 << 20]  # the small ones went into the first's room
-    assert all(a.m.equal(b.m) and a.v.equal(b.v) for a, b in zip(states, taken, strict=True))
-    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for state in taken for t in (state.m, state.v))
-    assert all(a[1] <= b[0] for a, b in pairwise(spans))
 
 
 def test_each_state_visits_once_and_goes_home(device):
