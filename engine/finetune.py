@@ -27,7 +27,6 @@ from engine.data import packing
 from engine.data.batches import count_steps_per_epoch
 from engine.distributed import fsdp
 from engine.distributed import world as distributed
-from engine.estimate import estimate_on, several_cards
 from engine.inference.generation import generate
 from engine.model.batch import MicroBatch
 from engine.model.llama import Transformer, new_model
@@ -36,13 +35,16 @@ from engine.output.folder import LOCK, METRICS, RUN, describe_environment, lock_
 from engine.output.metrics import Metrics
 from engine.output.report import write_report
 from engine.planning.cards import CARDS, card_at_hand
-from engine.planning.tables import tell as tell_estimate
+from engine.planning.projection import estimate_run
+from engine.planning.setting import mesh_problems
+from engine.planning.tables import print_estimate
 from engine.planning.workload import dataset_mix
 from engine.text.templates import Row, encode_prompt, find_stop_ids
 from engine.training.config import EMBEDDED, FinetuneConfig
 from engine.training.loss_spikes import Spike, Spikes
 from engine.training.micro_batch_size import confirm, halved_before, within_memory
 from engine.training.optimizer import AdamW, lr_factor
+from engine.training.planning_input import recipe_from_config, setting_from_config
 from engine.training.prepare import Job, find_resume, finished, plan, prepare
 from engine.training.run_ahead import Feeder, Figures, Mark
 from engine.training.saving import finish, load_state, roll_back, room_for_states, save, saved_meanwhile, stop
@@ -339,14 +341,13 @@ def dry_run(job: Job) -> None:
         card = CARDS["H100"]
         print(f"Not on this device, whose figures are not known, but on one {card.name}; engine.estimate has others.")
     dtype = job.dtype if job.device.type == "cuda" or job.config.dtype != "auto" else torch.bfloat16
-    config = job.config
-    if job.world.size > 1:
-        try:
-            config = several_cards(config, job.world.size, job.replicas)
-        except ValueError as error:
-            print(f"Not estimated on {job.world.size} cards: {error}")
-            return
-    tell_estimate(estimate_on(card, config, job.model_config, dataset_mix(job.train, config), dtype))
+    config, cards = dataclasses.replace(job.config, replicas=job.replicas), job.world.size
+    problems = mesh_problems(cards, config.replicas, config.global_batch_size, config.optimizer_in_backward)
+    if cards > 1 and problems:
+        print(f"Not estimated on {cards} cards: " + "\n".join(problems))
+        return
+    recipe, setting = recipe_from_config(config, cards), setting_from_config(config, dtype, cards)
+    print_estimate(estimate_run(job.model_config, card, dataset_mix(job.train, recipe), recipe, setting))
 
 
 def run(job: Job, found: checkpoint.Checkpoint | None) -> None:

@@ -1,36 +1,61 @@
-"""What engine.estimate found, in tables, sentences and JSON."""
+"""How an estimate is printed, in tables and sentences, and how it is written as JSON."""
 
 import sys
 import textwrap
+from collections.abc import Sequence
 from dataclasses import asdict
+from typing import IO, Any, cast
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from engine.base.files import strict
 from engine.base.terminal import Output
-from engine.planning.cards import ATTENTION_SHARE, CARDS, GIB, KERNEL_SHARE, MACHINE, PRICES_OF, gemm_flops, label_of
-from engine.planning.memory import gb, layout_name, memory, memory_rows
+from engine.planning.cards import CARDS, GIB, MACHINE, PORT_GB_PER_S, PRICES_OF
+from engine.planning.fitting import least_bytes
+from engine.planning.memory import Memory
+from engine.planning.projection import Estimate, Outcome, Projection
+from engine.planning.setting import Setting, describe_mesh
+from engine.planning.step_time import ATTENTION_SHARE, KERNEL_SHARE, gemm_flops
+
+Row = tuple[str, ...]
+WIDTH = 80  # columns of a paragraph
 
 
-def duration(seconds):
+def format_gb(n_bytes: int) -> str:
+    """Return bytes as GB with two digits."""
+    return f"{n_bytes / 1e9:.2f}"
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration in the unit that suits it: "90 s", "17 min", "3.2 h"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 120 else f"{seconds / 3600:.1f} h"
+    return f"{minutes} min" if minutes < 120 else f"{seconds / 3600:.1f} h"
 
 
-def show(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]], file=None) -> None:
-    """A table, drawn by rich on a terminal, in aligned plain text elsewhere. Columns of numbers end together; the last
-    column is text, which may wrap."""
+def print_paragraph(text: str) -> None:
+    """Print text in lines of WIDTH columns, and an empty line."""
+    print(textwrap.fill(text, WIDTH) + "\n")
+
+
+def print_table(title: str, head: Row, rows: Sequence[Row], file: IO[str] | None = None) -> None:
+    """Print a table, drawn by rich on a terminal and in aligned plain text elsewhere.
+
+    Columns of numbers are aligned to the right. The last column is text, which may wrap.
+    """
     out = Output(sys.stdout if file is None else file)
     columns = list(zip(*rows, strict=True))
-    right = [all(cell[:1] in "0123456789$" for cell in column) for column in columns[:-1]] + [False]
+    is_right = [all(cell[:1] in "0123456789$" for cell in column) for column in columns[:-1]] + [False]
     if out.isatty():
         table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
         for i, name in enumerate(head):
-            table.add_column(name, justify="right" if right[i] else "left", no_wrap=i < len(head) - 1)
+            table.add_column(name, justify="right" if is_right[i] else "left", no_wrap=i < len(head) - 1)
         for row in rows:
             table.add_row(*row, style="bold" if row[0] in ("total", "step") else None)
-        console = Console(file=out, force_terminal=True, highlight=False)
+        console = Console(file=cast(IO[str], out), force_terminal=True, highlight=False)
         console.print(table)
         console.print()
         return
@@ -38,18 +63,60 @@ def show(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]], file=No
     out.write(title + "\n")
     for row in [head, *rows]:
         cells = (
-            cell.rjust(width) if is_right else cell.ljust(width)
-            for cell, width, is_right in zip(row, widths, right, strict=True)
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, is_right, strict=True)
         )
         out.write("  " + "  ".join(cells).rstrip() + "\n")
     out.write("\n")
 
 
-def time_rows(found: dict) -> list[tuple[str, str, str]]:
-    """(what, milliseconds of a step, the arithmetic) of each part that takes time, and of the step."""
-    card, speed, mix, projection = found["card"], found["speed"], found["mix"], found["projection"]
-    ms, work = projection.seconds, projection.work
-    flops = gemm_flops(found["model"], work, found["setting"]["recompute"])
+# ---- rows of the tables ---------------------------------------------------------------------------------------------
+
+
+def memory_rows(used: Memory, available_bytes: int, tokens: int, setting: Setting) -> list[Row]:
+    """Return (kind, GB, what it is) of each kind of memory and of their sum."""
+    dtype = str(setting.dtype).removeprefix("torch.")
+    shards, replicas = setting.shards, setting.replicas
+    masters = {"split": "the 16 bits that bf16 lacks", "fp32": "in fp32", "stochastic": "none: rounded at random"}
+    of_master = masters[setting.master] if setting.dtype == torch.bfloat16 else "the weights themselves"
+    of_states = f"m and v, {setting.states}"
+    if used.host:
+        of_states += f"; {format_gb(used.host)} GB of master and states on the host"
+    of_gradients = dtype
+    if replicas > 1 and used.gradients > used.weights:
+        of_gradients += ", and fp32 to be summed"
+    if used.gradients < used.weights:
+        of_gradients += ", those there at once"
+    which = "the head's logits" if used.head >= used.backward else "a layer's backward"
+    of_temporaries = f"{which}: the larger of {format_gb(used.head)} and {format_gb(used.backward)}"
+    a_token = used.activations / tokens
+    of_token = f"{a_token / 1e6:.2f} MB" if a_token >= 1e6 else f"{a_token / 1e3:.1f} kB"
+    left = available_bytes - used.total
+    verdict = f"fits, {format_gb(left)} left" if left >= 0 else f"does not fit, {format_gb(-left)} too much"
+    rows = [
+        ("weights", used.weights, f"{dtype}, 1/{shards} of them" if shards > 1 else dtype),
+        ("fp32 master", used.master, of_master),
+        ("optimizer states", used.states, of_states),
+        ("gradients", used.gradients, of_gradients),
+    ]
+    if used.gathered:
+        whole = "two blocks' weights; a block's and head's gradients"
+        copied = "copies of a block's and head's weights; their gradients"
+        rows.append(("gathered", used.gathered, copied if shards == 1 else whole))
+    rows += [
+        ("activations", used.activations, f"{tokens:,} tokens, {of_token} each"),
+        ("temporaries", used.temporaries, of_temporaries),
+        ("overhead", used.overhead, "CUDA and its libraries, the allocator: assumed"),
+        ("total", used.total, f"of {format_gb(available_bytes)} ({available_bytes / GIB:.2f} GiB): {verdict}"),
+    ]
+    return [(kind, format_gb(n_bytes), text) for kind, n_bytes, text in rows]
+
+
+def time_rows(found: Estimate) -> list[Row]:
+    """Return (part, milliseconds of a step, the arithmetic) of each part that takes time, and of the step."""
+    card, speed, setting, projection = found.card, found.rates, found.outcome.setting, found.outcome.projection
+    seconds, work = projection.seconds, projection.work
+    flops = gemm_flops(found.model, work, setting.recompute)
     why = {
         "gemm": f"{flops:.3g} FLOP at {speed.gemm_flops_per_s / 1e12:.0f} of {card.peak_tflops:g} TFLOP/s",
         "attention": f"at {ATTENTION_SHARE} of that, masked tiles and all",
@@ -58,19 +125,14 @@ def time_rows(found: dict) -> list[tuple[str, str, str]]:
         "host": "launches that the card waits for",
         "offload": f"master and states over PCIe, {card.pcie_gb_per_s:g} GB/s each way",
     }
-    rows = [(name, f"{1e3 * ms[name]:.1f}", text) for name, text in why.items() if ms[name]]
-    if cards_in(found) > 1:
-        text = (
-            f"not hidden of {1e3 * projection.communication_s:,.0f} ms, {projection.communication_bytes / 1e9:,.0f} GB"
-        )
-        rows.append(("communication", f"{1e3 * ms['communication']:.1f}", text))
-    cut = f"{work.micro_batches} micro-batch{'es' * (work.micro_batches > 1)}"
-    tokens = f"{work.tokens:,.0f} tokens computed of {mix.logical:,.0f}"
-    return [*rows, ("step", f"{1e3 * ms['total']:.1f}", f"{tokens}, {cut}")]
-
-
-def cards_in(found: dict) -> int:
-    return found["setting"]["cards"] * found["setting"]["replicas"]
+    rows: list[Row] = [(name, f"{1e3 * seconds[name]:.1f}", text) for name, text in why.items() if seconds[name]]
+    if setting.n_cards > 1:
+        communication_ms, sent_gb = 1e3 * projection.communication_s, projection.communication_bytes / 1e9
+        text = f"not hidden of {communication_ms:,.0f} ms, {sent_gb:,.0f} GB"
+        rows.append(("communication", f"{1e3 * seconds['communication']:.1f}", text))
+    batches = "1 micro-batch" if work.micro_batches == 1 else f"{work.micro_batches} micro-batches"
+    tokens = f"{work.tokens:,.0f} tokens computed of {found.mix.logical:,.0f}"
+    return [*rows, ("step", f"{1e3 * seconds['total']:.1f}", f"{tokens}, {batches}")]
 
 
 COLLECTIVES = {
@@ -79,10 +141,11 @@ COLLECTIVES = {
 }  # fmt: skip
 
 
-def collective_rows(projection) -> list[tuple[str, str, str, str]]:
-    """(collective, GB that a card sends in a step, milliseconds, how) of each kind that there is."""
-    sent, n, rows = projection.traffic, projection.work.micro_batches, []
+def collective_rows(projection: Projection) -> list[Row]:
+    """Return (collective, GB that a GPU sends in a step, milliseconds, how) of each kind of collective in use."""
+    sent, n = projection.traffic, projection.work.micro_batches
     seconds = sent.seconds(n)
+    rows: list[Row] = []
     for kind, n_bytes in sent.of_step(n).items():
         times, (block, others) = (1, sent.sum) if kind == "sum" else (n, getattr(sent, kind.partition("_")[0]))
         rate = sent.sum_bytes_per_s if kind == "sum" else sent.bytes_per_s
@@ -95,146 +158,180 @@ def collective_rows(projection) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def tell_communication(found: dict) -> None:
-    """What each card sends in a step, and what of it computing waits for."""
-    projection = found["projection"]
-    setting, (forward, backward) = found["setting"], projection.block_s
-    title = f"Communication of a step, each card: {layout_name(setting['cards'], setting['replicas'])}; projected"
-    show(title, ("collective", "GB", "ms", "how"), collective_rows(projection))
-    waits = ", ".join(f"{name} {1e3 * s:.1f}" for name, s in projection.late.items())
-    text = f"A block computes {1e3 * forward:.2f} ms forward, {1e3 * backward:.2f} backward; not hidden: {waits} ms."
-    print(textwrap.fill(text, 80) + "\n")
+def alternative_row(outcome: Outcome) -> Row:
+    """Return (GB, tokens/s, time, cost, flags) of a setting that fits."""
+    projection, used = outcome.projection, outcome.memory
+    flags = " ".join(outcome.flags)
+    if used.host:
+        a_card = "a card " if outcome.setting.n_cards > 1 else ""
+        flags += f"  ({format_gb(used.host)} GB {a_card}on the host)"
+    return (
+        format_gb(used.total), f"{projection.tokens_per_s:,.0f}", format_duration(projection.total_s),
+        "no price" if projection.dollars is None else f"${projection.dollars:.2f}", flags,
+    )  # fmt: skip
 
 
-def tell_host(found: dict) -> None:
-    """What the computer's memory holds for its cards."""
-    used, cards = found["memory"], min(cards_in(found), MACHINE)
-    parts = [f"{gb(used.host)} GB a card of master and states"] * (used.host > 0)
-    parts += [f"{gb(used.host_copy)} GB a card for the copy of a state that is saved"] * (used.host_copy > 0)
+# ---- printing -------------------------------------------------------------------------------------------------------
+
+
+def projection_label(n_cards: int) -> str:
+    """Return the sentence that must stand beside figures of several GPUs."""
+    label = "projected: no run on several cards was measured; sharded by FSDP2, a block at a time"
+    label += "; a step's tokens shared out evenly"  # the fullest of 8 GPUs has 1.01 of the mean's
+    return label + (f"; machines of {MACHINE}, joined by {8 * PORT_GB_PER_S} Gb/s a card" if n_cards > MACHINE else "")
+
+
+def host_bytes(outcome: Outcome) -> int:
+    """Return the host memory of the fullest machine.
+
+    It holds the offloaded states of all its GPUs, and the copies of those whose shards a checkpoint holds.
+    """
+    used, setting = outcome.memory, outcome.setting
+    return used.host * min(setting.n_cards, MACHINE) + used.host_copy * min(setting.shards, MACHINE)
+
+
+def print_memory(found: Estimate) -> None:
+    """Print the table of memory on the GPU, and what the host's memory holds."""
+    outcome, setting, used = found.outcome, found.outcome.setting, found.outcome.memory
+    where = f"on one {found.card.name}"
+    if setting.n_cards > 1:
+        where = f"on each of {setting.n_cards} {found.card.name}, {describe_mesh(setting.shards, setting.replicas)}"
+    title = f"Memory: {found.recipe.model}, {found.model.n_parameters:.3g} parameters, {where}"
+    rows = memory_rows(used, found.available_bytes, outcome.cut.largest.tokens, setting)
+    print_table(textwrap.fill(title, WIDTH), ("kind", "GB", "what"), rows)
+    parts = []
+    if used.host:
+        parts.append(f"{format_gb(used.host)} GB a card of master and states")
+    if used.host_copy:
+        parts.append(f"{format_gb(used.host_copy)} GB a card for the copy of a state that is saved")
     if parts:
-        of_all = f"; {gb(host_bytes(found))} GB in a machine" * (cards > 1)
-        print(textwrap.fill(f"On the host: {', '.join(parts)}{of_all}", 80) + "\n")
+        of_machine = f"; {format_gb(host_bytes(outcome))} GB in a machine" if setting.n_cards > 1 else ""
+        print_paragraph(f"On the host: {', '.join(parts)}{of_machine}")
 
 
-def host_bytes(found: dict) -> int:
-    """Of the fullest machine: master and states of all its cards, copies of those whose shards a checkpoint holds."""
-    used, setting = found["memory"], found["setting"]
-    return used.host * min(cards_in(found), MACHINE) + used.host_copy * min(setting["cards"], MACHINE)
+def print_communication(outcome: Outcome) -> None:
+    """Print what each GPU sends in a step, and how long computing waits for it."""
+    projection, (forward_s, backward_s) = outcome.projection, outcome.projection.block_s
+    mesh = describe_mesh(outcome.setting.shards, outcome.setting.replicas)
+    title = f"Communication of a step, each card: {mesh}; projected"
+    print_table(title, ("collective", "GB", "ms", "how"), collective_rows(projection))
+    waits = ", ".join(f"{name} {1e3 * s:.1f}" for name, s in projection.late.items())
+    print_paragraph(
+        f"A block computes {1e3 * forward_s:.2f} ms forward, {1e3 * backward_s:.2f} backward; not hidden: {waits} ms."
+    )
 
 
-def tell(found: dict) -> None:
-    """Prints everything."""
-    config, c, card, mix, plan = (found[name] for name in ("config", "model", "card", "mix", "plan"))
-    cards, setting = cards_in(found), found["setting"]
+def print_speed(found: Estimate, own_price: bool) -> None:
+    """Print the table of a step's time, the speed and cost of the run, and the steps that a report measured."""
+    card, speed, mix, projection = found.card, found.rates, found.mix, found.outcome.projection
+    cards = found.outcome.setting.n_cards
+    a_card, of_cards = (" a card", f"{cards} / ") if cards > 1 else ("", "")
+    title = f"Time of a step: {mix.per_step} examples{a_card} of {mix.what}; {speed.source}"
+    print_table(title, ("part", "ms", "at"), time_rows(found))
     if cards > 1:
-        print(textwrap.fill(label_of(cards), 80) + "\n")
-    on = f"on each of {cards} {card.name}" if cards > 1 else f"on one {card.name}"
-    on += f", {layout_name(setting['cards'], setting['replicas'])}" * (cards > 1)
-    title = textwrap.fill(f"Memory: {config.model}, {c.n_parameters:.3g} parameters, {on}", 80)
-    rows = memory_rows(found["memory"], found["room"], plan.tokens, **setting)
-    show(title, ("kind", "GB", "what"), rows)
-    tell_host(found)
-    if found["memory"].total > found["room"]:
-        tell_alternatives(found)
-        return
-    projection, speed = found["projection"], found["speed"]
-    title = f"Time of a step: {mix.per_step} examples{' a card' * (cards > 1)} of {mix.what}; {speed.source}"
-    show(title, ("part", "ms", "at"), time_rows(found))
-    if cards > 1:
-        tell_communication(found)
+        print_communication(found.outcome)
     print(
         f"{projection.tokens_per_s:,.0f} tokens/s ({speed.source}), MFU {projection.mfu:.0%}: "
-        f"6 x {c.n_parameters:.3g} x tokens/s / {f'{cards} / ' * (cards > 1)}{card.peak_tflops:g}e12"
+        f"6 x {found.model.n_parameters:.3g} x tokens/s / {of_cards}{card.peak_tflops:g}e12"
     )
-    print(f"{projection.steps:,} steps, {config.epochs} epochs: {duration(projection.total_s)}, {cost(found)}")
+    duration = format_duration(projection.total_s)
+    print(f"{projection.steps:,} steps, {found.recipe.epochs} epochs: {duration}, {describe_cost(found, own_price)}")
     for step in measured_steps(found):
         total_s = projection.total_s * projection.tokens_per_s / step["tokens_per_s"]
         print(
             f"measured in {speed.report}: {step['tokens_per_s']:,.0f} tokens/s in micro-batches of {step['tokens']:,} "
-            f"tokens, peak {step['peak_gib']:.1f} GiB; that is {duration(total_s)}"
+            f"tokens, peak {step['peak_gib']:.1f} GiB; that is {format_duration(total_s)}"
         )
 
 
-def measured_steps(found: dict) -> list[dict]:
-    """The steps of this model in this setting that a report of the card has."""
-    config, setting = found["config"], found["setting"]
-    wanted = {"model": config.model, "sharing": config.share_prefix}
-    wanted |= {name: setting[name] for name in ("master", "states", "recompute", "offload")}
-    wanted |= {name: setting[name] for name in ("cards", "replicas")} if cards_in(found) > 1 else {}
-    figures = {"tokens_per_s", "tokens", "peak_gib"}  # which a step that failed has not
-    return [
-        step for step in found["speed"].steps
-        if figures <= step.keys() and all(step.get(name) == value for name, value in wanted.items())
-    ]  # fmt: skip
-
-
-def cost(found):
-    config, dollars, price = found["config"], found["projection"].dollars, found["card"].price_per_hour
-    if dollars is None:
-        return "at no known price; pass --price-per-hour"
-    cards = f"{cards_in(found)} x " * (cards_in(found) > 1)
-    given = getattr(config, "price_per_hour", None) is not None
-    return f"${dollars:.2f} at {cards}${price:.2f} an hour" + f" ({PRICES_OF})" * (not given)
-
-
-def tell_alternatives(found: dict) -> None:
-    """What fits instead, or how far the least is from it."""
-    a_card = "a card " * (cards_in(found) > 1)
-    rows = [
-        (
-            gb(used.total), f"{p.tokens_per_s:,.0f}", duration(p.total_s),
-            "no price" if p.dollars is None else f"${p.dollars:.2f}",
-            " ".join(flags) + f"  ({gb(used.host)} GB {a_card}on the host)" * (used.host > 0),
-        )
-        for flags, _, _, used, p in found["alternatives"]
-    ]  # fmt: skip
-    if rows:
-        title = f"What fits, the cheapest in speed and mathematics first; {found['speed'].source}"
-        show(title, ("GB", "tokens/s", "time", "cost", "with"), rows)
+def print_alternatives(found: Estimate) -> None:
+    """Print the settings that fit instead, or the least memory that any setting takes."""
+    if found.alternatives:
+        title = f"What fits, the cheapest in speed and mathematics first; {found.rates.source}"
+        rows = [alternative_row(outcome) for outcome in found.alternatives]
+        print_table(title, ("GB", "tokens/s", "time", "cost", "with"), rows)
         return
-    least = least_bytes(found)
+    setting = found.outcome.setting
+    least = least_bytes(found.model, setting, found.recipe.max_length)
+    a_card = "a card " if setting.n_cards > 1 else ""
+    print(f"Nothing fits: {format_gb(least)} GB {a_card}are the least that any setting takes.")
     fitting = [card.name for card in CARDS.values() if card.memory_gib * GIB >= least]
-    print(f"Nothing fits: {gb(least)} GB {a_card}are the least that any setting takes.")
     if fitting:
         print(f"These cards have as much: {', '.join(fitting)}")
 
 
-def least_bytes(found):
-    """Of the settings that take the least: all state on the host, or no gradients in steps of one example."""
-    tokens = found["config"].max_length
-    setting = found["setting"] | {"states": "8bit", "recompute": "block", "master": "stochastic"}
-    ways = [{"offload": True, "in_backward": False}, {"offload": False, "in_backward": True, "one_micro_batch": True}]
-    ways = ways if cards_in(found) == 1 else ways[:1]
-    return min(memory(found["model"], tokens=tokens, loss_rows=tokens, **setting | way).total for way in ways)
+def print_estimate(found: Estimate, own_price: bool = False) -> None:
+    """Print the memory of a run, and its speed and cost, or, where it does not fit, what does.
+
+    own_price: the GPU's price is the user's, not the table's.
+    """
+    cards = found.outcome.setting.n_cards
+    if cards > 1:
+        print_paragraph(projection_label(cards))
+    print_memory(found)
+    if found.fits:
+        print_speed(found, own_price)
+    else:
+        print_alternatives(found)
 
 
-def as_json(found: dict) -> dict:
-    """found as what JSON can say, every quantity with its unit."""
-    card, speed, cards = found["card"], found["speed"], cards_in(found)
+def describe_cost(found: Estimate, own_price: bool) -> str:
+    """Return the run's cost in words, with the date of the table's price."""
+    dollars, price, cards = found.outcome.projection.dollars, found.card.price_per_hour, found.outcome.setting.n_cards
+    if dollars is None:
+        return "at no known price; pass --price-per-hour"
+    times = f"{cards} x " if cards > 1 else ""
+    return f"${dollars:.2f} at {times}${price:.2f} an hour" + ("" if own_price else f" ({PRICES_OF})")
 
-    def projected(setting, plan, used, projection):
-        sent, n = projection.traffic, plan.micro_batches
-        return {
-            "shards": setting["cards"], "replicas": setting["replicas"],
-            "memory_bytes": asdict(used) | {"total": used.total, "room": found["room"]},
-            "fits": used.total <= found["room"], "micro_batch_tokens": plan.tokens,
-            "micro_batches": plan.micro_batches, "computed_tokens": projection.work.tokens,
-            "communication_bytes": projection.communication_bytes, "communication_s": projection.communication_s,
-            "collectives": asdict(sent) | {"bytes": sent.of_step(n), "seconds": sent.seconds(n)},
-            "block_s": projection.block_s, "not_hidden_s": projection.late,
-            "step_s": projection.seconds, "tokens_per_s": projection.tokens_per_s, "mfu": projection.mfu,
-            "steps": projection.steps, "total_s": projection.total_s, "dollars": projection.dollars,
-        }  # fmt: skip
 
+def measured_steps(found: Estimate) -> list[dict[str, Any]]:
+    """Return the steps of this model in this setting that a report of the GPU measured."""
+    setting = found.outcome.setting
+    wanted: dict[str, Any] = {"model": found.recipe.model, "sharing": found.recipe.share_prefix}
+    wanted |= {name: getattr(setting, name) for name in ("master", "states", "recompute", "offload")}
+    if setting.n_cards > 1:
+        wanted |= {"cards": setting.shards, "replicas": setting.replicas}
+    figures = {"tokens_per_s", "tokens", "peak_gib"}  # which a step that failed has not
+    return [
+        step for step in found.rates.steps
+        if figures <= step.keys() and all(step.get(name) == value for name, value in wanted.items())
+    ]  # fmt: skip
+
+
+# ---- JSON -----------------------------------------------------------------------------------------------------------
+
+
+def outcome_as_json(outcome: Outcome, available_bytes: int) -> dict[str, Any]:
+    """Return one setting's outcome as JSON can hold it, every quantity with its unit."""
+    used, projection, n = outcome.memory, outcome.projection, outcome.cut.micro_batches
+    sent = projection.traffic
+    return {
+        "shards": outcome.setting.shards, "replicas": outcome.setting.replicas,
+        "memory_bytes": asdict(used) | {"total": used.total, "room": available_bytes},
+        "fits": used.total <= available_bytes, "micro_batch_tokens": outcome.cut.largest.tokens,
+        "micro_batches": n, "computed_tokens": projection.work.tokens,
+        "communication_bytes": projection.communication_bytes, "communication_s": projection.communication_s,
+        "collectives": asdict(sent) | {"bytes": sent.of_step(n), "seconds": sent.seconds(n)},
+        "block_s": projection.block_s, "not_hidden_s": projection.late,
+        "step_s": projection.seconds, "tokens_per_s": projection.tokens_per_s, "mfu": projection.mfu,
+        "steps": projection.steps, "total_s": projection.total_s, "dollars": projection.dollars,
+    }  # fmt: skip
+
+
+def estimate_as_json(found: Estimate, config: dict[str, Any]) -> dict[str, Any]:
+    """Return an estimate and the command's flags (config) as JSON can hold them, every quantity with its unit."""
+    speed, cards = found.rates, found.outcome.setting.n_cards
     return strict({
-        "what": "engine.estimate", "config": asdict(found["config"]), "model": asdict(found["model"]),
-        "parameters": found["model"].n_parameters, "cards": cards, "label": label_of(cards) if cards > 1 else None,
-        "card": asdict(card), "prices_of": PRICES_OF, "host_bytes_of_a_machine": host_bytes(found),
-        "mix": asdict(found["mix"]), "source": speed.source, "report": speed.report,
+        "what": "engine.estimate", "config": config, "model": asdict(found.model),
+        "parameters": found.model.n_parameters, "cards": cards,
+        "label": projection_label(cards) if cards > 1 else None,
+        "card": asdict(found.card), "prices_of": PRICES_OF, "host_bytes_of_a_machine": host_bytes(found.outcome),
+        "mix": asdict(found.mix), "source": speed.source, "report": speed.report,
         "gemm_flops_per_s": speed.gemm_flops_per_s, "copy_bytes_per_s": speed.copy_bytes_per_s,
         "measured_steps": measured_steps(found),
-        **projected(found["setting"], found["plan"], found["memory"], found["projection"]),
+        **outcome_as_json(found.outcome, found.available_bytes),
         "alternatives": [
-            {"flags": flags, **projected(*others)} for flags, *others in found["alternatives"]
+            {"flags": outcome.flags, **outcome_as_json(outcome, found.available_bytes)}
+            for outcome in found.alternatives
         ],
     })  # fmt: skip

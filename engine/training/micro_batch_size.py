@@ -14,10 +14,12 @@ from engine.data import dataset as data
 from engine.data import packing
 from engine.distributed.fsdp import set_last_micro_batch
 from engine.model.config import ModelConfig
-from engine.model.llama import Transformer, new_model
-from engine.planning.memory import CONTEXT_BYTES, MOST_TOKENS, cheapest_that_fits, layout_that_fits, setting_of
+from engine.model.llama import Transformer
+from engine.planning.fitting import MOST_TOKENS, Limits, cheapest_that_fits, mesh_that_fits, shards_that_fit
+from engine.planning.memory import CONTEXT_BYTES
 from engine.training.config import FinetuneConfig
-from engine.training.optimizer import AdamW, counts_that_fit
+from engine.training.optimizer import AdamW
+from engine.training.planning_input import setting_from_config
 from engine.training.run_ahead import Feeder
 
 HALVED = "halved.json"  # in --out: micro-batches that ranks ran out of memory with, and those to take instead
@@ -30,10 +32,10 @@ def auto_layout(
     """(replicas of the model over the ranks, tokens of a micro-batch).
 
     On a CPU one replica where --replicas does not say, and 2048 tokens, where more gains nothing. On CUDA as
-    layout_that_fits() says, and as many tokens as fit the free memory beside a shard, were all of
+    mesh_that_fits() says, and as many tokens as fit the free memory beside a shard, were all of
     them to carry loss, and no more than a step holds. Raises UsageError with what does fit when not one example does.
     """
-    counts = shards_that_fit(config, c, ranks)
+    counts = shards_that_fit(c, config.optimizer_states, ranks)
     if config.replicas:
         counts = [ranks // config.replicas]
     if device.type == "cpu":
@@ -42,32 +44,18 @@ def auto_layout(
     most, step = largest(config, train, ALIGN)
     least = -(-config.max_length // ALIGN) * ALIGN
     most = min(MOST_TOKENS, most, config.micro_batch_tokens or most)
-    replicas, tokens = layout_that_fits(
-        c, room, ranks, share_tokens=-(-step // ranks), least_tokens=least, counts=counts,
-        most_tokens=max(least, most), step_tokens=step if config.optimizer_in_backward else None,
-        **setting_of(config, dtype),
+    limits = Limits(max(least, most), step if config.optimizer_in_backward else None)
+    setting, tokens = mesh_that_fits(
+        c, setting_from_config(config, dtype, ranks), room, limits, share_tokens=-(-step // ranks), least_tokens=least,
+        counts=counts,
     )  # fmt: skip
     if tokens // ALIGN * ALIGN < config.max_length and not config.micro_batch_tokens:
-        advice = smaller(c, config, dtype, room, config.max_length, config.max_length, ranks, replicas)
+        advice = smaller(c, config, dtype, room, config.max_length, config.max_length, ranks, setting.replicas)
         raise UsageError(
             f"{config.model}: an example of {config.max_length} tokens and what training keeps do not fit the "
             f"{room / 1e9:.1f} GB that are free; {advice}"
         )
-    return replicas, tokens // ALIGN * ALIGN
-
-
-def shards_that_fit(config: FinetuneConfig, c: ModelConfig, ranks: int) -> list[int]:
-    """Into how many shards a replica can be cut over so many ranks: divisors that cut no block of 8-bit states."""
-    counts = [n for n in range(1, ranks + 1) if ranks % n == 0]
-    if config.optimizer_states != "8bit" or ranks == 1:
-        return counts
-    return [n for n in counts if n in shards_of_8bit(c, ranks)]
-
-
-def shards_of_8bit(c: ModelConfig, most: int = 64) -> list[int]:
-    """Into how many shards, up to so many, a replica can be cut whose 8-bit states are in blocks of 256."""
-    parameters = new_model(c, "meta", torch.bfloat16).named_parameters()
-    return counts_that_fit({name: tuple(p.shape) for name, p in parameters}, most)
+    return setting.replicas, tokens // ALIGN * ALIGN
 
 
 def largest(config: FinetuneConfig, train: data.Dataset, align: int) -> tuple[int, int]:
@@ -80,10 +68,9 @@ def largest(config: FinetuneConfig, train: data.Dataset, align: int) -> tuple[in
 
 def smaller(c, config, dtype, room_bytes, tokens, most_tokens, ranks=1, replicas=1):
     """The settings next in price that fit, as advice; tokens: of a micro-batch that did not, most_tokens: that may."""
-    fits = cheapest_that_fits(
-        c, room_bytes, tokens=tokens, least_tokens=config.max_length, most_tokens=most_tokens,
-        **setting_of(config, dtype) | {"cards": ranks // replicas, "replicas": replicas},
-    )  # fmt: skip
+    setting = setting_from_config(config, dtype, ranks).with_replicas(replicas)
+    limits = Limits(most_tokens)
+    fits = cheapest_that_fits(c, setting, room_bytes, limits, tokens=tokens, least_tokens=config.max_length)
     ways = [f"{' '.join(fit.flags)} ({fit.memory.total / 1e9:.1f} GB)" for fit in fits[:3] if fit.flags]
     if ways:
         return "pass " + ", or ".join(ways)

@@ -10,9 +10,9 @@ from torch import nn
 import kernels
 from engine.base.host_memory import STATE_ARENA_BYTES, HostMemory
 from engine.distributed.fsdp import local_shards
-from engine.model.shard import Shard, first_row
+from engine.model.shard import Shard
 from engine.training.offload import Offload, move_to_host
-from kernels.ops.adamw import LEAST_8BIT, states_of
+from kernels.ops.adamw import states_of
 from kernels.ops.eight_bit import BLOCK
 
 
@@ -125,16 +125,3 @@ class AdamW:
 def own(t: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor, which is all of it where it is not sharded."""
     return t.to_local() if hasattr(t, "to_local") else t
-
-
-def counts_that_fit(shapes: dict[str, tuple[int, ...]], most: int = 64) -> list[int]:
-    """Into how many shards parameters of these shapes can be cut so that no block of 8-bit states is cut."""
-
-    def fits(shape, shards):
-        if len(shape) == 1:
-            return True
-        width = math.prod(shape[1:])
-        cuts = {first_row(shape[0], shards, i) for i in range(1, shards)} - {shape[0]}
-        return math.prod(shape) < LEAST_8BIT or not any(row * width % BLOCK for row in cuts)
-
-    return [n for n in range(1, most + 1) if all(fits(shape, n) for shape in shapes.values())]

@@ -26,12 +26,15 @@ from engine.model.config import MODELS, ModelConfig
 from engine.output import checkpoint
 from engine.output.folder import RUN
 from engine.output.metrics import Metrics, NoMetrics
-from engine.planning.memory import layout_name, state_bytes
+from engine.planning.fitting import shards_that_fit
+from engine.planning.memory import state_bytes
+from engine.planning.setting import describe_mesh
 from engine.planning.workload import SEED_TASKS
 from engine.text.tokenizer import Tokenizer, find_tokenizer
 from engine.training.config import FinetuneConfig
 from engine.training.loss_spikes import Spikes
-from engine.training.micro_batch_size import ALIGN, auto_layout, shards_that_fit
+from engine.training.micro_batch_size import ALIGN, auto_layout
+from engine.training.planning_input import setting_from_config
 
 SHOWN_BYTES = 4_000_000  # read in a tenth of a second
 SAMPLE_PROMPTS = (
@@ -190,7 +193,7 @@ def check_ranks(config, model_config, world):
         counts = [r for r in range(1, world.size + 1) if world.size % r == 0]
         raise UsageError(f"--replicas {config.replicas} of {world.size} ranks; wanted one of {listed(counts)}")
     shards = world.size // (config.replicas or 1)
-    if config.replicas and shards not in (counts := shards_that_fit(config, model_config, world.size)):
+    if config.replicas and shards not in (counts := shards_that_fit(model_config, config.optimizer_states, world.size)):
         raise UsageError(
             f"--optimizer-states 8bit on {shards} shards would cut a block of 256 elements; wanted one of "
             f"{listed(counts[:8])} ranks a replica, or other states"
@@ -324,11 +327,11 @@ def finished(job: Job) -> bool:
 def plan(job: Job) -> str:
     """What is about to happen, in two lines."""
     c, config = job.model_config, job.config
-    weights, *rest, _ = state_bytes(c, job.dtype, config.master_weights, config.optimizer_states)
-    state = 2 * weights + sum(rest)
+    held = state_bytes(c, setting_from_config(config, job.dtype))
+    state = 2 * held.weights + held.master + held.states
     world, ranks = job.world, ""
     if world.size > 1:
-        ranks = f", on {world.size} ranks: {layout_name(world.n_shards, world.replicas)}"
+        ranks = f", on {world.size} ranks: {describe_mesh(world.n_shards, world.replicas)}"
     emulated = job.device.type == "cpu" and job.dtype == torch.bfloat16 and not cpu_multiplies_bf16()
     slow = " (this CPU has no bf16 instructions: --dtype fp32 is faster)" if emulated else ""
     return (

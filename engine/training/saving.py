@@ -12,6 +12,7 @@ from engine.output.folder import require_disk_space
 from engine.planning.memory import state_bytes
 from engine.training.micro_batch_size import HALVED
 from engine.training.optimizer import AdamW
+from engine.training.planning_input import setting_from_config
 from engine.training.prepare import Job
 
 # ---- training states ------------------------------------------------------------------------------------------------
@@ -20,8 +21,8 @@ from engine.training.prepare import Job
 def room_for_states(job: Job) -> None:
     config, out = job.config, job.out
     states = config.keep + 1 - len(list_checkpoints(out)) if job.keeps_states else 0
-    weights, *rest, _ = state_bytes(job.model_config, job.dtype, config.master_weights, config.optimizer_states)
-    need = weights + (weights + sum(rest)) * max(0, states)
+    state = state_bytes(job.model_config, setting_from_config(config, job.dtype))
+    need = state.weights + (state.weights + state.master + state.states) * max(0, states)
     require_disk_space(out, need, "free some, choose another folder, or lower --keep")
 
 

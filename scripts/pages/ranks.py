@@ -1,9 +1,9 @@
-"""Writes docs/ranks.md: what several cards send each other in a step, what computing hides of it, and what a run costs.
+"""Write docs/ranks.md: what several GPUs send each other in a step, how much computing hides, and what a run costs.
 
-python -m scripts.pages.ranks            writes it
-python -m scripts.pages.ranks --check    exits 1 when it says something else
+    python -m scripts.pages.ranks            writes the page
+    python -m scripts.pages.ranks --check    exits with 1 if the page differs
 
-Every number is engine.estimate's, projected: none was measured on several cards.
+Every number is engine.estimate's projection: none was measured on several GPUs.
 """
 
 import sys
@@ -13,27 +13,20 @@ from pathlib import Path
 import torch
 
 from engine.base.errors import UsageError
-from engine.estimate import COMPUTING, EstimateConfig, estimate
 from engine.model.config import MODELS
-from engine.planning.cards import (
-    COPY_SHARE,
-    LINK_SHARE,
-    MACHINE,
-    PORT_GB_PER_S,
-    Work,
-    block_seconds,
-    find_card,
-    rates,
-    step_seconds,
-)
-from engine.planning.memory import layout_name, traffic
-from engine.planning.tables import duration
+from engine.planning.cards import COPY_SHARE, LINK_SHARE, MACHINE, PORT_GB_PER_S, find_card, rates
+from engine.planning.projection import Estimate, estimate_run
+from engine.planning.setting import Setting, describe_mesh
+from engine.planning.step_time import COMPUTING, Work, block_seconds, step_seconds, step_traffic
+from engine.planning.tables import format_duration
 from engine.planning.workload import alpaca_mix
+from engine.training.config import FinetuneConfig
+from engine.training.planning_input import recipe_from_config, setting_from_config
 
 DOC = Path(__file__).parents[2] / "docs" / "ranks.md"
 GPUS, CARDS, SHAPES, STATES = 8, ("A100-80", "H100"), ("llama-7b", "llama-13b"), ("fp32", "8bit")
 LAYOUTS = (1, 2, 4, 8)  # replicas
-ROWS = EstimateConfig("llama-7b").global_batch_size
+ROWS = FinetuneConfig.global_batch_size
 
 HEAD = """# Several cards: the communication plan
 
@@ -95,48 +88,67 @@ where a card's share of a step is one micro-batch, else as many as fit without m
 """
 
 
-def ways(card: str, model: str, states: str) -> dict:
-    """{replicas, None for auto: what estimate finds; None where it refuses to cut 8-bit states so}."""
-    found = {}
+def config_of(model: str, **changes) -> FinetuneConfig:
+    """Return the settings of a run of a named shape, engine.finetune's defaults but for the changes."""
+    return FinetuneConfig(model, random_init=True, data=("alpaca",), **changes)
+
+
+def estimate(card: str, n_cards: int, config: FinetuneConfig) -> Estimate:
+    """Return what engine.estimate finds for the run on so many GPUs, trained on Alpaca."""
+    recipe = recipe_from_config(config, n_cards)
+    setting = setting_from_config(config, torch.bfloat16, n_cards)
+    return estimate_run(MODELS[config.model], find_card(card), alpaca_mix(recipe), recipe, setting)
+
+
+def estimates(card: str, model: str, states: str) -> dict[int | None, Estimate | None]:
+    """Return the estimate for each number of replicas, None for auto; it is None where 8-bit blocks would be cut."""
+    found: dict[int | None, Estimate | None] = {}
     for r in (None, *LAYOUTS):
         try:
-            found[r] = estimate(EstimateConfig(model, card, GPUS, replicas=r, optimizer_states=states))
+            found[r] = estimate(card, GPUS, config_of(model, replicas=r, optimizer_states=states))
         except UsageError:
             found[r] = None
     return found
 
 
-def fits(found: dict | None) -> bool:
-    return found is not None and found["memory"].total <= found["room"]
+def fits(found: Estimate | None) -> bool:
+    """Return whether there is an estimate, of a run that fits."""
+    return found is not None and found.fits
 
 
-def name_of(r: int, n: int = GPUS) -> str:
-    return layout_name(n // r, r)
+def mesh_name(replicas: int, n_cards: int = GPUS) -> str:
+    """Return in words how the GPUs share the model."""
+    return describe_mesh(n_cards // replicas, replicas)
 
 
 def text(words: str) -> str:
+    """Return a paragraph in lines of 120 columns."""
     return textwrap.fill(words, 120) + "\n"
 
 
 def table(head: tuple[str, ...], rows: list[tuple]) -> str:
+    """Return a Markdown table."""
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
-def costs(found: dict) -> str:
-    """Memory, bytes, seconds and money of each layout."""
-    auto = found[None]["setting"]["replicas"]
+def costs_table(found: dict[int | None, Estimate | None]) -> str:
+    """Return the table of each mesh's memory, bytes, seconds and money."""
+    auto = found[None].outcome.setting.replicas
     rows = []
     for r in LAYOUTS:
-        way, name = found[r], f"**{name_of(r)}**" if r == auto else name_of(r)
-        memory_gb = "8-bit blocks would be cut" if way is None else f"{way['memory'].total / 1e9:.1f}"
-        if not fits(way):
-            rows.append((name, memory_gb + ": does not fit" * (way is not None)))
+        way, name = found[r], f"**{mesh_name(r)}**" if r == auto else mesh_name(r)
+        if way is None:
+            rows.append((name, "8-bit blocks would be cut"))
             continue
-        p, plan = way["projection"], way["plan"]
-        sent = p.traffic.of_step(plan.micro_batches)
+        memory_gb = f"{way.outcome.memory.total / 1e9:.1f}"
+        if not way.fits:
+            rows.append((name, f"{memory_gb}: does not fit"))
+            continue
+        p, n = way.outcome.projection, way.outcome.cut.micro_batches
+        sent = p.traffic.of_step(n)
         rows.append((
-            name, memory_gb, f"{plan.micro_batches} x {p.work.tokens / plan.micro_batches:,.0f}",
+            name, memory_gb, f"{n} x {p.work.tokens / n:,.0f}",
             *(f"{sent[kind] / 1e9:.1f}" if sent[kind] else "" for kind in sent),
             f"{1e3 * p.communication_s:.0f}", f"{1e3 * p.seconds['communication']:.0f}",
             f"{1e3 * p.seconds['update']:.0f}", f"{1e3 * p.seconds['total']:.0f}",
@@ -150,17 +162,17 @@ def costs(found: dict) -> str:
     return table(head, rows)
 
 
-def blocks(found: dict) -> str:
-    """A block's collectives beside a block's computing, of each layout that fits."""
+def blocks_table(found: dict[int | None, Estimate | None]) -> str:
+    """Return the table of a block's collectives beside its computing, of each mesh that fits."""
     rows = []
     for r in filter(lambda r: fits(found[r]), LAYOUTS):
-        p = found[r]["projection"]
+        p = found[r].outcome.projection
         sent, (forward, backward) = p.traffic, p.block_s
         gather, reduce, sums = sent.of_group(0, True)
         mb = " / ".join(f"{n / 1e6:,.0f}" for n in (sent.gather[0], sent.reduce[0], sent.sum[0]))
         beside = sent.together(gather, reduce, sums)
         rows.append((
-            name_of(r), mb, f"{1e3 * gather:.2f} / {1e3 * forward:.2f}", f"{1e3 * beside:.2f} / {1e3 * backward:.2f}",
+            mesh_name(r), mb, f"{1e3 * gather:.2f} / {1e3 * forward:.2f}", f"{1e3 * beside:.2f} / {1e3 * backward:.2f}",
             *(f"{1e3 * s:.1f}" for s in p.late.values()),
         ))  # fmt: skip
     head = (
@@ -170,34 +182,35 @@ def blocks(found: dict) -> str:
     return table(head, rows)
 
 
-def verdict(found: dict) -> str:
-    """What auto takes, and what the fastest that fits gains on it."""
-    auto = found[None]
-    mine = auto["setting"]["replicas"]
-    fastest = min(filter(lambda r: fits(found[r]), LAYOUTS), key=lambda r: found[r]["projection"].seconds["total"])
-    taken = f"`--replicas` auto takes {name_of(mine)}"
-    if fastest == mine:
+def verdict(found: dict[int | None, Estimate | None]) -> str:
+    """Return the sentence that names the mesh auto takes, and how much faster another would be."""
+    step_s = {r: way.outcome.projection.seconds["total"] for r, way in found.items() if fits(way)}
+    auto = found[None].outcome.setting.replicas
+    fastest = min((r for r in LAYOUTS if r in step_s), key=step_s.__getitem__)
+    taken = f"`--replicas` auto takes {mesh_name(auto)}"
+    if fastest == auto:
         return taken + ", projected to be the fastest that fits."
-    late = 1e3 * (auto["projection"].seconds["total"] - found[fastest]["projection"].seconds["total"])
-    return taken + f"; {name_of(fastest)} is projected to be {late:.0f} ms a step faster."
+    late_ms = 1e3 * (found[None].outcome.projection.seconds["total"] - step_s[fastest])
+    return taken + f"; {mesh_name(fastest)} is projected to be {late_ms:.0f} ms a step faster."
 
 
 def case(card: str, model: str, states: str) -> str:
-    found = ways(card, model, states)
+    """Return the section of one GPU, model and kind of optimizer states."""
+    found = estimates(card, model, states)
     title = f"### {GPUS} x {card}, {model}, {states} states"
-    return "\n".join((f"{title}\n", costs(found), f"{verdict(found)}\n", blocks(found)))
+    return "\n".join((f"{title}\n", costs_table(found), f"{verdict(found)}\n", blocks_table(found)))
 
 
 def tokens_that_hide(card_name: str, model: str, replicas: int) -> int:
-    """The fewest tokens of a micro-batch, Alpaca's in kind, whose blocks hide what goes beside them."""
+    """Return the fewest tokens of a micro-batch of Alpaca's rows during which computing hides its communication."""
     c, card = MODELS[model], find_card(card_name)
-    mix = alpaca_mix(EstimateConfig(model, card_name, GPUS))
+    mix = alpaca_mix(recipe_from_config(config_of(model), GPUS))
     whole = mix.own + mix.prefix
-    sent = traffic(c, card, torch.bfloat16, GPUS // replicas, replicas)
+    sent = step_traffic(c, card, torch.bfloat16, GPUS // replicas, replicas)
 
-    def waits(tokens):
+    def waits(tokens: int) -> bool:
         work = Work(tokens, *(tokens * n / whole for n in (mix.loss_rows, mix.pairs, mix.query_pairs)), 1)
-        seconds = step_seconds(c, card, rates(card), work, size=2, recompute="cheap", update_bytes=0)
+        seconds = step_seconds(c, card, rates(card), work, Setting(), update_bytes=0)
         late = sent.late(1, *block_seconds(c, work, "cheap", sum(seconds[kind] for kind in COMPUTING)))
         return late["forward"] + late["backward"] > 0
 
@@ -208,27 +221,28 @@ def tokens_that_hide(card_name: str, model: str, replicas: int) -> int:
     return many
 
 
-def hiding() -> str:
+def hiding_table() -> str:
+    """Return the table of the tokens that hide a micro-batch's communication, by GPU, model and mesh."""
     rows = [
         (f"{GPUS} x {card}, {model}", *(f"{tokens_that_hide(card, model, r):,}" for r in LAYOUTS))
         for card in CARDS for model in SHAPES
     ]  # fmt: skip
-    return table(("tokens a card and micro-batch", *(name_of(r) for r in LAYOUTS)), rows)
+    return table(("tokens a card and micro-batch", *(mesh_name(r) for r in LAYOUTS)), rows)
 
 
-def machines(card: str, model: str, n: int) -> str:
-    """Sharded over all machines, or replicas that each stay in one."""
+def machines_table(card: str, model: str, n: int) -> str:
+    """Return the table of a model sharded over all machines, and of replicas that each stay in one."""
     rows = []
     for batch in (ROWS, 8 * ROWS, 64 * ROWS):
         for r in (1, n // MACHINE):
-            config = EstimateConfig(model, card, n, replicas=r, global_batch_size=batch, micro_batch_tokens=4096)
-            p = estimate(config)["projection"]
+            config = config_of(model, replicas=r, global_batch_size=batch, micro_batch_tokens=4096)
+            p = estimate(card, n, config).outcome.projection
             sent, micro_batches = p.traffic.seconds(p.work.micro_batches), p.work.micro_batches
             inside = sum(s for kind, s in sent.items() if kind != "sum")
             rows.append((
-                f"{batch:,}", name_of(r, n), micro_batches, f"{1e3 * inside:.0f}", f"{1e3 * sent['sum']:.0f}",
+                f"{batch:,}", mesh_name(r, n), micro_batches, f"{1e3 * inside:.0f}", f"{1e3 * sent['sum']:.0f}",
                 f"{1e3 * p.seconds['communication']:.0f}", f"{1e3 * p.seconds['total']:.0f}", f"{p.tokens_per_s:,.0f}",
-                duration(p.total_s),
+                format_duration(p.total_s),
             ))  # fmt: skip
     head = (
         "rows a step", "layout", "micro-batches", "gathers and reductions, ms", "all-reduce, ms", "not hidden, ms",
@@ -237,7 +251,8 @@ def machines(card: str, model: str, n: int) -> str:
     return table(head, rows)
 
 
-def assumed() -> str:
+def assumed_table() -> str:
+    """Return the table of the rates that each GPU is assumed to reach."""
     rows = []
     for card in map(find_card, CARDS):
         speed = rates(card)
@@ -251,13 +266,14 @@ def assumed() -> str:
 
 
 def page() -> str:
+    """Return the text of docs/ranks.md."""
     far = "H100", "llama-13b", 64
     parts = [
-        HEAD, "## What is assumed\n", assumed(),
+        HEAD, "## What is assumed\n", assumed_table(),
         text(
             f"NCCL is assumed to reach {LINK_SHARE} of a link, a copy {COPY_SHARE} of the memory's bandwidth; "
-            "`engine/planning/cards.py` has the sources. A block computes its share of a step's matrix products, a third of it "
-            "in forward. What a collective takes to start, and a ring's hops, are not counted."
+            "`engine/planning/cards.py` has the sources. A block computes its share of a step's matrix products, a "
+            "third of it in forward. What a collective takes to start, and a ring's hops, are not counted."
         ),
         f"## {GPUS} cards, {ROWS} rows a step\n",
         text(
@@ -274,7 +290,7 @@ def page() -> str:
             "hide less, as each has fewer rows. Where there are replicas the figure is the last micro-batch's, whose "
             "all-reduces share the links."
         ),
-        hiding(),
+        hiding_table(),
         "## Over machines\n",
         text(
             f"{far[2]} x {far[0]} in machines of {MACHINE}, a port of {8 * PORT_GB_PER_S} Gb/s beside each card; "
@@ -284,12 +300,13 @@ def page() -> str:
             f"updates a {far[2]}th of the parameters. Rings of {far[2]} have {far[2] - 1} hops, those of {MACHINE} "
             f"have {MACHINE - 1}, which is not counted; and machines with fewer ports favour replicas."
         ),
-        machines(*far),
+        machines_table(*far),
     ]  # fmt: skip
     return "\n".join(parts)
 
 
-def main():
+def main() -> None:
+    """Write the page, or with --check exit with 1 if it differs."""
     new = page()
     if "--check" not in sys.argv:
         DOC.parent.mkdir(exist_ok=True)

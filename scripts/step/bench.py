@@ -19,7 +19,8 @@ import torch
 from engine.data.packing import Packing, make_micro_batches
 from engine.distributed.fsdp import local_shards
 from engine.model.llama import new_model
-from engine.planning.memory import CONTEXT_BYTES, memory
+from engine.planning.memory import CONTEXT_BYTES, BatchShape, memory
+from engine.planning.setting import Setting
 from engine.training.optimizer import AdamW, lr_factor
 from engine.training.prepare import ALIGN
 from engine.training.run_ahead import Feeder, Figures, Mark
@@ -192,10 +193,9 @@ def estimated(variant: Variant, steps: Steps) -> dict:
     """What engine.planning.memory says of the largest micro-batch that there was, and the measured peaks over it: of tensors
     over the sum of its tensors, of what the allocator held over its total without CUDA's context."""
     tokens, loss_rows, query_rows = steps.largest
+    setting = Setting(DTYPE, variant.master, variant.states, variant.recompute, variant.offload)
     used = memory(
-        steps.config, tokens=tokens, loss_rows=loss_rows, query_rows=query_rows, dtype=DTYPE, master=variant.master,
-        states=variant.states, recompute=variant.recompute, offload=variant.offload,
-        one_micro_batch=max(steps.n_batches) == 1,
+        steps.config, setting, BatchShape(tokens, loss_rows, max(steps.n_batches) == 1, loss_rows - query_rows)
     )  # fmt: skip
     peak, tensors = peak_memory(), used.total - used.overhead
 

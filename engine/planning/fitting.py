@@ -1,0 +1,224 @@
+"""What fits a GPU's memory: the largest micro-batch, the mesh of replicas and shards, and the cheapest savings."""
+
+import functools
+import itertools
+import math
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+
+from engine.model.config import ModelConfig
+from engine.model.shard import first_row
+from engine.planning.memory import BatchShape, Memory, Shape, memory, parameter_shapes
+from engine.planning.setting import MOST_CARDS, Setting
+from kernels.ops.adamw import LEAST_8BIT
+from kernels.ops.eight_bit import BLOCK
+
+MOST_TOKENS = 32768  # of a micro-batch that is chosen here: more gains nothing
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What bounds a micro-batch besides memory."""
+
+    most_tokens: int = MOST_TOKENS
+    step_tokens: int | None = None  # of the largest step, if known: as one micro-batch it needs fewer gradients
+    loss_share: float = 1.0  # rows with a loss, a token
+
+    def batch(self, tokens: int) -> BatchShape:
+        """Return the size of a micro-batch of so many tokens, which may be a whole step."""
+        one_micro_batch = self.step_tokens is not None and tokens >= self.step_tokens
+        return BatchShape(tokens, math.ceil(self.loss_share * tokens), one_micro_batch)
+
+
+# ---- micro-batches --------------------------------------------------------------------------------------------------
+
+
+def largest_micro_batch(c: ModelConfig, setting: Setting, available_bytes: int, limits: Limits) -> int:
+    """Return the most tokens of a micro-batch that fits the available memory within the limits; 0 if none fits."""
+
+    def fits(tokens: int) -> bool:
+        return memory(c, setting, limits.batch(tokens)).total <= available_bytes
+
+    most = limits.most_tokens
+    if limits.step_tokens and limits.step_tokens <= most:
+        if fits(limits.step_tokens):
+            return limits.step_tokens
+        most = limits.step_tokens - 1
+    low, high = 0, most + 1  # low fits or is 0, high does not or is over the limit
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+# ---- meshes ---------------------------------------------------------------------------------------------------------
+
+
+def counts_that_fit(shapes: Iterable[Shape], most: int = MOST_CARDS) -> list[int]:
+    """Return the numbers of shards, up to `most`, that cut no block of 8-bit states of these parameters."""
+
+    def fits(shape: Shape, shards: int) -> bool:
+        if len(shape) == 1:
+            return True
+        width = math.prod(shape[1:])
+        cuts = {first_row(shape[0], shards, i) for i in range(1, shards)} - {shape[0]}
+        return math.prod(shape) < LEAST_8BIT or not any(row * width % BLOCK for row in cuts)
+
+    distinct = set(shapes)
+    return [n for n in range(1, most + 1) if all(fits(shape, n) for shape in distinct)]
+
+
+@functools.cache
+def shards_of_8bit(c: ModelConfig, most: int = MOST_CARDS) -> list[int]:
+    """Return the numbers of shards, up to `most`, into which the model can be cut with 8-bit states."""
+    return counts_that_fit(parameter_shapes(c), most)
+
+
+def shards_that_fit(c: ModelConfig, states: str, n_cards: int) -> list[int]:
+    """Return the numbers of shards of a replica that so many GPUs allow: divisors that cut no block of 8-bit states."""
+    divisors = [n for n in range(1, n_cards + 1) if n_cards % n == 0]
+    if states != "8bit" or n_cards == 1:
+        return divisors
+    allowed = shards_of_8bit(c, n_cards)
+    return [n for n in divisors if n in allowed]
+
+
+def mesh_that_fits(
+    c: ModelConfig,
+    setting: Setting,
+    available_bytes: int,
+    limits: Limits,
+    *,
+    share_tokens: int,
+    least_tokens: int,
+    counts: Collection[int] | None = None,
+) -> tuple[Setting, int]:
+    """Return the setting with the replicas and shards that suit its GPUs, and the tokens of a micro-batch then.
+
+    share_tokens is one GPU's part of a step. Where the fewest replicas leave room for all of it in one micro-batch they
+    are taken: every mesh sends as many bytes then, and the smaller a shard, the sooner it is updated. Otherwise the
+    most replicas are taken that need no more micro-batches. With n micro-batches a step a GPU sends
+    n x 8 (S - 1) / S + 8 (R - 1) / (R S) bytes a parameter (docs/ranks.md).
+
+    least_tokens is the longest example. counts holds the numbers of shards that are allowed; None allows any. Raises
+    ValueError if the number of GPUs is a multiple of none of them.
+    """
+    n = setting.n_cards
+    allowed = [r for r in range(1, n + 1) if n % r == 0 and (counts is None or n // r in counts)]
+    if not allowed:
+        wanted = ", ".join(map(str, counts or ()))
+        raise ValueError(f"mesh_that_fits: {n} cards, wanted a multiple of one of {wanted} shards")
+
+    def with_tokens(replicas: int) -> tuple[Setting, int]:
+        changed = setting.with_replicas(replicas)
+        return changed, largest_micro_batch(c, changed, available_bytes, limits)
+
+    fewest = with_tokens(allowed[0])
+    if fewest[1] >= share_tokens or fewest[1] < least_tokens:
+        return fewest
+    wanted_tokens = max(math.ceil(share_tokens / math.ceil(share_tokens / fewest[1])), least_tokens)
+    found = map(with_tokens, reversed(allowed))
+    return next((mesh for mesh in found if mesh[1] >= wanted_tokens), fewest)
+
+
+# ---- savings --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Saving:
+    """A change of a setting that saves memory."""
+
+    field: str  # of Setting
+    value: str | bool
+    flags: str
+
+
+SAVINGS = (  # the cheapest in speed and mathematics first
+    Saving("states", "8bit", "--optimizer-states 8bit"),
+    Saving("states", "bf16", "--optimizer-states bf16"),
+    Saving("recompute", "cheap", "--recompute cheap"),
+    Saving("recompute", "block", "--recompute block"),
+    Saving("master", "stochastic", "--master-weights stochastic"),
+    Saving("offload", True, "--offload-optimizer"),
+    Saving("in_backward", True, "--optimizer-in-backward --grad-clip 0"),
+)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A way to fit: the flags that change the setting, the changed setting, and the micro-batch that then fits."""
+
+    flags: tuple[str, ...]
+    setting: Setting
+    tokens: int
+    memory: Memory
+
+
+def apply_savings(setting: Setting, savings: Iterable[Saving]) -> Setting:
+    """Return the setting with these changes."""
+    changes: dict = {saving.field: saving.value for saving in savings}
+    return replace(setting, **changes)
+
+
+def useful_savings(c: ModelConfig, setting: Setting, batch: BatchShape) -> list[Saving]:
+    """Return the changes after which a step takes less memory. An optimizer in backward is for one GPU."""
+    now = memory(c, setting, batch).total
+    known = [s for s in SAVINGS if s.field != "in_backward" or setting.n_cards == 1]
+    return [s for s in known if memory(c, apply_savings(setting, [s]), batch).total < now]
+
+
+def cheapest_that_fits(
+    c: ModelConfig, setting: Setting, available_bytes: int, limits: Limits, *, tokens: int, least_tokens: int
+) -> list[Fit]:
+    """Return the sets of changes that fit the available memory, the cheapest first, none with a needless change.
+
+    A micro-batch of `tokens` is wished for. Fewer tokens, but at least least_tokens, are the cheapest change. Each of
+    SAVINGS is dearer than all before it together. Where memory is left, a micro-batch grows to what the limits allow.
+    Without limits.step_tokens an optimizer in backward is not proposed.
+    """
+    step_tokens = limits.step_tokens
+    price = {saving: 2 << i for i, saving in enumerate(SAVINGS)}
+    largest = limits.batch(min(limits.most_tokens, step_tokens or limits.most_tokens))
+    useful = useful_savings(c, setting, largest)
+    groups = [[s for s in useful if s.field == name] for name in dict.fromkeys(s.field for s in useful)]
+    found: list[tuple[int, set[str], Fit]] = []
+    for picked in itertools.product(*([None, *group] for group in groups)):
+        taken = [saving for saving in picked if saving]
+        changed = apply_savings(setting, taken)
+        if changed.in_backward and changed.offload:
+            continue
+        fitting = largest_micro_batch(c, changed, available_bytes, limits)
+        if fitting < (step_tokens if changed.in_backward and step_tokens else least_tokens):
+            continue
+        flags, cost = [saving.flags for saving in taken], sum(price[saving] for saving in taken)
+        names = set(flags)
+        if fitting < tokens:
+            flags.insert(0, f"--micro-batch-tokens {fitting}")
+            names.add("smaller")
+            cost += 1
+        found.append((cost, names, Fit(tuple(flags), changed, fitting, memory(c, changed, limits.batch(fitting)))))
+    return without_needless(found)
+
+
+def without_needless(found: list[tuple[int, set[str], Fit]]) -> list[Fit]:
+    """Return the fits by their cost, without those whose changes include all changes of a cheaper one."""
+    fits: list[Fit] = []
+    kept: list[set[str]] = []
+    for _, names, fit in sorted(found, key=lambda f: f[0]):
+        if not any(earlier <= names for earlier in kept):
+            fits.append(fit)
+            kept.append(names)
+    return fits
+
+
+def least_bytes(c: ModelConfig, setting: Setting, tokens: int) -> int:
+    """Return the fewest bytes that any setting takes with a micro-batch of so many tokens, all with a loss.
+
+    Either all state is in the host's memory, or, on one GPU, there are no gradients in steps of one micro-batch.
+    """
+    least = replace(setting, states="8bit", recompute="block", master="stochastic", offload=True, in_backward=False)
+    totals = [memory(c, least, BatchShape(tokens, tokens)).total]
+    if setting.n_cards == 1:
+        in_backward = replace(least, offload=False, in_backward=True)
+        totals.append(memory(c, in_backward, BatchShape(tokens, tokens, one_micro_batch=True)).total)
+    return min(totals)

@@ -1,0 +1,222 @@
+"""How long a training step takes on a GPU: matrix products, memory traffic, launches, and communication between GPUs.
+
+step_seconds() adds up what bounds each part of a step. Traffic says what each of several GPUs sends in a step, and how
+long the others' computing does not hide it. No run on several GPUs was measured.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.model.config import ModelConfig
+from engine.planning.cards import MACHINE, Card, Rates, is_within_machines
+from engine.planning.memory import StateBytes, whole_bytes
+from engine.planning.setting import Setting
+
+KERNEL_SHARE = 0.9  # of the copy rate, that kernels bound by memory are built for
+ATTENTION_SHARE = 0.4  # of the GEMM rate: FlashAttention-2's 294 TFLOP/s of 750 on an H100
+MASKED_KEYS = 100  # that a query multiplies and does not see: 45% of the work is of use at Alpaca's 82 keys seen
+LAUNCH_S = 8e-6  # the host's time for one launch under autograd
+LAUNCHES = 45  # of a layer, forward and backward
+COMPUTING = ("gemm", "attention", "memory", "host")  # the parts of a step that hide communication
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of a mean optimizer step on one GPU."""
+
+    tokens: float  # that are computed; a shared prefix counts once a micro-batch
+    loss_rows: float  # tokens whose next token has a loss
+    pairs: float  # of a query and a key that it sees
+    query_pairs: float  # pairs whose query has a loss: the last layer computes no others
+    micro_batches: int
+
+
+# ---- computing ------------------------------------------------------------------------------------------------------
+
+
+def gemm_flops(c: ModelConfig, work: Work, recompute: str) -> float:
+    """Return the floating point operations of a step's matrix products.
+
+    A full layer takes 6 a token and weight, or 8 with recompute="block". The head, and the last layer except for k and
+    v, compute only the rows with a loss.
+    """
+    t, u = work.tokens, work.loss_rows
+    asking, answering = layer_weights(c)
+    layers = (c.n_layers - 1) * t * (asking + answering) + u * asking + t * answering
+    return (8 if recompute == "block" else 6) * layers + 6 * u * c.dim * c.vocab_size
+
+
+def layer_weights(c: ModelConfig) -> tuple[int, int]:
+    """Return a layer's number of weights in the query, output and feed-forward matrices, and in those of k and v."""
+    return (
+        2 * c.dim * c.n_heads * c.head_dim + 3 * c.dim * c.hidden_dim,
+        2 * c.dim * c.n_kv_heads * c.head_dim,
+    )
+
+
+def block_seconds(c: ModelConfig, work: Work, recompute: str, computing_s: float) -> tuple[float, float]:
+    """Return the mean seconds of one block's forward and of its backward in one micro-batch.
+
+    computing_s is a step's time for computing. The blocks get their share of the step's matrix products. A third of a
+    block's time is forward, or a quarter with recompute="block".
+    """
+    flops = gemm_flops(c, work, recompute)
+    share = 1 - 6 * work.loss_rows * c.dim * c.vocab_size / flops
+    each = computing_s * share / (c.n_layers * work.micro_batches)
+    forward = each / (4 if recompute == "block" else 3)
+    return forward, each - forward
+
+
+def bytes_of_update(state: StateBytes, master: str) -> int:
+    """Return the bytes that AdamW reads and writes to update weights with this state.
+
+    Gradients are only read. Weights with an fp32 master beside them are only written. The rest is read and written.
+    """
+    passes = 2 if master == "fp32" and state.master else 3
+    return state.weights * passes + 2 * (state.master + state.states)
+
+
+def step_seconds(
+    c: ModelConfig,
+    card: Card,
+    speed: Rates,
+    work: Work,
+    setting: Setting,
+    *,
+    update_bytes: float,
+    offload_bytes: float = 0.0,
+    traffic: "Traffic | None" = None,
+) -> dict[str, float]:
+    """Return the seconds of one step by what bounds them; "total" is their sum.
+
+    gemm       gemm_flops, but never less than the weights' own traffic: they are read twice a micro-batch, and
+               their gradients are read and written once
+    attention  4 H Dh operations a pair in forward, 14 in backward (two passes, seven products)
+    memory     the bytes that norms, RoPE, SwiGLU, attention, the loss and the embedding move
+    update     update_bytes: moved by the gradient norm and AdamW
+    offload    offload_bytes: optimizer states that cross PCIe in each direction, which nothing else hides
+    host       the time by which launching exceeds all computing
+    communication  the part of `traffic` between several GPUs that computing does not hide: Traffic.late()
+    """
+    t, u, size = work.tokens, work.loss_rows, setting.number_bytes
+    heads, kv_heads, full = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_layers - 1
+    again = 1 if setting.recompute == "block" else 0
+    weights = c.n_layers * sum(layer_weights(c)) + c.dim * c.vocab_size
+    gemm_bytes = (4 + again) * weights * size * work.micro_batches
+    pairs = full * (work.pairs + MASKED_KEYS * t) + work.query_pairs + MASKED_KEYS * u
+    attention_flops = (18 + 4 * again) * pairs * heads
+    rows = full * t + u
+    moved = size * (
+        rows * (1 + again) * (4 * c.dim + 3 * c.hidden_dim + 4 * (heads + kv_heads))  # forward
+        + rows * (10 * c.dim + 6 * c.hidden_dim + 8 * (heads + kv_heads))  # backward
+        + 2 * u * c.vocab_size + 4 * t * c.dim  # logits; the embedding
+        + 3 * c.vocab_size * c.dim * work.micro_batches  # the embedding's gradient: zeroed, and added
+    )  # fmt: skip
+    flops = gemm_flops(c, work, setting.recompute)
+    kernels_per_s = KERNEL_SHARE * speed.copy_bytes_per_s
+    seconds = {
+        "gemm": max(flops / speed.gemm_flops_per_s, gemm_bytes / speed.copy_bytes_per_s),
+        "attention": attention_flops / (ATTENTION_SHARE * speed.gemm_flops_per_s),
+        "memory": moved / kernels_per_s,
+        "update": update_bytes / kernels_per_s,
+    }
+    launching = work.micro_batches * (c.n_layers + 2) * LAUNCHES * LAUNCH_S
+    seconds["host"] = max(0.0, launching - sum(seconds.values()))
+    blocks = block_seconds(c, work, setting.recompute, sum(seconds.values()) - seconds["update"])
+    seconds["communication"] = sum(traffic.late(work.micro_batches, *blocks).values()) if traffic else 0.0
+    seconds["offload"] = offload_bytes / (1e9 * card.pcie_gb_per_s)
+    return seconds | {"total": sum(seconds.values())}
+
+
+# ---- communication --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The bytes that each of several GPUs sends in a step.
+
+    gather, reduce and sum hold the bytes of one collective: (of a block, of the weights outside of blocks). A
+    micro-batch gathers both kinds of group before their forward. It gathers every block except the last again before
+    its backward, and reduces all gradients. The last micro-batch of a step also sums the gradients over the replicas.
+    """
+
+    layers: int
+    gather: tuple[int, int]
+    reduce: tuple[int, int]
+    sum: tuple[int, int]
+    bytes_per_s: float  # of gathers and reductions
+    sum_bytes_per_s: float
+    apart: bool  # sums use other links than gathers and reductions, so that both proceed at once
+
+    def of_step(self, micro_batches: int) -> dict[str, int]:
+        """Return the bytes of a step by kind of collective."""
+        gather, reduce, sums = (self.layers * block + rest for block, rest in (self.gather, self.reduce, self.sum))
+        again = (self.layers - 1) * self.gather[0]
+        each = {"gather_forward": gather, "gather_backward": again, "reduce": reduce}
+        return {kind: micro_batches * n for kind, n in each.items()} | {"sum": sums}
+
+    def seconds(self, micro_batches: int) -> dict[str, float]:
+        """Return the seconds of a step by kind of collective, each with its links to itself."""
+        sent = self.of_step(micro_batches)
+        return {
+            kind: n / (self.sum_bytes_per_s if kind == "sum" else self.bytes_per_s) for kind, n in sent.items()
+        }  # fmt: skip
+
+    def in_backward(self, summed: bool) -> list[float]:
+        """Return the seconds of communication during each block's backward, the first block's first.
+
+        Meanwhile the block before is gathered and the gradients of the block after are reduced, and, if `summed`,
+        summed over the replicas.
+        """
+        gather, reduce, sums = self.of_group(0, summed)
+        last = self.layers - 1
+        return [self.together(gather * (i > 0), reduce * (i < last), sums * (i < last)) for i in range(self.layers)]
+
+    def of_group(self, i: int, summed: bool) -> tuple[float, float, float]:
+        """Return the seconds of one gather, reduction and sum, of a block (i = 0) or of the weights outside (i = 1)."""
+        sums = self.sum[i] / self.sum_bytes_per_s if summed else 0.0
+        return self.gather[i] / self.bytes_per_s, self.reduce[i] / self.bytes_per_s, sums
+
+    def together(self, gather: float, reduce: float, sums: float) -> float:
+        """Return the seconds that a gather, a reduction and a sum take which start at once."""
+        return max(gather + reduce, sums) if self.apart else gather + reduce + sums
+
+    def late(self, micro_batches: int, forward_s: float, backward_s: float) -> dict[str, float]:
+        """Return the seconds of a step that computing waits for communication, by where it waits.
+
+            begin     the gathers of the weights outside of blocks and of the first block, which nothing hides
+            forward   L - 1 gathers, by as much as each takes longer than the block before it
+            backward  the communication during a block's backward, by as much as it takes longer than that
+            end       reductions and sums of the first block and of the weights outside, after all computing
+
+        forward_s and backward_s are those of one block in one micro-batch.
+        """
+        (gather, _, _), (others, _, _) = self.of_group(0, False), self.of_group(1, False)
+        waits = {
+            "begin": micro_batches * (gather + others),
+            "forward": micro_batches * (self.layers - 1) * max(0.0, gather - forward_s), "backward": 0.0, "end": 0.0,
+        }  # fmt: skip
+        for summed, times in ((False, micro_batches - 1), (True, 1)):
+            _, block, block_sum = self.of_group(0, summed)
+            _, rest, rest_sum = self.of_group(1, summed)
+            waits["backward"] += times * sum(max(0.0, beside - backward_s) for beside in self.in_backward(summed))
+            waits["end"] += times * (block + self.together(0.0, rest, block_sum) + rest_sum)
+        return waits
+
+
+def step_traffic(c: ModelConfig, card: Card, dtype: torch.dtype, shards: int, replicas: int) -> Traffic:
+    """Return what each GPU sends when replicas of so many shards train the model.
+
+    An all-gather sends (S - 1) / S of the weights. A reduce-scatter sends (S - 1) / S of the gradients and an
+    all-reduce 2 (R - 1) / R of a shard's, both in fp32.
+    """
+    wide = 4 // dtype.itemsize
+    block, others = whole_bytes(c, dtype, shards)
+    gather = block * (shards - 1) // shards, others * (shards - 1) // shards
+    sums = tuple(2 * (replicas - 1) * wide * n // shards // replicas for n in (block, others))
+    return Traffic(
+        c.n_layers, gather, (wide * gather[0], wide * gather[1]), (sums[0], sums[1]),
+        card.bus_bytes_per_s(shards, replicas), card.sum_bytes_per_s(shards, replicas),
+        apart=is_within_machines(shards, replicas) and shards * replicas > MACHINE,
+    )  # fmt: skip

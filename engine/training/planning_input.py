@@ -1,0 +1,24 @@
+"""The part of a run's settings that engine.planning computes with: a Setting and a Recipe of a FinetuneConfig."""
+
+import torch
+
+from engine.planning.setting import Recipe, Setting
+from engine.training.config import FinetuneConfig
+
+
+def setting_from_config(config: FinetuneConfig, dtype: torch.dtype, n_cards: int = 1) -> Setting:
+    """Return the choices that decide the bytes of a step on so many GPUs. Without --replicas they hold one replica."""
+    replicas = (config.replicas or 1) if n_cards > 1 else 1
+    return Setting(
+        dtype, config.master_weights, config.optimizer_states, config.recompute, config.offload_optimizer,
+        config.optimizer_in_backward, n_cards // replicas, replicas, config.save_every not in ("off", "end"),
+    )  # fmt: skip
+
+
+def recipe_from_config(config: FinetuneConfig, n_cards: int = 1) -> Recipe:
+    """Return what a run on so many GPUs trains on, and how often."""
+    return Recipe(
+        config.model, n_cards, config.replicas, config.epochs, config.max_steps, config.global_batch_size,
+        config.micro_batch_tokens, config.micro_batch_size, config.max_length, config.seed, config.train_on_prompt,
+        config.share_prefix,
+    )  # fmt: skip
