@@ -22,8 +22,6 @@ from engine.base.errors import UsageError, exit_code_of
 from engine.model.config import MODELS
 from engine.model.shard import first_row
 from engine.training.config import FinetuneConfig
-from engine.training.micro_batch_size import shards_that_fit
-from engine.training.optimizer import counts_that_fit
 from engine.training.prepare import check_ranks
 from tests.helpers.forks import Started, ranks
 from tests.helpers.run import BEFORE_CALL, ROOT, environment, events
@@ -322,18 +320,6 @@ def test_what_ranks_cannot_do_is_told(more, told):
         check_ranks(config, shape, SimpleNamespace(size=4))
     if config.replicas in (None, 1):
         check_ranks(config, shape, SimpleNamespace(size=1))
-
-
-def test_blocks_of_8_bit_states_are_not_cut_where_replicas_are_chosen():
-    shape = dataclasses.replace(MODELS["tiny"], dim=96, vocab_size=1002)
-    config = FinetuneConfig(model="tiny", random_init=True, data=("x",), out="y", optimizer_states="8bit")
-    assert shards_that_fit(config, shape, 4) == [1] and shards_that_fit(config, MODELS["tiny"], 4) == [1, 2, 4]
-
-
-def test_counts_of_shards_that_cut_no_block():
-    assert counts_that_fit({"w": (4096, 4096), "small": (576,)}, 8) == list(range(1, 9))
-    assert counts_that_fit({"w": (6, 1000)}, 6) == [1]
-    assert 2 in counts_that_fit({"w": (512, 576)}, 8)
 
 
 def test_the_first_row_of_a_shard_is_torchs():

@@ -9,9 +9,10 @@ import torch
 from engine.base.errors import CriaError, UsageError
 from engine.distributed.world import World
 from engine.model.config import MODELS
-from engine.planning.memory import CONTEXT_BYTES, memory, setting_of
+from engine.planning.memory import CONTEXT_BYTES, BatchShape, memory
 from engine.training import micro_batch_size as fit
 from engine.training.config import FinetuneConfig
+from engine.training.planning_input import setting_from_config
 
 CUDA, BF16, GB = torch.device("cuda"), torch.bfloat16, 10**9
 LENGTHS = SimpleNamespace(lengths=lambda: torch.full((52002,), 128).numpy())
@@ -30,10 +31,10 @@ def tokens_with(free_gb, monkeypatch, lengths=LENGTHS, **changes):
 def test_what_is_chosen_fits_and_64_tokens_more_do_not(changes, monkeypatch):
     free = 76 if changes.get("recompute") != "block" else 61
     tokens = tokens_with(free, monkeypatch, **changes)
-    setting = setting_of(config_of(**changes), BF16)
+    setting = setting_from_config(config_of(**changes), BF16)
 
     def used(n):
-        return memory(MODELS["llama-7b"], tokens=n, loss_rows=n, **setting).total
+        return memory(MODELS["llama-7b"], setting, BatchShape(n, n)).total
 
     room = free * GB + CONTEXT_BYTES
     assert tokens % fit.ALIGN == 0 and used(tokens) <= room

@@ -13,7 +13,8 @@ from engine.formats.source import open_source
 from engine.model.config import MODELS
 from engine.model.llama import new_model
 from engine.planning.cards import CARDS
-from engine.planning.memory import CONTEXT_BYTES, memory
+from engine.planning.memory import CONTEXT_BYTES, BatchShape, memory
+from engine.planning.setting import Setting
 from engine.training.optimizer import AdamW, lr_factor
 from kernels.measure.alpaca import alpaca_lengths
 from scripts import gpu_report
@@ -103,10 +104,9 @@ def test_variants_fit_an_h100_by_what_engine_memory_says():
                 packing.Packing(v.tokens, share_prefix=v.sharing, multiple=64))
         ]  # fmt: skip
         largest = max(batches, key=lambda b: len(b.tokens))
-        used = memory(
-            MODELS[v.model], tokens=len(largest.tokens), loss_rows=len(largest.targets), master=v.master,
-            states=v.states, recompute=v.recompute, offload=v.offload, one_micro_batch=len(batches) == 2,
-        )  # fmt: skip
+        setting = Setting(master=v.master, states=v.states, recompute=v.recompute, offload=v.offload)
+        batch = BatchShape(len(largest.tokens), len(largest.targets), one_micro_batch=len(batches) == 2)
+        used = memory(MODELS[v.model], setting, batch)
         assert used.total / 2**30 < (40 if "low memory" in name else room), name
 
 

@@ -1,0 +1,63 @@
+"""Cards by their names, the rates that reports measured, and the links between several."""
+
+import json
+
+import pytest
+
+from engine.planning.cards import CARDS, changed_card, find_card, rates
+
+
+@pytest.mark.parametrize("name", ["rtx 4090", "RTX4090", "4090", "a100-80", "A100 40", "h100"])
+def test_cards_by_the_names_people_give_them(name):
+    assert find_card(name).name in CARDS
+
+
+def test_another_card_by_its_figures():
+    card = CARDS["H100"]
+    assert changed_card(card, None, None, None, None) == card
+    assert changed_card(card, None, None, None, 1.5).price_per_hour == 1.5
+    other = changed_card(card, 48, None, None, None)
+    assert (other.memory_gib, other.name, other.device, other.price_per_hour) == (48, "like H100", "none", None)
+
+
+MACHINE = {"machine": {"device": "NVIDIA H100 80GB HBM3"}}
+CEILINGS = {"ceilings": {"gemm_tflops": 700.0, "copy_gb_per_s": 2900.0}}
+STEP = {"name": "main"}
+
+
+def write_report(path, parts, **facts):
+    report = {"what": "scripts.gpu_report", "smoke": False, "date": "2026-01-01", "parts": parts} | facts
+    path.write_text(json.dumps(report))
+
+
+def test_a_report_of_the_card_replaces_what_is_projected(tmp_path):
+    card = CARDS["H100"]
+    assert rates(card, tmp_path).source == "projected"
+    write_report(tmp_path / "smoke.json", MACHINE | CEILINGS, smoke=True)
+    write_report(tmp_path / "other.json", {"machine": {"device": "NVIDIA H200"}} | CEILINGS)
+    write_report(tmp_path / "without.json", MACHINE)
+    assert rates(card, tmp_path).source == "projected"
+    write_report(tmp_path / "old.json", MACHINE | {"ceilings": {"gemm_tflops": 1.0, "copy_gb_per_s": 1.0}})
+    write_report(tmp_path / "new.json", MACHINE | CEILINGS | {"step": {"records": [STEP]}}, date="2026-02-01")
+    speed = rates(card, tmp_path)
+    assert (speed.gemm_flops_per_s, speed.copy_bytes_per_s, speed.report) == (7e14, 2.9e12, "new.json")
+    assert speed.steps == (STEP,)
+
+
+def test_links():
+    """Over NVLink where a card has it, else over PCIe; more than 8 through their machines' ports."""
+    reach = {name: [card.bus_bytes_per_s(n) / 1e9 for n in (2, 8, 16)] for name, card in CARDS.items()}
+    assert reach["A100-80"] == reach["A100-40"] == [240, 240, 240]
+    assert reach["H100"] == reach["H200"] == [360, 360, 320] and reach["B200"] == [720, 720, 320]
+    assert reach["L40S"] == reach["RTX-4090"] == [20, 20, 20] and reach["RTX-5090"] == [40, 40, 40]
+
+
+def test_links_of_replicas():
+    """Shards of a replica within a machine meet there; sums over machines go by ports of those with a shard."""
+    card = CARDS["H100"]
+    assert [card.bus_bytes_per_s(s, r) / 1e9 for s, r in ((8, 8), (2, 32), (1, 64), (16, 4))] == [360, 360, 360, 320]
+    assert [card.sum_bytes_per_s(s, r) / 1e9 for s, r in ((8, 8), (4, 4), (2, 8), (1, 64), (16, 4))] == [
+        40, 80, 160, 320, 40
+    ]  # fmt: skip
+    assert [card.sum_bytes_per_s(s, 8 // s) / 1e9 for s in (1, 2, 4)] == [360, 360, 360]
+    assert card.bus_bytes_per_s(12) == 0.8 * 200e9 and card.bus_bytes_per_s(6, 2) == 0.8 * 100e9  # four, two a machine

@@ -1,0 +1,142 @@
+"""Speed, cost and mesh of whole runs."""
+
+import pytest
+import torch
+
+from engine.base.errors import UsageError
+from engine.model.config import MODELS
+from engine.planning.cards import rates
+from engine.planning.memory import CONTEXT_BYTES, PLAN_BYTES, activation_bytes, state_bytes, worst_moments
+from engine.planning.setting import Setting
+from engine.planning.step_time import COMPUTING, block_seconds, bytes_of_update, step_seconds, step_traffic
+from engine.planning.workload import alpaca_mix
+from tests.helpers.planning import estimate_of, recipe_of
+
+
+def test_speed_goes_the_way_it_should():
+    def project(card="H100", **changes):
+        return estimate_of(card, optimizer_states="8bit", **changes).outcome.projection
+
+    plain = project()
+    assert project(share_prefix=False).tokens_per_s < 0.9 * plain.tokens_per_s
+    assert 0.7 < project(recompute="block").tokens_per_s / plain.tokens_per_s < 0.85
+    assert project(offload_optimizer=True).tokens_per_s < plain.tokens_per_s
+    assert project(micro_batch_tokens=512).tokens_per_s < plain.tokens_per_s
+    assert project("A100-80").tokens_per_s < 0.5 * plain.tokens_per_s
+    few = project(max_steps=10)
+    assert few.steps == 10 and few.total_s == 10 * plain.seconds["total"]
+    assert 15000 < plain.tokens_per_s < 25000  # a projection of 22,000 and up would be over the design's target
+    assert plain.tokens_per_s * plain.seconds["total"] / 128 == pytest.approx(127.2, rel=0.005)
+
+
+@pytest.mark.parametrize("states", ["fp32", "8bit"])
+@pytest.mark.parametrize("recompute", ["cheap", "block"])
+@pytest.mark.parametrize("offload", [False, True])
+def test_one_card_has_nothing_of_several(states, recompute, offload):
+    """To the byte and the bit: kinds summed up, and seconds as of a step without communication."""
+    changes = {"optimizer_states": states, "recompute": recompute, "offload_optimizer": offload}
+    found, c = estimate_of(**changes, micro_batch_tokens=4096), MODELS["llama-7b"]
+    outcome, card, batch = found.outcome, found.card, found.outcome.cut.largest
+    setting = Setting(states=states, recompute=recompute, offload=offload)
+    assert outcome.setting == setting
+    state, moments, keeps = (f(c, setting, *more) for f, *more in (
+        (state_bytes,), (worst_moments, batch), (activation_bytes, batch)
+    ))  # fmt: skip
+    tensors = 2 * state.weights + (3 * state.largest if offload else state.master + state.states) + keeps
+    tensors += batch.tokens * (8 + PLAN_BYTES) + 12 * batch.loss_rows
+    tensors += max(moments.head, moments.backward, moments.embedding - keeps)
+    assert outcome.memory.total == tensors + CONTEXT_BYTES + round(0.03 * tensors)
+    assert outcome.memory.host == (state.master + state.states if offload else 0) and outcome.memory.gathered == 0
+    projection = outcome.projection
+    seconds = step_seconds(
+        c, card, rates(card), projection.work, setting, update_bytes=bytes_of_update(state, "split") + state.weights,
+        offload_bytes=state.master + state.states if offload else 0,
+    )  # fmt: skip
+    assert projection.seconds == seconds and seconds["communication"] == 0 and projection.communication_bytes == 0
+    assert seconds["total"] == sum(seconds[k] for k in ("gemm", "attention", "memory", "update", "host", "offload"))
+    assert projection.tokens_per_s == alpaca_mix(recipe_of()).logical / seconds["total"]
+    assert projection.dollars == projection.total_s / 3600 * card.price_per_hour
+    assert projection.total_s == seconds["total"] * (3 * 52002 / 128)
+
+
+# ---- several GPUs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("card", ["A100-80", "L40S"])
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_step_waits_for_what_is_not_hidden(card, offload, replicas):
+    found = estimate_of(
+        card, 8, optimizer_states="8bit", offload_optimizer=offload, replicas=replicas, global_batch_size=512,
+        micro_batch_size=32,
+    )  # fmt: skip
+    projection, seconds, mix = found.outcome.projection, found.outcome.projection.seconds, found.mix
+    c, shards = MODELS["llama-7b"], 8 // replicas
+    sent = step_traffic(c, found.card, torch.bfloat16, shards, replicas).of_step(2)
+    assert projection.work.micro_batches == 2 and projection.communication_bytes == sum(sent.values())
+    link = {"A100-80": 0.8 * 300e9, "L40S": 0.8 * 25e9}[card]
+    assert projection.communication_s == pytest.approx(sum(sent.values()) / link)
+    computing = sum(seconds[k] for k in COMPUTING)
+    assert projection.block_s == block_seconds(c, projection.work, "cheap", computing)
+    assert seconds["communication"] == sum(projection.late.values()) > 0
+    assert (projection.late["backward"] == projection.late["forward"] == 0) == (card == "A100-80")
+    assert seconds["total"] == pytest.approx(
+        computing + sum(seconds[k] for k in ("communication", "update", "offload"))
+    )
+    assert (seconds["offload"] > 0) == offload
+    state = state_bytes(c, Setting(states="8bit"))
+    assert shards * seconds["update"] * 0.81 * 1e9 * found.card.bandwidth_gb_per_s == pytest.approx(
+        bytes_of_update(state, "split") + state.weights, rel=0.001
+    )
+    assert projection.tokens_per_s == 8 * mix.logical / seconds["total"]
+    assert projection.mfu == pytest.approx(
+        projection.tokens_per_s * 6 * c.n_parameters / (8e12 * found.card.peak_tflops)
+    )
+    assert projection.steps == 3 * 102 and projection.total_s == seconds["total"] * (3 * 52002 / 512)
+    assert projection.dollars == pytest.approx(8 * found.card.price_per_hour * projection.total_s / 3600)
+
+
+@pytest.mark.parametrize(
+    ("card", "changes", "mesh"),
+    [
+        ("H100", {"model": "tinyllama-1.1b"}, (8, 1)),
+        ("H100", {"model": "tinyllama-1.1b", "global_batch_size": 4096}, (1, 8)),
+        ("H100", {"replicas": 2}, (4, 2)),
+        ("H100", {"model": "llama-13b", "optimizer_states": "8bit"}, (8, 1)),
+    ],
+)
+def test_replicas_by_the_memory_there_is(card, changes, mesh):
+    setting = estimate_of(card, 8, **changes).outcome.setting
+    assert (setting.shards, setting.replicas) == mesh
+
+
+def test_a_model_that_fits_no_card_is_sharded():
+    assert estimate_of("4090", 8).outcome.setting.shards > 1
+
+
+def test_traffic_of_replicas():
+    plain = estimate_of("H100", 64, model="tinyllama-1.1b", replicas=64).outcome.projection.traffic
+    assert plain.gather == plain.reduce == (0, 0) and plain.sum[0] > 0
+    many = {"global_batch_size": 4096, "micro_batch_size": 16}
+    far, near = (estimate_of("H100", 64, replicas=r, **many).outcome.projection for r in (1, 8))
+    assert near.work.micro_batches == 4 and near.traffic.apart and not far.traffic.apart
+    assert near.seconds["communication"] < far.seconds["communication"]
+
+
+def test_states_in_blocks_are_not_cut(monkeypatch):
+    """--replicas that would cut 8-bit states are refused, and such states are not proposed over so many shards.
+
+    7B and 13B are of whole blocks, vectors apart, whose states are not in blocks.
+    """
+    many = {"replicas": 1, "optimizer_states": "8bit"}
+    assert estimate_of("H100", 64, **many).outcome.setting.shards == 64
+    assert estimate_of("H100", 64, model="llama-13b", **many).outcome.setting.shards == 64
+    with pytest.raises(UsageError, match="over 64 shards would cut a block of 256 elements; wanted --replicas 4 or 8"):
+        estimate_of("H100", 64, model="smollm2-135m", **many)  # 9 rows of 576
+
+    def proposed():
+        return {way.setting.states for way in estimate_of("4090", 8, replicas=1, model="llama-13b").alternatives}
+
+    assert "8bit" in proposed()
+    monkeypatch.setattr("engine.planning.projection.shards_of_8bit", lambda c: [1, 2, 4])
+    assert proposed() and "8bit" not in proposed()

@@ -1,0 +1,116 @@
+"""The seconds of a step, and what GPUs send each other: by hand, and as FSDP2 does."""
+
+import dataclasses
+import re
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from engine.model.config import MODELS, ModelConfig
+from engine.planning.cards import CARDS
+from engine.planning.memory import state_bytes, whole_bytes
+from engine.planning.setting import Setting
+from engine.planning.step_time import Traffic, Work, block_seconds, bytes_of_update, gemm_flops, step_traffic
+from kernels.ops.adamw import adamw_state, states_of
+from tests.helpers.planning import SHAPES, SMALL, TINY, sharded_model
+
+
+def test_adamw_moves_what_its_table_says():
+    doc, c = sys.modules["kernels.ops.adamw"].__doc__, MODELS["llama-7b"]
+    table = re.findall(r'^    (fp32 p|"\w+") +(\d+) +(\d+) +([\d.]+) ', doc, re.M)
+    assert len(table) == 4
+    for name, *wanted in table:
+        dtype = torch.float32 if name == "fp32 p" else torch.bfloat16
+        master = "split" if name == "fp32 p" else name.strip('"')
+        for states, moved in zip(("fp32", "bf16", "8bit"), wanted, strict=True):
+            state = state_bytes(c, Setting(dtype, master, states))
+            gradients = c.n_parameters * (dtype.itemsize - 2)  # the table's are bf16
+            found = (bytes_of_update(state, master) - gradients) / c.n_parameters
+            assert found == pytest.approx(float(moved), abs=0.05), (name, states)
+
+
+@pytest.mark.parametrize(("recompute", "forward"), [("cheap", 1 / 3), ("block", 1 / 4)])
+def test_a_blocks_seconds_are_its_share_of_a_steps(recompute, forward):
+    c, work = MODELS["llama-7b"], Work(4000, 3000, 0, 0, 2)
+    ahead, back = block_seconds(c, work, recompute, 1.0)
+    head = 6 * 3000 * c.dim * c.vocab_size / gemm_flops(c, work, recompute)
+    assert 64 * (ahead + back) == pytest.approx(1 - head) and ahead == pytest.approx(forward * (ahead + back))
+
+
+def test_what_blocks_hide_by_hand():
+    """Three blocks, two micro-batches, a byte a second and sums at two. A block computes 4 s forward, 25 s backward."""
+    sent = Traffic(3, (10, 4), (20, 8), (6, 3), 1.0, 2.0, apart=False)
+    assert sent.of_step(2) == {"gather_forward": 68, "gather_backward": 40, "reduce": 136, "sum": 21}
+    assert sent.seconds(2) == {"gather_forward": 68, "gather_backward": 40, "reduce": 136, "sum": 10.5}
+    assert sent.in_backward(False) == [20, 30, 10] and sent.in_backward(True) == [23, 33, 10]
+    late = sent.late(2, 4.0, 25.0)
+    assert late == {"begin": 2 * 14, "forward": 4 * 6, "backward": 5 + 8, "end": 28 + 28 + 3 + 1.5}
+    late = dataclasses.replace(sent, apart=True).late(2, 4.0, 25.0)  # beside reductions, but for the last
+    assert late == {"begin": 2 * 14, "forward": 4 * 6, "backward": 5 + 5, "end": 28 + 28 + 1.5}
+    assert sent.late(2, 10.0, 33.0) == {"begin": 28, "forward": 0, "backward": 0, "end": 60.5}
+    assert dataclasses.replace(sent, layers=1).late(1, 0.0, 0.0)["backward"] == 0
+
+
+def sent(c, dtype, shards, replicas=1):
+    """Bytes that a GPU sends for a micro-batch, and for the sums over replicas."""
+    kinds = step_traffic(c, CARDS["H100"], dtype, shards, replicas).of_step(1)
+    return kinds["gather_forward"] + kinds["gather_backward"] + kinds["reduce"], kinds["sum"]
+
+
+def test_what_is_sent_by_hand():
+    """Four GPUs, each with 3 of the embedding's 10 rows. A block: two norms of 8, 16, 8 and 24 rows of 8, 8 of 12."""
+    block, embedding = 2 * (8 + 8 + 16 * 8 + 8 * 8 + 24 * 8 + 8 * 12), 2 * 12 * 8
+    whole = 2 * block + 2 * embedding + 2 * 8
+    assert whole_bytes(TINY, torch.bfloat16, 4) == (block, 2 * embedding + 16)
+    assert sent(TINY, torch.bfloat16, 4)[0] == (3 * whole + block) * 3 / 4
+    assert sent(TINY, torch.float32, 4)[0] == 2 * (2 * whole + block) * 3 / 4
+    assert sent(TINY, torch.bfloat16, 1)[0] == sent(TINY, torch.bfloat16, 4, 1)[1] == 0
+    for dtype in (torch.float32, torch.bfloat16):  # each collective is rounded down by itself, two blocks and the rest
+        assert 0 <= 2 * 2 * whole // 4 * 2 // 3 - sent(TINY, dtype, 4, 3)[1] < 3
+    tied = dataclasses.replace(TINY, tied=True)
+    assert sent(tied, torch.bfloat16, 4)[0] == (3 * (whole - embedding) + block) * 3 / 4
+
+
+def test_sums_are_beside_gathers_where_replicas_lie_in_machines_of_their_own():
+    meshes = ((8, 1), (4, 2), (8, 2), (2, 8), (16, 2))
+    apart = {mesh: step_traffic(TINY, CARDS["H100"], torch.bfloat16, *mesh).apart for mesh in meshes}
+    assert apart == {(8, 1): False, (4, 2): False, (8, 2): True, (2, 8): True, (16, 2): False}
+
+
+class Sent(TorchDispatchMode):
+    """Bytes of what is gathered or scattered, whole, or summed over replicas, by collective."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = {"_allgather_base_": 0, "_reduce_scatter_base_": 0, "allreduce_": 0}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in self.bytes:
+            self.bytes[name] += max(t.nbytes for t in tree_iter(args) if isinstance(t, torch.Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("fake_ranks", "replicas"), [(2, 1), (7, 1), (4, 2), (6, 2), (6, 3), (3, 3)], indirect=["fake_ranks"]
+)
+@pytest.mark.parametrize("recompute", ["cheap", "block"])
+@pytest.mark.parametrize("shape", ["grouped queries", "tied"])
+def test_shards_and_what_is_sent_are_fsdp2s(shape, recompute, fake_ranks, replicas):
+    c, shards = ModelConfig(**SMALL | SHAPES[shape]), fake_ranks // replicas
+    model, step = sharded_model(c, torch.bfloat16, replicas, shards, recompute)
+    held = [p.to_local() for p in model.parameters()]
+    states = [adamw_state(t, "split", states_of(t, "8bit")).tensors() for t in held]
+    found = state_bytes(c, Setting(states="8bit", shards=shards))
+    assert sum(t.nbytes for t in held) == found.weights
+    assert sum(t.nbytes for state in states for t in state.values()) == found.master + found.states
+    with Sent() as sent:
+        step()
+    gathered, reduced, summed = sent.bytes.values()
+    traffic = step_traffic(c, CARDS["H100"], torch.bfloat16, shards, replicas).of_step(2)
+    assert (traffic["gather_forward"] + traffic["gather_backward"]) * shards == gathered * (shards - 1)
+    assert traffic["reduce"] * shards == reduced * (shards - 1)
+    assert traffic["sum"] * replicas == summed * 2 * (replicas - 1)

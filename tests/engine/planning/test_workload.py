@@ -1,0 +1,62 @@
+"""A dataset in numbers, and the micro-batches of its steps."""
+
+import numpy as np
+import pytest
+
+from engine.data import packing
+from engine.data.dataset import Dataset
+from engine.data.prefixes import find_shared_prefixes
+from engine.planning.workload import alpaca_mix, cut_into_micro_batches, step_numbers
+from tests.helpers.planning import recipe_of
+
+
+def test_the_alpaca_mix():
+    """As measured: 127.2 tokens a row, a quarter of all in shared prefixes, 66.1 of the response."""
+    mix = alpaca_mix(recipe_of())
+    assert mix.examples == 52002
+    assert mix.logical / 128 == pytest.approx(127.2, rel=0.005)
+    assert (mix.own + mix.prefix) / mix.logical == pytest.approx(0.745, abs=0.01)
+    assert mix.loss_rows / 128 == pytest.approx(65.8, rel=0.01)
+    apart = alpaca_mix(recipe_of(share_prefix=False))
+    assert (apart.own, apart.prefix) == (mix.logical, 0)
+    few = alpaca_mix(recipe_of(global_batch_size=16, max_length=64))
+    assert few.logical / 16 < 64 and few.loss_rows < few.own
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_step_in_numbers_is_what_packing_lays_out(share):
+    """Tokens, rows with loss, and pairs, counted one by one in the micro-batch."""
+    stem, rng = np.arange(100, 120), np.random.default_rng(0)
+    rows = [np.concatenate((stem[: 20 * (i % 3 > 0)], rng.integers(0, 99, 10 + 3 * i))) for i in range(12)]
+    loss = rng.integers(1, 8, 12)
+    targets = [np.arange(len(row)) >= len(row) - n for row, n in zip(rows, loss, strict=True)]
+    lengths = np.array([len(row) for row in rows])
+    ends = np.cumsum(lengths)
+    tokens = np.concatenate(rows).astype(np.int32)
+    dataset = Dataset(tokens, np.concatenate(targets), ends - lengths, ends, ("",) * 12, {})
+    (one,) = packing.make_micro_batches(dataset, np.arange(12), packing.Packing(10**6, share_prefix=share))
+    groups = find_shared_prefixes(rows) if share else []
+    logical, own, prefix, loss_rows, pairs, query_pairs = step_numbers(lengths, loss, groups)
+    assert (logical, own + prefix, loss_rows) == (ends[-1], len(one.tokens), len(one.targets))
+    assert pairs == (one.positions + 1).sum() and query_pairs == (one.positions[one.loss_rows] + 1).sum()
+
+
+def test_micro_batches_are_as_few_as_do_and_evened_out():
+    mix = alpaca_mix(recipe_of())
+    cuts = [cut_into_micro_batches(mix, budget) for budget in (20000, 8000, 512)]
+    whole, halves, tiny = (cut.largest for cut in cuts)
+    assert [cut.micro_batches for cut in cuts[:2]] == [1, 2] and whole.one_micro_batch and whole.tokens < 15000
+    assert whole.tokens / 2 < halves.tokens <= 8000 and not halves.one_micro_batch
+    assert tiny.tokens == 512 and cuts[2].micro_batches > mix.own / 512
+    assert cut_into_micro_batches(mix, 20000, most_examples=4).micro_batches == 32
+
+
+def test_a_cards_share_of_the_mix():
+    whole, share = (alpaca_mix(recipe_of(n)) for n in (1, 8))
+    assert (whole.per_step, share.per_step, share.examples) == (128, 16, 52002)
+    assert 8 * share.logical == pytest.approx(whole.logical, rel=0.001)
+    assert 8 * share.loss_rows == pytest.approx(whole.loss_rows, rel=0.001)
+    assert share.prefix == pytest.approx(whole.prefix, rel=0.05)  # held by each card
+    assert whole.largest / 8 < share.largest < whole.largest / 2
+    few = alpaca_mix(recipe_of(8), rows=64)
+    assert (few.per_step, few.examples) == (8, 64) and few.logical == pytest.approx(share.logical / 2)
