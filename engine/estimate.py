@@ -26,7 +26,7 @@ from engine.planning.projection import Estimate, estimate_run
 from engine.planning.setting import Recipe, mesh_problems
 from engine.planning.tables import estimate_as_json, print_estimate
 from engine.planning.workload import SEED_TASKS, Mix, alpaca_mix, dataset_mix
-from engine.text.tokenizer import find_tokenizer
+from engine.text.tokenizer_files import find_tokenizer
 from engine.training.config import FinetuneConfig
 from engine.training.planning_input import recipe_from_config, setting_from_config
 

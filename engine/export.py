@@ -19,7 +19,8 @@ from engine.formats.source import open_source
 from engine.model.llama import new_model
 from engine.output.folder import RUN, require_disk_space
 from engine.output.state_as_model import State, open_state
-from engine.text.tokenizer import Tokenizer, find_tokenizer
+from engine.text.tokenizer import Tokenizer
+from engine.text.tokenizer_files import find_tokenizer
 
 
 @dataclass(frozen=True)

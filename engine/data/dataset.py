@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.base.errors import DataError
-from engine.text.templates import Row, Special, Text, render_row, special_id
+from engine.text.templates import Row, Special, Text, find_special_id, render_row
 from engine.text.tokenizer import Tokenizer
 
 BLOCK = 1024  # rows tokenised at a time
@@ -142,7 +142,7 @@ def encode_block(rows: Sequence[Row], tokenizer: Tokenizer, style: str) -> tuple
         before = len(ids)
         for part in row:
             if isinstance(part, Special):
-                ids.append(special_id(tokenizer, part.name, style))
+                ids.append(find_special_id(tokenizer, part.name, style))
                 turns += (not part.loss, part.loss)
             else:
                 new = next(encoded)

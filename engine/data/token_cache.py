@@ -27,17 +27,12 @@ from engine.base.files import sync_file, sync_folder
 from engine.data import dataset as data
 from engine.data import rows
 from engine.data.rows import Skipped, mapped
-from engine.text import templates, tokenizer, tokenizer_json
+from engine.text import templates, tokenizer, tokenizer_files, tokenizer_json
 from engine.text.tokenizer import Tokenizer
 
 FORMAT = 1  # of an entry
-CODE = (
-    data,
-    rows,
-    templates,
-    tokenizer,
-    tokenizer_json,
-)  # what turns bytes into ids: a changed template is a changed key
+# The modules that turn bytes into ids: a changed template makes another key.
+CODE = (data, rows, templates, tokenizer, tokenizer_files, tokenizer_json)
 ARRAYS, MANIFEST = ("tokens", "is_target", "rows"), "manifest.json"
 NAME = re.compile("[0-9a-f]{64}")  # what is not named so is not ours to remove
 MAX_ENTRIES, MAX_BYTES = 20, 4 << 30  # kept; 52,000 Alpaca rows take 35 MB
@@ -74,12 +69,7 @@ def key(
     ingredients = {
         "format": FORMAT,
         "data": [sha256(file) for file in files],
-        "tokenizer": {
-            "files": {name: sha256(content) for name, content in tokenizer._files.items()},
-            "special": tokenizer.special_ids,
-            "bos, eos": [tokenizer.bos_id, tokenizer.add_bos, tokenizer.eos_id],
-            "probe": tokenizer._encode([PROBE]),
-        },
+        "tokenizer": tokenizer.describe(),
         "settings": [style, max_length, train_on_prompt, skip_bad_rows],
         "code": [sha256(Path(module.__file__).read_bytes()) for module in CODE],
         "versions": [sentencepiece.__version__, tokenizers.__version__],

@@ -5,7 +5,8 @@ import torch
 from engine.formats.find import find_model
 from engine.formats.source import Source, open_source
 from engine.model.llama import Transformer, new_model
-from engine.text.tokenizer import Tokenizer, find_tokenizer
+from engine.text.tokenizer import Tokenizer
+from engine.text.tokenizer_files import find_tokenizer
 
 
 def load_model(

@@ -1,16 +1,21 @@
-"""Rows of a dataset, the templates that make text of them, and the prompt and the end of an answer as ids."""
+"""Prompt templates: a row of a dataset as the texts and special tokens of its style, and as the ids of a prompt."""
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from engine.base.errors import DataError
 from engine.text.tokenizer import Tokenizer
 
+Message = tuple[str, str]  # (role, content); the role is system, user or assistant
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
+    """A line of a dataset file: an instruction and its answer, or a chat."""
+
     source: str  # "file.json:17", for messages: the number of the row, in JSONL of its line, from 1
-    messages: tuple[tuple[str, str], ...] | None  # chat: (role, content), role is system, user or assistant
-    instruction: str = ""  # Alpaca, where messages is None
+    messages: tuple[Message, ...] | None  # a chat, None for an instruction
+    instruction: str = ""
     input: str = ""
     output: str = ""
 
@@ -29,7 +34,7 @@ ALPACA_NO_INPUT = (
 
 @dataclass(frozen=True)
 class Text:
-    """Tokenised as one string; the tokens of the prompt alone carry no loss, those of the rest do."""
+    """A string that is tokenised as a whole; the tokens of the prompt carry no loss, those of the response do."""
 
     prompt: str
     response: str = ""
@@ -37,25 +42,37 @@ class Text:
 
 @dataclass(frozen=True)
 class Special:
-    """One token of the tokenizer by name ("bos", "eos" or its text), which no text can spell."""
+    """A token by its name, "bos", "eos" or its text. No text can spell it."""
 
     name: str
     loss: bool = False
 
 
-def chatml(messages, answer_next):
-    """<|im_start|>role\\ncontent<|im_end|>\\n"""
+Part = Text | Special
+
+
+# ---- styles ---------------------------------------------------------------------------------------------------------
+# Each yields the parts of a chat; answer_next: they end where the model writes its answer.
+
+
+def render_chatml(messages: Sequence[Message], answer_next: bool) -> Iterator[Part]:
+    """Yield <|im_start|>role\\ncontent<|im_end|>\\n for each message."""
     for role, content in messages:
         ours = role == "assistant"
         yield Special("<|im_start|>")
         yield Text(f"{role}\n", content) if ours else Text(f"{role}\n{content}")
-        yield from (Special("<|im_end|>", loss=ours), Text("\n"))
+        yield Special("<|im_end|>", loss=ours)
+        yield Text("\n")
     if answer_next:
-        yield from (Special("<|im_start|>"), Text("assistant\n"))
+        yield Special("<|im_start|>")
+        yield Text("assistant\n")
 
 
-def llama3(messages, answer_next):
-    """<|start_header_id|>role<|end_header_id|>\\n\\ncontent<|eot_id|>, content stripped, as Meta's ChatFormat."""
+def render_llama3(messages: Sequence[Message], answer_next: bool) -> Iterator[Part]:
+    """Yield <|start_header_id|>role<|end_header_id|>\\n\\ncontent<|eot_id|> for each message, after BOS.
+
+    The content is stripped, as in Meta's ChatFormat.
+    """
     yield Special("bos")
     for role, content in messages:
         ours = role == "assistant"
@@ -66,8 +83,11 @@ def llama3(messages, answer_next):
         yield from (Special("<|start_header_id|>"), Text("assistant"), Special("<|end_header_id|>"), Text("\n\n"))
 
 
-def llama2(messages, answer_next):
-    """BOS [INST] <<SYS>>\\nsystem\\n<</SYS>>\\n\\nuser [/INST] answer EOS; a turn is one string, as in Meta's code."""
+def render_llama2(messages: Sequence[Message], answer_next: bool) -> Iterator[Part]:
+    """Yield BOS [INST] <<SYS>>\\nsystem\\n<</SYS>>\\n\\nuser [/INST] answer EOS for each turn.
+
+    A turn is one string, as in Meta's code.
+    """
     system = ""
     for role, content in messages:
         content = content.strip()
@@ -81,21 +101,24 @@ def llama2(messages, answer_next):
         yield from (Special("bos"), Text(prompt))
 
 
-CHAT_STYLES = {"chatml": chatml, "llama2": llama2, "llama3": llama3}
+CHAT_STYLES: dict[str, Callable[[Sequence[Message], bool], Iterator[Part]]] = {
+    "chatml": render_chatml,
+    "llama2": render_llama2,
+    "llama3": render_llama3,
+}
+END_OF_TURN = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}  # that of llama2 is EOS
 
 
-def render_row(row: Row, style: str, add_bos: bool, answer_next: bool = False) -> list[Text | Special]:
-    """A row under a template. answer_next leaves the last answer out and ends where the model writes it."""
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+
+def render_row(row: Row, style: str, add_bos: bool, answer_next: bool = False) -> list[Part]:
+    """Return the parts of a row under a template. Raise DataError for a chat under the alpaca style.
+
+    answer_next: the last answer is left out, and the parts end where the model writes it.
+    """
     if style == "alpaca":
-        if row.messages is not None:
-            raise DataError(
-                f"{row.source}: the row holds chat messages, which the alpaca style cannot say; "
-                "pass --prompt-style chatml, llama2 or llama3"
-            )
-        template = ALPACA_INPUT if row.input else ALPACA_NO_INPUT
-        prompt = template.format(instruction=row.instruction, input=row.input)
-        body = [Text(prompt)] if answer_next else [Text(prompt, row.output), Special("eos", loss=True)]
-        return [Special("bos"), *body] if add_bos else body
+        return render_alpaca(row, add_bos, answer_next)
     messages = row.messages
     if messages is None:
         question = f"{row.instruction}\n\n{row.input}" if row.input else row.instruction
@@ -105,30 +128,48 @@ def render_row(row: Row, style: str, add_bos: bool, answer_next: bool = False) -
     return list(CHAT_STYLES[style](messages, answer_next))
 
 
-def special_id(tokenizer, name, style):
-    token = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}.get(name, tokenizer.special_ids.get(name))
-    if token is None:
+def render_alpaca(row: Row, add_bos: bool, answer_next: bool) -> list[Part]:
+    """Return the parts of an instruction under Stanford's template. Raise DataError for a chat."""
+    if row.messages is not None:
+        raise DataError(
+            f"{row.source}: the row holds chat messages, which the alpaca style cannot say; "
+            "pass --prompt-style chatml, llama2 or llama3"
+        )
+    template = ALPACA_INPUT if row.input else ALPACA_NO_INPUT
+    prompt = template.format(instruction=row.instruction, input=row.input)
+    parts: list[Part] = [Special("bos")] if add_bos else []
+    if answer_next:
+        return [*parts, Text(prompt)]
+    return [*parts, Text(prompt, row.output), Special("eos", loss=True)]
+
+
+# ---- ids ------------------------------------------------------------------------------------------------------------
+
+
+def find_special_id(tokenizer: Tokenizer, name: str, style: str) -> int:
+    """Return the id of a Special by its name. Raise DataError, naming the style, when the tokenizer lacks it."""
+    id = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}.get(name, tokenizer.special_ids.get(name))
+    if id is None:
         known = ", ".join(sorted(tokenizer.special_ids)[:8])
         raise DataError(
             f"prompt style {style} needs the token {name}, and this tokenizer has none (it has {known}); "
             "choose another --prompt-style"
         )
-    return token
+    return id
 
 
 def encode_prompt(row: Row, tokenizer: Tokenizer, style: str = "alpaca") -> list[int]:
-    """The ids after which the model answers: a row without its output, under the template."""
-    ids = []
+    """Return the ids of a row without its output, under the template: the model's answer follows them."""
+    ids: list[int] = []
     for part in render_row(row, style, tokenizer.add_bos, answer_next=True):
-        ids += (
-            [special_id(tokenizer, part.name, style)]
-            if isinstance(part, Special)
-            else tokenizer.encode(part.prompt + part.response)
-        )
+        if isinstance(part, Special):
+            ids.append(find_special_id(tokenizer, part.name, style))
+        else:
+            ids += tokenizer.encode(part.prompt + part.response)
     return ids
 
 
-def find_stop_ids(tokenizer, style):
-    """The ids that end an answer: the checkpoint's own, and the one that ends a turn of the template."""
-    end = tokenizer.special_ids.get({"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}.get(style))
+def find_stop_ids(tokenizer: Tokenizer, style: str) -> frozenset[int]:
+    """Return the ids that end an answer: the checkpoint's own and the end of a turn in the style's template."""
+    end = tokenizer.special_ids.get(END_OF_TURN.get(style, ""))
     return tokenizer.stop_ids if end is None else tokenizer.stop_ids | {end}

@@ -1,22 +1,24 @@
 """A tokenizer.json for tokenizers that have none: the one inside a GGUF file, and SentencePiece's BPE.
 
-Its form is that of Hugging Face's tokenizers library; beside it comes the tokenizer_config.json under which
-transformers takes it as it is.
+The form is that of Hugging Face's tokenizers library. The tokenizer_config.json beside it makes transformers use the
+tokenizer.json unchanged.
 """
 
 import json
+from pathlib import Path
+from typing import Any
 
 from engine.base.errors import DataError
 from engine.formats.gguf import open_gguf
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types of SentencePiece and GGUF
-# How text is cut before BPE, by tokenizer.ggml.pre. Source: llama.cpp, src/llama-vocab.cpp
+# How text is split before BPE, by tokenizer.ggml.pre. Source: llama.cpp, src/llama-vocab.cpp
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-PRE_TOKENIZERS = {
+GPT2: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
     "gpt-2": [GPT2],
     "smollm": [{"type": "Digits", "individual_digits": True}, GPT2],
     "llama-bpe": [
@@ -27,11 +29,11 @@ PRE_TOKENIZERS = {
 PRE_ALIASES = {"default": "gpt-2", "llama3": "llama-bpe", "llama-v3": "llama-bpe"}
 
 
-def read_gguf(path):
-    """The files of a Hugging Face folder, from tokenizer.ggml.* of a GGUF file."""
+def read_files_from_gguf(path: Path) -> dict[str, bytes]:
+    """Return the tokenizer of a GGUF file, its metadata tokenizer.ggml.*, as the files of a Hugging Face folder."""
     fields, _ = open_gguf(path)
-    name = "tokenizer.ggml."
-    get = {key.removeprefix(name): fields[key] for key in fields if key.startswith(name)}.get
+    prefix = "tokenizer.ggml."
+    get = {key.removeprefix(prefix): fields[key] for key in fields if key.startswith(prefix)}.get
     model, tokens, pre = get("model"), get("tokens"), get("pre", "default")
     if not tokens or model not in ("gpt2", "llama"):
         raise DataError(f"{path}: got a tokenizer of model {model!r}, wanted tokens of model 'gpt2' or 'llama'")
@@ -54,7 +56,7 @@ def read_gguf(path):
         if kind in (UNKNOWN, CONTROL) or token in names.values()
     }
     if model == "llama":
-        spec = sentencepiece_spec(tokens, get("scores"), types, get("add_space_prefix", True))
+        spec = make_sentencepiece_spec(tokens, get("scores", []), types, get("add_space_prefix", True))
     else:
         spec = {
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
@@ -68,32 +70,40 @@ def read_gguf(path):
     add_bos = get("add_bos_token", model == "llama" or pre == "llama-bpe")
     template = fields.get("tokenizer.chat_template")
     config = {} if template is None else {"chat_template": template}
-    return hugging_face_files(spec, specials, names, add_bos=add_bos, plain=plain, config=config)
+    return make_hugging_face_files(spec, specials, names, add_bos=add_bos, plain=plain, config=config)
 
 
-def sentencepiece_decoder(prefix):
-    steps = [
+def make_decoder(has_prefix: bool) -> dict[str, Any]:
+    """Return the decoder of SentencePiece's pieces. has_prefix: the first space is not the text's and is dropped."""
+    steps: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
-    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
-    return {"type": "Sequence", "decoders": steps + strip}
+    if has_prefix:
+        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {"type": "Sequence", "decoders": steps}
 
 
-def sentencepiece_spec(tokens, scores, types, prefix):
-    """A tokenizer.json for SentencePiece's BPE, which merges the pair whose piece scores best, then the leftmost."""
+def make_sentencepiece_spec(
+    tokens: list[str], scores: list[float], types: list[int], has_prefix: bool
+) -> dict[str, Any]:
+    """Return a tokenizer.json for SentencePiece's BPE.
+
+    Of the pairs of neighbours, it merges the one whose piece scores best; of equals, the leftmost. has_prefix: a space
+    is put before the text.
+    """
     ids = {token: id for id, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == NORMAL}
     merges = []
     for piece in sorted(ids, key=lambda piece: (-scores[ids[piece]], ids[piece])):
         pairs = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
         known = [(left, right) for left, right in pairs if left in ids and right in ids]
         merges += [f"{left} {right}" for left, right in sorted(known, key=lambda pair: (ids[pair[0]], ids[pair[1]]))]
-    prepend = [{"type": "Prepend", "prepend": "▁"}] if prefix else []
+    prepend = [{"type": "Prepend", "prepend": "▁"}] if has_prefix else []
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     return {
         "normalizer": {"type": "Sequence", "normalizers": [*prepend, replace]},
-        "decoder": sentencepiece_decoder(prefix),
+        "decoder": make_decoder(has_prefix),
         "model": {
             "type": "BPE", "fuse_unk": True, "byte_fallback": True,
             "unk_token": next((tokens[id] for id, kind in enumerate(types) if kind == UNKNOWN), None),
@@ -102,20 +112,37 @@ def sentencepiece_spec(tokens, scores, types, prefix):
     }  # fmt: skip
 
 
-def hugging_face_files(spec, specials, names, *, add_bos, plain=None, config=None):
-    """tokenizer.json and tokenizer_config.json, whose class is one that takes the former as it is."""
+def make_hugging_face_files(
+    spec: dict[str, Any],
+    specials: dict[str, int],
+    names: dict[str, str],
+    *,
+    add_bos: bool,
+    plain: dict[str, int] | None = None,
+    config: dict[str, Any] | None = None,
+) -> dict[str, bytes]:
+    """Return tokenizer.json and tokenizer_config.json, whose class makes transformers use the former unchanged.
+
+    names: bos_token, eos_token, ... -> text. plain: added tokens that are not special.
+    """
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    added = [{"id": id, "content": token, **flags, "special": True} for token, id in specials.items()]
+    added: list[dict[str, Any]] = [
+        {"id": id, "content": token, **flags, "special": True} for token, id in specials.items()
+    ]
     added += [{"id": id, "content": token, **flags, "special": False} for token, id in (plain or {}).items()]
     spec = {"version": "1.0", "added_tokens": sorted(added, key=lambda token: token["id"])} | spec
     token = names.get("bos_token")
-    add_bos = bool(add_bos) and token is not None
-    if add_bos:
+    if token is None:
+        add_bos = False
+    elif add_bos:
         bos = {"SpecialToken": {"id": token, "type_id": 0}}
         first, second = ({"Sequence": {"id": id, "type_id": 0}} for id in "AB")
         special = {token: {"id": token, "ids": [specials[token]], "tokens": [token]}}
         template = {"single": [bos, first], "pair": [bos, first, second], "special_tokens": special}
         spec["post_processor"] = {"type": "TemplateProcessing"} | template
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": add_bos} | names | (config or {})
-    contents = {"tokenizer.json": spec, "tokenizer_config.json": config | {"clean_up_tokenization_spaces": False}}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": bool(add_bos),
+        **names, **(config or {}), "clean_up_tokenization_spaces": False,
+    }  # fmt: skip
+    contents = {"tokenizer.json": spec, "tokenizer_config.json": config}
     return {name: json.dumps(value, ensure_ascii=False, indent=2).encode() + b"\n" for name, value in contents.items()}

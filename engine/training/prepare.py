@@ -30,7 +30,8 @@ from engine.planning.fitting import shards_that_fit
 from engine.planning.memory import state_bytes
 from engine.planning.setting import describe_mesh
 from engine.planning.workload import SEED_TASKS
-from engine.text.tokenizer import Tokenizer, find_tokenizer
+from engine.text.tokenizer import Tokenizer
+from engine.text.tokenizer_files import find_tokenizer
 from engine.training.config import FinetuneConfig
 from engine.training.loss_spikes import Spikes
 from engine.training.micro_batch_size import ALIGN, auto_layout

@@ -26,7 +26,7 @@ from engine.data.rows import read_rows
 from engine.formats.find import find_embedded_gguf
 from engine.formats.source import open_source
 from engine.model.llama import new_model
-from engine.text.tokenizer import load_tokenizer
+from engine.text.tokenizer_files import load_tokenizer
 from scripts.base.results import new_json_parser, today, write_json
 
 OPS = ("attention", "attention_plan", "linear_add", "linear_cross_entropy", "rms_norm", "swiglu")  # have CPU twins

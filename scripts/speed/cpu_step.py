@@ -26,7 +26,7 @@ from engine.data.rows import read_rows
 from engine.formats.find import find_embedded_gguf
 from engine.formats.source import open_source
 from engine.model.llama import new_model
-from engine.text.tokenizer import load_tokenizer
+from engine.text.tokenizer_files import load_tokenizer
 from engine.training.optimizer import AdamW
 from kernels.measure.alpaca import alpaca_lengths
 from scripts.base.results import (

@@ -28,7 +28,7 @@ from engine.data.batches import Order, count_steps_per_epoch
 from engine.data.packing import Packing, make_micro_batches
 from engine.data.rows import read_rows
 from engine.formats.find import find_embedded_gguf
-from engine.text.tokenizer import load_tokenizer
+from engine.text.tokenizer_files import load_tokenizer
 from engine.training.config import FinetuneConfig
 from engine.training.prepare import read_tables
 from kernels.measure.alpaca import ALPACA_ROWS, alpaca_lengths

@@ -19,7 +19,7 @@ from engine.inference.model_loader import load_model
 from engine.model.config import ModelConfig, RopeScaling
 from engine.model.llama import new_model
 from engine.output import checkpoint
-from engine.text.tokenizer import load_tokenizer
+from engine.text.tokenizer_files import load_tokenizer
 from tests.engine.output.test_checkpoint import cut, flip, save_together
 from tests.helpers.run import ROOT, export
 

@@ -8,7 +8,7 @@ import transformers
 
 from engine import finetune as command
 from engine.base.errors import exit_code_of
-from engine.text.tokenizer import load_tokenizer
+from engine.text.tokenizer_files import load_tokenizer
 from scripts.parity.transformers_loop import TransformersLoop, encode_rows
 from tests.helpers.run import ROOT, SHARED, events, finetune
 

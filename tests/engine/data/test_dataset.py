@@ -11,7 +11,7 @@ from engine.base.errors import DataError
 from engine.data import dataset as data
 from engine.data.batches import Order, count_steps_per_epoch, permute_examples
 from engine.text.templates import ALPACA_NO_INPUT, Row, encode_prompt
-from engine.text.tokenizer import load_tokenizer
+from engine.text.tokenizer_files import load_tokenizer
 from tests.helpers.run import shared
 
 ALPACA = Row("f:1", None, "Name a colour.", "", "Red.")

@@ -15,7 +15,7 @@ from engine.data.packing import Packing, make_micro_batches
 from engine.data.rows import read_rows
 from engine.model.config import ModelConfig
 from engine.model.llama import new_model
-from engine.text.tokenizer import load_tokenizer
+from engine.text.tokenizer_files import load_tokenizer
 from tests.helpers.datasets import dataset
 from tests.helpers.run import ROOT, shared
 

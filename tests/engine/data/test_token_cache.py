@@ -15,7 +15,8 @@ import pytest
 from engine.base.errors import DataError
 from engine.data import dataset as data
 from engine.data import rows, token_cache
-from engine.text.tokenizer import load_tokenizer
+from engine.text.tokenizer import Tokenizer
+from engine.text.tokenizer_files import load_tokenizer
 from engine.training import prepare as job
 from engine.training.config import FinetuneConfig
 from tests.helpers.run import environment, finetune
@@ -131,7 +132,7 @@ def append(path, text):
     Path(path).write_text(Path(path).read_text() + text)
 
 
-class Other:
+class Other(Tokenizer):
     """A tokenizer that differs in one thing."""
 
     def __init__(self, tokenizer, **changes):
@@ -151,7 +152,7 @@ MISSES = {
     "tokenizers": lambda files, smol, patch: patch.setattr(token_cache.tokenizers, "__version__", "0"),
     "sentencepiece": lambda files, smol, patch: patch.setattr(token_cache.sentencepiece, "__version__", "0"),
     "code": lambda files, smol, patch: patch.setattr(token_cache, "CODE", token_cache.CODE[1:]),
-    "tokenizer's files": lambda files, smol, patch: Other(smol, _files=smol._files | {"tokenizer.json": b""}),
+    "tokenizer's files": lambda files, smol, patch: Other(smol, files=smol.files | {"tokenizer.json": b""}),
     "eos": lambda files, smol, patch: Other(smol, eos_id=smol.eos_id + 1),
     "bos": lambda files, smol, patch: Other(smol, add_bos=not smol.add_bos),
     "specials": lambda files, smol, patch: Other(smol, special_ids=smol.special_ids | {"<|new|>": 5}),
@@ -306,7 +307,7 @@ from pathlib import Path
 from engine.training import prepare as job
 from engine.data import token_cache
 from engine.training.config import FinetuneConfig
-from engine.text.tokenizer import load_tokenizer
+from engine.text.tokenizer_files import load_tokenizer
 gguf, cache, kill_at, wait_for, *files = sys.argv[1:]
 calls = 0
 def counted(name):

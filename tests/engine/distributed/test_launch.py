@@ -21,7 +21,7 @@ from engine.formats.find import find_embedded_gguf
 from engine.formats.save import save_hf
 from engine.model.config import MODELS
 from engine.model.llama import new_model
-from engine.text.tokenizer import load_tokenizer
+from engine.text.tokenizer_files import load_tokenizer
 from tests.helpers.forks import free_port, ranks
 from tests.helpers.run import BEFORE_CALL, ROOT, environment, events
 

@@ -32,7 +32,7 @@ from tests.helpers.run import ROOT, environment
 FACTS = {"settings": {"lr": 1.0}}
 POINTS = [
     (os, "fsync"), (os, "rename"), (os, "mkdir"), (os, "rmdir"), (os, "unlink"), (os, "open"), (json, "dump"),
-    (tensor_files, "raw_bytes"),
+    (tensor_files, "load_bytes"),
 ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
 from engine.base.errors import DataError, UsageError
-from engine.text.tokenizer import load_tokenizer
+from engine.text.tokenizer_files import load_tokenizer
 from tests.helpers.run import shared
 
 SPELLED = [
@@ -108,7 +108,7 @@ def test_smollm2_saved_for_transformers(smol, tmp_path):
         "vocab_size": 49152, "bos_id": 1, "eos_id": 2, "add_bos": False, "stop_ids": {2}, "special_ids": 0,
     }  # fmt: skip
     assert smol.special_ids["<|im_start|>"] == 1
-    assert "tokenizer.model" not in smol._files
+    assert "tokenizer.model" not in smol.files
 
 
 def test_smollm2_as_transformers_reads_the_gguf(smol, smollm2):
@@ -310,7 +310,7 @@ def test_llama_is_sentencepiece_and_so_is_what_it_saves(llama, llama_model, refe
         "special_ids": {"<unk>": 0, "<s>": 1, "</s>": 2},
     }  # fmt: skip
     check_save(llama, tmp_path)
-    assert "tokenizer.model" in llama._files
+    assert "tokenizer.model" in llama.files
     assert (tmp_path / "first" / "tokenizer.model").read_bytes() == llama_model.read_bytes()
 
 
