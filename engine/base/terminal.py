@@ -180,3 +180,8 @@ def clock(seconds):
     if seconds < 86400:
         return f"{seconds // 3600}h{seconds // 60 % 60:02d}m"
     return f"{seconds // 86400}d{seconds // 3600 % 24:02d}h"
+
+
+def plural(n: int, noun: str, ending: str = "s") -> str:
+    """Return "1 step", "2 steps", "2 batches": a count with its noun."""
+    return f"{n} {noun}{'' if n == 1 else ending}"

@@ -1,16 +1,16 @@
-"""Loss spikes: steps whose loss stands out from those before.
+"""Loss spikes: steps whose loss stands out from the losses before.
 
     loss > median + threshold max(1.4826 MAD, median / 100)       MAD: the median of |loss - median|
 
-over the last WINDOW steps; 1.4826 MAD is a normal distribution's standard deviation, and no outlier moves it. Losses
-that stand out in a row are one spike. PaLM met such spikes by going back some 100 steps and leaving out the batches
-since (Chowdhery et al. 2022, section 5.1).
+over the last WINDOW steps. 1.4826 MAD is the standard deviation of a normal distribution, and no single outlier moves it.
+Losses that stand out in a row are one spike. PaLM met such spikes by going back some 100 steps and leaving out the
+batches since (Chowdhery et al. 2022, section 5.1).
 """
 
 import statistics
 from dataclasses import dataclass
 
-WINDOW, LEAST = 64, 16  # steps that are looked back on, and without which nothing stands out
+WINDOW, LEAST = 64, 16  # steps that are looked back on, and the fewest with which a loss can stand out
 
 
 @dataclass(frozen=True)
@@ -23,30 +23,35 @@ class Spike:
 
 
 class Spikes:
-    """Looks at the losses of a run, in order. threshold: in standard deviations; 0 looks at nothing."""
+    """Finds the spikes among the losses of a run, given in order.
 
-    def __init__(self, threshold: float):
-        self.threshold, self.losses, self.within = threshold, [], False
+    threshold: robust standard deviations over the median; 0 finds nothing.
+    """
 
-    def look(self, step: int, loss: float) -> Spike | None:
-        """The spike that this step begins."""
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+        self.losses: list[tuple[int, float]] = []  # (step, loss)
+        self.is_within = False  # the last loss stood out
+
+    def find_spike(self, step: int, loss: float) -> Spike | None:
+        """Add a step's loss. Return the spike that it begins, if it begins one."""
         before = [earlier for _, earlier in self.losses[-WINDOW:]]
         self.losses.append((step, loss))
         if not self.threshold or len(before) < LEAST:
             return None
         median = statistics.median(before)
         deviation = max(1.4826 * statistics.median(abs(x - median) for x in before), median / 100)
-        was, self.within = self.within, loss > median + self.threshold * deviation
-        return Spike(loss, median, deviation) if self.within and not was else None
+        was_within, self.is_within = self.is_within, loss > median + self.threshold * deviation
+        return Spike(loss, median, deviation) if self.is_within and not was_within else None
 
-    def forget(self, step: int) -> None:
-        """The losses after a step, which the run has gone back to."""
-        self.losses, self.within = [(at, loss) for at, loss in self.losses if at <= step], False
+    def forget_after(self, step: int) -> None:
+        """Drop the losses after a step, because the run has gone back to it."""
+        self.losses, self.is_within = [(at, loss) for at, loss in self.losses if at <= step], False
 
-    def remember(self, lines: list[dict]) -> None:
-        """What metrics.jsonl tells of the run so far."""
+    def replay(self, lines: list[dict]) -> None:
+        """Add the losses that metrics.jsonl holds of a resumed run, and forget where that run forgot."""
         for line in lines:
             if line["event"] == "train" and line["loss"] is not None:
-                self.look(line["step"], line["loss"])
+                self.find_spike(line["step"], line["loss"])
             elif line["event"] == "spike" and line["back_to"] is not None:
-                self.forget(line["back_to"])
+                self.forget_after(line["back_to"])

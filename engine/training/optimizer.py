@@ -47,6 +47,7 @@ class AdamW:
     ):  # fmt: skip
         self.params, self.held = dict(model.named_parameters()), local_shards(model)
         device = next(iter(self.params.values())).device
+        self.in_backward = in_backward
         self.states, self.offload, host = {}, None, HostMemory(device.type == "cuda", STATE_ARENA_BYTES)
         for name, p in self.params.items():  # one after the other: never more than one tensor's on the way
             state = kernels.adamw_state(self.held[name].tensor, master, states_of(p, states), p.numel())

@@ -1,97 +1,101 @@
-"""The pieces of an optimizer step that keep the host out of the device's way: micro-batches that are ready before they
-are asked for, and figures that are read after they are known."""
+"""The parts of a step that keep the host out of the device's way: micro-batches that are ready before they are asked for,
+and figures that are read after the device has computed them."""
 
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 
-from engine.model.batch import MicroBatch, Ready
+from engine.data.batches import Batches, StepBatch
+from engine.model.batch import Ready
 from engine.model.llama import Transformer
 
 
 class Feeder:
-    """The micro-batches of a step, planned and on the device; a thread of its own prepares the next step's meanwhile.
+    """Hands out the micro-batches of each step, planned and on the device. A thread prepares the next step's meanwhile.
 
-    make: step -> its MicroBatches, [] after the last. On a GPU they are copied from pinned memory by a stream of their
-    own, which the stream that asks waits for, not the host.
+    On a GPU they are copied from pinned memory on a stream of their own. The stream that computes waits for that copy;
+    the host does not. last_step: the last one that is prepared ahead.
     """
 
-    def __init__(self, make: Callable[[int], list[MicroBatch]], model: Transformer):
-        self.make, self.model = make, model
+    def __init__(self, batches: Batches, model: Transformer, last_step: int) -> None:
+        self.batches, self.model, self.last_step = batches, model, last_step
         self.pool = ThreadPoolExecutor(1, "feeder")
         self.stream = torch.cuda.Stream(model.norm.device) if model.norm.is_cuda else None
-        self.ahead = None  # (step, future)
+        self.ahead: tuple[int, Future] | None = None  # (step, what the thread prepares for it)
 
-    def __enter__(self):
+    def __enter__(self) -> "Feeder":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.pool.shutdown(cancel_futures=True)
 
-    def take(self, step: int) -> list[Ready]:
-        """Raises what make raises."""
-        asked, future = self.ahead or (None, None)
-        batches, copied = future.result() if asked == step else self.pool.submit(self._prepare, step).result()
-        self.ahead = step + 1, self.pool.submit(self._prepare, step + 1)
+    def take(self, step: int) -> StepBatch:
+        """Return the micro-batches of a step. Raises whatever making them raised."""
+        future = self.ahead[1] if self.ahead and self.ahead[0] == step else self.pool.submit(self._prepare, step)
+        batch, copied = future.result()
+        self.ahead = (step + 1, self.pool.submit(self._prepare, step + 1)) if step < self.last_step else None
         if copied is not None:
-            here = torch.cuda.current_stream(self.stream.device)
-            here.wait_event(copied)
-            for tensor in tensors_of(batches):
-                tensor.record_stream(here)  # its memory is not the copying stream's again before this one is done
-        return batches
+            current = torch.cuda.current_stream(self.stream.device)
+            current.wait_event(copied)
+            for tensor in find_cuda_tensors(batch.micro_batches):
+                tensor.record_stream(current)  # its memory returns to the copying stream only after this one is done
+        return batch
 
-    def forget(self):
-        """What was prepared ahead: make would make it differently now."""
+    def forget(self) -> None:
+        """Drop what was prepared ahead, because batches would cut it differently now."""
         self.ahead = None
 
     def _prepare(self, step):
+        batch = self.batches.of(step)
         if self.stream is None:
-            return [self.model.ready(batch) for batch in self.make(step)], None
+            return replace(batch, micro_batches=[self.model.ready(b) for b in batch.micro_batches]), None
         with torch.cuda.stream(self.stream):
-            batches = [self.model.ready(batch) for batch in self.make(step)]
-            return batches, self.stream.record_event()
+            batch = replace(batch, micro_batches=[self.model.ready(b) for b in batch.micro_batches])
+            return batch, self.stream.record_event()
 
 
-def tensors_of(value):
-    """Every CUDA tensor in nested tuples, lists and Readys."""
+def find_cuda_tensors(value: object) -> Iterator[torch.Tensor]:
+    """Yield every CUDA tensor in nested tuples, lists and Readys."""
     if isinstance(value, torch.Tensor):
-        yield from [value] if value.is_cuda else []
+        if value.is_cuda:
+            yield value
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from tensors_of(item)
+            yield from find_cuda_tensors(item)
     elif isinstance(value, Ready):
-        yield from tensors_of(list(vars(value).values()))
+        yield from find_cuda_tensors(list(vars(value).values()))
 
 
 class Mark:
     """A moment in the device's queue of work."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device) -> None:
         self.event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
         if self.event:
             self.event.record(torch.cuda.current_stream(device))
         self.at = time.perf_counter()
 
     def seconds_since(self, earlier: "Mark") -> float:
-        """Waits for the device to reach this mark."""
-        if self.event is None:
+        """Wait for the device to reach this mark, and return the seconds between the two."""
+        if self.event is None or earlier.event is None:
             return self.at - earlier.at
         self.event.synchronize()
         return earlier.event.elapsed_time(self.event) / 1e3
 
 
 class Figures:
-    """Scalars on their way from the device."""
+    """Scalars on their way from the device to the host."""
 
-    def __init__(self, *scalars: torch.Tensor):
+    def __init__(self, *scalars: torch.Tensor) -> None:
         values = torch.stack([s.detach().double() for s in scalars])
         self.values = values.to("cpu", non_blocking=True) if values.is_cuda else values
         self.mark = Mark(values.device)
 
     def read(self) -> list[float]:
-        """Waits until they are here, which takes as long as what the device was given before them."""
+        """Wait for the scalars, and so for everything the device was given before them, and return them."""
         if self.mark.event:
             self.mark.event.synchronize()
         return self.values.tolist()

@@ -1,129 +1,152 @@
-"""A run's training states and its model on their way to disk: what is told of them, and what a full disk costs."""
+"""A run's training states and its model on their way to disk: what is reported of them, and what a full disk costs."""
 
-from functools import partial
+from pathlib import Path
+from typing import NoReturn
 
 from engine.base.errors import CriaError, Stopped
+from engine.data.batches import Batches
 from engine.distributed import fsdp
 from engine.formats.find import list_checkpoints
 from engine.formats.save import save_hf
 from engine.model.llama import Transformer, new_model
-from engine.output import checkpoint
-from engine.output.folder import require_disk_space
+from engine.output import checkpoint, folder
+from engine.output.checkpoint import Checkpoint, Saver
 from engine.planning.memory import state_bytes
 from engine.training.micro_batch_size import HALVED
 from engine.training.optimizer import AdamW
+from engine.training.plan import Plan
 from engine.training.planning_input import setting_from_config
-from engine.training.prepare import Job
-
-# ---- training states ------------------------------------------------------------------------------------------------
+from engine.training.run import Run
 
 
-def room_for_states(job: Job) -> None:
-    config, out = job.config, job.out
-    states = config.keep + 1 - len(list_checkpoints(out)) if job.keeps_states else 0
-    state = state_bytes(job.model_config, setting_from_config(config, job.dtype))
-    need = state.weights + (state.weights + state.master + state.states) * max(0, states)
-    require_disk_space(out, need, "free some, choose another folder, or lower --keep")
+def require_disk_space(plan: Plan) -> None:
+    """Raise UsageError where --out has no room for the model and the training states that the run will keep."""
+    config = plan.config
+    n_states = config.keep + 1 - len(list_checkpoints(plan.out)) if plan.saves_on_the_way else 0
+    state = state_bytes(plan.model_config, setting_from_config(config, plan.dtype))
+    need_bytes = state.weights + (state.weights + state.master + state.states) * max(0, n_states)
+    folder.require_disk_space(plan.out, need_bytes, "free some, choose another folder, or lower --keep")
 
 
-def save(job: Job, optimizer: AdamW, step: int) -> None:
-    """A training state on the way, written by a thread: a full disk costs this one, not the run."""
-    job.world.note_place(f"the save of step {step}")
-    saved_meanwhile(job, wait=True)
-    facts = job.facts | {"n_updates": optimizer.n_updates}
-    job.saving = step
-    job.saver.save(step, optimizer.tensors() if job.world.writes_checkpoint else {}, facts)
-
-
-def saved_meanwhile(job: Job, wait: bool = False) -> None:
-    """Tells of the state that was being written, when it is."""
-    try:
-        done = job.saver.wait() if wait else job.saver.poll()
-    except OSError as error:
-        reason = f"the state could not be saved ({error.strerror or error}); older states are intact"
-        job.progress.say(f"warning: step {job.saving}: {reason}")
-        job.metrics.write("skip", step=job.saving, reason=reason)
-        return
-    if done:
-        job.saved = done.step
-        job.metrics.write(
-            "save", step=done.step, path=done.folder.name, seconds=done.seconds, held_seconds=done.held_seconds,
-            bytes=done.bytes,
-        )  # fmt: skip
-
-
-def save_or_fail(job: Job, optimizer: AdamW, step: int, why: str) -> None:
-    """The state at the end of a process, unless it is on disk already."""
-    saved_meanwhile(job, wait=True)
-    if job.saved == step:
-        return
-    save(job, optimizer, step)
-    try:
-        done = job.saver.wait()
-    except OSError as error:
-        text = f"{why}; step {step}: the state could not be saved ({error.strerror or error})"
-        raise job.world.error_on_all_ranks(CriaError(text)) from None
-    job.saved = done.step
-    job.metrics.write("save", step=step, path=done.folder.name, seconds=done.seconds, bytes=done.bytes)
-
-
-def stop(job: Job, optimizer: AdamW, step: int):
-    """A signal came: saves once, and ends."""
-    why = f"stopped by {job.signals.received or 'a signal to another rank'} after step {step}"
-    save_or_fail(job, optimizer, step, why)
-    raise Stopped(f"{why}; run the same command again to go on")
-
-
-def roll_back(job: Job, optimizer: AdamW) -> int | None:
-    """To the newest state on disk. Returns its step; None, and nothing has changed, where there is none yet."""
-    saved_meanwhile(job, wait=True)
-    world = job.world
-    found = world.on_main(partial(checkpoint.find_newest, job.out, job.progress.say))
-    if found is None:
-        return None
-    load_state(found, optimizer)
-    world.wait_for_all()  # it is read everywhere before it may be removed
-    return found.step
-
-
-def load_state(found: checkpoint.Checkpoint, optimizer: AdamW) -> None:
-    """Load a checkpoint into the model and its optimizer."""
+def load_checkpoint(found: Checkpoint, optimizer: AdamW) -> None:
+    """Load a training state into the model and its optimizer."""
     checkpoint.load(found, optimizer.tensors())
     optimizer.n_updates = found.manifest["n_updates"]
 
 
-# ---- the model ----------------------------------------------------------------------------------------------------
+class States:
+    """The training states of a run, written by a thread while the run goes on.
+
+    saved_step: the step whose state this process wrote last or began from.
+    """
+
+    def __init__(self, plan: Plan, run: Run, optimizer: AdamW, batches: Batches, saved_step: int | None) -> None:
+        self.plan, self.run, self.optimizer, self.batches = plan, run, optimizer, batches
+        self.saved_step = saved_step
+        self.writing_step: int | None = None
+        world = run.world
+        exchange = world.gather_beside_training if world.size > 1 else None
+        self.saver = Saver(plan.out, plan.config.keep, world.rank, world.size, exchange, plan.device)
+
+    def save(self, step: int) -> None:
+        """Begin to write the state of a step. A full disk costs this state, not the run."""
+        self.run.world.note_place(f"the save of step {step}")
+        self.report_written(wait=True)
+        facts = self.plan.recorded_facts(self.batches.packing.max_tokens) | {"n_updates": self.optimizer.n_updates}
+        self.writing_step = step
+        self.saver.save(step, self.optimizer.tensors() if self.run.world.writes_checkpoint else {}, facts)
+
+    def report_written(self, wait: bool = False) -> None:
+        """Report the state under way if it has been written. wait: wait for it."""
+        try:
+            done = self.saver.wait() if wait else self.saver.poll()
+        except OSError as error:
+            reason = f"the state could not be saved ({error.strerror or error}); older states are intact"
+            self.run.progress.say(f"warning: step {self.writing_step}: {reason}")
+            self.run.metrics.write("skip", step=self.writing_step, reason=reason)
+            return
+        if done:
+            self.saved_step = done.step
+            self.run.metrics.write(
+                "save", step=done.step, path=done.folder.name, seconds=done.seconds, held_seconds=done.held_seconds,
+                bytes=done.bytes,
+            )  # fmt: skip
+
+    def save_or_fail(self, step: int, why: str) -> None:
+        """Write the state of a step and wait for it, unless it is on disk already. why: the process ends.
+
+        Raises CriaError on every rank when it cannot be written.
+        """
+        self.report_written(wait=True)
+        if self.saved_step == step:
+            return
+        self.save(step)
+        try:
+            done = self.saver.wait()
+        except OSError as error:
+            text = f"{why}; step {step}: the state could not be saved ({error.strerror or error})"
+            raise self.run.world.error_on_all_ranks(CriaError(text)) from None
+        self.saved_step = done.step
+        self.run.metrics.write("save", step=step, path=done.folder.name, seconds=done.seconds, bytes=done.bytes)
+
+    def stop_run(self, step: int) -> NoReturn:
+        """Save the state of a step because a signal came, and raise Stopped."""
+        why = f"stopped by {self.run.signals.received or 'a signal to another rank'} after step {step}"
+        self.save_or_fail(step, why)
+        raise Stopped(f"{why}; run the same command again to go on")
+
+    def roll_back(self) -> int | None:
+        """Load the newest state on disk and return its step. Without one, change nothing and return None."""
+        self.report_written(wait=True)
+        world = self.run.world
+        found = world.on_main(lambda: checkpoint.find_newest(self.plan.out, self.run.progress.say))
+        if found is None:
+            return None
+        load_checkpoint(found, self.optimizer)
+        world.wait_for_all()  # every rank has read it before any may remove it
+        return found.step
+
+    def close(self) -> None:
+        """Wait for the state under way."""
+        self.saver.close()
 
 
-def finish(job: Job, model: Transformer, optimizer: AdamW) -> None:
-    """The model as a complete Hugging Face folder. On a full disk the training state is saved, if that fits."""
-    saved_meanwhile(job, wait=True)
-    whole = model if job.world.size == 1 else whole_model(job, model)
+def write_model(plan: Plan, run: Run, states: States, model: Transformer) -> None:
+    """Write the model as a complete Hugging Face folder. On a full disk save the training state, if that fits.
+
+    Raises CriaError on every rank where the model could not be written.
+    """
+    states.report_written(wait=True)
+    whole = model if run.world.size == 1 else gather_model(plan, run, model)
     problem = None
     try:
-        if job.world.is_main:
-            save_hf(
-                job.out, whole, max_shard_bytes=job.config.max_shard_bytes, bos_id=job.tokenizer.bos_id,
-                eos_ids=sorted(job.tokenizer.stop_ids),
-                generation_config=job.source.generation_config if job.source else None,
-            )  # fmt: skip
-            job.tokenizer.save(job.out)
-            (job.out / HALVED).unlink(missing_ok=True)
+        if run.world.is_main:
+            write_files(plan, whole, plan.out)
     except OSError as error:
         problem = error.strerror or str(error)
-    if problem := job.world.broadcast(problem):
+    if problem := run.world.broadcast(problem):
         why = f"the model could not be written ({problem})"
-        save_or_fail(job, optimizer, job.total_steps, why)
+        states.save_or_fail(plan.total_steps, why)
         text = f"{why}; the training state is saved: make room and run the same command again"
-        raise job.world.error_on_all_ranks(CriaError(text))
+        raise run.world.error_on_all_ranks(CriaError(text))
 
 
-def whole_model(job: Job, model: Transformer) -> Transformer | None:
-    """The model in the host's memory of the first rank."""
-    job.world.note_place("the model's export")
-    tensors = fsdp.gather_parameters(model, job.world)
-    if not job.world.is_main:
+def write_files(plan: Plan, model: Transformer, out: Path) -> None:
+    """Write the model's files and its tokenizer's. Raises OSError; the folder then holds what it held."""
+    save_hf(
+        out, model, max_shard_bytes=plan.config.max_shard_bytes, bos_id=plan.tokenizer.bos_id,
+        eos_ids=sorted(plan.tokenizer.stop_ids), generation_config=plan.source.generation_config if plan.source else None,
+    )  # fmt: skip
+    plan.tokenizer.save(out)
+    (out / HALVED).unlink(missing_ok=True)
+
+
+def gather_model(plan: Plan, run: Run, model: Transformer) -> Transformer | None:
+    """Return the whole model in the host's memory of rank 0, None on other ranks."""
+    run.world.note_place("the model's export")
+    tensors = fsdp.gather_parameters(model, run.world)
+    if not run.world.is_main:
         return None
-    whole = new_model(job.model_config, "meta", job.dtype)
+    whole = new_model(plan.model_config, "meta", plan.dtype)
     whole.load_state_dict(tensors, assign=True)
     return whole

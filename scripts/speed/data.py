@@ -30,7 +30,7 @@ from engine.data.rows import read_rows
 from engine.formats.find import find_embedded_gguf
 from engine.text.tokenizer_files import load_tokenizer
 from engine.training.config import FinetuneConfig
-from engine.training.prepare import read_tables
+from engine.training.datasets import read_tables
 from kernels.measure.alpaca import ALPACA_ROWS, alpaca_lengths
 from scripts.base.results import describe_cpu, new_json_parser, summarize, today, write_json
 from scripts.base.rows import random_alpaca_rows, row_as_dict
@@ -113,13 +113,13 @@ def measure_starts(file, tokenizer, repeats):
         firsts, seconds = [], []
         for _ in range(min(3, repeats)):
             shutil.rmtree(config.token_cache, ignore_errors=True)
-            ((table, _), cached), *took = time_call(read_tables, config, tokenizer, ignore_message)
+            ([(table, _)], cached), *took = time_call(read_tables, config, tokenizer, ignore_message)
             assert not cached
             firsts.append(took)
         (rows, _), *reading = time_call(read_rows, [file])
         _, *encoding = time_call(data.encode, rows, tokenizer, "alpaca", MAX_LENGTH)
         for _ in range(repeats):
-            ((table, _), cached), *took = time_call(read_tables, config, tokenizer, ignore_message)
+            ([(table, _)], cached), *took = time_call(read_tables, config, tokenizer, ignore_message)
             assert cached
             seconds.append(took)
         size = sum(path.stat().st_size for path in Path(cache).rglob("*") if path.is_file())

@@ -57,6 +57,19 @@ def forked(name, *args, check=True):
 finetune, generate, export = (partial(forked, name) for name in ("finetune", "generate", "export"))
 
 
+# Python for a process of its own: the parts of a run that tests interfere with, under short names.
+PARTS_OF_A_RUN = """
+import os, signal, sys, time
+import torch
+from engine import finetune
+from engine.base.errors import exit_code_of
+from engine.data import packing
+from engine.model.llama import Transformer
+from engine.output import checkpoint
+from engine.training import datasets, evaluation, fine_tuning, loop, plan, prepare, saving, step
+from engine.training.optimizer import AdamW
+"""
+
 # Python for a process of its own: act() just before the nth call of module.name.
 BEFORE_CALL = """
 def before(module, name, nth, act):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.helpers.forks import Started
-from tests.helpers.run import BEFORE_CALL, environment, events, finetune
+from tests.helpers.run import BEFORE_CALL, PARTS_OF_A_RUN, environment, events, finetune
 
 STEPS = 12
 
@@ -24,11 +24,9 @@ def arguments(out, data, *more):
 
 
 def start(*args, patch=""):
-    """The command in the background. patch: Python run first, with `finetune` the module and `die`, `term` at hand."""
+    """Start the command in the background. patch: Python that runs first, with PARTS_OF_A_RUN, `die` and `term`."""
     code = (
-        "import os, signal, sys, time\n"
-        "from engine import finetune\nfrom engine.output import checkpoint\n"
-        "from engine.training import micro_batch_size as fit, prepare as job, saving\nfrom engine.base.errors import exit_code_of\n"
+        f"{PARTS_OF_A_RUN}\n"
         "die, term = (lambda n=n: os.kill(os.getpid(), n) for n in (signal.SIGKILL, signal.SIGTERM))\n"
         f"{patch}\n"
         "sys.exit(exit_code_of(finetune.main, sys.argv[1:]))\n"
@@ -77,11 +75,11 @@ def test_two_runs_are_bit_equal(unbroken, tmp_path):
 @pytest.mark.parametrize(
     "kill",
     [
-        "before(finetune, 'forward_backward', 6, die)",  # between steps
-        "before(finetune.Transformer, 'loss', 27, die)",  # within a step, gradients half there
-        "before(finetune.AdamW, 'step', 8, die)",  # before an update
+        "before(step.Steps, 'compute_gradients', 6, die)",  # between steps
+        "before(Transformer, 'loss', 27, die)",  # within a step, gradients half there
+        "before(AdamW, 'step', 8, die)",  # before an update
         "import kernels; before(kernels, 'adamw', 150, die)",  # within an update
-        "before(finetune, 'evaluate', 3, die)",
+        "before(evaluation, 'evaluate', 3, die)",
         "before(checkpoint, 'write_safetensors', 3, die)",  # in a save, three ways
         "before(checkpoint.json, 'dump', 5, die)",
         "before(checkpoint.os, 'rename', 3, die)",
@@ -127,11 +125,11 @@ def test_kill_9_at_random_moments_then_resume_is_bit_equal(unbroken, tmp_path):
 @pytest.mark.parametrize(
     ("name", "where", "saved"),
     [
-        ("SIGTERM", "before(finetune.Transformer, 'loss', 32, term)", 6),  # within step 7: as if it had not begun
-        ("SIGINT", "before(finetune.packing, 'collate', 34, term)", None),
-        ("SIGTERM", "before(finetune, 'evaluate', 3, term)", 6),
+        ("SIGTERM", "before(Transformer, 'loss', 32, term)", 6),  # within step 7: as if it had not begun
+        ("SIGINT", "before(packing, 'collate', 34, term)", None),
+        ("SIGTERM", "before(evaluation, 'evaluate', 3, term)", 6),
         ("SIGTERM", "before(checkpoint, 'write_safetensors', 2, term)", 4),
-        ("SIGINT", "before(finetune, 'evaluate', 1, term)", 0),
+        ("SIGINT", "before(evaluation, 'evaluate', 1, term)", 0),
     ],
     ids=["step", "collate", "eval", "save", "first eval"],
 )
@@ -148,7 +146,7 @@ def test_a_signal_saves_once_and_exits_143_and_the_run_goes_on_bit_equal(unbroke
 
 
 def test_a_signal_while_data_is_prepared_exits_143_at_once(unbroken, tmp_path):
-    patch = BEFORE_CALL + "before(job.data, 'encode', 1, term)"
+    patch = BEFORE_CALL + "before(datasets, 'encode', 1, term)"
     code, _, err = end(start(*arguments(tmp_path / "out", unbroken[0], "--token-cache", "off"), patch=patch))
     assert code == 143 and "before the first step; there is nothing to save" in err
     finetune(*arguments(tmp_path / "out", unbroken[0]))
@@ -212,7 +210,7 @@ def test_a_finished_run_is_not_run_again(unbroken):
 @pytest.fixture
 def stopped(unbroken, tmp_path):
     """The output folder of a run stopped after step 6."""
-    patch = BEFORE_CALL + "before(finetune.Transformer, 'loss', 32, term)"
+    patch = BEFORE_CALL + "before(Transformer, 'loss', 32, term)"
     assert end(start(*arguments(tmp_path / "out", unbroken[0]), patch=patch))[0] == 143
     return tmp_path / "out"
 
@@ -251,9 +249,9 @@ def test_a_broken_newest_state_falls_back(unbroken, stopped):
 
 def test_rewinding_to_an_older_state_takes_the_newer_ones_away(unbroken, tmp_path):
     """Else the way that was left would win at the next resume."""
-    patch = BEFORE_CALL + "before(finetune.Transformer, 'loss', 39, term)"
+    patch = BEFORE_CALL + "before(Transformer, 'loss', 39, term)"
     assert end(start(*arguments(tmp_path / "out", unbroken[0]), patch=patch))[0] == 143  # after step 8
-    patch = BEFORE_CALL + "before(finetune.AdamW, 'step', 1, term)"
+    patch = BEFORE_CALL + "before(AdamW, 'step', 1, term)"
     args = arguments(tmp_path / "out", unbroken[0], "--resume", tmp_path / "out" / "checkpoint-6")
     assert end(start(*args, patch=patch))[0] == 143
     assert sorted(p.name for p in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-7"]
@@ -293,7 +291,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_model_loads(unbro
 
 
 def test_two_runs_cannot_share_a_folder(unbroken, tmp_path):
-    patch = BEFORE_CALL + "before(finetune, 'forward_backward', 2, lambda: time.sleep(60))"
+    patch = BEFORE_CALL + "before(step.Steps, 'compute_gradients', 2, lambda: time.sleep(60))"
     first = start(*arguments(tmp_path / "out", unbroken[0]), patch=patch)
     try:
         while not (tmp_path / "out" / "metrics.jsonl").exists():
@@ -308,7 +306,7 @@ def test_two_runs_cannot_share_a_folder(unbroken, tmp_path):
     assert_as_unbroken(tmp_path / "out", unbroken)
 
 
-AHEAD = "job.Job.runs_ahead = True\n"  # as on a GPU: a step is told when the next has been given to the device
+AHEAD = "plan.Plan.runs_ahead = True\n"  # as on a GPU: a step is told when the next has been given to the device
 
 
 def test_a_host_that_runs_ahead_tells_the_same(unbroken, tmp_path):
@@ -320,9 +318,9 @@ def test_a_host_that_runs_ahead_tells_the_same(unbroken, tmp_path):
 @pytest.mark.parametrize(
     "patch",
     [
-        "before(finetune.Transformer, 'loss', 27, die)",
-        "before(finetune.AdamW, 'step', 8, die)",
-        "before(finetune, 'tell', 5, die)",
+        "before(Transformer, 'loss', 27, die)",
+        "before(AdamW, 'step', 8, die)",
+        "before(loop, 'report_step', 5, die)",
     ],
 )
 def test_a_host_that_runs_ahead_is_killed_and_resumed_bit_equal(unbroken, tmp_path, patch):
@@ -333,7 +331,7 @@ def test_a_host_that_runs_ahead_is_killed_and_resumed_bit_equal(unbroken, tmp_pa
 
 
 def test_a_signal_to_a_host_that_runs_ahead(unbroken, tmp_path):
-    patch = BEFORE_CALL + AHEAD + "before(finetune.Transformer, 'loss', 32, term)"
+    patch = BEFORE_CALL + AHEAD + "before(Transformer, 'loss', 32, term)"
     code, out, err = end(start(*arguments(tmp_path / "out", unbroken[0]), patch=patch))
     assert code == 143 and "stopped by SIGTERM after step 6" in err, (code, out, err)
     assert [line["step"] for line in events(tmp_path / "out")] == list(range(1, 7))
@@ -344,12 +342,12 @@ def test_a_signal_to_a_host_that_runs_ahead(unbroken, tmp_path):
 @pytest.mark.parametrize("ahead", ["", AHEAD], ids=["told at once", "told late"])
 def test_a_loss_that_is_no_number_changes_nothing_and_ends_the_run_with_4(unbroken, tmp_path, ahead):
     patch = ahead + (
-        "real, calls = finetune.forward_backward, []\n"
+        "real, calls = step.Steps.compute_gradients, []\n"
         "def poisoned(*args):\n"
-        "    loss, counts = real(*args)\n"
+        "    batch, loss = real(*args)\n"
         "    calls.append(1)\n"
-        "    return (loss * float('nan') if len(calls) in (2, 4, 5, 6) else loss), counts\n"
-        "finetune.forward_backward = poisoned"
+        "    return batch, loss * float('nan') if len(calls) in (2, 4, 5, 6) else loss\n"
+        "step.Steps.compute_gradients = poisoned"
     )
     code, out, err = end(start(*arguments(tmp_path / "out", unbroken[0], "--max-skips", 2), patch=patch))
     assert code == 4, (out, err)
@@ -364,11 +362,11 @@ def test_a_loss_that_is_no_number_changes_nothing_and_ends_the_run_with_4(unbrok
 # Losses of some steps are told as if they were twice as high; few steps are enough to compare with.
 SPIKY = """
 from engine.training import loss_spikes as spikes
-spikes.LEAST, real_pass = 4, finetune.forward_backward
-def spiky(job, model, optimizer, feed, step, lr):
-    loss, counts = real_pass(job, model, optimizer, feed, step, lr)
-    return (loss * 2 if step in STEPS else loss), counts
-finetune.forward_backward = spiky
+spikes.LEAST, real_pass = 4, step.Steps.compute_gradients
+def spiky(self, n, lr):
+    batch, loss = real_pass(self, n, lr)
+    return batch, loss * 2 if n in STEPS else loss
+step.Steps.compute_gradients = spiky
 """
 
 
@@ -385,16 +383,16 @@ def test_a_loss_spike_is_told_with_its_rows_and_changes_nothing(unbroken, tmp_pa
 def test_a_loss_spike_is_undone_on_request(unbroken, tmp_path):
     """Back to the state of step 6 and on with step 9, as if 7 and 8 had had no finite loss; killed or not."""
     nan = (
-        "real = finetune.forward_backward\n"
-        "def poisoned(*args):\n"
-        "    loss, counts = real(*args)\n"
-        "    return (loss * float('nan') if args[4] in (7, 8) else loss), counts\n"
-        "finetune.forward_backward = poisoned"
+        "real = step.Steps.compute_gradients\n"
+        "def poisoned(self, n, lr):\n"
+        "    batch, loss = real(self, n, lr)\n"
+        "    return batch, loss * float('nan') if n in (7, 8) else loss\n"
+        "step.Steps.compute_gradients = poisoned"
     )
     assert end(start(*arguments(tmp_path / "nan", unbroken[0]), patch=nan))[0] == 0
     theirs = load_file(tmp_path / "nan" / "model.safetensors")
     spiky = SPIKY.replace("STEPS", "(8,)")
-    for name, kill in (("through", ""), ("killed", "before(finetune, 'save', 4, die)")):
+    for name, kill in (("through", ""), ("killed", "before(saving.States, 'save', 4, die)")):
         args = arguments(tmp_path / name, unbroken[0], "--spike-rollback")
         code, out, err = end(start(*args, patch=BEFORE_CALL + spiky + kill))
         assert "back to the state of step 6, the rows of 2 steps are left out" in out, (out, err)
@@ -498,12 +496,12 @@ def test_a_model_that_is_not_there(tmp_path, rows_file):
 
 # A card on which a second forward of more than LIMIT tokens in a step finds no memory beside the first one's gradients.
 SMALL_CARD = """
-real = finetune.Transformer.loss
+real = Transformer.loss
 def loss(model, batch):
     if len(batch.tokens) > LIMIT and model.norm.grad is not None:
-        raise finetune.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has no more.")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has no more.")
     return real(model, batch)
-finetune.Transformer.loss = loss
+Transformer.loss = loss
 """
 
 
@@ -546,16 +544,19 @@ def test_the_largest_micro_batch_is_tried_before_the_first_step(unbroken, tmp_pa
     """As on a GPU, whose memory a CPU stands in for: too large a one is halved there, and then fits."""
     gpu = """
 sizes = []
-finetune.torch.cuda.max_memory_allocated = lambda device: 3 << 30
-finetune.torch.cuda.mem_get_info = lambda device: (0, 80 << 30)
-finetune.torch.cuda.reset_peak_memory_stats = lambda device: None
-at_start = finetune.after_step
-def after_step(job, model, optimizer, step):
-    if step == 0:
-        fit.confirm(job, model, optimizer)
+torch.cuda.max_memory_allocated = lambda device: 3 << 30
+torch.cuda.mem_get_info = lambda device: (0, 80 << 30)
+torch.cuda.reset_peak_memory_stats = lambda device: None
+at_start, make_size = fine_tuning.evaluate_if_due, fine_tuning.MicroBatchSize
+def keep_size(*args):
+    sizes.append(make_size(*args))
+    return sizes[-1]
+def evaluate_if_due(plan, run, states, model, n):
+    if n == 0:
+        sizes[0].try_largest(model, states.optimizer)
         assert all(p.grad is None for p in model.parameters())
-    at_start(job, model, optimizer, step)
-finetune.after_step = after_step
+    at_start(plan, run, states, model, n)
+fine_tuning.evaluate_if_due, fine_tuning.MicroBatchSize = evaluate_if_due, keep_size
 """
     code, out, err = on_a_small_card(unbroken, tmp_path / "out", 220, "--micro-batch-tokens", 400, patch=gpu)
     assert code == 0, (out, err)
@@ -568,14 +569,14 @@ def test_out_of_memory_after_updates_within_backward_ends_the_run(unbroken, tmp_
     patch = """
 def fail(grad):
     if grad is not None and len(calls) == 2:
-        raise finetune.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has no more.")
-calls, real_begin = [], finetune.AdamW.begin
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has no more.")
+calls, real_begin = [], AdamW.begin
 def begin(optimizer, lr, loss):
     calls.append(1)
     if len(calls) == 2:
         optimizer.params["layers.0.wo"].register_hook(fail)
     real_begin(optimizer, lr, loss)
-finetune.AdamW.begin = begin
+AdamW.begin = begin
 """
     args = "--micro-batch-tokens", 2000, "--optimizer-in-backward", "--grad-clip", 0
     code, _, err = on_a_small_card(unbroken, tmp_path / "out", 10**9, *args, patch=patch)
@@ -596,7 +597,7 @@ def test_updates_within_backward_are_the_same_run(unbroken, tmp_path, ahead):
 
 def test_a_signal_at_the_last_moment_of_a_step_told_late_loses_nothing(unbroken, tmp_path):
     """Between the step's own look for signals and the last one."""
-    patch = BEFORE_CALL + AHEAD + "before(finetune, 'after_step', 6, term)"
+    patch = BEFORE_CALL + AHEAD + "before(loop, 'evaluate_if_due', 5, term)"
     code, out, err = end(start(*arguments(tmp_path / "out", unbroken[0]), patch=patch))
     assert code == 143 and "after step 5" in err, (out, err)
     assert [line["step"] for line in events(tmp_path / "out")] == list(range(1, 6))

@@ -17,7 +17,7 @@ from engine.data import dataset as data
 from engine.data import rows, token_cache
 from engine.text.tokenizer import Tokenizer
 from engine.text.tokenizer_files import load_tokenizer
-from engine.training import prepare as job
+from engine.training import datasets
 from engine.training.config import FinetuneConfig
 from tests.helpers.run import environment, finetune
 
@@ -50,7 +50,8 @@ def read(files, cache, tokenizer, said=None, **options):
     """The tables that a run gets, and whether from the cache."""
     options = {"skip_bad_rows": True, "max_length": 64, **options}
     config = FinetuneConfig(model="tiny", random_init=True, data=tuple(files), token_cache=str(cache), **options)
-    return job.read_tables(config, tokenizer, print if said is None else said.append)
+    tables, is_cached = datasets.read_tables(config, tokenizer, print if said is None else said.append)
+    return *tables, is_cached
 
 
 def entries(cache):
@@ -74,7 +75,7 @@ def same(a, b):
 def test_the_second_start_neither_parses_nor_tokenises(files, cache, smol, monkeypatch):
     first, was_cached = read(files, cache, smol)
     assert not was_cached
-    for module, name in ((rows, "parse_row"), (job, "read_rows"), (data, "encode"), (type(smol), "encode_batch")):
+    for module, name in ((rows, "parse_row"), (datasets, "read_rows"), (data, "encode"), (type(smol), "encode_batch")):
         monkeypatch.setattr(module, name, lambda *_, name=name, **__: pytest.fail(f"called {name}"))
     second, is_cached = read(files, cache, smol)
     assert is_cached
@@ -204,14 +205,14 @@ def test_bad_data_is_refused_each_time_and_never_kept(content, options, message,
 
 
 def test_a_file_rewritten_while_it_is_read_is_not_kept(files, cache, smol, monkeypatch):
-    real = job.read_rows
+    real = datasets.read_rows
 
     def rewriting(*args):
         found = real(*args)
         append(files[0], " ")
         return found
 
-    monkeypatch.setattr(job, "read_rows", rewriting)
+    monkeypatch.setattr(datasets, "read_rows", rewriting)
     read(files, cache, smol)
     assert not cache.exists()
 
@@ -304,7 +305,7 @@ PROCESS = """
 import os, signal, sys, time
 sys.path.insert(0, "tests")
 from pathlib import Path
-from engine.training import prepare as job
+from engine.training import datasets
 from engine.data import token_cache
 from engine.training.config import FinetuneConfig
 from engine.text.tokenizer_files import load_tokenizer
@@ -334,7 +335,7 @@ if wait_for != "-":
         while len(list(Path(wait_for).parent.glob(Path(wait_for).name + "-*"))) < 2 and time.time() < deadline:
             time.sleep(0.001)
     token_cache.write = waiting
-(table, skipped), is_cached = job.read_tables(config, tokenizer, print)
+[(table, skipped)], is_cached = datasets.read_tables(config, tokenizer, print)
 print(is_cached, table.select().sha256(), calls)
 """
 

@@ -23,7 +23,7 @@ from engine.model.config import MODELS
 from engine.model.llama import new_model
 from engine.text.tokenizer_files import load_tokenizer
 from tests.helpers.forks import free_port, ranks
-from tests.helpers.run import BEFORE_CALL, ROOT, environment, events
+from tests.helpers.run import BEFORE_CALL, PARTS_OF_A_RUN, ROOT, environment, events
 
 TINY = ("--model", "tiny", "--random-init", "--device", "cpu", "--lr", "1e-3", "--max-length", 64)
 STEPS = ("--global-batch-size", 8, "--max-steps", 6)
@@ -144,11 +144,8 @@ def test_stanfords_command(rows, tmp_path):
 # ---- several machines -----------------------------------------------------------------------------------------------
 
 DIES = (
-    """
-import os, signal, sys
-from engine import finetune
-from engine.base.errors import exit_code_of
-
+    PARTS_OF_A_RUN
+    + """
 def die():
     for process in {"rank": (os.getpid(),), "machine": (os.getppid(), os.getpid())}[os.environ["DIES"]]:
         os.kill(process, signal.SIGKILL)
@@ -156,7 +153,7 @@ def die():
     + BEFORE_CALL
     + """
 if os.environ["MACHINE"] == "0" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    before(finetune, "forward_backward", 3, die)
+    before(step.Steps, "compute_gradients", 3, die)
 sys.exit(exit_code_of(finetune.main, sys.argv[1:]))
 """
 )

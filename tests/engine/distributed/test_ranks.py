@@ -24,7 +24,7 @@ from engine.model.shard import first_row
 from engine.training.config import FinetuneConfig
 from engine.training.prepare import check_ranks
 from tests.helpers.forks import Started, ranks
-from tests.helpers.run import BEFORE_CALL, ROOT, environment, events
+from tests.helpers.run import BEFORE_CALL, PARTS_OF_A_RUN, ROOT, environment, events
 
 STEPS = 6
 COMMON = (
@@ -105,18 +105,16 @@ def test_ranks_give_one_curve(rows, reference, tmp_path, n, more):
 
 # ---- faults: each run is a file that torchrun starts, with something that goes wrong on one rank --------------------
 
-DRIVER = """
-import os, signal, sys, time
+DRIVER = (
+    PARTS_OF_A_RUN
+    + """
 from pathlib import Path
-from engine import finetune
-from engine.output import checkpoint
 from engine.distributed import world as distributed
-from engine.training import prepare as job
-from engine.base.errors import exit_code_of
 
 RANK = int(os.environ.get("RANK", "0"))
 die, term, freeze = (lambda n=n: os.kill(os.getpid(), n) for n in (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP))
 """
+)
 RUN = "\nsys.exit(exit_code_of(finetune.main, sys.argv[1:]))\n"
 
 
@@ -149,10 +147,10 @@ def test_two_ranks_then_one_then_four_are_one_run(rows, reference, tmp_path):
     """Stopped twice by a signal to one rank, and resumed on another number of ranks: one curve of the same rows."""
     out = tmp_path / "out"
     code, said = driven(
-        tmp_path, 2, "if RANK == 1: before(finetune, 'forward_backward', 2, term)", *flags(rows, out, *SAVES)
+        tmp_path, 2, "if RANK == 1: before(step.Steps, 'compute_gradients', 2, term)", *flags(rows, out, *SAVES)
     )
     assert code != 0 and "stopped by a signal to another rank" in said and steps_of(out) == [1, 2], said
-    code, said = driven(tmp_path, 1, "before(finetune, 'forward_backward', 3, term)", *flags(rows, out, *SAVES))
+    code, said = driven(tmp_path, 1, "before(step.Steps, 'compute_gradients', 3, term)", *flags(rows, out, *SAVES))
     assert code == 143 and "going on after step 2" in said and steps_of(out) == [1, 2, 3, 4], said
     said = several(4, *flags(rows, out, *SAVES))
     assert "going on after step 4" in said
@@ -162,8 +160,8 @@ def test_two_ranks_then_one_then_four_are_one_run(rows, reference, tmp_path):
 @pytest.mark.parametrize(
     "where",
     [
-        "before(finetune.Transformer, 'loss', 4, die)",  # in a step
-        "before(finetune, 'evaluate', 2, die)",  # the other one is in the evaluation
+        "before(Transformer, 'loss', 4, die)",  # in a step
+        "before(evaluation, 'evaluate', 2, die)",  # the other one is in the evaluation
         "before(checkpoint, 'write_safetensors', 3, die)",  # in the writing of its shard
     ],
 )
@@ -180,7 +178,9 @@ def test_a_rank_that_is_killed_ends_the_run_which_resumes(rows, reference, tmp_p
 def test_a_restart_by_torchrun_resumes_by_itself(rows, reference, tmp_path):
     out = tmp_path / "out"
     once = "mark = Path(sys.argv[sys.argv.index('--out') + 1]).parent / 'died'\n"
-    once += "if RANK == 1 and not mark.exists(): before(finetune, 'forward_backward', 4, lambda: (mark.touch(), die()))"
+    once += (
+        "if RANK == 1 and not mark.exists(): before(step.Steps, 'compute_gradients', 4, lambda: (mark.touch(), die()))"
+    )
     code, said = driven(tmp_path, 2, once, *flags(rows, out, *SAVES), more=("--max-restarts", "1"))
     assert code == 0 and "going on after step" in said, said
     same(out, reference)
@@ -191,7 +191,7 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(rows, tmp_path):
     told, has ended."""
     out = tmp_path / "out"
     patch = "pids = Path(sys.argv[0]).parent / f'pid{RANK}'\npids.write_text(str(os.getpid()))\n"
-    patch += "if RANK == 1: before(finetune, 'forward_backward', 4, freeze)"
+    patch += "if RANK == 1: before(step.Steps, 'compute_gradients', 4, freeze)"
 
     def alive(rank):
         path = tmp_path / f"pid{rank}"
@@ -211,7 +211,7 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(rows, tmp_path):
 
 def test_sigterm_to_torchrun_saves_once_and_resumes(rows, reference, tmp_path):
     out = tmp_path / "out"
-    slow = "before(finetune, 'forward_backward', 3, lambda: time.sleep(3))"
+    slow = "before(step.Steps, 'compute_gradients', 3, lambda: time.sleep(3))"
     script = tmp_path / "driver.py"
     script.write_text(DRIVER + BEFORE_CALL + slow + RUN)
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script)
@@ -234,12 +234,12 @@ def test_sigterm_to_torchrun_saves_once_and_resumes(rows, reference, tmp_path):
 def test_out_of_memory_on_one_rank_ends_the_run_and_the_restart_halves(rows, reference, tmp_path):
     """The others wait in the step: it cannot be taken again with smaller micro-batches without them."""
     small = """
-real = finetune.Transformer.loss
+real = Transformer.loss
 def loss(model, batch):
-    if RANK == 1 and len(batch.tokens) > 64 and finetune.torch.is_grad_enabled():
-        raise finetune.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has no more.")
+    if RANK == 1 and len(batch.tokens) > 64 and torch.is_grad_enabled():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has no more.")
     return real(model, batch)
-finetune.Transformer.loss = loss
+Transformer.loss = loss
 """
     out = tmp_path / "out"
     more = (*SAVES[:4], "--micro-batch-tokens", 128)
@@ -256,13 +256,13 @@ def test_a_spike_is_undone_by_all_ranks(rows, tmp_path):
     first rank does alone may take longer than --rank-timeout: it lives."""
     spiky = """
 if RANK == 0 and "WORLD_SIZE" in os.environ:
-    before(finetune, "finished", 1, lambda: time.sleep(5))
+    before(finetune, "is_finished", 1, lambda: time.sleep(5))
 from engine.training import loss_spikes as spikes
-spikes.LEAST, real_pass = 3, finetune.forward_backward
-def spiky(job, model, optimizer, feed, step, lr):
-    loss, counts = real_pass(job, model, optimizer, feed, step, lr)
-    return (loss + 9 if step == 5 and RANK == job.world.size - 1 else loss), counts
-finetune.forward_backward = spiky
+spikes.LEAST, real_pass = 3, step.Steps.compute_gradients
+def spiky(self, n, lr):
+    batch, loss = real_pass(self, n, lr)
+    return batch, loss + 9 if n == 5 and RANK == self.world.size - 1 else loss
+step.Steps.compute_gradients = spiky
 """
     more = (*SAVES[:4], "--save-every", 3, "--spike-rollback", "--rank-timeout", 3)
     for n in (1, 2):
@@ -288,7 +288,7 @@ def test_a_dry_run_of_ranks_is_of_as_many_cards(rows, tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_rank_fails_before_the_others_read(rows, tmp_path, rank):
-    patch = f"def no(*_): raise job.UsageError('nothing here')\nif RANK == {rank}: job.choose_device = no"
+    patch = f"def no(*_): raise prepare.UsageError('nothing here')\nif RANK == {rank}: prepare.choose_device = no"
     code, said = driven(tmp_path, 2, patch, *flags(rows, tmp_path / "out"), wait=60)
     assert code == 1 and said.count("error: ") == 1 and "error: nothing here" in said and "exitcode  : 2" in said, said
 
@@ -334,8 +334,8 @@ def test_a_loss_that_is_no_number_on_one_rank_updates_none(rows, tmp_path):
     """Every rank sees it, no rank updates, and the run ends with the rows of the step."""
     patch = """
 if RANK == 1:
-    real = finetune.Transformer.loss
-    finetune.Transformer.loss = lambda self, batch: real(self, batch) * float("nan")
+    real = Transformer.loss
+    Transformer.loss = lambda self, batch: real(self, batch) * float("nan")
 """
     out = tmp_path / "out"
     code, said = driven(tmp_path, 2, patch, *flags(rows, out, "--max-skips", 1))

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from engine.base.errors import CriaError, UsageError
-from engine.distributed.world import World
+from engine.data.packing import Packing
 from engine.model.config import MODELS
 from engine.planning.memory import CONTEXT_BYTES, BatchShape, memory
 from engine.training import micro_batch_size as fit
 from engine.training.config import FinetuneConfig
 from engine.training.planning_input import setting_from_config
 
-CUDA, BF16, GB = torch.device("cuda"), torch.bfloat16, 10**9
+CUDA, CPU, BF16, GB = torch.device("cuda"), torch.device("cpu"), torch.bfloat16, 10**9
 LENGTHS = SimpleNamespace(lengths=lambda: torch.full((52002,), 128).numpy())
 
 
@@ -24,7 +24,7 @@ def config_of(**changes):
 
 def tokens_with(free_gb, monkeypatch, lengths=LENGTHS, **changes):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gb * GB), 85 * GB))
-    return fit.auto_layout(MODELS["llama-7b"], config_of(**changes), lengths, CUDA, BF16)[1]
+    return fit.choose_mesh_and_tokens(MODELS["llama-7b"], config_of(**changes), lengths, CUDA, BF16)[1]
 
 
 @pytest.mark.parametrize("changes", [{}, {"recompute": "block"}, {"recompute": "none"}, {"offload_optimizer": True}])
@@ -37,8 +37,8 @@ def test_what_is_chosen_fits_and_64_tokens_more_do_not(changes, monkeypatch):
         return memory(MODELS["llama-7b"], setting, BatchShape(n, n)).total
 
     room = free * GB + CONTEXT_BYTES
-    assert tokens % fit.ALIGN == 0 and used(tokens) <= room
-    assert used(tokens + fit.ALIGN) > room or tokens >= 128 * 128, "no more than a step holds"
+    assert tokens % fit.TOKENS_MULTIPLE == 0 and used(tokens) <= room
+    assert used(tokens + fit.TOKENS_MULTIPLE) > room or tokens >= 128 * 128, "no more than a step holds"
 
 
 def test_no_more_than_a_step_holds(monkeypatch):
@@ -55,7 +55,10 @@ def test_where_no_example_fits_what_does_is_said(monkeypatch):
 
 
 def test_on_a_cpu_2048(monkeypatch):
-    assert fit.auto_layout(MODELS["llama-7b"], config_of(), LENGTHS, torch.device("cpu"), BF16, 4) == (1, 2048)
+    assert fit.choose_mesh_and_tokens(MODELS["llama-7b"], config_of(), LENGTHS, torch.device("cpu"), BF16, 4) == (
+        1,
+        2048,
+    )
 
 
 def test_no_more_than_micro_batch_size_rows(monkeypatch):
@@ -73,51 +76,49 @@ def test_an_optimizer_in_backward_needs_no_gradients_where_a_step_is_one_micro_b
 
 def test_the_largest_step_is_whole_tiles():
     odd = SimpleNamespace(lengths=lambda: torch.tensor([9, 100, 50, 70]).numpy())
-    assert fit.largest(config_of(global_batch_size=3), odd, 64) == (256, 256)
-    assert fit.largest(config_of(global_batch_size=3, micro_batch_size=1), odd, 64) == (128, 256)
-    assert fit.largest(config_of(global_batch_size=3, micro_batch_size=2), odd, 1) == (170, 220)
+    assert fit.count_largest_tokens(config_of(global_batch_size=3), odd, 64) == (256, 256)
+    assert fit.count_largest_tokens(config_of(global_batch_size=3, micro_batch_size=1), odd, 64) == (128, 256)
+    assert fit.count_largest_tokens(config_of(global_batch_size=3, micro_batch_size=2), odd, 1) == (170, 220)
+
+
+def size_of(say, tokens=9024, multiple=64, out=None, ranks=1, device=CPU, **changes):
+    """Return the MicroBatchSize of a run of llama-7b."""
+    packing = Packing(tokens, multiple=multiple)
+    plan = SimpleNamespace(
+        config=dataclasses.replace(config_of(), **changes), device=device, dtype=BF16,
+        model_config=MODELS["llama-7b"], packing=packing, out=out,
+    )  # fmt: skip
+    return fit.MicroBatchSize(plan, SimpleNamespace(packing=packing), SimpleNamespace(size=ranks, replicas=1), say)
 
 
 def test_halving_twice_tells_the_peak_and_what_would_fit(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 85 * GB))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 84 * GB)
     said = []
-    job = SimpleNamespace(
-        config=config_of(), device=CUDA, dtype=BF16, model_config=MODELS["llama-7b"], max_tokens=9024, align=64,
-        halved=False, facts={}, world=World(), progress=SimpleNamespace(say=said.append),
-    )  # fmt: skip
-    fit.halve(job, "no room")
-    assert job.max_tokens == job.facts["max_tokens"] == 4480 and "going on with 4480" in said[0]
+    size = size_of(said.append, device=CUDA)
+    size.halve("no room")
+    assert size.max_tokens == 4480 and "going on with 4480" in said[0]
     with pytest.raises(CriaError, match=r"the peak was 84\.0 of 85\.0 GB; pass --micro-batch-tokens \d+ \("):
-        fit.halve(job, "no room")
+        size.halve("no room")
 
 
 def test_an_example_must_still_fit_after_halving():
-    job = SimpleNamespace(
-        config=dataclasses.replace(config_of(), max_length=512), device=torch.device("cpu"), max_tokens=512, align=1,
-        halved=False, world=World(),
-    )  # fmt: skip
     with pytest.raises(CriaError, match="micro-batches of 512 tokens"):
-        fit.halve(job, "no room")
+        size_of(print, tokens=512, multiple=1, max_length=512).halve("no room")
 
 
 def test_a_rank_halves_nothing_without_the_others_but_at_the_next_start(tmp_path):
-    job = SimpleNamespace(
-        config=config_of(), device=torch.device("cpu"), max_tokens=9024, align=64, halved=False, out=tmp_path,
-        world=SimpleNamespace(size=2),
-    )  # fmt: skip
+    size = size_of(print, out=tmp_path, ranks=2)
     with pytest.raises(CriaError, match=r"micro-batches of 9024 tokens .* the same command goes on with 4480"):
-        fit.halve(job, "no room")
-    assert job.max_tokens == 9024
-    for asked, taken, halved in ((9024, 4480, True), (4480, 4480, True), (8960, 4480, True), (2048, 2048, False)):
-        later = SimpleNamespace(config=config_of(), out=tmp_path, max_tokens=asked, halved=False)
-        fit.halved_before(later, print)
-        assert (later.max_tokens, later.halved) == (taken, halved)
+        size.halve("no room")
+    assert size.max_tokens == 9024
+    for asked, taken in ((9024, 4480), (4480, 4480), (8960, 4480), (2048, None)):
+        assert fit.read_halving(size.plan, asked, print) == taken
 
 
 def layout(model, ranks, free_gb, monkeypatch, **changes):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gb * GB), 85 * GB))
-    return fit.auto_layout(MODELS[model], config_of(**changes), LENGTHS, CUDA, BF16, ranks)
+    return fit.choose_mesh_and_tokens(MODELS[model], config_of(**changes), LENGTHS, CUDA, BF16, ranks)
 
 
 def test_a_shard_of_a_model_leaves_more_room(monkeypatch):

@@ -4,6 +4,7 @@ import dataclasses
 import threading
 import time
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,15 +12,21 @@ import torch
 
 from engine.base.host_memory import SLOTS
 from engine.data import packing
+from engine.data.batches import StepBatch
 from engine.model.config import MODELS
 from engine.model.llama import new_model
 from engine.training.offload import Offload, count_bytes, lay_out_state
 from engine.training.optimizer import AdamW
-from engine.training.run_ahead import Feeder, Figures, Mark, tensors_of
+from engine.training.run_ahead import Feeder, Figures, Mark, find_cuda_tensors
 from tests.helpers.datasets import dataset
 
 ROWS = [[*range(40, 60), i, i + 1, i + 2] for i in range(12)]
 SETTINGS = dict(beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
+
+
+def feeder_of(make, model):
+    """Return a Feeder of the micro-batches that make(step) returns, for steps up to 4."""
+    return Feeder(SimpleNamespace(of=lambda step: StepBatch(make(step), np.arange(1), 0, 0)), model, last_step=4)
 
 
 def model_of(device, dtype=torch.bfloat16, impl="auto", **options):
@@ -45,8 +52,8 @@ def test_the_next_step_is_made_by_another_thread_while_this_one_runs(device):
         made.append(step)
         return batches(range(step, step + 3)) if step < 4 else []
 
-    with Feeder(make, model_of(device)) as feed:
-        first = feed.take(1)
+    with feeder_of(make, model_of(device)) as feed:
+        first = feed.take(1).micro_batches
         assert made == [1] and len(first) == 1
         gate.set()
         end = time.monotonic() + 30
@@ -54,20 +61,20 @@ def test_the_next_step_is_made_by_another_thread_while_this_one_runs(device):
             time.sleep(0.01)
         assert made == [1, 2], "step 2 is made before it is asked for"
         for step in (2, 3):
-            (ready,) = feed.take(step)
+            (ready,) = feed.take(step).micro_batches
             assert ready.tokens.is_cuda == (device == "cuda")
             assert ready.tokens[-3].item() == ROWS[step + 2][-3]
-        assert feed.take(4) == []
+        assert feed.take(4).micro_batches == []
     assert made[:4] == [1, 2, 3, 4] and all("feeder" in name for name in threads)
 
 
 def test_what_was_made_ahead_can_be_forgotten(device):
     size = [2]
-    with Feeder(lambda step: batches(range(size[0])), model_of(device)) as feed:
+    with feeder_of(lambda step: batches(range(size[0])), model_of(device)) as feed:
         feed.take(1)
         size[0] = 5
         feed.forget()
-        (ready,) = feed.take(2)
+        (ready,) = feed.take(2).micro_batches
         assert len(ready.targets) == len(batches(range(5))[0].targets)
 
 
@@ -77,7 +84,7 @@ def test_what_goes_wrong_ahead_is_raised_where_it_is_asked_for(device):
             raise ValueError("no such step")
         return batches([0])
 
-    with Feeder(make, model_of(device)) as feed:
+    with feeder_of(make, model_of(device)) as feed:
         feed.take(1)
         with pytest.raises(ValueError, match="no such step"):
             feed.take(2)
@@ -85,7 +92,7 @@ def test_what_goes_wrong_ahead_is_raised_where_it_is_asked_for(device):
 
 def test_every_tensor_of_a_ready_micro_batch_is_found(device):
     model = model_of(device)
-    found = list(tensors_of([model.ready(batches(range(4))[0])]))
+    found = list(find_cuda_tensors([model.ready(batches(range(4))[0])]))
     assert bool(found) == (device == "cuda")
     if found:
         assert len(found) >= 5 + 2 * 7

@@ -1,0 +1,102 @@
+"""The training and held-out examples of a run, from files or from the token cache."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from engine.base.errors import DataError
+from engine.base.terminal import Progress, phase
+from engine.data import token_cache
+from engine.data.dataset import Dataset, Table, encode, hold_out
+from engine.data.rows import Skipped, mapped, read_rows
+from engine.distributed.world import World
+from engine.planning.workload import SEED_TASKS
+from engine.text.templates import Row
+from engine.text.tokenizer import Tokenizer
+from engine.training.config import FinetuneConfig
+
+SILENT_BYTES = 4_000_000  # files up to this size are read in a tenth of a second: no bar is shown
+
+
+def read_datasets(
+    config: FinetuneConfig, tokenizer: Tokenizer, world: World, say: Callable[[str], None]
+) -> tuple[Dataset, Dataset | None]:
+    """Return the training examples and the held-out ones, None where nothing is held out.
+
+    Tells what was read. Raises DataError for files that cannot be read or leave no example.
+    """
+
+    def read():
+        return read_tables(config, tokenizer, say, show_progress=world.is_main)
+
+    # With a cache, rank 0 tokenises and fills it before the other ranks look.
+    tables, is_cached = read() if config.token_cache == "off" else world.on_main_first(read)
+    table, skipped = tables[0]
+    if config.eval_fraction:
+        kept, held = hold_out(range(len(table)), config.eval_fraction, config.seed)
+        if not kept:
+            raise DataError(f"--eval-fraction {config.eval_fraction} of {len(held)} rows leaves none to train on")
+        train, held_out = table.select(kept), table.select(held)
+    else:
+        train, held_out = table.select(), tables[1][0].select() if len(tables) > 1 else None
+    train.counts["skipped"] = len(skipped)
+    for bad in skipped[:5]:
+        say(f"skipped {bad.source}: {bad.reason}")
+    counts = train.counts
+    say(
+        f"data{' (cached)' if is_cached else ''}: "
+        f"{counts['rows']} rows, {counts['examples']} examples, {counts['tokens']} tokens, "
+        f"{counts['loss_tokens']} with loss; {counts['truncated']} truncated at {config.max_length}, "
+        f"{counts['dropped']} dropped without a response token, {len(skipped)} bad rows skipped"
+        + (f"; held out: {len(held_out)} examples" if held_out else "")
+    )
+    return train, held_out
+
+
+def read_tables(
+    config: FinetuneConfig, tokenizer: Tokenizer, say: Callable[[str], None], show_progress: bool = True
+) -> tuple[list[tuple[Table, Sequence[Skipped]]], bool]:
+    """Return the tokenised rows and the skipped ones of --data and, where given, of --eval-data.
+
+    The second value says whether all of it came from the token cache. Every file is checked before the long work begins.
+    """
+    cache = token_cache.folder(config.token_cache)
+    settings = config.prompt_style, config.max_length, config.train_on_prompt
+
+    def key_of(paths):
+        return cache and token_cache.key(paths, tokenizer, *settings, config.skip_bad_rows)
+
+    opened = []
+    for names in filter(None, (config.data, config.eval_data)):
+        paths = [SEED_TASKS if name == "seed-tasks" else Path(name) for name in names]
+        key = key_of(paths)
+        entry = cache and token_cache.load(cache, key, paths, config.max_length, say)
+        opened.append((paths, key, entry, None if entry else read_files(paths, config.skip_bad_rows, show_progress)))
+    tables = []
+    for paths, key, entry, read in opened:
+        if not entry:
+            rows, skipped = read
+            entry = encode(rows, tokenizer, *settings, watch_blocks if show_progress else list), skipped
+            if cache and entry[0].rows["n_loss"].any() and key == key_of(paths):  # not rewritten while it was read
+                token_cache.save(cache, key, *entry, paths, say)
+        tables.append(entry)
+    return tables, all(read is None for *_, read in opened)
+
+
+def read_files(
+    paths: Sequence[Path], skip_bad_rows: bool, show_progress: bool = True
+) -> tuple[Sequence[Row], Sequence[Skipped]]:
+    """Read the rows of dataset files, under a progress bar where it takes more than a moment."""
+    if not show_progress or sum(len(mapped(path)) for path in paths) < SILENT_BYTES:
+        return read_rows(paths, skip_bad_rows)
+    with Progress(None, unit="reading MB") as bar:
+
+        def report(done_bytes, total_bytes):
+            bar.total = total_bytes // 10**6
+            bar.advance(done_bytes // 10**6 - bar.done)
+
+        return read_rows(paths, skip_bad_rows, report)
+
+
+def watch_blocks(blocks: Sequence) -> Iterable:
+    """Return the blocks of rows to tokenise, counted by a progress bar where there are several."""
+    return phase("tokenising", blocks) if len(blocks) > 1 else blocks

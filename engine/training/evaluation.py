@@ -1,0 +1,58 @@
+"""What is done between steps: the loss on held-out examples, and answers to sample prompts."""
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from engine.data.packing import Packing, make_micro_batches
+from engine.inference.generation import generate
+from engine.model.llama import Transformer
+from engine.text.templates import Row, encode_prompt, find_stop_ids
+from engine.training.plan import Plan
+from engine.training.run import Run
+from engine.training.saving import States
+
+CHUNK_EXAMPLES = 256  # held-out examples that are packed together
+
+
+def evaluate_if_due(plan: Plan, run: Run, states: States, model: Transformer, step: int) -> None:
+    """Do what is due after a step (0: before the first) and was not done before a resume: held-out loss, samples."""
+    config = plan.config
+    if plan.held_out and plan.is_due(config.eval_every, step) and ("eval", step) not in run.reported:
+        evaluate(plan, run, states, model, step)
+    if plan.is_due(config.sample_every, step) and ("sample", step) not in run.reported:
+        show_samples(plan, run, model, step)
+
+
+@torch.no_grad()
+def evaluate(plan: Plan, run: Run, states: States, model: Transformer, step: int) -> None:
+    """Report the mean loss a token on the held-out examples. Raises Stopped, with the state saved, on a signal."""
+    held_out, world = plan.held_out, run.world
+    packing: Packing = dataclasses.replace(states.batches.packing, best_fit=True)
+    world.note_place(f"the evaluation after step {step}")
+    chunks = np.split(np.arange(len(held_out)), range(CHUNK_EXAMPLES, len(held_out), CHUNK_EXAMPLES))
+    total, n_tokens = torch.zeros((), device=plan.device), held_out.counts["loss_tokens"]
+    for chunk in run.progress.phase("evaluating", chunks):
+        if world.any_rank(run.signals.pending()):
+            states.stop_run(step)
+        for batch in make_micro_batches(held_out, chunk, packing, ranks=world.size, rank=world.rank):
+            total += model.loss(batch)
+    loss = float(world.sum_over_ranks(total)) / n_tokens
+    run.metrics.write("eval", step=step, loss=loss, perplexity=float(np.exp(loss)), loss_tokens=n_tokens)
+    run.progress.say(f"step {step}: held-out loss {loss:.4f}")
+
+
+def show_samples(plan: Plan, run: Run, model: Transformer, step: int) -> None:
+    """Write greedy answers to the sample prompts, to the terminal and to metrics.jsonl."""
+    tokenizer, style = plan.tokenizer, plan.config.prompt_style
+    prompts = [encode_prompt(Row("", None, prompt), tokenizer, style) for prompt in plan.sample_prompts]
+    answers = generate(model, prompts, find_stop_ids(tokenizer, style), plan.config.sample_tokens)
+    if step == 0:
+        title = "before"
+    else:
+        title = "after" if step == plan.total_steps else f"after {step} steps"
+    for prompt, answer in zip(plan.sample_prompts, answers, strict=True):
+        text = tokenizer.decode(answer).strip()
+        run.metrics.write("sample", step=step, prompt=prompt, text=text)
+        run.progress.say(f"[{title}] {prompt}\n    " + text.replace("\n", "\n    "))

@@ -1,0 +1,158 @@
+"""A run from its plan to the written model: built, trained, written and recorded."""
+
+import dataclasses
+import os
+import time
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+from engine.base.errors import Stopped
+from engine.base.files import read_json, write_json
+from engine.base.signals import Signals
+from engine.base.terminal import Progress
+from engine.data.batches import Batches
+from engine.distributed import fsdp
+from engine.distributed.world import World
+from engine.model.llama import Transformer, new_model
+from engine.output import checkpoint
+from engine.output.checkpoint import Checkpoint
+from engine.output.folder import METRICS, RUN, describe_environment, read_lines
+from engine.output.metrics import Metrics, NoMetrics
+from engine.output.report import write_report
+from engine.training.evaluation import evaluate_if_due
+from engine.training.loop import train
+from engine.training.loss_spikes import Spikes
+from engine.training.micro_batch_size import MicroBatchSize
+from engine.training.optimizer import AdamW
+from engine.training.plan import Plan, describe_plan
+from engine.training.resume import Start
+from engine.training.run import Run
+from engine.training.run_ahead import Feeder
+from engine.training.saving import States, load_checkpoint, write_model
+from engine.training.step import Steps
+
+
+def fine_tune(plan: Plan, world: World, signals: Signals, start: Start) -> None:
+    """Carry a plan out, from where it starts to the written model. The caller holds the output folder's lock.
+
+    Raises Stopped, with the state saved, on a signal; DivergedError, CriaError and OSError as the parts do.
+    """
+    config, out, found = plan.config, plan.out, start.checkpoint
+    if world.is_main:
+        checkpoint.remove_temporaries(out)
+        if config.resume == "never":
+            checkpoint.remove_later(out, -1)
+        print(describe_plan(plan, world))
+    model, optimizer = build_model(plan, world, found)
+    world.wait_for_all()  # every rank has read the checkpoint before any may remove it
+    start_step = found.step if found else 0
+    if found and world.is_main:
+        checkpoint.remove_later(out, start_step)
+        print(f"going on after step {start_step}, from {found.folder}")
+
+    record = describe_run(plan, world)
+    earlier_seconds = read_json(out / RUN).get("seconds", 0.0) if found else 0.0
+    began, status = time.monotonic(), "failed"
+    if world.is_main:
+        write_json(out / RUN, record | {"status": "running", "seconds": earlier_seconds})
+    batches = Batches(plan.train, plan.order, plan.packing, config.loss_norm == "micro-mean", world.size, world.rank)
+    with ExitStack() as stack:
+        run = begin_run(plan, world, signals, found, stack)
+        states = States(plan, run, optimizer, batches, saved_step=start_step if found else None)
+        try:
+            size = MicroBatchSize(plan, batches, world, run.progress.say, start.is_halved)
+            if plan.device.type == "cuda":
+                size.try_largest(model, optimizer)
+            evaluate_if_due(plan, run, states, model, start_step)
+            with Feeder(batches, model, plan.total_steps) as feeder:
+                steps = Steps(model, optimizer, feeder, config.grad_clip, world, signals.pending, size)
+                train(plan, run, states, steps, model, start_step + 1)
+            write_model(plan, run, states, model)
+            status = "done"
+        except Stopped:
+            status = "stopped"
+            raise
+        finally:
+            states.close()
+            if world.is_main:
+                record["facts"] = plan.recorded_facts(batches.packing.max_tokens)
+                seconds = earlier_seconds + time.monotonic() - began
+                end_run(plan, run, record | {"status": status, "seconds": seconds})
+    if world.is_main:
+        print(f"the model is in {out}, the report in {out / 'report.html'}")
+
+
+def build_model(plan: Plan, world: World, found: Checkpoint | None) -> tuple[Transformer, AdamW]:
+    """Return the model and its optimizer, with the state of the checkpoint or that of step 0.
+
+    Each rank allocates and reads only its own rows.
+    """
+    config = plan.config
+    shard = partial(fsdp.shard_model, world=world) if world.size > 1 else None
+    model = new_model(
+        plan.model_config, plan.device, plan.dtype, plan.kernels, config.recompute,
+        accumulate=not config.optimizer_in_backward, shard=shard,
+    )  # fmt: skip
+    if found is None:
+        local = fsdp.local_shards(model)
+        if plan.source:
+            plan.source.read_into(model, local)
+        else:
+            model.init_weights(config.seed, local)
+    optimizer = AdamW(
+        model, beta1=config.beta1, beta2=config.beta2, eps=config.adam_eps, weight_decay=config.weight_decay,
+        master=config.master_weights, states=config.optimizer_states, seed=config.seed, impl=plan.kernels,
+        offload=config.offload_optimizer, in_backward=config.optimizer_in_backward,
+    )  # fmt: skip
+    if found:
+        load_checkpoint(found, optimizer)
+    return model, optimizer
+
+
+def describe_run(plan: Plan, world: World) -> dict[str, Any]:
+    """Return what run.json records of a run that has just begun."""
+    return {
+        "status": "running",
+        "config": dataclasses.asdict(plan.config),
+        "model": {
+            "name": plan.config.model,
+            "parameters": plan.model_config.n_parameters,
+            **dataclasses.asdict(plan.model_config),
+        },
+        "data": plan.train.counts | {"held_out": len(plan.held_out) if plan.held_out else 0},
+        "total_steps": plan.total_steps,
+        "facts": plan.recorded_facts(plan.packing.max_tokens),
+        "environment": describe_environment(plan.device) | {"ranks": world.size, "replicas": world.replicas},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def begin_run(plan: Plan, world: World, signals: Signals, found: Checkpoint | None, stack: ExitStack) -> Run:
+    """Open metrics.jsonl and the progress bar, and read what a resumed run reported already.
+
+    From here on a signal is noted, not obeyed at once. Rank 0 alone writes metrics and speaks.
+    """
+    metrics = Metrics(plan.out / METRICS, found.step if found else None) if world.is_main else NoMetrics()
+    lines = world.on_main(lambda: read_lines(plan.out / METRICS))
+    spikes = Spikes(plan.config.spike_threshold)
+    spikes.replay(lines)
+    signals.training = True
+    quiet = None if world.is_main else stack.enter_context(open(os.devnull, "w"))
+    progress = Progress(plan.total_steps, found.step if found else 0, every=plan.config.log_every, file=quiet)
+    stack.enter_context(progress)
+    reported = frozenset((line["event"], line.get("step")) for line in lines)
+    return Run(world, signals, progress, metrics, spikes, reported)
+
+
+def end_run(plan: Plan, run: Run, record: dict[str, Any]) -> None:
+    """Record how the run ended, for whoever looks later. A disk too full for that must not hide how it ended."""
+    status, seconds = record["status"], record["seconds"]
+    try:
+        write_json(plan.out / RUN, record)
+        run.metrics.write("end", step=plan.total_steps if status == "done" else None, seconds=seconds, status=status)
+        write_report(plan.out)
+    except OSError as error:
+        run.progress.say(f"warning: run.json, metrics.jsonl or report.html is not up to date ({error.strerror})")
+    finally:
+        run.metrics.close()

@@ -1,0 +1,36 @@
+"""The training loop."""
+
+from engine.model.llama import Transformer
+from engine.training.evaluation import evaluate_if_due
+from engine.training.optimizer import lr_factor
+from engine.training.plan import Plan
+from engine.training.run import Run
+from engine.training.saving import States
+from engine.training.step import Steps
+from engine.training.step_report import report_step
+
+
+def train(plan: Plan, run: Run, states: States, steps: Steps, model: Transformer, first_step: int) -> None:
+    """Take the steps from first_step to the last, report each, and evaluate and save where that is due.
+
+    Raises Stopped, with the state saved, on a signal, and DivergedError when the loss stops being a number.
+    """
+    config = plan.config
+    for step in range(first_step, plan.total_steps + 1):
+        lr = config.lr * lr_factor(config.lr_schedule, step, plan.total_steps, config.warmup_ratio)
+        run.world.note_place(f"step {step}")
+        was_taken = steps.take_step(step, lr)
+        wait = not was_taken or not plan.runs_ahead or plan.must_wait_after(step) or run.is_asked_to_stop()
+        for report in steps.finished(wait):
+            report_step(plan, run, states, report)
+        if not was_taken:
+            states.stop_run(step - 1)
+
+        evaluate_if_due(plan, run, states, model, step)
+        if plan.saves_on_the_way and plan.is_due(config.save_every, step):
+            states.save(step)
+        states.report_written()
+        if run.is_asked_to_stop():
+            for report in steps.finished(wait=True):
+                report_step(plan, run, states, report)
+            states.stop_run(step)

@@ -1,0 +1,97 @@
+"""What is decided about a run before its weights are loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.base.device import cpu_multiplies_bf16
+from engine.base.terminal import plural
+from engine.data.batches import Order
+from engine.data.dataset import Dataset
+from engine.data.packing import Packing
+from engine.distributed.world import World
+from engine.formats.source import Source
+from engine.model.config import ModelConfig
+from engine.planning.memory import state_bytes
+from engine.planning.setting import describe_mesh
+from engine.text.tokenizer import Tokenizer
+from engine.training.config import FinetuneConfig
+from engine.training.planning_input import setting_from_config
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run as prepare() decided it. Nothing in it changes while the run goes on."""
+
+    config: FinetuneConfig
+    out: Path
+    device: torch.device
+    dtype: torch.dtype
+    kernels: str  # "triton" or "ref"
+    model_config: ModelConfig
+    source: Source | None  # None: random weights
+    tokenizer: Tokenizer
+    train: Dataset
+    held_out: Dataset | None
+    sample_prompts: list[str]
+    total_steps: int
+    packing: Packing  # of a step, on each rank; MicroBatchSize halves its budget once where memory runs out
+    replicas: int  # of the model, over the ranks
+    facts: dict  # what a checkpoint records and a resumed run must agree with, but for max_tokens
+
+    @property
+    def order(self) -> Order:
+        return Order(len(self.train), self.config.global_batch_size, self.config.seed, self.config.shuffle)
+
+    @property
+    def saves_on_the_way(self) -> bool:
+        """Whether training states are saved while the run goes on, not only when a signal asks for one."""
+        return self.config.save_every not in ("off", "end")
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the host gives the device the next step before it has read how this one went.
+
+        A step whose loss is a spike may be undone, so with --spike-rollback the host waits.
+        """
+        return self.device.type == "cuda" and not self.config.spike_rollback
+
+    def is_due(self, every: str, step: int) -> bool:
+        """Return whether something that happens every so often happens after this step.
+
+        every is "off", "end", "epoch" or a number of steps. Unless it is off, it happens after step 0 and the last too.
+        """
+        if every == "off" or step in (0, self.total_steps):
+            return every != "off"
+        return every != "end" and step % (self.order.steps_per_epoch if every == "epoch" else int(every)) == 0
+
+    def must_wait_after(self, step: int) -> bool:
+        """Return whether something is due after this step that must know how the step went."""
+        config = self.config
+        evaluates = self.held_out is not None and self.is_due(config.eval_every, step)
+        saves = self.saves_on_the_way and self.is_due(config.save_every, step)
+        return evaluates or saves or self.is_due(config.sample_every, step) or step == self.total_steps
+
+    def recorded_facts(self, max_tokens: int) -> dict:
+        """Return the facts that checkpoints and run.json record, with the micro-batch tokens in use."""
+        return self.facts | {"max_tokens": max_tokens}
+
+
+def describe_plan(plan: Plan, world: World) -> str:
+    """Return what is about to happen, in two lines."""
+    c, config = plan.model_config, plan.config
+    state = state_bytes(c, setting_from_config(config, plan.dtype))
+    total_bytes = 2 * state.weights + state.master + state.states
+    ranks = f", on {world.size} ranks: {describe_mesh(world.n_shards, world.replicas)}" if world.size > 1 else ""
+    slow = ""
+    if plan.device.type == "cpu" and plan.dtype == torch.bfloat16 and not cpu_multiplies_bf16():
+        slow = " (this CPU has no bf16 instructions: --dtype fp32 is faster)"
+    examples = f" and {config.micro_batch_size} examples" if config.micro_batch_size else ""
+    return (
+        f"model: {config.model}, {c.n_parameters / 1e6:.1f}M parameters, {plan.facts['dtype']} on {plan.device}, "
+        f"kernels: {plan.kernels}{slow}; weights, gradients and optimizer {total_bytes / 1e9:.2f} GB{ranks}\n"
+        f"plan: {plan.total_steps} steps of {config.global_batch_size} examples in micro-batches of at most "
+        f"{plan.packing.max_tokens} tokens{examples}; "
+        f"{len(plan.train)} examples, {plural(config.epochs, 'epoch')}{' at most' if config.max_steps else ''}"
+    )

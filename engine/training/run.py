@@ -1,0 +1,28 @@
+"""A run under way, as one of its processes sees it: what it may ask, where it writes, what it counts."""
+
+from dataclasses import dataclass
+
+from engine.base.signals import Signals
+from engine.base.terminal import Progress
+from engine.distributed.world import World
+from engine.output.metrics import Metrics, NoMetrics
+from engine.training.loss_spikes import Spikes
+
+
+@dataclass
+class Run:
+    """The ranks, the signals, the reports and the counts of a run."""
+
+    world: World
+    signals: Signals
+    progress: Progress
+    metrics: Metrics | NoMetrics
+    spikes: Spikes
+    reported: frozenset[tuple[str, int | None]]  # (event, step) that metrics.jsonl held when the run was resumed
+    n_signals: int = 0  # ranks that a signal had reached in the last step that was reported
+    n_skipped: int = 0  # steps in a row without a finite loss
+    n_spikes: int = 0  # spikes in a row
+
+    def is_asked_to_stop(self) -> bool:
+        """Return whether a signal asks the run to end. Ranks agree, since each asks what the last step said to all."""
+        return self.signals.pending() if self.world.size == 1 else self.n_signals > 0

@@ -1,0 +1,152 @@
+"""One optimizer step: the gradients of a global batch, their norm over all ranks, clipping, one update.
+
+The host never waits for the step under way. It reads the figures of a step after it has given the device the gradients of
+the next one, just before that step's update, whose bias corrections need to know whether the earlier update counted.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from engine.data.batches import StepBatch
+from engine.distributed.fsdp import set_last_micro_batch
+from engine.distributed.world import World
+from engine.model.llama import Transformer
+from engine.training.micro_batch_size import MicroBatchSize
+from engine.training.optimizer import AdamW
+from engine.training.run_ahead import Feeder, Figures, Mark
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """How a step went, as every rank knows it."""
+
+    step: int
+    lr: float
+    loss: float  # a loss token of the global batch, over all ranks
+    grad_norm: float  # before clipping, over all ranks
+    is_finite: bool  # loss and norm are numbers, and the weights were updated
+    updated_in_backward: bool  # layers were updated as backward went, whether or not the rest was finite
+    n_signals: int  # ranks that a signal had reached
+    seconds: float  # between the step's begin and its end on the device
+    n_tokens: int  # of the global batch, as its examples hold them
+    n_computed_tokens: int  # of all ranks
+    n_loss_tokens: int  # of the global batch
+    examples: np.ndarray  # of the global batch
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """A step that the device has been given and whose figures the host has not read."""
+
+    step: int
+    lr: float
+    batch: StepBatch
+    began: Mark
+    updated_in_backward: bool
+    figures: Figures  # loss, norm, is finite; on several ranks also computed tokens and signals
+
+
+class Steps:
+    """Takes the optimizer steps of a model, and reads how each went when the device is busy with the next.
+
+    has_signal says whether a signal asks this process to stop; size halves micro-batches that run out of memory.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        optimizer: AdamW,
+        feeder: Feeder,
+        grad_clip: float,
+        world: World | None = None,
+        has_signal: Callable[[], bool] = lambda: False,
+        size: MicroBatchSize | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.feeder, self.grad_clip = model, optimizer, feeder, grad_clip
+        self.world, self.has_signal, self.size = world or World(), has_signal, size
+        self.pending: PendingStep | None = None
+        self.reports: list[StepReport] = []  # read, and not yet handed out
+
+    def take_step(self, step: int, lr: float) -> bool:
+        """Give the device one optimizer step, and read the figures of the step before.
+
+        Returns False, with nothing changed, where a signal asks a lone process to stop before all gradients are there.
+        Ranks, which must agree on that, end the step first.
+        """
+        began = Mark(self.model.norm.device)
+
+        def compute():
+            return self.compute_gradients(step, lr)
+
+        computed = self.size.run_within_memory(compute, self.optimizer, self.feeder) if self.size else compute()
+        self.read_pending()
+        if computed is None:
+            return False
+        batch, loss = computed
+        in_backward = self.optimizer.begun is not None
+        loss, norm, shared = self.sum_over_ranks(loss, self.optimizer.grad_norm(), batch.n_computed_tokens)
+        is_finite = torch.isfinite(loss + norm)
+        self.optimizer.step(lr, norm, self.grad_clip, apply=is_finite)
+        self.optimizer.zero_grad()
+        self.pending = PendingStep(step, lr, batch, began, in_backward, Figures(loss, norm, is_finite, *shared))
+        return True
+
+    def finished(self, wait: bool) -> list[StepReport]:
+        """Return the reports of steps whose figures are read and not handed out yet. wait: read the newest step's too."""
+        if wait:
+            self.read_pending()
+        reports, self.reports = self.reports, []
+        return reports
+
+    def compute_gradients(self, step: int, lr: float) -> tuple[StepBatch, torch.Tensor] | None:
+        """Run this rank's micro-batches of a step, forward and backward.
+
+        Returns them with their summed loss, a scalar on the device; None when a signal asks a lone process to stop.
+        """
+        batch = self.feeder.take(step)
+        loss = torch.zeros((), device=self.model.norm.device)
+        for i, micro_batch in enumerate(batch.micro_batches, 1):
+            if self.world.size == 1 and self.has_signal():
+                return None
+            set_last_micro_batch(self.model, i == len(batch.micro_batches))
+            part = self.model.loss(micro_batch)
+            if self.optimizer.in_backward and len(batch.micro_batches) == 1:
+                self.optimizer.begin(lr, part)
+            part.backward()
+            loss += part.detach()
+        return batch, loss
+
+    def sum_over_ranks(
+        self, loss: torch.Tensor, norm: torch.Tensor, n_computed_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """Return loss, gradient norm, and [computed tokens, ranks that a signal reached], over all ranks, on the device.
+
+        On one rank the list is empty: the host has these numbers. torch.full, not a copy, which would wait for the GPU.
+        """
+        if self.world.size == 1:
+            return loss, norm, []
+        square = norm.double().square()
+        if self.world.replicas > 1:  # each replica holds every gradient
+            square = square / self.world.replicas
+        host = n_computed_tokens, self.has_signal()
+        filled = [torch.full((), float(n), dtype=torch.float64, device=loss.device) for n in host]
+        loss, square, *shared = self.world.sum_over_ranks(torch.stack([loss.double(), square, *filled]))
+        return loss, square.sqrt().float(), shared
+
+    def read_pending(self) -> None:
+        """Wait for the figures of the step under way, if there is one, and keep its report."""
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        loss, norm, is_finite, *shared = pending.figures.read()
+        n_computed_tokens, n_signals = map(int, shared) if shared else (pending.batch.n_computed_tokens, 0)
+        if not is_finite:
+            self.optimizer.n_updates -= 1  # the device has left this update out
+        self.reports.append(StepReport(
+            pending.step, pending.lr, loss, norm, bool(is_finite), pending.updated_in_backward, n_signals,
+            pending.figures.mark.seconds_since(pending.began), pending.batch.n_tokens, n_computed_tokens,
+            pending.batch.n_loss_tokens, pending.batch.examples,
+        ))  # fmt: skip
