@@ -1,6 +1,7 @@
 """What a run trains on, in numbers: the tokens of a step, those computed and those with a loss, and how a step is cut
 into micro-batches. The numbers come from a tokenised dataset, or from the lengths of 9,229 of Alpaca's rows."""
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,24 +81,40 @@ def mean_mix(what: str, n_examples: int, steps: np.ndarray, recipe: Recipe) -> M
     )  # fmt: skip
 
 
-def alpaca_mix(recipe: Recipe, rows: int = ALPACA_ROWS, what: str = "") -> Mix:
-    """Return the Mix of Alpaca, or of another dataset of so many rows with Alpaca's lengths."""
+def alpaca_order(max_length: int, train_on_prompt: bool, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the tokens of each of Alpaca's rows, those with a loss, and an epoch's order of the rows that have any."""
     found = alpaca_lengths()
-    lengths = np.minimum(found.prompt + found.response, recipe.max_length).astype(float)
-    loss = lengths - (1 if recipe.train_on_prompt else np.minimum(found.prompt, lengths))
-    order = permute_examples(len(lengths), recipe.seed, 0)
-    order = order[loss[order] > 0]
-    if not len(order):
-        raise UsageError(f"--max-length {recipe.max_length} leaves no row a token of its response")
-    steps, size = [], examples_per_card(recipe, len(order))
+    lengths = np.minimum(found.prompt + found.response, max_length).astype(float)
+    loss = lengths - (1 if train_on_prompt else np.minimum(found.prompt, lengths))
+    order = permute_examples(len(lengths), seed, 0)
+    return lengths, loss, order[loss[order] > 0]
+
+
+@functools.cache
+def alpaca_steps(max_length: int, train_on_prompt: bool, seed: int, share_prefix: bool, size: int) -> np.ndarray:
+    """Return step_numbers() of all steps of `size` examples that Alpaca's rows give, (steps, 6). Read-only."""
+    found, steps = alpaca_lengths(), []
+    lengths, loss, order = alpaca_order(max_length, train_on_prompt, seed)
     for first in range(0, len(order) - size + 1, size):
         step = order[first : first + size]
         templates = [(n, np.flatnonzero(found.has_input[step] == kind)) for kind, n in enumerate(found.shared_prefix)]
-        groups = [(min(n, recipe.max_length), g) for n, g in templates if len(g) > 1 and recipe.share_prefix]
+        groups = [(min(n, max_length), g) for n, g in templates if len(g) > 1 and share_prefix]
         steps.append(step_numbers(lengths[step], loss[step], groups))
+    numbers = np.array(steps)
+    numbers.flags.writeable = False
+    return numbers
+
+
+def alpaca_mix(recipe: Recipe, rows: int = ALPACA_ROWS, what: str = "") -> Mix:
+    """Return the Mix of Alpaca, or of another dataset of so many rows with Alpaca's lengths."""
+    lengths, _, order = alpaca_order(recipe.max_length, recipe.train_on_prompt, recipe.seed)
+    if not len(order):
+        raise UsageError(f"--max-length {recipe.max_length} leaves no row a token of its response")
+    size = examples_per_card(recipe, len(order))
+    steps = alpaca_steps(recipe.max_length, recipe.train_on_prompt, recipe.seed, recipe.share_prefix, size)
     scale = min(1, rows / recipe.n_cards / size)  # fewer rows than a step holds
     kept_rows = round(rows * len(order) / len(lengths))
-    return mean_mix(what or f"Alpaca, {kept_rows:,} rows", kept_rows, np.array(steps) * scale, recipe)
+    return mean_mix(what or f"Alpaca, {kept_rows:,} rows", kept_rows, steps * scale, recipe)
 
 
 def dataset_mix(train: Dataset, recipe: Recipe) -> Mix:

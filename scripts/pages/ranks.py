@@ -6,6 +6,7 @@
 Every number is engine.estimate's projection: none was measured on several GPUs.
 """
 
+import contextlib
 import sys
 import textwrap
 from pathlib import Path
@@ -100,20 +101,18 @@ def estimate(card: str, n_cards: int, config: FinetuneConfig) -> Estimate:
     return estimate_run(MODELS[config.model], find_card(card), alpaca_mix(recipe), recipe, setting)
 
 
-def estimates(card: str, model: str, states: str) -> dict[int | None, Estimate | None]:
-    """Return the estimate for each number of replicas, None for auto; it is None where 8-bit blocks would be cut."""
-    found: dict[int | None, Estimate | None] = {}
-    for r in (None, *LAYOUTS):
-        try:
+def estimates(card: str, model: str, states: str) -> dict[int, Estimate]:
+    """Return the estimate for each number of replicas, without those that would cut blocks of 8-bit states."""
+    found = {}
+    for r in LAYOUTS:
+        with contextlib.suppress(UsageError):
             found[r] = estimate(card, GPUS, config_of(model, replicas=r, optimizer_states=states))
-        except UsageError:
-            found[r] = None
     return found
 
 
-def fits(found: Estimate | None) -> bool:
-    """Return whether there is an estimate, of a run that fits."""
-    return found is not None and found.fits
+def auto_replicas(card: str, model: str, states: str) -> int:
+    """Return the number of replicas that --replicas auto takes."""
+    return estimate(card, GPUS, config_of(model, optimizer_states=states)).outcome.setting.replicas
 
 
 def mesh_name(replicas: int, n_cards: int = GPUS) -> str:
@@ -132,12 +131,11 @@ def table(head: tuple[str, ...], rows: list[tuple]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
-def costs_table(found: dict[int | None, Estimate | None]) -> str:
-    """Return the table of each mesh's memory, bytes, seconds and money."""
-    auto = found[None].outcome.setting.replicas
-    rows = []
+def costs_table(found: dict[int, Estimate], auto: int) -> str:
+    """Return the table of each mesh's memory, bytes, seconds and money; auto's is in bold."""
+    rows: list[tuple[str, ...]] = []
     for r in LAYOUTS:
-        way, name = found[r], f"**{mesh_name(r)}**" if r == auto else mesh_name(r)
+        way, name = found.get(r), f"**{mesh_name(r)}**" if r == auto else mesh_name(r)
         if way is None:
             rows.append((name, "8-bit blocks would be cut"))
             continue
@@ -162,11 +160,13 @@ def costs_table(found: dict[int | None, Estimate | None]) -> str:
     return table(head, rows)
 
 
-def blocks_table(found: dict[int | None, Estimate | None]) -> str:
+def blocks_table(found: dict[int, Estimate]) -> str:
     """Return the table of a block's collectives beside its computing, of each mesh that fits."""
     rows = []
-    for r in filter(lambda r: fits(found[r]), LAYOUTS):
-        p = found[r].outcome.projection
+    for r, way in found.items():
+        if not way.fits:
+            continue
+        p = way.outcome.projection
         sent, (forward, backward) = p.traffic, p.block_s
         gather, reduce, sums = sent.of_group(0, True)
         mb = " / ".join(f"{n / 1e6:,.0f}" for n in (sent.gather[0], sent.reduce[0], sent.sum[0]))
@@ -182,35 +182,35 @@ def blocks_table(found: dict[int | None, Estimate | None]) -> str:
     return table(head, rows)
 
 
-def verdict(found: dict[int | None, Estimate | None]) -> str:
+def verdict(found: dict[int, Estimate], auto: int) -> str:
     """Return the sentence that names the mesh auto takes, and how much faster another would be."""
-    step_s = {r: way.outcome.projection.seconds["total"] for r, way in found.items() if fits(way)}
-    auto = found[None].outcome.setting.replicas
-    fastest = min((r for r in LAYOUTS if r in step_s), key=step_s.__getitem__)
+    step_s = {r: way.outcome.projection.seconds["total"] for r, way in found.items() if way.fits}
+    fastest = min(step_s, key=step_s.__getitem__)
     taken = f"`--replicas` auto takes {mesh_name(auto)}"
     if fastest == auto:
         return taken + ", projected to be the fastest that fits."
-    late_ms = 1e3 * (found[None].outcome.projection.seconds["total"] - step_s[fastest])
+    late_ms = 1e3 * (step_s[auto] - step_s[fastest])
     return taken + f"; {mesh_name(fastest)} is projected to be {late_ms:.0f} ms a step faster."
 
 
 def case(card: str, model: str, states: str) -> str:
     """Return the section of one GPU, model and kind of optimizer states."""
-    found = estimates(card, model, states)
+    found, auto = estimates(card, model, states), auto_replicas(card, model, states)
     title = f"### {GPUS} x {card}, {model}, {states} states"
-    return "\n".join((f"{title}\n", costs_table(found), f"{verdict(found)}\n", blocks_table(found)))
+    return "\n".join((f"{title}\n", costs_table(found, auto), f"{verdict(found, auto)}\n", blocks_table(found)))
 
 
 def tokens_that_hide(card_name: str, model: str, replicas: int) -> int:
     """Return the fewest tokens of a micro-batch of Alpaca's rows during which computing hides its communication."""
     c, card = MODELS[model], find_card(card_name)
-    mix = alpaca_mix(recipe_from_config(config_of(model), GPUS))
+    speed, mix = rates(card), alpaca_mix(recipe_from_config(config_of(model), GPUS))
     whole = mix.own + mix.prefix
     sent = step_traffic(c, card, torch.bfloat16, GPUS // replicas, replicas)
 
     def waits(tokens: int) -> bool:
-        work = Work(tokens, *(tokens * n / whole for n in (mix.loss_rows, mix.pairs, mix.query_pairs)), 1)
-        seconds = step_seconds(c, card, rates(card), work, Setting(), update_bytes=0)
+        part = tokens / whole
+        work = Work(tokens, part * mix.loss_rows, part * mix.pairs, part * mix.query_pairs, micro_batches=1)
+        seconds = step_seconds(c, card, speed, work, Setting(), update_bytes=0)
         late = sent.late(1, *block_seconds(c, work, "cheap", sum(seconds[kind] for kind in COMPUTING)))
         return late["forward"] + late["backward"] > 0
 

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+from engine.base.errors import UsageError
 from engine.data import packing
 from engine.data.dataset import Dataset
 from engine.data.prefixes import find_shared_prefixes
-from engine.planning.workload import alpaca_mix, cut_into_micro_batches, step_numbers
+from engine.planning.workload import alpaca_mix, cut_into_micro_batches, examples_per_card, step_numbers
 from tests.helpers.planning import recipe_of
 
 
@@ -60,3 +61,9 @@ def test_a_cards_share_of_the_mix():
     assert whole.largest / 8 < share.largest < whole.largest / 2
     few = alpaca_mix(recipe_of(8), rows=64)
     assert (few.per_step, few.examples) == (8, 64) and few.logical == pytest.approx(share.logical / 2)
+
+
+def test_fewer_examples_than_cards():
+    with pytest.raises(UsageError, match="24 examples are too few for --gpus 32; pass 24 or fewer"):
+        examples_per_card(recipe_of(32), 24)
+    assert examples_per_card(recipe_of(8), 24) == 3
