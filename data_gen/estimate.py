@@ -2,99 +2,107 @@
 
 python -m data_gen.estimate --rows 52000                      # every model of the price table
 python -m data_gen.estimate --model gpt-4.1-nano --batch
-python -m data_gen.estimate --model gpt-4.1-nano --out out/data   # by what a run there has shown so far
+python -m data_gen.estimate --model gpt-4.1-nano --out out/data   # by the answers of a run so far
 """
 
 import json
 import math
 import statistics
-from dataclasses import dataclass
+from argparse import Namespace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table as Grid
+from rich.table import Table
 
+from data_gen.api.attempt import Asker
 from data_gen.api.client import Dialect, Sampling
-from data_gen.api.collector import make_ask
-from data_gen.api.ledger import NAME, Ledger
-from data_gen.api.prices import Price, price_of, read_table, usd
-from data_gen.api.progress import clock
+from data_gen.api.flags import add_request_flags, check_language, parse_count
+from data_gen.api.ledger import LEDGER_NAME, Ledger
+from data_gen.api.prices import Price, PriceTable, find_price, format_usd, read_price_table
+from data_gen.api.progress import format_clock
 from data_gen.api.prompt import Prompter, read_seed_tasks
-from data_gen.base.cli import Parser, UsageError, run
-from data_gen.generate import add_request_flags, check_language, count
+from data_gen.base.cli import Parser, UsageError, run_command
 
-# Where no run has shown better. Bytes a token: English under byte-level BPE with a vocabulary of 100K to 200K.
-BYTES_A_TOKEN = 4.3
+# Assumptions without a run.
+BYTES_A_TOKEN = 4.3  # of English, in byte-level BPE with a vocabulary of 100K to 200K
 TOKENS_A_TASK = 83  # 20 tasks in about 1,660 tokens
 KEPT_SHARE = 0.5  # of tasks, after filters and de-duplication, on the way to 52,000 rows
 TOKENS_A_SECOND = 60  # of one request
-N_PROMPTS = 200  # that are drawn and measured
+N_PROMPTS = 200  # drawn to measure their size
 
 
 @dataclass(frozen=True)
 class Means:
-    """Of one request."""
+    """The means over requests."""
 
     input_tokens: float
     output_tokens: float
     rows: float
-    source: str
+    source: str  # of the numbers
 
 
-def parser():
-    flags = Parser("estimate", __doc__.split("\n\n")[0])
+def build_parser() -> Parser:
+    """Return the parser of the command line."""
+    flags = Parser("estimate", (__doc__ or "").split("\n\n")[0])
     add_request_flags(flags)
     flags.add_argument("--out", type=Path, help="folder of a run, whose tokens and yield are taken")
-    flags.add_argument("--concurrency", type=count, default=32, help="requests in flight")
+    flags.add_argument("--concurrency", type=parse_count, default=32, help="requests in flight")
     flags.add_argument("--batch", action="store_true", help="at the price of the Batch API")
     return flags
 
 
-def main(argv):
-    options = parser().parse_args(argv)
+def main(argv: list[str]) -> None:
+    """Print an estimate for one model, or for every model of the price table."""
+    options = build_parser().parse_args(argv)
     check_language(options.language)
     seeds = read_seed_tasks(options.seed_tasks)
     prompter = Prompter(seeds, options.seed, options.tasks_per_request, options.examples, options.language)
     sampling = Sampling(options.model or "", options.max_output_tokens, options.temperature, options.extra)
-    means = shown(options.out) if options.out else assumed(prompter, sampling)
-    table = read_table(options.prices)
+    asker = Asker(prompter, sampling, Price(0, 0))
+    means = measure_means(options.out) if options.out else assume_means(asker)
+    table = read_price_table(options.prices)
     if options.model:
-        prices = {options.model: price_of(options.model, options.base_url, table, options.price_in, options.price_out)}
+        prices = {
+            options.model: find_price(options.model, options.base_url, table, options.price_in, options.price_out)
+        }
     else:
-        prices = {name: price_of(name, options.base_url, table, *pair) for name, pair in table.models.items()}
-    tell(options, means, prices, table, prompter, sampling)
+        prices = {name: find_price(name, options.base_url, table, *pair) for name, pair in table.models.items()}
+    print_estimate(options, means, prices, table, asker)
 
 
-def assumed(prompter, sampling) -> Means:
-    """By the bytes of real prompts, and by the constants above."""
-    ask = make_ask(prompter, sampling, Price(0, 0))
-    sizes = [len(json.dumps(ask(number, Dialect()).body, ensure_ascii=False).encode()) for number in range(N_PROMPTS)]
+def assume_means(asker: Asker) -> Means:
+    """Return the means by the bytes of real prompts and the constants above."""
+    bodies = [asker.prepare(number, Dialect()).body for number in range(N_PROMPTS)]
+    sizes = [len(json.dumps(body, ensure_ascii=False).encode()) for body in bodies]
     source = (
         f"{N_PROMPTS} prompts at {BYTES_A_TOKEN} bytes a token; {TOKENS_A_TASK} tokens a task, of which half are kept"
     )
-    output = min(prompter.n_tasks * TOKENS_A_TASK, sampling.max_output_tokens)  # an answer is cut off there
+    output = min(asker.prompter.n_tasks * TOKENS_A_TASK, asker.sampling.max_output_tokens)  # an answer is cut off there
     rows = output / TOKENS_A_TASK * KEPT_SHARE
     return Means(statistics.mean(sizes) / BYTES_A_TOKEN, output, rows, f"assumed: {source}")
 
 
-def shown(folder) -> Means:
-    """By the run in folder. Raises UsageError where it has no answer yet."""
+def measure_means(folder: Path) -> Means:
+    """Return the means of the run in a folder. Raise UsageError if it has no row yet."""
     try:
         about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         kept = about["counts"]["kept"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{folder}/run.json tells no rows ({error}); wanted the folder of a run") from error
     ledger = Ledger(folder, create=False)
-    totals = ledger.totals()
+    totals = ledger.compute_totals()
     ledger.close()
     if not totals.answers or not kept:
-        raise UsageError(f"{folder / NAME} has no answer with a row yet; leave --out away for an estimate without one")
+        raise UsageError(
+            f"{folder / LEDGER_NAME} has no answer with a row yet; leave --out away for an estimate without one"
+        )
     n = totals.answers
     return Means(totals.input_tokens / n, totals.output_tokens / n, kept / n, f"shown by {n:,} answers in {folder}")
 
 
-def tell(options, means, prices, table, prompter, sampling):
-    """A table, the cheapest model first."""
+def print_estimate(options: Namespace, means: Means, prices: dict[str, Price], table: PriceTable, asker: Asker) -> None:
+    """Print the requests and tokens, a table of the models' dollars, the cheapest first, and the hours."""
     requests = math.ceil(options.rows / means.rows)
     hours = requests * means.output_tokens / TOKENS_A_SECOND / options.concurrency / 3600
     console = Console(highlight=False)
@@ -105,18 +113,19 @@ def tell(options, means, prices, table, prompter, sampling):
     )  # fmt: skip
     rows = []
     for name, price in prices.items():
-        price = price.times(table.batch) if options.batch else price
-        total = requests * price.cost(math.ceil(means.input_tokens), math.ceil(means.output_tokens))
-        most = make_ask(prompter, sampling, price)(0, Dialect()).most
+        price = price.scale(table.batch) if options.batch else price
+        total = requests * price.compute_cost(math.ceil(means.input_tokens), math.ceil(means.output_tokens))
+        most = replace(asker, price=price).prepare(0, Dialect()).most
         rows.append((total, name, price, most))
-    grid = Grid("model", box=None, pad_edge=False)
+    grid = Table("model", box=None, pad_edge=False)
     for name in ("$/M in", "$/M out", "dollars", "$ a 1,000 rows", "one request at most"):
         grid.add_column(name, justify="right")
     for total, name, price, most in sorted(rows, key=lambda row: row[:2]):
-        each = (f"{price.input / 10**6:g}", f"{price.output / 10**6:g}", usd(total, 2))
-        grid.add_row(name, *each, usd(total * 1000 // options.rows, 3), usd(most))
+        each = (f"{price.input / 10**6:g}", f"{price.output / 10**6:g}", format_usd(total, 2))
+        grid.add_row(name, *each, format_usd(total * 1000 // options.rows, 3), format_usd(most))
     console.print(grid)
-    when = f"{clock(3600 * hours)} with {options.concurrency} in flight at {TOKENS_A_SECOND} tokens/s each (assumed)"
+    speed = f"{options.concurrency} in flight at {TOKENS_A_SECOND} tokens/s each (assumed)"
+    when = f"{format_clock(3600 * hours)} with {speed}"
     if options.batch:
         when = "answers within a day a round, two or three rounds"
     console.print(f"{when}; prices as of {table.as_of}", markup=False, soft_wrap=True)
@@ -128,4 +137,4 @@ def tell(options, means, prices, table, prompter, sampling):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -3,139 +3,68 @@
 python -m data_gen.generate --model gpt-4.1-nano --max-usd 10 --out out/data
 python -m data_gen.generate --base-url http://localhost:8000/v1 --model my-model --price-in 0 --price-out 0
 
-Give the same command again after a stop or a kill and it goes on; what was answered is never asked again.
+After a stop or a kill the same command goes on. No request is sent again whose answer was recorded.
 """
 
 import asyncio
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
-import re
 import signal
 import sys
 import time
-from argparse import ArgumentTypeError
-from decimal import Decimal
+from argparse import Namespace
 from pathlib import Path
 
+from data_gen.api.attempt import Asker, Limits
 from data_gen.api.batch import end_batches, run_batches
-from data_gen.api.client import Client, Sampling, key_for
-from data_gen.api.collector import Collector, make_ask
-from data_gen.api.ledger import Ledger
-from data_gen.api.prices import PICO, Budget, Price, host_of, money, price_of, read_table, usd
-from data_gen.api.progress import Progress, clock
+from data_gen.api.client import Client, Sampling, find_api_key
+from data_gen.api.collector import Collector
+from data_gen.api.flags import add_request_flags, check_language, parse_count, parse_dollars, parse_seconds
+from data_gen.api.ledger import Ledger, Totals
+from data_gen.api.prices import PICO, Budget, Price, find_price, format_usd, parse_host, read_price_table
+from data_gen.api.progress import Progress, format_clock
 from data_gen.api.prompt import Prompter, read_seed_tasks
 from data_gen.api.rate import Rate
-from data_gen.base.cli import Failure, Parser, Stopped, UsageError, run, tell, write_whole
-from data_gen.base.language import LANGUAGES
-from data_gen.report import write_report
+from data_gen.base.cli import Failure, Parser, Stopped, UsageError, print_text, run_command
+from data_gen.base.files import write_whole
+from data_gen.page.report import write_report
 from data_gen.rows.contamination import Decontaminator
 from data_gen.rows.curator import Curator
+from data_gen.rows.run_record import describe_run
 
-OPENAI = "https://api.openai.com/v1"
 
-
-def parser():
-    flags = Parser("generate", __doc__.split("\n\n")[0])
+def build_parser() -> Parser:
+    """Return the parser of the command line."""
+    flags = Parser("generate", (__doc__ or "").split("\n\n")[0])
     add_request_flags(flags)
     add = flags.add_argument
     add("--out", type=Path, default=Path("out/data"), help="folder of the ledger, the dataset and the report")
-    add(
-        "--max-usd", type=amount, help="never spend more than this, lost answers counted at the most they can have cost"
-    )
-    add("--concurrency", type=count, default=32, help="requests in flight at most; the server's limits are found out")
+    most_help = "never spend more than this, lost answers counted at the most they can have cost"
+    add("--max-usd", type=parse_dollars, help=most_help)
+    in_flight_help = "requests in flight at most; the server's limits are found out"
+    add("--concurrency", type=parse_count, default=32, help=in_flight_help)
     add("--batch", action="store_true", help="the Batch API: half the price, answers within a day")
-    add("--batch-tokens", type=count, help="prompt tokens enqueued at most, where your limit is known")
-    add("--poll", type=seconds, default=30, help="seconds between two looks at a batch")
+    add("--batch-tokens", type=parse_count, help="prompt tokens enqueued at most, where your limit is known")
+    add("--poll", type=parse_seconds, default=30, help="seconds between two looks at a batch")
     add("--decontaminate", nargs="+", type=Path, default=[], help="files of evaluation prompts that no row may match")
-    add("--timeout", type=seconds, default=600, help="seconds for one answer")
-    add("--patience", type=seconds, default=900, help="seconds without any answer after which to stop, resumably")
-    add(
-        "--max-attempts",
-        type=count,
-        default=8,
-        help="failures of one request, while others get through, before it is left out",
-    )
-    add("--backoff", type=seconds, default=1, help="seconds before a first retry; they double, at random, up to 60")
+    add("--timeout", type=parse_seconds, default=600, help="seconds for one answer")
+    patience_help = "seconds without any answer after which to stop, resumably"
+    add("--patience", type=parse_seconds, default=900, help=patience_help)
+    attempts_help = "failures of one request, while others get through, before it is left out"
+    add("--max-attempts", type=parse_count, default=8, help=attempts_help)
+    backoff_help = "seconds before a first retry; they double, at random, up to 60"
+    add("--backoff", type=parse_seconds, default=1, help=backoff_help)
     add("--replay", action="store_true", help="only make the dataset anew from the ledger; nothing is sent")
     add("--allow-changed", action="store_true", help="go on with other settings than the ledger was begun with")
     add("--quiet", action="store_true", help="no progress")
     return flags
 
 
-def add_request_flags(flags):
-    """Those that shape and price requests; data_gen.estimate has them too."""
-    add = flags.add_argument
-    add("--model", type=utf8, help="the model's name at the server")
-    add("--rows", type=count, default=52_000, help="rows to keep")
-    add("--base-url", default=os.environ.get("OPENAI_BASE_URL") or OPENAI, help="the server; also $OPENAI_BASE_URL")
-    add("--api-key-env", default="OPENAI_API_KEY", help="environment variable that holds the key")
-    add(
-        "--price-in",
-        type=amount,
-        help="dollars a million input tokens, where the table lacks the model; --batch halves it",
-    )
-    add("--price-out", type=amount, help="dollars a million output tokens")
-    add("--prices", type=Path, help="another table of prices than data_gen/prices.json")
-    add("--seed-tasks", type=Path, help="seed tasks of your own: Alpaca's fields, or self-instruct's instances")
-    add("--language", default="en", help=f"of the rows: {' '.join(sorted(LANGUAGES))}")
-    add("--seed", type=int, default=0, help="of the prompts' random choices")
-    add("--tasks-per-request", type=count, default=20, help="tasks that one prompt asks for")
-    add("--examples", type=count, default=3, help="seed tasks that one prompt shows")
-    add("--temperature", type=degree, default=1.0, help="of sampling, left out where the server refuses it")
-    add(
-        "--max-output-tokens", type=limit, default=4096, help="of one answer; with the prices, what it can cost at most"
-    )
-    add(
-        "--extra", type=fields, default={}, help='more fields of each request, as JSON: \'{"reasoning_effort": "low"}\''
-    )
-
-
-OURS = ("model", "messages", "n", "stream", "max_tokens", "max_completion_tokens")  # what --extra may not set
-
-
-def kind(wanted, convert, holds=lambda value: True):
-    """A converter of a flag's text whose error says what was wanted."""
-
-    def converted(text):
-        try:
-            value = convert(text)
-            if holds(value):
-                return value
-        except (ValueError, RecursionError):
-            pass
-        raise ArgumentTypeError(f"got {text!r}, wanted {wanted}")
-
-    return converted
-
-
-def json_value(text):
-    """Raises ValueError where the text is no JSON, or holds NaN or half a letter, which cannot be sent."""
-    value = json.loads(text)
-    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    return value
-
-
-utf8 = kind("UTF-8", lambda text: text.encode() and text)
-count = kind("a whole number of at least 1", int, lambda n: n >= 1)
-limit = kind("a whole number from 1 to a million", int, lambda n: 1 <= n <= 10**6)
-seconds = kind("seconds above 0", float, lambda s: 0 < s < 1e9)
-amount = kind("dollars from 0 to a million", money)
-degree = kind("a number from 0 to 2", float, lambda t: 0 <= t <= 2)
-fields = kind(
-    f"a JSON object without {', '.join(OURS)}",
-    json_value,
-    lambda value: isinstance(value, dict) and not set(value) & set(OURS),
-)
-
-
-def check(options):
-    """Everything that can be known to be wrong before anything is done."""
+def check_options(options: Namespace) -> None:
+    """Raise UsageError for a command line that cannot work."""
     if not options.model and not options.replay:
         raise UsageError("--model is missing; pass the model's name at the server")
-    host_of(options.base_url)
+    parse_host(options.base_url)
     check_language(options.language)
     if options.patience <= options.timeout and not options.replay:
         raise UsageError(f"--patience {options.patience:g} is not longer than --timeout {options.timeout:g}")
@@ -145,31 +74,37 @@ def check(options):
         raise UsageError(f"--prices {options.prices} is not there")
 
 
-def check_language(code):
-    if code not in LANGUAGES:
-        raise UsageError(f"--language is {code!r}, wanted one of {' '.join(sorted(LANGUAGES))}")
-
-
-def main(argv):
-    options = parser().parse_args(argv)
+def main(argv: list[str]) -> None:
+    """Generate or replay a dataset, and write it with its record and report."""
+    options = build_parser().parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    check(options)
+    check_options(options)
     seeds = read_seed_tasks(options.seed_tasks)
     decontaminator = Decontaminator(options.decontaminate) if options.decontaminate else None
     curator = Curator(options.rows, seeds, options.language, decontaminator)
     started = time.monotonic()
+    failure: Failure | None = None
     if options.replay:
-        ledger, price = Ledger(options.out, create=False), Price(0, 0)
-        status, budget, failure = replay(ledger, curator, options.quiet), Budget(None), None
+        ledger, price, budget = Ledger(options.out, create=False), Price(0, 0), Budget(None)
+        status = replay_ledger(ledger, curator, options.quiet)
     else:
-        table = read_table(options.prices)
-        price = price_of(options.model, options.base_url, table, options.price_in, options.price_out)
-        key = key_for(options.base_url, os.environ, options.api_key_env)
+        table = read_price_table(options.prices)
+        price = find_price(options.model, options.base_url, table, options.price_in, options.price_out)
+        key = find_api_key(options.base_url, os.environ, options.api_key_env)
         ledger = Ledger(options.out)
-        prices = price, price.times(table.batch)
-        status, budget, failure = generate(options, ledger, curator, seeds, prices, key)
+        prompter = Prompter(seeds, options.seed, options.tasks_per_request, options.examples, options.language)
+        sampling = Sampling(options.model, options.max_output_tokens, options.temperature, options.extra)
+        asker = Asker(prompter, sampling, price)
+        batch_asker = Asker(prompter, sampling, price.scale(table.batch))
+        status, budget, failure = generate_rows(options, ledger, curator, asker, batch_asker, key)
+    seconds = time.monotonic() - started
     try:
-        write_outputs(options, ledger, curator, status, budget.cap, price, time.monotonic() - started)
+        curator.write_files(options.out)
+        totals = ledger.compute_totals()
+        record = describe_run(options, curator, totals, status, budget.cap, price, seconds)
+        write_whole(options.out / "run.json", [json.dumps(record, indent=1) + "\n"])
+        report = write_report(options.out / "dataset.jsonl", options.out / "report.html")
+        print_summary(curator, totals, seconds, [options.out / "dataset.json", report])
     except OSError as error:
         why = f"the dataset could not be written: {error}; the ledger is whole, the same command writes it"
         failure = failure or Failure(why)
@@ -178,26 +113,26 @@ def main(argv):
         raise failure
 
 
-def generate(options, ledger, curator, seeds, prices, key):
-    """(status, budget, failure) of a run. prices: of a request of its own, and of one in a batch."""
-    prompter = Prompter(seeds, options.seed, options.tasks_per_request, options.examples, options.language)
-    sampling = Sampling(options.model, options.max_output_tokens, options.temperature, options.extra)
-    check_settings(options, ledger, prompter, sampling)
-    totals = ledger.totals()
+def generate_rows(
+    options: Namespace, ledger: Ledger, curator: Curator, asker: Asker, batch_asker: Asker, key: str
+) -> tuple[str, Budget, Failure | None]:
+    """Send requests until the dataset is full or the run ends. Return the status, the budget and a failure."""
+    check_settings(options, ledger, asker)
+    totals = ledger.compute_totals()
     cap = None if options.max_usd is None else int(options.max_usd * PICO)
     budget = Budget(cap, totals.spent, totals.uncertain)
     with Progress(options.quiet) as progress:
         if totals.answers:
-            progress.say(f"going on from {totals.answers:,} answers in {ledger.path}")
+            progress.print_line(f"going on from {totals.answers:,} answers in {ledger.path}")
         client = Client(options.base_url, key, options.timeout)
         rate = Rate(options.concurrency, options.backoff)
-        asks = [make_ask(prompter, sampling, price) for price in prices]
-        collector = Collector(ledger, curator, client, rate, budget, prices[0], asks[0], options, progress)
+        limits = Limits(options.patience, options.max_attempts, options.poll, options.batch_tokens)
+        collector = Collector(ledger, curator, client, rate, budget, asker, limits, progress)
         try:
-            asyncio.run(work(collector, options, asks[1], prices[1]))
+            asyncio.run(run_requests(collector, batch_asker, options.batch))
         except Failure as failure:
             return "failed", budget, failure
-    if curator.full:
+    if curator.is_full:
         return "done", budget, None
     rows = f"{len(curator.rows):,} of {options.rows:,} rows"
     if collector.status == "stopped":
@@ -205,96 +140,72 @@ def generate(options, ledger, curator, seeds, prices, key):
     return collector.status, budget, Failure(f"{rows}: {collector.status}")
 
 
-async def work(collector, options, batch_ask, batch_price):
+async def run_requests(collector: Collector, batch_asker: Asker, is_batch: bool) -> None:
+    """Send requests one by one or in batches, stopping at a signal."""
     loop = asyncio.get_running_loop()
     for name in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(name, stop, collector)
+        loop.add_signal_handler(name, stop_run, collector)
     try:
-        if options.batch:
+        if is_batch:
             await collector.run(until=lambda: collector.probed)
-            await run_batches(collector, options, batch_ask, batch_price)
+            await run_batches(collector, batch_asker)
         else:
-            await end_batches(collector, options, batch_ask, batch_price)
+            await end_batches(collector, batch_asker)
             await collector.run()
     finally:
         await collector.client.close()
 
 
-def stop(collector):
-    """On a first signal, what is in flight is waited for; a second one ends the process: the ledger is whole."""
+def stop_run(collector: Collector) -> None:
+    """Wait for the requests in flight after a first signal; exit at a second one, which leaves the ledger whole."""
     if collector.stopping:
         collector.progress.close()
         os._exit(Stopped.exit_code)
-    collector.progress.say("stopping: waiting for the answers in flight; once more to leave at once")
+    collector.progress.print_line("stopping: waiting for the answers in flight; once more to leave at once")
     collector.stop()
 
 
-def replay(ledger, curator, quiet):
+def replay_ledger(ledger: Ledger, curator: Curator, quiet: bool) -> str:
+    """Give the outcomes of a ledger to the curator, up to the first missing one. Return the status."""
     with Progress(quiet) as progress:
-        for entry in progress.reading(ledger.done(), ledger.totals().answers, curator):
+        for entry in progress.show_reading(ledger.read_outcomes(), ledger.compute_totals().answers, curator):
             if entry.request == len(curator.kept_by_request):
-                curator.take(entry)
-    return "done" if curator.full else "replayed"
+                curator.add_outcome(entry)
+    return "done" if curator.is_full else "replayed"
 
 
-def check_settings(options, ledger, prompter, sampling):
-    """A ledger begun with other settings is refused, or goes on with the new ones under --allow-changed."""
-    now = prompter.fingerprint() | {
+def check_settings(options: Namespace, ledger: Ledger, asker: Asker) -> None:
+    """Record the settings of the requests. Raise UsageError if the ledger has others, unless --allow-changed."""
+    sampling = asker.sampling
+    now = asker.prompter.compute_fingerprint() | {
         "model": sampling.model,
         "max_output_tokens": sampling.max_output_tokens,
         "temperature": sampling.temperature,
         "extra": sampling.extra,
     }
-    then = ledger.settings().get("requests")
+    then = ledger.read_settings().get("requests")
     if then is not None and then != now and not options.allow_changed:
         names = [name for name in now if then.get(name) != now[name]]
-        told = "; ".join(f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in names)
-        raise UsageError(f"{ledger.path} was begun with other settings: {told}; pass another --out, or --allow-changed")
+        changes = "; ".join(f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in names)
+        raise UsageError(
+            f"{ledger.path} was begun with other settings: {changes}; pass another --out, or --allow-changed"
+        )
     if then != now:
-        ledger.set(requests=now)
+        ledger.write_settings(requests=now)
 
 
-def write_outputs(options, ledger, curator, status, cap, price, seconds):
-    """The dataset, run.json and the report, and a summary of four lines. cap: in picodollars, or None."""
-    curator.write(options.out)
-    totals = ledger.totals()
-    settings = {
-        name: str(value) if isinstance(value, Path | Decimal) else value for name, value in vars(options).items()
-    }
-    settings["decontaminate"] = [str(path) for path in options.decontaminate]
-    settings["base_url"] = re.sub("//[^/]*@", "//", options.base_url)  # a name and password
-    started = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(seconds=seconds)
-    about = {
-        "status": status,
-        "started": started.isoformat(timespec="seconds"),
-        "seconds": round(seconds, 3),
-        "settings": settings,
-        "counts": curator.counts() | {"attempts": totals.attempts},
-        "cost": {
-            "spent_usd": totals.spent / PICO,
-            "uncertain_usd": totals.uncertain / PICO,
-            "cap_usd": None if cap is None else cap / PICO,
-            "input_tokens": totals.input_tokens,
-            "output_tokens": totals.output_tokens,
-            "usd_per_million_in": price.input / 10**6,
-            "usd_per_million_out": price.output / 10**6,
-            "batch": options.batch,
-        },
-        "models": dict(curator.models.most_common()),
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in ("openai", "rapidfuzz")},
-    }
-    write_whole(options.out / "run.json", [json.dumps(about, indent=1) + "\n"])
-    report = write_report(options.out / "dataset.jsonl", options.out / "report.html")
+def print_summary(curator: Curator, totals: Totals, seconds: float, files: list[Path]) -> None:
+    """Print four lines: rows, money, the commonest reasons for rejection, and the files that were written."""
     share = len(curator.rows) / curator.items if curator.items else 0
     top = ", ".join(f"{reason} {n:,}" for reason, n in curator.rejected.most_common(4))
-    tell(
-        f"{len(curator.rows):,} rows of {curator.items:,} tasks ({share:.0%}) in {clock(seconds)}\n"
-        f"{usd(totals.spent)} spent on {totals.answers:,} answers, at most {usd(totals.uncertain)} on lost ones\n"
-        f"left out: {top or 'nothing'}\n{options.out / 'dataset.json'}  {report}",
+    spent, uncertain = format_usd(totals.spent), format_usd(totals.uncertain)
+    print_text(
+        f"{len(curator.rows):,} rows of {curator.items:,} tasks ({share:.0%}) in {format_clock(seconds)}\n"
+        f"{spent} spent on {totals.answers:,} answers, at most {uncertain} on lost ones\n"
+        f"left out: {top or 'nothing'}\n{'  '.join(map(str, files))}",
         sys.stdout,
     )
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -1,24 +1,28 @@
-"""Requests out, answers in: the loop that keeps as many in flight as the server bears and the budget allows."""
+"""The loop of requests: as many in flight as the server bears and the budget allows, and their outcomes in order."""
 
 import asyncio
 import heapq
-import json
 import time
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
 
-from data_gen.api.client import Dialect, Reply, message_of, read_answer
-from data_gen.api.ledger import Entry
-from data_gen.api.prices import usd
-from data_gen.api.prompt import sha256
+from data_gen.api.attempt import Ask, Asker, Limits, Outcome
+from data_gen.api.client import Client, Dialect, Reply, extract_message, read_answer
+from data_gen.api.ledger import DONE, Entry, Ledger, Usage
+from data_gen.api.prices import Budget, format_usd
+from data_gen.api.progress import Progress
+from data_gen.api.rate import Rate
 from data_gen.base.cli import Failure
 
 LOOKAHEAD = 10_000  # requests beyond the oldest that has no answer
-RECENT = 200  # requests whose yield foretells that of the next
-HOPELESS_FIRST, HOPELESS = 20, 400  # requests without a kept row, at the start and later, after which to stop
-REFUSED_IN_A_ROW = 20
-HOPEFUL_TRIES = 3  # failures after which a request is no longer reckoned with
-ODD_STRIKES = 2  # of a request that the server does not understand, though it does others
-GRACE_S = 60  # for what is in flight when the run ends
+RECENT = 200  # latest requests, whose yield predicts that of the next
+HOPELESS_FIRST, HOPELESS = 20, 400  # requests in a row without a kept row that end a run: at its start, and later
+REFUSED_IN_A_ROW = 20  # refused requests that end a run
+HOPEFUL_TRIES = 3  # failures after which a request is expected to give no rows
+ODD_STRIKES = 2  # failures of a request that the server does not understand, while it does others
+GRACE_S = 60  # for requests in flight when the run ends
 
 
 @dataclass(order=True)
@@ -31,80 +35,107 @@ class Job:
     answers_seen: int = field(default=0, compare=False)
 
 
-@dataclass(frozen=True)
-class Ask:
-    """One attempt made ready: the body, its hash, what it can cost at most."""
+class RowKeeper(Protocol):
+    """What a run knows of its curator."""
 
-    body: dict
-    body_sha256: str
-    most: int
+    wanted: int
+    rows: list[Any]
+    kept_by_request: list[int]
+    rejected: Counter[str]
+    items: int
+    answers: int
+
+    @property
+    def is_full(self) -> bool:
+        """Return whether as many rows are kept as wanted."""
+
+    def add_outcome(self, entry: Entry) -> None:
+        """Take the outcome of the next request."""
 
 
 class Collector:
-    """One run's state between the ledger, the server and the curator.
+    """The state of one run, between the ledger, the server and the curator.
 
-    ask(number, dialect) -> Ask. An answer is on the disk before it is looked at; outcomes go to the curator in the
-    order of their requests, however they come. run() raises Failure where the server will not answer.
+    An answer is on the disk before it is parsed. Outcomes go to the curator in the order of their requests, whatever
+    the order of their arrival. run() raises Failure if the server will not answer.
     """
 
-    def __init__(self, ledger, curator, client, rate, budget, price, ask, options, progress):
+    def __init__(
+        self,
+        ledger: Ledger,
+        curator: RowKeeper,
+        client: Client,
+        rate: Rate,
+        budget: Budget,
+        asker: Asker,
+        limits: Limits,
+        progress: Progress,
+    ):
         self.ledger, self.curator, self.client, self.rate = ledger, curator, client, rate
-        self.budget, self.price, self.ask, self.options, self.progress = budget, price, ask, options, progress
-        self.ready, self.folded, self.done = {}, 0, set()
-        self.tasks, self.retries, self.next_number = {}, [], 0
-        self.highest = -1  # request that is done
-        self.refused_in_a_row, self.stopping, self.blocked, self.fatal, self.status = 0, False, False, None, "running"
-        self.last_failure, self.tried = "", set()
-        known = ledger.settings().get("dialect")
+        self.budget, self.asker, self.limits, self.progress = budget, asker, limits, progress
+        self.done: set[int] = set()  # requests
+        self.highest = -1  # of done
+        self.ready: dict[int, Entry] = {}  # outcomes that wait for those of earlier requests
+        self.folded = 0  # outcomes that the curator has
+        self.tasks: dict[asyncio.Task[Outcome], Job] = {}
+        self.retries: list[tuple[float, Job]] = []  # a heap of (time, job)
+        self.next_number = 0
+        self.refused_in_a_row = 0
+        self.stopping = self.blocked = False
+        self.fatal: Failure | None = None
+        self.status = "running"
+        self.last_failure = ""
+        self.tried: set[Dialect] = set()
+        known = ledger.read_settings().get("dialect")
         self.dialect, self.probed = Dialect(**known) if known else client.dialect, bool(known)
-        for entry in progress.reading(ledger.done(), ledger.totals().answers, curator):
-            self.fold(entry)
+        for entry in progress.show_reading(ledger.read_outcomes(), ledger.compute_totals().answers, curator):
+            self.fold_entry(entry)
         self.replayed = len(curator.kept_by_request)
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
-    async def run(self, until=lambda: False):
-        """Until the dataset is full, the budget is used up or stop() was called; or until() holds."""
-        self.rate.last_answer = self.rate.clock()  # what was done before this is not the server's silence
-        while not (self.curator.full or self.stopping or self.fatal or until()):
-            self.start()
+    async def run(self, until: Callable[[], bool] = lambda: False) -> None:
+        """Run until the dataset is full, the budget is used up, stop() was called, or until() holds."""
+        self.rate.last_answer = self.rate.clock()  # time before the run is no silence of the server
+        while not (self.curator.is_full or self.stopping or self.fatal or until()):
+            self.start_requests()
             if not self.stopping:
                 await self.wait()
         await self.finish()
 
-    def start(self):
-        """Starts what may start."""
+    def start_requests(self) -> None:
+        """Start as many requests as rate and budget allow."""
         self.blocked = False
-        while self.rate.may_start() and (self.probed or not self.tasks):
-            job = self.next_job()
+        while self.rate.can_start() and (self.probed or not self.tasks):
+            job = self.choose_job()
             if job is None:
                 return
-            ask = self.ask(job.number, self.dialect)
+            ask = self.asker.prepare(job.number, self.dialect)
             if not self.budget.reserve(ask.most):
                 heapq.heappush(self.retries, (0.0, job))
                 self.blocked = True
-                self.check_cap(ask)
+                self.stop_at_cap(ask)
                 return
-            self.rate.started()
-            self.tasks[asyncio.create_task(self.attempt(job, ask))] = job
+            self.rate.record_start()
+            self.tasks[asyncio.create_task(self.make_attempt(job, ask))] = job
 
-    def check_cap(self, ask):
-        """No room for one more: wait for what is in flight, or end."""
+    def stop_at_cap(self, ask: Ask) -> None:
+        """End the run if no request is in flight whose end could make room for this one under the cap."""
         if not self.tasks:
             self.status, self.stopping = "cap reached", True
-            self.progress.say(
-                f"stopped at the cap: {usd(self.budget.spent)} spent, at most {usd(self.budget.uncertain)} more for "
-                f"answers that were lost, and the next request can cost {usd(ask.most, 6)}; "
-                f"a larger --max-usd goes on from here"
+            self.progress.print_line(
+                f"stopped at the cap: {format_usd(self.budget.spent)} spent, at most "
+                f"{format_usd(self.budget.uncertain)} more for answers that were lost, and the next request can cost "
+                f"{format_usd(ask.most, 6)}; a larger --max-usd goes on from here"
             )
 
-    def next_job(self) -> Job | None:
-        """A failed request whose time has come, or a new one where those on their way will not fill the dataset."""
+    def choose_job(self) -> Job | None:
+        """Return a failed request whose time has come, or a new one if those in flight will not fill the dataset."""
         if self.retries and self.retries[0][0] <= self.rate.clock():
             return heapq.heappop(self.retries)[1]
         while self.next_number in self.done:
             self.next_number += 1
-        is_hole = self.next_number < self.highest  # later ones are answered: those wait for it
+        is_hole = self.next_number < self.highest  # later requests are done and wait for this one
         is_wanted = self.next_number < self.folded + LOOKAHEAD and self.wants_more()
         if not (is_hole or is_wanted or self.is_in_doubt()):
             return None
@@ -112,203 +143,203 @@ class Collector:
         return Job(self.next_number - 1, answers_seen=self.rate.answers)
 
     def wants_more(self) -> bool:
+        """Return whether the requests in flight and in wait are expected to leave the dataset short of rows."""
         jobs = *self.tasks.values(), *(job for _, job in self.retries)
         coming = sum(job.tries < HOPEFUL_TRIES for job in jobs) + len(self.ready)
-        return len(self.curator.rows) + coming * self.expected_yield() < self.curator.wanted
+        return len(self.curator.rows) + coming * self.estimate_yield() < self.curator.wanted
 
     def is_in_doubt(self) -> bool:
-        """Whether all that is left are failing requests: one more tells whether it is theirs or the server's fault."""
+        """Return whether only failing requests are left. One more then shows whether the server is at fault."""
         seen = [job.answers_seen for _, job in self.retries if job.tries >= HOPEFUL_TRIES]
         return not self.tasks and self.rate.answers in seen
 
-    def expected_yield(self) -> float:
-        """Rows that a request will give, by those of late."""
+    def estimate_yield(self) -> float:
+        """Return the rows that a request is expected to give, by the latest ones."""
         recent = self.curator.kept_by_request[-RECENT:]
-        return max(0.05, sum(recent) / len(recent)) if recent else self.options.tasks_per_request
+        return max(0.05, sum(recent) / len(recent)) if recent else self.asker.prompter.n_tasks
 
-    async def wait(self):
-        """For an answer, or until something may start."""
-        pause = 1.0  # at most: stop() and the progress are looked at
+    async def wait(self) -> None:
+        """Wait for an answer, or until a request may start. End the run after --patience without an answer."""
+        pause = 1.0  # at most, to see stop() and show progress
         if not self.blocked and self.rate.has_room() and (self.probed or not self.tasks):
-            pause = self.rate.ready_in() or (self.retries[0][0] - self.rate.clock() if self.retries else pause)
+            pause = self.rate.wait_s() or (self.retries[0][0] - self.rate.clock() if self.retries else pause)
         pause = min(max(pause, 0.002), 1.0)
         if self.tasks:
             done, _ = await asyncio.wait(self.tasks, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
-            self.collect(done)
+            self.handle_done(done)
         else:
             await asyncio.sleep(pause)
-        self.progress.show(self)
-        if self.rate.silent_s() > self.options.patience:
-            wait = f"; the next try was to be in {self.rate.ready_in():.0f} s" if self.rate.ready_in() > 5 else ""
+        self.progress.show_state(self)
+        if self.rate.silence_s() > self.limits.patience_s:
+            wait = f"; the next try was to be in {self.rate.wait_s():.0f} s" if self.rate.wait_s() > 5 else ""
             last = self.last_failure or "none"
-            self.end(f"no answer for {self.options.patience:g} s (--patience); the last failure: {last}{wait}")
+            self.end_run(f"no answer for {self.limits.patience_s:g} s (--patience); the last failure: {last}{wait}")
 
-    async def finish(self):
-        """Lets what is in flight end, since it is paid for, and raises what ended the run."""
+    async def finish(self) -> None:
+        """Wait for the requests in flight, which are paid for. Raise the Failure that ended the run."""
         deadline = time.monotonic() + GRACE_S
         while self.tasks and time.monotonic() < deadline:
             done, _ = await asyncio.wait(self.tasks, timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
-            self.collect(done)
-            self.progress.show(self)
+            self.handle_done(done)
+            self.progress.show_state(self)
         for task in self.tasks:
             task.cancel()
-        await self.ledger.flush()  # an answer of the last moment
-        if self.fatal and not self.curator.full:
+        await self.ledger.flush()  # answers of cancelled tasks
+        if self.fatal and not self.curator.is_full:
             self.status = "failed"
             raise self.fatal
 
-    def collect(self, done):
+    def handle_done(self, done: Iterable[asyncio.Task[Outcome]]) -> None:
+        """Handle the outcomes of finished tasks."""
         for task in done:
             job = self.tasks.pop(task)
             try:
-                self.handle(job, *task.result())
-            except Failure as failure:  # of the ledger; the disk may take the others that are in flight
+                self.handle_outcome(job, task.result())
+            except Failure as failure:  # of the ledger; the disk may still take the outcomes of others
                 self.fatal = self.fatal or failure
 
-    def stop(self):
-        """Starts nothing more; what is in flight is waited for."""
+    def stop(self) -> None:
+        """Start no more requests and wait for those in flight."""
         self.stopping, self.status = True, "stopped"
 
-    def end(self, why):
+    def end_run(self, why: str) -> None:
+        """End the run with a failure, unless one has ended it already."""
         self.fatal = self.fatal or Failure(f"{why}; all answers are kept, the same command goes on from here")
 
     # ---- one attempt ---------------------------------------------------------------------------------------------
 
-    async def attempt(self, job, ask):
-        """Intent to the disk, the request, its outcome to the disk."""
-        number, intent = self.ledger.intent(job.number, ask.body_sha256, ask.body["model"], ask.most)
+    async def make_attempt(self, job: Job, ask: Ask) -> Outcome:
+        """Write the intent to the disk, send the request, and write the outcome to the disk."""
+        number, intent = self.ledger.prepare_intent(job.number, ask.body_sha256, ask.body["model"], ask.most)
         dialect = self.dialect
         await self.ledger.write(intent)
-        reply = await self.client.ask(ask.body)
-        if not self.probed and reply.kind == "failed" and dialect.without(reply.body):
-            reply = replace(reply, kind="unsupported")  # older llama.cpp: a 500 for a response_format
-        if reply.kind == "unsupported" and self.probed and (self.rate.answers or not dialect.without(reply.body)):
-            reply = replace(reply, kind="odd")  # others were understood
-        kind, usage, cost = self.judge(job, ask, dialect, reply)
-        await self.ledger.write(self.ledger.outcome(number, kind, reply.status, reply.body, usage, cost))
-        return number, ask, dialect, reply, kind, usage, cost
+        reply = await self.client.send(ask.body)
+        if not self.probed and reply.kind == "failed" and dialect.drop_refused(reply.body):
+            reply = replace(reply, kind="unsupported")  # older llama.cpp sends a 500 for a response_format
+        if reply.kind == "unsupported" and self.probed and (self.rate.answers or not dialect.drop_refused(reply.body)):
+            reply = replace(reply, kind="odd")  # the server understood others
+        kind, usage, cost = self.judge_reply(job, ask, reply)
+        await self.ledger.write(self.ledger.prepare_outcome(number, kind, reply.status, reply.body, usage, cost))
+        return Outcome(number, ask, dialect, reply, kind, usage, cost)
 
-    def judge(self, job, ask, dialect, reply: Reply):
-        """(kind, usage, cost) as the ledger knows them. An answer without usage counts as the most it can have cost."""
+    def judge_reply(self, job: Job, ask: Ask, reply: Reply) -> tuple[str, Usage, int]:
+        """Return (kind, usage, cost) for the ledger. An answer without usage costs the most that it can."""
         if reply.kind == "answer":
             usage = read_answer(reply.body).usage
-            return "answer", usage or (None, None), self.price.cost(*usage) if usage else ask.most
-        most = self.options.max_attempts if reply.kind != "odd" else min(ODD_STRIKES, self.options.max_attempts)
-        if reply.kind in ("failed", "lost", "odd") and not is_limit(reply) and self.strikes(job) >= most:
+            if usage is None:
+                return "answer", (None, None), ask.most
+            return "answer", usage, self.asker.price.compute_cost(*usage)
+        most = self.limits.max_attempts if reply.kind != "odd" else min(ODD_STRIKES, self.limits.max_attempts)
+        if reply.kind in ("failed", "lost", "odd") and not is_rate_limit(reply) and self.count_strikes(job) >= most:
             return "refused", (None, None), ask.most if reply.kind == "lost" else 0
         return reply.kind if reply.kind in ("lost", "refused") else "failed", (None, None), 0
 
-    def strikes(self, job) -> int:
-        """Failures of a request while others got through, one that came just now included."""
+    def count_strikes(self, job: Job) -> int:
+        """Return the failures of a request while others got through, with one that came just now."""
         return job.strikes + (self.rate.answers > job.answers_seen)
 
-    def handle(self, job, attempt, ask, dialect, reply, kind, usage, cost):
-        """What an outcome changes, once it is on the disk."""
+    def handle_outcome(self, job: Job, outcome: Outcome) -> None:
+        """Update budget, rate, curator and retries after an outcome, which is on the disk."""
+        ask, reply, kind, usage = outcome.ask, outcome.reply, outcome.kind, outcome.usage
         if kind == "lost":
-            self.budget.lose(ask.most)
+            self.budget.count_lost(ask.most)
         else:
-            self.budget.settle(ask.most, cost)
+            self.budget.settle(ask.most, outcome.cost)
             self.check_bill(job.number, usage)
-        if kind in ("answer", "refused"):
-            self.settle(Entry(job.number, attempt, kind, reply.body, ask.body_sha256, ask.body["model"], cost))
+        if kind in DONE:
+            model = ask.body["model"]
+            self.settle_request(
+                Entry(job.number, outcome.attempt, kind, reply.body, ask.body_sha256, model, outcome.cost)
+            )
         if kind == "answer":
             self.refused_in_a_row = 0
-            self.learn(dialect)
-            self.rate.answered(reply.started_at, (usage[1] or len(reply.body) // 4), reply.headers)
+            self.learn_dialect(outcome.dialect)
+            self.rate.record_answer(reply.started_at, usage[1] or len(reply.body) // 4, reply.headers)
         elif kind == "refused" and reply.kind in ("failed", "lost"):
-            self.rate.failed(reply.started_at, **reply.pressure())
+            self.rate.record_failure(reply.started_at, **reply.describe_load())
         elif kind == "refused":
-            self.refuse(reply)
+            self.record_refusal(reply)
         elif reply.kind == "fatal":
-            self.rate.left()
-            self.end(f"the server said {reply.status}: {message_of(reply.body)}")
+            self.rate.release()
+            self.end_run(f"the server said {reply.status}: {extract_message(reply.body)}")
         elif reply.kind == "unsupported":
-            self.step_down(job, dialect, reply)
+            self.lower_dialect(job, outcome.dialect, reply)
         elif reply.kind == "odd":
-            self.refuse(reply)
-            self.retry(job, reply)
+            self.record_refusal(reply)
+            self.schedule_retry(job, reply)
         else:
-            self.rate.failed(reply.started_at, **reply.pressure())
-            self.retry(job, reply)
+            self.rate.record_failure(reply.started_at, **reply.describe_load())
+            self.schedule_retry(job, reply)
 
-    def check_bill(self, number, usage):
-        """Ends a capped run once a bill passed what was set aside for it."""
+    def check_bill(self, number: int, usage: Usage) -> None:
+        """End a capped run once a bill exceeds the amount set aside for it."""
         if self.budget.overrun and self.budget.cap is not None:
-            self.end(
+            self.end_run(
                 f"the server billed {usage[0]} + {usage[1]} tokens, more than request {number} can use with "
-                f"{self.options.max_output_tokens} of output, so --max-usd cannot be kept"
+                f"{self.asker.sampling.max_output_tokens} of output, so --max-usd cannot be kept"
             )
 
-    def learn(self, dialect):
-        """The first answer: the dialect is understood, and need not be found out again."""
+    def learn_dialect(self, dialect: Dialect) -> None:
+        """Record the dialect of the first answer, so that no run has to find it out again."""
         if not self.probed:
             self.probed, self.dialect = True, dialect
-            self.ledger.set(dialect=asdict(dialect))
-            self.progress.say(f"the server understands {dialect.format}, {dialect.limit}")
+            self.ledger.write_settings(dialect=asdict(dialect))
+            self.progress.print_line(f"the server understands {dialect.format}, {dialect.limit}")
 
-    def refuse(self, reply):
-        self.rate.left()
+    def record_refusal(self, reply: Reply) -> None:
+        """Count a refused prompt, and end the run after too many in a row."""
+        self.rate.release()
         self.refused_in_a_row += 1
         if self.refused_in_a_row >= REFUSED_IN_A_ROW:
-            self.end(f"the server refused {REFUSED_IN_A_ROW} prompts in a row: {message_of(reply.body)}")
+            self.end_run(f"the server refused {REFUSED_IN_A_ROW} prompts in a row: {extract_message(reply.body)}")
 
-    def step_down(self, job, dialect, reply):
-        """Asks again without what the server does not know."""
-        self.rate.left()
+    def lower_dialect(self, job: Job, dialect: Dialect, reply: Reply) -> None:
+        """Ask again in a dialect without the part that the server does not know. End the run if none is left."""
+        self.rate.release()
         self.probed = False
         self.tried.add(dialect)
-        poorer = next((d for d in (dialect.without(reply.body), dialect.poorer()) if d and d not in self.tried), None)
-        if poorer is None:
-            self.end(f"the server said {reply.status}: {message_of(reply.body)}")
+        candidates = (dialect.drop_refused(reply.body), dialect.lower_format())
+        lower = next((candidate for candidate in candidates if candidate and candidate not in self.tried), None)
+        if lower is None:
+            self.end_run(f"the server said {reply.status}: {extract_message(reply.body)}")
         else:
-            self.dialect = poorer
+            self.dialect = lower
             heapq.heappush(self.retries, (0.0, job))
 
-    def retry(self, job, reply):
-        """Later again."""
-        said = f"{reply.status or 'no status'}, {message_of(reply.body)}"
+    def schedule_retry(self, job: Job, reply: Reply) -> None:
+        """Let a failed request wait for its next try."""
+        said = f"{reply.status or 'no status'}, {extract_message(reply.body)}"
         if not (self.last_failure or self.rate.answers):
-            self.progress.say(f"no answer yet ({said}); trying again for {self.options.patience:g} s (--patience)")
+            patience = f"{self.limits.patience_s:g} s (--patience)"
+            self.progress.print_line(f"no answer yet ({said}); trying again for {patience}")
         self.last_failure = said
         job.tries += 1
-        if not is_limit(reply):
-            job.strikes, job.answers_seen = self.strikes(job), self.rate.answers
-        heapq.heappush(self.retries, (self.rate.clock() + self.rate.backoff(job.tries), job))
+        if not is_rate_limit(reply):
+            job.strikes, job.answers_seen = self.count_strikes(job), self.rate.answers
+        heapq.heappush(self.retries, (self.rate.clock() + self.rate.draw_backoff_s(job.tries), job))
 
     # ---- in order ------------------------------------------------------------------------------------------------
 
-    def settle(self, entry):
-        """A request is done. Ends a run whose answers are of no use."""
-        self.fold(entry)
+    def settle_request(self, entry: Entry) -> None:
+        """Hand on the outcome of a request that is done, and end a run whose answers give no rows."""
+        self.fold_entry(entry)
         kept = self.curator.kept_by_request[self.replayed :]
         is_first = not self.curator.rows and len(kept) >= HOPELESS_FIRST
-        if not self.curator.full and (is_first or len(kept) >= HOPELESS) and not any(kept[-HOPELESS:]):
+        if not self.curator.is_full and (is_first or len(kept) >= HOPELESS) and not any(kept[-HOPELESS:]):
             most = ", ".join(f"{reason} {n}" for reason, n in self.curator.rejected.most_common(3))
             n = min(len(kept), HOPELESS)
-            self.end(f"the last {n} answers held nothing new that can be kept ({most}; see rejected.jsonl)")
+            self.end_run(f"the last {n} answers held nothing new that can be kept ({most}; see rejected.jsonl)")
 
-    def fold(self, entry):
-        """The curator gets it when all before it are done."""
+    def fold_entry(self, entry: Entry) -> None:
+        """Give an outcome to the curator as soon as all earlier requests are done."""
         self.done.add(entry.request)
         self.highest = max(self.highest, entry.request)
         self.ready[entry.request] = entry
         while self.folded in self.ready:
-            self.curator.take(self.ready.pop(self.folded))
+            self.curator.add_outcome(self.ready.pop(self.folded))
             self.folded += 1
 
 
-def is_limit(reply) -> bool:
-    """A failure that is no fault of the request."""
+def is_rate_limit(reply: Reply) -> bool:
+    """Return whether the server's rate limit, not the request, is at fault for a failure."""
     return reply.kind == "failed" and reply.status == 429
-
-
-def make_ask(prompter, sampling, price):
-    """ask(number, dialect) -> Ask. No tokenizer makes more tokens of a body than it has bytes."""
-
-    def ask(number, dialect):
-        body = sampling.body(prompter.messages(number), dialect)
-        text = json.dumps(body, ensure_ascii=False)
-        most = price.cost(len(text.encode("utf-8", "surrogatepass")), sampling.max_output_tokens)
-        return Ask(body, sha256(json.dumps(body["messages"])), most)
-
-    return ask

@@ -1,16 +1,16 @@
-"""The write-ahead ledger: what was asked, before it is sent, and what came back, before anyone looks at it.
+"""The write-ahead ledger: every request before it is sent, and every answer before it is parsed.
 
-One SQLite database in WAL mode with synchronous=FULL: a commit is on the disk before it returns, a torn one is no
-commit, whatever kills the process or the machine. Rows are added and never changed.
+The ledger is one SQLite database in WAL mode with synchronous=FULL. A commit is on the disk before it returns, and a
+torn one is no commit, whatever kills the process or the machine. Rows are added and never changed.
 
-    setting   what shapes requests, told once
+    setting   settings that decide the requests
     sent      attempt -> request, hash of its body, the most that it can cost
     received  attempt -> kind, status, raw body, cost
 
-A request is the number that its prompt is drawn from; an attempt is one try at it. kind is "answer" (the request is
-done), "refused" (done too: the server will not answer this one), "failed" (nothing was billed) or "lost" (no whole
-answer came, though one may have been billed). An attempt with no line in received was in flight when the process ended:
-it counts as lost.
+A request is the number from which its prompt is drawn; an attempt is one try at it. kind is "answer" (the request is
+done), "refused" (also done: the server will not answer it), "failed" (nothing was billed) or "lost" (no whole answer
+came, but one may have been billed). An attempt without a line in received was in flight when the process ended, and
+counts as lost.
 """
 
 import asyncio
@@ -21,13 +21,17 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from data_gen.base.cli import DataError, Failure, UsageError
 
-NAME = "ledger.sqlite"
+Statement: TypeAlias = tuple[str, tuple[Any, ...]]  # SQL and its values
+Usage: TypeAlias = tuple[int | None, int | None]  # input and output tokens
+
+LEDGER_NAME = "ledger.sqlite"
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS setting (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS sent (
@@ -43,7 +47,7 @@ CREATE TABLE IF NOT EXISTS batch (
 CREATE TABLE IF NOT EXISTS batch_event (
   id INTEGER PRIMARY KEY, name TEXT NOT NULL REFERENCES batch, at REAL NOT NULL, event TEXT NOT NULL, value TEXT);
 """
-DONE = ("answer", "refused")
+DONE = ("answer", "refused")  # kinds after which a request is done
 ERROR_CHARS = 4000  # of the body of a failed attempt
 
 
@@ -66,20 +70,21 @@ class Totals:
 
     attempts: int
     answers: int
-    spent: int  # by the usage that answers told, or the most that they can have cost
-    uncertain: int  # the most that lost attempts and those in flight can have cost
+    spent: int  # by the usage in the answers; an answer without it counts as the most that it can cost
+    uncertain: int  # the most that attempts lost or in flight can have cost
     input_tokens: int
     output_tokens: int
 
 
 class Ledger:
-    """An open ledger; one process at a time. create=False wants one that is there.
+    """An open ledger, held by one process at a time. With create=False it must exist.
 
-    Raises UsageError where another process holds it or none is there, DataError where the file is no ledger."""
+    Raise UsageError if another process holds it or it does not exist, DataError if the file is no ledger.
+    """
 
-    def __init__(self, folder, create=True):
+    def __init__(self, folder: str | Path, create: bool = True):
         folder = Path(folder)
-        self.path = folder / NAME
+        self.path = folder / LEDGER_NAME
         if not create and not self.path.exists():
             raise UsageError(f"{self.path} is not there; wanted the folder of an earlier run")
         if create:
@@ -101,32 +106,37 @@ class Ledger:
             self.db.executescript(SCHEMA)
             with contextlib.closing(sqlite3.connect(":memory:")) as ours:
                 ours.executescript(SCHEMA)
-                if tables(self.db) != tables(ours):
+                if read_schema(self.db) != read_schema(ours):
                     raise sqlite3.DatabaseError("its tables are of another version")
             self.next_attempt = 1 + (self.db.execute("SELECT max(attempt) FROM sent").fetchone()[0] or 0)
         except sqlite3.DatabaseError as error:
             self.lock.close()
             raise DataError(f"{self.path} is not a ledger ({error}); move it away or pass another --out") from error
-        self.turn, self.pending, self.writer = threading.Lock(), [], None
+        self.turn = threading.Lock()
+        self.pending: list[tuple[tuple[Statement, ...], asyncio.Future[None]]] = []
+        self.writer: asyncio.Task[None] | None = None
 
-    def close(self):
+    def close(self) -> None:
+        """Close the database and let another process have it."""
         self.db.close()
         self.lock.close()
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
-    def settings(self) -> dict:
+    def read_settings(self) -> dict[str, Any]:
+        """Return the settings that were written."""
         return {name: json.loads(value) for name, value in self.db.execute("SELECT name, value FROM setting")}
 
-    def done(self) -> Iterator[Entry]:
-        """The outcomes of all requests that are done, by number."""
+    def read_outcomes(self) -> Iterator[Entry]:
+        """Return the outcomes of all requests that are done, in the order of their numbers."""
         rows = self.db.execute(
             "SELECT request, attempt, kind, body, body_sha256, model, cost FROM received JOIN sent USING (attempt)"
             " WHERE kind IN ('answer', 'refused') ORDER BY request, attempt"
         )
         return (Entry(*row) for row in rows)
 
-    def totals(self) -> Totals:
+    def compute_totals(self) -> Totals:
+        """Return the sums over the ledger."""
         attempts, uncertain = self.db.execute(
             "SELECT count(*), coalesce(sum(reserved) FILTER (WHERE kind IS NULL OR kind = 'lost'), 0)"
             " FROM sent LEFT JOIN received USING (attempt)"
@@ -137,25 +147,27 @@ class Ledger:
         ).fetchone()
         return Totals(attempts, answers, spent, uncertain, *tokens)
 
-    def failures(self, request) -> int:
-        """Attempts of a request that the server answered, but not with a completion."""
+    def count_failures(self, request: int) -> int:
+        """Return the number of attempts of a request that the server answered without a completion."""
         sql = (
             "SELECT count(*) FROM received JOIN sent USING (attempt)"
             " WHERE request = ? AND kind <> 'answer' AND status IS NOT NULL"
         )
         return self.db.execute(sql, (request,)).fetchone()[0]
 
-    def unended_batches(self) -> list:
-        """(name, id or None, prompt tokens, picodollars a token in and out) of the batches without an "ended" event, in
-        the order of their making."""
+    def read_open_batches(self) -> list[tuple[str, str | None, int, int, int]]:
+        """Return the batches without an "ended" event, in the order of their making.
+
+        Each is (name, id or None, prompt tokens, picodollars per input token, picodollars per output token).
+        """
         return self.db.execute(
             "SELECT name, (SELECT value FROM batch_event e WHERE e.name = b.name AND event = 'created'),"
             " tokens, price_in, price_out FROM batch b"
             " WHERE NOT EXISTS (SELECT 1 FROM batch_event e WHERE e.name = b.name AND event = 'ended') ORDER BY at"
         ).fetchall()
 
-    def unanswered(self, batch) -> list:
-        """(attempt, request, hash of its body, model, reserved) of a batch's attempts that have no outcome."""
+    def read_unanswered(self, batch: str) -> list[tuple[int, int, str, str, int]]:
+        """Return (attempt, request, hash of its body, model, reserved) of a batch's attempts without an outcome."""
         return self.db.execute(
             "SELECT attempt, request, body_sha256, model, reserved FROM sent WHERE batch = ?"
             " AND attempt NOT IN (SELECT attempt FROM received) ORDER BY attempt",
@@ -164,9 +176,9 @@ class Ledger:
 
     # ---- writing -------------------------------------------------------------------------------------------------
 
-    def commit(self, statements):
-        """Several (sql, values) as one synced transaction. Raises Failure where the disk will not take it."""
-        with self.turn:  # to the end of the roll-back, which would else end another thread's transaction
+    def commit(self, statements: Iterable[Statement]) -> None:
+        """Commit statements as one synced transaction. Raise Failure if the disk will not take it."""
+        with self.turn:  # held over the roll-back too, which could else end another thread's transaction
             try:
                 self.db.execute("BEGIN IMMEDIATE")
                 for sql, values in statements:
@@ -181,45 +193,57 @@ class Ledger:
                     f"{self.path} could not be written: {error}; what it holds is whole, free some space"
                 ) from error
 
-    def set(self, **settings):
-        put = "INSERT OR REPLACE INTO setting VALUES (?, ?)"
-        self.commit([(put, (name, json.dumps(value))) for name, value in settings.items()])
+    def write_settings(self, **settings: Any) -> None:
+        """Write settings as JSON, each in place of an earlier one."""
+        insert = "INSERT OR REPLACE INTO setting VALUES (?, ?)"
+        self.commit([(insert, (name, json.dumps(value))) for name, value in settings.items()])
 
-    def intent(self, request, body_sha256, model, reserved, batch=None):
-        """A new attempt's number, and the statement that records it."""
+    def prepare_intent(
+        self, request: int, body_sha256: str, model: str, reserved: int, batch: str | None = None
+    ) -> tuple[int, Statement]:
+        """Return a new attempt's number, and the statement that records it."""
         attempt, self.next_attempt = self.next_attempt, self.next_attempt + 1
         values = (attempt, request, body_sha256, model, batch, reserved, time.time())
         return attempt, ("INSERT INTO sent VALUES (?, ?, ?, ?, ?, ?, ?)", values)
 
-    def outcome(self, attempt, kind, status, body, usage=(None, None), cost=0):
-        """The statement that records what came back."""
+    def prepare_outcome(
+        self,
+        attempt: int,
+        kind: str,
+        status: int | None,
+        body: str | None,
+        usage: Usage = (None, None),
+        cost: int = 0,
+    ) -> Statement:
+        """Return the statement that records the outcome of an attempt."""
         body = body if kind in DONE else (body or "")[:ERROR_CHARS]
-        values = (attempt, time.time(), kind, status, storable(body), *usage, cost)
+        values = (attempt, time.time(), kind, status, make_storable(body), *usage, cost)
         return "INSERT INTO received VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values
 
-    def plan(self, batch, tokens, price_in, price_out):
-        """The statement that records a batch before it is sent. Prices in picodollars a token."""
+    def prepare_batch(self, batch: str, tokens: int, price_in: int, price_out: int) -> Statement:
+        """Return the statement that records a batch before it is sent. Prices are picodollars per token."""
         return "INSERT INTO batch VALUES (?, ?, ?, ?, ?)", (batch, time.time(), tokens, price_in, price_out)
 
-    def event(self, batch, event, value):
-        """The statement that records what became of a batch: "created" with its id, "ended" with its status."""
+    def prepare_batch_event(self, batch: str, event: str, value: str) -> Statement:
+        """Return the statement that records an event of a batch: "created" with its id, "ended" with its status."""
         values = (batch, time.time(), event, value)
         return "INSERT INTO batch_event (name, at, event, value) VALUES (?, ?, ?, ?)", values
 
-    async def write(self, *statements):
-        """Returns when they are on the disk. What comes while one commit is syncing shares the next."""
+    async def write(self, *statements: Statement) -> None:
+        """Return when the statements are on the disk. Calls during a commit share the next one."""
         done = asyncio.get_running_loop().create_future()
         self.pending.append((statements, done))
         if self.writer is None:
             self.writer = asyncio.get_running_loop().create_task(self._drain())
         await done
 
-    async def flush(self):
-        """Returns when all that was given to write() is on the disk, or could not be written."""
+    async def flush(self) -> None:
+        """Return when everything given to write() is on the disk or has failed."""
         while self.writer:
             await self.writer
 
-    async def _drain(self):
+    async def _drain(self) -> None:
+        """Commit what is pending until nothing is."""
         while self.pending:
             group, self.pending = self.pending, []
             try:
@@ -237,11 +261,13 @@ class Ledger:
         self.writer = None
 
 
-def tables(db) -> set:
+def read_schema(db: sqlite3.Connection) -> set[tuple[str, str]]:
+    """Return (name, sql) of the tables and indices of a database."""
     return set(db.execute("SELECT name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'"))
 
 
-def make_folder(folder):
+def make_folder(folder: Path) -> None:
+    """Make the folder of --out. Raise UsageError if it cannot be made or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -250,6 +276,6 @@ def make_folder(folder):
         raise UsageError(f"--out {folder} cannot be written to; pass another folder")
 
 
-def storable(text):
-    """SQLite's text is UTF-8: a lone surrogate becomes a question mark."""
+def make_storable(text: str | None) -> str | None:
+    """Return a text as SQLite can hold it, in UTF-8: a question mark replaces a lone surrogate."""
     return None if text is None else text.encode("utf-8", "replace").decode()

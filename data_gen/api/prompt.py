@@ -1,23 +1,27 @@
-"""What request number N asks: a prompt drawn from the seed tasks, the same whenever it is drawn.
+"""Prompts: each request has a number N, and (--seed, N) alone decides its prompt.
 
-Each shows a few seed tasks and names a few subjects and kinds of task, all picked by (--seed, N) alone, so a request
-never depends on an earlier answer: any number can be in flight, and a batch can hold them all.
+A prompt shows a few seed tasks and names a few subjects and kinds of task. It never depends on an earlier answer, so
+that any number of requests can be in flight, and a batch can hold all of them.
 """
 
 import hashlib
 import json
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any, TypeVar
 
-from data_gen.base.cli import DataError, json_line, read_rows
+from data_gen.base.cli import DataError
+from data_gen.base.files import FIELDS, read_rows, to_json_line
 from data_gen.base.language import LANGUAGES
 
 SEED_TASKS = Path(__file__).parent.with_name("seed_tasks.jsonl")
 TOPICS = Path(__file__).parent.with_name("topics.txt")
-FIELDS = ("instruction", "input", "output")
 N_SUBJECTS, N_KINDS = 6, 4
+
+Item = TypeVar("Item")
 
 SYSTEM = "You write training data for an assistant that follows instructions. You answer with one JSON object alone."
 WORDING = """\
@@ -74,59 +78,63 @@ FORMATS = {  # what is asked for, the most exact first
 
 @dataclass(frozen=True)
 class Prompter:
-    """Draws prompts. seeds: [{"instruction", "input", "output", "category"?}]."""
+    """Draws the prompts of requests from seed tasks, ({"instruction", "input", "output", "category"?}, ...)."""
 
-    seeds: tuple
+    seeds: tuple[dict[str, str], ...]
     seed: int = 0
     n_tasks: int = 20
     n_examples: int = 3
     language: str = "en"
 
-    def messages(self, number: int) -> list[dict]:
-        """Chat messages of request number."""
+    def build_messages(self, number: int) -> list[dict[str, str]]:
+        """Return the chat messages of the request with this number."""
         rng = random.Random(f"{self.seed}:{number}")
-        examples = pick(rng, self.seeds, self.n_examples)
+        examples = pick_items(rng, self.seeds, self.n_examples)
         kinds = sorted({seed["category"] for seed in self.seeds if seed.get("category")}) or ["any"]
         text = WORDING.format(
             n=self.n_tasks,
             language="" if self.language == "en" else FOREIGN.format(name=LANGUAGES[self.language]),
-            subjects=", ".join(pick(rng, topics(), N_SUBJECTS)),
-            kinds=", ".join(pick(rng, kinds, N_KINDS)),
-            examples="".join(json_line({field: seed[field] for field in FIELDS}) for seed in examples).rstrip(),
+            subjects=", ".join(pick_items(rng, read_topics(), N_SUBJECTS)),
+            kinds=", ".join(pick_items(rng, kinds, N_KINDS)),
+            examples="".join(to_json_line({field: seed[field] for field in FIELDS}) for seed in examples).rstrip(),
         )
         return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
 
-    def fingerprint(self) -> dict:
-        """What shapes the prompts: two runs draw the same ones iff these are equal."""
-        words = [SYSTEM, WORDING, FOREIGN, LANGUAGES[self.language], SCHEMA, N_SUBJECTS, N_KINDS, *topics()]
+    def compute_fingerprint(self) -> dict[str, Any]:
+        """Return the settings that decide the prompts, with hashes of texts. Equal ones give equal prompts."""
+        words = [SYSTEM, WORDING, FOREIGN, LANGUAGES[self.language], SCHEMA, N_SUBJECTS, N_KINDS, *read_topics()]
         return {
             "seed": self.seed,
             "tasks_per_request": self.n_tasks,
             "examples": self.n_examples,
             "language": self.language,
-            "seed_tasks_sha256": sha256(json.dumps(self.seeds)),
-            "wording_sha256": sha256(json.dumps(words)),
+            "seed_tasks_sha256": hash_text(json.dumps(self.seeds)),
+            "wording_sha256": hash_text(json.dumps(words)),
         }
 
 
-def pick(rng, items, n):
-    """n different ones in random order, by rng.random() alone, which no version of Python changes."""
+def pick_items(rng: random.Random, items: Iterable[Item], n: int) -> list[Item]:
+    """Return n different items in random order, by rng.random() alone, which no version of Python changes."""
     return [item for _, _, item in sorted((rng.random(), i, item) for i, item in enumerate(items))[:n]]
 
 
 @cache
-def topics():
+def read_topics() -> tuple[str, ...]:
+    """Return the subjects of topics.txt."""
     return tuple(TOPICS.read_text(encoding="utf-8").split("\n")[:-1])
 
 
-def sha256(text: str) -> str:
+def hash_text(text: str) -> str:
+    """Return the SHA-256 of a text in hex."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def read_seed_tasks(path=None) -> tuple:
-    """Seed tasks of a .json or .jsonl: Alpaca's fields, or self-instruct's with "instances", of which the first counts.
+def read_seed_tasks(path: str | Path | None = None) -> tuple[dict[str, str], ...]:
+    """Return the seed tasks of a .json or .jsonl file, by default of seed_tasks.jsonl.
 
-    Raises DataError naming file and row."""
+    A row has Alpaca's fields, or self-instruct's "instances", of which the first is used. Raise DataError with the
+    file and row.
+    """
     path = Path(path or SEED_TASKS)
     seeds = []
     for number, row in enumerate(read_rows(path), 1):

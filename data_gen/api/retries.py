@@ -1,51 +1,64 @@
-"""Calls of the files and batches endpoints: again after what passes, and soon over once a signal came."""
+"""Calls of the files and batches endpoints, retried after passing failures and ended soon after a signal."""
 
 import asyncio
 import itertools
 import math
 import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
-from data_gen.api.client import kind_of, message_of
-from data_gen.api.rate import retry_after
+from data_gen.api.client import classify_error, extract_message
+from data_gen.api.collector import Collector
+from data_gen.api.rate import parse_retry_after
 from data_gen.base.cli import Failure
+
+Result = TypeVar("Result")
 
 GRACE_S = 5  # for the call in flight when a signal comes
 
 
 class Halted(Exception):
-    """A signal came. What is at the server goes on there, and the ledger knows it."""
+    """A signal ended the wait. Batches at the server go on, and the ledger knows them."""
 
 
 class Calls:
-    def __init__(self, collector, options):
-        self.collector, self.client, self.options = collector, collector.client, options
+    """Makes calls for a collector, which knows about signals, back-off and patience."""
 
-    async def make(self, call):
-        """await call(), again after what passes. Raises Failure after --patience or on what does not pass."""
+    def __init__(self, collector: Collector):
+        self.collector, self.client = collector, collector.client
+        self.patience_s = collector.limits.patience_s
+
+    async def make_call(self, call: Callable[[], Awaitable[Result]]) -> Result:
+        """Await call(), and call again after a failure that may pass.
+
+        Raise Failure after --patience or for a failure that will not pass.
+        """
         openai, since = self.client.openai, time.monotonic()
         for tries in itertools.count(1):
-            response, status = None, 0
+            response, body = None, ""
             try:
-                found = await self.unless_halted(call())
+                found = await self.wait_unless_halted(call())
                 if not isinstance(found, str):
                     return found
-                text = found  # a proxy's page
+                body = found  # a proxy's page
             # ValueError: half a JSON text; AttributeError: a proxy's page where the package wants a list
             except (openai.APIError, ValueError, AttributeError) as error:
                 response = getattr(error, "response", None)
-                status, text = (response.status_code, response.text) if response is not None else (0, str(error))
-            text = message_of(self.client.clean(text))
-            if status and kind_of(status, response.text) != "failed":
+                body = str(error) if response is None else response.text
+            text = extract_message(self.client.hide_key(body))
+            if response is not None and classify_error(response.status_code, body) != "failed":
+                status = response.status_code
                 raise Failure(f"the server said {status}: {text}; the same command goes on from here")
-            if time.monotonic() - since > self.options.patience:
-                why = f"no answer for {self.options.patience:g} s (--patience): {text}"
+            if time.monotonic() - since > self.patience_s:
+                why = f"no answer for {self.patience_s:g} s (--patience): {text}"
                 raise Failure(f"{why}; the same command goes on from here")
-            after = retry_after(response.headers) if response is not None else None
-            await self.pause(max(after or 0, self.collector.rate.backoff(tries)))
+            after = parse_retry_after(response.headers) if response is not None else None
+            await self.pause(max(after or 0, self.collector.rate.draw_backoff_s(tries)))
+        raise AssertionError("unreachable")
 
-    async def unless_halted(self, made):
-        """await made; after a signal for a moment only."""
-        task, halt_at = asyncio.ensure_future(made), math.inf
+    async def wait_unless_halted(self, call: Awaitable[Result]) -> Result:
+        """Await a call, but for GRACE_S at most after a signal. Raise Halted then."""
+        task, halt_at = asyncio.ensure_future(call), math.inf
         while not task.done():
             await asyncio.wait([task], timeout=0.25)
             if self.collector.stopping:
@@ -55,8 +68,8 @@ class Calls:
                 raise Halted
         return task.result()
 
-    async def pause(self, seconds):
-        """Sleeps. Raises Halted when a signal comes."""
+    async def pause(self, seconds: float) -> None:
+        """Sleep. Raise Halted when a signal comes."""
         until = time.monotonic() + seconds
         while True:
             await asyncio.sleep(max(0.0, min(0.25, until - time.monotonic())))

@@ -1,13 +1,14 @@
 # ruff: noqa: RUF001 - words of many alphabets
-"""Which language a text is in: a heuristic. Scripts tell most apart, then letters, then the commonest small words.
+"""A heuristic for the language of a text: scripts separate most languages, then letters and common small words.
 
-It knows the languages of LANGUAGES, takes others for their neighbours or for none, and is unsure about short texts,
-names, mixtures and most code. It is there to find whole texts in a wrong language, not to label single phrases.
+It knows the languages of LANGUAGES, mistakes others for their neighbours or for none, and is unsure about short texts,
+names, mixtures and most code. Use it to find whole texts in a wrong language, not to label single phrases.
 """
 
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from functools import cache
 
 LANGUAGES = {
@@ -20,7 +21,7 @@ LANGUAGES = {
     "hy": "Armenian", "am": "Amharic", "zh": "Chinese", "ja": "Japanese", "ko": "Korean",
 }  # fmt: skip
 
-# The first word of a letter's name in Unicode -> the languages that are written with it.
+# The first word of a letter's Unicode name -> the languages of that script.
 SCRIPTS = {
     "LATIN": "en de fr es pt it nl sv da no fi pl cs ro hu tr vi id",
     "CYRILLIC": "ru uk bg", "ARABIC": "ar fa ur", "DEVANAGARI": "hi", "CJK": "zh", "KANA": "ja",
@@ -29,7 +30,7 @@ SCRIPTS = {
     "MALAYALAM": "ml", "SINHALA": "si", "GEORGIAN": "ka", "ARMENIAN": "hy", "ETHIOPIC": "am",
 }  # fmt: skip
 
-# Words that are common in a language; one that is in several lists counts the less for each.
+# Common words of each language. A word in n lists counts 1/n for each.
 WORDS = {
     "en": "the of and to in a is that it for on with as was are be by this from at or have an not you which what your "
     "how but they their has were can will there his her my we i he she if do would could about into than its give "
@@ -84,45 +85,45 @@ WORDS = {
     "ur": "کے کی ہے میں اور سے کا کو پر نے کہ یہ ہیں نہیں ایک وہ بھی اس کیا تھا",
    }  # fmt: skip
 
-# Letters that few languages of a script have; each that is met counts like a word.
+# Letters that few languages of a script have. Each occurrence counts like a word.
 LETTERS = {
     "de": "ß", "es": "ñ¿¡", "pt": "ãõ", "fr": "œ", "pl": "ąęłśżźćń", "cs": "ěřůďťň", "ro": "țșţă", "hu": "őű",
     "tr": "ğış", "vi": "ăđơưạảấầẩẫậắằẳẵặẹẻẽếềểễệỉịọỏốồổỗộớờởỡợụủứừửữựỳỵỷỹ", "ru": "ыэё", "uk": "іїєґ",
     "fa": "پچژگیک", "ur": "پچگیکٹڈڑںےھہ", "ar": "ةيكىأإ",
 }  # fmt: skip
 
-SCAN = 1000  # characters that are looked at
+SCAN = 1000  # characters of a text that are read
 MIN_LETTERS, MIN_WORDS = 4, 4
 SHARE = 0.7  # of the letters must be of one script
-KANA = 0.1  # of the letters of Japanese are kana, at least
+KANA = 0.1  # of kana and Han letters are kana, at least, in Japanese
 LINK = re.compile(r"\bhttps?://\S+")
-WORD = re.compile(r"(?<!['\u2019])[^\W\d_]+|(?<=['\u2019])(?!s\b)[^\W\d_]+")  # no "s" of "dog's"
+WORD = re.compile(r"(?<!['\u2019])[^\W\d_]+|(?<=['\u2019])(?!s\b)[^\W\d_]+")  # without the "s" of "dog's"
 
-MIN_LEAD, LEAD_SHARE = 0.8, 0.15  # before the second language, in words of its own and of its votes
-MIN_SHARE = 0.15  # of the words must be common ones
-MIN_COMMON = 4  # letters in different common words: "a" and "e" are also variables and notes
+MIN_LEAD, LEAD_SHARE = 0.8, 0.15  # votes ahead of the second language: at least, and as a share of the best
+MIN_SHARE = 0.15  # of the words must be common words of the language
+MIN_COMMON = 4  # letters in its different common words: "a" and "e" are also variables and notes
 
 
-def votes_of(table):
-    """{entry: the languages that have it}."""
-    votes = {}
+def invert_table(table: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
+    """Return {entry: the languages that list it} for {language: entries}."""
+    votes: dict[str, list[str]] = {}
     for code, entries in table.items():
         for entry in dict.fromkeys(entries):
             votes.setdefault(entry, []).append(code)
     return votes
 
 
-WORD_VOTES = votes_of({code: words.split() for code, words in WORDS.items()})
-LETTER_VOTES = votes_of(LETTERS)
+WORD_VOTES = invert_table({code: words.split() for code, words in WORDS.items()})
+LETTER_VOTES = invert_table(LETTERS)
 
 
-def guess(text: str) -> str:
-    """The ISO 639-1 code, in LANGUAGES, of the language that text is in; "" when unsure."""
+def guess_language(text: str) -> str:
+    """Return the ISO 639-1 code, one of LANGUAGES, of a text's language, or "" when unsure."""
     text = LINK.sub(" ", unicodedata.normalize("NFC", text[:SCAN]).lower())
-    scripts = Counter()
+    scripts: Counter[str] = Counter()
     for char, n in Counter(text).items():
         if char.isalpha():
-            scripts[script_of(char)] += n
+            scripts[find_script(char)] += n
     n_letters = scripts.total()
     if scripts["KANA"] >= KANA * (scripts["KANA"] + scripts["CJK"]):
         scripts["KANA"] += scripts.pop("CJK", 0)
@@ -130,30 +131,33 @@ def guess(text: str) -> str:
     if n < MIN_LETTERS or n < SHARE * n_letters or script not in SCRIPTS:
         return ""
     codes = SCRIPTS[script].split()
-    return codes[0] if len(codes) == 1 else by_words(text, codes)
+    return codes[0] if len(codes) == 1 else guess_by_words(text, codes)
 
 
 @cache
-def script_of(char):
+def find_script(char: str) -> str:
+    """Return a letter's script, a key of SCRIPTS or another first word of a Unicode name."""
     script = unicodedata.name(char, "").partition(" ")[0]
     return "KANA" if script in ("HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA") else script
 
 
-def by_words(text, codes):
-    """The one of codes for which words and letters of the text speak clearly, or ""."""
+def guess_by_words(text: str, codes: list[str]) -> str:
+    """Return the one of these languages that the words and letters of the text clearly favour, or ""."""
     words = WORD.findall(text)
     if len(words) < MIN_WORDS:
         return ""
     letters = Counter(letter for letter in text if letter > "z")
-    votes, n_found, found = Counter(dict.fromkeys(codes, 0)), Counter(), {code: "" for code in LANGUAGES}
+    votes = dict.fromkeys(codes, 0.0)
+    n_found: Counter[str] = Counter()
+    found = dict.fromkeys(LANGUAGES, "")
     for entries, table in ((Counter(words), WORD_VOTES), (letters, LETTER_VOTES)):
         for entry, n in entries.items():
-            speaks_for = table.get(entry, ())
-            for code in speaks_for:
-                votes[code] += n / len(speaks_for)
+            languages = table.get(entry, ())
+            for code in languages:
+                votes[code] = votes.get(code, 0.0) + n / len(languages)
                 n_found[code] += n
                 found[code] += f" {entry}"
-    (best, most), (_, second) = votes.most_common(2)
+    (best, most), (_, second) = sorted(votes.items(), key=lambda item: -item[1])[:2]
     clear = most - second >= max(MIN_LEAD, LEAD_SHARE * most)
     different = found[best].split()
     common = len(different) > 1 and len("".join(different)) >= MIN_COMMON and n_found[best] >= MIN_SHARE * len(words)

@@ -1,18 +1,25 @@
-"""Answers, in the order of their requests -> the dataset: parsed, tidied, filtered, de-duplicated, losses explained.
+"""Curation: from answers, in the order of their requests, to the rows of a dataset and a reason for every loss.
 
-What is kept depends on the answers and their order alone, never on when they came: a ledger gives the same bytes.
+Answers are parsed, repaired, filtered and de-duplicated. The rows depend on the answers and their order alone, never
+on the time of their arrival: a ledger always gives the same bytes.
 """
 
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from data_gen.api.client import read_answer
+from data_gen.api.client import Answer, read_answer
+from data_gen.api.ledger import Entry
 from data_gen.api.prices import PICO
-from data_gen.base.cli import json_line, write_whole
-from data_gen.dedup import Deduplicator, rouge_l
-from data_gen.rows.defects import defect, tidy
-from data_gen.rows.parse import parse
+from data_gen.base.files import FIELDS, to_json_line, write_whole
+from data_gen.rows.contamination import Decontaminator
+from data_gen.rows.defects import find_defect
+from data_gen.rows.parse import parse_answer
+from data_gen.rows.repairs import repair_item
+from data_gen.rows.rouge import Deduplicator, rouge_l
 
-REASONS = {  # those of answers and of the stream; parse.KINDS and filters.REASONS have the others
+REASONS = {  # besides parse.KINDS and defects.REASONS
     "refused by the server": "the server would not answer this prompt",
     "refusal": "the model would not answer this prompt",
     "content filter": "the provider cut the answer off",
@@ -23,80 +30,104 @@ REASONS = {  # those of answers and of the stream; parse.KINDS and filters.REASO
 
 
 class Curator:
-    """Takes answers one by one and keeps rows until there are as many as wanted.
+    """Turns answers into rows, one by one, until as many are kept as wanted.
 
-    seeds: [{"instruction", ...}], which no row may duplicate. decontaminator: has match(item) -> str | None.
+    seeds are seed tasks, [{"instruction", ...}], that no row may duplicate.
     """
 
-    def __init__(self, wanted: int, seeds=(), language="en", decontaminator=None):
+    def __init__(
+        self,
+        wanted: int,
+        seeds: Sequence[dict[str, str]] = (),
+        language: str = "en",
+        decontaminator: Decontaminator | None = None,
+    ):
         self.wanted, self.language, self.decontaminator = wanted, language, decontaminator
         self.index = Deduplicator()
         self.known = [seed["instruction"] for seed in seeds if self.index.add(seed["instruction"]) is None]
         self.n_seeds = len(self.known)
-        self.rows, self.lost = [], []  # provenance on each row; lines of rejected.jsonl
+        self.rows: list[dict[str, Any]] = []  # each with its provenance
+        self.lost: list[dict[str, Any]] = []  # the lines of rejected.jsonl
         self.items = self.answers = self.refused = 0
-        self.repaired, self.rejected, self.models = Counter(), Counter(), Counter()
-        self.kept_by_request = []
+        self.repaired: Counter[str] = Counter()
+        self.rejected: Counter[str] = Counter()
+        self.models: Counter[str] = Counter()
+        self.kept_by_request: list[int] = []
 
     @property
-    def full(self) -> bool:
+    def is_full(self) -> bool:
+        """Return whether as many rows are kept as wanted."""
         return len(self.rows) >= self.wanted
 
-    def take(self, entry):
-        """The outcome of the next request, a ledger.Entry. Does nothing once full."""
-        if self.full:
+    def add_outcome(self, entry: Entry) -> None:
+        """Curate the outcome of the next request. Do nothing once full."""
+        if self.is_full:
             return
         before = len(self.rows)
         if entry.kind == "refused":
             self.refused += 1
-            self.reject(entry, None, "refused by the server", entry.body[:200], {})
+            self.record_rejection(entry, None, "refused by the server", entry.body[:200], {})
         else:
-            self.take_answer(entry, read_answer(entry.body))
+            self.add_answer(entry, read_answer(entry.body))
         kept = self.rows[before:]
         for row in kept:
             row["provenance"]["usd"] = round(entry.cost / PICO / len(kept), 12)
         self.kept_by_request.append(len(kept))
 
-    def take_answer(self, entry, answer):
+    def add_answer(self, entry: Entry, answer: Answer) -> None:
+        """Curate the tasks of one answer, and record its problems."""
         self.answers += 1
         self.models[answer.model or entry.model] += 1
-        items, problems = parse(answer.text, answer.finish_reason == "length")
+        items, problems = parse_answer(answer.text, answer.finish_reason == "length")
         if answer.refusal or answer.finish_reason == "content_filter":
             reason = "refusal" if answer.refusal else "content filter"
-            self.reject(entry, None, reason, answer.refusal[:200], {})
+            self.record_rejection(entry, None, reason, answer.refusal[:200], {})
             problems = [problem for problem in problems if problem[0] != "no items"]
         for reason, seen in problems:
-            self.reject(entry, None, reason, seen, {})
+            self.record_rejection(entry, None, reason, seen, {})
         self.items += len(items) + sum(reason != "no items" for reason, _ in problems)
         for number, item in enumerate(items):
-            if self.full:
+            if self.is_full:
                 return
-            self.take_item(entry, answer, number, item)
+            self.add_item(entry, answer, number, item)
 
-    def take_item(self, entry, answer, number, item):
-        item, repairs = tidy(item)
+    def add_item(self, entry: Entry, answer: Answer, number: int, item: dict[str, str]) -> None:
+        """Keep the item of this number in an answer, or record why it is rejected."""
+        item, repairs = repair_item(item)
         self.repaired.update(repairs)
-        found = defect(item, self.language)
+        found = find_defect(item, self.language)
         if found is None and self.decontaminator:
-            match = self.decontaminator.match(item)
+            match = self.decontaminator.find_match(item)
             found = ("evaluation prompt", match) if match is not None else None
         if found is not None:
-            return self.reject(entry, number, *found, item)
+            self.record_rejection(entry, number, *found, item)
+            return
         twin = self.index.add(item["instruction"])
         if twin is not None:
             reason = "duplicate of a seed task" if twin < self.n_seeds else "duplicate"
             like = round(rouge_l(item["instruction"], self.known[twin]), 4)
-            return self.reject(entry, number, reason, "", item, duplicate_of=self.known[twin], similarity=like)
+            self.record_rejection(entry, number, reason, "", item, duplicate_of=self.known[twin], similarity=like)
+            return
         self.known.append(item["instruction"])
-        source = {"request": entry.request, "item": number, "model": answer.model or entry.model}
+        source: dict[str, Any] = {"request": entry.request, "item": number, "model": answer.model or entry.model}
         source |= {"prompt_sha256": entry.body_sha256, "response_id": answer.id}
         self.rows.append(item | {"provenance": source})
 
-    def reject(self, entry, number, reason, detail, item, **more):
+    def record_rejection(
+        self,
+        entry: Entry,
+        number: int | None,
+        reason: str,
+        detail: str,
+        item: dict[str, str],
+        **more: Any,
+    ) -> None:
+        """Count a rejection and add its line to rejected.jsonl. number is None for a problem of a whole answer."""
         self.rejected[reason] += 1
         self.lost.append({"request": entry.request, "item": number, "reason": reason, "detail": detail} | item | more)
 
-    def counts(self) -> dict:
+    def summarize(self) -> dict[str, Any]:
+        """Return the counts of requests, answers, items, rows, repairs and rejections, as run.json holds them."""
         return {
             "requests": self.answers + self.refused,
             "answers": self.answers,
@@ -107,17 +138,17 @@ class Curator:
             "rejected": dict(self.rejected.most_common()),
         }
 
-    def write(self, folder):
-        """dataset.json (Alpaca), dataset.jsonl (with provenance), chat.jsonl, rejected.jsonl; each is written whole."""
-        plain = [{name: row[name] for name in ("instruction", "input", "output")} for row in self.rows]
-        lines = (json_line(row).rstrip("\n") for row in plain)
+    def write_files(self, folder: Path) -> None:
+        """Write dataset.json (Alpaca), dataset.jsonl (with provenance), chat.jsonl and rejected.jsonl, each whole."""
+        plain = [{name: row[name] for name in FIELDS} for row in self.rows]
+        lines = (to_json_line(row).rstrip("\n") for row in plain)
         write_whole(folder / "dataset.json", ["[\n", ",\n".join(lines), "\n]\n"] if plain else ["[]\n"])
-        write_whole(folder / "dataset.jsonl", map(json_line, self.rows))
-        write_whole(folder / "chat.jsonl", (json_line({"messages": messages(row)}) for row in plain))
-        write_whole(folder / "rejected.jsonl", map(json_line, self.lost))
+        write_whole(folder / "dataset.jsonl", map(to_json_line, self.rows))
+        write_whole(folder / "chat.jsonl", (to_json_line({"messages": row_to_messages(row)}) for row in plain))
+        write_whole(folder / "rejected.jsonl", map(to_json_line, self.lost))
 
 
-def messages(row) -> list:
-    """The row as a chat of one turn: instruction and input, then the output."""
+def row_to_messages(row: dict[str, str]) -> list[dict[str, str]]:
+    """Return a row as a chat of one turn: instruction and input, then the output."""
     asked = row["instruction"] + ("\n\n" + row["input"] if row["input"] else "")
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from data_gen.base.cli import write_whole
+from data_gen.base.files import write_whole
 
 ROOT = Path(__file__).parents[2]
 

@@ -127,7 +127,7 @@ def measure_killed_run(server, out, options, n_requests):
         process.send_signal(signal.SIGKILL)
         process.wait()
         time.sleep(0.5)  # requests in flight arrive in the log
-        keys = {request_key(prompter.messages(number)) for number in recorded_requests(out)}
+        keys = {request_key(prompter.build_messages(number)) for number in recorded_requests(out)}
         known.append((server.count_requests(), keys))
         print(f"kill {kill + 1}: {len(keys):,} requests recorded", flush=True)
     wait_for(start_generate(server, out, options))
@@ -156,14 +156,14 @@ def measure_replay(out, options):
 
         return wrapper
 
-    plain = {name: getattr(curate, name) for name in ("parse", "tidy", "defect")}
+    plain = {name: getattr(curate, name) for name in ("parse_answer", "repair_item", "find_defect")}
     for name, stage in zip(plain, ("parse", "tidy and filters", "tidy and filters"), strict=True):
         setattr(curate, name, timed(stage, plain[name]))
     start, ledger = time.process_time(), Ledger(out, create=False)
     curator = Curator(options.rows, read_seed_tasks())
     curator.index.add = timed("de-duplication", curator.index.add)
-    for entry in ledger.done():
-        curator.take(entry)
+    for entry in ledger.read_outcomes():
+        curator.add_outcome(entry)
     ledger.close()
     for name, call in plain.items():
         setattr(curate, name, call)

@@ -27,8 +27,9 @@ from rapidfuzz import process
 from rapidfuzz.distance import Indel
 
 from data_gen.api.prompt import SEED_TASKS
-from data_gen.base.cli import read_rows
-from data_gen.dedup import Deduplicator, Numbers, tokenize
+from data_gen.base.files import read_rows
+from data_gen.rows.rouge import Deduplicator, TokenNumbers
+from data_gen.rows.tokens import tokenize
 from scripts.base.results import describe_cpu, new_json_parser, summarize, summarize_ratios, today, write_json
 
 BLOCK = 512  # texts of one cdist call: 100 MB of scores
@@ -58,7 +59,7 @@ def make_stream(rows, n, seed):
 
 def compare_all_pairs(texts):
     """Return Deduplicator.add's answer for each text, found from the scores of all pairs, and cdist's CPU seconds."""
-    numbers, seconds = Numbers(), 0.0
+    numbers, seconds = TokenNumbers(), 0.0
     codes = ["".join(chr(numbers[token]) for token in tokenize(text)) for text in texts]
     kept, answers = [], []
 

@@ -9,18 +9,19 @@ pytest.importorskip("openai")
 pytest.importorskip("rapidfuzz")
 
 from data_gen import estimate, generate
+from data_gen.api.attempt import Asker
 from data_gen.api.client import Sampling
 from data_gen.api.ledger import Ledger
-from data_gen.api.prices import read_table
-from data_gen.api.progress import clock
+from data_gen.api.prices import Price, read_price_table
+from data_gen.api.progress import format_clock
 from data_gen.api.prompt import Prompter, read_seed_tasks
-from data_gen.base.cli import exit_code_of
+from data_gen.base.cli import run_for_exit_code
 from tests.helpers.openai_server import Server
 from tests.helpers.run import command
 
 
 def told(capsys, *words):
-    assert exit_code_of(estimate.main, [str(word) for word in words]) == 0
+    assert run_for_exit_code(estimate.main, [str(word) for word in words]) == 0
     return capsys.readouterr().out
 
 
@@ -38,14 +39,16 @@ def test_the_sum_can_be_done_by_hand(capsys):
     )
     assert requests == 5200 and n_out == 1660 and 500 < n_in < 1500
     assert "5,201 requests" in told(capsys, "--model", "gpt-4.1-nano", "--rows", 52_001)
-    assert f"{clock(5200 * 1660 / 60 / 32)} with 32 in flight at 60 tokens/s" in text
-    assert f"{clock(5200 * 1660 / 60)} with 1 in flight" in told(capsys, "--model", "gpt-5-nano", "--concurrency", 1)
+    assert f"{format_clock(5200 * 1660 / 60 / 32)} with 32 in flight at 60 tokens/s" in text
+    assert f"{format_clock(5200 * 1660 / 60)} with 1 in flight" in told(
+        capsys, "--model", "gpt-5-nano", "--concurrency", 1
+    )
     price_in, price_out, dollars, thousand, most = line_of(text, "gpt-4.1-nano")
     assert (price_in, price_out) == (Decimal("0.1"), Decimal("0.4"))
     assert dollars == pytest.approx(Decimal(requests * (n_in * 0.1 + n_out * 0.4) / 1e6), rel=Decimal("0.002"))
     assert thousand == pytest.approx(dollars / 52, rel=Decimal("0.01"))
     assert most > dollars / requests
-    assert "assumed" in text and read_table().as_of in text and "bills its reasoning as output" in text
+    assert "assumed" in text and read_price_table().as_of in text and "bills its reasoning as output" in text
 
 
 def test_a_batch_is_half_the_price(capsys):
@@ -56,8 +59,10 @@ def test_a_batch_is_half_the_price(capsys):
 
 def test_without_a_model_every_price_is_compared_the_cheapest_first(capsys):
     text = told(capsys)
-    dollars = [line_of(text, model)[2] for model in read_table().models]
-    shown = [line.split()[0] for line in text.splitlines() if line.split() and line.split()[0] in read_table().models]
+    dollars = [line_of(text, model)[2] for model in read_price_table().models]
+    shown = [
+        line.split()[0] for line in text.splitlines() if line.split() and line.split()[0] in read_price_table().models
+    ]
     assert len(shown) == len(dollars) and [line_of(text, model)[2] for model in shown] == sorted(dollars)
 
 
@@ -66,7 +71,7 @@ def test_prices_of_your_own(capsys, tmp_path):
         capsys, "--model", "mine", "--price-in", "1", "--price-out", "2.5", "--base-url", "http://localhost:1/v1"
     )
     assert line_of(text, "mine")[:2] == [1, Decimal("2.5")]
-    assert exit_code_of(estimate.main, ["--model", "mine"]) == 2
+    assert run_for_exit_code(estimate.main, ["--model", "mine"]) == 2
     assert "--price-in" in capsys.readouterr().err
 
 
@@ -74,7 +79,7 @@ def test_a_run_that_is_there_gives_its_own_means(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     with Server(seed=3) as server:
         words = ["--base-url", server.base_url, "--model", "m", "--price-in", "0.1", "--price-out", "0.4", "--quiet"]
-        assert exit_code_of(generate.main, [*words, "--rows", "200", "--out", str(tmp_path)]) == 0
+        assert run_for_exit_code(generate.main, [*words, "--rows", "200", "--out", str(tmp_path)]) == 0
         billed = server.stats()["billed"]
     capsys.readouterr()
     text = told(capsys, *words[2:-1], "--out", tmp_path, "--rows", 200)
@@ -91,28 +96,29 @@ def test_a_run_that_is_there_gives_its_own_means(capsys, tmp_path, monkeypatch):
 
 
 def test_a_folder_without_a_run_is_told(capsys, tmp_path):
-    assert exit_code_of(estimate.main, ["--model", "gpt-5-nano", "--out", str(tmp_path)]) == 2
+    assert run_for_exit_code(estimate.main, ["--model", "gpt-5-nano", "--out", str(tmp_path)]) == 2
     assert "wanted the folder of a run" in capsys.readouterr().err
     (tmp_path / "run.json").write_text('{"counts": {"kept": 0}}')
     Ledger(tmp_path).close()
-    assert exit_code_of(estimate.main, ["--model", "gpt-5-nano", "--out", str(tmp_path)]) == 2
+    assert run_for_exit_code(estimate.main, ["--model", "gpt-5-nano", "--out", str(tmp_path)]) == 2
     assert "has no answer with a row yet" in capsys.readouterr().err
 
 
 def test_a_language_that_is_unknown_is_told(capsys):
-    assert exit_code_of(estimate.main, ["--language", "xx"]) == 2
+    assert run_for_exit_code(estimate.main, ["--language", "xx"]) == 2
     assert "--language is 'xx'" in capsys.readouterr().err
 
 
 def test_the_prompts_that_are_measured_are_those_that_are_sent():
     prompter, sampling = Prompter(read_seed_tasks()), Sampling("m", 4096, 1.0)
-    means = estimate.assumed(prompter, sampling)
-    plain = sum(len(message["content"]) for n in range(200) for message in prompter.messages(n)) / 200
+    means = estimate.assume_means(Asker(prompter, sampling, Price(0, 0)))
+    plain = sum(len(message["content"]) for n in range(200) for message in prompter.build_messages(n)) / 200
     assert plain / 4.3 < means.input_tokens < plain / 4.3 * 1.5
 
 
 def test_an_answer_cut_off_at_its_limit_holds_fewer_rows():
-    means = estimate.assumed(Prompter(read_seed_tasks(), n_tasks=100), Sampling("m", 4150, 1.0))
+    asker = Asker(Prompter(read_seed_tasks(), n_tasks=100), Sampling("m", 4150, 1.0), Price(0, 0))
+    means = estimate.assume_means(asker)
     assert (means.output_tokens, means.rows) == (4150, 25)
 
 

@@ -20,7 +20,7 @@ pytest.importorskip("rapidfuzz")
 
 from data_gen import generate as module
 from data_gen.api.prompt import Prompter, read_seed_tasks
-from data_gen.base.cli import exit_code_of
+from data_gen.base.cli import run_for_exit_code
 from engine.data.rows import read_rows
 from tests.helpers.openai_server import DIALECTS, Server, request_key
 from tests.helpers.run import ROOT, command, environment
@@ -47,7 +47,7 @@ def key(monkeypatch):
 
 def generate(server, out, *more):
     """The exit code of a run in this process."""
-    return exit_code_of(module.main, flags(server, out, *more))
+    return run_for_exit_code(module.main, flags(server, out, *more))
 
 
 def started(server, out, *more):
@@ -79,7 +79,7 @@ def done(out):
 
 def server_keys(numbers, **settings):
     prompter = Prompter(read_seed_tasks(), **settings)
-    return {request_key(prompter.messages(number)) for number in numbers}
+    return {request_key(prompter.build_messages(number)) for number in numbers}
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_a_dataset_as_promised(unbroken):
     assert [{k: v for k, v in line.items() if k != "provenance"} for line in lines] == rows
     source = lines[0]["provenance"]
     assert source["request"] == 0 and source["model"] == "m" and source["response_id"].startswith("chatcmpl-")
-    messages = Prompter(read_seed_tasks()).messages(0)
+    messages = Prompter(read_seed_tasks()).build_messages(0)
     assert source["prompt_sha256"] == hashlib.sha256(json.dumps(messages).encode()).hexdigest()
     counts, rejected = told["counts"], lines_of(unbroken / "rejected.jsonl")
     assert told["status"] == "done" and counts["kept"] == 600
@@ -216,21 +216,21 @@ def test_a_second_signal_gives_the_terminal_back(monkeypatch):
     did = []
     monkeypatch.setattr(module.os, "_exit", sys.exit)
     with pytest.raises(SystemExit, match="143"):
-        module.stop(SimpleNamespace(stopping=True, progress=SimpleNamespace(close=lambda: did.append("closed"))))
+        module.stop_run(SimpleNamespace(stopping=True, progress=SimpleNamespace(close=lambda: did.append("closed"))))
     assert did == ["closed"]
 
 
 def test_a_signal_while_the_ledger_is_read_changes_no_file(unbroken, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     shutil.copytree(unbroken, out)
-    take = module.Curator.take
+    add_outcome = module.Curator.add_outcome
 
     def stopped(curator, entry):
         if entry.request == 5:
             signal.raise_signal(signal.SIGTERM)
-        take(curator, entry)
+        add_outcome(curator, entry)
 
-    monkeypatch.setattr(module.Curator, "take", stopped)
+    monkeypatch.setattr(module.Curator, "add_outcome", stopped)
     with Server(seed=3) as server:
         assert generate(server, out, "--rows", 700) == 143
         assert not server.log and capsys.readouterr().err.endswith("stopped by a signal\n")
@@ -282,7 +282,7 @@ def test_no_key_is_told_before_anything_is_done(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("OPENAI_API_KEY")
     out = tmp_path / "out"
     words = ["--model", "gpt-4.1-nano", "--base-url", "https://api.openai.com/v1", "--out", str(out)]
-    assert exit_code_of(module.main, words) == 2
+    assert run_for_exit_code(module.main, words) == 2
     assert "OPENAI_API_KEY" in capsys.readouterr().err and not out.exists()
 
 
@@ -323,7 +323,7 @@ def test_bad_flags_are_told_before_anything_is_done(tmp_path, capsys, flag, valu
     out = tmp_path / "out"
     words = ["--model", "m", "--price-in", "0", "--price-out", "0", "--out", str(out), flag, value]
     try:
-        code = exit_code_of(module.main, words)
+        code = run_for_exit_code(module.main, words)
     except SystemExit as left:
         code = left.code
     assert code in (2, 3)
@@ -331,13 +331,13 @@ def test_bad_flags_are_told_before_anything_is_done(tmp_path, capsys, flag, valu
 
 
 def test_an_unknown_price_is_refused(tmp_path, capsys):
-    assert exit_code_of(module.main, ["--model", "gpt-4.1-nnao", "--out", str(tmp_path / "out")]) == 2
+    assert run_for_exit_code(module.main, ["--model", "gpt-4.1-nnao", "--out", str(tmp_path / "out")]) == 2
     assert "did you mean gpt-4.1-nano?" in capsys.readouterr().err
 
 
 def test_a_tier_with_prices_of_its_own_needs_them(tmp_path, capsys):
     words = ["--model", "gpt-4.1-nano", "--max-usd", "1", "--extra", '{"service_tier": "priority"}']
-    assert exit_code_of(module.main, [*words, "--out", str(tmp_path / "out")]) == 2
+    assert run_for_exit_code(module.main, [*words, "--out", str(tmp_path / "out")]) == 2
     assert "pass its --price-in and --price-out" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
@@ -422,18 +422,20 @@ def test_a_replay_sends_nothing_and_takes_new_filters(unbroken, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "ledger.sqlite").write_bytes((unbroken / "ledger.sqlite").read_bytes())
-    assert exit_code_of(module.main, ["--out", str(out), "--rows", "600", "--replay"]) == 0
+    assert run_for_exit_code(module.main, ["--out", str(out), "--rows", "600", "--replay"]) == 0
     for name in ("dataset.json", "dataset.jsonl", "chat.jsonl", "rejected.jsonl"):
         assert (out / name).read_bytes() == (unbroken / name).read_bytes()
     prompts = tmp_path / "evaluation.jsonl"
     row = rows_of(out)[17]
     prompts.write_text(json.dumps({"instruction": row["instruction"], "input": row["input"]}))
     assert (
-        exit_code_of(module.main, ["--out", str(out), "--rows", "600", "--replay", "--decontaminate", str(prompts)])
+        run_for_exit_code(
+            module.main, ["--out", str(out), "--rows", "600", "--replay", "--decontaminate", str(prompts)]
+        )
         == 0
     )
     assert row not in rows_of(out) and about(out)["counts"]["rejected"]["evaluation prompt"] >= 1
-    assert exit_code_of(module.main, ["--out", str(tmp_path / "none"), "--replay"]) == 2
+    assert run_for_exit_code(module.main, ["--out", str(tmp_path / "none"), "--replay"]) == 2
 
 
 def test_a_replay_ends_where_an_answer_is_missing(unbroken, tmp_path):
@@ -443,7 +445,7 @@ def test_a_replay_ends_where_an_answer_is_missing(unbroken, tmp_path):
     db.execute("DELETE FROM received WHERE attempt IN (SELECT attempt FROM sent WHERE request = 7)")
     db.commit()
     db.close()
-    assert exit_code_of(module.main, ["--out", str(tmp_path), "--replay", "--quiet"]) == 0
+    assert run_for_exit_code(module.main, ["--out", str(tmp_path), "--replay", "--quiet"]) == 0
     found = lines_of(tmp_path / "dataset.jsonl")
     assert found == [row for row in lines_of(unbroken / "dataset.jsonl") if row["provenance"]["request"] < 7] != []
     assert about(tmp_path)["status"] == "replayed"
@@ -537,7 +539,7 @@ def test_a_rate_limit_is_kept_to(tmp_path):
 
 def test_help_names_every_flag_with_its_default():
     said = command("data_gen.generate", "--help").stdout
-    for action in module.parser()._actions:
+    for action in module.build_parser()._actions:
         assert all(flag in said for flag in action.option_strings)
     assert said.count("(default:") >= 25
     assert Path(ROOT / "data_gen" / "prices.json").exists()

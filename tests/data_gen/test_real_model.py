@@ -1,4 +1,4 @@
-"""data_gen.generate against a real language model: SmolLM2-135M, behind tests/helpers/model_server.py on this machine's CPU."""
+"""data_gen.generate against a real language model: SmolLM2-135M, behind tests/helpers/model_server.py, on the CPU."""
 
 import json
 import signal
@@ -19,7 +19,7 @@ from data_gen import generate as module
 from data_gen.api import collector as collect
 from data_gen.api.prompt import FORMATS as ASKED
 from data_gen.api.prompt import SCHEMA, Prompter, read_seed_tasks
-from data_gen.base.cli import exit_code_of
+from data_gen.base.cli import run_for_exit_code
 from data_gen.rows.defects import tidy
 from data_gen.rows.parse import parse
 from engine.inference.generation import generate
@@ -142,7 +142,7 @@ def test_a_dataset_from_a_model_killed_halfway_and_a_model_trained_on_it(weights
     prompter = Prompter(read_seed_tasks(), **PROMPT)
 
     def numbers(log):
-        return [next(n for n in range(200) if prompter.messages(n) == entry["messages"]) for entry in log]
+        return [next(n for n in range(200) if prompter.build_messages(n) == entry["messages"]) for entry in log]
 
     with Server(weights, items=3, at_least=2, string_tokens=9) as server:
         words = [sys.executable, "-m", "data_gen.generate", *flags(server, out, *limits)]
@@ -209,7 +209,7 @@ def test_a_server_without_schemas_and_a_model_that_writes_none_end_it_cleanly(
     handler = signal.getsignal(signal.SIGTERM)
     with Server(weights, formats=(), refuses=refuses) as server:
         limits = ("--rows", 4, "--max-output-tokens", 8, "--concurrency", 1)
-        code = exit_code_of(module.main, flags(server, tmp_path, *limits))
+        code = run_for_exit_code(module.main, flags(server, tmp_path, *limits))
     signal.signal(signal.SIGTERM, handler)
     said = capsys.readouterr()
     assert code == 1

@@ -20,10 +20,11 @@ pytest.importorskip("rapidfuzz")
 from data_gen import generate as command
 from data_gen.api import batch as module
 from data_gen.api import retries as calls
-from data_gen.api.batch import Batches, read_line
+from data_gen.api.attempt import Asker
+from data_gen.api.batch import Batches, parse_line
 from data_gen.api.ledger import Ledger
 from data_gen.api.retries import Calls
-from data_gen.base.cli import exit_code_of
+from data_gen.base.cli import run_for_exit_code
 from tests.helpers.openai_server import Reply, Server, request_key
 from tests.helpers.run import ROOT, environment
 
@@ -53,7 +54,7 @@ def flags(server, out, *more):
 
 
 def ordinary(server, out, *more):
-    return exit_code_of(command.main, flags(server, out, *more))
+    return run_for_exit_code(command.main, flags(server, out, *more))
 
 
 def batched(server, out, *more):
@@ -325,18 +326,18 @@ def dying_at(n, do):
         if next(count) == n:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    commit, unless_halted = Ledger.commit, Calls.unless_halted
+    commit, wait_unless_halted = Ledger.commit, Calls.wait_unless_halted
 
     def commit_or_die(self, statements):
         commit(self, statements)
         moment()
 
     async def call_or_die(self, made):
-        found = await unless_halted(self, made)
+        found = await wait_unless_halted(self, made)
         moment()
         return found
 
-    Ledger.commit, Calls.unless_halted = commit_or_die, call_or_die
+    Ledger.commit, Calls.wait_unless_halted = commit_or_die, call_or_die
     return do()
 
 
@@ -529,7 +530,7 @@ COMPLETION = {"choices": [{"message": {"content": "é 日本"}}], "usage": None}
     ],
 )  # fmt: skip
 def test_a_line_that_is_none_of_ours(line):
-    assert read_line(line) is None
+    assert parse_line(line) is None
 
 
 @pytest.mark.parametrize(
@@ -555,17 +556,17 @@ def test_a_line_that_is_none_of_ours(line):
     ],
 )
 def test_what_a_line_means(line, kind, status):
-    attempt, *found, body = read_line(json.dumps({"custom_id": "7"} | line).encode())
+    attempt, *found, body = parse_line(json.dumps({"custom_id": "7"} | line).encode())
     assert (attempt, found) == (7, [kind, status])
     json.loads(body)
 
 
 def test_bodies_of_lines_are_kept_as_they_are_but_for_the_key():
     line = json.dumps({"custom_id": "1"} | response(200, choices=[{"message": {"content": "é \ud83d sk-1"}}])).encode()
-    *_, body = read_line(line, lambda text: text.replace("sk-1", "[key]"))
+    *_, body = parse_line(line, lambda text: text.replace("sk-1", "[key]"))
     assert json.loads(body)["choices"][0]["message"]["content"] == "é \ud83d [key]"
     body.encode()  # what a ledger can hold: a replay sees the same
-    *_, body = read_line(json.dumps({"custom_id": "1"} | response(200, **COMPLETION)).encode())
+    *_, body = parse_line(json.dumps({"custom_id": "1"} | response(200, **COMPLETION)).encode())
     assert "é 日本" in body
 
 
@@ -721,13 +722,13 @@ def test_a_signal_leaves_batches_at_work_and_the_same_command_takes_them(plain, 
     server, out = opened
     assert told(out)["status"] == "stopped" and [status for _, status, _ in batches_of(server)] == ["in_progress"]
     reserved = uncertain(out)
-    seen, rounds = [], Batches.rounds
+    seen, rounds = [], Batches.run_rounds
 
     async def watched(self):
         seen.append((self.budget.uncertain, self.budget.reserved))
         await rounds(self)
 
-    monkeypatch.setattr(Batches, "rounds", watched)
+    monkeypatch.setattr(Batches, "run_rounds", watched)
     assert batched(server, out) == 0
     assert seen == [(0, reserved)] and reserved > 0, "what is at the server is set aside, and not lost"
     assert "GET /v1/batches" not in server.stats()["api"], "a batch whose id is known was looked for"
@@ -861,7 +862,7 @@ def planner(wanted, kept=(), done=None, ready=0, rows=None):
     )
     recent = kept[-200:]
     found = Batches.__new__(Batches)
-    found.options = SimpleNamespace(tasks_per_request=20)
+    found.asker = SimpleNamespace(prompter=SimpleNamespace(n_tasks=20))
     found.collector = SimpleNamespace(
         curator=curator, done=done, highest=max(done), ready=range(ready),
         expected_yield=lambda: max(0.05, sum(recent) / len(recent)),
@@ -884,24 +885,19 @@ def planner(wanted, kept=(), done=None, ready=0, rows=None):
     ],
 )
 def test_a_round_is_what_is_missing(about, wanted):
-    assert planner(**about).next_round() == list(wanted)
+    assert planner(**about).plan_round() == list(wanted)
 
 
 def test_a_round_draws_each_prompt_once(tmp_path, monkeypatch):
     """5,000 requests in batches of a few hundred: the work is linear."""
     drawn = []
-    inner = command.make_ask
+    prepare = Asker.prepare
 
-    def make_ask(*args):
-        ask = inner(*args)
+    def counted(asker, number, dialect):
+        drawn.append(number)
+        return prepare(asker, number, dialect)
 
-        def counted(number, dialect):
-            drawn.append(number)
-            return ask(number, dialect)
-
-        return counted
-
-    monkeypatch.setattr(command, "make_ask", make_ask)
+    monkeypatch.setattr(Asker, "prepare", counted)
     monkeypatch.setattr(module, "MOST_REQUESTS", 10)
     with serve(faults={}) as server:
         assert batched(server, tmp_path, "--batch-tokens", 25_000) == 0

@@ -19,10 +19,10 @@ from data_gen.api.client import (
     Dialect,
     Reply,
     Sampling,
+    classify_error,
+    extract_message,
+    find_api_key,
     is_completion,
-    key_for,
-    kind_of,
-    message_of,
     read_answer,
 )  # fmt: skip
 from data_gen.api.prompt import FORMATS, read_seed_tasks, topics
@@ -240,21 +240,21 @@ ERRORS = {
 
 @pytest.mark.parametrize("status, body, kind", ERRORS.values(), ids=ERRORS)
 def test_what_an_error_means(status, body, kind):
-    assert kind_of(status, body) == kind == kind_of(status, body.upper())
+    assert classify_error(status, body) == kind == classify_error(status, body.upper())
 
 
 def test_a_server_that_repeats_the_prompt_in_its_error_does_not_change_what_it_means():
     said = [*topics(), *(text for seed in read_seed_tasks() for text in seed.values())]
     body = json.dumps({"detail": "bad", "input": said}, ensure_ascii=False)
-    assert kind_of(400, body) == "unsupported"
+    assert classify_error(400, body) == "unsupported"
     assert not [word for word in BLOCKED + OUT_OF_MONEY if word in body.lower()]
 
 
 def test_what_the_rate_is_told():
-    assert Reply("failed", 429, "", {"retry-after": "3"}, 0.0, True).pressure() == {
+    assert Reply("failed", 429, "", {"retry-after": "3"}, 0.0, True).describe_load() == {
         "overloaded": True, "limited": True, "retry_after": 3.0,
     }  # fmt: skip
-    assert Reply("failed", 500, "").pressure() == {"overloaded": False, "limited": False, "retry_after": None}
+    assert Reply("failed", 500, "").describe_load() == {"overloaded": False, "limited": False, "retry_after": None}
 
 
 MESSAGES = {
@@ -280,7 +280,7 @@ MESSAGES = {
 
 @pytest.mark.parametrize("body, message", MESSAGES.values(), ids=MESSAGES)
 def test_the_sentence_in_an_errors_body(body, message):
-    assert message_of(body) == message
+    assert extract_message(body) == message
 
 
 JUNK = st.recursive(
@@ -299,7 +299,7 @@ JUNK = st.recursive(
 def test_junk_is_never_an_error(value):
     for found in (value, {"choices": [{"message": value}], "usage": value}, {"choices": [value]}, {"choices": value}):
         body = json.dumps(found)
-        assert len(message_of(body)) <= 300 and message_of(body)
+        assert len(extract_message(body)) <= 300 and extract_message(body)
         if is_completion(body):
             answer = read_answer(body)
             assert all(isinstance(text, str) for text in (answer.text, answer.finish_reason, answer.refusal, answer.id))
@@ -319,7 +319,7 @@ DEEP = [
                                   '{"choices": [{"message": null}]}', '{"choices": [null]}', error("x"),
                                   "data: {}\n\n", ANSWER[:-1]])  # fmt: skip
 def test_what_is_no_completion(body):
-    assert not is_completion(body) and isinstance(message_of(body), str) and len(message_of(body)) <= 300
+    assert not is_completion(body) and isinstance(extract_message(body), str) and len(extract_message(body)) <= 300
 
 
 # ---- what an answer says ---------------------------------------------------------------------------------------------
@@ -393,7 +393,7 @@ def walk(start, understood, refusal, least=()):
     while dialect is not None and not (wants(dialect) <= understood and set(least) <= wants(dialect)):
         tried.append(dialect)
         said = refusal(dialect)
-        dialect = next((d for d in (dialect.without(said), dialect.poorer()) if d and d not in tried), None)
+        dialect = next((d for d in (dialect.drop_refused(said), dialect.lower_format()) if d and d not in tried), None)
         assert len(tried) <= len(DIALECTS)
     return dialect, tried
 
@@ -447,55 +447,55 @@ def test_whatever_a_server_says_there_is_an_end(start, said):
 def test_a_refusal_that_says_nothing_of_ours():
     start = Dialect()
     for said in ("", "no", "context length exceeded", "my_max_tokens_limit", "max_token"):
-        assert start.without(said) is None
+        assert start.drop_refused(said) is None
     both = "temperature, max_tokens and response_format are unknown"
     bare = Dialect("json_object", "max_tokens", False)
-    assert bare.without(both) == Dialect("json_object", "max_completion_tokens", False)
-    assert start.poorer() == Dialect("json_object") and Dialect("text").poorer() is None
-    assert Dialect("text").without("response_format is unknown") is None
+    assert bare.drop_refused(both) == Dialect("json_object", "max_completion_tokens", False)
+    assert start.lower_format() == Dialect("json_object") and Dialect("text").lower_format() is None
+    assert Dialect("text").drop_refused("response_format is unknown") is None
 
 
 def test_a_name_that_is_a_part_of_another_is_not_that_one():
     said = error("'max_completion_tokens' is unknown")
-    assert Dialect(limit="max_tokens").without(said) is None
-    assert Dialect(limit="max_completion_tokens").without(said).limit == "max_tokens"
-    assert Dialect(limit="max_tokens").without("max_tokens_to_sample is wanted") is None
+    assert Dialect(limit="max_tokens").drop_refused(said) is None
+    assert Dialect(limit="max_completion_tokens").drop_refused(said).limit == "max_tokens"
+    assert Dialect(limit="max_tokens").drop_refused("max_tokens_to_sample is wanted") is None
 
 
 def test_the_body_of_a_request():
     sampling = Sampling("m", 99, 0.5, {"reasoning_effort": "low", "temperature": 2})
-    assert sampling.body([1], Dialect("text", "max_tokens", False)) == {
+    assert sampling.build_body([1], Dialect("text", "max_tokens", False)) == {
         "model": "m", "messages": [1], "max_tokens": 99, "reasoning_effort": "low", "temperature": 2,
     }  # fmt: skip
-    assert sampling.body([], Dialect())["temperature"] == 2, "--extra wins"
-    body = Sampling("m", 99, 0.5).body([], Dialect())
+    assert sampling.build_body([], Dialect())["temperature"] == 2, "--extra wins"
+    body = Sampling("m", 99, 0.5).build_body([], Dialect())
     assert body["max_completion_tokens"] == 99 and body["temperature"] == 0.5 and "max_tokens" not in body
     assert body["response_format"] == FORMATS["json_schema"]
-    assert Sampling("m", 1, 0).body([], Dialect("json_object"))["response_format"] == {"type": "json_object"}
-    assert "response_format" not in Sampling("m", 1, 0).body([], Dialect("text"))
+    assert Sampling("m", 1, 0).build_body([], Dialect("json_object"))["response_format"] == {"type": "json_object"}
+    assert "response_format" not in Sampling("m", 1, 0).build_body([], Dialect("text"))
 
 
 # ---- the key ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_key_is_that_of_the_environment():
-    assert key_for(OPENAI, {"OPENAI_API_KEY": f" {KEY}\n"}) == KEY
-    assert key_for("http://10.0.0.5/v1", {"MINE": "x", "OPENAI_API_KEY": KEY}, "MINE") == "x"
+    assert find_api_key(OPENAI, {"OPENAI_API_KEY": f" {KEY}\n"}) == KEY
+    assert find_api_key("http://10.0.0.5/v1", {"MINE": "x", "OPENAI_API_KEY": KEY}, "MINE") == "x"
 
 
 @pytest.mark.parametrize("environment", [{}, {"MINE": ""}, {"MINE": " \n"}, {"OPENAI_API_KEY": KEY}])
 def test_no_key_is_an_error_of_usage_but_for_a_server_on_this_machine(environment):
     for url in (OPENAI, "http://10.0.0.5:8000/v1", "http://localhost.example.org/v1"):
         with pytest.raises(UsageError, match=r"no API key in \$MINE for http"):
-            key_for(url, environment, "MINE")
+            find_api_key(url, environment, "MINE")
     for host in ("localhost", "LOCALHOST", "127.0.0.1", "[::1]", "0.0.0.0"):
-        assert key_for(f"http://{host}:8000/v1", environment, "MINE") == ""
+        assert find_api_key(f"http://{host}:8000/v1", environment, "MINE") == ""
 
 
 @pytest.mark.parametrize("key", ["sk-é", "sk-a b", "sk-a\nb", "sk-\x7f", "sk-“a”"])
 def test_a_key_that_no_header_can_hold(key):
     with pytest.raises(UsageError, match=r"\$MINE holds") as caught:
-        key_for(OPENAI, {"MINE": key}, "MINE")
+        find_api_key(OPENAI, {"MINE": key}, "MINE")
     assert key not in str(caught.value)
 
 
@@ -528,7 +528,7 @@ async def asked(behave, key=KEY, timeout_s=5.0, body=None, times=1):
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     client = Client(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", key, timeout_s)
     assert client.api.max_retries == 0 and openai
-    replies = [await client.ask(body or {"model": "m", "messages": [], "max_tokens": 3}) for _ in range(times)]
+    replies = [await client.send(body or {"model": "m", "messages": [], "max_tokens": 3}) for _ in range(times)]
     await client.close()
     server.close()
     return replies, requests
@@ -569,7 +569,7 @@ def test_an_answer():
 def test_an_error_status(status, kind, overloaded):
     reply = one(sends(response(error("No."), status, "Retry-After: 4\r\n")))
     assert (reply.kind, reply.status, reply.overloaded) == (kind, int(status[:3]), overloaded)
-    assert reply.body == error("No.") and reply.pressure()["retry_after"] == 4
+    assert reply.body == error("No.") and reply.describe_load()["retry_after"] == 4
 
 
 @pytest.mark.parametrize("charset", ["hex", "iso-8859-1", "utf-16", "none"])
@@ -634,7 +634,7 @@ def ask_at(url, timeout_s=5.0):
     async def main():
         client = Client(url, KEY, timeout_s)
         try:
-            return await client.ask({"model": "m", "messages": []})
+            return await client.send({"model": "m", "messages": []})
         finally:
             await client.close()
 

@@ -17,8 +17,9 @@ pytest.importorskip("rapidfuzz")
 
 from data_gen.api import collector as collect
 from data_gen.api import rate
+from data_gen.api.attempt import Ask, Asker, Limits
 from data_gen.api.client import Dialect, Reply, Sampling
-from data_gen.api.collector import Ask, Collector
+from data_gen.api.collector import Collector
 from data_gen.api.ledger import Ledger
 from data_gen.api.prices import Budget, Price
 from data_gen.api.prompt import Prompter
@@ -34,13 +35,13 @@ class Progress:
     def __init__(self):
         self.said = []
 
-    def say(self, text):
+    def print_line(self, text):
         self.said.append(text)
 
-    def show(self, collector):
+    def show_state(self, collector):
         pass
 
-    def reading(self, entries, total, curator):
+    def show_reading(self, entries, total, curator):
         return entries
 
 
@@ -52,10 +53,10 @@ class Curator:
         self.rejected = Counter({"no items": 20})
 
     @property
-    def full(self):
+    def is_full(self):
         return len(self.rows) >= self.wanted
 
-    def take(self, entry):
+    def add_outcome(self, entry):
         self.entries.append(entry)
         kept = entry.kind == "answer" and entry.body != USELESS
         self.rows += [entry.request] if kept else []
@@ -75,7 +76,7 @@ class Server:
     def __init__(self, reply, seed=0):
         self.reply, self.rng, self.asked, self.in_flight, self.most = reply, random.Random(seed), [], 0, 0
 
-    async def ask(self, body):
+    async def send(self, body):
         self.in_flight += 1
         started_at = time.monotonic()
         self.most = max(self.most, self.in_flight)
@@ -85,6 +86,18 @@ class Server:
         self.in_flight -= 1
         found = self.reply(body["number"], self.asked.count(body["number"]), body)
         return replace(found, started_at=started_at)
+
+
+class OneTask:
+    """An Asker of requests for one task, each of which costs so much at most."""
+
+    prompter = SimpleNamespace(n_tasks=1)
+
+    def __init__(self, price, most):
+        self.price, self.most, self.sampling = price, most, SimpleNamespace(max_output_tokens=most)
+
+    def prepare(self, number, dialect):
+        return Ask({"model": "m", "number": number, "dialect": dialect}, "-", self.most)
 
 
 @pytest.fixture
@@ -100,13 +113,11 @@ def make(tmp_path, monkeypatch):
         ledger = Ledger(folder)
         ledger.db.execute("PRAGMA synchronous=OFF")  # these tests kill nothing
         opened.append((folder, ledger))
-        defaults = {"patience": 900, "max_attempts": 4, "tasks_per_request": 1, "max_output_tokens": most}
-        totals = ledger.totals()
+        defaults = {"max_attempts": 4}
+        totals = ledger.compute_totals()
         return Collector(
             ledger, Curator(wanted), Server(reply, seed), rate.Rate(concurrency, 1e-4),
-            Budget(cap, totals.spent, totals.uncertain), price,
-            lambda number, dialect: Ask({"model": "m", "number": number, "dialect": dialect}, "-", most),
-            SimpleNamespace(**defaults | options), Progress(),
+            Budget(cap, totals.spent, totals.uncertain), OneTask(price, most), Limits(**defaults | options), Progress(),
         )  # fmt: skip
 
     yield build
@@ -161,7 +172,7 @@ def test_only_lost_answers_are_counted_as_perhaps_paid(make):
         return answer(number, times, body)
 
     collector = run(make(reply, 60))
-    totals = collector.ledger.totals()
+    totals = collector.ledger.compute_totals()
     lost = sum(n % 6 == 3 for n in set(collector.client.asked))
     assert totals.uncertain == collector.budget.uncertain == 50 * lost > 0
     assert totals.spent == collector.budget.spent == 20 * totals.answers
@@ -170,7 +181,7 @@ def test_only_lost_answers_are_counted_as_perhaps_paid(make):
 
 def test_an_answer_without_usage_costs_the_most_that_it_can_have(make):
     collector = run(make(lambda *_: Reply("answer", 200, completion(usage=None)), 5))
-    assert collector.ledger.totals().spent == 5 * 50
+    assert collector.ledger.compute_totals().spent == 5 * 50
 
 
 def test_one_that_always_fails_is_left_out_while_others_get_through(make):
@@ -188,16 +199,16 @@ def test_one_that_always_fails_is_left_out_while_others_get_through(make):
 def test_one_that_always_fails_is_left_out_when_nothing_else_is_needed(make, bad, reply):
     """Whether it is the request or the server shows by one more that is asked."""
     kind, status = reply
-    collector = run(make(lambda n, t, b: Reply(kind, status, "") if n == bad else answer(n, t, b), 20, patience=5))
+    collector = run(make(lambda n, t, b: Reply(kind, status, "") if n == bad else answer(n, t, b), 20, patience_s=5))
     assert [entry.request for entry in collector.curator.entries if entry.kind == "refused"] == [bad]
     assert len(set(collector.client.asked)) <= 20 + 8
-    totals, lost = collector.ledger.totals(), collector.client.asked.count(bad) if kind == "lost" else 0
+    totals, lost = collector.ledger.compute_totals(), collector.client.asked.count(bad) if kind == "lost" else 0
     assert totals.spent + totals.uncertain == 20 * totals.answers + 50 * lost == collector.budget.committed
 
 
 def test_one_that_fails_behind_a_full_lookahead_is_left_out(make, monkeypatch):
     monkeypatch.setattr(collect, "LOOKAHEAD", 10)
-    collector = make(lambda n, t, b: Reply("failed", 500, "") if n == 2 else answer(n, t, b), 100, patience=5)
+    collector = make(lambda n, t, b: Reply("failed", 500, "") if n == 2 else answer(n, t, b), 100, patience_s=5)
     assert len(run(collector).curator.rows) >= 100
 
 
@@ -225,7 +236,7 @@ def test_an_outage_gives_up_no_request(make, monkeypatch):
 
 
 def test_a_server_that_never_answers_ends_the_run(make):
-    collector = make(lambda *_: Reply("failed", 500, "no", overloaded=False), 5, patience=0.3)
+    collector = make(lambda *_: Reply("failed", 500, "no", overloaded=False), 5, patience_s=0.3)
     with pytest.raises(Failure, match=r"no answer for 0.3 s .*500, no"):
         run(collector)
     assert len(collector.client.asked) < 60, "it was hammered"
@@ -320,11 +331,11 @@ def test_useless_answers_after_good_ones_are_borne_longer_and_a_run_that_they_en
 def test_holes_of_a_run_that_was_killed_are_asked_first(make, wanted):
     collector = make(answer, 100)
     for number in range(12):  # answered all but 3 and 7, which were in flight
-        _, intent = collector.ledger.intent(number, "-", "m", 50)
-        done = collector.ledger.outcome(number + 1, "answer", 200, completion(), (10, 10), 20)
+        _, intent = collector.ledger.prepare_intent(number, "-", "m", 50)
+        done = collector.ledger.prepare_outcome(number + 1, "answer", 200, completion(), (10, 10), 20)
         collector.ledger.commit([intent] if number in (3, 7) else [intent, done])
-    collector.ledger.set(dialect={"format": "text", "limit": "max_tokens", "temperature": True})
-    again = make(answer, wanted, again=True, patience=5)
+    collector.ledger.write_settings(dialect={"format": "text", "limit": "max_tokens", "temperature": True})
+    again = make(answer, wanted, again=True, patience_s=5)
     assert again.budget.uncertain == 100, "what was in flight may have been billed"
     assert sorted(run(again).client.asked) == [3, 7]
     assert again.curator.rows[:wanted] == list(range(wanted))
@@ -337,7 +348,7 @@ def test_the_cap_is_never_passed_by_a_cent(make, data):
     draw = data.draw
     price = Price(draw(st.integers(0, 10**7)), draw(st.integers(1, 10**8)))
     most_in, most_out = draw(st.integers(1, 5000)), draw(st.integers(1, 5000))
-    most = price.cost(most_in, most_out)
+    most = price.compute_cost(most_in, most_out)
     cap = draw(st.integers(0, 200)) * most // 3 + draw(st.integers(0, most))
     rng = random.Random(draw(st.integers(0, 2**32)))
     share = {name: draw(st.floats(0, 0.3)) for name in ("failed", "lost", "no usage")}
@@ -347,7 +358,7 @@ def test_the_cap_is_never_passed_by_a_cent(make, data):
         luck, usage = rng.random(), (rng.randint(0, most_in), rng.randint(0, most_out))
         if luck < share["failed"]:
             return Reply("failed", rng.choice([429, 500, 503]), "", overloaded=True)
-        billed.append(price.cost(*usage))
+        billed.append(price.compute_cost(*usage))
         if luck < share["failed"] + share["lost"]:
             return Reply("lost", None, "")
         return Reply("answer", 200, completion(None if rng.random() < share["no usage"] else usage))
@@ -376,27 +387,27 @@ def test_a_server_that_bills_more_than_was_asked_ends_a_capped_run(make):
     collector = make(lambda *_: Reply("answer", 200, completion((100, 100))), 50, cap=10**6)
     with pytest.raises(Failure, match=r"billed 100 \+ 100 tokens, more than request 0 can use"):
         run(collector)
-    assert run(make(lambda *_: Reply("answer", 200, completion((100, 100))), 50)).curator.full, (
+    assert run(make(lambda *_: Reply("answer", 200, completion((100, 100))), 50)).curator.is_full, (
         "without a cap it goes on"
     )
 
 
 def test_a_failure_after_the_last_row_is_none(make):
     collector = make(answer, 5)
-    take = collector.curator.take
+    add_outcome = collector.curator.add_outcome
 
     def last(entry):
-        take(entry)
-        if collector.curator.full:
-            collector.end("the server said 401")
+        add_outcome(entry)
+        if collector.curator.is_full:
+            collector.end_run("the server said 401")
 
-    collector.curator.take = last
-    assert run(collector).curator.full
+    collector.curator.add_outcome = last
+    assert run(collector).curator.is_full
 
 
 def test_the_most_that_a_request_can_cost_is_by_the_bytes_of_its_body():
     seeds = ({"instruction": "Écrivez « 雪 ».", "input": "", "output": "雪"},)
-    ask = collect.make_ask(Prompter(seeds), Sampling("m", 100, 1.0), Price(1, 10**6))(7, Dialect())
+    ask = Asker(Prompter(seeds), Sampling("m", 100, 1.0), Price(1, 10**6)).prepare(7, Dialect())
     assert "雪" in ask.body["messages"][1]["content"]
     assert ask.most == len(json.dumps(ask.body, ensure_ascii=False).encode()) + 100 * 10**6
 
@@ -421,27 +432,27 @@ def test_stop_waits_for_what_is_in_flight(make):
 def test_an_answer_that_is_being_written_when_the_grace_is_over_is_written(make, monkeypatch):
     monkeypatch.setattr(collect, "GRACE_S", 0)
     collector = make(answer, 10**6)
-    commit, ask, answered = collector.ledger.commit, collector.client.ask, []
+    commit, send, answered = collector.ledger.commit, collector.client.send, []
 
     def slow(statements):
         time.sleep(0.01)
         commit(statements)
 
     async def noted(body):
-        reply = await ask(body)
+        reply = await send(body)
         answered.append(body["number"])
         if len(answered) == 50:
             collector.stop()
         return reply
 
-    collector.ledger.commit, collector.client.ask = slow, noted
+    collector.ledger.commit, collector.client.send = slow, noted
     run(collector)
-    assert {entry.request for entry in collector.ledger.done()} == set(answered)
+    assert {entry.request for entry in collector.ledger.read_outcomes()} == set(answered)
 
 
 def test_a_disk_that_fails_once_costs_no_other_answer(make):
     collector = make(answer, 10**6)
-    commit, ask, answered, failed = collector.ledger.commit, collector.client.ask, [], []
+    commit, send, answered, failed = collector.ledger.commit, collector.client.send, [], []
 
     def full(statements):
         if len(answered) > 40 and not failed:
@@ -450,20 +461,20 @@ def test_a_disk_that_fails_once_costs_no_other_answer(make):
         commit(statements)
 
     async def noted(body):
-        reply = await ask(body)
+        reply = await send(body)
         answered.append(body["number"])
         return reply
 
-    collector.ledger.commit, collector.client.ask = full, noted
+    collector.ledger.commit, collector.client.send = full, noted
     with pytest.raises(Failure, match="no space"):
         run(collector)
-    assert len(answered) - len(list(collector.ledger.done())) <= len(failed)
+    assert len(answered) - len(list(collector.ledger.read_outcomes())) <= len(failed)
 
 
 def test_what_took_time_before_the_run_is_not_the_servers_silence(make):
     collector = make(failing([("failed", 500)]), 5)
     collector.rate.last_answer -= 10**6
-    assert run(collector).curator.full
+    assert run(collector).curator.is_full
 
 
 def test_the_first_failure_is_told_at_once(make):
@@ -473,13 +484,13 @@ def test_the_first_failure_is_told_at_once(make):
 
 def test_nothing_spins_while_one_request_finds_out_the_dialect(make):
     collector = make(answer, 5)
-    collector.retries, collector.collect = [(0.0, collect.Job(3))], lambda done: None
+    collector.retries, collector.handle_done = [(0.0, collect.Job(3))], lambda done: None
 
     async def loop():
         collector.tasks[asyncio.create_task(asyncio.sleep(0.2))] = collect.Job(0)
         rounds = 0
         while not all(task.done() for task in collector.tasks):
-            collector.start()
+            collector.start_requests()
             await asyncio.wait_for(collector.wait(), 5)
             rounds += 1
         return rounds
@@ -491,12 +502,12 @@ def test_a_request_that_hangs_does_not_hold_up_the_others(make, monkeypatch):
     """Rows are in order, but the others go on being asked for, up to LOOKAHEAD."""
     monkeypatch.setattr(collect, "LOOKAHEAD", 40)
     collector = make(answer, 60)
-    ask = collector.client.ask
+    send = collector.client.send
 
     async def hang(body):
         while body["number"] == 2 and len(collector.ready) < 37:
             await asyncio.sleep(0.001)
-        return await ask(body)
+        return await send(body)
 
-    collector.client.ask = hang
+    collector.client.send = hang
     assert run(collector).curator.rows == list(range(60))

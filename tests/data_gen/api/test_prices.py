@@ -9,7 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from data_gen.api.prices import MOST_USD, PICO, TABLE, Budget, Price, Table, host_of, money, price_of, read_table, usd
+from data_gen.api.prices import (
+    MOST_USD,
+    PICO,
+    PRICE_TABLE,
+    Budget,
+    Price,
+    PriceTable,
+    find_price,
+    format_usd,
+    parse_amount,
+    parse_host,
+    read_price_table,
+)
 from data_gen.base.cli import DataError, UsageError
 
 OPENAI = "https://api.openai.com/v1"
@@ -18,7 +30,7 @@ AMOUNTS = st.decimals(0, MOST_USD, allow_nan=False, allow_infinity=False)
 
 
 def table(**models):
-    return Table("2026-01", Decimal("0.5"), {name: tuple(map(Decimal, pair)) for name, pair in models.items()})
+    return PriceTable("2026-01", Decimal("0.5"), {name: tuple(map(Decimal, pair)) for name, pair in models.items()})
 
 
 # ---- arithmetic ------------------------------------------------------------------------------------------------------
@@ -26,97 +38,110 @@ def table(**models):
 
 @given(AMOUNTS, AMOUNTS, st.integers(0, 10**6), st.integers(0, 10**6))
 def test_a_price_is_exact_and_at_most_a_picodollar_a_token_too_high(usd_in, usd_out, n_in, n_out):
-    price = price_of("m", LOCAL, table(), usd_in, usd_out)
+    price = find_price("m", LOCAL, table(), usd_in, usd_out)
     for given_usd, found in ((usd_in, price.input), (usd_out, price.output)):
         exact = Fraction(given_usd) * PICO / 10**6
         assert isinstance(found, int) and exact <= found < exact + 1
-    assert price.cost(n_in, n_out) == n_in * price.input + n_out * price.output
+    assert price.compute_cost(n_in, n_out) == n_in * price.input + n_out * price.output
 
 
 def test_digits_beyond_those_of_a_decimal_context_are_rounded_up_too():
-    assert price_of("m", LOCAL, table(), Decimal("1." + "0" * 40 + "1"), 0) == Price(10**6 + 1, 0)
+    assert find_price("m", LOCAL, table(), Decimal("1." + "0" * 40 + "1"), 0) == Price(10**6 + 1, 0)
 
 
 @given(st.integers(0, 10**15), st.integers(0, 10**15), st.decimals(0, 1, allow_nan=False))
 def test_a_share_of_a_price_is_rounded_up(price_in, price_out, share):
-    found = Price(price_in, price_out).times(share)
+    found = Price(price_in, price_out).scale(share)
     for whole, part in ((price_in, found.input), (price_out, found.output)):
         assert Fraction(share) * whole <= part < Fraction(share) * whole + 1
 
 
 def test_a_million_tokens_cost_what_the_table_says():
-    price = price_of("gpt-4.1-nano", OPENAI, read_table())
+    price = find_price("gpt-4.1-nano", OPENAI, read_price_table())
     assert (
         price == Price(100_000, 400_000)
-        and price.cost(10**6, 0) == PICO // 10
-        and price.cost(0, 10**6) == 4 * PICO // 10
+        and price.compute_cost(10**6, 0) == PICO // 10
+        and price.compute_cost(0, 10**6) == 4 * PICO // 10
     )
-    assert price.times(Decimal("0.5")) == Price(50_000, 200_000) and Price(3, 5).times(Decimal("0.5")) == Price(2, 3)
+    assert price.scale(Decimal("0.5")) == Price(50_000, 200_000) and Price(3, 5).scale(Decimal("0.5")) == Price(2, 3)
 
 
 @given(st.integers(0, 10**19), st.integers(1, 8))
 def test_what_is_told_is_never_less_than_what_was_spent(picodollars, digits):
-    told = usd(picodollars, digits)
+    told = format_usd(picodollars, digits)
     amount = Fraction(Decimal(told.removeprefix("$").replace(",", "")))
     assert Fraction(picodollars, PICO) <= amount < Fraction(picodollars, PICO) + Fraction(1, 10**digits)
     assert told == "$0" or len(told.partition(".")[2]) == digits
 
 
 def test_dollars_as_they_are_told():
-    told = [usd(0), usd(1), usd(1, 6), usd(PICO), usd(123_456_700_000), usd(1_234_567 * PICO, 2), usd(100 * PICO + 1)]
+    told = [
+        format_usd(0),
+        format_usd(1),
+        format_usd(1, 6),
+        format_usd(PICO),
+        format_usd(123_456_700_000),
+        format_usd(1_234_567 * PICO, 2),
+        format_usd(100 * PICO + 1),
+    ]
     assert told == ["$0", "$0.0001", "$0.000001", "$1.0000", "$0.1235", "$1,234,567.00", "$100.0001"]
 
 
 @pytest.mark.parametrize("text", ["nan", "NaN", "sNaN", "inf", "-1", "-0.01", "x", "", "1,5", "1000000.01", "1e999999"])
 def test_what_is_no_amount(text):
     with pytest.raises(ValueError):
-        money(text)
+        parse_amount(text)
 
 
 def test_amounts():
-    assert money("0.1") == Decimal("0.1") and money(0) == 0 and money("1e6") == 10**6 and money(0.1) == Decimal("0.1")
+    assert (
+        parse_amount("0.1") == Decimal("0.1")
+        and parse_amount(0) == 0
+        and parse_amount("1e6") == 10**6
+        and parse_amount(0.1) == Decimal("0.1")
+    )
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
 def test_the_table_that_comes_along_is_whole():
-    found = read_table()
+    found = read_price_table()
     assert 0 < found.batch <= 1 and found.as_of[:2] == "20" and found.models
     assert all(isinstance(usd, Decimal) and 0 < usd < 1000 for pair in found.models.values() for usd in pair)
     assert all(low < high for low, high in found.models.values())
 
 
 def test_a_dated_name_has_the_price_of_the_model():
-    known = Table("", Decimal(1), {"m": (1, 2), "m-2025-01-02": (3, 4)})
-    assert price_of("m-2024-11-20", OPENAI, known) == price_of("m", OPENAI, known) == Price(10**6, 2 * 10**6)
-    assert price_of("m-2025-01-02", OPENAI, known) == Price(3 * 10**6, 4 * 10**6)
+    known = PriceTable("", Decimal(1), {"m": (1, 2), "m-2025-01-02": (3, 4)})
+    assert find_price("m-2024-11-20", OPENAI, known) == find_price("m", OPENAI, known) == Price(10**6, 2 * 10**6)
+    assert find_price("m-2025-01-02", OPENAI, known) == Price(3 * 10**6, 4 * 10**6)
     for other in ("m-2024-11", "m-20241120", "ft:m:mine", "m-2024-11-20-x", "2024-11-20"):
         with pytest.raises(UsageError, match="no known price"):
-            price_of(other, OPENAI, known)
+            find_price(other, OPENAI, known)
 
 
 def test_an_unknown_model_is_told_the_nearest_and_the_flags():
     with pytest.raises(UsageError, match=r"gpt-4\.1-nan has no known price.*did you mean gpt-4\.1-nano\?.*--price-in"):
-        price_of("gpt-4.1-nan", OPENAI, read_table())
+        find_price("gpt-4.1-nan", OPENAI, read_price_table())
 
 
 @pytest.mark.parametrize("url", [LOCAL, "https://openrouter.ai/api/v1", "https://api.openai.com.example.org/v1"])
 def test_another_host_wants_prices_for_the_same_name(url):
     with pytest.raises(UsageError, match="--price-in and --price-out"):
-        price_of("gpt-4.1-nano", url, read_table())
-    assert price_of("gpt-4.1-nano", url, read_table(), Decimal(0), Decimal(0)) == Price(0, 0)
+        find_price("gpt-4.1-nano", url, read_price_table())
+    assert find_price("gpt-4.1-nano", url, read_price_table(), Decimal(0), Decimal(0)) == Price(0, 0)
 
 
 def test_prices_that_are_given_win_and_go_together():
-    assert price_of("gpt-4.1-nano", OPENAI, read_table(), Decimal("0.07"), Decimal(1)) == Price(70_000, 10**6)
+    assert find_price("gpt-4.1-nano", OPENAI, read_price_table(), Decimal("0.07"), Decimal(1)) == Price(70_000, 10**6)
     for one in ({"given_in": Decimal(1)}, {"given_out": Decimal(0)}):
         with pytest.raises(UsageError, match="go together"):
-            price_of("gpt-4.1-nano", OPENAI, read_table(), **one)
+            find_price("gpt-4.1-nano", OPENAI, read_price_table(), **one)
 
 
 def test_hosts():
-    assert host_of("HTTPS://API.OpenAI.com:443/v1") == "api.openai.com" and host_of("http://[::1]:80/v1") == "::1"
+    assert parse_host("HTTPS://API.OpenAI.com:443/v1") == "api.openai.com" and parse_host("http://[::1]:80/v1") == "::1"
 
 
 @pytest.mark.parametrize(
@@ -124,9 +149,9 @@ def test_hosts():
 )  # fmt: skip
 def test_an_address_that_is_none_is_an_error_of_usage(url):
     with pytest.raises(UsageError, match="no address of a server"):
-        host_of(url)
+        parse_host(url)
     with pytest.raises(UsageError):
-        price_of("gpt-4.1-nano", url, read_table())
+        find_price("gpt-4.1-nano", url, read_price_table())
 
 
 def test_a_table_of_ones_own(tmp_path):
@@ -134,12 +159,14 @@ def test_a_table_of_ones_own(tmp_path):
     path.write_bytes(
         b"\xef\xbb\xbf" + json.dumps({"as_of": "2031-02", "models": {"m": [0.1, "0.3"], "n": [0, 5]}}).encode()
     )
-    found = read_table(path)
-    assert found == Table("2031-02", Decimal(1), {"m": (Decimal("0.1"), Decimal("0.3")), "n": (0, 5)})
-    assert price_of("m", OPENAI, found) == Price(100_000, 300_000)
-    assert price_of("m", "http://gpu-7:8000/v1", found) == Price(100_000, 300_000), "a table without a host is for any"
+    found = read_price_table(path)
+    assert found == PriceTable("2031-02", Decimal(1), {"m": (Decimal("0.1"), Decimal("0.3")), "n": (0, 5)})
+    assert find_price("m", OPENAI, found) == Price(100_000, 300_000)
+    assert find_price("m", "http://gpu-7:8000/v1", found) == Price(100_000, 300_000), (
+        "a table without a host is for any"
+    )
     with pytest.raises(UsageError):
-        price_of("gpt-4.1-nano", OPENAI, found)
+        find_price("gpt-4.1-nano", OPENAI, found)
 
 
 BROKEN = {
@@ -173,7 +200,7 @@ def test_a_broken_table_is_named(tmp_path, text):
     path = tmp_path / "prices.json"
     path.write_text(text)
     with pytest.raises(DataError, match=r"prices\.json.*wanted"):
-        read_table(path)
+        read_price_table(path)
 
 
 def test_what_is_wrong_in_a_table_is_said(tmp_path):
@@ -181,15 +208,15 @@ def test_what_is_wrong_in_a_table_is_said(tmp_path):
     for text, said in ((BROKEN["three prices"], "m has not two"), (BROKEN["no models"], "no 'models'")):
         path.write_text(text)
         with pytest.raises(DataError, match=said):
-            read_table(path)
+            read_price_table(path)
 
 
 def test_a_table_that_is_not_there_or_not_text(tmp_path):
     (tmp_path / "bytes").write_bytes(b"\xff\xfe{")
     for path in (tmp_path / "none.json", tmp_path, tmp_path / "bytes"):
         with pytest.raises(DataError):
-            read_table(path)
-    assert TABLE.is_file()
+            read_price_table(path)
+    assert PRICE_TABLE.is_file()
 
 
 # ---- the budget ------------------------------------------------------------------------------------------------------
@@ -223,7 +250,7 @@ class Spending(RuleBasedStateMachine):
     @rule(data=st.data())
     def lose(self, data):
         most = self.open.pop(data.draw(st.integers(0, len(self.open) - 1)))
-        self.budget.lose(most)
+        self.budget.count_lost(most)
         self.uncertain += most
 
     @invariant()

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from data_gen.api import progress as module
 from data_gen.api.prices import PICO, Budget
-from data_gen.api.progress import PLAIN_EVERY_S, Progress, clock
+from data_gen.api.progress import PLAIN_EVERY_S, Progress, format_clock
 from data_gen.api.rate import BREAKER_FAILURES, Rate
 
 
@@ -48,33 +48,33 @@ def test_a_plain_line_now_and_then(time, collector):
     with progress:
         for _ in range(40):
             time.now += 1
-            progress.show(collector)
+            progress.show_state(collector)
     told = "100 of 1,000 rows · yield 62% · $0.5000 of $2.00 (+$0.0100 at most lost) · 8 answers"
     assert file.getvalue().splitlines() == [f"{told} · 0 of 4 in flight · ETA ?"] * 2
 
 
 def test_the_time_left_is_by_the_rows_of_this_run_since_its_first_answer(time, collector):
     progress, _ = shown()
-    progress.show(collector)
+    progress.show_state(collector)
     time.now += 500  # until a first answer
     collector.rate.answers = 1
-    progress.show(collector)
-    assert progress.eta(collector, time.now) == "?"
+    progress.show_state(collector)
+    assert progress.estimate_remaining(collector, time.now) == "?"
     time.now += 10
     collector.curator.rows += [0] * 100
-    progress.show(collector)
-    assert progress.eta(collector, time.now) == "1:20"
+    progress.show_state(collector)
+    assert progress.estimate_remaining(collector, time.now) == "1:20"
 
 
 def test_a_wait_says_why(time, collector):
     progress, _ = shown()
     for _ in range(BREAKER_FAILURES):
-        collector.rate.started()
-        collector.rate.failed(time.now)
-    assert "waiting 5 s, 500, broken" in progress.facts(collector, time.now)
+        collector.rate.record_start()
+        collector.rate.record_failure(time.now)
+    assert "waiting 5 s, 500, broken" in progress.describe_state(collector, time.now)
     collector.rate, collector.last_failure = Rate(32, clock=time), ""
     collector.rate.pause(7)
-    assert "waiting 7 s, a limit is reached" in progress.facts(collector, time.now)
+    assert "waiting 7 s, a limit is reached" in progress.describe_state(collector, time.now)
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -82,7 +82,7 @@ def test_a_large_ledger_shows_how_far_it_is_read(time, collector, terminal):
     progress, file = shown(terminal=terminal)
     entries = [SimpleNamespace(kind="answer" if n % 2 else "refused") for n in range(40)]
     with progress:
-        for n, _ in enumerate(progress.reading(entries, 20, collector.curator)):
+        for n, _ in enumerate(progress.show_reading(entries, 20, collector.curator)):
             time.now += 1
             if terminal and n == 20:
                 progress.live.refresh()
@@ -96,17 +96,17 @@ def test_a_large_ledger_shows_how_far_it_is_read(time, collector, terminal):
 def test_quiet_says_what_happens_alone(time, collector):
     progress, file = shown(quiet=True, terminal=True)
     with progress:
-        for _ in progress.reading([SimpleNamespace(kind="answer")] * 3, 3, collector.curator):
+        for _ in progress.show_reading([SimpleNamespace(kind="answer")] * 3, 3, collector.curator):
             time.now += 100
-        progress.show(collector)
-        progress.say("[stopped] at the cap")
+        progress.show_state(collector)
+        progress.print_line("[stopped] at the cap")
     assert file.getvalue() == "[stopped] at the cap\n"
 
 
 def test_the_terminal_is_given_back(collector):
     progress, file = shown(terminal=True)
     with progress:
-        progress.show(collector)
+        progress.show_state(collector)
         progress.close()  # a second signal ends the process within
         text = file.getvalue()
     assert "100/1,000" in text and text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
@@ -115,5 +115,5 @@ def test_the_terminal_is_given_back(collector):
 @pytest.mark.parametrize(
     "seconds, text", [(0, "0:00"), (59.7, "1:00"), (245, "4:05"), (3723, "1:02:03"), (360_000, "100:00:00")]
 )
-def test_clock(seconds, text):
-    assert clock(seconds) == text
+def test_durations_are_shown_with_hours_only_where_there_are_some(seconds, text):
+    assert format_clock(seconds) == text

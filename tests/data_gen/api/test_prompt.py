@@ -11,8 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_gen.api import prompt
-from data_gen.api.prompt import FIELDS, FORMATS, N_KINDS, N_SUBJECTS, Prompter, pick, read_seed_tasks, sha256, topics
+from data_gen.api.prompt import (
+    FORMATS,
+    N_KINDS,
+    N_SUBJECTS,
+    Prompter,
+    hash_text,
+    pick_items,
+    read_seed_tasks,
+    read_topics,
+)
 from data_gen.base.cli import DataError
+from data_gen.base.files import FIELDS
 from data_gen.base.language import LANGUAGES
 
 SEEDS = read_seed_tasks()
@@ -24,7 +34,7 @@ def seed_tasks(n, **fields):
 
 
 def text_of(prompter, number):
-    system, user = prompter.messages(number)
+    system, user = prompter.build_messages(number)
     assert (system["role"], user["role"]) == ("system", "user")
     return user["content"]
 
@@ -51,14 +61,16 @@ def test_prompts_are_those_of_before():
     """Golden values. They change with the wording, the seed tasks, the topics and the way of picking: then new ledgers
     draw other prompts, and old ones go on with --allow-changed alone. Where that is meant, put the new values here."""
     seeds = seed_tasks(40, category="kind, of sorts")
-    found = [sha256(json.dumps(Prompter(seeds, seed=5, language=code).messages(123)))[:16] for code in ("en", "de")]
-    whole = sha256(json.dumps([Prompter(SEEDS).messages(number) for number in range(50)]))[:16]
+    found = [
+        hash_text(json.dumps(Prompter(seeds, seed=5, language=code).build_messages(123)))[:16] for code in ("en", "de")
+    ]
+    whole = hash_text(json.dumps([Prompter(SEEDS).build_messages(number) for number in range(50)]))[:16]
     assert (found, whole) == (["9d49c986ef293305", "4cb76fcc740c2347"], "a9a7793a0fae4da1")
 
 
 def test_picks_are_those_of_before():
     """By random() of a generator that a text seeded: the same in every version of Python."""
-    assert pick(prompt.random.Random("0:7"), "abcdefghij", 4) == list("fecb")
+    assert pick_items(prompt.random.Random("0:7"), "abcdefghij", 4) == list("fecb")
 
 
 def test_a_prompt_depends_on_settings_and_number_alone(drawn):
@@ -81,7 +93,7 @@ def test_no_pick_repeats_within_a_prompt(drawn):
     plain = {json.dumps({field: seed[field] for field in FIELDS}) for seed in SEEDS}
     for text in drawn[:300]:
         subjects, wanted, examples = parts(text)
-        assert len(set(subjects)) == len(subjects) == N_SUBJECTS and set(subjects) <= set(topics())
+        assert len(set(subjects)) == len(subjects) == N_SUBJECTS and set(subjects) <= set(read_topics())
         assert len(set(wanted)) == len(wanted) == N_KINDS and set(wanted) <= kinds
         assert len({json.dumps(example) for example in examples} & plain) == len(examples) == 3
 
@@ -92,7 +104,7 @@ def test_all_seed_tasks_topics_and_kinds_are_drawn_about_as_often(drawn):
         subjects, kinds, examples = parts(text)
         for count, found in zip(counts, (subjects, kinds, [json.dumps(example) for example in examples]), strict=True):
             count.update(found)
-    of = topics(), {seed["category"] for seed in SEEDS}, SEEDS
+    of = read_topics(), {seed["category"] for seed in SEEDS}, SEEDS
     for count, items, each in zip(counts, of, (N_SUBJECTS, N_KINDS, 3), strict=True):
         mean = N * each / len(items)
         assert len(count) == len(items) and abs(statistics.mean(count.values()) - mean) < 1e-9
@@ -107,7 +119,7 @@ def test_the_order_of_picks_is_random_too(drawn):
 
 @given(st.integers(0, 9), st.integers(0, 12))
 def test_a_pick_of_more_than_there_are_takes_all(n_items, n):
-    found = pick(prompt.random.Random(0), range(n_items), n)
+    found = pick_items(prompt.random.Random(0), range(n_items), n)
     assert len(found) == min(n, n_items) == len(set(found))
 
 
@@ -117,8 +129,8 @@ def test_few_seed_tasks_without_a_kind():
 
 
 def test_topics_and_kinds_can_be_told_apart_in_a_line():
-    assert len(set(topics())) == len(topics()) > 200
-    names = (*topics(), *(seed["category"] for seed in SEEDS))
+    assert len(set(read_topics())) == len(read_topics()) > 200
+    names = (*read_topics(), *(seed["category"] for seed in SEEDS))
     assert all(name.strip() == name != "" and "," not in name for name in names)
 
 
@@ -183,41 +195,43 @@ CHANGES = {"seed": 1, "n_tasks": 21, "n_examples": 4, "language": "fr", "seeds":
 @pytest.mark.parametrize("name", CHANGES)
 def test_the_fingerprint_changes_with_each_setting(name):
     before, after = Prompter(SEEDS), replace(Prompter(SEEDS), **{name: CHANGES[name]})
-    assert before.fingerprint() != after.fingerprint() and text_of(before, 3) != text_of(after, 3)
-    json.dumps(after.fingerprint())  # as it goes into the ledger
+    assert before.compute_fingerprint() != after.compute_fingerprint() and text_of(before, 3) != text_of(after, 3)
+    json.dumps(after.compute_fingerprint())  # as it goes into the ledger
 
 
 def test_the_fingerprint_is_that_of_equal_seed_tasks(tmp_path):
     path = tmp_path / "copy.jsonl"
     path.write_text("".join(json.dumps(seed | {"id": i}) + "\n" for i, seed in enumerate(SEEDS)))
     again = Prompter(read_seed_tasks(path))
-    assert again.fingerprint() == Prompter(SEEDS).fingerprint() and text_of(again, 9) == text_of(Prompter(SEEDS), 9)
+    assert again.compute_fingerprint() == Prompter(SEEDS).compute_fingerprint() and text_of(again, 9) == text_of(
+        Prompter(SEEDS), 9
+    )
 
 
 @pytest.mark.parametrize("field", [*FIELDS, "category"])
 def test_the_fingerprint_knows_every_field_of_a_seed_task(field):
     changed = (SEEDS[0] | {field: SEEDS[0][field] + "!"}, *SEEDS[1:])
-    assert Prompter(changed).fingerprint() != Prompter(SEEDS).fingerprint()
+    assert Prompter(changed).compute_fingerprint() != Prompter(SEEDS).compute_fingerprint()
 
 
 @pytest.mark.parametrize(
     "name, value",
     [
         ("WORDING", prompt.WORDING.replace("Be varied", "Vary")), ("SYSTEM", "Hello."), ("FOREIGN", "8. {name}!\n"),
-        ("N_SUBJECTS", 5), ("N_KINDS", 5), ("SCHEMA", {}), ("topics", lambda: ("a", "b")),
+        ("N_SUBJECTS", 5), ("N_KINDS", 5), ("SCHEMA", {}), ("read_topics", lambda: ("a", "b")),
         ("LANGUAGES", LANGUAGES | {"en": "Scots"}),
     ],
 )  # fmt: skip
 def test_the_fingerprint_changes_with_the_wording(monkeypatch, name, value):
-    before = Prompter(SEEDS).fingerprint()
+    before = Prompter(SEEDS).compute_fingerprint()
     monkeypatch.setattr(prompt, name, value)
-    after = Prompter(SEEDS).fingerprint()
+    after = Prompter(SEEDS).compute_fingerprint()
     assert {key for key in before if before[key] != after[key]} == {"wording_sha256"}
 
 
 def test_hashes():
-    assert sha256("") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-    assert sha256("\ud800") != sha256("?")
+    assert hash_text("") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    assert hash_text("\ud800") != hash_text("?")
 
 
 # ---- files of seed tasks ---------------------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from data_gen.api.rate import (
     LONGEST_BACKOFF_S,
     LONGEST_COOL_DOWN_S,
     Rate,
-    duration,
-    number,
-    retry_after,
+    parse_duration,
+    parse_number,
+    parse_retry_after,
 )  # fmt: skip
 
 NAMED = {"x-ratelimit-remaining-requests": "1000"}  # a server that names its limits: throughput is not looked at
@@ -40,8 +40,8 @@ def rate_of(most=1000, backoff_s=1.0):
 def start_all(rate):
     """When each was started that may start now."""
     started = []
-    while rate.may_start():
-        rate.started()
+    while rate.can_start():
+        rate.record_start()
         started.append(rate.clock())
     return started
 
@@ -54,14 +54,14 @@ def rounds(rate, clock, n, headers=NAMED):
         found.append(len(started))
         clock.now += 1
         for at in started:
-            rate.answered(at, 100, headers)
+            rate.record_answer(at, 100, headers)
     return found
 
 
 def fail_all(rate, clock, started, **how):
     clock.now += 1
     for at in started:
-        rate.failed(at, **how)
+        rate.record_failure(at, **how)
 
 
 # ---- growing and shrinking -------------------------------------------------------------------------------------------
@@ -88,11 +88,11 @@ def test_one_halving_for_all_that_was_in_flight():
     first = start_all(rate)
     clock.now += 1
     for at in first[:20]:
-        rate.failed(at, overloaded=True, limited=True)
+        rate.record_failure(at, overloaded=True, limited=True)
     assert rate.limit == 16
     clock.now += 1  # the others were in flight when the limit was cut
     for at in first[20:]:
-        rate.failed(at, overloaded=True, limited=True)
+        rate.record_failure(at, overloaded=True, limited=True)
     assert rate.limit == 16 and rate.in_flight == 0
     fail_all(rate, clock, start_all(rate), overloaded=True, limited=True)
     assert rate.limit == 8
@@ -104,7 +104,7 @@ def test_the_limit_never_falls_below_one():
         started = start_all(rate)
         assert started
         fail_all(rate, clock, started, overloaded=True, limited=True)
-        clock.now += rate.ready_in()
+        clock.now += rate.wait_s()
     assert rate.limit == 1 and rate.has_room()
 
 
@@ -114,11 +114,11 @@ def test_429s_that_name_no_time_are_asked_ever_less_often():
     while clock.now < 1000 + 900:
         fail_all(rate, clock, start_all(rate), overloaded=True, limited=True)
         asked += 1
-        clock.now += 0.05 + rate.ready_in()
+        clock.now += 0.05 + rate.wait_s()
     assert asked < 60, "it was hammered"
-    rate.started()
-    rate.answered(clock.now, 100, {})
-    assert rate.turned_away == 0 and rate.ready_in() == 0
+    rate.record_start()
+    rate.record_answer(clock.now, 100, {})
+    assert rate.turned_away == 0 and rate.wait_s() == 0
 
 
 def test_an_error_that_is_not_overload_leaves_the_limit():
@@ -131,8 +131,8 @@ def test_what_says_nothing_of_the_server_changes_nothing():
     rate, _ = rate_of()
     rate.failures = 3
     for _ in start_all(rate):
-        rate.left()
-    assert (rate.in_flight, rate.limit, rate.failures, rate.answers, rate.ready_in()) == (0, 4, 3, 0, 0)
+        rate.release()
+    assert (rate.in_flight, rate.limit, rate.failures, rate.answers, rate.wait_s()) == (0, 4, 3, 0, 0)
 
 
 EVENTS = st.sampled_from(("start", "answer", "fail", "overload", "limited", "retry", "left", "tick", "long tick"))
@@ -145,43 +145,43 @@ def test_whatever_comes_the_books_are_right(most, events):
     flying, answers, failures = [], 0, 0
     for event, n in events:
         if event == "start":
-            if rate.may_start():
+            if rate.can_start():
                 assert len(flying) < most and (failures < BREAKER_FAILURES or not flying)
-                rate.started()
+                rate.record_start()
                 flying.append(clock.now)
         elif "tick" in event:
             clock.now += 100 if event == "long tick" else 0.3
         elif flying:
             at = flying.pop(n % len(flying))
             if event == "answer":
-                rate.answered(at, n, NAMED if n % 2 else {})
+                rate.record_answer(at, n, NAMED if n % 2 else {})
                 answers, failures = answers + 1, 0
             elif event == "left":
-                rate.left()
+                rate.release()
             elif event == "retry":
-                rate.failed(at, True, True, n % 50)
-                assert rate.ready_in() >= n % 50
+                rate.record_failure(at, True, True, n % 50)
+                assert rate.wait_s() >= n % 50
             else:
-                rate.failed(at, overloaded=event != "fail", limited=event == "limited")
+                rate.record_failure(at, overloaded=event != "fail", limited=event == "limited")
                 failures += event != "limited"
         assert 1 <= rate.limit <= most and rate.in_flight == len(flying)
         assert (rate.answers, rate.failures, rate.is_open()) == (answers, failures, failures >= BREAKER_FAILURES)
-        assert rate.may_start() == (rate.has_room() and rate.ready_in() == 0)
+        assert rate.can_start() == (rate.has_room() and rate.wait_s() == 0)
     clock.now += 1000
     while flying:
-        rate.left()
+        rate.release()
         flying.pop()
-    assert rate.may_start()
+    assert rate.can_start()
 
 
 def test_how_long_nothing_was_answered():
     rate, clock = rate_of()
     clock.now += 7
-    assert rate.silent_s() == 7
+    assert rate.silence_s() == 7
     fail_all(rate, clock, start_all(rate))
-    assert rate.silent_s() == 8
+    assert rate.silence_s() == 8
     rounds(rate, clock, 1)
-    assert rate.silent_s() == 0
+    assert rate.silence_s() == 0
 
 
 # ---- pauses ----------------------------------------------------------------------------------------------------------
@@ -190,16 +190,16 @@ def test_how_long_nothing_was_answered():
 def test_nothing_starts_in_a_pause_that_the_server_named():
     rate, clock = rate_of()
     started = start_all(rate)
-    rate.failed(started[0], overloaded=True, limited=True, retry_after=20.0)
-    assert rate.ready_in() == 20 and not rate.may_start()
-    rate.failed(started[1], overloaded=True, limited=True, retry_after=3.0)
-    assert rate.ready_in() == 20, "a shorter pause does not end a longer one"
+    rate.record_failure(started[0], overloaded=True, limited=True, retry_after=20.0)
+    assert rate.wait_s() == 20 and not rate.can_start()
+    rate.record_failure(started[1], overloaded=True, limited=True, retry_after=3.0)
+    assert rate.wait_s() == 20, "a shorter pause does not end a longer one"
     clock.now += 19.5
-    assert rate.ready_in() == 0.5 and not rate.may_start()
+    assert rate.wait_s() == 0.5 and not rate.can_start()
     for at in started[2:]:
-        rate.answered(at, 1, NAMED)
+        rate.record_answer(at, 1, NAMED)
     clock.now += 0.5
-    assert rate.ready_in() == 0 and rate.may_start()
+    assert rate.wait_s() == 0 and rate.can_start()
 
 
 NOW = 1_800_000_000
@@ -221,23 +221,27 @@ NOW = 1_800_000_000
     ],
 )  # fmt: skip
 def test_seconds_that_a_response_asks_for(headers, seconds):
-    assert retry_after(headers, NOW) == seconds
+    assert parse_retry_after(headers, NOW) == seconds
 
 
 @given(st.text(max_size=40) | st.text("0123456789 ,:+-MonTueJan GMT", max_size=40))
 def test_no_header_is_an_error(text):
-    for seconds in (retry_after({"retry-after": text}), retry_after({"retry-after-ms": text}), duration(text)):
+    for seconds in (
+        parse_retry_after({"retry-after": text}),
+        parse_retry_after({"retry-after-ms": text}),
+        parse_duration(text),
+    ):
         assert seconds is None or seconds >= 0
     rate, _ = rate_of()
-    rate.started()
-    rate.answered(0, 1, {f"x-ratelimit-{kind}-{what}": text for kind in ("remaining", "limit", "reset") for what in
+    rate.record_start()
+    rate.record_answer(0, 1, {f"x-ratelimit-{kind}-{what}": text for kind in ("remaining", "limit", "reset") for what in
                          ("requests", "tokens")})  # fmt: skip
-    assert rate.ready_in() >= 0
+    assert rate.wait_s() >= 0
 
 
 def test_the_date_is_of_this_clock(monkeypatch):
     monkeypatch.setattr("data_gen.api.rate.time.time", lambda: NOW)
-    assert retry_after({"retry-after": email.utils.formatdate(NOW + 5, usegmt=True)}) == 5
+    assert parse_retry_after({"retry-after": email.utils.formatdate(NOW + 5, usegmt=True)}) == 5
 
 
 @pytest.mark.parametrize(
@@ -249,11 +253,11 @@ def test_the_date_is_of_this_clock(monkeypatch):
     ],
 )  # fmt: skip
 def test_durations(text, seconds):
-    assert duration(text) == pytest.approx(seconds)
+    assert parse_duration(text) == pytest.approx(seconds)
 
 
 def test_numbers():
-    assert [number(text) for text in ("5", " -1.5 ", "x", None, "nan", "-inf", "")] == [
+    assert [parse_number(text) for text in ("5", " -1.5 ", "x", None, "nan", "-inf", "")] == [
         5,
         -1.5,
         None,
@@ -283,9 +287,9 @@ def limits(remaining=None, allowed=None, reset=None, what="requests"):
 )  # fmt: skip
 def test_where_nothing_remains_the_servers_window_is_waited_for(headers, pause):
     rate, clock = rate_of(backoff_s=2.5)
-    rate.started()
-    rate.answered(clock.now, 100, headers)
-    assert rate.ready_in() == pytest.approx(pause) and rate.may_start() == (pause == 0)
+    rate.record_start()
+    rate.record_answer(clock.now, 100, headers)
+    assert rate.wait_s() == pytest.approx(pause) and rate.can_start() == (pause == 0)
 
 
 # ---- trying again ----------------------------------------------------------------------------------------------------
@@ -295,7 +299,7 @@ def test_backoff_is_random_doubles_and_is_bounded():
     for scale in (1.0, 0.01):
         rate, _ = rate_of(backoff_s=scale)
         for tries in (1, 2, 3, 4, 5, 6, 7, 50, 10**6):
-            waits = [rate.backoff(tries) for _ in range(400)]
+            waits = [rate.draw_backoff_s(tries) for _ in range(400)]
             top = min(LONGEST_BACKOFF_S, 2.0 ** min(tries, 100)) * scale
             assert 0 <= min(waits) < 0.05 * top and 0.95 * top < max(waits) <= top
             assert abs(sum(waits) / len(waits) - top / 2) < 0.1 * top and len(set(waits)) > 390
@@ -317,19 +321,19 @@ def test_failures_in_a_row_open_it_and_an_answer_between_does_not():
     rounds(rate, clock, 2)
     started = start_all(rate)
     for at in started[: BREAKER_FAILURES - 1]:
-        rate.failed(at)
-    assert not rate.is_open() and rate.ready_in() == 0
-    rate.answered(started[-1], 1, NAMED)
+        rate.record_failure(at)
+    assert not rate.is_open() and rate.wait_s() == 0
+    rate.record_answer(started[-1], 1, NAMED)
     for at in started[BREAKER_FAILURES - 1 : -1]:
-        rate.failed(at)
-    assert not rate.is_open() and rate.ready_in() == 0
+        rate.record_failure(at)
+    assert not rate.is_open() and rate.wait_s() == 0
 
 
 def test_it_lets_one_ask_cools_down_twice_as_long_each_time_and_closes_on_an_answer():
     rate, clock = opened()
     waits = []
     for _ in range(7):
-        waits.append(rate.ready_in())
+        waits.append(rate.wait_s())
         clock.now += waits[-1] - 0.01
         assert start_all(rate) == []
         clock.now += 0.02
@@ -337,7 +341,7 @@ def test_it_lets_one_ask_cools_down_twice_as_long_each_time_and_closes_on_an_ans
         assert len(started) == 1
         fail_all(rate, clock, started)
     assert waits == [min(LONGEST_COOL_DOWN_S, FIRST_COOL_DOWN_S * 2**n) for n in range(7)]
-    clock.now += rate.ready_in()
+    clock.now += rate.wait_s()
     assert rounds(rate, clock, 4) == [1, 2, 4, 8] and not rate.is_open()
     assert rate.cool_downs == 0
 
@@ -347,7 +351,7 @@ def test_what_was_in_flight_when_it_opened_does_not_lengthen_the_cool_down():
     rounds(rate, clock, 3)
     started = start_all(rate)
     fail_all(rate, clock, started)
-    assert len(started) == 32 and rate.in_flight == 0 and rate.ready_in() == FIRST_COOL_DOWN_S
+    assert len(started) == 32 and rate.in_flight == 0 and rate.wait_s() == FIRST_COOL_DOWN_S
 
 
 def test_while_some_are_in_flight_nobody_else_asks():
@@ -355,30 +359,30 @@ def test_while_some_are_in_flight_nobody_else_asks():
     rounds(rate, clock, 3)
     started = start_all(rate)
     for at in started[:-1]:
-        rate.failed(at)
+        rate.record_failure(at)
     clock.now += 100
-    assert not rate.may_start() and not rate.has_room()
-    rate.left()
-    assert rate.may_start()
+    assert not rate.can_start() and not rate.has_room()
+    rate.release()
+    assert rate.can_start()
 
 
 def test_cool_downs_scale_with_backoff_s():
-    assert opened(backoff_s=0.01)[0].ready_in() == pytest.approx(0.01 * FIRST_COOL_DOWN_S)
+    assert opened(backoff_s=0.01)[0].wait_s() == pytest.approx(0.01 * FIRST_COOL_DOWN_S)
 
 
 def test_the_429_of_a_server_that_is_up_does_not_open_it():
     rate, clock = rate_of()
     for _ in range(20):
         fail_all(rate, clock, start_all(rate), overloaded=True, limited=True)
-        clock.now += rate.ready_in()
+        clock.now += rate.wait_s()
     assert not rate.is_open() and rate.failures == 0
 
 
 def test_a_429_neither_closes_it_nor_lengthens_it():
     rate, clock = opened()
-    clock.now += rate.ready_in()
+    clock.now += rate.wait_s()
     fail_all(rate, clock, start_all(rate), overloaded=True, limited=True, retry_after=2)
-    assert rate.is_open() and rate.ready_in() == 2 and rate.cool_downs == 1
+    assert rate.is_open() and rate.wait_s() == 2 and rate.cool_downs == 1
 
 
 # ---- a server whose throughput ends ----------------------------------------------------------------------------------
@@ -397,7 +401,7 @@ def simulate(capacity, most=256, answers=6000, seconds=1.0, seed=0, headers=None
             at, tokens = line.pop(0)
             heapq.heappush(working, (clock.now + seconds * tokens / 100 * (0.8 + 0.4 * rng.random()), at, tokens))
         clock.now, at, tokens = heapq.heappop(working)
-        rate.answered(at, tokens, headers or {})
+        rate.record_answer(at, tokens, headers or {})
         seen.append(rate.limit)
         times.append(clock.now)
     half = answers // 2
@@ -444,7 +448,7 @@ def test_what_is_a_gain(more, gain, settled):
         rate.limit, rate.window.since = limit, None
         for _ in range(math.ceil(limit)):
             started, clock.now = clock.now, clock.now + 10 / limit
-            found, doubles = rate.window.add(rate, started, speed * 10 / limit)
+            found, doubles = rate.window.add_answer(rate, started, speed * 10 / limit)
     assert found == pytest.approx(settled) and doubles == (settled != 16)
     assert rate.window.best == pytest.approx(100 * gain if settled in (24, 32) else 100)
 
@@ -455,7 +459,7 @@ def test_answers_without_a_token_do_no_harm():
         started = start_all(rate)
         assert started
         for at in started:
-            rate.answered(at, 0, {})  # at the very moment, too
+            rate.record_answer(at, 0, {})  # at the very moment, too
         clock.now += 1
     assert 1 <= rate.limit <= 64
 
@@ -471,7 +475,7 @@ def test_throughput_never_undoes_a_cut():
         started = start_all(rate)
         clock.now += 1
         for at in started:
-            rate.answered(at, 1, {})
+            rate.record_answer(at, 1, {})
             assert rate.limit <= before + 1
             before = rate.limit
 
@@ -483,9 +487,9 @@ def test_a_window_that_began_before_a_cut_is_not_judged_with_what_came_after():
         started = start_all(rate)
         clock.now += 1
         for at in started[:failures]:
-            rate.failed(at, overloaded=True)
+            rate.record_failure(at, overloaded=True)
         assert rate.limit == limit
-        rate.answered(started[-1], 100, {})
+        rate.record_answer(started[-1], 100, {})
         assert rate.window.limit <= limit + 1 and rate.window.tokens == 100
 
 
@@ -495,4 +499,4 @@ def test_a_plateau_that_is_found_after_a_cut_leaves_the_smaller_limit():
     window.best, window.best_limit, window.answers = 100, 50.0, 1000
     window.since, window.tokens, window.limit = clock.now - 10, 0, 80.0
     rate.limit, rate.slow_start = 10.0, False
-    assert window.add(rate, clock.now, 10) == (10.0, False) and window.hold
+    assert window.add_answer(rate, clock.now, 10) == (10.0, False) and window.hold

@@ -19,12 +19,10 @@ from data_gen.base.cli import (
     Parser,
     Stopped,
     UsageError,
-    exit_code_of,
-    json_line,
-    nearest,
-    read_rows,
-    write_whole,
+    run_for_exit_code,
+    suggest_nearest,
 )  # fmt: skip
+from data_gen.base.files import read_rows, to_json_line, write_whole
 from tests.helpers.run import ROOT
 
 
@@ -98,13 +96,16 @@ def test_help_shows_every_flag_with_its_default(capsys):
 def test_the_help_of_each_command_of_the_pipeline(name):
     pytest.importorskip("openai")
     pytest.importorskip("rapidfuzz")
-    text = importlib.import_module(f"data_gen.{name}").parser().format_help()
+    text = importlib.import_module(f"data_gen.{name}").build_parser().format_help()
     assert "(default: none)" in text and "(default: off)" in text and "(default: 52000)" in text
     assert "%(" not in text
 
 
-def test_nearest():
-    assert nearest("gpt-4o-mni", ["gpt-4o-mini", "o3"]) == "; did you mean gpt-4o-mini?" and nearest("x", []) == ""
+def test_the_nearest_known_word_is_suggested():
+    assert (
+        suggest_nearest("gpt-4o-mni", ["gpt-4o-mini", "o3"]) == "; did you mean gpt-4o-mini?"
+        and suggest_nearest("x", []) == ""
+    )
 
 
 # ---- exit codes ------------------------------------------------------------------------------------------------------
@@ -115,13 +116,13 @@ def test_a_failure_is_one_line_and_its_code(capsys, kind, code):
     def main(argv):
         raise kind("the server said no; ask later")
 
-    assert exit_code_of(main, []) == code
+    assert run_for_exit_code(main, []) == code
     out, err = capsys.readouterr()
     assert out == "" and err == "error: the server said no; ask later\n"
 
 
 def test_an_error_of_ours_names_its_kind_and_how_to_see_more(capsys):
-    assert exit_code_of(lambda argv: {}["x"], []) == 1
+    assert run_for_exit_code(lambda argv: {}["x"], []) == 1
     err = capsys.readouterr().err
     assert err == "error: KeyError: 'x'; --debug shows where\n"
 
@@ -131,7 +132,7 @@ def test_debug_shows_where(capsys, error):
     def main(argv):
         raise error
 
-    exit_code_of(main, ["--debug"])
+    run_for_exit_code(main, ["--debug"])
     err = capsys.readouterr().err
     assert "Traceback" in err and "in main" in err and err.splitlines()[-1].startswith("error: ")
 
@@ -140,12 +141,13 @@ def test_success_and_interrupt(capsys):
     def interrupted(argv):
         raise KeyboardInterrupt
 
-    assert exit_code_of(lambda argv: None, []) == 0
-    assert exit_code_of(interrupted, []) == 143 and capsys.readouterr().err == "stopped by a signal\n"
+    assert run_for_exit_code(lambda argv: None, []) == 0
+    assert run_for_exit_code(interrupted, []) == 143 and capsys.readouterr().err == "stopped by a signal\n"
 
 
 def test_a_process_ends_with_the_code():
-    text = "from data_gen.base.cli import *\nrun(lambda argv: (_ for _ in ()).throw(DataError('\\ud800 ' + argv[0])))"
+    main = "lambda argv: (_ for _ in ()).throw(DataError('\\ud800 ' + argv[0]))"
+    text = f"from data_gen.base.cli import *\nrun_command({main})"
     done = subprocess.run([sys.executable, "-c", text, "here"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (3, "", "error: \\ud800 here\n")
 
@@ -178,7 +180,7 @@ def test_a_surrogate_that_utf8_cannot_hold_leaves_the_old_one(tmp_path):
 def test_a_disk_that_is_full_leaves_the_old_one(tmp_path):
     text = f"""
 import resource, signal
-from data_gen.base.cli import write_whole
+from data_gen.base.files import write_whole
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 write_whole({str(tmp_path / "rows")!r}, ["old"])
@@ -218,7 +220,7 @@ VALUES = st.none() | st.booleans() | st.integers() | st.lists(TEXTS, max_size=2)
 @settings(deadline=None)
 def test_rows_come_back_as_they_were(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    lines = [json_line(row) for row in rows]
+    lines = [to_json_line(row) for row in rows]
     assert all(line.count("\n") == 1 and line.endswith("\n") for line in lines)
     write_whole(path, lines)
     assert read_rows(path) == rows
@@ -226,7 +228,8 @@ def test_rows_come_back_as_they_were(tmp_path_factory, rows):
 
 def test_text_is_written_as_it_is_read():
     assert (
-        json_line({"a": "é\U0001f600"}) == '{"a": "é\U0001f600"}\n' and json_line(["é\ud800"]) == '["\\u00e9\\ud800"]\n'
+        to_json_line({"a": "é\U0001f600"}) == '{"a": "é\U0001f600"}\n'
+        and to_json_line(["é\ud800"]) == '["\\u00e9\\ud800"]\n'
     )
 
 

@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 
-from data_gen.base.language import LANGUAGES, LETTERS, SCAN, SCRIPTS, WORDS, guess
+from data_gen.base.language import LANGUAGES, LETTERS, SCAN, SCRIPTS, WORDS, guess_language
 from tests.helpers.run import ROOT, shared
 
 SENTENCES = {
@@ -106,19 +106,24 @@ NO_GUESS = [
 @pytest.mark.parametrize("code", LANGUAGES)
 def test_sentences(code):
     for sentence in SENTENCES[code]:
-        assert guess(sentence) == code, sentence
+        assert guess_language(sentence) == code, sentence
     text = " ".join(SENTENCES[code])
-    assert guess(text) == guess(text.upper()) == guess(f"1. **{text}**\n\n```\n2 + 2\n```") == code
+    assert (
+        guess_language(text)
+        == guess_language(text.upper())
+        == guess_language(f"1. **{text}**\n\n```\n2 + 2\n```")
+        == code
+    )
 
 
 @pytest.mark.parametrize("text", NO_GUESS)
 def test_no_clear_case_is_no_guess(text):
-    assert guess(text) == ""
+    assert guess_language(text) == ""
 
 
 def test_letters_with_separate_accents_are_the_same_letters():
     for code in ("vi", "cs", "pl", "ru"):
-        assert guess(unicodedata.normalize("NFD", SENTENCES[code][0])) == code
+        assert guess_language(unicodedata.normalize("NFD", SENTENCES[code][0])) == code
 
 
 def test_tables_speak_of_known_languages():
@@ -128,19 +133,19 @@ def test_tables_speak_of_known_languages():
 
 def test_seed_tasks_are_english():
     rows = [json.loads(line) for line in (ROOT / "data_gen" / "seed_tasks.jsonl").read_text().splitlines()]
-    guesses = [guess(row["instruction"]) for row in rows]
+    guesses = [guess_language(row["instruction"]) for row in rows]
     assert set(guesses) <= {"en", ""} and guesses.count("") < 30
 
 
 def test_alpaca_is_english():
     rows = json.loads(shared("alpaca_en_demo.json").read_text())
-    assert {guess(row["instruction"]) for row in rows} <= {"en", ""}
-    long = [guess(row["output"]) for row in rows if len(row["output"]) > 400]
+    assert {guess_language(row["instruction"]) for row in rows} <= {"en", ""}
+    long = [guess_language(row["output"]) for row in rows if len(row["output"]) > 400]
     assert long.count("en") > 0.9 * len(long)
 
 
 def test_only_the_beginning_is_looked_at():
     start = time.process_time()
-    assert guess(SENTENCES["de"][0] * 99 + "the " * 1_000_000) == "de"
-    assert guess("the of and a " * SCAN + SENTENCES["de"][0]) == "en"
+    assert guess_language(SENTENCES["de"][0] * 99 + "the " * 1_000_000) == "de"
+    assert guess_language("the of and a " * SCAN + SENTENCES["de"][0]) == "en"
     assert time.process_time() - start < 0.5

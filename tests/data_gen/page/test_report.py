@@ -17,11 +17,14 @@ from itertools import pairwise
 import pytest
 from rapidfuzz.distance import LCSseq
 
-from data_gen.base.cli import DataError, UsageError, exit_code_of
-from data_gen.dedup import tokenize
-from data_gen.page import figures as report_figures
-from data_gen.page.figures import in_common, nearest, root, whole_bins
-from data_gen.report import main, write_report
+from data_gen.base.cli import DataError, UsageError, run_for_exit_code
+from data_gen.page import similarity
+from data_gen.page.figures import bin_whole_numbers
+from data_gen.page.report import write_report
+from data_gen.page.similarity import find_nearest_rows, split_by_common
+from data_gen.page.verbs import find_verb
+from data_gen.report import main
+from data_gen.rows.tokens import tokenize
 from tests.helpers.run import shared
 
 EVIL = """</div></section></script><script>document.title='owned'</script><img src=x onerror="alert(1)">"'&lt;"""
@@ -287,7 +290,7 @@ def test_a_long_tail_is_drawn_to_the_logarithm(tmp_path):
 
 @pytest.mark.parametrize("values", [[1], [7] * 5, [1, 2], [3, 3, 1000], list(range(1, 400)), [1, 10**7], [250, 251]])
 def test_bins_hold_every_value_once(values):
-    bins, _ = whole_bins(values)
+    bins, _ = bin_whole_numbers(values)
     assert sum(n for _, _, n in bins) == len(values)
     assert all(n == sum(a <= v < b for v in values) and a < b for a, b, n in bins)
     assert all(x[1] == y[0] for x, y in pairwise(bins)) and 2 < len(bins) < 60
@@ -363,32 +366,38 @@ def test_near_misses_are_the_closest_pairs_under_the_limit(tmp_path):
 
 def test_a_tie_with_the_limit_is_over_it():
     tokens = [list("abcdefg123"), list("abcdefg456"), list("abcdexyz"), list("zzzzz")]
-    best, pairs = nearest(tokens)
+    best, pairs = find_nearest_rows(tokens)
     assert best[0] == pytest.approx(0.7) and all(score < 0.7 for score, _, _ in pairs)
     assert all({a, b} != {0, 1} for _, a, b in pairs)
 
 
 def test_near_misses_of_a_sample_in_blocks(monkeypatch):
     tokens = [tokenize(row["instruction"]) for row in make(300)[0][:300]] + [[], []]
-    whole = nearest(tokens)
-    monkeypatch.setattr(report_figures, "BLOCK_PAIRS", 2000)
-    assert nearest(tokens) == whole and len(whole[0]) == 300
-    few, pairs = nearest(tokens, most=20)
-    assert len(few) == 20 and set(few) <= set(whole[0]) and nearest(tokens, most=20) == (few, pairs)
+    whole = find_nearest_rows(tokens)
+    monkeypatch.setattr(similarity, "BLOCK_PAIRS", 2000)
+    assert find_nearest_rows(tokens) == whole and len(whole[0]) == 300
+    few, pairs = find_nearest_rows(tokens, most=20)
+    assert len(few) == 20 and set(few) <= set(whole[0]) and find_nearest_rows(tokens, most=20) == (few, pairs)
     assert all(score > 0 for score, _, _ in pairs)
-    assert nearest([]) == nearest([[]]) == nearest([["a"]]) == nearest([["a"], []]) == ([], [])
+    assert (
+        find_nearest_rows([])
+        == find_nearest_rows([[]])
+        == find_nearest_rows([["a"]])
+        == find_nearest_rows([["a"], []])
+        == ([], [])
+    )
 
 
 def test_words_in_common_are_marked():
     one, two = "Write a Story, about the SEA; quickly.", "Now write about a story: the sea"
-    pieces = in_common(one, two)
+    pieces = split_by_common(one, two)
     assert "".join(text for text, _ in pieces) == one
     assert [text for text, same in pieces if same] in (
         ["Write", "a", "Story", "the", "SEA"],
         ["Write", "about", "the", "SEA"],
     )
     for text in ("İstanbul'da bir gün", "", "日本 の 話", EVIL, "a" * 50):
-        assert "".join(piece for piece, _ in in_common(text, "bir a b の")) == text
+        assert "".join(piece for piece, _ in split_by_common(text, "bir a b の")) == text
 
 
 def test_kinds_and_languages(tmp_path):
@@ -427,7 +436,7 @@ def test_kinds_and_languages(tmp_path):
 
 def test_yield_over_the_run(whole, tmp_path, monkeypatch):
     rows, lost, run, _ = whole
-    monkeypatch.setattr("data_gen.report.STRETCHES", 10)
+    monkeypatch.setattr("data_gen.page.sections.STRETCHES", 10)
     page = report(tmp_path, rows, lost, run)
     tips = page.chart("Rows per request")
     numbers = [[int(n) for n in re.findall(r"(\d+) (?:kept,|duplicates|rejected)", tip)] for tip, _ in tips]
@@ -539,7 +548,7 @@ ROOTS = {
 
 @pytest.mark.parametrize("instruction", ROOTS)
 def test_root_verb_and_object(instruction):
-    assert " ".join(root(instruction)).strip() == ROOTS[instruction]
+    assert " ".join(find_verb(instruction)).strip() == ROOTS[instruction]
 
 
 # ---- hostile, odd and missing ---------------------------------------------------------------------------------------
@@ -664,9 +673,9 @@ def test_wrong_files_are_refused(tmp_path, capsys, monkeypatch):
             write_report(path, out)
     with pytest.raises(UsageError, match="no folder"):
         write_report(path, tmp_path / "missing" / "x.html")
-    assert exit_code_of(main, [str(path), "--out", str(tmp_path / "page.html")]) == 0
+    assert run_for_exit_code(main, [str(path), "--out", str(tmp_path / "page.html")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "page.html") and (tmp_path / "page.html").exists()
-    assert exit_code_of(main, [str(tmp_path / "none.json")]) == 3 and "cannot be read" in capsys.readouterr().err
+    assert run_for_exit_code(main, [str(tmp_path / "none.json")]) == 3 and "cannot be read" in capsys.readouterr().err
     assert sorted(file.name for file in tmp_path.iterdir()) == ["d.jsonl", "page.html"]
 
 

@@ -9,9 +9,8 @@ pytest.importorskip("openai")
 pytest.importorskip("rapidfuzz")
 
 from data_gen.api.ledger import Entry
-from data_gen.rows import defects as filters
-from data_gen.rows import parse
-from data_gen.rows.curator import REASONS, Curator, messages
+from data_gen.rows import defects, parse
+from data_gen.rows.curator import REASONS, Curator, row_to_messages
 
 SEEDS = [{"instruction": "Name three uses for an old glass jar.", "input": "", "output": "A vase."}]
 GOOD = {"instruction": "Explain why the tide comes in twice a day.", "input": "", "output": "The moon pulls the sea."}
@@ -29,7 +28,7 @@ def entry(number, tasks, kind="answer", cost=10**9, finish="stop", **message):
 def curated(*entries, wanted=100, **options):
     curator = Curator(wanted, SEEDS, **options)
     for each in entries:
-        curator.take(each)
+        curator.add_outcome(each)
     return curator
 
 
@@ -81,10 +80,10 @@ def test_a_copy_of_a_seed_task_is_told_from_others():
 def test_every_way_of_losing_a_task_is_told(outcome, expected):
     curator = curated(outcome)
     assert reasons(curator) == expected
-    known = REASONS | filters.REASONS | parse.KINDS
+    known = REASONS | defects.REASONS | parse.KINDS
     assert set(expected) <= set(known), "a reason that nothing explains"
     assert curator.kept_by_request == [len(curator.rows)]
-    counts = curator.counts()
+    counts = curator.summarize()
     assert counts["requests"] == 1 and counts["kept"] + sum(counts["rejected"].values()) >= counts["items"]
 
 
@@ -100,7 +99,7 @@ def test_repairs_are_counted_and_kept():
 
 
 def test_evaluation_prompts_are_dropped_with_the_prompt_that_they_match():
-    decontaminator = SimpleNamespace(match=lambda item: "the prompt" if "tide" in item["instruction"] else None)
+    decontaminator = SimpleNamespace(find_match=lambda item: "the prompt" if "tide" in item["instruction"] else None)
     curator = curated(entry(0, [GOOD, OTHER]), decontaminator=decontaminator)
     assert [row["instruction"] for row in curator.rows] == [OTHER["instruction"]]
     assert curator.lost[0]["reason"] == "evaluation prompt" and curator.lost[0]["detail"] == "the prompt"
@@ -114,7 +113,7 @@ def test_what_is_lost_hides_no_later_twin():
 
 def test_it_stops_at_as_many_rows_as_wanted():
     curator = curated(entry(0, [GOOD, OTHER]), entry(1, [OTHER]), wanted=1)
-    assert len(curator.rows) == 1 and curator.full and not curator.lost
+    assert len(curator.rows) == 1 and curator.is_full and not curator.lost
     assert curator.rows[0]["provenance"]["usd"] == 0.001, "the price of an answer is that of its kept rows"
 
 
@@ -122,25 +121,25 @@ def test_what_comes_after_the_last_row_is_not_told(tmp_path):
     """How many were in flight then depends on the time; the files may not."""
     more = [entry(1, "no"), entry(2, [OTHER, GOOD]), entry(3, "policy", kind="refused")]
     one, other = curated(entry(0, [GOOD]), wanted=1), curated(entry(0, [GOOD]), *more, wanted=1)
-    assert one.counts() == other.counts() and one.lost == other.lost and one.models == other.models
+    assert one.summarize() == other.summarize() and one.lost == other.lost and one.models == other.models
 
 
 def test_files_say_the_same_in_every_format(tmp_path):
     hostile = {"instruction": "Translate \u2028 this \ud800 line.", "input": 'a "b"\nc', "output": "</script> 日本語"}
     curator = curated(entry(0, [GOOD, OTHER]))
     curator.rows.append(hostile | {"provenance": {"request": 0}})
-    curator.write(tmp_path)
+    curator.write_files(tmp_path)
     rows = json.loads((tmp_path / "dataset.json").read_text())
     lines = [json.loads(line) for line in (tmp_path / "dataset.jsonl").read_text().split("\n")[:-1]]
     chats = [json.loads(line)["messages"] for line in (tmp_path / "chat.jsonl").read_text().split("\n")[:-1]]
     assert len(rows) == len(lines) == len(chats) == 3
     assert [{k: v for k, v in line.items() if k != "provenance"} for line in lines] == rows
-    assert chats == [messages(row) for row in rows]
+    assert chats == [row_to_messages(row) for row in rows]
     assert chats[1][0]["content"] == "Sort these towns by height.\n\nDavos 1560 m, Basel 244 m"
     assert [turn["role"] for turn in chats[0]] == ["user", "assistant"]
     assert not list(tmp_path.glob(".*")), "a temporary file is left"
 
 
 def test_an_empty_dataset_is_an_empty_list(tmp_path):
-    Curator(5).write(tmp_path)
+    Curator(5).write_files(tmp_path)
     assert json.loads((tmp_path / "dataset.json").read_text()) == [] and (tmp_path / "dataset.jsonl").read_text() == ""

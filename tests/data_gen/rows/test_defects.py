@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_gen.rows.defects import CHECKS, MAX_TOKENS, REASONS, REPAIRS, SCAN, SEEN, defect, tidy
+from data_gen.rows.defects import CHECKS, MAX_TOKENS, REASONS, SCAN, SEEN, find_defect
+from data_gen.rows.repairs import REPAIRS, repair_item
 from tests.helpers.run import ROOT, shared
 
 
@@ -17,7 +18,7 @@ def task(instruction="Name three primary colours.", input="", output="Red, yello
 
 
 def reason(item, language="en"):
-    found = defect(item, language)
+    found = find_defect(item, language)
     return found and found[0]
 
 
@@ -37,7 +38,7 @@ def rows_of(path):
     " <noinput>\n", "Input: N/A", "Keine Eingabe", "Aucune entrée", "无", "なし",
 ])  # fmt: skip
 def test_a_marker_is_no_input(input):
-    fields, repairs = tidy(task(input=input))
+    fields, repairs = repair_item(task(input=input))
     assert fields == task() and "no-input marker" in repairs
 
 
@@ -47,7 +48,7 @@ def test_a_marker_is_no_input(input):
     "nothing", "0", "N", "A", "--", "+", "No entry", "{}", "[]", "<p>none</p>", "x = None",
 ])  # fmt: skip
 def test_a_text_is_no_marker(input):
-    assert tidy(task(input=input)) == (task(input=input), [])
+    assert repair_item(task(input=input)) == (task(input=input), [])
 
 
 @pytest.mark.parametrize("written, read", [
@@ -62,7 +63,7 @@ def test_a_text_is_no_marker(input):
     ("No input", None),
 ])  # fmt: skip
 def test_a_marker_at_the_end_of_an_instruction(written, read):
-    assert tidy(task(written)) == ((task(read), ["no-input marker"]) if read else (task(written), []))
+    assert repair_item(task(written)) == ((task(read), ["no-input marker"]) if read else (task(written), []))
 
 
 @pytest.mark.parametrize("field, written, read", [
@@ -87,17 +88,17 @@ def test_a_marker_at_the_end_of_an_instruction(written, read):
     ("output", "Answer: 3\nReason: 1 + 2", None),
 ])  # fmt: skip
 def test_labels(field, written, read):
-    fields, repairs = tidy(task() | {field: written})
+    fields, repairs = repair_item(task() | {field: written})
     assert fields[field] == (read or written) and repairs == (["label"] if read else [])
 
 
 def test_line_ends_and_blanks():
-    fields, repairs = tidy(task(" Name\r\na colour.\u200b\n", "\ufeff a\rb ", "\tRed\u3000"))
+    fields, repairs = repair_item(task(" Name\r\na colour.\u200b\n", "\ufeff a\rb ", "\tRed\u3000"))
     assert fields == task("Name\na colour.", "a\nb", "Red") and repairs == ["line ends", "blanks"]
 
 
 def test_repairs_are_named_in_order_and_once():
-    _, repairs = tidy(task(" 1. Instruction: a b. No input", " N/A\r\n", "Output: x"))
+    _, repairs = repair_item(task(" 1. Instruction: a b. No input", " N/A\r\n", "Output: x"))
     assert repairs == list(REPAIRS)
 
 
@@ -108,8 +109,8 @@ PARTS = st.lists(
 
 @given(PARTS, PARTS, PARTS)
 def test_what_was_repaired_stays(instruction, input, output):
-    once, _ = tidy(task("".join(instruction), "".join(input), "".join(output)))
-    assert tidy(once) == (once, [])
+    once, _ = repair_item(task("".join(instruction), "".join(input), "".join(output)))
+    assert repair_item(once) == (once, [])
 
 
 # Defects
@@ -390,7 +391,7 @@ def test_defects(name, item):
 
 @pytest.mark.parametrize("name, item", cases(GOOD))
 def test_near_misses(name, item):
-    assert defect(item) is None
+    assert find_defect(item) is None
 
 
 def test_every_reason_is_tested_and_explained():
@@ -405,9 +406,9 @@ def test_the_first_reason_counts():
 
 
 def test_what_was_seen():
-    assert defect(task("Summarize the\nfollowing text.")) == ("missing text", "the following text")
-    assert defect(task(output="a\ud800")) == ("broken characters", "\\ud800")
-    assert len(defect(task("Show it.", "https://a.io/" + "x" * 500))[1]) == SEEN
+    assert find_defect(task("Summarize the\nfollowing text.")) == ("missing text", "the following text")
+    assert find_defect(task(output="a\ud800")) == ("broken characters", "\\ud800")
+    assert len(find_defect(task("Show it.", "https://a.io/" + "x" * 500))[1]) == SEEN
 
 
 def test_other_languages():
@@ -430,11 +431,11 @@ def test_seed_tasks_pass():
     rows = [{key: row[key] for key in task()} for row in rows_of(ROOT / "data_gen" / "seed_tasks.jsonl")]
     assert len(rows) == 175
     for row in rows:
-        assert tidy(row) == (row, []) and defect(row) is None
+        assert repair_item(row) == (row, []) and find_defect(row) is None
 
 
 def test_few_alpaca_rows_are_dropped():
-    found = [reason(tidy(row)[0]) for row in rows_of(shared("alpaca_en_demo.json"))]
+    found = [reason(repair_item(row)[0]) for row in rows_of(shared("alpaca_en_demo.json"))]
     dropped = [name for name in found if name]
     assert 0.02 * len(found) < len(dropped) < 0.05 * len(found)
     assert len(dropped) - dropped.count("refusal") < 0.015 * len(found)
@@ -444,7 +445,7 @@ def test_few_alpaca_rows_are_dropped():
 def test_tasks_that_people_wrote_pass():
     rows = rows_of(shared("user_oriented_instructions.jsonl"))
     items = [{"instruction": row["instruction"], **row["instances"][0]} for row in rows]
-    found = [reason(tidy(item)[0]) for item in items]
+    found = [reason(repair_item(item)[0]) for item in items]
     assert len(found) - found.count(None) <= 1
 
 
@@ -463,8 +464,8 @@ def test_hostile_text_takes_little_time(part):
     text = part * (1_000_000 // len(part))
     start = time.process_time()
     for item in (task(text), task("Do it now.", text), task("Do it now.", "a", text), task(text, text, text)):
-        tidy(item)
-        defect(item)
+        repair_item(item)
+        find_defect(item)
     assert time.process_time() - start < 2
 
 

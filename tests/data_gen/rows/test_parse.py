@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_gen.rows.parse import EXCERPT, KINDS, MAX_DEPTH, MAX_PROBLEMS, parse
+from data_gen.rows.parse import EXCERPT, KINDS, MAX_DEPTH, MAX_PROBLEMS, parse_answer
 
 A = {"instruction": "Name a colour.", "input": "", "output": "Red"}
 B = {"instruction": 'Quote "him" and {"a": 1}.', "input": "x\ty\n\\", "output": "{"}
@@ -20,16 +20,16 @@ TASKS = st.lists(st.fixed_dictionaries({"instruction": TEXTS, "input": TEXTS, "o
 
 
 def kinds(text, truncated=False):
-    return [kind for kind, _ in parse(text, truncated)[1]]
+    return [kind for kind, _ in parse_answer(text, truncated)[1]]
 
 
 def items(text, truncated=False):
-    return parse(text, truncated)[0]
+    return parse_answer(text, truncated)[0]
 
 
 def only_items(text, truncated=False):
     """The items of an answer in which nothing is wrong."""
-    found, problems = parse(text, truncated)
+    found, problems = parse_answer(text, truncated)
     assert not problems
     return found
 
@@ -124,7 +124,9 @@ def test_a_task_quoted_inside_a_task_is_text(rows):
 ])  # fmt: skip
 @pytest.mark.parametrize("form", ['{"tasks": [%s]}', "[%s]"], ids=["wrapped", "bare"])
 def test_a_broken_task_is_named_and_its_neighbours_stay(broken, kind, form):
-    found, problems = parse(form % ", ".join([json.dumps(A), broken, json.dumps(B), broken, json.dumps(C)]), False)
+    found, problems = parse_answer(
+        form % ", ".join([json.dumps(A), broken, json.dumps(B), broken, json.dumps(C)]), False
+    )
     assert found == THREE
     assert [name for name, _ in problems] == [kind] * 2
     assert all(shown.lstrip(", ").startswith(broken[:12]) for _, shown in problems)
@@ -135,7 +137,7 @@ def test_no_change_to_a_character_of_a_task_costs_another(change):
     before, middle, after = (json.dumps(row) for row in (A, B, C))
     for place in range(len(middle)):
         text = f'{{"tasks": [{before}, {middle[:place]}{change}{middle[place + 1 :]}, {after}]}}'
-        found, problems = parse(text, False)
+        found, problems = parse_answer(text, False)
         assert found[0] == A and found[-1] == C and len(found) + len(problems) >= 3, text
         assert len(found) <= 3 and len(problems) <= 2, text
 
@@ -167,20 +169,20 @@ def test_escapes(written, read):
 def test_every_cut_keeps_the_whole_tasks_and_names_the_cut_one():
     ends = [WRAPPED.index(json.dumps(row)) + len(json.dumps(row)) for row in THREE]
     for cut in range(len('{"tasks": [{'), len(WRAPPED)):
-        found, problems = parse(WRAPPED[:cut], True)
+        found, problems = parse_answer(WRAPPED[:cut], True)
         assert found == [row for row, end in zip(THREE, ends, strict=True) if end <= cut]
         between = WRAPPED[:cut].rstrip(", ]") in [WRAPPED[:end] for end in ends]
         assert [kind for kind, _ in problems] == ["truncated"] * (not between), WRAPPED[:cut]
 
 
 def test_an_end_inside_a_task_of_an_answer_that_was_not_cut_off_is_broken():
-    assert parse(WRAPPED[:-9], False)[0] == THREE[:2]
+    assert parse_answer(WRAPPED[:-9], False)[0] == THREE[:2]
     assert kinds(WRAPPED[:-9], False) == ["malformed"]
 
 
 def test_a_break_before_the_cut_is_no_cut():
     text = WRAPPED.replace('"Red"', "Red")[:-9]
-    assert parse(text, True)[0] == [B] and kinds(text, True) == ["malformed", "truncated"]
+    assert parse_answer(text, True)[0] == [B] and kinds(text, True) == ["malformed", "truncated"]
 
 
 @pytest.mark.parametrize("end", ["nul", "tr", "-", "Non", ""])
@@ -190,12 +192,12 @@ def test_a_cut_inside_a_value(end):
 
 def test_an_excerpt_fits_into_utf_8():
     for text in ("\ud800", '{"instruction": "\ude00\ud83d \ud83d\ude00'):
-        [(_, shown)] = parse(text, True)[1]
+        [(_, shown)] = parse_answer(text, True)[1]
         assert "\ufffd" in shown and shown.encode()
 
 
 def test_the_excerpt_begins_at_the_task():
-    _, [(kind, shown)] = parse('{"tasks": [{"instruction": "Tell\n me.",  "output": "' + "long " * 999, True)
+    _, [(kind, shown)] = parse_answer('{"tasks": [{"instruction": "Tell\n me.",  "output": "' + "long " * 999, True)
     assert kind == "truncated" and len(shown) == EXCERPT
     assert shown.startswith('{"instruction": "Tell me.", "output": "long long')
 
@@ -206,7 +208,7 @@ def test_the_excerpt_begins_at_the_task():
     "```json\n{}\n```", "{tasks}",
 ])  # fmt: skip
 def test_an_answer_without_tasks(text):
-    assert parse(text, False) == ([], [("no items", " ".join(text.split())[:EXCERPT])])
+    assert parse_answer(text, False) == ([], [("no items", " ".join(text.split())[:EXCERPT])])
 
 
 def test_an_answer_cut_off_before_its_first_task_ends():
@@ -248,7 +250,7 @@ HOSTILE = {
 def test_hostile_text_takes_linear_time(text):
     def seconds(text):
         start = time.process_time()
-        parse(text, True)
+        parse_answer(text, True)
         return time.process_time() - start
 
     whole, half = seconds(text), seconds(text[: len(text) // 2])
@@ -257,7 +259,7 @@ def test_hostile_text_takes_linear_time(text):
 
 
 def test_a_string_of_100_mb_that_never_ends():
-    found, problems = parse(json.dumps(A) + '{"instruction": "' + "x" * 100_000_000, True)
+    found, problems = parse_answer(json.dumps(A) + '{"instruction": "' + "x" * 100_000_000, True)
     assert found == [A] and [kind for kind, _ in problems] == ["truncated"]
 
 
@@ -274,7 +276,7 @@ def test_a_task_deeper_than_any_answer_is_no_task():
 @settings(max_examples=300)
 @given(st.lists(st.sampled_from(['{"', '"', "\\", "{", "}", "[", "]", ":", ",", "instruction", "output", " ", "1"])))
 def test_any_text_is_read_without_a_crash(parts):
-    found, problems = parse("".join(parts), True)
+    found, problems = parse_answer("".join(parts), True)
     assert found or problems
     assert all(list(item) == list(A) and all(isinstance(value, str) for value in item.values()) for item in found)
     assert {kind for kind, _ in problems} <= set(KINDS)

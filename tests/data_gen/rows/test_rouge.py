@@ -20,8 +20,10 @@ from rapidfuzz import process
 from rapidfuzz.distance import LCSseq
 
 from data_gen import dedup
-from data_gen.base.cli import exit_code_of
-from data_gen.dedup import Deduplicator, rouge_l, tokenize
+from data_gen.base.cli import run_for_exit_code
+from data_gen.rows import rouge
+from data_gen.rows.rouge import Deduplicator, rouge_l
+from data_gen.rows.tokens import tokenize
 
 # ---- the references -------------------------------------------------------------------------------------------------
 
@@ -81,8 +83,8 @@ def rebuilds(monkeypatch):
     """Sets how many texts are kept at the first rebuild, and how many times as many at the next."""
 
     def set_them(first, growth=2):
-        monkeypatch.setattr(dedup, "FIRST_REBUILD", first)
-        monkeypatch.setattr(dedup, "GROWTH", growth)
+        monkeypatch.setattr(rouge, "FIRST_REBUILD", first)
+        monkeypatch.setattr(rouge, "GROWTH", growth)
 
     return set_them
 
@@ -241,9 +243,9 @@ def test_a_stream_of_edits_that_crosses_rebuilds(seed_instructions, monkeypatch)
     expected = by_matrix(texts)
     assert streamed(texts) == expected
     kept = expected.count(None)
-    assert kept > 1.2 * dedup.FIRST_REBUILD * dedup.GROWTH and len(texts) - kept > 500, "too few to tell"
+    assert kept > 1.2 * rouge.FIRST_REBUILD * rouge.GROWTH and len(texts) - kept > 500, "too few to tell"
 
-    monkeypatch.setattr(dedup.process, "extractOne", counted)
+    monkeypatch.setattr(process, "extractOne", counted)
     deduplicator = Deduplicator()
     assert [deduplicator.add(text) for text in texts] == expected
     share = compared / (len(texts) * kept)  # 1.4%; 2% without one of the bounds or with new tokens last, 26% with ranks
@@ -394,7 +396,7 @@ def read(path):
 @pytest.mark.parametrize("out", ["out.json", "out.jsonl"])
 def test_files(source, out, tmp_path, capsys):
     file, out, rejected = written(tmp_path / source, ROWS), tmp_path / out, tmp_path / "no.jsonl"
-    assert exit_code_of(dedup.main, [str(file), "--out", str(out), "--rejected", str(rejected)]) == 0
+    assert run_for_exit_code(dedup.main, [str(file), "--out", str(out), "--rejected", str(rejected)]) == 0
     rows = read(out)
     assert rows == [ROWS[i] for i in KEPT]
     assert [list(row) for row in rows] == [list(ROWS[i]) for i in KEPT]
@@ -425,7 +427,7 @@ def test_command_line_and_another_field(tmp_path):
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
 def test_no_rows(suffix, tmp_path):
     file, out = written(tmp_path / f"in{suffix}", []), tmp_path / f"out{suffix}"
-    assert exit_code_of(dedup.main, [str(file), "--out", str(out)]) == 0
+    assert run_for_exit_code(dedup.main, [str(file), "--out", str(out)]) == 0
     assert read(out) == []
 
 
@@ -441,7 +443,7 @@ def test_no_rows(suffix, tmp_path):
 )
 def test_rows_that_are_not_what_they_should_be(rows, says, tmp_path, capsys):
     file, out = written(tmp_path / "in.json", rows), tmp_path / "out.json"
-    assert exit_code_of(dedup.main, [str(file), "--out", str(out)]) == 3
+    assert run_for_exit_code(dedup.main, [str(file), "--out", str(out)]) == 3
     assert f"{file}, {says}" in capsys.readouterr().err
     assert not out.exists()
 
@@ -452,7 +454,7 @@ def test_files_that_cannot_be(tmp_path, capsys):
     (tmp_path / "folder.json").mkdir()
 
     def fails(code, says, *argv):
-        assert exit_code_of(dedup.main, list(map(str, argv))) == code
+        assert run_for_exit_code(dedup.main, list(map(str, argv))) == code
         assert says in capsys.readouterr().err
 
     fails(3, "absent.json cannot be read", tmp_path / "absent.json", "--out", out)
@@ -470,11 +472,11 @@ def test_files_that_cannot_be(tmp_path, capsys):
 
 
 def test_progress(monkeypatch, capsys):
-    assert list(dedup.told(["a", "b"])) == ["a", "b"]
+    assert list(dedup.show_progress(["a", "b"])) == ["a", "b"]
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(dedup, "TELL_EVERY_S", 0)
-    assert list(dedup.told(["a", "b"])) == ["a", "b"]
+    monkeypatch.setattr(dedup, "REPORT_EVERY_S", 0)
+    assert list(dedup.show_progress(["a", "b"])) == ["a", "b"]
     assert capsys.readouterr().err == "0 of 2 rows compared\n1 of 2 rows compared\n"
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert list(dedup.told(["a", "b"])) == ["a", "b"]
+    assert list(dedup.show_progress(["a", "b"])) == ["a", "b"]
     assert "rows compared" not in capsys.readouterr().err

@@ -1,0 +1,59 @@
+"""Attempts at requests: ready to send, and their outcomes."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from data_gen.api.client import Dialect, Reply, Sampling
+from data_gen.api.ledger import Usage
+from data_gen.api.prices import Price
+from data_gen.api.prompt import Prompter, hash_text
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One attempt ready to send."""
+
+    body: dict[str, Any]
+    body_sha256: str
+    most: int  # picodollars that it can cost
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Makes the attempts of one model at one price."""
+
+    prompter: Prompter
+    sampling: Sampling
+    price: Price
+
+    def prepare(self, number: int, dialect: Dialect) -> Ask:
+        """Return an attempt at the request of this number. No tokenizer makes more tokens of a body than its bytes."""
+        body = self.sampling.build_body(self.prompter.build_messages(number), dialect)
+        text = json.dumps(body, ensure_ascii=False)
+        n_bytes = len(text.encode("utf-8", "surrogatepass"))
+        most = self.price.compute_cost(n_bytes, self.sampling.max_output_tokens)
+        return Ask(body, hash_text(json.dumps(body["messages"])), most)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long and how often a run tries."""
+
+    patience_s: float = 900  # without any answer
+    max_attempts: int = 8  # failures of one request
+    poll_s: float = 30  # between two looks at a batch
+    batch_tokens: int | None = None  # enqueued at most, None if unknown
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The outcome of an attempt, once it is on the disk."""
+
+    attempt: int
+    ask: Ask
+    dialect: Dialect
+    reply: Reply
+    kind: str  # as in the ledger
+    usage: Usage
+    cost: int

@@ -1,0 +1,94 @@
+"""Flags about requests, and parsers of the values of flags."""
+
+import json
+import os
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from data_gen.api.prices import parse_amount
+from data_gen.base.cli import Parser, UsageError
+from data_gen.base.language import LANGUAGES
+
+Value = TypeVar("Value")
+
+OPENAI = "https://api.openai.com/v1"
+OUR_FIELDS = ("model", "messages", "n", "stream", "max_tokens", "max_completion_tokens")  # what --extra may not set
+
+
+def make_parser(
+    wanted: str, convert: Callable[[str], Value], is_valid: Callable[[Value], bool] = lambda value: True
+) -> Callable[[str], Value]:
+    """Return a parser of a flag's text. Its error says what was wanted."""
+
+    def parse(text: str) -> Value:
+        try:
+            value = convert(text)
+            if is_valid(value):
+                return value
+        except (ValueError, RecursionError):
+            pass
+        raise ArgumentTypeError(f"got {text!r}, wanted {wanted}")
+
+    return parse
+
+
+def parse_json(text: str) -> Any:
+    """Return a JSON value. Raise ValueError for other texts, and for NaN and lone surrogates, which cannot be sent."""
+    value = json.loads(text)
+    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    return value
+
+
+parse_utf8 = make_parser("UTF-8", lambda text: text.encode() and text)
+parse_count = make_parser("a whole number of at least 1", int, lambda n: n >= 1)
+parse_limit = make_parser("a whole number from 1 to a million", int, lambda n: 1 <= n <= 10**6)
+parse_seconds = make_parser("seconds above 0", float, lambda s: 0 < s < 1e9)
+parse_dollars = make_parser("dollars from 0 to a million", parse_amount)
+parse_temperature = make_parser("a number from 0 to 2", float, lambda t: 0 <= t <= 2)
+parse_fields = make_parser(
+    f"a JSON object without {', '.join(OUR_FIELDS)}",
+    parse_json,
+    lambda value: isinstance(value, dict) and not set(value) & set(OUR_FIELDS),
+)
+
+
+def add_request_flags(flags: Parser) -> None:
+    """Add the flags that decide the requests and their price."""
+    add = flags.add_argument
+    add("--model", type=parse_utf8, help="the model's name at the server")
+    add("--rows", type=parse_count, default=52_000, help="rows to keep")
+    add("--base-url", default=os.environ.get("OPENAI_BASE_URL") or OPENAI, help="the server; also $OPENAI_BASE_URL")
+    add("--api-key-env", default="OPENAI_API_KEY", help="environment variable that holds the key")
+    add(
+        "--price-in",
+        type=parse_dollars,
+        help="dollars a million input tokens, where the table lacks the model; --batch halves it",
+    )
+    add("--price-out", type=parse_dollars, help="dollars a million output tokens")
+    add("--prices", type=Path, help="another table of prices than data_gen/prices.json")
+    add("--seed-tasks", type=Path, help="seed tasks of your own: Alpaca's fields, or self-instruct's instances")
+    add("--language", default="en", help=f"of the rows: {' '.join(sorted(LANGUAGES))}")
+    add("--seed", type=int, default=0, help="of the prompts' random choices")
+    add("--tasks-per-request", type=parse_count, default=20, help="tasks that one prompt asks for")
+    add("--examples", type=parse_count, default=3, help="seed tasks that one prompt shows")
+    add("--temperature", type=parse_temperature, default=1.0, help="of sampling, left out where the server refuses it")
+    add(
+        "--max-output-tokens",
+        type=parse_limit,
+        default=4096,
+        help="of one answer; with the prices, what it can cost at most",
+    )
+    add(
+        "--extra",
+        type=parse_fields,
+        default={},
+        help='more fields of each request, as JSON: \'{"reasoning_effort": "low"}\'',
+    )
+
+
+def check_language(code: str) -> None:
+    """Raise UsageError for a language that is not known."""
+    if code not in LANGUAGES:
+        raise UsageError(f"--language is {code!r}, wanted one of {' '.join(sorted(LANGUAGES))}")
