@@ -20,8 +20,8 @@ from data_gen.api import collector as collect
 from data_gen.api.prompt import FORMATS as ASKED
 from data_gen.api.prompt import SCHEMA, Prompter, read_seed_tasks
 from data_gen.base.cli import run_for_exit_code
-from data_gen.rows.defects import tidy
-from data_gen.rows.parse import parse
+from data_gen.rows.parse import parse_answer
+from data_gen.rows.repairs import repair_item
 from engine.inference.generation import generate
 from engine.text.templates import Row, encode_prompt
 from tests.helpers.model_server import Guide, Options, Server, load, parts_of
@@ -189,7 +189,7 @@ def test_a_dataset_from_a_model_killed_halfway_and_a_model_trained_on_it(weights
     texts = {number: json.loads(body)["choices"][0]["message"]["content"] for number, _, body, *_ in answers}
     for line in lines:
         source = line.pop("provenance")
-        assert line == tidy(parse(texts[source["request"]], True)[0][source["item"]])[0]
+        assert line == repair_item(parse_answer(texts[source["request"]], True)[0][source["item"]])[0]
 
     # And the engine trains on it.
     finetune(

@@ -865,7 +865,7 @@ def planner(wanted, kept=(), done=None, ready=0, rows=None):
     found.asker = SimpleNamespace(prompter=SimpleNamespace(n_tasks=20))
     found.collector = SimpleNamespace(
         curator=curator, done=done, highest=max(done), ready=range(ready),
-        expected_yield=lambda: max(0.05, sum(recent) / len(recent)),
+        estimate_yield=lambda: max(0.05, sum(recent) / len(recent)),
     )  # fmt: skip
     return found
 

@@ -25,7 +25,7 @@ from data_gen.api.client import (
     is_completion,
     read_answer,
 )  # fmt: skip
-from data_gen.api.prompt import FORMATS, read_seed_tasks, topics
+from data_gen.api.prompt import FORMATS, read_seed_tasks, read_topics
 from data_gen.base.cli import UsageError
 
 OPENAI = "https://api.openai.com/v1"
@@ -244,7 +244,7 @@ def test_what_an_error_means(status, body, kind):
 
 
 def test_a_server_that_repeats_the_prompt_in_its_error_does_not_change_what_it_means():
-    said = [*topics(), *(text for seed in read_seed_tasks() for text in seed.values())]
+    said = [*read_topics(), *(text for seed in read_seed_tasks() for text in seed.values())]
     body = json.dumps({"detail": "bad", "input": said}, ensure_ascii=False)
     assert classify_error(400, body) == "unsupported"
     assert not [word for word in BLOCKED + OUT_OF_MONEY if word in body.lower()]
