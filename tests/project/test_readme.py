@@ -1,60 +1,118 @@
-"""README tells the truth: its file tree is the disk's, its commands exist, its figures are the measured ones."""
+"""README and docs/ tell the truth: folders are the disk's, commands and flags exist, figures are the measured ones."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from scripts.pages import faults as render_faults
+from tests.helpers.helps import read_helps
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+PAGES = sorted(
+    str(path.relative_to(ROOT))
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "findings").glob("*.md"))
+)
+FOLDERS = ("kernels", "engine", "data_gen", "scripts")  # shown with the folders inside them
 
 
-def tracked():
-    """Files under version control, or all that are there where there is no git."""
-    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return set(done.stdout.split()) if done.returncode == 0 else None
-
-
-def tree():
-    """The paths in README's file tree."""
-    block = re.search(r"```text\n(cria/\n.*?)```", README, re.S)[1]
-    paths, folder = set(), ""
-    for line in block.splitlines()[1:]:
-        indent, name = re.match(r"( *)(\S+)", line).groups()
+def tree() -> dict[str, list[str]]:
+    """Return README's tree: each folder at the top and the folders inside it."""
+    block = re.search(r"```text\ncria/\n(.*?)```", README, re.S)[1]
+    found: dict[str, list[str]] = {}
+    for line in block.splitlines():
+        indent, name = re.match(r"( *)(\S+)/", line).groups()
         if len(indent) == 2:
-            folder = name if name.endswith("/") else ""
-        paths.add(name if len(indent) == 2 else folder + name)
-    return paths
+            found[name] = []
+        else:
+            found[list(found)[-1]].append(name)
+    return found
 
 
-def test_the_file_tree_is_the_disks():
-    files = tracked()
-    assert files, "git ls-files finds nothing"
-    shown = {path for path in tree() if not path.endswith("/")}
-    python = {f for f in files if f.endswith(".py") and not f.endswith("__init__.py")}
-    top = {f for f in files if "/" not in f and not f.startswith(".")}
-    missing = (python | top) - shown
-    assert not missing, f"on disk, not in README: {sorted(missing)}"
-    gone = {path for path in tree() if not (ROOT / path).exists()}
-    assert not gone, f"in README, not on disk: {sorted(gone)}"
+def folders(path: Path) -> set[str]:
+    """Return the folders inside a folder that hold files of the project, not what Python or a build left."""
+    done = subprocess.run(["git", "ls-files", "."], cwd=path, capture_output=True, text=True, check=False)
+    if done.returncode == 0 and done.stdout:
+        return {name.split("/")[0] for name in done.stdout.split() if "/" in name and not name.startswith(".")}
+    return {p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith((".", "_"))} - {"out", "build"}
 
 
-def test_every_module_that_readme_runs_answers_help_and_has_its_flags():
-    modules = sorted(set(re.findall(r"python -m ((?:engine|kernels|data_gen)\.\w+)", README)))
-    assert modules
-    helps = {}
-    for module in modules:
-        done = subprocess.run(
-            [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0 and f"usage: python -m {module}" in done.stdout, module
-        helps[module] = done.stdout.replace("_", "-")
-    for module, rest in re.findall(r"python -m ((?:engine|data_gen)\.\w+)([^\n`#]*)", README.replace("\\\n", " ")):
-        flags = set(re.findall(r"--[a-z][a-z0-9_-]*", rest))
-        missing = {flag for flag in flags if flag.replace("_", "-") not in helps[module]}
-        assert not missing, f"{module}: {missing}"
+def test_readme_is_short():
+    assert len(README.splitlines()) < 200
+
+
+def test_the_tree_of_folders_is_the_disks():
+    shown = tree()
+    assert set(shown) == folders(ROOT)
+    for folder in FOLDERS:
+        assert set(shown[folder]) == folders(ROOT / folder), folder
+
+
+def test_the_tree_names_every_command():
+    block = re.search(r"```text\ncria/\n(.*?)```", README, re.S)[1]
+    for folder in ("kernels", "engine", "data_gen"):
+        words = re.search(rf"^  {folder}/(.*)$", block, re.M)[1]
+        commands = {path.stem for path in (ROOT / folder).glob("*.py") if path.stem != "__init__"}
+        assert commands <= set(re.findall(r"\w+", words)), folder
+
+
+def test_the_files_to_open_are_there():
+    table = README.split("| to change | open |")[1].split("\n\n")[0]
+    names = re.findall(r"`([\w/]+/(?:\w+\.\w+)?)`", table)
+    assert len(names) > 10
+    assert not [name for name in names if not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings_that_are_there(page):
+    wrong = []
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.S)
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text) + re.findall(
+        r'(?:src|srcset)="(?!https?:)([^"]+)"', text
+    ):
+        name, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        if not path.exists() or (anchor and anchor not in anchors(path)):
+            wrong.append(target)
+    assert not wrong
+
+
+def anchors(path: Path) -> set[str]:
+    """Return the anchors that GitHub gives the headings of a page."""
+    titles = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def commands_of(page: str) -> list[tuple[str, str]]:
+    """Return (module, what follows it) of every `python -m` and `torchrun -m` of ours on a page."""
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    return re.findall(r"-m ((?:engine|kernels|data_gen|scripts)(?:\.\w+)+)([^\n`#|]*)", text)
+
+
+def test_every_command_of_the_pages_exists():
+    named = {(module, page) for page in PAGES for module, _ in commands_of(page)}
+    missing = [
+        pair for pair in named if not (ROOT / pair[0].replace(".", "/")).with_suffix(".py").exists()
+    ]  # fmt: skip
+    assert len(named) > 20 and not missing
+
+
+def test_the_flags_of_the_pages_are_in_help():
+    used = [
+        (page, module, flag)
+        for page in PAGES
+        for module, rest in commands_of(page)
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", rest)
+        if not module.startswith("scripts.pages") and flag != "--help"
+    ]
+    helps = read_helps(sorted({module for _, module, _ in used}), ROOT, ROOT)
+    for module, text in helps.items():
+        assert text.startswith(f"usage: python -m {module}") or module.startswith("scripts."), module
+    wrong = [found for found in used if found[2].replace("_", "-") not in helps[found[1]].replace("_", "-")]
+    assert not wrong
 
 
 def test_the_page_of_faults_is_of_tests_that_are_there():
@@ -68,12 +126,10 @@ def test_the_page_of_faults_is_of_tests_that_are_there():
     assert not [row for row in rows if re.search("failure|error|not run", row[4])]
 
 
-def test_the_figures_are_those_of_the_measurements():
+@pytest.mark.parametrize("script", ["benchmarks", "picture"])
+def test_the_figures_are_those_of_the_measurements(script):
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.pages.benchmarks", "--check"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+        [sys.executable, "-m", f"scripts.pages.{script}", "--check"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
