@@ -16,7 +16,7 @@ from typing import Any
 from engine.base.device import DTYPES
 from engine.base.errors import CriaError, UsageError, exit_code_of
 from engine.base.flags import flag, from_cli, knob, nearest
-from engine.data.dataset import tokenize
+from engine.data.dataset import encode_rows
 from engine.data.rows import read_rows
 from engine.formats.find import find_model
 from engine.formats.source import open_source
@@ -123,8 +123,8 @@ def read_mix(config: EstimateConfig, recipe: Recipe, c: ModelConfig, model_path:
             raise
         what = f"{len(rows):,} rows, of Alpaca's lengths for want of a tokenizer ({error})"
         return alpaca_mix(recipe, len(rows), what)
-    table = tokenize(rows, tokenizer, config.prompt_style, config.max_length, config.train_on_prompt)
-    return dataset_mix(table, recipe)
+    table = encode_rows(rows, tokenizer, config.prompt_style, config.max_length, config.train_on_prompt)
+    return dataset_mix(table.select(), recipe)
 
 
 def estimate(config: EstimateConfig) -> Estimate:

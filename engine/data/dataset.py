@@ -1,11 +1,12 @@
-"""Rows -> prompt -> masked tokens.
+"""Rows -> tokens and the loss mask, in flat arrays.
 
-A dataset is flat arrays: tokens, which of them are targets, where each example begins and ends.
+A Table holds every row of some files; a Dataset is the examples of it that a run trains on, or evaluates.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,77 +15,73 @@ from engine.text.templates import Row, Special, Text, find_special_id, render_ro
 from engine.text.tokenizer import Tokenizer
 
 BLOCK = 1024  # rows tokenised at a time
-
-# ---- tokens ---------------------------------------------------------------------------------------------------------
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Tokenised examples: pieces of flat arrays, which others may share."""
+    """Tokenised examples, each a slice of flat arrays that several datasets may share."""
 
     tokens: np.ndarray  # (total,) int32
     is_target: np.ndarray  # (total,) bool: this token is predicted, and carries loss
     begins: np.ndarray  # (N,) int64: example i is tokens[begins[i]:ends[i]]
     ends: np.ndarray  # (N,) int64
     sources: Sequence[str]  # (N,) "file:row" of each, for messages
-    counts: dict  # rows, examples, truncated, dropped, tokens, loss_tokens
-    n_loss: np.ndarray | None = None  # (N,) what loss_tokens says; counted here where it is not given
+    counts: dict[str, int]  # rows, examples, truncated, dropped, tokens, loss_tokens
+    n_loss: np.ndarray | None = None  # (N,) int64 targets of each; None: they are counted here
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.n_loss is None:
             n_loss = [np.count_nonzero(self.is_target_of(i)) for i in range(len(self))]
             object.__setattr__(self, "n_loss", np.array(n_loss, np.int64))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.begins)
 
-    def lengths(self):
-        """(N,) tokens of each example."""
+    def lengths(self) -> np.ndarray:
+        """Return the number of tokens of each example, (N,) int64."""
         return self.ends - self.begins
 
-    def loss_tokens(self):
-        """(N,) targets of each example."""
+    def loss_tokens(self) -> np.ndarray:
+        """Return the number of targets of each example, (N,) int64."""
+        assert self.n_loss is not None
         return self.n_loss
 
     def tokens_of(self, example: int) -> np.ndarray:
-        """(n,) int32."""
+        """Return the tokens of an example, (n,) int32, a view."""
         return self.tokens[self.begins[example] : self.ends[example]]
 
     def is_target_of(self, example: int) -> np.ndarray:
-        """(n,) bool."""
+        """Return which tokens of an example are targets, (n,) bool, a view."""
         return self.is_target[self.begins[example] : self.ends[example]]
 
     def sha256(self) -> str:
-        """Of what is trained on, wherever it lies: tokens, targets and where examples start, one after the other."""
+        """Return the digest of all examples' tokens, targets and starts. It does not depend on where the arrays lie."""
         digest = hashlib.sha256()
-        cuts = np.flatnonzero(self.begins[1:] != self.ends[:-1]) + 1  # between examples that do not touch
-        runs = list(zip(self.begins[[0, *cuts]], self.ends[[*(cuts - 1), -1]], strict=True))
+        gaps = np.flatnonzero(self.begins[1:] != self.ends[:-1]) + 1  # between examples that do not touch
+        runs = list(zip(self.begins[[0, *gaps]], self.ends[[*(gaps - 1), -1]], strict=True))
         for array in (self.tokens, self.is_target):
             for begin, end in runs:
-                digest.update(np.ascontiguousarray(array[begin:end]))
-        digest.update(np.concatenate(([0], np.cumsum(self.lengths()))))
+                digest.update(np.ascontiguousarray(array[begin:end]).data)
+        digest.update(np.concatenate(([0], np.cumsum(self.lengths()))).data)
         return digest.hexdigest()
 
 
-class Sources(Sequence):
-    """ "file:row" of each row, written out when it is asked for."""
+class Sources(Sequence[str]):
+    """ "file:row" of each row, which is made into a string only when it is asked for."""
 
-    def __init__(self, paths, files, numbers):
+    def __init__(self, paths: Sequence[str], files: np.ndarray, numbers: np.ndarray):
         self.paths, self.files, self.numbers = paths, files, numbers
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> str:  # type: ignore[override]  # no slices
         return f"{self.paths[self.files[i]]}:{self.numbers[i]}"
 
-    def __eq__(self, other):
-        return tuple(self) == tuple(other)
 
-
-ROW = np.dtype(
-    [("n_tokens", "<i4"), ("n_loss", "<i4"), ("file", "<i4"), ("number", "<i8"), ("truncated", "?")]
-)  # of one row; file and number are where it stands
+# One row of a Table; file and number are its place, n_loss its targets.
+ROW = np.dtype([("n_tokens", "<i4"), ("n_loss", "<i4"), ("file", "<i4"), ("number", "<i8"), ("truncated", "?")])
 
 
 @dataclass(frozen=True)
@@ -94,16 +91,16 @@ class Table:
     tokens: np.ndarray  # (total,) int32
     is_target: np.ndarray  # (total,) bool
     rows: np.ndarray  # (R,) ROW
-    paths: tuple[str, ...]  # what rows["file"] counts
+    paths: tuple[str, ...]  # rows["file"] is an index into them
     max_length: int
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
     def select(self, numbers: Sequence[int] | None = None) -> Dataset:
-        """The rows of these numbers (from 0, in order; None is all) that have a loss token; the others are counted.
+        """Return the examples of the rows of these numbers, from 0, in their order; None: of all rows.
 
-        Raises DataError when none has.
+        Rows without a loss token are counted and left out. Raise DataError when no example is left.
         """
         ends = np.cumsum(self.rows["n_tokens"], dtype=np.int64)
         chosen = np.arange(len(self)) if numbers is None else np.array(numbers, np.int64)
@@ -129,15 +126,19 @@ class Table:
 
 
 def encode_block(rows: Sequence[Row], tokenizer: Tokenizer, style: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The ids of the rows, back to back, which of them are targets, and how many each row has. Each distinct prompt is
-    tokenised once."""
+    """Return (ids of all rows back to back, which of them are targets, ids of each row).
+
+    Each distinct prompt is tokenised once.
+    """
     parts = [render_row(row, style, tokenizer.add_bos) for row in rows]
     texts = [part for row in parts for part in row if isinstance(part, Text)]
     prompts = list(dict.fromkeys(text.prompt for text in texts))
     encoded = tokenizer.encode_batch(prompts + [text.prompt + text.response for text in texts])
     n_prompt = {prompt: len(ids) for prompt, ids in zip(prompts, encoded, strict=False)}
-    encoded = iter(encoded[len(prompts) :])
-    ids, lengths, turns = [], [], []  # turns: tokens without loss, with loss, without, ...
+    encoded_texts = iter(encoded[len(prompts) :])
+    ids: list[int] = []
+    lengths = []
+    turns: list[int] = []  # numbers of tokens without loss, with loss, without, ...
     for row in parts:
         before = len(ids)
         for part in row:
@@ -145,7 +146,7 @@ def encode_block(rows: Sequence[Row], tokenizer: Tokenizer, style: str) -> tuple
                 ids.append(find_special_id(tokenizer, part.name, style))
                 turns += (not part.loss, part.loss)
             else:
-                new = next(encoded)
+                new = next(encoded_texts)
                 masked = min(n_prompt[part.prompt], len(new))
                 ids += new
                 turns += (masked, len(new) - masked)
@@ -154,7 +155,7 @@ def encode_block(rows: Sequence[Row], tokenizer: Tokenizer, style: str) -> tuple
     return np.fromiter(ids, np.int32, len(ids)), is_target, np.array(lengths)
 
 
-def encode(
+def encode_rows(
     rows: Sequence[Row],
     tokenizer: Tokenizer,
     style: str = "alpaca",
@@ -162,12 +163,12 @@ def encode(
     train_on_prompt: bool = False,
     watch: Callable[[range], Iterator[int]] = iter,
 ) -> Table:
-    """The rows as a Table, cut at max_length tokens.
+    """Return the rows as a Table, each cut at max_length tokens. Raise DataError when a token of the style is missing.
 
     watch: wraps the loop over blocks of rows, to show progress.
-    Raises DataError when the tokenizer lacks a token of the style.
     """
-    tokens, targets, table, paths = [], [], np.zeros(len(rows), ROW), {}
+    tokens, targets, table = [], [], np.zeros(len(rows), ROW)
+    paths: dict[str, int] = {}
     for first in watch(range(0, len(rows), BLOCK)):
         block, out = rows[first : first + BLOCK], table[first : first + BLOCK]
         ids, is_target, lengths = encode_block(block, tokenizer, style)
@@ -187,16 +188,8 @@ def encode(
     return Table(np.concatenate(tokens), np.concatenate(targets), table, tuple(paths), max_length)
 
 
-def tokenize(rows: Sequence[Row], tokenizer: Tokenizer, *args, **options) -> Dataset:
-    """encode(...).select(): the rows as a Dataset. Raises DataError when nothing is left of them."""
-    return encode(rows, tokenizer, *args, **options).select()
-
-
-# ---- held-out rows --------------------------------------------------------------------------------------------------
-
-
-def hold_out(rows: Sequence, fraction: float, seed: int) -> tuple[list, list]:
-    """(kept, held out): round(fraction n), at least one, of the rows, chosen by the seed; both in file order."""
+def hold_out(rows: Sequence[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:
+    """Return (kept, held out) rows, both in file order; round(fraction n), at least one, are held out by the seed."""
     n_held = max(1, round(fraction * len(rows)))
     held = set(np.random.default_rng((seed, 2**32)).permutation(len(rows))[:n_held].tolist())
     return [r for i, r in enumerate(rows) if i not in held], [r for i, r in enumerate(rows) if i in held]

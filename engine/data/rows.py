@@ -1,7 +1,7 @@
-"""Dataset files -> validated rows, one row at a time: a bad row is named by file and number and costs no other row.
+"""Dataset files -> validated rows, one row at a time. A bad row is named by file and number and costs no other row.
 
 A file is mapped, not loaded, and split into rows before any of it is parsed: a list by its quotes and brackets, JSONL
-by its newlines. Text is kept exactly as the file has it: nothing is stripped or normalised.
+by its newlines. Text stays exactly as it is in the file: nothing is stripped or normalised.
 """
 
 import codecs
@@ -10,51 +10,65 @@ import mmap
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engine.base.errors import DataError
-from engine.text.templates import Row
+from engine.text.templates import Message, Row
 
 MAX_ROW_BYTES = 8 << 20  # thousands of times an Alpaca row; parsing one takes up to 30 times its bytes
 MAX_NESTING = 32  # levels of lists and objects; the row itself is one
-SHOWN = 5  # bad rows that an error spells out
+SHOWN = 5  # bad rows that an error describes
 
 BLANKS = re.compile(rb"[ \t\r\n]*")
 SCALAR = re.compile(rb"-?(?:[0-9][0-9.eE+-]*|Infinity)|NaN|true|false|null")
-# What decides where a list's element ends. A pattern for a whole string would need memory for each of its characters;
-# a class among these branches, which begin with a literal each, would make re three times as slow.
+# The tokens that decide where a list's element ends. A pattern for a whole string would need memory for each of its
+# characters; a character class instead of branches that each begin with a literal would make re three times as slow.
 TOKEN = re.compile(rb'\\.|"|\n|\{|\}|\[|\]')
-KINDS = {str: "a string", float: "a number", bool: "a boolean", list: "a list", dict: "an object", type(None): "null"}
+KINDS: dict[type, str] = {
+    str: "a string",
+    float: "a number",
+    bool: "a boolean",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
 
 
 @dataclass(slots=True)
 class Skipped:
-    """One bad row."""
+    """A bad row that was left out."""
 
     source: str
     reason: str
 
 
 class BadRow(ValueError):
-    """Why a row is bad."""
+    """A row is not usable; the text says why."""
 
 
 def read_rows(
-    paths: Sequence[Path], skip_bad_rows: bool = False, progress=None, answers: bool = True
+    paths: Sequence[Path],
+    skip_bad_rows: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    answers: bool = True,
 ) -> tuple[list[Row], list[Skipped]]:
-    """The rows of Alpaca or chat files, JSON list or JSONL (told apart by content), in order; and the bad rows skipped.
+    """Return (rows, bad rows that were skipped) of Alpaca or chat files, in order. Their content tells JSON from JSONL.
 
-    answers: whether a row must hold one; without, rows are prompts: no output, or a user's message at the end, will do.
-    Raises DataError naming file and row: for all bad rows at once unless skip_bad_rows, and in any case for a file that
-    cannot be read, a broken list, or no row left. progress(done_bytes, total_bytes) is called every 1000 rows.
+    answers: a row must hold an answer. Else rows are prompts, which may have no output, or end with a user's message.
+    progress(done_bytes, total_bytes) is called every 1000 rows.
+
+    Raise DataError that names file and row: for all bad rows at once unless skip_bad_rows; in any case for a file that
+    cannot be read, a broken list, or when no row is left.
     """
-    rows, skipped = [], []
-    total_bytes, done_bytes = sum(len(mapped(path)) for path in paths), 0  # a missing file is found before any is read
+    rows: list[Row] = []
+    skipped: list[Skipped] = []
+    total_bytes, done_bytes = sum(len(map_file(path)) for path in paths), 0  # finds a missing file before reading any
     for path in paths:
-        data, n_before = mapped(path), len(rows) + len(skipped)
-        for number, start, end in split(data, path):
+        data, n_before = map_file(path), len(rows) + len(skipped)
+        for number, start, end in split_rows(data, path):
             source = f"{path}:{number}"
             try:
                 rows.append(parse_row(data, start, end, source, answers))
@@ -71,17 +85,18 @@ def read_rows(
         remedy = "--skip-bad-rows drops them" if rows else "no row is left, repair the data"
         lines = [f"data: got {len(skipped)} bad of {len(rows) + len(skipped)} rows, wanted none; {remedy}"]
         lines += [f"  {bad.source}: {bad.reason}" for bad in skipped[:SHOWN]]
-        lines += [f"  and {len(skipped) - SHOWN} more"] * (len(skipped) > SHOWN)
+        if len(skipped) > SHOWN:
+            lines.append(f"  and {len(skipped) - SHOWN} more")
         raise DataError("\n".join(lines))
     if not rows:
         raise DataError("data: got no files, wanted at least one; pass --data FILE")
     return rows, skipped
 
 
-def mapped(path):
-    """The file as bytes that are read when touched, unmapped with the last reference. Raises DataError."""
+def map_file(path: Path) -> mmap.mmap:
+    """Return the file's bytes, which are read when touched and unmapped with the last reference. Raise DataError."""
     try:
-        info = os.stat(path)  # before open(), which on a pipe waits for a writer
+        info = os.stat(path)  # before open(), which waits for a writer when the path is a pipe
         if stat.S_ISREG(info.st_mode) and info.st_size:
             with open(path, "rb") as file:
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -91,10 +106,15 @@ def mapped(path):
     raise DataError(f"{path}: got {kind}, wanted rows as JSON or JSONL; name a file that holds some")
 
 
-def split(data, path):
-    """Yields (number, start, end) of each row; end is None for a last element that the end of the file cuts off."""
+# ---- a file -> the spans of its rows --------------------------------------------------------------------------------
+
+Span = tuple[int, int, int | None]  # number of the row, first byte, end; None: the end of the file cuts the row off
+
+
+def split_rows(data: mmap.mmap, path: Path) -> Iterator[Span]:
+    """Return the spans of a file's rows. Raise DataError for a file that is neither a JSON list nor JSONL."""
     start = 3 if data[:3] == codecs.BOM_UTF8 else 0
-    first = BLANKS.match(data, start).end()
+    first = skip_blanks(data, start)
     byte = data[first : first + 1]
     if byte == b"[":
         return split_list(data, first + 1, path)
@@ -104,49 +124,61 @@ def split(data, path):
     raise DataError(f"{path}: got {got}, wanted '[' (JSON) or '{{' (JSONL) at its start; save it as one, in UTF-8")
 
 
-def split_lines(data, start):
+def skip_blanks(data: mmap.mmap, start: int, *end: int) -> int:
+    """Return the position of the first byte from start on that is no blank; end, or the file's, when all are."""
+    match = BLANKS.match(data, start, *end)
+    assert match is not None  # it may be empty
+    return match.end()
+
+
+def split_lines(data: mmap.mmap, start: int) -> Iterator[Span]:
+    """Yield the spans of the lines that are not blank. A row's number is that of its line."""
     number = 0
     while start < len(data):
         number += 1
         newline = data.find(b"\n", start)
         end = len(data) if newline < 0 else newline
-        if BLANKS.match(data, start, end).end() < end:
+        if skip_blanks(data, start, end) < end:
             yield number, start, end
         start = end + 1
 
 
-def split_list(data, position, path):
-    """The elements of the list that was opened before position. Raises DataError where the list itself is broken."""
+def split_list(data: mmap.mmap, position: int, path: Path) -> Iterator[Span]:
+    """Yield the spans of the elements of the list that begins before position. Raise DataError for a broken list."""
 
-    def broken(position, wanted):
+    def broken(position: int, wanted: str) -> DataError:
         got = repr(data[position : position + 1]) if position < len(data) else "the end of the file"
         remedy = "repair the list, its other rows cannot be told apart"
         return DataError(f"{path}:{number or 1}: got {got} at byte {position}, wanted {wanted}; {remedy}")
 
-    number, position = 0, BLANKS.match(data, position).end()
-    comma = data[position : position + 1] != b"]"
-    position += not comma
-    while comma:
-        number, start = number + 1, BLANKS.match(data, position).end()
-        end = element_end(data, start)
+    number, position = 0, skip_blanks(data, position)
+    more = data[position : position + 1] != b"]"
+    if not more:
+        position += 1
+    while more:
+        number, start = number + 1, skip_blanks(data, position)
+        end = find_element_end(data, start)
         if end is None and not is_cut_off(data, start):
             raise broken(start, "a complete row")
         yield number, start, end
         if end is None:
             return
-        position = BLANKS.match(data, end).end()
+        position = skip_blanks(data, end)
         if data[position : position + 1] not in (b",", b"]"):
             raise broken(position, "',' or ']' after this row")
-        comma = data[position : position + 1] == b","
+        more = data[position : position + 1] == b","
         position += 1
-    position = BLANKS.match(data, position).end()
+    position = skip_blanks(data, position)
     if position < len(data):
         raise broken(position, "nothing after the list")
 
 
-def element_end(data, start):
-    """Where the JSON value at start ends, None if it does not. A raw newline, which no JSON string may hold, ends a
-    string, so that in an indented list a lost quote spoils its own row alone."""
+def find_element_end(data: mmap.mmap, start: int) -> int | None:
+    """Return the end of the JSON value at start, None when it has none.
+
+    A raw newline ends a string, since no JSON string may hold one: in an indented list a lost quote then spoils no row
+    but its own.
+    """
     if scalar := SCALAR.match(data, start):
         return scalar.end()
     if data[start : start + 1] not in (b"{", b"[", b'"'):
@@ -167,9 +199,11 @@ def element_end(data, start):
     return None
 
 
-def is_cut_off(data, start):
-    """Whether an object starts here that lacks nothing but its end: the parser finds no fault before the end. After a
-    lost bracket it does find one, and the rows behind it must not be dropped as if they were one."""
+def is_cut_off(data: mmap.mmap, start: int) -> bool:
+    """Return whether an object begins at start that lacks only its end, so that the parser finds no fault before it.
+
+    After a lost bracket the parser does find one. The rows behind the bracket must not be dropped as if they were one.
+    """
     if data[start : start + 1] != b"{" or len(data) - start > MAX_ROW_BYTES:
         return False
     try:
@@ -182,44 +216,51 @@ def is_cut_off(data, start):
     return False
 
 
-def parse_row(data, start, end, source, answers):
-    """The Row in data[start:end]. Raises BadRow."""
+# ---- a span -> a row ------------------------------------------------------------------------------------------------
+
+
+def parse_row(data: mmap.mmap, start: int, end: int | None, source: str, answers: bool) -> Row:
+    """Return the row in data[start:end]. Raise BadRow."""
     if end is None:
         raise BadRow(f"the file is cut off inside this row, which starts at byte {start}")
     if end - start > MAX_ROW_BYTES:
         raise BadRow(f"got {end - start} bytes, wanted at most {MAX_ROW_BYTES} (MAX_ROW_BYTES)")
-    row = check(parse_json(data[start:end], start), dict, "row")
+    row = require_type(parse_json(data[start:end], start), dict, "row")
     if "messages" in row:
         if "instruction" in row:
             raise BadRow("got both messages and instruction, wanted one of them")
-        return Row(source, parse_messages(check(row["messages"], list, "messages"), answers))
-    instruction = text_of(row, "instruction")
-    output = text_of(row, "output") if answers or row.get("output") is not None else ""
-    input = "" if row.get("input") is None else text_of(row, "input")
+        return Row(source, parse_messages(require_type(row["messages"], list, "messages"), answers))
+    instruction = get_text(row, "instruction")
+    output = get_text(row, "output") if answers or row.get("output") is not None else ""
+    input = "" if row.get("input") is None else get_text(row, "input")
     if not instruction and not input:
         raise BadRow("got instruction and input both empty, wanted text in one of them")
     return Row(source, None, instruction, input, output)
 
 
-def parse_messages(messages, answers):
-    """((role, content), ...): a system message or none, then user and assistant in turn, an assistant's at the end; or,
-    of a prompt, a user's."""
+def parse_messages(messages: list[Any], answers: bool) -> tuple[Message, ...]:
+    """Return the messages of a chat. Raise BadRow.
+
+    Wanted are a system message or none, then user and assistant in turn, and the assistant's at the end; without
+    answers, a user's message may be at the end.
+    """
     parsed, role = [], "none"
     for i, message in enumerate(messages):
         name = f"messages[{i}]"
-        check(message, dict, name)
+        require_type(message, dict, name)
         wanted = "assistant" if role == "user" else "user"
-        role, content = text_of(message, "role", name + "."), text_of(message, "content", name + ".")
+        role, content = get_text(message, "role", name + "."), get_text(message, "content", name + ".")
         if role != wanted and not (role == "system" and i == 0):
-            raise BadRow(f"{name}.role: got {short(role)}, wanted '{wanted}'{' or a system message' * (i == 0)}")
+            or_system = " or a system message" if i == 0 else ""
+            raise BadRow(f"{name}.role: got {shorten(role)}, wanted '{wanted}'{or_system}")
         parsed.append((role, content))
     if role != "assistant" and (answers or role != "user"):
         raise BadRow(f"messages: got {role} as the last role, wanted assistant")
     return tuple(parsed)
 
 
-def parse_json(raw, offset):
-    """The value in raw, which lies at offset in its file. Raises BadRow."""
+def parse_json(raw: bytes, offset: int) -> Any:
+    """Return the JSON value in raw, which lies at offset in its file. Raise BadRow."""
     try:
         value = DECODER.decode(text := raw.decode())
         if not is_deeper(value, MAX_NESTING):
@@ -234,35 +275,44 @@ def parse_json(raw, offset):
     raise BadRow(f"got lists or objects nested deeper than {MAX_NESTING} levels")
 
 
-def is_deeper(value, levels):
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return inside is not None and (levels == 0 or any(is_deeper(item, levels - 1) for item in inside))
+def is_deeper(value: Any, levels: int) -> bool:
+    """Return whether a value nests lists and objects in more than this many levels."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, list) and (levels == 0 or any(is_deeper(item, levels - 1) for item in value))
 
 
-def unique(pairs):
-    """The object of these pairs. Raises BadRow for a key that comes twice, of which json would keep the last."""
-    if len(row := dict(pairs)) < len(pairs):
-        seen = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise BadRow(f"got the key {short(twice)} twice, wanted it once")
+def make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of these pairs. Raise BadRow for a key that comes twice, where json would keep the last."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise BadRow(f"got the key {shorten(key)} twice, wanted it once")
+            seen.add(key)
     return row
 
 
-# Integers become floats: none is wanted, and int() takes quadratic time where it takes millions of digits at all.
-DECODER = json.JSONDecoder(object_pairs_hook=unique, parse_int=float)
+# Integers become floats: no row wants one, and int() takes quadratic time where it takes millions of digits at all.
+DECODER = json.JSONDecoder(object_pairs_hook=make_object, parse_int=float)
 
 
-def check(value, kind, name):
+def require_type(value: Any, kind: type, name: str) -> Any:
+    """Return the value, which a message calls by name. Raise BadRow when it is of another type."""
     if not isinstance(value, kind):
         raise BadRow(f"{name}: got {KINDS[type(value)]}, wanted {KINDS[kind]}")
     return value
 
 
-def text_of(row, key, prefix=""):
-    """The string at key, checked to be encodable: JSON may escape half a surrogate pair, which no UTF-8 can hold."""
+def get_text(row: dict[str, Any], key: str, prefix: str = "") -> str:
+    """Return the string at key. Raise BadRow when it is missing, no string or not encodable.
+
+    JSON may escape half a surrogate pair, which UTF-8 cannot hold.
+    """
     if key not in row:
-        raise BadRow(f"{prefix}{key}: missing, got the keys {short(list(row))}")
-    value = check(row[key], str, prefix + key)
+        raise BadRow(f"{prefix}{key}: missing, got the keys {shorten(list(row))}")
+    value = require_type(row[key], str, prefix + key)
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -271,6 +321,7 @@ def text_of(row, key, prefix=""):
     return value
 
 
-def short(value):
+def shorten(value: Any) -> str:
+    """Return the repr of a value, 80 characters at most."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

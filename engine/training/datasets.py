@@ -6,8 +6,8 @@ from pathlib import Path
 from engine.base.errors import DataError
 from engine.base.terminal import Progress, phase
 from engine.data import token_cache
-from engine.data.dataset import Dataset, Table, encode, hold_out
-from engine.data.rows import Skipped, mapped, read_rows
+from engine.data.dataset import Dataset, Table, encode_rows, hold_out
+from engine.data.rows import Skipped, map_file, read_rows
 from engine.distributed.world import World
 from engine.planning.workload import SEED_TASKS
 from engine.text.templates import Row
@@ -59,25 +59,25 @@ def read_tables(
 
     The second value says whether all of it came from the token cache. Every file is checked before the long work begins.
     """
-    cache = token_cache.folder(config.token_cache)
+    cache = token_cache.find_cache(config.token_cache)
     settings = config.prompt_style, config.max_length, config.train_on_prompt
 
     def key_of(paths):
-        return cache and token_cache.key(paths, tokenizer, *settings, config.skip_bad_rows)
+        return cache and token_cache.compute_key(paths, tokenizer, *settings, config.skip_bad_rows)
 
     opened = []
     for names in filter(None, (config.data, config.eval_data)):
         paths = [SEED_TASKS if name == "seed-tasks" else Path(name) for name in names]
         key = key_of(paths)
-        entry = cache and token_cache.load(cache, key, paths, config.max_length, say)
+        entry = cache and token_cache.load_entry(cache, key, paths, config.max_length, say)
         opened.append((paths, key, entry, None if entry else read_files(paths, config.skip_bad_rows, show_progress)))
     tables = []
     for paths, key, entry, read in opened:
         if not entry:
             rows, skipped = read
-            entry = encode(rows, tokenizer, *settings, watch_blocks if show_progress else list), skipped
+            entry = encode_rows(rows, tokenizer, *settings, watch_blocks if show_progress else list), skipped
             if cache and entry[0].rows["n_loss"].any() and key == key_of(paths):  # not rewritten while it was read
-                token_cache.save(cache, key, *entry, paths, say)
+                token_cache.save_entry(cache, key, *entry, paths, say)
         tables.append(entry)
     return tables, all(read is None for *_, read in opened)
 
@@ -86,7 +86,7 @@ def read_files(
     paths: Sequence[Path], skip_bad_rows: bool, show_progress: bool = True
 ) -> tuple[Sequence[Row], Sequence[Skipped]]:
     """Read the rows of dataset files, under a progress bar where it takes more than a moment."""
-    if not show_progress or sum(len(mapped(path)) for path in paths) < SILENT_BYTES:
+    if not show_progress or sum(len(map_file(path)) for path in paths) < SILENT_BYTES:
         return read_rows(paths, skip_bad_rows)
     with Progress(None, unit="reading MB") as bar:
 

@@ -95,7 +95,7 @@ def main():
 
     gguf = find_embedded_gguf()
     source, tokenizer = open_source(gguf), load_tokenizer(gguf)
-    dataset = data.tokenize(read_rows([Path(args.data)])[0][: args.rows], tokenizer, max_length=256)
+    dataset = data.encode_rows(read_rows([Path(args.data)])[0][: args.rows], tokenizer, max_length=256).select()
     examples, scale = np.arange(len(dataset)), 1 / dataset.loss_tokens().sum()
     model = new_model(source.config, "cpu", torch.bfloat16, accumulate=True)
     source.read_into(model)

@@ -141,7 +141,7 @@ def main():
     gguf = find_embedded_gguf()
     source, tokenizer = open_source(gguf), load_tokenizer(gguf)
     rows, _ = read_rows([Path(args.data)])
-    dataset = data.tokenize(rows, tokenizer, max_length=args.max_length)
+    dataset = data.encode_rows(rows, tokenizer, max_length=args.max_length).select()
     lengths, cores = dataset.lengths(), torch.get_num_threads()
     generator = np.random.default_rng(0)
     pool = pick_like_alpaca(dataset, min(len(dataset) // 2, args.batch * (args.rounds + 1)), generator)

@@ -117,7 +117,7 @@ def measure_starts(file, tokenizer, repeats):
             assert not cached
             firsts.append(took)
         (rows, _), *reading = time_call(read_rows, [file])
-        _, *encoding = time_call(data.encode, rows, tokenizer, "alpaca", MAX_LENGTH)
+        _, *encoding = time_call(data.encode_rows, rows, tokenizer, "alpaca", MAX_LENGTH)
         for _ in range(repeats):
             ([(table, _)], cached), *took = time_call(read_tables, config, tokenizer, ignore_message)
             assert cached

@@ -32,7 +32,7 @@ def llama(tmp_path_factory):
 
 
 def one(row, tokenizer, **options):
-    return data.tokenize([row], tokenizer, **options)
+    return data.encode_rows([row], tokenizer, **options).select()
 
 
 def targets(dataset, tokenizer):
@@ -123,12 +123,12 @@ def test_a_prompt_is_the_example_without_its_answer(smol):
 def test_long_rows_are_cut_and_rows_without_loss_are_dropped_and_both_are_counted(smol):
     long = Row("f:4", None, "Count.", "", "one two three " * 100)
     hidden = Row("f:5", None, "A long question. " * 50, "", "Yes.")
-    got = data.tokenize([ALPACA, long, hidden], smol, max_length=64)
-    assert got.sources == ("f:1", "f:4") and got.lengths().max() == 64
+    got = data.encode_rows([ALPACA, long, hidden], smol, max_length=64).select()
+    assert tuple(got.sources) == ("f:1", "f:4") and got.lengths().max() == 64
     counts = {"rows": 3, "examples": 2, "truncated": 2, "dropped": 1, "tokens": 64 + got.lengths()[0]}
     assert {k: got.counts[k] for k in counts} == counts
     with pytest.raises(DataError, match="no example is left of 1 rows: 1 had no response token within --max-length 64"):
-        data.tokenize([hidden], smol, max_length=64)
+        data.encode_rows([hidden], smol, max_length=64).select()
 
 
 def test_an_empty_output_still_teaches_the_end(smol):

@@ -112,7 +112,7 @@ def alpaca(smollm2):
 @pytest.mark.parametrize("tied", [False, True])
 def test_alpaca_rows(alpaca, train_on_prompt, tied):
     rows, tokenizer = alpaca
-    ds = data.tokenize(rows, tokenizer, max_length=96, train_on_prompt=train_on_prompt)
+    ds = data.encode_rows(rows, tokenizer, max_length=96, train_on_prompt=train_on_prompt).select()
     model, examples = model_of(tied=tied), np.arange(len(ds))
     truth = plain(model, ds, examples)
     logical = ds.lengths().sum()
@@ -154,7 +154,9 @@ def test_the_llama_tokenizers_rows(tmp_path):
     """With BOS, and the true LLaMA templates."""
     (tmp_path / "tokenizer.model").write_bytes(shared("llama_tokenizer.model").read_bytes())
     rows = read_rows([shared("alpaca_en_demo.json")])[0][:40]
-    ds = data.tokenize([row for row in rows if len(row.output) < 200], load_tokenizer(tmp_path), max_length=96)
+    ds = data.encode_rows(
+        [row for row in rows if len(row.output) < 200], load_tokenizer(tmp_path), max_length=96
+    ).select()
     model, examples = model_of(vocab_size=32000), np.arange(len(ds))
     found, (batch,) = ours(model, ds, examples, 10**6)
     assert_equal(found, plain(model, ds, examples))

@@ -75,7 +75,12 @@ def same(a, b):
 def test_the_second_start_neither_parses_nor_tokenises(files, cache, smol, monkeypatch):
     first, was_cached = read(files, cache, smol)
     assert not was_cached
-    for module, name in ((rows, "parse_row"), (datasets, "read_rows"), (data, "encode"), (type(smol), "encode_batch")):
+    for module, name in (
+        (rows, "parse_row"),
+        (datasets, "read_rows"),
+        (datasets, "encode_rows"),
+        (type(smol), "encode_batch"),
+    ):
         monkeypatch.setattr(module, name, lambda *_, name=name, **__: pytest.fail(f"called {name}"))
     second, is_cached = read(files, cache, smol)
     assert is_cached
@@ -98,7 +103,7 @@ def test_rows_held_out_of_an_entry_are_those_of_hold_out(files, cache, smol):
     parsed, _ = rows.read_rows([Path(file) for file in files], skip_bad_rows=True)
     wanted = data.hold_out(parsed, 0.3, 5)
     for numbers, part in zip(data.hold_out(range(len(table)), 0.3, 5), wanted, strict=True):
-        got, want = table.select(numbers), data.tokenize(part, smol, max_length=64)
+        got, want = table.select(numbers), data.encode_rows(part, smol, max_length=64).select()
         assert got.counts == want.counts and tuple(got.sources) == tuple(want.sources)
         assert got.sha256() == want.sha256()
         assert got.loss_tokens().tolist() == [want.is_target_of(i).sum() for i in range(len(want))]
@@ -270,7 +275,7 @@ def test_off_keeps_nothing_and_auto_is_the_users_cache(files, smol, tmp_path, mo
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for unset in ("", "relative/path"):
         monkeypatch.setenv("XDG_CACHE_HOME", unset)
-        assert token_cache.folder("auto") == tmp_path / "home" / ".cache" / "cria" / "tokens"
+        assert token_cache.find_cache("auto") == tmp_path / "home" / ".cache" / "cria" / "tokens"
 
 
 def test_the_newest_used_entries_stay(files, cache, smol, monkeypatch):
@@ -279,7 +284,7 @@ def test_the_newest_used_entries_stay(files, cache, smol, monkeypatch):
     paths, now = [Path(file) for file in files], time.time()
 
     def entry(max_length):
-        return cache / token_cache.key(paths, smol, "alpaca", max_length, False, True)
+        return cache / token_cache.compute_key(paths, smol, "alpaca", max_length, False, True)
 
     def left():
         assert (cache / "mine").is_dir()
@@ -327,14 +332,14 @@ config = FinetuneConfig(
     model="tiny", random_init=True, data=tuple(files), token_cache=cache, skip_bad_rows=True, max_length=64
 )
 if wait_for != "-":
-    write = token_cache.write
+    write = token_cache.write_files
     def waiting(*args):
         write(*args)
         Path(f"{wait_for}-{os.getpid()}").touch()
         deadline = time.time() + 60  # the other one may have failed
         while len(list(Path(wait_for).parent.glob(Path(wait_for).name + "-*"))) < 2 and time.time() < deadline:
             time.sleep(0.001)
-    token_cache.write = waiting
+    token_cache.write_files = waiting
 [(table, skipped)], is_cached = datasets.read_tables(config, tokenizer, print)
 print(is_cached, table.select().sha256(), calls)
 """
