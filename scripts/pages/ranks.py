@@ -10,6 +10,7 @@ import contextlib
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,30 +30,32 @@ GPUS, CARDS, SHAPES, STATES = 8, ("A100-80", "H100"), ("llama-7b", "llama-13b"),
 LAYOUTS = (1, 2, 4, 8)  # replicas
 ROWS = FinetuneConfig.global_batch_size
 
-HEAD = """# Several cards: the communication plan
+HEAD = """# Several GPUs: the communication plan
 
 Made by `python -m scripts.pages.ranks`; do not edit. **Everything here is projected**: no run on several GPUs was
-measured. Bytes are exact (a test counts FSDP2's collectives); seconds are bytes over the rate that a link is assumed to
-reach, and arithmetic over the rate that a card is assumed to reach. `python -m engine.estimate --gpus N` says the same
-of any model, card and layout.
+measured. Bytes are exact: a test counts FSDP2's collectives. Seconds are bytes over the rate that a link is assumed to
+reach, and arithmetic over the rate that a GPU is assumed to reach. `python -m engine.estimate --gpus N` gives the same
+figures for any model, GPU and mesh.
 
-N cards are R replicas (`--replicas`) of S = N / R shards. A group is a block, or the embedding, the final norm and the
-head together. P is the number of parameters, L the number of blocks, n the number of micro-batches of a step.
+N GPUs hold R replicas (`--replicas`) of S = N / R shards. A group is a block, or the embedding, the final norm and the
+head together, which is called E. P is the number of parameters, L the number of blocks, n the number of micro-batches
+of a step.
 
-## Which collective when
+## Which collective runs when
 
-| collective | of | when | numbers that a card sends, a group | how many a step |
+| collective | of | when | numbers that a GPU sends, a group | how many a step |
 |---|---|---|---|---|
 | all-gather | bf16 weights | before a group's forward | (S - 1) / S of its parameters | n (L + 1) |
-| all-gather | bf16 weights | before its backward, but for E and block L | the same | n (L - 1) |
-| reduce-scatter | fp32 gradients | after its backward | the same | n (L + 1) |
+| all-gather | bf16 weights | before its backward, but not E, block L | (S - 1) / S of its parameters | n (L - 1) |
+| reduce-scatter | fp32 gradients | after its backward | (S - 1) / S of its parameters | n (L + 1) |
 | all-reduce | their sums, fp32 | after the last micro-batch's reduce-scatter | 2 (R - 1) / R of a shard | L + 1 |
 
-With one shard (R = N, plain data parallelism) there are all-reduces alone; with one replica none of them.
+With one shard (R = N, plain data parallelism) only all-reduces are needed. With one replica none are.
 
-In forward the gather of block i + 1 is queued while block i computes, and starts when i's own weights have been copied
-out of its buffer. In backward the gather of block i - 1 is queued as block i begins, and its reduce-scatter, then
-its all-reduce, run under the backward of block i - 1. Each kind has a stream of its own:
+In forward the gather of block i + 1 is queued while block i computes. It starts when the weights of block i have been
+copied out of the gather's buffer. In backward the gather of block i - 1 is queued when block i begins. The
+reduce-scatter of block i, and then its all-reduce, run during the backward of block i - 1. Each kind has a stream of
+its own:
 
 ```text
 forward    gathers    E  1 | 2  | 3  | ...  | L
@@ -62,34 +65,36 @@ backward   gathers    L-1  | L-2   | L-3   | ...  |         |
            computes   E    | L     | L-1   | ...  | 2       | 1       |
 ```
 
-E is the group outside of blocks. E and block L stay whole from forward to backward, which begins with them. So four
-things are not hidden, whatever the cards:
+E and block L stay whole from forward to backward, which begins with them. So computing waits four times, whatever the
+GPUs:
 
 - **begin**: E and block 1 are gathered before anything can compute;
-- **end**: the first block's and E's reductions (and all-reduces) come after all computing;
-- **forward**: in each block, what its neighbour's gather takes longer than the block computes;
-- **backward**: what a gather and a reduce-scatter (and an all-reduce, in the last micro-batch) take longer than a
-  block's backward. They share the same links, so their seconds add up, unless replicas lie in different machines.
+- **end**: the reductions (and all-reduces) of block 1 and E come after all computing;
+- **forward**: each block waits for the gather of its weights, by as much as that takes longer than the block before it;
+- **backward**: each block waits by as much as a gather and a reduce-scatter (and an all-reduce, in the last
+  micro-batch) take longer than a block's backward. They share links, so that their seconds add up, unless replicas lie
+  in different machines.
 
-The update waits for the last gradient, and the next step's first gather for the update.
+The update waits for the last gradient, and the next step's first gather waits for the update.
 
-## Which layout
+## Which mesh
 
-In bytes a parameter, of bf16 weights and fp32 reductions, a card sends in a step
+With bf16 weights and fp32 reductions a GPU sends, in bytes a parameter and step,
 
 ```text
-n x 8 (S - 1) / S  +  8 (R - 1) / (R S)       that is 8 (N - 1) / N when n = 1, whatever the layout
+n x 8 (S - 1) / S  +  8 (R - 1) / (R S)       which is 8 (N - 1) / N when n = 1, for every mesh
 ```
 
-but for the weights of E and block L, which are gathered once. So where a card's share of a step is one micro-batch, and
-all links are alike, layouts send the same. But a card updates P / S parameters and keeps 4 P / S bytes of fp32 sums, so
-more replicas take longer and more room. They pay off where a step has several micro-batches that do not hide their
-communication, or where machines are joined by slower links than their cards are. Hence `--replicas` auto: one replica
-where a card's share of a step is one micro-batch, else as many as fit without more micro-batches.
+except that the weights of E and block L are gathered only once. So every mesh sends the same number of bytes if a GPU's
+share of a step is one micro-batch and all links are alike. But a GPU updates P / S parameters and keeps 4 P / S bytes
+of fp32 sums, so that more replicas take more time and more memory. Replicas pay off where a step has several
+micro-batches that do not hide their communication, or where the links between machines are slower than those within.
+Hence `--replicas` auto takes one replica where a GPU's share of a step is one micro-batch, and otherwise as many as fit
+without more micro-batches.
 """
 
 
-def config_of(model: str, **changes) -> FinetuneConfig:
+def config_of(model: str, **changes: Any) -> FinetuneConfig:
     """Return the settings of a run of a named shape, engine.finetune's defaults but for the changes."""
     return FinetuneConfig(model, random_init=True, data=("alpaca",), **changes)
 
@@ -153,7 +158,7 @@ def costs_table(found: dict[int, Estimate], auto: int) -> str:
             f"{p.tokens_per_s:,.0f}", f"{p.total_s / 60:.1f}", f"{p.dollars:.2f}",
         ))  # fmt: skip
     head = (
-        "layout", "GB a card", "micro-batches x tokens", "all-gather forward, GB", "backward, GB", "reduce-scatter, GB",
+        "mesh", "GB a GPU", "micro-batches x tokens", "all-gather forward, GB", "backward, GB", "reduce-scatter, GB",
         "all-reduce, GB", "communication, ms", "not hidden, ms", "update, ms", "step, ms", "tokens/s", "run, min", "$",
     )  # fmt: skip
     rows = [(*row, *[""] * (len(head) - len(row))) for row in rows]
@@ -176,7 +181,7 @@ def blocks_table(found: dict[int, Estimate]) -> str:
             *(f"{1e3 * s:.1f}" for s in p.late.values()),
         ))  # fmt: skip
     head = (
-        "layout", "a block's gather / reduction / all-reduce, MB", "gather / forward, ms",
+        "mesh", "a block's gather / reduction / all-reduce, MB", "gather / forward, ms",
         "gather + reduction + all-reduce / backward, ms", "begin, ms", "forward, ms", "backward, ms", "end, ms",
     )  # fmt: skip
     return table(head, rows)
@@ -227,7 +232,7 @@ def hiding_table() -> str:
         (f"{GPUS} x {card}, {model}", *(f"{tokens_that_hide(card, model, r):,}" for r in LAYOUTS))
         for card in CARDS for model in SHAPES
     ]  # fmt: skip
-    return table(("tokens a card and micro-batch", *(mesh_name(r) for r in LAYOUTS)), rows)
+    return table(("tokens of a GPU's micro-batch", *(mesh_name(r) for r in LAYOUTS)), rows)
 
 
 def machines_table(card: str, model: str, n: int) -> str:
@@ -245,7 +250,7 @@ def machines_table(card: str, model: str, n: int) -> str:
                 format_duration(p.total_s),
             ))  # fmt: skip
     head = (
-        "rows a step", "layout", "micro-batches", "gathers and reductions, ms", "all-reduce, ms", "not hidden, ms",
+        "examples a step", "mesh", "micro-batches", "gathers and reductions, ms", "all-reduce, ms", "not hidden, ms",
         "step, ms", "tokens/s", "run",
     )  # fmt: skip
     return table(head, rows)
@@ -261,7 +266,7 @@ def assumed_table() -> str:
             f"{speed.gemm_flops_per_s / 1e12:.0f} of {card.peak_tflops:g}", f"{speed.copy_bytes_per_s / 1e9:,.0f}",
             f"{card.price_per_hour:.2f}", speed.source,
         ))  # fmt: skip
-    head = ("card", "NVLink one way, GB/s", "bus rate, GB/s", "GEMM, TFLOP/s", "copy, GB/s", "$ an hour", "source")
+    head = ("GPU", "NVLink one way, GB/s", "bus rate, GB/s", "GEMM, TFLOP/s", "copy, GB/s", "$ an hour", "source")
     return table(head, rows)
 
 
@@ -271,34 +276,35 @@ def page() -> str:
     parts = [
         HEAD, "## What is assumed\n", assumed_table(),
         text(
-            f"NCCL is assumed to reach {LINK_SHARE} of a link, a copy {COPY_SHARE} of the memory's bandwidth; "
-            "`engine/planning/cards.py` has the sources. A block computes its share of a step's matrix products, a "
-            "third of it in forward. What a collective takes to start, and a ring's hops, are not counted."
+            f"NCCL is assumed to reach {LINK_SHARE} of a link's rate, a copy {COPY_SHARE} of the memory's bandwidth. "
+            "`engine/planning/cards.py` names the sources. A block computes its share of a step's matrix products, a "
+            "third of it in forward. The time to start a collective and the hops of a ring are not counted."
         ),
-        f"## {GPUS} cards, {ROWS} rows a step\n",
+        f"## {GPUS} GPUs, {ROWS} examples a step\n",
         text(
-            "Alpaca's 52,002 rows for 3 epochs, cut at 512 tokens, `--recompute cheap`, fp32 masters as 16 bits more. "
-            "What auto takes is in bold. GB and ms are a card's, of one step."
+            "The run: Alpaca's 52,002 rows for 3 epochs, cut at 512 tokens, `--recompute cheap`, `--master-weights "
+            "split`. The mesh that auto takes is in bold. GB and ms are those of one GPU in one step."
         ),
         *(case(card, model, states) for card in CARDS for model in SHAPES for states in STATES),
     ]  # fmt: skip
     parts += [
         "## Where the plan breaks\n",
         text(
-            "A block's gather takes as long for one token as for a million. With fewer computed tokens in a card's "
-            "micro-batch than these, blocks wait for the links. A larger `--global-batch-size` hides more; more cards "
-            "hide less, as each has fewer rows. Where there are replicas the figure is the last micro-batch's, whose "
-            "all-reduces share the links."
+            "A block's gather takes as long for one token as for a million. If a GPU's micro-batch has fewer computed "
+            "tokens than in this table, blocks wait for the links. A larger `--global-batch-size` hides more. More "
+            "GPUs hide less, because each has fewer examples. With replicas the figure is that of the last "
+            "micro-batch, whose all-reduces share the links."
         ),
         hiding_table(),
         "## Over machines\n",
         text(
-            f"{far[2]} x {far[0]} in machines of {MACHINE}, a port of {8 * PORT_GB_PER_S} Gb/s beside each card; "
-            f"{far[1]}, fp32 states, micro-batches of at most 4,096 tokens. Sharded over all, each micro-batch's "
-            "gathers and reductions cross machines; replicas that stay in one do both over NVLink, and ports carry one "
-            "all-reduce a step, beside them. With a port a card the two come out alike, but that a card of the first "
-            f"updates a {far[2]}th of the parameters. Rings of {far[2]} have {far[2] - 1} hops, those of {MACHINE} "
-            f"have {MACHINE - 1}, which is not counted; and machines with fewer ports favour replicas."
+            f"{far[2]} x {far[0]} in machines of {MACHINE}, with a port of {8 * PORT_GB_PER_S} Gb/s for each GPU, "
+            f"train {far[1]} with fp32 states in micro-batches of at most 4,096 tokens. If the model is sharded over "
+            "all GPUs, each micro-batch's gathers and reductions cross machines. Replicas that stay in one machine "
+            "gather and reduce over NVLink, and meanwhile the ports carry one all-reduce a step. With a port for each "
+            f"GPU both take about as long, except that a GPU of the first updates a {far[2]}th of the parameters. The "
+            f"hops of rings ({far[2] - 1} of {far[2]} GPUs, {MACHINE - 1} of {MACHINE}) are not counted. Machines with "
+            "fewer ports favour replicas."
         ),
         machines_table(*far),
     ]  # fmt: skip

@@ -1,6 +1,8 @@
 """Small models, recipes and settings for the tests of engine.planning."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -8,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from engine.distributed.fsdp import shard_model
 from engine.model.batch import MicroBatch
 from engine.model.config import MODELS, ModelConfig
-from engine.model.llama import new_model
+from engine.model.llama import Transformer, new_model
 from engine.planning.cards import find_card
 from engine.planning.projection import Estimate, estimate_run
 from engine.planning.setting import Recipe
@@ -27,24 +29,26 @@ TINY = ModelConfig(dim=8, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=4, hidde
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def config_of(model: str = "llama-7b", **changes) -> FinetuneConfig:
+def config_of(model: str = "llama-7b", **changes: Any) -> FinetuneConfig:
     """Return engine.finetune's default settings for a named shape, with changes."""
     return FinetuneConfig(model, random_init=True, data=("alpaca",), **changes)
 
 
-def recipe_of(n_cards: int = 1, **changes) -> Recipe:
+def recipe_of(n_cards: int = 1, **changes: Any) -> Recipe:
     """Return the recipe of config_of(**changes) on so many GPUs."""
     return recipe_from_config(config_of(**changes), n_cards)
 
 
-def estimate_of(card: str = "H100", n_cards: int = 1, **changes) -> Estimate:
+def estimate_of(card: str = "H100", n_cards: int = 1, **changes: Any) -> Estimate:
     """Return the estimate of config_of(**changes) on so many GPUs, trained on Alpaca."""
     config, recipe = config_of(**changes), recipe_of(n_cards, **changes)
     setting = setting_from_config(config, torch.bfloat16, n_cards)
     return estimate_run(MODELS[config.model], find_card(card), alpaca_mix(recipe), recipe, setting)
 
 
-def sharded_model(c: ModelConfig, dtype: torch.dtype, replicas: int, shards: int, recompute: str = "cheap"):
+def sharded_model(
+    c: ModelConfig, dtype: torch.dtype, replicas: int, shards: int, recompute: str = "cheap"
+) -> tuple[Transformer, Callable[[], None]]:
     """Return a model as engine.distributed shards it in the process group at hand, and a function that takes a step.
 
     The step is the forward and backward of two micro-batches; replicas are summed with the last.
