@@ -21,7 +21,7 @@ F, C, R, W, D = (
     "project/test_faults.py",
     "engine/output/test_checkpoint.py",
     "engine/data/test_rows.py",
-    "engine/formats/test_source.py",
+    "engine/formats/test_source_faults.py",
     "engine/distributed/test_ranks.py",
 )
 G, A = "data_gen/test_generate.py", "engine/data/test_dataset.py"
@@ -53,16 +53,16 @@ FAULTS = [  # fault, expected, tests
     ("a truncated or bit-flipped state", "named; falls back, or exit 3 where it was chosen", [
         (F, "test_a_broken_newest_state_falls_back"), (C, "test_each_file_of_several_is_verified")]),
     ("safetensors with a huge header, overlapping offsets", "a clean error, bounded memory", [
-        (W, "test_11_truncated_shards_and_bad_headers"), (W, "test_11_a_header_that_claims_a_real_gigabyte")]),
+        (W, "test_truncated_shards_and_bad_headers"), (W, "test_a_header_that_claims_a_real_gigabyte")]),
     ("wrong shapes, vocabulary unlike the tokenizer's", "all mismatches listed before allocation", [
-        (W, "test_12_and_13_every_mismatch_at_once"),
+        (W, "test_every_mismatch_at_once"),
         (F, "test_a_tokenizer_of_another_model_is_refused_before_anything_is_allocated")]),
     ("missing shard or key, extra key", "exit 3 listing all", [
-        (W, "test_13_missing_shard_and_what_else_is_wrong"), (W, "test_12_and_13_every_mismatch_at_once")]),
+        (W, "test_missing_shard_and_what_else_is_wrong"), (W, "test_every_mismatch_at_once")]),
     ("an index with ../x, an absolute path, a link out", "rejected", [
-        (W, "test_14_index_with_paths"), (W, "test_14_links_that_lead_out")]),
-    ("a malicious .pth", "refused, its payload never runs", [(W, "test_15_malicious_pth")]),
-    ("a missing Meta shard, bad params.json", "exit 3", [(W, "test_16_meta_shards_and_params")]),
+        (W, "test_index_with_paths"), (W, "test_links_that_lead_out")]),
+    ("a malicious .pth", "refused, its payload never runs", [(W, "test_malicious_pth")]),
+    ("a missing Meta shard, bad params.json", "exit 3", [(W, "test_meta_shards_and_params")]),
     ("another number of ranks on resume", "resharded, the same order of rows; indivisible: exit 2 with valid counts", [
         (D, "test_two_ranks_then_one_then_four_are_one_run"), (D, "test_what_ranks_cannot_do_is_told"),
         (C, "test_any_number_of_readers_finds_what_any_number_wrote")]),

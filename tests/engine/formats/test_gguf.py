@@ -1,0 +1,94 @@
+"""GGUF files as the gguf package writes them: parity with transformers, every quantisation, every fault refused."""
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from engine.base.errors import UsageError
+from engine.formats.source import open_source
+from engine.model.config import RopeScaling
+from tests.helpers.checkpoints import (
+    BASE,
+    assert_close,
+    assert_refused,
+    logits,
+    make_theirs,
+    make_tokens,
+    read_model,
+    shapes,
+    their_logits,
+    write_gguf,
+)
+
+
+@shapes
+def test_reads_gguf(config, tmp_path):
+    factors = {}
+    if config.rope_scaling:
+        config = replace(config, rope_theta=500000.0, rope_scaling=RopeScaling(factor=32.0))
+    theirs = make_theirs(config)
+    if config.rope_scaling:  # llama.cpp bakes the scaling into a tensor
+        plain = 1 / config.rope_theta ** (np.arange(0, config.head_dim, 2) / config.head_dim)
+        factors = {"rope_freqs.weight": (plain / theirs.model.rotary_emb.inv_freq.numpy()).astype(np.float32)}
+        assert factors["rope_freqs.weight"].max() > 2
+    path = write_gguf(tmp_path / "m.gguf", theirs, config, add=factors)
+    source, tokens = open_source(path), make_tokens(config)
+    assert (source.kind, source.config) == ("gguf", config)
+    assert_close(logits(read_model(path), tokens), their_logits(theirs, tokens))
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_quantised_gguf(kind, tmp_path):
+    gguf, theirs = pytest.importorskip("gguf"), make_theirs(BASE)
+    path = write_gguf(tmp_path / "m.gguf", theirs, BASE, quantise=kind)
+    want = {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind, torch.float32)
+    source = open_source(path)
+    assert source.dtype == want
+    up = theirs.state_dict()["model.layers.1.mlp.up_proj.weight"].numpy()
+    number = gguf.GGMLQuantizationType[kind]
+    there_and_back = torch.from_numpy(gguf.dequantize(gguf.quantize(up, number), number))
+    assert torch.equal(read_model(path, torch.float32).layers[1].w13[BASE.hidden_dim :], there_and_back)
+
+
+def test_gguf_faults(tmp_path):
+    theirs, path = make_theirs(BASE), tmp_path / "m.gguf"
+
+    def fails(words, **options):
+        path.unlink(missing_ok=True)
+        write_gguf(path, theirs, BASE, **options)
+        assert_refused(path, *words)
+
+    fails(["general.architecture is 'falcon'"], arch="falcon")
+    fails(["mixtures of experts"], expert_count=8)
+    fails(["blk.0.attn_q.bias", "no biases"], add={"blk.0.attn_q.bias": np.zeros(32, np.float32)})
+    fails(["ffn_gate_inp"], add={"blk.0.ffn_gate_inp.weight": np.zeros((8, 32), np.float32)})
+    fails(
+        ["blk.1.ffn_up.weight is missing", "output_norm.weight is missing"],
+        drop=["blk.1.ffn_up.weight", "output_norm.weight"],
+    )
+    fails(["rope_freqs.weight holds factors"], add={"rope_freqs.weight": np.array([1, 2, 3, 4], np.float32)})
+    fails(["wanted fp32"], add={"rope_freqs.weight": np.ones(7, np.float32)})
+    fails(["scaling.type is yarn"], **{"rope.scaling.type": "yarn"})
+    fails(["dimension_count is 4", "head_dim 8"], **{"rope.dimension_count": 4})
+    fails(["block_count is missing"], block_count=None)
+    fails(["4000000000 layers"], block_count=4_000_000_000)
+    fails(["I8, which is not read"], add={"output.weight": np.zeros((64, 32), np.int8)}, drop=["output.weight"])
+    fails(
+        ["is (65, 32), wanted (64, 32)"], add={"output.weight": np.zeros((65, 32), np.float32)}, drop=["output.weight"]
+    )
+    path.unlink()
+    whole = write_gguf(path, theirs, BASE).read_bytes()
+    path.write_bytes(whole[:-1])
+    assert_refused(path, "m.gguf", "truncated")
+    path.write_bytes(b"")
+    assert_refused(path, "m.gguf")
+
+
+def test_gguf_without_its_package(tmp_path, monkeypatch):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UsageError, match=r"pip install 'cria-engine\[gguf\]'"):
+        open_source(tmp_path / "m.gguf")
