@@ -17,7 +17,7 @@ from engine.training.config import FinetuneConfig
 
 
 def run(*flags):
-    """Exit code of the command in this process."""
+    """Run the command in this process and return its exit code."""
     argv = list(map(str, flags))
     return exit_code_of(main, argv)
 

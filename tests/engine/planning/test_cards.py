@@ -8,11 +8,11 @@ from engine.planning.cards import CARDS, changed_card, find_card, rates
 
 
 @pytest.mark.parametrize("name", ["rtx 4090", "RTX4090", "4090", "a100-80", "A100 40", "h100"])
-def test_cards_by_the_names_people_give_them(name):
+def test_cards_are_found_by_the_names_people_give_them(name):
     assert find_card(name).name in CARDS
 
 
-def test_another_card_by_its_figures():
+def test_another_card_is_described_by_its_figures():
     card = CARDS["H100"]
     assert changed_card(card, None, None, None, None) == card
     assert changed_card(card, None, None, None, 1.5).price_per_hour == 1.5
@@ -44,16 +44,16 @@ def test_a_report_of_the_card_replaces_what_is_projected(tmp_path):
     assert speed.steps == (STEP,)
 
 
-def test_links():
-    """Over NVLink where a card has it, else over PCIe; more than 8 through their machines' ports."""
+def test_shards_use_nvlink_pcie_or_ports():
+    """GPUs with NVLink use it and others use PCIe. More than 8 GPUs use the ports of their machines."""
     reach = {name: [card.bus_bytes_per_s(n) / 1e9 for n in (2, 8, 16)] for name, card in CARDS.items()}
     assert reach["A100-80"] == reach["A100-40"] == [240, 240, 240]
     assert reach["H100"] == reach["H200"] == [360, 360, 320] and reach["B200"] == [720, 720, 320]
     assert reach["L40S"] == reach["RTX-4090"] == [20, 20, 20] and reach["RTX-5090"] == [40, 40, 40]
 
 
-def test_links_of_replicas():
-    """Shards of a replica within a machine meet there; sums over machines go by ports of those with a shard."""
+def test_replicas_use_the_ports_of_their_machines():
+    """A replica within a machine uses no port. Sums over machines use the ports of the GPUs that hold a shard."""
     card = CARDS["H100"]
     assert [card.bus_bytes_per_s(s, r) / 1e9 for s, r in ((8, 8), (2, 32), (1, 64), (16, 4))] == [360, 360, 360, 320]
     assert [card.sum_bytes_per_s(s, r) / 1e9 for s, r in ((8, 8), (4, 4), (2, 8), (1, 64), (16, 4))] == [

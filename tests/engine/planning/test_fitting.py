@@ -57,7 +57,7 @@ def test_a_step_of_one_micro_batch_holds_fewer_gradients():
 
 
 @pytest.mark.parametrize("gib", [9, 11, 14, 18, 24])
-def test_the_cheapest_fit_and_do_without_no_change(gib):
+def test_the_cheapest_ways_fit_and_need_each_of_their_changes(gib):
     setting, available, limits = Setting(recompute="none"), gib * GIB, Limits(8192)
     found = cheapest_that_fits(MODEL, setting, available, limits, tokens=4000, least_tokens=512)
     assert found and found == sorted(found, key=price_of)
@@ -73,7 +73,7 @@ def test_the_cheapest_fit_and_do_without_no_change(gib):
 
 
 def price_of(fit):
-    """Compares as prices do: by the dearest change, then the next."""
+    """Return a key that sorts fits by their dearest change, then by the next."""
     flags = [saving.flags for saving in SAVINGS]
     return sorted((flags.index(f) if f in flags else -1 for f in fit.flags), reverse=True)
 
@@ -101,7 +101,7 @@ def test_the_least_memory_is_that_of_the_most_savings():
 @pytest.mark.parametrize("states", ["fp32", "8bit"])
 @pytest.mark.parametrize("gib", [12, 24, 40, 60, 80, 140])
 def test_replicas_are_for_steps_of_several_micro_batches(states, gib):
-    """One replica where that makes one; else the most that need no more of them."""
+    """One replica is taken where it leaves one micro-batch, otherwise the most replicas that need no more of them."""
     c, limits, setting, available = MODELS["llama-7b"], Limits(9000, None, 0.7), Setting(states=states), gib * GIB
     of_eight = dataclasses.replace(setting, shards=8)
     fits = {r: largest_micro_batch(c, of_eight.with_replicas(r), available, limits) for r in (1, 2, 4, 8)}

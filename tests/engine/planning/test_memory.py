@@ -51,7 +51,7 @@ N = 27  # tokens of ready(): the interpreter's time grows with them
 
 
 def ready(model, several_targets, n=N):
-    """A micro-batch with a prefix, padding and documents; where several_targets, one row predicts two."""
+    """Return a micro-batch with a prefix, padding and documents. If several_targets, one row predicts two tokens."""
     documents = [[0, 5, 0, 0], [5, 12, 0, 5], [12, 13, 0, 5], [13, 22, 0, 0], [24, n, 0, 0]]
     positions = torch.zeros(n, dtype=torch.int64)
     for start, end, prefix_start, prefix_end in documents:
@@ -67,7 +67,7 @@ def ready(model, several_targets, n=N):
 
 
 def saved_bytes(work, but=()):
-    """Bytes of the distinct storages that autograd saves in work(), but for those of some tensors."""
+    """Return the bytes of the distinct storages that autograd saves in work(), except those of the tensors in but."""
     found, but = {}, {t.untyped_storage()._cdata for t in but}
 
     def keep(t):
@@ -92,8 +92,8 @@ def saved_bytes(work, but=()):
         ("one layer", "bf16", "block", False),
     ],
 )  # fmt: skip
-def test_what_a_step_keeps_to_the_byte(shape, dtype, recompute, several_targets, device):
-    """Attention's plans apart. Blocks that are computed again keep cos and sin by closure, where no hook sees them."""
+def test_activations_are_what_autograd_keeps_to_the_byte(shape, dtype, recompute, several_targets, device):
+    """Attention's plans are left out. Recomputed blocks hold cos and sin in a closure, which the hooks do not see."""
     c = ModelConfig(**SMALL | {"n_layers": 3 if (dtype, recompute) == ("fp32", "none") else 2} | SHAPES[shape])
     model = new_model(c, "cpu", torch.float32, "triton", recompute, True)
     model.init_weights(0)
@@ -136,7 +136,7 @@ def test_a_layer_of_llama_7b_keeps_what_the_formula_says(recompute):
 
 
 class Watch(TorchDispatchMode):
-    """Bytes that operators' outputs hold, at most at once, and floating point operations of matrix products."""
+    """Counts the most bytes that operators' outputs hold at once, and the operations of matrix products."""
 
     def __init__(self, but):
         super().__init__()
@@ -160,7 +160,7 @@ class Watch(TorchDispatchMode):
 
 
 def watched(model, tokens, loss_rows, query_rows):
-    """The Watch of forward and backward of a micro-batch on the meta device, its inputs being there from the start."""
+    """Return the Watch of a micro-batch's forward and backward on the meta device. Its inputs count from the start."""
     c = model.config
     one = Ready(
         meta(tokens), meta(tokens), meta(loss_rows), meta(loss_rows, torch.float32), meta(query_rows),
@@ -184,9 +184,12 @@ def watched(model, tokens, loss_rows, query_rows):
         (NARROW | {"n_layers": 12}, 4096, 2800, 2800),
     ],
 )  # fmt: skip
-def test_the_peak_of_forward_and_backward(changes, tokens, loss_rows, query_rows, recompute):
-    """At real widths, on tensors without storage: all that operators return, gradients being there already. What they
-    have inside, as the chunk of logits, is not seen. And the matrix products, but the head's, which are inside too."""
+def test_temporaries_are_the_peak_of_forward_and_backward(changes, tokens, loss_rows, query_rows, recompute):
+    """Models of real widths run on tensors without storage, with gradients that exist already.
+
+    Everything that operators return is counted. What they allocate inside, such as a chunk of logits, is not seen.
+    Nor are the head's matrix products, so they are subtracted.
+    """
     c = ModelConfig(**{"n_kv_heads": changes["n_heads"]} | changes)
     model = new_model(c, "meta", torch.bfloat16, "triton", recompute, True)
     for p in model.parameters():
@@ -208,8 +211,10 @@ def test_the_peak_of_forward_and_backward(changes, tokens, loss_rows, query_rows
     ("changes", "tokens", "loss_rows", "least"),
     [(WHOLE | {"n_layers": 16}, 8192, 5700, 0.8), (WHOLE, 2048, 64, 0.7), (NARROW | {"n_layers": 12}, 4096, 2800, 0.6)],
 )
-def test_the_peak_of_a_step_of_one_micro_batch(changes, tokens, loss_rows, least, recompute, in_backward):
-    """With its gradients, which begin to be when activations cease, or are dropped one by one."""
+def test_gradients_are_part_of_the_peak_of_a_step_of_one_micro_batch(
+    changes, tokens, loss_rows, least, recompute, in_backward
+):
+    """Gradients appear while activations are freed, or are dropped one by one."""
     c = ModelConfig(**{"n_kv_heads": changes["n_heads"]} | changes)
     model = new_model(c, "meta", torch.bfloat16, "triton", recompute, not in_backward)
     if in_backward:
@@ -271,7 +276,7 @@ def test_state_is_that_of_a_real_model_and_optimizer(shape, dtype, master, state
 
 
 def test_a_plans_bytes_are_under_what_is_reserved(monkeypatch):
-    """Of a micro-batch like Alpaca's, on the chips' tiles."""
+    """The micro-batch is like Alpaca's, and the tiles are those of each chip."""
     ends = [39, *(39 + torch.randint(20, 160, (80,)).cumsum(0)).tolist()]
     documents = torch.tensor([[0, 39, 0, 0], *([a, b, 0, 39] for a, b in itertools.pairwise(ends))])
     end = ends[-1]
@@ -282,8 +287,8 @@ def test_a_plans_bytes_are_under_what_is_reserved(monkeypatch):
         assert sum(t.nbytes for plan in plans for t in plan if isinstance(t, torch.Tensor)) <= PLAN_BYTES * end
 
 
-def test_llama_7b_on_one_80_gb_card():
-    """The design's table, in GB: weights 13.5, split 13.5, 8-bit states 13.7, gradients 13.5, activations 24.8."""
+def test_llama_7b_fits_one_80_gb_card_with_8_bit_states():
+    """In the design's table, in GB: weights 13.5, split 13.5, 8-bit states 13.7, gradients 13.5, activations 24.8."""
     used = memory(MODELS["llama-7b"], Setting(states="8bit"), BatchShape(8300, 5800))
     figures = used.weights, used.master, used.states, used.gradients, used.activations
     assert [round(n / 1e9, 1) for n in figures] == [13.5, 13.5, 13.7, 13.5, 24.7]
@@ -292,7 +297,7 @@ def test_llama_7b_on_one_80_gb_card():
 
 @pytest.mark.parametrize(("states", "shards"), [("fp32", 1), ("8bit", 2)])
 def test_the_copy_of_a_state_takes_the_memory_that_was_planned(states, shards, monkeypatch):
-    """As its arenas are asked for, with tensors smaller and larger than one."""
+    """The arenas that HostCopy allocates are counted, with tensors smaller and larger than an arena."""
     monkeypatch.setattr("engine.output.tensor_rows.COPY_ARENA_BYTES", 1 << 16)
     monkeypatch.setattr("engine.planning.memory.COPY_ARENA_BYTES", 1 << 16)
     c, asked = ModelConfig(**SMALL | {"dim": 96, "vocab_size": 2000}), []
@@ -317,7 +322,7 @@ def test_the_copy_of_a_state_takes_the_memory_that_was_planned(states, shards, m
 # ---- several GPUs ---------------------------------------------------------------------------------------------------
 
 
-def test_what_is_gathered_by_hand():
+def test_gathered_bytes_are_those_worked_out_by_hand():
     """Four GPUs, each with 3 of the embedding's 10 rows. A block: two norms of 8, 16, 8 and 24 rows of 8, 8 of 12."""
     block, embedding = 2 * (8 + 8 + 16 * 8 + 8 * 8 + 24 * 8 + 8 * 12), 2 * 12 * 8
     whole, batch = 2 * block + 2 * embedding + 2 * 8, BatchShape(9, 5)
@@ -345,7 +350,7 @@ def test_several_gpus_have_no_optimizer_in_backward(shards, replicas):
     st.sampled_from(("fp32", "split", "stochastic")), st.booleans(),
 )  # fmt: skip
 @settings(max_examples=40, deadline=None)
-def test_shards_together_are_the_whole_and_padding(name, cards, states, master, offload):
+def test_all_shards_are_the_whole_model_and_padding(name, cards, states, master, offload):
     c, setting = MODELS[name], Setting(master=master, states=states, offload=offload)
     one, each = (memory(c, dataclasses.replace(setting, shards=n), BatchShape(500, 300)) for n in (1, cards))
     rows = [math.prod(shape[1:]) for shape in parameter_shapes(c)]  # at most N - 1 of padding each
@@ -374,7 +379,7 @@ def test_memory_falls_to_activations_and_what_is_gathered(states, one_micro_batc
 
 
 class Held(Watch):
-    """Bytes at most at once, of storages as they are: FSDP2 empties and refills them."""
+    """Counts the most bytes at once by the storages' present sizes, because FSDP2 empties and refills them."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -391,8 +396,8 @@ class Held(Watch):
 @pytest.mark.parametrize(("fake_ranks", "replicas"), [(4, 1), (4, 2), (2, 2)], indirect=["fake_ranks"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab_size", [301, 9000])
-def test_what_is_whole_and_summed_is_fsdp2s(vocab_size, dtype, fake_ranks, replicas):
-    """The most that a step of two micro-batches holds beside its shards, activations being next to none."""
+def test_gathered_bytes_and_gradients_are_what_fsdp2_holds(vocab_size, dtype, fake_ranks, replicas):
+    """The most that a step of two micro-batches holds beside its shards. Activations are negligible."""
     c = ModelConfig(**SMALL | {"dim": 256, "n_layers": 4, "hidden_dim": 688, "vocab_size": vocab_size})
     dtype, shards = DTYPES[dtype], fake_ranks // replicas
     model, step = sharded_model(c, dtype, replicas, shards)

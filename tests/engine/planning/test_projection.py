@@ -13,7 +13,7 @@ from engine.planning.workload import alpaca_mix
 from tests.helpers.planning import estimate_of, recipe_of
 
 
-def test_speed_goes_the_way_it_should():
+def test_savings_of_memory_and_slower_cards_cost_speed():
     def project(card="H100", **changes):
         return estimate_of(card, optimizer_states="8bit", **changes).outcome.projection
 
@@ -32,8 +32,8 @@ def test_speed_goes_the_way_it_should():
 @pytest.mark.parametrize("states", ["fp32", "8bit"])
 @pytest.mark.parametrize("recompute", ["cheap", "block"])
 @pytest.mark.parametrize("offload", [False, True])
-def test_one_card_has_nothing_of_several(states, recompute, offload):
-    """To the byte and the bit: kinds summed up, and seconds as of a step without communication."""
+def test_one_gpu_has_no_communication(states, recompute, offload):
+    """Bytes and seconds are exactly the sums of their kinds, without any of communication."""
     changes = {"optimizer_states": states, "recompute": recompute, "offload_optimizer": offload}
     found, c = estimate_of(**changes, micro_batch_tokens=4096), MODELS["llama-7b"]
     outcome, card, batch = found.outcome, found.card, found.outcome.cut.largest
@@ -65,7 +65,7 @@ def test_one_card_has_nothing_of_several(states, recompute, offload):
 @pytest.mark.parametrize("card", ["A100-80", "L40S"])
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_a_step_waits_for_what_is_not_hidden(card, offload, replicas):
+def test_a_step_waits_for_communication_that_is_not_hidden(card, offload, replicas):
     found = estimate_of(
         card, 8, optimizer_states="8bit", offload_optimizer=offload, replicas=replicas, global_batch_size=512,
         micro_batch_size=32,
@@ -105,7 +105,7 @@ def test_a_step_waits_for_what_is_not_hidden(card, offload, replicas):
         ("H100", {"model": "llama-13b", "optimizer_states": "8bit"}, (8, 1)),
     ],
 )
-def test_replicas_by_the_memory_there_is(card, changes, mesh):
+def test_replicas_are_chosen_by_memory_and_micro_batches(card, changes, mesh):
     setting = estimate_of(card, 8, **changes).outcome.setting
     assert (setting.shards, setting.replicas) == mesh
 
@@ -114,7 +114,7 @@ def test_a_model_that_fits_no_card_is_sharded():
     assert estimate_of("4090", 8).outcome.setting.shards > 1
 
 
-def test_traffic_of_replicas():
+def test_replicas_within_machines_communicate_less_across_them():
     plain = estimate_of("H100", 64, model="tinyllama-1.1b", replicas=64).outcome.projection.traffic
     assert plain.gather == plain.reduce == (0, 0) and plain.sum[0] > 0
     many = {"global_batch_size": 4096, "micro_batch_size": 16}
@@ -123,10 +123,10 @@ def test_traffic_of_replicas():
     assert near.seconds["communication"] < far.seconds["communication"]
 
 
-def test_states_in_blocks_are_not_cut(monkeypatch):
+def test_blocks_of_8_bit_states_are_not_cut(monkeypatch):
     """--replicas that would cut 8-bit states are refused, and such states are not proposed over so many shards.
 
-    7B and 13B are of whole blocks, vectors apart, whose states are not in blocks.
+    Every matrix of 7B and 13B divides into 64 shards of whole blocks. Vectors have no 8-bit states.
     """
     many = {"replicas": 1, "optimizer_states": "8bit"}
     assert estimate_of("H100", 64, **many).outcome.setting.shards == 64

@@ -40,8 +40,8 @@ def test_a_blocks_seconds_are_its_share_of_a_steps(recompute, forward):
     assert 64 * (ahead + back) == pytest.approx(1 - head) and ahead == pytest.approx(forward * (ahead + back))
 
 
-def test_what_blocks_hide_by_hand():
-    """Three blocks, two micro-batches, a byte a second and sums at two. A block computes 4 s forward, 25 s backward."""
+def test_waits_are_those_worked_out_by_hand():
+    """Three blocks and two micro-batches at 1 byte/s, sums at 2. A block computes 4 s forward and 25 s backward."""
     sent = Traffic(3, (10, 4), (20, 8), (6, 3), 1.0, 2.0, apart=False)
     assert sent.of_step(2) == {"gather_forward": 68, "gather_backward": 40, "reduce": 136, "sum": 21}
     assert sent.seconds(2) == {"gather_forward": 68, "gather_backward": 40, "reduce": 136, "sum": 10.5}
@@ -55,12 +55,12 @@ def test_what_blocks_hide_by_hand():
 
 
 def sent(c, dtype, shards, replicas=1):
-    """Bytes that a GPU sends for a micro-batch, and for the sums over replicas."""
+    """Return the bytes that a GPU sends for a micro-batch, and for the sums over replicas."""
     kinds = step_traffic(c, CARDS["H100"], dtype, shards, replicas).of_step(1)
     return kinds["gather_forward"] + kinds["gather_backward"] + kinds["reduce"], kinds["sum"]
 
 
-def test_what_is_sent_by_hand():
+def test_bytes_sent_are_those_worked_out_by_hand():
     """Four GPUs, each with 3 of the embedding's 10 rows. A block: two norms of 8, 16, 8 and 24 rows of 8, 8 of 12."""
     block, embedding = 2 * (8 + 8 + 16 * 8 + 8 * 8 + 24 * 8 + 8 * 12), 2 * 12 * 8
     whole = 2 * block + 2 * embedding + 2 * 8
@@ -81,7 +81,7 @@ def test_sums_are_beside_gathers_where_replicas_lie_in_machines_of_their_own():
 
 
 class Sent(TorchDispatchMode):
-    """Bytes of what is gathered or scattered, whole, or summed over replicas, by collective."""
+    """Counts the bytes of the whole tensors in each collective: gathered, scattered, or summed over replicas."""
 
     def __init__(self):
         super().__init__()
@@ -99,7 +99,7 @@ class Sent(TorchDispatchMode):
 )
 @pytest.mark.parametrize("recompute", ["cheap", "block"])
 @pytest.mark.parametrize("shape", ["grouped queries", "tied"])
-def test_shards_and_what_is_sent_are_fsdp2s(shape, recompute, fake_ranks, replicas):
+def test_shards_and_bytes_sent_are_fsdp2s(shape, recompute, fake_ranks, replicas):
     c, shards = ModelConfig(**SMALL | SHAPES[shape]), fake_ranks // replicas
     model, step = sharded_model(c, torch.bfloat16, replicas, shards, recompute)
     held = [p.to_local() for p in model.parameters()]

@@ -11,8 +11,8 @@ from engine.planning.workload import alpaca_mix, cut_into_micro_batches, example
 from tests.helpers.planning import recipe_of
 
 
-def test_the_alpaca_mix():
-    """As measured: 127.2 tokens a row, a quarter of all in shared prefixes, 66.1 of the response."""
+def test_the_alpaca_mix_has_the_datasets_means():
+    """The dataset has 127.2 tokens a row, a quarter of them in shared prefixes, and 66.1 in the response."""
     mix = alpaca_mix(recipe_of())
     assert mix.examples == 52002
     assert mix.logical / 128 == pytest.approx(127.2, rel=0.005)
@@ -26,7 +26,7 @@ def test_the_alpaca_mix():
 
 @pytest.mark.parametrize("share", [True, False])
 def test_a_step_in_numbers_is_what_packing_lays_out(share):
-    """Tokens, rows with loss, and pairs, counted one by one in the micro-batch."""
+    """Tokens, rows with a loss, and pairs are counted one by one in the micro-batch."""
     stem, rng = np.arange(100, 120), np.random.default_rng(0)
     rows = [np.concatenate((stem[: 20 * (i % 3 > 0)], rng.integers(0, 99, 10 + 3 * i))) for i in range(12)]
     loss = rng.integers(1, 8, 12)
@@ -52,7 +52,7 @@ def test_micro_batches_are_as_few_as_do_and_evened_out():
     assert cut_into_micro_batches(mix, 20000, most_examples=4).micro_batches == 32
 
 
-def test_a_cards_share_of_the_mix():
+def test_a_gpus_mix_is_its_share_of_the_examples_with_every_prefix():
     whole, share = (alpaca_mix(recipe_of(n)) for n in (1, 8))
     assert (whole.per_step, share.per_step, share.examples) == (128, 16, 52002)
     assert 8 * share.logical == pytest.approx(whole.logical, rel=0.001)
