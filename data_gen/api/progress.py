@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.live import Live
@@ -12,11 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from data_gen.api.ledger import Entry
-from data_gen.api.prices import format_usd
+from data_gen.api.prices import Budget, format_usd
+from data_gen.api.rate import Rate
 from data_gen.base.cli import discard_output
-
-if TYPE_CHECKING:
-    from data_gen.api.collector import Collector, RowKeeper
 
 PLAIN_EVERY_S = 15
 REFRESH_S = 0.25
@@ -28,6 +26,27 @@ class Screen(Console):
     def on_broken_pipe(self) -> None:
         """Discard further output."""
         discard_output(self.file)  # type: ignore[arg-type]
+
+
+class RowCounts(Protocol):
+    """What is shown of a curator."""
+
+    wanted: int
+    rows: list[Any]
+    items: int
+    answers: int
+
+
+class RunState(Protocol):
+    """What is shown of a Collector."""
+
+    budget: Budget
+    rate: Rate
+    last_failure: str
+
+    @property
+    def curator(self) -> RowCounts:
+        """Return the counts of the rows."""
 
 
 class Progress:
@@ -59,20 +78,20 @@ class Progress:
         """Print a line about an event."""
         self.console.print(text, markup=False, soft_wrap=True)
 
-    def show_state(self, collector: "Collector") -> None:
+    def show_state(self, run: RunState) -> None:
         """Update the live line, or print a plain one if the last is old."""
         if self.quiet:
             return
-        now, rows = time.monotonic(), len(collector.curator.rows)
-        if self.first is None and collector.rate.answers:
+        now, rows = time.monotonic(), len(run.curator.rows)
+        if self.first is None and run.rate.answers:
             self.first = now, rows
         if self.live:
-            self.live.update(self.draw_line(collector, now))
+            self.live.update(self.draw_line(run, now))
         elif now - self.shown >= PLAIN_EVERY_S:
             self.shown = now
-            self.print_line(f"{rows:,} of {collector.curator.wanted:,} rows · {self.describe_state(collector, now)}")
+            self.print_line(f"{rows:,} of {run.curator.wanted:,} rows · {self.describe_state(run, now)}")
 
-    def show_reading(self, entries: Iterable[Entry], total: int, curator: "RowKeeper") -> Iterator[Entry]:
+    def show_reading(self, entries: Iterable[Entry], total: int, curator: RowCounts) -> Iterator[Entry]:
         """Yield the entries of a ledger and show how many are read: a large ledger takes a minute."""
         n = 0
         for entry in entries:
@@ -87,32 +106,32 @@ class Progress:
                 else:
                     self.print_line(text)
 
-    def draw_line(self, collector: "Collector", now: float) -> Table:
+    def draw_line(self, run: RunState, now: float) -> Table:
         """Return the live line: rows, a bar, and the state."""
-        curator = collector.curator
+        curator = run.curator
         grid = Table.grid(padding=(0, 1))
         bar = ProgressBar(total=curator.wanted, completed=len(curator.rows), width=28)
-        grid.add_row(f"{len(curator.rows):,}/{curator.wanted:,}", bar, self.describe_state(collector, now))
+        grid.add_row(f"{len(curator.rows):,}/{curator.wanted:,}", bar, self.describe_state(run, now))
         return grid
 
-    def describe_state(self, collector: "Collector", now: float) -> str:
+    def describe_state(self, run: RunState, now: float) -> str:
         """Return yield, money, answers, requests in flight and the time that remains."""
-        curator, budget, rate = collector.curator, collector.budget, collector.rate
+        curator, budget, rate = run.curator, run.budget, run.rate
         share = len(curator.rows) / curator.items if curator.items else 0
         cap = f" of {format_usd(budget.cap, 2)}" if budget.cap is not None else ""
         state = f"{rate.in_flight} of {int(rate.limit)} in flight"
         if rate.is_open() or rate.wait_s() > 1:
-            state = f"waiting {rate.wait_s():.0f} s, {collector.last_failure[:60] or 'a limit is reached'}"
+            state = f"waiting {rate.wait_s():.0f} s, {run.last_failure[:60] or 'a limit is reached'}"
         lost = f" (+{format_usd(budget.uncertain)} at most lost)" if budget.uncertain else ""
         parts = [f"yield {share:.0%}", f"{format_usd(budget.spent)}{cap}{lost}", f"{curator.answers:,} answers", state]
-        return " · ".join([*parts, f"ETA {self.estimate_remaining(collector, now)}"])
+        return " · ".join([*parts, f"ETA {self.estimate_remaining(run, now)}"])
 
-    def estimate_remaining(self, collector: "Collector", now: float) -> str:
+    def estimate_remaining(self, run: RunState, now: float) -> str:
         """Return the time that remains by the speed since the first answer, or "?" before any row."""
-        if self.first is None or len(collector.curator.rows) <= self.first[1]:
+        if self.first is None or len(run.curator.rows) <= self.first[1]:
             return "?"
-        speed = (len(collector.curator.rows) - self.first[1]) / max(1e-9, now - self.first[0])
-        return format_clock((collector.curator.wanted - len(collector.curator.rows)) / speed)
+        speed = (len(run.curator.rows) - self.first[1]) / max(1e-9, now - self.first[0])
+        return format_clock((run.curator.wanted - len(run.curator.rows)) / speed)
 
 
 def format_clock(seconds: float) -> str:

@@ -96,12 +96,9 @@ def allowed(folder: str) -> dict[str, set[str]]:
     return {package: names - set(NEVER.get(package, ())) for package, names in rules.items()}
 
 
-REBUILDING = pytest.mark.xfail(strict=False, reason="files are being split and rewritten")
-
 RULES = {package: rule for folder in LAYERS for package, rule in allowed(folder).items()}
 
 
-@REBUILDING
 @pytest.mark.parametrize("package", RULES)
 def test_a_package_imports_only_what_lies_below_it(package):
     folder = package.split(".")[0]
@@ -177,7 +174,6 @@ def test_nothing_needs_transformers_to_run():
 # ---- commands -------------------------------------------------------------------------------------------------------
 
 
-@REBUILDING
 @pytest.mark.parametrize("command", ALL_COMMANDS)
 def test_a_file_at_the_top_is_a_short_command(command):
     path = modules()[command]
@@ -187,7 +183,6 @@ def test_a_file_at_the_top_is_a_short_command(command):
     assert lines <= 260, f"{command} has {lines} lines: what is not flags and printing belongs to a package"
 
 
-@REBUILDING
 def test_no_command_is_imported_by_the_packages_or_by_another_command():
     wrong = [
         f"{module} imports {name}"
@@ -198,6 +193,8 @@ def test_no_command_is_imported_by_the_packages_or_by_another_command():
     ]
     assert not wrong, "\n".join(wrong)
 
+
+REBUILDING = pytest.mark.xfail(strict=False, reason="files are being split and rewritten")
 
 # ---- docstrings and types -------------------------------------------------------------------------------------------
 
@@ -253,7 +250,7 @@ def test_every_public_function_has_types(folder):
     wrong = []
     for path in python_files(folder):
         for name, node, nested in functions(path):
-            if nested or is_kernel(node) or node.name.startswith("_"):
+            if nested or is_kernel(node) or any(part.startswith("_") for part in name.split(".")):
                 continue
             spec = node.args
             parameters = [*spec.posonlyargs, *spec.args, *spec.kwonlyargs, *filter(None, (spec.vararg, spec.kwarg))]
@@ -267,16 +264,35 @@ def test_every_public_function_has_types(folder):
 
 # ---- sizes: what is over the limit has a reason here ----------------------------------------------------------------
 
-LONG_FILES: dict[str, str] = {}
-LONG_FUNCTIONS: dict[str, str] = {}
-MANY_PARAMETERS: dict[str, str] = {}
+OPERATOR = "torch.library's operators and autograd's functions take tensors and numbers one by one, no dataclass"
+ADAMW = "AdamW's hyper-parameters, each a keyword with the name that every optimizer gives it"
+LONG_FILES = {
+    "kernels/ops/adamw.py": "one op, one file: formula, reference, kernels, launch, public function",
+    "kernels/ops/attention.py": "one op, one file: three kernels, and what joins them with RoPE",
+    "engine/output/report.py": "one page: its charts, tables and style",
+}
+LONG_FUNCTIONS = {
+    "kernels/ops/linear_cross_entropy.py::_rows_kernel": "a Triton kernel of two loops over the vocabulary",
+}
+MANY_PARAMETERS = {
+    "kernels/ops/adamw.py::adamw_ref": OPERATOR,
+    "kernels/ops/adamw.py::update": OPERATOR,
+    "kernels/ops/adamw.py::adamw": ADAMW,
+    "kernels/ops/attention.py::backward": OPERATOR,
+    "kernels/ops/attention_ref.py::backward_cpu": OPERATOR,
+    "kernels/ops/linear_cross_entropy.py::_forward_fake": OPERATOR,
+    "kernels/ops/linear_cross_entropy.py::_forward_cpu": OPERATOR,
+    "kernels/ops/linear_cross_entropy.py::forward": OPERATOR,
+    "kernels/ops/linear_cross_entropy.py::linear_cross_entropy": "an op's public function names what it computes from",
+    "kernels/ops/norm_linear.py::_NormLinearRows.forward": OPERATOR,
+    "kernels/ops/norm_linear.py::norm_linear_rows": "an op's public function names what it computes from",
+    "engine/training/optimizer.py::AdamW.__init__": ADAMW,
+}
 
 
 @REBUILDING
 def test_files_are_under_400_lines_or_have_a_reason():
-    long = {
-        str(path.relative_to(ROOT)) for path in modules().values() if len(path.read_text().splitlines()) > 400
-    }  # fmt: skip
+    long = {str(path.relative_to(ROOT)) for path in modules().values() if len(path.read_text().splitlines()) > 400}
     assert long == set(LONG_FILES)
 
 
