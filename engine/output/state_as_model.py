@@ -64,8 +64,9 @@ def open_state(folder: Path) -> State:
         facts.add_problem(f"{config.n_parameters} parameters by its model, but there are only {n_bytes} bytes")
     if problems:
         raise DataError(f"{folder}: {join_problems(problems)}")
-    whole, _ = checkpoint.read_layout(found)
-    check_fit(folder, whole, as_shards(parameters_of(new_model(config, "meta", dtype))), PARAMETERS)
+    check_fit(
+        folder, checkpoint.read_layout(found), as_shards(parameters_of(new_model(config, "meta", dtype))), PARAMETERS
+    )
     base, tokenizer = find_base(folder, settings)
     is_hf = base is not None and detect_kind(base) == "hf"
     generation_config = read_json(base / "generation_config.json") if is_hf else {}

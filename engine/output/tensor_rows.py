@@ -1,12 +1,11 @@
-"""Rows of tensors: what one process of several holds, copies, and finds again in files that others wrote.
-
-whole   {tensor: {"dtype": "F32", "shape": [...]}}    of the whole tensors, dtypes as safetensors names them
-files   {file: {tensor: [first, end]}}                the rows that each file holds
-"""
+"""Rows of tensors: the ones that one process of several holds, copies, and finds again in files that others wrote."""
 
 import errno
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,51 +15,67 @@ from engine.base.host_memory import COPY_ARENA_BYTES, HostMemory
 from engine.formats.tensor_files import DTYPE_NAMES, DTYPES
 from engine.model.shard import Shard, n_rows
 
+T = TypeVar("T")
+Description = tuple[str, list[int], int, int]  # dtype, shape of the whole tensor, first row, end of the rows
 
-def described(shards: dict[str, Shard]) -> dict[str, tuple]:
-    """{name: (dtype, whole shape, first, end)}: what others need to know. Raises KeyError for a dtype no file holds."""
+# ---- which file holds which rows ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Tensors whose rows lie in one or several files."""
+
+    tensors: dict[str, dict[str, Any]]  # {tensor: {"dtype": "F32", "shape": [...]}}, dtypes as safetensors names them
+    files: dict[str, dict[str, list[int]]]  # {file: {tensor: [first, end]}}, the rows that each file holds
+
+
+def describe_shards(shards: dict[str, Shard]) -> dict[str, Description]:
+    """Return what other writers need to know of these shards. Raises KeyError for a dtype that no file holds."""
     return {n: (DTYPE_NAMES[s.tensor.dtype], list(s.shape), s.first, s.end) for n, s in shards.items()}
 
 
-# ---- who holds what -------------------------------------------------------------------------------------------------
+def lay_out_files(shards_of_files: dict[str, dict[str, Description]]) -> Layout:
+    """Return the layout of files that each hold one writer's shards.
 
-
-def lay_out(held: dict[str, dict[str, tuple]]) -> tuple[dict, dict]:
-    """(whole, files) from what the writer of each file holds, as described() tells; a file of several that would hold
-    no row is none. Raises ValueError when the rows do not add up."""
-    whole, files = {}, {}
-    for file, tensors in held.items():
-        for name, (dtype, shape, _, _) in tensors.items():
+    Of several files one without rows is left out. Raises ValueError when the rows do not add up to whole tensors.
+    """
+    tensors: dict[str, dict[str, Any]] = {}
+    files: dict[str, dict[str, list[int]]] = {}
+    only_file = len(shards_of_files) == 1
+    for file, shards in shards_of_files.items():
+        for name, (dtype, shape, _, _) in shards.items():
             entry = {"dtype": dtype, "shape": shape}
-            if whole.setdefault(name, entry) != entry:
-                raise ValueError(f"{name}: {file} is to hold rows of {entry}, another one of {whole[name]}")
-        alone = len(held) == 1
-        rows = {name: [first, end] for name, (_, _, first, end) in tensors.items() if end > first or alone}
-        if rows or alone:
+            if tensors.setdefault(name, entry) != entry:
+                raise ValueError(f"{name}: {file} is to hold rows of {entry}, another one of {tensors[name]}")
+        rows = {name: [first, end] for name, (_, _, first, end) in shards.items() if end > first or only_file}
+        if rows or only_file:
             files[file] = rows
-    check_layout(whole, files)
-    return whole, files
+    layout = Layout(tensors, files)
+    check_layout(layout)
+    return layout
 
 
-def check_layout(whole: dict, files: dict) -> None:
-    """Raises ValueError, TypeError, LookupError or AttributeError unless this is a layout, in which every row of every
-    tensor is held once."""
-    held = {name: [] for name in whole}
-    for rows in files.values():
+def check_layout(layout: Layout) -> None:
+    """Check that every row of every tensor is held once.
+
+    Raises ValueError where it is not; TypeError, LookupError or AttributeError for values of other types.
+    """
+    spans: dict[str, list[tuple[int, int]]] = {name: [] for name in layout.tensors}
+    for rows in layout.files.values():
         for name, (first, end) in rows.items():
             if type(first) is not int or type(end) is not int or first > end:
                 raise ValueError(f"{name}: rows [{first}, {end})")
-            held[name].append((first, end))
-    for name, ranges in held.items():
-        dtype, shape = whole[name]["dtype"], whole[name]["shape"]
+            spans[name].append((first, end))
+    for name, ranges in spans.items():
+        dtype, shape = layout.tensors[name]["dtype"], layout.tensors[name]["shape"]
         if dtype not in DTYPES or type(shape) is not list or any(type(size) is not int or size < 0 for size in shape):
             raise ValueError(f"{name}: dtype {dtype}, shape {shape}")
-        at = 0
+        expected = 0
         for first, end in [*sorted(ranges), (n_rows(shape),) * 2]:
-            if first != at:
-                times = "by no file" if first > at else "twice, or are none of it"
-                raise ValueError(f"{name}: rows [{min(at, first)}, {max(at, first)}) are held {times}")
-            at = end
+            if first != expected:
+                times = "by no file" if first > expected else "twice, or are none of it"
+                raise ValueError(f"{name}: rows [{min(expected, first)}, {max(expected, first)}) are held {times}")
+            expected = end
 
 
 # ---- copies ---------------------------------------------------------------------------------------------------------
@@ -100,73 +115,83 @@ class HostCopy:
 # ---- read -----------------------------------------------------------------------------------------------------------
 
 
-def layout_of(path: Path) -> tuple[dict, dict]:
-    """(whole, files) of one file of whole tensors. Raises DataError."""
-    whole = using(path, lambda parts: {name: entry_of(part) for name, part in parts.items()})
-    return whole, {path.name: {name: [0, n_rows(entry["shape"])] for name, entry in whole.items()}}
+def read_file_layout(path: Path) -> Layout:
+    """Return the layout of one file of whole tensors. Raises DataError."""
+    tensors = read_slices(path, lambda slices: {name: describe_slice(part) for name, part in slices.items()})
+    return Layout(tensors, {path.name: {name: [0, n_rows(entry["shape"])] for name, entry in tensors.items()}})
 
 
-def read(folder: Path, whole: dict, files: dict, shards: dict[str, Shard], prefix: str = "") -> None:
-    """Fills the shards, each with the rows it wants, from a folder of files with that layout.
+def read_shards(folder: Path, layout: Layout, shards: dict[str, Shard], prefix: str = "") -> None:
+    """Fill the shards, each with the rows it wants, from a folder of files with this layout.
 
-    prefix: of the tensors that are read; the files may hold others. Files are mapped, one after the other, and only
-    those rows read; a file without any is not opened. Raises DataError listing names, shapes or kinds of numbers that
-    differ.
+    The shards must be of all tensors whose names begin with the prefix; no other is read. Files are mapped, one after
+    the other, and only those rows read; a file without any is not opened. Raises DataError that lists the names, shapes
+    or kinds of numbers that differ.
     """
-    check_fit(folder, whole, shards, prefix)
-    for file, rows in files.items():
+    check_fit(folder, layout, shards, prefix)
+    for file, rows in layout.files.items():
         wanted = {
             name: (max(first, shards[name].first), min(end, shards[name].end))
             for name, (first, end) in rows.items()
             if name in shards
         }
         wanted = {name: (first, end) for name, (first, end) in wanted.items() if first < end}
-        if not wanted:
-            continue
-        held = {
-            name: whole[name] | {"shape": [end - first, *whole[name]["shape"][1:]] if whole[name]["shape"] else []}
-            for name, (first, end) in rows.items()
-        }
-
-        @torch.no_grad()
-        def fill(parts, path=folder / file, rows=rows, wanted=wanted, held=held):
-            if {name: entry_of(part) for name, part in parts.items()} != held:
-                raise DataError(f"{path}: holds other tensors than its manifest says; choose another checkpoint")
-            for name, (first, end) in wanted.items():
-                to, here, there = shards[name].tensor, shards[name].first, rows[name][0]
-                if to.ndim == 0:
-                    to.copy_(parts[name][...])
-                else:
-                    to[first - here : end - here].copy_(parts[name][first - there : end - there])
-
-        using(folder / file, fill)
+        if wanted:
+            path = folder / file
+            read_slices(path, partial(fill_shards, path, layout, shards, wanted))
 
 
-def using(path, act):
-    """act({name: its slices}) of a safetensors file. Raises DataError for one that is not sound."""
+@torch.no_grad()
+def fill_shards(
+    path: Path, layout: Layout, shards: dict[str, Shard], wanted: dict[str, tuple[int, int]], slices: dict[str, Any]
+) -> None:
+    """Copy the wanted rows {tensor: (first, end)} of one file's tensors into the shards.
+
+    Raises DataError for a file whose tensors are not the layout's.
+    """
+    rows = layout.files[path.name]
+    expected = {}
+    for name, (first, end) in rows.items():
+        shape = layout.tensors[name]["shape"]
+        expected[name] = layout.tensors[name] | {"shape": [end - first, *shape[1:]] if shape else []}
+    if {name: describe_slice(part) for name, part in slices.items()} != expected:
+        raise DataError(f"{path}: holds other tensors than its manifest says; choose another checkpoint")
+    for name, (first, end) in wanted.items():
+        target, target_first, file_first = shards[name].tensor, shards[name].first, rows[name][0]
+        if target.ndim == 0:
+            target.copy_(slices[name][...])
+        else:
+            target[first - target_first : end - target_first].copy_(slices[name][first - file_first : end - file_first])
+
+
+def read_slices(path: Path, read: Callable[[dict[str, Any]], T]) -> T:
+    """Return read({tensor: its slice}) of an open safetensors file. Raises DataError for a file that is not sound."""
     try:
         with safe_open(path, "pt") as file:
-            return act({name: file.get_slice(name) for name in file.keys()})  # noqa: SIM118 (no dict)
+            return read({name: file.get_slice(name) for name in file.keys()})  # noqa: SIM118 (no dict)
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path}: {summarize_error(error)}; choose another checkpoint") from None
 
 
-def entry_of(part):
+def describe_slice(part: Any) -> dict[str, Any]:
+    """Return dtype and shape of a safetensors slice, as a Layout has them."""
     return {"dtype": part.get_dtype(), "shape": list(part.get_shape())}
 
 
-def check_fit(folder: Path, whole: dict, shards: dict[str, Shard], prefix: str = "") -> None:
-    """Raises DataError naming what is not the same here and there, of the tensors whose names begin so. fp32 may become
-    bf16; bits are no numbers."""
-    held = {name: entry for name, entry in whole.items() if name.startswith(prefix)}
-    have = {name: (tuple(entry["shape"]), DTYPES.get(entry["dtype"])) for name, entry in held.items()}
+def check_fit(folder: Path, layout: Layout, shards: dict[str, Shard], prefix: str = "") -> None:
+    """Raise DataError that lists where shards and files differ, of the tensors whose names begin with the prefix.
+
+    Floating-point dtypes may differ: fp32 may become bf16. Other dtypes, such as packed bits, must be equal.
+    """
+    found = {name: entry for name, entry in layout.tensors.items() if name.startswith(prefix)}
+    have = {name: (tuple(entry["shape"]), DTYPES.get(entry["dtype"])) for name, entry in found.items()}
     want = {name: (s.shape, s.tensor.dtype) for name, s in shards.items()}
     wrong = []
     for name in sorted(have.keys() | want.keys()):
         (shape, dtype), (wanted, as_dtype) = have.get(name, (None, None)), want.get(name, (None, None))
         if shape != wanted:
             wrong.append(f"{name} ({shape}, wanted {wanted})")
-        elif dtype != as_dtype and not (dtype and dtype.is_floating_point and as_dtype.is_floating_point):
+        elif dtype != as_dtype and not (dtype and as_dtype and dtype.is_floating_point and as_dtype.is_floating_point):
             wrong.append(f"{name} ({dtype}, wanted {as_dtype})")
     if wrong:
         raise DataError(f"{folder}: {len(wrong)} tensors do not fit this model, first {', '.join(wrong[:3])}")

@@ -9,6 +9,7 @@ nothing. The same kernels update the same numbers: the result is bit for bit the
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -26,7 +27,10 @@ class Offload:
         largest = max(count_bytes(state) for state in self.states.values())
         self.slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
         self.free: list[torch.cuda.Event | None] = [None] * SLOTS  # event after which a slot is downloaded
-        self.up, self.down = (torch.cuda.Stream(device), torch.cuda.Stream(device)) if self.cuda else (None, None)
+        self.up: Any = None  # streams, on a GPU
+        self.down: Any = None
+        if self.cuda:
+            self.up, self.down = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def visits(self) -> Iterator[tuple[str, AdamWState]]:
         """Yield (name, its state on the device), one after another. What the caller writes to a state goes back."""

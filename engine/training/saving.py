@@ -10,7 +10,8 @@ from engine.formats.find import list_checkpoints
 from engine.formats.save import save_hf
 from engine.model.llama import Transformer, new_model
 from engine.output import checkpoint, folder
-from engine.output.checkpoint import Checkpoint, Saver
+from engine.output.checkpoint import Checkpoint
+from engine.output.saver import Saver
 from engine.planning.memory import state_bytes
 from engine.training.micro_batch_size import HALVED
 from engine.training.optimizer import AdamW

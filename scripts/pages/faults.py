@@ -17,9 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "faults.md"
 WAITS = "waits for the server"  # what nothing can be tested of yet: there is no engine.serve
-F, C, R, W, D = (
+F, C, S, T, R, W, D = (
     "project/test_faults.py",
     "engine/output/test_checkpoint.py",
+    "engine/output/test_saver.py",
+    "engine/output/test_tensor_rows.py",
     "engine/data/test_rows.py",
     "engine/formats/test_source_faults.py",
     "engine/distributed/test_ranks.py",
@@ -28,7 +30,7 @@ G, A = "data_gen/test_generate.py", "engine/data/test_dataset.py"
 FAULTS = [  # fault, expected, tests
     ("kill -9 at each write point of a save", "the newest whole state resumes; temporaries go", [
         (C, "test_kill_at_every_write_point_leaves_a_whole_state"),
-        (C, "test_a_kill_of_any_writer_at_any_point_leaves_a_whole_state"),
+        (S, "test_a_kill_of_any_writer_at_any_point_leaves_a_whole_state"),
         (D, "test_a_rank_that_is_killed_ends_the_run_which_resumes")]),
     ("kill -9 in a step", "weights and losses bit-equal to an unbroken run; of ranks within 1e-5", [
         (F, "test_kill_9_then_resume_is_bit_equal"), (F, "test_kill_9_at_random_moments_then_resume_is_bit_equal"),
@@ -43,7 +45,7 @@ FAULTS = [  # fault, expected, tests
     ("disk full in a save", "the old state kept, the temporary gone, a warning; at the last save exit 1", [
         (F, "test_a_full_disk_costs_a_save_not_the_run"),
         (F, "test_a_full_disk_at_the_last_save_exits_1_with_the_state_intact"),
-        (C, "test_one_writers_full_disk_fails_the_save_of_all")]),
+        (S, "test_one_writers_full_disk_fails_the_save_of_all")]),
     ("too little disk at the start", "refused, needed and free bytes named", [
         (F, "test_too_little_disk_is_said_before_the_first_step")]),
     ("--out unwritable, or holds something else", "exit 2 before the model loads", [
@@ -65,7 +67,7 @@ FAULTS = [  # fault, expected, tests
     ("a missing Meta shard, bad params.json", "exit 3", [(W, "test_meta_shards_and_params")]),
     ("another number of ranks on resume", "resharded, the same order of rows; indivisible: exit 2 with valid counts", [
         (D, "test_two_ranks_then_one_then_four_are_one_run"), (D, "test_what_ranks_cannot_do_is_told"),
-        (C, "test_any_number_of_readers_finds_what_any_number_wrote")]),
+        (T, "test_any_number_of_readers_finds_what_any_number_wrote")]),
     ("settings or data changed on resume", "refused unless --allow-changed", [
         (F, "test_changed_settings_and_data_are_refused_unless_allowed")]),
     ("a rank raises, dies, stalls", "the group ends non-zero in bounded time naming it; a restart resumes", [

@@ -28,6 +28,7 @@ from engine.distributed.fsdp import shard_model
 from engine.formats.find import list_checkpoints
 from engine.output import checkpoint
 from engine.output.folder import read_lines
+from engine.output.saver import Saver
 from kernels.measure.machine import DEVICE, GPU, free_memory
 from scripts.step.bench import TOY_TOKENS, Steps, Variant
 from scripts.step.common import DTYPE, peak_memory
@@ -165,7 +166,7 @@ def saved_and_resumed(variant, smoke, cut, folder):
         return contextlib.closing(Steps(variant, variant.tokens, n, smoke, how))
 
     with begun(cut) as steps:
-        saver = checkpoint.Saver(folder, keep=1, device=DEVICE)
+        saver = Saver(folder, keep=1, device=DEVICE)
         for step in range(1, half + 1):
             steps.take(step)
         saver.save(half, steps.optimizer.tensors(), {"n_updates": half})

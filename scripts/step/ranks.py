@@ -6,7 +6,7 @@ one rank   scripts.step.bench's step of a model that engine.distributed.fsdp.sha
            A run of one rank never shards: this is what FSDP2 itself takes, beside what goes over wires. At this size
            it copies what it would gather and reduce, so NCCL carries nothing. Blocks of both alternate, each from
            fresh weights, as two models of 7B do not fit a card; a ratio is that of two neighbours' median steps.
-saves      steps while engine.output.checkpoint.Saver writes their whole state, between steps of the same run without.
+saves      steps while engine.output.saver.Saver writes their whole state, between steps of the same run without.
 checks     scripts.step.rank_checks: losses, norms and states of one rank against none, and of two ranks on one card.
 
 What was wrong is recorded as failed, without a time. Part of scripts.gpu_report.
@@ -20,7 +20,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from engine.output import checkpoint
+from engine.output.saver import Saver
 from engine.training.micro_batch_size import is_out_of_memory
 from kernels.measure.machine import DEVICE, free_memory
 from scripts.step.bench import Steps, Variant
@@ -100,7 +100,7 @@ def saves(variant: Variant, n_saves: int, most_steps: int, where: str | None, sm
     variant = at_hand(variant, smoke)
     with tempfile.TemporaryDirectory(prefix="cria-saves-", dir=where) as folder:
         steps = Steps(variant, variant.tokens, most_steps, smoke)
-        saver = checkpoint.Saver(Path(folder), keep=1, device=DEVICE)
+        saver = Saver(Path(folder), keep=1, device=DEVICE)
         try:
             need_room(sum(s.tensor.nbytes for s in steps.optimizer.tensors().values()), Path(folder))
             found = timeline(steps, saver, variant, n_saves, most_steps, spent)

@@ -20,8 +20,8 @@ from engine.model.config import ModelConfig, RopeScaling
 from engine.model.llama import new_model
 from engine.output import checkpoint
 from engine.text.tokenizer_files import load_tokenizer
-from tests.engine.output.test_checkpoint import cut, flip, save_together
 from tests.helpers.run import ROOT, export
+from tests.helpers.training_states import cut, flip, save_checkpoint, save_together
 
 
 def files(folder):
@@ -177,7 +177,7 @@ def state(tmp_path, smollm2):
     run = {"status": "stopped", "config": {"tokenizer": str(smollm2)}}
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "run.json").write_text(json.dumps(run))
-    return checkpoint.save(tmp_path / "out", 40, tensors, facts, keep=1)
+    return save_checkpoint(tmp_path / "out", 40, tensors, facts, keep=1)
 
 
 def manifest(*keys, **changes):
@@ -237,7 +237,7 @@ def test_where_the_tokenizer_is_from(state, smollm2, tmp_path, monkeypatch):
 
 
 def test_who_wants_a_model_is_told_how_to_make_one(state, tmp_path):
-    checkpoint.save(state.parent, 100, {"a": torch.ones(1)}, {}, keep=2)
+    save_checkpoint(state.parent, 100, {"a": torch.ones(1)}, {}, keep=2)
     for path, message in (
         (state, f"a training state, not a model; python -m engine.export --model {state} --out DIR"),
         (state.parent, f"no model yet; python -m engine.export --model {state.parent}/checkpoint-100 --out DIR"),

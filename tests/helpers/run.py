@@ -65,7 +65,7 @@ from engine import finetune
 from engine.base.errors import exit_code_of
 from engine.data import packing
 from engine.model.llama import Transformer
-from engine.output import checkpoint
+from engine.output import checkpoint, saver
 from engine.training import datasets, evaluation, fine_tuning, loop, plan, prepare, saving, step
 from engine.training.optimizer import AdamW
 """

@@ -80,10 +80,10 @@ def test_two_runs_are_bit_equal(unbroken, tmp_path):
         "before(AdamW, 'step', 8, die)",  # before an update
         "import kernels; before(kernels, 'adamw', 150, die)",  # within an update
         "before(evaluation, 'evaluate', 3, die)",
-        "before(checkpoint, 'write_safetensors', 3, die)",  # in a save, three ways
-        "before(checkpoint.json, 'dump', 5, die)",
+        "before(saver, 'write_safetensors', 3, die)",  # in a save, three ways
+        "before(saver.json, 'dump', 5, die)",
         "before(checkpoint.os, 'rename', 3, die)",
-        "before(checkpoint, 'discard', 1, die)",  # in rotation
+        "before(checkpoint, 'remove_checkpoint', 1, die)",  # in rotation
         "before(saving, 'save_hf', 1, die)",  # the loop is over, the model not yet written
         "before(os, 'replace', 4, die)",  # within the export
     ],
@@ -128,7 +128,7 @@ def test_kill_9_at_random_moments_then_resume_is_bit_equal(unbroken, tmp_path):
         ("SIGTERM", "before(Transformer, 'loss', 32, term)", 6),  # within step 7: as if it had not begun
         ("SIGINT", "before(packing, 'collate', 34, term)", None),
         ("SIGTERM", "before(evaluation, 'evaluate', 3, term)", 6),
-        ("SIGTERM", "before(checkpoint, 'write_safetensors', 2, term)", 4),
+        ("SIGTERM", "before(saver, 'write_safetensors', 2, term)", 4),
         ("SIGINT", "before(evaluation, 'evaluate', 1, term)", 0),
     ],
     ids=["step", "collate", "eval", "save", "first eval"],
@@ -156,7 +156,7 @@ def test_a_signal_while_data_is_prepared_exits_143_at_once(unbroken, tmp_path):
 def test_a_second_signal_leaves_at_once_with_the_old_state_whole(unbroken, tmp_path):
     patch = (
         BEFORE_CALL
-        + "before(checkpoint, 'write_safetensors', 3, lambda: (term(), time.sleep(2), term(), time.sleep(60)))"
+        + "before(saver, 'write_safetensors', 3, lambda: (term(), time.sleep(2), term(), time.sleep(60)))"
     )
     began = time.monotonic()
     code, _, err = end(start(*arguments(tmp_path / "out", unbroken[0]), patch=patch))
@@ -168,11 +168,11 @@ def test_a_second_signal_leaves_at_once_with_the_old_state_whole(unbroken, tmp_p
 def test_a_full_disk_costs_a_save_not_the_run(unbroken, tmp_path):
     patch = (
         "def full(*args, **kwargs): raise OSError(28, 'No space left on device')\n"
-        "real, calls = checkpoint.write_safetensors, []\n"
+        "real, calls = saver.write_safetensors, []\n"
         "def sometimes(*args, **kwargs):\n"
         "    calls.append(1)\n"
         "    return full() if len(calls) == 2 else real(*args, **kwargs)\n"
-        "checkpoint.write_safetensors = sometimes"
+        "saver.write_safetensors = sometimes"
     )
     code, out, err = end(start(*arguments(tmp_path / "out", unbroken[0]), patch=patch))
     assert code == 0, err

@@ -162,7 +162,7 @@ def test_two_ranks_then_one_then_four_are_one_run(rows, reference, tmp_path):
     [
         "before(Transformer, 'loss', 4, die)",  # in a step
         "before(evaluation, 'evaluate', 2, die)",  # the other one is in the evaluation
-        "before(checkpoint, 'write_safetensors', 3, die)",  # in the writing of its shard
+        "before(saver, 'write_safetensors', 3, die)",  # in the writing of its shard
     ],
 )
 def test_a_rank_that_is_killed_ends_the_run_which_resumes(rows, reference, tmp_path, where):

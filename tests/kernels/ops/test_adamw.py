@@ -15,6 +15,7 @@ from engine.training.optimizer import AdamW
 from kernels.ops import eight_bit as dynamic_map
 from kernels.ops.common import INTERPRETED, launch_table
 from tests.helpers.run import finetune, worst
+from tests.helpers.training_states import save_checkpoint
 
 op, norm_op = (import_module(f"kernels.ops.{name}") for name in ("adamw", "grad_norm"))  # else they are the functions
 
@@ -422,7 +423,7 @@ def test_resumed_is_bit_equal(dtype, master, states, tmp_path):
 
     unbroken = optimizer_of(0)
     go(unbroken, range(3))
-    checkpoint.save(tmp_path, 3, unbroken.tensors(), {}, keep=1)
+    save_checkpoint(tmp_path, 3, unbroken.tensors(), {}, keep=1)
     resumed = optimizer_of(1)
     checkpoint.load(checkpoint.open_checkpoint(tmp_path / "checkpoint-3"), resumed.tensors())
     resumed.n_updates = unbroken.n_updates

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
-from engine.output import checkpoint
+from engine.output import checkpoint, saver
 from scripts.pages import gpu_table
 from scripts.step import bench as step_bench
 from scripts.step import rank_checks
@@ -123,7 +123,7 @@ def test_a_save_that_takes_longer_than_its_cadence_is_waited_for():
 
 
 def test_saves_are_of_the_whole_state_and_beside_steps(variant, tmp_path, monkeypatch):
-    states, write, slow = [], checkpoint.write, time.sleep
+    states, write, slow = [], saver.write_checkpoint, time.sleep
 
     def watched(*args):
         slow(0.1)  # some steps are taken meanwhile
@@ -133,7 +133,7 @@ def test_saves_are_of_the_whole_state_and_beside_steps(variant, tmp_path, monkey
             states.append({name.split(".")[0] for name in file.keys()})  # noqa: SIM118 (no dict)
         return saved
 
-    monkeypatch.setattr(checkpoint, "write", watched)
+    monkeypatch.setattr(saver, "write_checkpoint", watched)
     found = rank_bench.saves(variant, 2, 200, str(tmp_path), smoke=True)
     assert (
         states[0] == states[1] >= {"param", "m", "v"}
@@ -148,7 +148,7 @@ def test_saves_are_of_the_whole_state_and_beside_steps(variant, tmp_path, monkey
 
 
 def test_a_save_that_never_ends_fails(variant, monkeypatch):
-    monkeypatch.setattr(checkpoint.Saver, "poll", lambda self: None)
+    monkeypatch.setattr(saver.Saver, "poll", lambda self: None)
     with pytest.raises(TimeoutError, match="save 1 is not written after 9 steps"):
         rank_bench.saves(variant, 1, 9, None, smoke=True)
 
