@@ -1,1 +1,1 @@
-"""Will it fit, how long will it take, what will it cost."""
+"""Answers before a run: does it fit, how long does it take, what does it cost."""

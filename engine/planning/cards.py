@@ -67,7 +67,7 @@ class Card:
         return self.link_bytes_per_s(None if shards * replicas <= MACHINE else max(1, MACHINE // shards))
 
     def link_bytes_per_s(self, ports: int | None) -> float:
-        """Return the rate over a GPU's own link or over so many ports of its machine, whichever is lower.
+        """Return the rate over a GPU's own link or over a number of its machine's ports, whichever is lower.
 
         None stands for communication within a machine, which uses no port.
         """
@@ -120,8 +120,8 @@ def changed_card(
 ) -> Card:
     """Return the GPU with the given memory (GiB), peak (TFLOP/s), bandwidth (GB/s) and price ($ an hour).
 
-    None leaves a figure as it is. With another figure than the price it is another GPU: no report measured it, and its
-    price is not known unless given.
+    None leaves a figure as it is. A GPU with another memory, peak or bandwidth has no report, and no price unless one
+    is given.
     """
     figures = {"memory_gib": memory_gib, "peak_tflops": tflops, "bandwidth_gb_per_s": bandwidth}
     changes: dict[str, Any] = {name: value for name, value in figures.items() if value is not None}

@@ -25,7 +25,7 @@ class Limits:
     loss_share: float = 1.0  # rows with a loss, a token
 
     def batch(self, tokens: int) -> BatchShape:
-        """Return the size of a micro-batch of so many tokens, which may be a whole step."""
+        """Return the size of a micro-batch with this number of tokens, which may be a whole step."""
         one_micro_batch = self.step_tokens is not None and tokens >= self.step_tokens
         return BatchShape(tokens, math.ceil(self.loss_share * tokens), one_micro_batch)
 
@@ -75,7 +75,7 @@ def shards_of_8bit(c: ModelConfig, most: int = MOST_CARDS) -> list[int]:
 
 
 def shards_that_fit(c: ModelConfig, states: str, n_cards: int) -> list[int]:
-    """Return the numbers of shards of a replica that so many GPUs allow: divisors that cut no block of 8-bit states."""
+    """Return the numbers of shards that n_cards GPUs allow: divisors of n_cards that cut no block of 8-bit states."""
     divisors = [n for n in range(1, n_cards + 1) if n_cards % n == 0]
     if states != "8bit" or n_cards == 1:
         return divisors
@@ -212,7 +212,7 @@ def without_needless(found: list[tuple[int, set[str], Fit]]) -> list[Fit]:
 
 
 def least_bytes(c: ModelConfig, setting: Setting, tokens: int) -> int:
-    """Return the fewest bytes that any setting takes with a micro-batch of so many tokens, all with a loss.
+    """Return the fewest bytes that any setting takes with a micro-batch of `tokens`, all of which have a loss.
 
     Either all state is in the host's memory, or, on one GPU, there are no gradients in steps of one micro-batch.
     """

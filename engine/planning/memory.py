@@ -325,9 +325,10 @@ def gradients_at_once(c: ModelConfig, loss_rows: int, size: int, in_backward: bo
 def memory(c: ModelConfig, setting: Setting, batch: BatchShape) -> Memory:
     """Return the bytes of a training step on one GPU whose largest micro-batch is `batch`.
 
-    With offload master and states are in the host's memory, but for those in SLOTS, each as large as the states of the
-    largest tensor. Where no step has a second micro-batch, gradients appear as activations are freed, and an optimizer
-    in backward frees each of them at once. Raises ValueError for an optimizer in backward on several GPUs.
+    With offload, master and states are in the host's memory. They pass through SLOTS pieces of the GPU's memory, each
+    as large as the states of the largest tensor. Where no step has a second micro-batch, gradients appear as
+    activations are freed, and an optimizer in backward frees each of them at once. Raises ValueError for an optimizer
+    in backward on several GPUs.
     """
     if setting.in_backward and setting.n_cards > 1:
         raise ValueError(f"memory: in_backward with {setting.n_cards} cards, wanted one")

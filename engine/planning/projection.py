@@ -117,7 +117,7 @@ def project(
 def choose_mesh(
     c: ModelConfig, setting: Setting, recipe: Recipe, available_bytes: int, limits: Limits, share_tokens: int
 ) -> Setting:
-    """Return the setting with as many replicas as --replicas asks for, or as fit beside one GPU's share of a step.
+    """Return the setting with the replicas that --replicas asks for, or those that mesh_that_fits() chooses.
 
     Raises UsageError where shards would cut blocks of 8-bit states.
     """
@@ -138,9 +138,9 @@ def choose_mesh(
 
 
 def estimate_run(c: ModelConfig, card: Card, mix: Mix, recipe: Recipe, setting: Setting) -> Estimate:
-    """Return the memory, time and cost of a run, and, where it does not fit, of the settings that do.
+    """Return the memory, time and cost of a run. If it does not fit, also return those of the settings that fit.
 
-    The setting's replicas are replaced by what fits where the recipe asks for no number of them.
+    Where the recipe asks for no number of replicas, mesh_that_fits() chooses one.
     """
     available_bytes, speed = int(card.memory_gib * GIB), rates(card)
     whole = cut_into_micro_batches(mix, 2**40, recipe.micro_batch_size).largest  # in as few micro-batches as possible

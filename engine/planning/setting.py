@@ -36,7 +36,7 @@ class Setting:
         return self.shards * self.replicas
 
     def with_replicas(self, replicas: int) -> "Setting":
-        """Return the setting with the GPUs divided among so many replicas."""
+        """Return the setting with its GPUs divided among this number of replicas."""
         return replace(self, shards=self.n_cards // replicas, replicas=replicas)
 
 
@@ -66,7 +66,7 @@ def describe_mesh(shards: int, replicas: int) -> str:
 
 
 def mesh_problems(n_cards: int, replicas: int | None, global_batch_size: int, in_backward: bool) -> list[str]:
-    """Return why a run on so many GPUs is not projected: one message a problem, none where it is."""
+    """Return the reasons why a run on n_cards GPUs cannot be projected, one message each."""
     problems, is_in_range = [], 1 <= n_cards <= MOST_CARDS
     if not is_in_range:
         problems.append(f"--gpus is {n_cards}, wanted 1 to {MOST_CARDS}")

@@ -206,7 +206,7 @@ class Traffic:
 
 
 def step_traffic(c: ModelConfig, card: Card, dtype: torch.dtype, shards: int, replicas: int) -> Traffic:
-    """Return what each GPU sends when replicas of so many shards train the model.
+    """Return the bytes that each GPU sends when it trains the model with others.
 
     An all-gather sends (S - 1) / S of the weights. A reduce-scatter sends (S - 1) / S of the gradients and an
     all-reduce 2 (R - 1) / R of a shard's, both in fp32.

@@ -106,7 +106,7 @@ def alpaca_steps(max_length: int, train_on_prompt: bool, seed: int, share_prefix
 
 
 def alpaca_mix(recipe: Recipe, rows: int = ALPACA_ROWS, what: str = "") -> Mix:
-    """Return the Mix of Alpaca, or of another dataset of so many rows with Alpaca's lengths."""
+    """Return the Mix of Alpaca, or of another dataset with this number of rows and Alpaca's lengths."""
     lengths, _, order = alpaca_order(recipe.max_length, recipe.train_on_prompt, recipe.seed)
     if not len(order):
         raise UsageError(f"--max-length {recipe.max_length} leaves no row a token of its response")
@@ -142,9 +142,9 @@ class Cut:
 
 
 def cut_into_micro_batches(mix: Mix, most_tokens: int, most_examples: int | None = None) -> Cut:
-    """Return the cut of a step into as few micro-batches of at most so many tokens and examples as there can be.
+    """Return the cut of a step into the fewest micro-batches that keep to both limits.
 
-    They are evened out. Each micro-batch holds every shared prefix.
+    Their tokens are evened out. Each micro-batch holds every shared prefix.
     """
     prefix = min(mix.prefix, most_tokens / 2)
     by_examples = math.ceil(mix.per_step / (most_examples or mix.per_step))

@@ -7,7 +7,7 @@ from engine.training.config import FinetuneConfig
 
 
 def setting_from_config(config: FinetuneConfig, dtype: torch.dtype, n_cards: int = 1) -> Setting:
-    """Return the choices that decide the bytes of a step on so many GPUs. Without --replicas they hold one replica."""
+    """Return the choices that decide the bytes of a step on n_cards GPUs; without --replicas, of one replica."""
     replicas = (config.replicas or 1) if n_cards > 1 else 1
     return Setting(
         dtype, config.master_weights, config.optimizer_states, config.recompute, config.offload_optimizer,
@@ -16,7 +16,7 @@ def setting_from_config(config: FinetuneConfig, dtype: torch.dtype, n_cards: int
 
 
 def recipe_from_config(config: FinetuneConfig, n_cards: int = 1) -> Recipe:
-    """Return what a run on so many GPUs trains on, and how often."""
+    """Return what a run on n_cards GPUs trains on, and how often."""
     return Recipe(
         config.model, n_cards, config.replicas, config.epochs, config.max_steps, config.global_batch_size,
         config.micro_batch_tokens, config.micro_batch_size, config.max_length, config.seed, config.train_on_prompt,

@@ -100,7 +100,7 @@ def config_of(model: str, **changes: Any) -> FinetuneConfig:
 
 
 def estimate(card: str, n_cards: int, config: FinetuneConfig) -> Estimate:
-    """Return what engine.estimate finds for the run on so many GPUs, trained on Alpaca."""
+    """Return the estimate of the run on n_cards GPUs, trained on Alpaca."""
     recipe = recipe_from_config(config, n_cards)
     setting = setting_from_config(config, torch.bfloat16, n_cards)
     return estimate_run(MODELS[config.model], find_card(card), alpaca_mix(recipe), recipe, setting)

@@ -35,12 +35,12 @@ def config_of(model: str = "llama-7b", **changes: Any) -> FinetuneConfig:
 
 
 def recipe_of(n_cards: int = 1, **changes: Any) -> Recipe:
-    """Return the recipe of config_of(**changes) on so many GPUs."""
+    """Return the recipe of config_of(**changes) on n_cards GPUs."""
     return recipe_from_config(config_of(**changes), n_cards)
 
 
 def estimate_of(card: str = "H100", n_cards: int = 1, **changes: Any) -> Estimate:
-    """Return the estimate of config_of(**changes) on so many GPUs, trained on Alpaca."""
+    """Return the estimate of config_of(**changes) on n_cards GPUs, trained on Alpaca."""
     config, recipe = config_of(**changes), recipe_of(n_cards, **changes)
     setting = setting_from_config(config, torch.bfloat16, n_cards)
     return estimate_run(MODELS[config.model], find_card(card), alpaca_mix(recipe), recipe, setting)
