@@ -15,7 +15,7 @@ from engine.base.errors import CriaError, DataError, UsageError, exit_code_of
 from engine.base.flags import from_cli, knob
 from engine.formats.find import detect_kind, find_model
 from engine.formats.save import save_hf, save_meta
-from engine.formats.source import open_source
+from engine.formats.source import Source, open_source
 from engine.model.llama import new_model
 from engine.output.folder import RUN, require_disk_space
 from engine.output.state_as_model import State, open_state
@@ -69,6 +69,7 @@ def main(argv: list[str]) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out}: exists and is not empty; choose another folder")
     path = find_model(config.model)
+    source: State | Source
     if detect_kind(path) == "state":
         source = open_state(path)
         tokenizer = find_tokenizer_of_state(source, config.tokenizer)

@@ -11,14 +11,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one. Raises UsageError when CUDA is insisted on and absent."""
+    """Return the device of --device; "auto" takes CUDA when torch sees a GPU. Raise UsageError for a missing one."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no GPU; pass --device cpu or install a CUDA build of torch")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Whether the CPU has bf16 instructions; without them bf16 on a CPU is correct and very slow."""
+    """Return whether the CPU has bf16 instructions. Without them bf16 on a CPU is correct and very slow."""
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -27,15 +27,20 @@ def cpu_multiplies_bf16() -> bool:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bf16 on a GPU that has it, fp32 elsewhere."""
+    """Return the dtype of --dtype; "auto" takes bf16 on a GPU that has it, fp32 elsewhere.
+
+    Raise UsageError for "bf16" on a GPU without it.
+    """
     has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "bf16" and not has_bf16:
         raise UsageError(f"--dtype bf16: {torch.cuda.get_device_name()} has no bf16; pass --dtype fp32")
-    return DTYPES[name] if name != "auto" else DTYPES["bf16" if device.type == "cuda" and has_bf16 else "fp32"]
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" and has_bf16 else "fp32"
+    return DTYPES[name]
 
 
 def choose_kernels(name: str, device: torch.device) -> str:
-    """What --kernels means on the device: "triton" or "ref". Raises UsageError where the kernels cannot run."""
+    """Return what --kernels means on the device, "triton" or "ref". Raise UsageError where the kernels cannot run."""
     if name == "triton" and device.type == "cpu" and not kernels.INTERPRETED:
         raise UsageError("--kernels triton: they run on a GPU and the device is cpu; pass --kernels auto")
     if name == "ref" or (device.type == "cpu" and name == "auto"):

@@ -58,16 +58,16 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def strict(value):
-    """`value` as what JSON can say: NaN and infinities are null, lone surrogates are "?", 0-d arrays are numbers."""
+def make_json_safe(value: Any) -> Any:
+    """Return a value as JSON can hold it: NaN and infinities as null, lone surrogates as "?", 0-d arrays as numbers."""
     if isinstance(value, dict):
-        return {str(key): strict(item) for key, item in value.items()}
+        return {str(key): make_json_safe(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [strict(item) for item in value]
+        return [make_json_safe(item) for item in value]
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if value is None or isinstance(value, int):
         return value
-    return strict(value.item() if hasattr(value, "item") else str(value))
+    return make_json_safe(value.item() if hasattr(value, "item") else str(value))

@@ -1,4 +1,4 @@
-"""A model by name, folder or file, ready to run: weights, tokenizer and where they came from."""
+"""A model of any layout, named by --model, ready to generate text."""
 
 import torch
 
@@ -12,7 +12,10 @@ from engine.text.tokenizer_files import find_tokenizer
 def load_model(
     name: str, device: torch.device, dtype: torch.dtype, impl: str = "auto"
 ) -> tuple[Transformer, Tokenizer, Source]:
-    """The model with its weights, its tokenizer, and where they came from."""
+    """Return (model, tokenizer, source) of a model by its name, folder or file; the model is on the device.
+
+    Raise DataError or UsageError when it cannot be found or read.
+    """
     path = find_model(name)
     source = open_source(path)
     tokenizer = find_tokenizer(source.config, "", path)

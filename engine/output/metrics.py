@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from engine.base.files import strict
+from engine.base.files import make_json_safe
 
 PAGE = 4096  # bytes; a multiple of it is a page boundary on every Linux
 SPARE = 512  # bytes; a page with less room is filled with spaces: a train line (about 350) never crosses pages
@@ -27,7 +27,7 @@ class Metrics:
 
     def write(self, event: str, **fields) -> None:
         """Appends {"event": event, **fields}. NaN and infinities become null; raises OSError when the disk is full."""
-        text = json.dumps(strict({"event": event, **fields}), allow_nan=False).encode()
+        text = json.dumps(make_json_safe({"event": event, **fields}), allow_nan=False).encode()
         start = os.fstat(self.fd).st_size
         room = PAGE - start % PAGE
         if len(text) >= room:  # the newline counts too

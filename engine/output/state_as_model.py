@@ -14,7 +14,7 @@ from engine.formats.configs import Settings, join_problems
 from engine.formats.find import detect_kind
 from engine.model.config import ModelConfig, RopeScaling
 from engine.model.llama import Transformer, new_model
-from engine.model.shard import as_shards
+from engine.model.shard import Shard, as_shards
 from engine.output import checkpoint
 from engine.output.folder import RUN
 from engine.output.tensor_rows import check_fit
@@ -28,7 +28,7 @@ class State:
 
     checkpoint: checkpoint.Checkpoint
     config: ModelConfig
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the run's weights
     base: Path | None  # the model whose tokenizer and generation_config.json its run writes; None: random weights
     tokenizer: str | None  # the run's --tokenizer, "" where it named none; None: no run.json says
     generation_config: dict[str, Any]  # of base
@@ -38,7 +38,7 @@ class State:
         checkpoint.load(self.checkpoint, parameters_of(model), PARAMETERS)
 
 
-def parameters_of(model: Transformer) -> dict[str, torch.Tensor]:
+def parameters_of(model: Transformer) -> dict[str, torch.Tensor | Shard]:
     """Return the parameters of a model under their names in a training state."""
     return {PARAMETERS + name: p.detach() for name, p in model.named_parameters()}
 
@@ -48,8 +48,9 @@ def open_state(folder: Path) -> State:
 
     Raise DataError for a state that is broken or not ours.
     """
-    found, problems = checkpoint.open_checkpoint(folder), []
+    found = checkpoint.open_checkpoint(folder)
     manifest = found.manifest
+    problems: list[str] = []
     facts = Settings(manifest, checkpoint.MANIFEST, problems)
     config = config_from_state(facts.get("model", dict) or {}, problems)
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
@@ -62,14 +63,15 @@ def open_state(folder: Path) -> State:
     n_bytes = sum(entry["bytes"] for entry in manifest["files"].values())
     if config and dtype and config.n_parameters * dtype.itemsize > n_bytes:  # before a table is made of them
         facts.add_problem(f"{config.n_parameters} parameters by its model, but there are only {n_bytes} bytes")
-    if problems:
+    if problems or config is None or dtype is None:
         raise DataError(f"{folder}: {join_problems(problems)}")
     check_fit(
         folder, checkpoint.read_layout(found), as_shards(parameters_of(new_model(config, "meta", dtype))), PARAMETERS
     )
     base, tokenizer = find_base(folder, settings)
-    is_hf = base is not None and detect_kind(base) == "hf"
-    generation_config = read_json(base / "generation_config.json") if is_hf else {}
+    generation_config = {}
+    if base is not None and detect_kind(base) == "hf":
+        generation_config = read_json(base / "generation_config.json")
     return State(found, config, dtype, base, tokenizer, generation_config)
 
 
@@ -83,8 +85,8 @@ def find_base(folder: Path, settings: dict[str, Any]) -> tuple[Path | None, str 
     return base, run.get("config", {}).get("tokenizer")
 
 
-def config_from_state(raw: dict, problems: list[str]) -> ModelConfig | None:
-    """The ModelConfig whose asdict() a manifest holds. None when it added problems."""
+def config_from_state(raw: dict[str, Any], problems: list[str]) -> ModelConfig | None:
+    """Return the ModelConfig whose asdict() a manifest holds; None when faults were added to problems."""
     before, model = len(problems), Settings(raw, f"{checkpoint.MANIFEST}, model", problems)
     scaling = model.get("rope_scaling", dict, None)
     if scaling is not None:
@@ -93,10 +95,9 @@ def config_from_state(raw: dict, problems: list[str]) -> ModelConfig | None:
     return model.make_config(before, **read_fields(ModelConfig, model), rope_scaling=scaling)
 
 
-def read_fields(kind, settings):
-    """{field: value} of a dataclass, of its numbers and bools."""
+def read_fields(kind: type[ModelConfig] | type[RopeScaling], settings: Settings) -> dict[str, Any]:
+    """Return {field: value} for the numbers and bools of a dataclass."""
     types = {field.name: field.type for field in dataclasses.fields(kind)}
     for name in settings.raw.keys() - types.keys():
         settings.add_problem(f"{name[:80]} is not known to this version")
-    kinds = {int: int, int | None: int, float: float, bool: bool}
-    return {name: settings.get(name, kinds[type]) for name, type in types.items() if type in kinds}
+    return {name: settings.get(name, kind) for name, kind in types.items() if kind in (int, float, bool)}

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from engine.base.files import strict
+from engine.base.files import make_json_safe
 from engine.base.terminal import Output
 from engine.planning.cards import CARDS, GIB, MACHINE, PORT_GB_PER_S, PRICES_OF
 from engine.planning.fitting import least_bytes
@@ -321,7 +321,7 @@ def outcome_as_json(outcome: Outcome, available_bytes: int) -> dict[str, Any]:
 def estimate_as_json(found: Estimate, config: dict[str, Any]) -> dict[str, Any]:
     """Return an estimate and the command's flags (config) as JSON can hold them, every quantity with its unit."""
     speed, cards = found.rates, found.outcome.setting.n_cards
-    return strict({
+    return make_json_safe({
         "what": "engine.estimate", "config": config, "model": asdict(found.model),
         "parameters": found.model.n_parameters, "cards": cards,
         "label": projection_label(cards) if cards > 1 else None,

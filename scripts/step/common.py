@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.base.files import strict
+from engine.base.files import make_json_safe
 from engine.data.dataset import Dataset
 from engine.model.config import MODELS, ModelConfig
 from engine.planning.cards import PRICES_OF, card_named
@@ -155,7 +155,7 @@ class Records:
             record = {"failed": f"{type(error).__name__}: {said[0][:300]}"}
             # After an error of the device the process can use it no more: its parent begins another.
             broken = error if "CUDA error" in str(error) and not is_out_of_memory(error) else None
-        record = strict({"name": name, **record, "seconds": time.monotonic() - began})
+        record = make_json_safe({"name": name, **record, "seconds": time.monotonic() - began})
         self.result["records"].append(record)
         self.save()
         print(line(record), flush=True)

@@ -38,6 +38,7 @@ shapes = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
 
 
 def random_model(config, dtype=torch.float32, seed=0):
+    """Return our model with random weights whose logits are far from 0 and norms from 1."""
     model = new_model(config, "cpu", dtype)
     model.init_weights(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -75,6 +76,7 @@ def make_theirs(config):
 
 
 def read_model(path, dtype=None):
+    """Open a checkpoint and read it into a model that held NaN, so that a forgotten row shows."""
     source = open_source(path)
     model = new_model(source.config, "cpu", dtype or source.dtype)
     with torch.no_grad():
@@ -85,36 +87,43 @@ def read_model(path, dtype=None):
 
 
 def make_tokens(config, n=100):
+    """Return n random tokens, the same ones each time."""
     return torch.randint(config.vocab_size, (n,), generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
 def logits(model, tokens):
+    """Return our model's logits of one document, (T, V)."""
     n = len(tokens)
     return model.logits(model(tokens, torch.arange(n), torch.tensor([[0, n, 0, 0]], dtype=torch.int32)))
 
 
 @torch.no_grad()
 def their_logits(theirs, tokens):
+    """Return the logits of transformers' model, (T, V)."""
     return theirs.eval()(tokens[None]).logits[0]
 
 
 def load_theirs(folder, **options):
+    """Load a folder with transformers, which must find every tensor and no other."""
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     assert not any(info.values()), info
     return theirs
 
 
 def hash_files(folder):
+    """Return {name: sha256} of the files of a folder."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(folder).iterdir()}
 
 
 def same_weights(a, b):
+    """Return whether two models' parameters are equal, bit for bit."""
     a, b = dict(a.named_parameters()), dict(b.named_parameters())
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def assert_close(a, b):
+    """Assert that logits agree within TOLERANCE and are not all alike."""
     error = (a - b).abs().max().item()
     assert error <= TOLERANCE, f"logits differ by {error:.2e}"
     assert b.abs().max() > 0.5  # not all alike, so that agreeing says something

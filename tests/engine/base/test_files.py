@@ -1,0 +1,38 @@
+"""Files that are whole or absent, whatever the disk or a signal does in between."""
+
+import json
+import os
+
+import pytest
+
+from engine.base.files import read_json, write_json, write_whole
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file_and_no_temporary(call, tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_whole(path, b"old")
+    monkeypatch.setattr(os, call, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        write_whole(path, [b"new", b"er"])
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (calls.append(name), real(*args)))
+    write_whole(tmp_path / "file", [b"a", b"b"])
+    assert calls == ["fsync", "replace"] and (tmp_path / "file").read_bytes() == b"ab"
+
+
+def test_json_comes_back_and_what_is_no_object_is_empty(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": [1, "é"], "b": None})
+    assert read_json(path) == {"a": [1, "é"], "b": None}
+    assert path.read_text() == json.dumps({"a": [1, "é"], "b": None}, indent=1) + "\n"
+    for text in ("", "[1]", "{"):
+        path.write_text(text)
+        assert read_json(path) == {}
+    assert read_json(tmp_path / "missing") == {}
