@@ -17,7 +17,7 @@ from engine.base.device import DTYPES
 from engine.base.errors import CriaError, UsageError, exit_code_of
 from engine.base.flags import flag, from_cli, knob, nearest
 from engine.data.dataset import encode_rows
-from engine.data.rows import read_rows
+from engine.data.rows import read_rows, resolve_data_paths
 from engine.formats.find import find_model
 from engine.formats.source import open_source
 from engine.model.config import MODELS, ModelConfig
@@ -25,7 +25,7 @@ from engine.planning.cards import CARDS, PRICES_OF, changed_card, find_card
 from engine.planning.projection import Estimate, estimate_run
 from engine.planning.setting import Recipe, mesh_problems
 from engine.planning.tables import estimate_as_json, print_estimate
-from engine.planning.workload import SEED_TASKS, Mix, alpaca_mix, dataset_mix
+from engine.planning.workload import Mix, alpaca_mix, dataset_mix
 from engine.text.tokenizer_files import find_tokenizer
 from engine.training.config import FinetuneConfig
 from engine.training.planning_input import recipe_from_config, setting_from_config
@@ -114,8 +114,7 @@ def read_mix(config: EstimateConfig, recipe: Recipe, c: ModelConfig, model_path:
     """Return the numbers of --data under the model's tokenizer, or of Alpaca's lengths without data or tokenizer."""
     if not config.data:
         return alpaca_mix(recipe)
-    paths = [SEED_TASKS if name == "seed-tasks" else Path(name) for name in config.data]
-    rows, _ = read_rows(paths, config.skip_bad_rows)
+    rows, _ = read_rows(resolve_data_paths(config.data), config.skip_bad_rows)
     try:
         tokenizer = find_tokenizer(c, config.tokenizer, model_path)
     except CriaError as error:

@@ -10,7 +10,7 @@ import mmap
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from engine.base.errors import DataError
 from engine.text.templates import Message, Row
 
+SEED_TASKS = Path(__file__).parents[2] / "data_gen" / "seed_tasks.jsonl"  # embedded: --data seed-tasks
 MAX_ROW_BYTES = 8 << 20  # thousands of times an Alpaca row; parsing one takes up to 30 times its bytes
 MAX_NESTING = 32  # levels of lists and objects; the row itself is one
 SHOWN = 5  # bad rows that an error describes
@@ -35,6 +36,11 @@ KINDS: dict[type, str] = {
     dict: "an object",
     type(None): "null",
 }
+
+
+def resolve_data_paths(names: Iterable[str]) -> list[Path]:
+    """Return the files that --data names. "seed-tasks" names the embedded seed tasks."""
+    return [SEED_TASKS if name == "seed-tasks" else Path(name) for name in names]
 
 
 @dataclass(slots=True)

@@ -5,7 +5,6 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -17,7 +16,6 @@ from engine.planning.memory import BatchShape
 from engine.planning.setting import Recipe
 from kernels.measure.alpaca import ALPACA_ROWS, alpaca_lengths
 
-SEED_TASKS = Path(__file__).parents[2] / "data_gen" / "seed_tasks.jsonl"
 SAMPLED_STEPS = 32  # of a dataset
 
 

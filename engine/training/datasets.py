@@ -7,9 +7,8 @@ from engine.base.errors import DataError
 from engine.base.terminal import Progress, phase
 from engine.data import token_cache
 from engine.data.dataset import Dataset, Table, encode_rows, hold_out
-from engine.data.rows import Skipped, map_file, read_rows
+from engine.data.rows import Skipped, map_file, read_rows, resolve_data_paths
 from engine.distributed.world import World
-from engine.planning.workload import SEED_TASKS
 from engine.text.templates import Row
 from engine.text.tokenizer import Tokenizer
 from engine.training.config import FinetuneConfig
@@ -67,7 +66,7 @@ def read_tables(
 
     opened = []
     for names in filter(None, (config.data, config.eval_data)):
-        paths = [SEED_TASKS if name == "seed-tasks" else Path(name) for name in names]
+        paths = resolve_data_paths(names)
         key = key_of(paths)
         entry = cache and token_cache.load_entry(cache, key, paths, config.max_length, say)
         opened.append((paths, key, entry, None if entry else read_files(paths, config.skip_bad_rows, show_progress)))
