@@ -17,7 +17,7 @@ OPENAI = "https://api.openai.com/v1"
 OUR_FIELDS = ("model", "messages", "n", "stream", "max_tokens", "max_completion_tokens")  # what --extra may not set
 
 
-def make_parser(
+def make_value_parser(
     wanted: str, convert: Callable[[str], Value], is_valid: Callable[[Value], bool] = lambda value: True
 ) -> Callable[[str], Value]:
     """Return a parser of a flag's text. Its error says what was wanted."""
@@ -41,13 +41,13 @@ def parse_json(text: str) -> Any:
     return value
 
 
-parse_utf8 = make_parser("UTF-8", lambda text: text.encode() and text)
-parse_count = make_parser("a whole number of at least 1", int, lambda n: n >= 1)
-parse_limit = make_parser("a whole number from 1 to a million", int, lambda n: 1 <= n <= 10**6)
-parse_seconds = make_parser("seconds above 0", float, lambda s: 0 < s < 1e9)
-parse_dollars = make_parser("dollars from 0 to a million", parse_amount)
-parse_temperature = make_parser("a number from 0 to 2", float, lambda t: 0 <= t <= 2)
-parse_fields = make_parser(
+parse_utf8 = make_value_parser("UTF-8", lambda text: text.encode() and text)
+parse_count = make_value_parser("a whole number of at least 1", int, lambda n: n >= 1)
+parse_limit = make_value_parser("a whole number from 1 to a million", int, lambda n: 1 <= n <= 10**6)
+parse_seconds = make_value_parser("seconds above 0", float, lambda s: 0 < s < 1e9)
+parse_dollars = make_value_parser("dollars from 0 to a million", parse_amount)
+parse_temperature = make_value_parser("a number from 0 to 2", float, lambda t: 0 <= t <= 2)
+parse_fields = make_value_parser(
     f"a JSON object without {', '.join(OUR_FIELDS)}",
     parse_json,
     lambda value: isinstance(value, dict) and not set(value) & set(OUR_FIELDS),

@@ -22,6 +22,7 @@ from data_gen import generate as module
 from data_gen.api.prompt import Prompter, read_seed_tasks
 from data_gen.base.cli import run_for_exit_code
 from engine.data.rows import read_rows
+from tests.helpers.forks import Started
 from tests.helpers.openai_server import DIALECTS, Server, request_key
 from tests.helpers.run import ROOT, command, environment
 
@@ -50,12 +51,12 @@ def generate(server, out, *more):
     return run_for_exit_code(module.main, flags(server, out, *more))
 
 
-def started(server, out, *more):
-    """A run in a process of its own."""
-    words = [sys.executable, "-m", "data_gen.generate", *flags(server, out, *more)]
-    return subprocess.Popen(
-        words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+RUN = "from data_gen.base.cli import run_command\nfrom data_gen.generate import main\nrun_command(main)"
+
+
+def start(server, out, *more):
+    """Start a run in a process of its own, forked from one that has imported the packages."""
+    return Started(RUN, *flags(server, out, *more), env=environment())
 
 
 def rows_of(out):
@@ -148,14 +149,14 @@ def test_killed_again_and_again_it_is_the_same_dataset_and_nothing_recorded_is_a
     with Server(seed=3, faults=FAULTS | ANSWERS | ODD, latency_s=0.05) as server:
         kills, known = 0, []
         while kills < 5:
-            process = started(server, tmp_path, "--rows", 600, "--concurrency", 8)
+            process = start(server, tmp_path, "--rows", 600, "--concurrency", 8)
             before = len(server.log)
             while len(server.log) < before + rng.randrange(1, 9) and process.poll() is None:
                 time.sleep(0.002)
             time.sleep(rng.random() * 0.06)
             if process.poll() is not None:
                 break
-            process.send_signal(signal.SIGKILL)
+            process.kill()
             process.communicate()
             kills += 1
             time.sleep(0.1)  # the server notices
@@ -173,11 +174,11 @@ def test_killed_again_and_again_it_is_the_same_dataset_and_nothing_recorded_is_a
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_ends_it_with_143_and_what_was_paid_for_on_disk(unbroken, tmp_path, name):
     with Server(seed=3, faults=ANSWERS | ODD, latency_s=0.1) as server:
-        process = started(server, tmp_path, "--rows", 600, "--concurrency", 4)
+        process = start(server, tmp_path, "--rows", 600, "--concurrency", 4)
         while len(server.log) < 6:
             time.sleep(0.001)
-        process.send_signal(getattr(signal, name))
-        said, _ = process.communicate(timeout=60)
+        os.kill(process.pid, getattr(signal, name))
+        _, said = process.communicate(timeout=60)
         assert process.returncode == 143, said
         assert "the same command goes on" in said
         billed = {entry["key"] for entry in server.log if entry["billed"]}
@@ -190,7 +191,8 @@ def test_a_signal_ends_it_with_143_and_what_was_paid_for_on_disk(unbroken, tmp_p
 def test_a_reader_that_leaves_costs_no_answer(tmp_path):
     """tee, say, which the same Ctrl-C ends."""
     with Server(seed=3, latency_s=0.3) as server:
-        process = started(server, tmp_path, "--rows", 600, "--concurrency", 4)
+        words = [sys.executable, "-m", "data_gen.generate", *flags(server, tmp_path, "--rows", 600, "--concurrency", 4)]
+        process = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         while len(server.log) < 4:
             time.sleep(0.001)
         process.stdout.close()
@@ -202,14 +204,15 @@ def test_a_reader_that_leaves_costs_no_answer(tmp_path):
 
 def test_a_second_signal_leaves_at_once(tmp_path):
     with Server(seed=3, faults={"hang": 1.0}) as server:
-        process = started(server, tmp_path, "--rows", 600)
+        process = start(server, tmp_path, "--rows", 600)
         while not server.stats()["in_flight"]:
             time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        time.sleep(1.5)
+        process.terminate()
+        time.sleep(0.7)  # it would have left by now
         assert process.poll() is None, "it did not wait for what was in flight"
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=5) == 143
+        process.terminate()
+        process.communicate(timeout=60)
+        assert process.returncode == 143
 
 
 def test_a_second_signal_gives_the_terminal_back(monkeypatch):
@@ -353,13 +356,12 @@ def test_a_password_in_the_address_is_nowhere(tmp_path, capsys):
 
 def test_a_full_disk_is_told_and_costs_nothing_that_is_written(unbroken, tmp_path):
     size = 250_000  # of any file
-    code = f"import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}));"
-    code += "runpy.run_module('data_gen.generate', run_name='__main__')"
+    limit = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))\n"
     with Server(seed=3, faults=ANSWERS | ODD) as server:
-        words = [sys.executable, "-c", code, *flags(server, tmp_path, "--rows", 600)]
-        full = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
-        assert full.returncode == 1 and full.stderr.count("error:") == 1, full.stderr
-        assert "ledger.sqlite could not be written" in full.stderr and "Traceback" not in full.stderr
+        full = Started(limit + RUN, *flags(server, tmp_path, "--rows", 600), env=environment())
+        _, said = full.communicate(timeout=100)
+        assert full.returncode == 1 and said.count("error:") == 1, said
+        assert "ledger.sqlite could not be written" in said and "Traceback" not in said
         recorded, arrived = server_keys(done(tmp_path)), len(server.log)
         assert recorded and generate(server, tmp_path, "--rows", 600) == 0
         assert not recorded & {entry["key"] for entry in server.log[arrived:]}
@@ -377,15 +379,15 @@ def test_a_dataset_that_cannot_be_written_is_told(tmp_path, capsys):
         assert len(server.log) == asked and len(rows_of(tmp_path)) == 20
 
 
-def test_two_runs_in_one_folder(tmp_path):
-    with Server(seed=3, latency_s=0.3) as server:
-        first = started(server, tmp_path, "--rows", 600)
+def test_two_runs_in_one_folder(tmp_path, capsys):
+    with Server(seed=3, faults={"hang": 1.0}) as server:
+        first = start(server, tmp_path, "--rows", 600)
         while not server.stats()["in_flight"]:
             time.sleep(0.01)
-        second = command("data_gen.generate", *flags(server, tmp_path, "--rows", 600), check=False)
+        assert generate(server, tmp_path, "--rows", 600) == 2
+        assert first.poll() is None and "another process is at work" in capsys.readouterr().err
         first.kill()
         first.communicate()
-    assert second.returncode == 2 and "another process is at work" in second.stderr
 
 
 def test_other_settings_are_refused_or_allowed(tmp_path, capsys):

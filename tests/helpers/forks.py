@@ -1,4 +1,4 @@
-"""Processes of their own in a fraction of a second: forked from one that has imported the engine and done nothing else.
+"""Processes of their own in a fraction of a second: forked from one that has imported engine and data_gen, no more.
 
 Signals, exit codes, locks, threads and files are those of any other process; `python -c` would first import torch.
 """
@@ -13,7 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["engine.finetune", "engine.export", "engine.generate", "tests.helpers.forks"])
+COMMANDS = ["engine.finetune", "engine.export", "engine.generate", "data_gen.generate"]
+FORKS.set_forkserver_preload([*COMMANDS, "openai", "tests.helpers.forks"])
 
 
 class Started:

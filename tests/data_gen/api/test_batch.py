@@ -6,8 +6,6 @@ import os
 import random
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 import traceback
 from types import SimpleNamespace
@@ -25,8 +23,9 @@ from data_gen.api.batch import Batches, parse_line
 from data_gen.api.ledger import Ledger
 from data_gen.api.retries import Calls
 from data_gen.base.cli import run_for_exit_code
+from tests.helpers.forks import Started
 from tests.helpers.openai_server import Reply, Server, request_key
-from tests.helpers.run import ROOT, environment
+from tests.helpers.run import environment
 
 ANSWERS = {"truncated": 0.1, "malformed": 0.08, "refusal": 0.06, "content_policy_400": 0.08, "prose": 0.1}
 LINES = {"429": 0.1, "500": 0.1, "503": 0.05, "hang": 0.1}  # of lines in a batch; "hang" is its request_timeout
@@ -739,10 +738,10 @@ def test_a_signal_leaves_batches_at_work_and_the_same_command_takes_them(plain, 
 
 def test_a_signal_reaches_a_process_of_its_own(tmp_path):
     with serve(batch_polls=10**6) as server:
-        words = [sys.executable, "-m", "data_gen.generate", *flags(server, tmp_path, "--batch", "--poll", "500")]
-        process = subprocess.Popen(words, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+        code = "from data_gen.base.cli import run_command\nfrom data_gen.generate import main\nrun_command(main)"
+        process = Started(code, *flags(server, tmp_path, "--batch", "--poll", "500"), env=environment())
         until(lambda: any(batch.polls for batch in server.batches.values()) or process.poll() is not None)
-        process.send_signal(signal.SIGTERM)
+        process.terminate()
         _, said = process.communicate(timeout=60)
     assert process.returncode == 143 and "the same command goes on" in said
 

@@ -17,12 +17,11 @@ pytest.importorskip("rapidfuzz")
 
 from data_gen.api import collector as collect
 from data_gen.api import rate
-from data_gen.api.attempt import Ask, Asker, Limits
-from data_gen.api.client import Dialect, Reply, Sampling
+from data_gen.api.attempt import Ask, Limits
+from data_gen.api.client import Dialect, Reply
 from data_gen.api.collector import Collector
 from data_gen.api.ledger import Ledger
 from data_gen.api.prices import Budget, Price
-from data_gen.api.prompt import Prompter
 from data_gen.base.cli import Failure
 
 ONE = Price(1, 1)
@@ -403,13 +402,6 @@ def test_a_failure_after_the_last_row_is_none(make):
 
     collector.curator.add_outcome = last
     assert run(collector).curator.is_full
-
-
-def test_the_most_that_a_request_can_cost_is_by_the_bytes_of_its_body():
-    seeds = ({"instruction": "Écrivez « 雪 ».", "input": "", "output": "雪"},)
-    ask = Asker(Prompter(seeds), Sampling("m", 100, 1.0), Price(1, 10**6)).prepare(7, Dialect())
-    assert "雪" in ask.body["messages"][1]["content"]
-    assert ask.most == len(json.dumps(ask.body, ensure_ascii=False).encode()) + 100 * 10**6
 
 
 def test_stop_waits_for_what_is_in_flight(make):

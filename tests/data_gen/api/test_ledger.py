@@ -10,7 +10,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import astuple
 from pathlib import Path
 
@@ -70,12 +69,13 @@ asyncio.run(main())
 
 def test_what_was_committed_before_a_kill_is_there_after_it(tmp_path):
     rng, told_sent, told_received = random.Random(0), {}, {}
-    for _ in range(8):
+    for _ in range(6):
         child = subprocess.Popen([sys.executable, "-c", CHILD, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        first = child.stdout.readline()
-        time.sleep(rng.random() * 0.15)
+        lines, n = [], rng.randrange(1, 80)
+        while len(lines) < n:
+            lines.append(child.stdout.readline())
         child.send_signal(signal.SIGKILL)
-        lines = (first + child.communicate()[0]).splitlines()
+        lines += child.communicate()[0].splitlines()
         assert child.returncode == -signal.SIGKILL
         for line in lines:
             if len(words := line.split()) == 3:
@@ -91,7 +91,7 @@ def test_what_was_committed_before_a_kill_is_there_after_it(tmp_path):
         totals = ledger.compute_totals()
         assert totals.attempts == len(sent) and totals.uncertain == 7 * (len(sent) - len(found))
         ledger.close()
-    assert len(told_received) > 100 and len(found) > len(told_received) // 2
+    assert len(told_received) > 50 and len(found) > len(told_received) // 2
 
 
 @pytest.fixture

@@ -4,192 +4,21 @@ import base64
 import hashlib
 import json
 import math
-import random
 import re
 import shutil
 import statistics
 import subprocess
 from collections import Counter
 from html import unescape
-from html.parser import HTMLParser
-from itertools import pairwise
 
 import pytest
-from rapidfuzz.distance import LCSseq
 
 from data_gen.base.cli import DataError, UsageError, run_for_exit_code
-from data_gen.page import similarity
-from data_gen.page.figures import bin_whole_numbers
 from data_gen.page.report import write_report
-from data_gen.page.similarity import find_nearest_rows, split_by_common
-from data_gen.page.verbs import find_verb
 from data_gen.report import main
 from data_gen.rows.tokens import tokenize
+from tests.helpers.report_page import EVIL, Page, arcs, bars, make, plain, report
 from tests.helpers.run import shared
-
-EVIL = """</div></section></script><script>document.title='owned'</script><img src=x onerror="alert(1)">"'&lt;"""
-VERBS = {"Write": 9, "Describe": 5, "Explain": 4, "Create": 3, "Suggest": 2}  # and how often
-NOUNS = {"story": 8, "plan": 5, "method": 3, "name": 2, "letter": 1}
-TOPICS = """bread rain bicycles night trains maps winter gardens music bridges salt markets rivers owls clocks
-    tides""".split()  # noqa: SIM905
-REASONS = {"duplicate": 60, "empty output": 20, "given text missing": 9, "url": 4, "truncated": 6, "malformed": 3}
-REASONS |= {"refusal": 1}
-
-
-def make(n=400, seed=0):
-    """Rows with provenance, lines of rejected.jsonl and a run.json that agree."""
-    rng = random.Random(seed)
-
-    def pick(weights):
-        return rng.choices(list(weights), list(weights.values()))[0]
-
-    def words(k):
-        return " ".join(rng.choice(TOPICS) for _ in range(k))
-
-    def item():
-        instruction = f"{pick(VERBS)} a short {pick(NOUNS)} about {words(rng.randint(3, 9))}."
-        given = words(int(rng.lognormvariate(2, 0.8)) + 1) if rng.random() < 0.4 else ""
-        output = rng.choice(
-            [words(int(rng.lognormvariate(4, 1)) + 1), "42", f"- {words(3)}\n- {words(2)}", f"```\n{words(4)}\n```"]
-        )
-        return {"instruction": instruction, "input": given, "output": output}
-
-    rows, lost, request = [], [], 0
-    while len(rows) < n:
-        for number in range(1, 21):
-            at = {"request": request, "item": number}
-            if rng.random() < 0.2 + 0.4 * len(rows) / n:
-                line = at | {"reason": pick(REASONS), "detail": words(3)}
-                if line["reason"] not in ("truncated", "malformed"):
-                    line |= item()
-                if line["reason"] == "duplicate" and rows:
-                    line |= {"duplicate_of": rng.choice(rows[:9])["instruction"], "similarity": rng.uniform(0.7, 1)}
-                lost.append(line)
-            else:
-                source = {
-                    "model": "gpt-4.1-mini",
-                    "prompt_sha256": "0" * 64,
-                    "response_id": "chatcmpl-1",
-                    "usd": 0.0005,
-                }
-                rows.append(item() | {"provenance": at | source})
-        request += 1
-    counts = {"requests": request + 2, "answers": request, "failed_requests": 2, "items": len(rows) + len(lost)}
-    counts |= {"kept": len(rows), "repaired": {"marker removed": 17, "number removed": 4}}
-    counts["rejected"] = dict(Counter(line["reason"] for line in lost))
-    cost = {"spent_usd": 3.21, "uncertain_usd": 0.01, "cap_usd": 5.0, "input_tokens": 345678, "output_tokens": 2345678}
-    cost |= {"usd_per_million_in": 0.4, "usd_per_million_out": 1.6, "batch": False}
-    run = {"status": "done", "started": "2025-03-01T10:00:59+00:00", "seconds": 5234.5, "counts": counts, "cost": cost}
-    run |= {
-        "settings": {"model": "gpt-4.1-mini", "rows": n, "batch": False, "seed-tasks": None},
-        "models": {"gpt-4.1-mini": request},
-    }
-    return rows, lost, run | {"versions": {"openai": "3.1.0"}}
-
-
-class Page(HTMLParser):
-    """The parsed page: tags, visible text, and whether every tag was closed."""
-
-    VOID = ("meta", "!doctype")
-
-    def __init__(self, source):
-        super().__init__()
-        self.source, self.tags, self.open, self.texts = source, [], [], []
-        self.feed(source)
-        self.close()
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] not in ("script", "style"):
-            self.texts.append(data)
-
-    @property
-    def text(self):
-        return " ".join("".join(self.texts).split())
-
-    def section(self, key):
-        found = re.search(rf'<section><h2 id="{key}">(.*?)</section>', self.source, re.DOTALL)
-        return found[1] if found else ""
-
-    def figure(self, label):
-        """The value and the note of a key figure."""
-        found = re.search(rf"<dt>{label}</dt><dd>(.*?)</dd>", self.source)
-        return plain(found[1]) if found else None
-
-    def table(self):
-        return {
-            plain(key): plain(value) for key, value in re.findall(r"<tr><th>(.*?)</th><td>(.*?)</td></tr>", self.source)
-        }
-
-    def chart(self, title):
-        """What the bars of a histogram or the stretches of a line say: [(text, first number after its colon)]."""
-        found = re.search(
-            rf"<figure[^>]*><figcaption><div class=\"head\"><h3>{title}</h3>.*?</figure>", self.source, re.DOTALL
-        )
-        tips = re.findall(r'<g class="bin tip"><title>(.*?)</title>', found[0]) if found else []
-        return [(unescape(tip), int(re.search(r": ([\d,]+)", tip)[1].replace(",", ""))) for tip in tips]
-
-
-def plain(html):
-    return unescape(re.sub(r"<[^>]*>", "|", html)).strip("|")
-
-
-def bars(html):
-    """{name: count} and {name: share} of the bars in a piece of the page."""
-    rows = re.findall(
-        r'<span class="name">(.*?)</span>.*?<span class="n">([\d,]+) (?:<small>(.*?)</small>)?', html, re.DOTALL
-    )
-    return {unescape(a): int(n.replace(",", "")) for a, n, _ in rows}, {
-        unescape(a): unescape(share) for a, _, share in rows
-    }
-
-
-def arcs(page):
-    """{(verb, object or None): rows} of the sunburst."""
-    found = {}
-    for verb, noun, n in re.findall(r"<title>(\w+)(?: … (\w+))?: ([\d,]+) rows?", page.source):
-        found[verb, noun or None] = int(n.replace(",", ""))
-    return found
-
-
-def report(folder, rows, lost=None, run=None, name="dataset.jsonl"):
-    path = folder / name
-    path.write_text(json.dumps(rows) if name.endswith(".json") else "".join(json.dumps(row) + "\n" for row in rows))
-    for file, value in (("rejected.jsonl", lost), ("run.json", run)):
-        (folder / file).unlink(missing_ok=True)
-        if value is not None:
-            lines = "".join(json.dumps(line) + "\n" for line in value) if isinstance(value, list) else json.dumps(value)
-            (folder / file).write_text(value if isinstance(value, str) else lines)
-    out = write_report(path)
-    assert out == folder / "report.html" and not list(folder.glob(".*"))
-    page = Page(out.read_text())
-    allowed = (
-        "html head meta title style body header h1 p span nav a dl div dt dd small figure figcaption h3 output svg g"
-    )
-    allowed += (
-        " rect line text path circle section h2 ul li article details summary mark table thead tbody tr th td script"
-    )
-    assert {tag for tag, _ in page.tags} <= set(allowed.split())
-    assert sum(tag == "script" for tag, _ in page.tags) == 1
-    links = [a["href"] for tag, a in page.tags if tag == "a"]
-    assert links == [f"#{key}" for key in re.findall(r'<h2 id="(\w+)">', page.source)]
-    assert not [a for _, a in page.tags for key in a if key.startswith("on") or key in ("src", "style")]
-    assert all(a.get("aria-label") for t, a in page.tags if t == "svg" and a.get("role") == "img")
-    assert not re.search(
-        r"nan|inf\b|None", re.sub(r"<style>.*?</style>|<div class=\"text\">.*?</div>", "", page.source, flags=re.DOTALL)
-    )
-    return page
 
 
 @pytest.fixture(scope="module")
@@ -288,14 +117,6 @@ def test_a_long_tail_is_drawn_to_the_logarithm(tmp_path):
     assert float(marked) == pytest.approx(scale * math.log(3.5), abs=0.01)  # amid what is 3
 
 
-@pytest.mark.parametrize("values", [[1], [7] * 5, [1, 2], [3, 3, 1000], list(range(1, 400)), [1, 10**7], [250, 251]])
-def test_bins_hold_every_value_once(values):
-    bins, _ = bin_whole_numbers(values)
-    assert sum(n for _, _, n in bins) == len(values)
-    assert all(n == sum(a <= v < b for v in values) and a < b for a, b, n in bins)
-    assert all(x[1] == y[0] for x, y in pairwise(bins)) and 2 < len(bins) < 60
-
-
 def test_sunburst_counts_verbs_and_objects(whole):
     rows, _, _, page = whole
     pairs = Counter(
@@ -340,64 +161,6 @@ def test_similarities_and_what_attracted_duplicates(whole):
     expected = Counter(line["duplicate_of"] for line in lost if "duplicate_of" in line)
     html = page.section("duplicates").split("Most imitated")[1].split("Closest pairs")[0]
     assert bars(html)[0] == dict(expected) and list(bars(html)[0].values()) == sorted(expected.values(), reverse=True)
-
-
-def test_near_misses_are_the_closest_pairs_under_the_limit(tmp_path):
-    rows = make(120)[0][:120]
-    page = report(tmp_path, rows)
-    codes = [tokenize(row["instruction"]) for row in rows]
-    like = {
-        (i, j): 2 * LCSseq.similarity(codes[i], codes[j]) / (len(codes[i]) + len(codes[j]))
-        for i in range(120)
-        for j in range(i)
-    }
-    best = [max(score for pair, score in like.items() if i in pair) for i in range(120)]
-    bins = page.chart("Nearest other instruction")
-    assert sum(n for _, n in bins) == 120 and bins[-1][1] == sum(score > 0.95 - 1e-6 for score in best)
-    over = sum(score > 0.7 - 1e-9 for score in best)
-    assert f"a sample of 120 rows against all. {over} of them" in page.text and over > 1
-    shown = re.findall(r'<div class="score">([\d.]+)</div>.*?>row (\d+)<.*?>row (\d+)<', page.source, re.DOTALL)
-    scores = [float(score) for score, _, _ in shown]
-    assert len(shown) == 12 and scores == sorted(scores, reverse=True) and all(score < 0.7 for score in scores)
-    assert scores[0] == round(max(score for score in like.values() if score < 0.7 - 1e-9), 3)
-    assert all(round(like[int(b) - 1, int(a) - 1], 3) == float(score) for score, a, b in shown)
-    assert len({row for _, *pair in shown for row in pair}) == 24  # each row once
-
-
-def test_a_tie_with_the_limit_is_over_it():
-    tokens = [list("abcdefg123"), list("abcdefg456"), list("abcdexyz"), list("zzzzz")]
-    best, pairs = find_nearest_rows(tokens)
-    assert best[0] == pytest.approx(0.7) and all(score < 0.7 for score, _, _ in pairs)
-    assert all({a, b} != {0, 1} for _, a, b in pairs)
-
-
-def test_near_misses_of_a_sample_in_blocks(monkeypatch):
-    tokens = [tokenize(row["instruction"]) for row in make(300)[0][:300]] + [[], []]
-    whole = find_nearest_rows(tokens)
-    monkeypatch.setattr(similarity, "BLOCK_PAIRS", 2000)
-    assert find_nearest_rows(tokens) == whole and len(whole[0]) == 300
-    few, pairs = find_nearest_rows(tokens, most=20)
-    assert len(few) == 20 and set(few) <= set(whole[0]) and find_nearest_rows(tokens, most=20) == (few, pairs)
-    assert all(score > 0 for score, _, _ in pairs)
-    assert (
-        find_nearest_rows([])
-        == find_nearest_rows([[]])
-        == find_nearest_rows([["a"]])
-        == find_nearest_rows([["a"], []])
-        == ([], [])
-    )
-
-
-def test_words_in_common_are_marked():
-    one, two = "Write a Story, about the SEA; quickly.", "Now write about a story: the sea"
-    pieces = split_by_common(one, two)
-    assert "".join(text for text, _ in pieces) == one
-    assert [text for text, same in pieces if same] in (
-        ["Write", "a", "Story", "the", "SEA"],
-        ["Write", "about", "the", "SEA"],
-    )
-    for text in ("İstanbul'da bir gün", "", "日本 の 話", EVIL, "a" * 50):
-        assert "".join(piece for piece, _ in split_by_common(text, "bir a b の")) == text
 
 
 def test_kinds_and_languages(tmp_path):
@@ -489,66 +252,6 @@ def test_settings(whole):
     table = whole[3].table()
     assert table["model"] == "gpt-4.1-mini" and table["batch"] == "no" and table["seed-tasks"] == "-"
     assert table["openai"] == "3.1.0"
-
-
-# ---- verbs and objects ----------------------------------------------------------------------------------------------
-
-ROOTS = {
-    "Write a short story about a lonely robot.": "write story",
-    "write a haiku": "write haiku",
-    "Please suggest a few books for a child.": "suggest book",
-    "Can you explain the concept of entropy?": "explain concept",
-    "Could you please list three healthy snacks?": "list snack",
-    "Given a list of numbers, find the largest one.": "find",
-    "Given the following attributes, build a customer persona.": "build persona",
-    "In one sentence, explain photosynthesis.": "explain photosynthesis",
-    "Generate a list of ideas for a birthday party.": "generate idea",
-    "Create a set of five quiz questions on rivers.": "create question",
-    "Give me an example of a metaphor.": "give example",
-    "Tell me a joke about cats.": "tell joke",
-    "Come up with a creative tagline for a bakery.": "come tagline",
-    "Think of a new name for a café.": "think name",
-    "Fill in the blank: the sky is ___.": "fill blank",
-    "Compare and contrast the two cities.": "compare city",
-    "Summarise the article in two sentences.": "summarize article",
-    "Re-write this sentence in the passive voice.": "rewrite sentence",
-    "You are given a paragraph. Identify the main topic.": "identify topic",
-    "Your task is to classify the sentiment of the tweet.": "classify sentiment",
-    "I want you to act as a travel guide.": "act guide",
-    "Help me write an apology letter.": "write letter",
-    "Describe the following:": "describe",
-    "Sort the following list of words alphabetically.": "sort word",
-    "Write a product description for a backpack.": "write description",
-    "Create a marketing plan.": "create plan",
-    "Build a machine learning algorithm to sort mail.": "build algorithm",
-    "Compose a poem titled The Sea": "compose poem",
-    "Make a sentence using the word brave.": "make sentence",
-    "Name two European countries.": "name country",
-    "List the pros and cons of remote work": "list pros",
-    "Provide advice.": "provide advice",
-    "Find all the synonyms of happy": "find synonym",
-    "Design a logo.\nUse blue.": "design logo",
-    "Explain how a bicycle works.": "explain",
-    "Convert 5 miles to kilometers": "convert mile",
-    "Identify the children's favourite movies.": "identify movie",
-    "Rewrite the paragraph carefully": "rewrite paragraph",
-    "What is the capital of France?": "",
-    "How do I write a good resume?": "",
-    "If I have three apples, how many are left": "",
-    "The quick brown fox": "",
-    "": "",
-    "Classify the animals into groups: lion, name, list.": "classify animal",
-    "Review this author's": "review author",
-    "Write 3 hypotheses": "write hypothesis",
-    "请写一个故事": "",
-    "What happens here? Describe the scene.": "describe scene",
-    "Translate “good morning” into French": "translate morning",
-}
-
-
-@pytest.mark.parametrize("instruction", ROOTS)
-def test_root_verb_and_object(instruction):
-    assert " ".join(find_verb(instruction)).strip() == ROOTS[instruction]
 
 
 # ---- hostile, odd and missing ---------------------------------------------------------------------------------------

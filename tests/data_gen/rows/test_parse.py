@@ -1,13 +1,13 @@
 """Answers as models write them, whole and broken: every whole task is read, and a broken one costs no other."""
 
 import json
-import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_gen.rows.parse import EXCERPT, KINDS, MAX_DEPTH, MAX_PROBLEMS, parse_answer
+from tests.helpers.linear import assert_linear_time
 
 A = {"instruction": "Name a colour.", "input": "", "output": "Red"}
 B = {"instruction": 'Quote "him" and {"a": 1}.', "input": "x\ty\n\\", "output": "{"}
@@ -224,7 +224,7 @@ def test_problems_are_in_order():
 
 # Text that is made to hurt
 
-N = 40_000
+N = 16_000
 HOSTILE = {
     "braces": "{" * N,
     "quoted braces": '{"' * N,
@@ -248,14 +248,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_text_takes_linear_time(text):
-    def seconds(text):
-        start = time.process_time()
-        parse_answer(text, True)
-        return time.process_time() - start
-
-    whole, half = seconds(text), seconds(text[: len(text) // 2])
-    assert whole < 3 * half + 0.1, f"{half:.3f} s, then {whole:.3f} s for twice the text"
-    assert whole < 3
+    assert_linear_time(lambda part: parse_answer(part, True), text[: len(text) // 4], text)
 
 
 def test_a_string_of_100_mb_that_never_ends():

@@ -1,10 +1,7 @@
 """Exact ROUGE-L de-duplication, against comparing all pairs."""
-# ruff: noqa: RUF001 (texts of many scripts are the point)
 
 import json
 import random
-import re
-import sys
 from fractions import Fraction
 from itertools import product
 
@@ -13,14 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.run import ROOT, command, shared
+from tests.helpers.run import ROOT, shared
 
 pytest.importorskip("rapidfuzz")
 from rapidfuzz import process
 from rapidfuzz.distance import LCSseq
 
-from data_gen import dedup
-from data_gen.base.cli import run_for_exit_code
 from data_gen.rows import rouge
 from data_gen.rows.rouge import Deduplicator, rouge_l
 from data_gen.rows.tokens import tokenize
@@ -296,66 +291,7 @@ def test_more_tokens_than_characters(end, rebuilds, seed_instructions):
     assert len(strings) > 10 and (end < 0xE000) == (len(strings) == len(deduplicator))
 
 
-# ---- tokens ---------------------------------------------------------------------------------------------------------
-
-
-def rouge_score_tokens(text):
-    """rouge_score.tokenize.tokenize without a stemmer."""
-    text = re.sub(r"[^a-z0-9]+", " ", text.lower())
-    return [token for token in re.split(r"\s+", text) if re.match(r"^[a-z0-9]+$", token)]
-
-
-@given(st.text(st.characters(max_codepoint=127)))
-@settings(max_examples=300, derandomize=True)
-def test_ascii_tokens_are_those_of_rouge_score(text):
-    assert tokenize(text) == rouge_score_tokens(text)
-
-
-@given(st.text(st.characters(max_codepoint=127)))
-@settings(max_examples=200, derandomize=True)
-def test_a_character_beyond_ascii_changes_no_other_token(text):
-    assert tokenize(text + " é") == [*tokenize(text), "é"]
-    assert tokenize(text + " —") == tokenize(text)
-
-
-TOKENS = {
-    "snake_case isn't 3.14": "snake case isn t 3 14",
-    "Don’t stop—NOW": "don t stop now",
-    "Café CAFE\u0301 STRASSE Straße": "café café strasse strasse",
-    "ＦＵＬＬ width ①": "full width 1",
-    "नमस्ते दुनिया, कि की": "नमस्ते दुनिया कि की",
-    "தமிழ் மொழி": "தமிழ் மொழி",
-    "Привет, МИР": "привет мир",
-    "안녕 세계": "안녕 세계",
-    "مي\u200cخواهم": "ميخواهم",
-    "क्\u200dष co\u00adop": "क्ष coop",
-    "你好, abc世界123": "你 好 abc 世 界 123",
-    "日本の「カタカナ」": "日 本 の カ タ カ ナ",
-    "ﾊﾟﾝ": "パ ン",
-    "ดี่ไป ๑๒": "ดี่ ไ ป ๑๒",
-    "မြန်မာ ខ្មែរ བོད": "မြ န် မာ ខ្ មែ រ བོ ད",
-    "👍👍🏽 🎉!": "👍 👍🏽 🎉",
-    "❤️❤": "❤ ❤",
-    "👩‍💻👩🏽‍💻": "👩‍💻 👩🏽‍💻",
-    "🇫🇷🇩🇪🇫": "🇫🇷 🇩🇪 🇫",
-    "🏴\U000e0067\U000e0062\U000e007f🏴": "🏴\U000e0067\U000e0062\U000e007f 🏴",
-    "x² ± €5 →": "x2 ± 5 →",
-    "\U0001faff\ue000 \ud800": "\U0001faff \ue000",  # unknown to this Unicode, private, half a pair
-    "é_é": "é é",
-}
-
-
-@pytest.mark.parametrize("text", TOKENS)
-def test_unicode_tokens(text):
-    assert tokenize(text) == TOKENS[text].split(" ")
-
-
-@given(st.text())
-@settings(max_examples=300, derandomize=True)
-def test_tokens_of_any_text(text):
-    tokens = tokenize(text)
-    assert all(tokens)
-    assert tokenize(" ".join(tokens)) == tokens  # normal forms stay as they are
+# ---- similarities ---------------------------------------------------------------------------------------------------
 
 
 def test_emoji_are_told_apart():
@@ -365,118 +301,3 @@ def test_emoji_are_told_apart():
 def test_rouge_l_is_symmetric_and_exact():
     assert rouge_l("a b c d", "a c d e f") == rouge_l("a c d e f", "a b c d") == 6 / 9
     assert rouge_l("Hello, world", "hello world!") == 1
-
-
-# ---- the command ----------------------------------------------------------------------------------------------------
-
-ROWS = [
-    {"output": "x", "instruction": "Name three primary colours.", "id": 7, "deep": {"b": [1, None], "a": 0.1}},
-    {"instruction": "name THREE primary colours", "output": "é—\ud83d"},
-    {"instruction": "你好，世界", "output": ""},
-    {"instruction": "Name three primary numbers now", "output": "2 3 5"},
-    {"instruction": "Say something else entirely", "input": "\u2028"},
-    {"instruction": "", "z": 1, "a": 2},
-    {"instruction": "Say something else entirely please"},
-]
-KEPT = [0, 2, 3, 4, 5]
-
-
-def written(path, rows):
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    path.write_text(json.dumps(rows) if path.suffix == ".json" else lines)
-    return path
-
-
-def read(path):
-    text = path.read_text(encoding="utf-8")
-    return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.split("\n")[:-1]]
-
-
-@pytest.mark.parametrize("source", ["in.json", "in.jsonl"])
-@pytest.mark.parametrize("out", ["out.json", "out.jsonl"])
-def test_files(source, out, tmp_path, capsys):
-    file, out, rejected = written(tmp_path / source, ROWS), tmp_path / out, tmp_path / "no.jsonl"
-    assert run_for_exit_code(dedup.main, [str(file), "--out", str(out), "--rejected", str(rejected)]) == 0
-    rows = read(out)
-    assert rows == [ROWS[i] for i in KEPT]
-    assert [list(row) for row in rows] == [list(ROWS[i]) for i in KEPT]
-    assert read(rejected) == [
-        {
-            "row": at + 1,
-            "duplicates_row": first + 1,
-            "similarity": similarity,
-            "duplicates": ROWS[first]["instruction"],
-            "dropped": ROWS[at],
-        }
-        for at, first, similarity in ((1, 0, 1.0), (6, 4, 8 / 9))
-    ]
-    said = capsys.readouterr()
-    assert re.fullmatch(rf"7 rows, 5 kept, 2 dropped in \d+\.\d s: {re.escape(str(out))}\n", said.out)
-    assert said.err == ""
-
-
-def test_command_line_and_another_field(tmp_path):
-    file = written(tmp_path / "in.jsonl", [{"q": "a b c"}, {"q": "a b c d"}, {"q": "z"}])
-    done = command("data_gen.dedup", file, "--out", tmp_path / "out.jsonl", "--field", "q")
-    assert "3 rows, 2 kept, 1 dropped" in done.stdout
-    assert (tmp_path / "out.jsonl").read_text() == '{"q": "a b c"}\n{"q": "z"}\n'
-    done = command("data_gen.dedup", file, "--out", tmp_path / "out.jsonl", check=False)
-    assert done.returncode == 3 and "row 1: no 'instruction' among 'q'" in done.stderr
-
-
-@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
-def test_no_rows(suffix, tmp_path):
-    file, out = written(tmp_path / f"in{suffix}", []), tmp_path / f"out{suffix}"
-    assert run_for_exit_code(dedup.main, [str(file), "--out", str(out)]) == 0
-    assert read(out) == []
-
-
-@pytest.mark.parametrize(
-    "rows, says",
-    [
-        ([{"instruction": "a"}, {"input": "b"}], "row 2: no 'instruction' among 'input'; --field names another"),
-        ([{}], "row 1: no 'instruction' among no keys"),
-        ([{"instruction": "a"}, {"instruction": ["b"]}], "row 2: 'instruction' is of type list, wanted a string"),
-        ([{"instruction": None}], "row 1: 'instruction' is of type NoneType"),
-        ([{"instruction": "a"}, 5], "row 2: got int, wanted an object"),
-    ],
-)
-def test_rows_that_are_not_what_they_should_be(rows, says, tmp_path, capsys):
-    file, out = written(tmp_path / "in.json", rows), tmp_path / "out.json"
-    assert run_for_exit_code(dedup.main, [str(file), "--out", str(out)]) == 3
-    assert f"{file}, {says}" in capsys.readouterr().err
-    assert not out.exists()
-
-
-def test_files_that_cannot_be(tmp_path, capsys):
-    file, out = written(tmp_path / "in.json", ROWS), tmp_path / "out.json"
-    (tmp_path / "broken.jsonl").write_text('{"instruction": "a"}\n{"instr')
-    (tmp_path / "folder.json").mkdir()
-
-    def fails(code, says, *argv):
-        assert run_for_exit_code(dedup.main, list(map(str, argv))) == code
-        assert says in capsys.readouterr().err
-
-    fails(3, "absent.json cannot be read", tmp_path / "absent.json", "--out", out)
-    fails(3, "broken.jsonl:2 is not JSON", tmp_path / "broken.jsonl", "--out", out)
-    for name in ("out.csv", "out", "out.json.gz"):
-        fails(2, f"{name}: the suffix says the format; wanted .json or .jsonl", file, "--out", tmp_path / name)
-    fails(2, "there is no such folder", file, "--out", tmp_path / "none" / "out.json")
-    fails(2, "there is no such folder", file, "--out", out, "--rejected", tmp_path / "none" / "no.jsonl")
-    fails(2, "is a file of its own", file, "--out", out, "--rejected", out)
-    fails(2, "is a file of its own", file, "--out", out, "--rejected", file)
-    fails(1, "folder.json cannot be written", file, "--out", tmp_path / "folder.json")
-    with pytest.raises(SystemExit, match="2"):
-        dedup.main([str(file)])
-    assert not out.exists() and read(file) == ROWS
-
-
-def test_progress(monkeypatch, capsys):
-    assert list(dedup.show_progress(["a", "b"])) == ["a", "b"]
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(dedup, "REPORT_EVERY_S", 0)
-    assert list(dedup.show_progress(["a", "b"])) == ["a", "b"]
-    assert capsys.readouterr().err == "0 of 2 rows compared\n1 of 2 rows compared\n"
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert list(dedup.show_progress(["a", "b"])) == ["a", "b"]
-    assert "rows compared" not in capsys.readouterr().err

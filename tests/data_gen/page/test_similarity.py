@@ -1,0 +1,71 @@
+"""Near misses: the closest pairs under the limit, and the words that they share."""
+
+import re
+
+import pytest
+
+pytest.importorskip("rapidfuzz")
+from rapidfuzz.distance import LCSseq
+
+from data_gen.page import similarity
+from data_gen.page.similarity import find_nearest_rows, split_by_common
+from data_gen.rows.tokens import tokenize
+from tests.helpers.report_page import EVIL, make, report
+
+
+def test_near_misses_are_the_closest_pairs_under_the_limit(tmp_path):
+    rows = make(120)[0][:120]
+    page = report(tmp_path, rows)
+    codes = [tokenize(row["instruction"]) for row in rows]
+    like = {
+        (i, j): 2 * LCSseq.similarity(codes[i], codes[j]) / (len(codes[i]) + len(codes[j]))
+        for i in range(120)
+        for j in range(i)
+    }
+    best = [max(score for pair, score in like.items() if i in pair) for i in range(120)]
+    bins = page.chart("Nearest other instruction")
+    assert sum(n for _, n in bins) == 120 and bins[-1][1] == sum(score > 0.95 - 1e-6 for score in best)
+    over = sum(score > 0.7 - 1e-9 for score in best)
+    assert f"a sample of 120 rows against all. {over} of them" in page.text and over > 1
+    shown = re.findall(r'<div class="score">([\d.]+)</div>.*?>row (\d+)<.*?>row (\d+)<', page.source, re.DOTALL)
+    scores = [float(score) for score, _, _ in shown]
+    assert len(shown) == 12 and scores == sorted(scores, reverse=True) and all(score < 0.7 for score in scores)
+    assert scores[0] == round(max(score for score in like.values() if score < 0.7 - 1e-9), 3)
+    assert all(round(like[int(b) - 1, int(a) - 1], 3) == float(score) for score, a, b in shown)
+    assert len({row for _, *pair in shown for row in pair}) == 24  # each row once
+
+
+def test_a_tie_with_the_limit_is_over_it():
+    tokens = [list("abcdefg123"), list("abcdefg456"), list("abcdexyz"), list("zzzzz")]
+    best, pairs = find_nearest_rows(tokens)
+    assert best[0] == pytest.approx(0.7) and all(score < 0.7 for score, _, _ in pairs)
+    assert all({a, b} != {0, 1} for _, a, b in pairs)
+
+
+def test_near_misses_of_a_sample_in_blocks(monkeypatch):
+    tokens = [tokenize(row["instruction"]) for row in make(300)[0][:300]] + [[], []]
+    whole = find_nearest_rows(tokens)
+    monkeypatch.setattr(similarity, "BLOCK_PAIRS", 2000)
+    assert find_nearest_rows(tokens) == whole and len(whole[0]) == 300
+    few, pairs = find_nearest_rows(tokens, most=20)
+    assert len(few) == 20 and set(few) <= set(whole[0]) and find_nearest_rows(tokens, most=20) == (few, pairs)
+    assert all(score > 0 for score, _, _ in pairs)
+    assert (
+        find_nearest_rows([])
+        == find_nearest_rows([[]])
+        == find_nearest_rows([["a"]])
+        == find_nearest_rows([["a"], []])
+        == ([], [])
+    )
+
+
+def test_words_in_common_are_marked():
+    one, two = "Write a Story, about the SEA; quickly.", "Now write about a story: the sea"
+    pieces = split_by_common(one, two)
+    assert "".join(text for text, _ in pieces) == one
+    assert [text for text, same in pieces if same] in (
+        ["Write", "a", "Story", "the", "SEA"],
+        ["Write", "about", "the", "SEA"],
+    )
+    for text in ("İstanbul'da bir gün", "", "日本 の 話", EVIL, "a" * 50):
+        assert "".join(piece for piece, _ in split_by_common(text, "bir a b の")) == text

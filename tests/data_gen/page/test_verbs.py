@@ -1,0 +1,62 @@
+"""Verbs of instructions and their objects."""
+
+import pytest
+
+from data_gen.page.verbs import find_verb
+
+ROOTS = {
+    "Write a short story about a lonely robot.": "write story",
+    "write a haiku": "write haiku",
+    "Please suggest a few books for a child.": "suggest book",
+    "Can you explain the concept of entropy?": "explain concept",
+    "Could you please list three healthy snacks?": "list snack",
+    "Given a list of numbers, find the largest one.": "find",
+    "Given the following attributes, build a customer persona.": "build persona",
+    "In one sentence, explain photosynthesis.": "explain photosynthesis",
+    "Generate a list of ideas for a birthday party.": "generate idea",
+    "Create a set of five quiz questions on rivers.": "create question",
+    "Give me an example of a metaphor.": "give example",
+    "Tell me a joke about cats.": "tell joke",
+    "Come up with a creative tagline for a bakery.": "come tagline",
+    "Think of a new name for a café.": "think name",
+    "Fill in the blank: the sky is ___.": "fill blank",
+    "Compare and contrast the two cities.": "compare city",
+    "Summarise the article in two sentences.": "summarize article",
+    "Re-write this sentence in the passive voice.": "rewrite sentence",
+    "You are given a paragraph. Identify the main topic.": "identify topic",
+    "Your task is to classify the sentiment of the tweet.": "classify sentiment",
+    "I want you to act as a travel guide.": "act guide",
+    "Help me write an apology letter.": "write letter",
+    "Describe the following:": "describe",
+    "Sort the following list of words alphabetically.": "sort word",
+    "Write a product description for a backpack.": "write description",
+    "Create a marketing plan.": "create plan",
+    "Build a machine learning algorithm to sort mail.": "build algorithm",
+    "Compose a poem titled The Sea": "compose poem",
+    "Make a sentence using the word brave.": "make sentence",
+    "Name two European countries.": "name country",
+    "List the pros and cons of remote work": "list pros",
+    "Provide advice.": "provide advice",
+    "Find all the synonyms of happy": "find synonym",
+    "Design a logo.\nUse blue.": "design logo",
+    "Explain how a bicycle works.": "explain",
+    "Convert 5 miles to kilometers": "convert mile",
+    "Identify the children's favourite movies.": "identify movie",
+    "Rewrite the paragraph carefully": "rewrite paragraph",
+    "What is the capital of France?": "",
+    "How do I write a good resume?": "",
+    "If I have three apples, how many are left": "",
+    "The quick brown fox": "",
+    "": "",
+    "Classify the animals into groups: lion, name, list.": "classify animal",
+    "Review this author's": "review author",
+    "Write 3 hypotheses": "write hypothesis",
+    "请写一个故事": "",
+    "What happens here? Describe the scene.": "describe scene",
+    "Translate “good morning” into French": "translate morning",
+}
+
+
+@pytest.mark.parametrize("instruction", ROOTS)
+def test_root_verb_and_object(instruction):
+    assert " ".join(find_verb(instruction)).strip() == ROOTS[instruction]

@@ -1,0 +1,69 @@
+"""Tokens: rouge_score's for ASCII, words of letters and marks for any other script, and emoji whole."""
+# ruff: noqa: RUF001 (texts of many scripts are the point)
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_gen.rows.tokens import tokenize
+
+
+def rouge_score_tokens(text):
+    """rouge_score.tokenize.tokenize without a stemmer."""
+    text = re.sub(r"[^a-z0-9]+", " ", text.lower())
+    return [token for token in re.split(r"\s+", text) if re.match(r"^[a-z0-9]+$", token)]
+
+
+@given(st.text(st.characters(max_codepoint=127)))
+@settings(max_examples=300, derandomize=True)
+def test_ascii_tokens_are_those_of_rouge_score(text):
+    assert tokenize(text) == rouge_score_tokens(text)
+
+
+@given(st.text(st.characters(max_codepoint=127)))
+@settings(max_examples=200, derandomize=True)
+def test_a_character_beyond_ascii_changes_no_other_token(text):
+    assert tokenize(text + " é") == [*tokenize(text), "é"]
+    assert tokenize(text + " —") == tokenize(text)
+
+
+TOKENS = {
+    "snake_case isn't 3.14": "snake case isn t 3 14",
+    "Don’t stop—NOW": "don t stop now",
+    "Café CAFE\u0301 STRASSE Straße": "café café strasse strasse",
+    "ＦＵＬＬ width ①": "full width 1",
+    "नमस्ते दुनिया, कि की": "नमस्ते दुनिया कि की",
+    "தமிழ் மொழி": "தமிழ் மொழி",
+    "Привет, МИР": "привет мир",
+    "안녕 세계": "안녕 세계",
+    "مي\u200cخواهم": "ميخواهم",
+    "क्\u200dष co\u00adop": "क्ष coop",
+    "你好, abc世界123": "你 好 abc 世 界 123",
+    "日本の「カタカナ」": "日 本 の カ タ カ ナ",
+    "ﾊﾟﾝ": "パ ン",
+    "ดี่ไป ๑๒": "ดี่ ไ ป ๑๒",
+    "မြန်မာ ខ្មែរ བོད": "မြ န် မာ ខ្ មែ រ བོ ད",
+    "👍👍🏽 🎉!": "👍 👍🏽 🎉",
+    "❤️❤": "❤ ❤",
+    "👩‍💻👩🏽‍💻": "👩‍💻 👩🏽‍💻",
+    "🇫🇷🇩🇪🇫": "🇫🇷 🇩🇪 🇫",
+    "🏴\U000e0067\U000e0062\U000e007f🏴": "🏴\U000e0067\U000e0062\U000e007f 🏴",
+    "x² ± €5 →": "x2 ± 5 →",
+    "\U0001faff\ue000 \ud800": "\U0001faff \ue000",  # unknown to this Unicode, private, half a pair
+    "é_é": "é é",
+}
+
+
+@pytest.mark.parametrize("text", TOKENS)
+def test_unicode_tokens(text):
+    assert tokenize(text) == TOKENS[text].split(" ")
+
+
+@given(st.text())
+@settings(max_examples=300, derandomize=True)
+def test_tokens_of_any_text(text):
+    tokens = tokenize(text)
+    assert all(tokens)
+    assert tokenize(" ".join(tokens)) == tokens  # normal forms stay as they are
