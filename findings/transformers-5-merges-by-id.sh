@@ -13,7 +13,7 @@ trap 'rm -rf "$work"' EXIT
 cd "$work"
 python3 -m venv env
 env/bin/python -m pip install --quiet --disable-pip-version-check \
-  transformers==5.24.0 tokenizers==0.23.3 sentencepiece==0.2.3 protobuf==6.33.5
+  transformers==5.24.0 tokenizers==0.23.3 sentencepiece==0.2.3 protobuf==7.36.2
 env/bin/python - <<'PYTHON'
 import json
 import sys
