@@ -1,5 +1,4 @@
-"""Every op of the training step except the GEMMs; one file each: the formula, the reference, the kernels, the public
-function."""
+"""The ops of a training step, except the GEMMs: their public functions. Each op is one file of kernels/ops."""
 
 from kernels.ops.adamw import adamw, adamw_state, master_of
 from kernels.ops.attention import attention, attention_plan, rope_attention, rope_attention_rows

@@ -1,1 +1,1 @@
-"""What the compiler makes of the kernels that ship: launches, machine code, and the rules it must keep."""
+"""What the compiler makes of the shipped kernels: launches, machine code, and the rules that the code must keep."""

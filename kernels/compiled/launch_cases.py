@@ -124,7 +124,7 @@ def attention_cases() -> Iterator[Case]:
         starts = [0, *range(40, n, 87)]
         table = [(a, b, 0, 40 if a else 0) for a, b in zip(starts, [*starts[1:], n], strict=True)]
         qkv = make(n, heads + 2 * kv_heads, d)
-        plan = attention_plan.plan(torch.tensor(table), n, d, make.device)
+        plan = attention_plan.make_plan(torch.tensor(table), n, d, make.device)
         return (*qkv.split((heads, kv_heads, kv_heads), 1), plan)
 
     def forward(*sizes):

@@ -191,7 +191,10 @@ def _source_line(text, places):
     Folders are left out, because two checkouts may share Triton's cache.
     """
     while not (found := re.match(r'"([^"]*)":(\d+):\d+', text)):
-        text = places[re.search(r"#loc\d*", text)[0]]
+        inner = re.search(r"#loc\d*", text)
+        if not inner:
+            raise ValueError(f"a location of TTGIR names no line: {text}")
+        text = places[inner[0]]
     return Path(found[1]).name, int(found[2])
 
 

@@ -1,1 +1,1 @@
-"""What a GPU does with the kernels: cases, peers, checks against fp64, clocks and plots."""
+"""Measurements of the kernels: cases, peers, checks against the reference, the clock, plots and the tuner."""

@@ -31,7 +31,10 @@ class AlpacaLengths:
 def alpaca_lengths() -> AlpacaLengths:
     """Return the lengths in alpaca_lengths.json, which is read once a process."""
     table = json.loads(LENGTHS.read_text())
-    columns = [np.array(list(table[name]), np.int64) for name in ("prompt", "response", "has_input")]
-    for column in columns:
+    prompt, response, has_input = (
+        np.array(list(table[name]), np.int64) for name in ("prompt", "response", "has_input")
+    )
+    for column in (prompt, response, has_input):
         column.flags.writeable = False
-    return AlpacaLengths(*columns, (table["shared_prefix"]["no_input"], table["shared_prefix"]["input"]))
+    shared_prefix = table["shared_prefix"]["no_input"], table["shared_prefix"]["input"]
+    return AlpacaLengths(prompt, response, has_input, shared_prefix)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from triton.runtime.jit import JITFunction
 
 from kernels.compiled.launch_cases import Case, Make, all_cases
-from kernels.compiled.launches import Launch, NotingTable, call_case, compile_all, patched, record_launches
+from kernels.compiled.launches import EntryPath, Launch, NotingTable, call_case, compile_all, patched, record_launches
 from kernels.compiled.machine_code import Facts, programs_per_sm
 from kernels.compiled.rules import Violation, judge
 from kernels.ops import common
@@ -104,12 +104,15 @@ def find_entries(op: str, chip: str, make: Make, table: Table) -> list[Entry]:
 
     The cases are launched, except on tensors without storage ("meta"), where their launches do nothing.
     """
-    readers: dict[tuple[str, str, str, str], list[Case]] = {}
+    readers: dict[EntryPath, list[Case]] = {}
     run = JITFunction.run if make.device.type != "meta" else (lambda *args, **kwargs: None)
     for case in all_cases([op]):
-        read: list[tuple[str, str, str, str]] = []
-        noting = NotingTable(table, lambda path, _, read=read: read.append(path), (op,))
-        with using_table(noting, chip), patched(JITFunction, run=run):
+        read: list[EntryPath] = []
+
+        def note(path, _, read=read):
+            read.append(path)
+
+        with using_table(NotingTable(table, note, (op,)), chip), patched(JITFunction, run=run):
             call_case(case.build(make))
         for path in dict.fromkeys(read):
             readers.setdefault(path, []).append(case)
@@ -123,17 +126,14 @@ Trial = list[tuple[Launch, Facts | str, list[Violation]]]  # the launches of one
 
 def try_tables(entry: Entry, tables: list[Table], workers: int) -> list[Trial]:
     """Compile and judge, for each table, the launches of the entry's cases that use the entry or its follower."""
-    kernels = (entry.kernel, *FOLLOWS.get((entry.op, entry.kernel), ())[:1])
+    kernels = [entry.kernel]
+    if (entry.op, entry.kernel) in FOLLOWS:
+        kernels.append(FOLLOWS[entry.op, entry.kernel][0])
     paths = [(entry.op, kernel, entry.chip, entry.size) for kernel in kernels]
-    launches = [
-        [
-            launch
-            for case in entry.cases
-            for launch in record_launches(case, entry.chip, lambda op, table=table: table)
-            if launch.entry in paths
-        ]
-        for table in tables
-    ]
+    launches = []
+    for table in tables:
+        recorded = [x for case in entry.cases for x in record_launches(case, entry.chip, {entry.op: table}.__getitem__)]
+        launches.append([launch for launch in recorded if launch.entry in paths])
     facts = iter(compile_all([launch for group in launches for launch in group], workers))
     return [
         [(launch, found, judge(launch, found)) for launch, found in zip(group, facts, strict=False)]

@@ -292,7 +292,7 @@ def grad_norm_case(shapes: Sequence[tuple[int, ...]], label: str, main: bool = F
 
 def adamw_case(shape: tuple[int, ...], master: str | None, states: str, main: bool = False) -> BenchCase:
     """Return a case of AdamW, checked against the reference. Peers compute other updates and are timed unchecked."""
-    settings = dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
+    settings: dict[str, Any] = dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
 
     def inputs(device, dtype):
         dtype = torch.float32 if master is None else torch.bfloat16

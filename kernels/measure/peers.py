@@ -119,7 +119,7 @@ def sdpa(backend: str) -> Prepare:
         width, device = max(lengths), inputs.q.device
         rows = torch.arange(width, device=device)
         keep = rows[None] < torch.tensor(lengths, device=device)[:, None]  # (N, width)
-        grouped = {"enable_gqa": True} if case.sizes["heads"] != case.sizes["kv_heads"] else {}
+        is_grouped = case.sizes["heads"] != case.sizes["kv_heads"]
 
         def to(t):
             padded = t.new_zeros(len(lengths), width, *t.shape[1:])
@@ -128,7 +128,7 @@ def sdpa(backend: str) -> Prepare:
 
         def fn(q, k, v):
             with sdpa_kernel(getattr(SDPBackend, backend)):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True, **grouped)
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=is_grouped)
 
         return _with_layout(inputs, upstream, to, lambda t: t.transpose(1, 2)[keep], fn)
 
@@ -167,7 +167,9 @@ def varlen(case: BenchCase, inputs: Inputs, upstream: tuple[torch.Tensor, ...]) 
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
-    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}  # torch 2.11 to 2.13
+    options: dict[str, Any] = (
+        {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    )  # torch 2.11 to 2.13
     if case.sizes["heads"] != case.sizes["kv_heads"]:
         if "enable_gqa" not in known:
             raise Absent(f"varlen_attn of torch {torch.__version__} takes no grouped queries")

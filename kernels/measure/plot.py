@@ -1,22 +1,26 @@
 """Pictures of what kernels.bench measured: fractions of the roofline, and the roofline itself. Needs matplotlib."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-# Okabe and Ito's palette: told apart by colour-blind readers too. Ours is always the blue.
+from kernels.measure.results import Record, Result
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart. Ours is always the blue.
 OURS, OTHERS = "#0072B2", ("#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442", "#000000")
 PASSES = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "forward + backward"}
 MARKERS = "osD^vPXh<>"
 PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # behind text that crosses a line
-STYLE = {
+STYLE: Any = {
     "figure.facecolor": "white", "axes.facecolor": "white", "savefig.facecolor": "white", "font.size": 10,
     "axes.titlesize": 12, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
 }  # fmt: skip
 
 
-def draw(result, folder):
-    """Draws every op's fractions and the roofline of a result of kernels.bench into the folder. Returns the paths.
+def draw(result: Result, folder: str | Path) -> list[Path]:
+    """Draw every op's fractions and the roofline of a result of kernels.bench into the folder. Return the paths.
 
-    Raises ImportError where matplotlib is missing, ValueError where nothing was timed.
+    Raises ImportError without matplotlib, ValueError if nothing was timed.
     """
     try:
         import matplotlib
@@ -30,46 +34,47 @@ def draw(result, folder):
     if not timed:
         raise ValueError("kernels.bench: nothing was timed, so there is nothing to draw")
     folder.mkdir(parents=True, exist_ok=True)
-    whole, paths = whose_passes(timed), []
+    whole, paths = _widest_passes(timed), []
     with plt.rc_context(STYLE):
         for op in dict.fromkeys(r["op"] for r in timed):
-            figure = bars(plt, op, [r for r in timed if r["op"] == op], device(result))
-            paths.append(save(plt, figure, folder / f"{op}.png"))
+            figure = _draw_bars(plt, op, [r for r in timed if r["op"] == op], _describe_device(result))
+            paths.append(_save(plt, figure, folder / f"{op}.png"))
         ours = [r for r in timed if r["who"] == "ours" and r["pass"] == whole[r["op"], r["shape"]] and r["flops"]]
         if ours:
-            paths.append(save(plt, roofline(plt, ours, result["ceilings"], device(result)), folder / "roofline.png"))
+            figure = _draw_roofline(plt, ours, result["ceilings"], _describe_device(result))
+            paths.append(_save(plt, figure, folder / "roofline.png"))
     return paths
 
 
-def device(result):
+def _describe_device(result: Result) -> str:
     facts = result["machine"]
     return f"{facts['device']}, torch {facts['torch']}, {facts['date']}"
 
 
-def save(plt, figure, path):
+def _save(plt: Any, figure: Any, path: Path) -> Path:
     figure.savefig(path, dpi=160, bbox_inches="tight")
     plt.close(figure)
     return path
 
 
-def whose_passes(records):
-    """(op, shape) -> forward + backward where it was measured, else forward."""
-    passes = {}
+def _widest_passes(records: Sequence[Record]) -> dict[tuple[str, str], str]:
+    """Return (op, shape) -> "fwd+bwd" if it was measured, else "fwd"."""
+    passes: dict[tuple[str, str], set[str]] = {}
     for r in records:
         passes.setdefault((r["op"], r["shape"]), set()).add(r["pass"])
     return {key: "fwd+bwd" if "fwd+bwd" in found else "fwd" for key, found in passes.items()}
 
 
-def colours(names):
+def _colours(names: Sequence[str]) -> dict[str, str]:
     others = (name for name in names if name != "ours")
     return {"ours": OURS} | {name: OTHERS[i % len(OTHERS)] for i, name in enumerate(others)}
 
 
-def bars(plt, op, records, device):
-    """A panel for each shape, a bar for each contender and pass: the fraction of the roofline."""
+def _draw_bars(plt: Any, op: str, records: Sequence[Record], device: str) -> Any:
+    """Return a figure: a panel for each shape, a bar for each contender and pass, its fraction of the roofline."""
     shapes = list(dict.fromkeys(r["shape"] for r in records))
     names = sorted(dict.fromkeys(r["who"] for r in records), key=lambda name: name != "ours")
-    colour = colours(names)
+    colour = _colours(names)
     columns = 1 if len(shapes) <= 4 else 3
     grid = [shapes[i : i + columns] for i in range(0, len(shapes), columns)]
     tallest = [max(sum(r["shape"] == shape for r in records) for shape in row) for row in grid]
@@ -87,7 +92,7 @@ def bars(plt, op, records, device):
             rows = sorted((r for r in records if r["shape"] == shape and r["pass"] == kind), key=lambda r: r["ms"])
             for r in rows:
                 ax.barh(place, r["fraction"], height=0.8, color=colour[r["who"]])
-                ax.text(r["fraction"] + 0.01 * widest, place, said(r), va="center", fontsize=8, bbox=PAPER)
+                ax.text(r["fraction"] + 0.01 * widest, place, _label(r), va="center", fontsize=8, bbox=PAPER)
                 place += 1
             if rows:
                 ticks.append((place - len(rows) / 2 - 0.5, PASSES[kind]))
@@ -102,25 +107,25 @@ def bars(plt, op, records, device):
         ax.set_title(shape, fontsize=10, loc="left")
     for ax in axes.flat[max(0, len(shapes) - columns) : len(shapes)]:
         ax.tick_params(axis="x", labelbottom=True)
-        ax.set_xlabel(f"fraction of the {bound(records)} measured in the same run")
+        ax.set_xlabel(f"fraction of the {_name_bound(records)} measured in the same run")
     figure.suptitle(f"{op}\n{device}", fontsize=12, x=0.01, ha="left")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour[name]) for name in names]
     figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
-def bound(records):
+def _name_bound(records: Sequence[Record]) -> str:
     kinds = {r["bound"] for r in records}
     return "roofline" if len(kinds) > 1 else {"copy": "copy rate", "gemm": "GEMM rate"}[kinds.pop()]
 
 
-def said(r):
+def _label(r: Record) -> str:
     rate = f"{r['tflops']:,.0f} TFLOP/s" if r["bound"] == "gemm" else f"{r['gb_per_s']:,.0f} GB/s"
     return f"{r['ms']:.3g} ms, {rate}"
 
 
-def roofline(plt, records, ceilings, device):
-    """TFLOP/s against FLOPs a byte of what multiplies matrices, under the two measured ceilings."""
+def _draw_roofline(plt: Any, records: Sequence[Record], ceilings: dict[str, float], device: str) -> Any:
+    """Return a figure of TFLOP/s against FLOPs a byte, for kernels with matrix products, under the two ceilings."""
     top, slope = ceilings["gemm_tflops"], ceilings["copy_gb_per_s"] / 1e3  # TFLOP/s; TFLOP/s for each FLOP a byte
     spots = [(r["flops"] / r["bytes"], r["tflops"], r) for r in records]
     ridge = top / slope

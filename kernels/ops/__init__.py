@@ -1,1 +1,1 @@
-"""The ops of a training step: one op, one file, from its formula to its public function."""
+"""The ops of a training step. One file holds one op, from its formula to its public function."""

@@ -3,20 +3,20 @@
     m = m + (1 - b1) (g - m)       v = b2 v + (1 - b2) g^2       g = grad * grad_scale
     p = p (1 - lr wd) - lr s m / (sqrt(v) + eps r)               r = sqrt(1 - b2^t), s = r / (1 - b1^t)
 
-p is an fp32 number however it is kept (adamw_state makes what an update keeps):
+p is an fp32 number, kept in one of four ways (adamw_state makes the tensors):
 
-    an fp32 parameter is p.
-    "fp32"        a bf16 parameter beside its fp32 master p, of which it is the rounding to nearest even.
+    an fp32 parameter is p itself.
+    "fp32"        a bf16 parameter beside its fp32 master p; the parameter is p rounded to nearest even.
     "split"       a bf16 parameter and the 16 bits that it lacks, int16: parameter * 2^16 + low is p's bit pattern. The
                   parameter is p rounded to nearest, ties away from zero: nearest even cannot be inverted from 16 bits.
-    "stochastic"  the bf16 parameter alone: p rounded up or down at random, by as much as it lies between.
+    "stochastic"  only the bf16 parameter: p rounded up or down at random, with the probability that keeps its mean.
 
-m and v are "fp32"; "bf16", rounded stochastically, since v's change of 1 - b2 = 0.001 a step is under half a unit and
-nearest would never move; or "8bit": blocks of 256 elements, each an fp32 absolute maximum and a byte an element, the
-nearest entry of the dynamic map (signed for m, unsigned for v). A v that is not 0 is not rounded to it: m / sqrt(v)
-would take it for a direction without history and leap. Tensors under 4096 elements keep fp32.
+m and v are "fp32", "bf16" or "8bit". bf16 states are rounded stochastically: v changes by 1 - b2 = 0.001 a step, less
+than half a unit, so rounding to nearest would never move it. 8-bit states are blocks of 256 elements, each with an fp32
+absolute maximum and a byte an element, the nearest entry of the dynamic map (signed for m, unsigned for v). A v that is
+not 0 is never rounded to 0, because m / sqrt(v) would then leap. Tensors under 4096 elements keep fp32 states.
 
-Bound by memory; with 8-bit states as much by instructions, about 150 an element. Bytes moved a parameter, with bf16
+Bound by memory; with 8-bit states equally by instructions, about 150 an element. Bytes moved a parameter, with bf16
 gradients:
 
               m, v: fp32     bf16     8bit          kept besides parameter and gradient: fp32  bf16  8bit
@@ -25,16 +25,17 @@ gradients:
     "split"         26        18       14.1                                               10     6     4.03
     "stochastic"    22        14       10.1                                                8     4     2.03
 
-No multiply-add is fused: m, v and their codes have the same bits in the reference, in the interpreter and on a chip.
-p differs by what a square root and a division do, up to two units of the update. Random bits are
-Philox4x32-10 of the key (step, seed) and the counter (global element index / 8, stream): replicas and shards agree.
-NaN and Inf go through: a block of 8-bit states that holds one becomes NaN.
+No multiply-add is fused: m, v and their codes have equal bits in the reference, in the interpreter and on a chip. p
+differs by the rounding of a square root and a division, up to two units of the update. Random bits are Philox4x32-10 of
+the key (step, seed) and the counter (global element index / 8, stream), so replicas and shards agree. NaN and Inf are
+kept: a block of 8-bit states that holds one becomes NaN.
 Source: arXiv:1711.05101; dynamic map and blocks arXiv:2110.02861; Philox doi:10.1145/2063384.2063405.
 """
 
 import functools
 import math
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import triton
@@ -46,7 +47,7 @@ from kernels.ops.eight_bit import decode, decode_ref, encode, encode_ref
 
 MASTERS, STATES = ("fp32", "split", "stochastic"), ("fp32", "bf16", "8bit")
 LEAST_8BIT = 4096  # elements: smaller tensors keep fp32 states
-CHUNK = 1 << 18  # elements that the reference works on at a time: they stay in a core's L2 from pass to pass
+CHUNK = 1 << 18  # elements of the reference's chunks, which stay in a core's L2 from pass to pass
 
 
 # ---- what an update keeps -------------------------------------------------------------------------------------------
@@ -54,7 +55,7 @@ CHUNK = 1 << 18  # elements that the reference works on at a time: they stay in 
 
 @dataclass(frozen=True)
 class AdamWState:
-    """Tensors of one parameter, updated in place. Those of its shape: m, v, low (int16), master (fp32)."""
+    """The tensors of one parameter, updated in place. m, v, low (int16) and master (fp32) have its shape."""
 
     m: torch.Tensor
     v: torch.Tensor
@@ -64,16 +65,17 @@ class AdamWState:
     master: torch.Tensor | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the tensors that exist, by name."""
         return {f.name: t for f in fields(self) if (t := getattr(self, f.name)) is not None}
 
 
 def adamw_state(
     param: torch.Tensor, master: str = "split", states: str = "fp32", whole: int | None = None
 ) -> AdamWState:
-    """The state before the first update of param, fp32 or bf16. master: of a bf16 parameter; see the top of the file.
-    whole: elements of the tensor that param is a shard of, whose blocks of 256 it must not cut.
+    """Return the state before the first update of param, which is fp32 or bf16.
 
-    Raises ValueError for other names and dtypes.
+    master: how p is kept for a bf16 parameter, see the top of the file. whole: the elements of the tensor that param is
+    a shard of; param must not cut its blocks of 256. Raises ValueError for other names and dtypes.
     """
     for name, value, known in (("master", master, MASTERS), ("states", states, STATES)):
         if value not in known:
@@ -104,7 +106,7 @@ def states_of(param: torch.Tensor, states: str) -> str:
 
 
 def master_of(param: torch.Tensor, state: AdamWState) -> torch.Tensor:
-    """What the next update starts from, fp32: param itself, its master, or a new tensor."""
+    """Return p in fp32, from which the next update starts: param itself, its master, or a new tensor."""
     if state.master is not None or param.dtype == torch.float32:
         return param.detach() if state.master is None else state.master
     wide = param.detach().float()
@@ -116,8 +118,10 @@ def master_of(param: torch.Tensor, state: AdamWState) -> torch.Tensor:
 # ---- reference: the specification, and the path on CPU --------------------------------------------------------------
 
 
-def random_bits(seed, step, first, n, stream, device="cpu"):
-    """16 random bits, (n,) int32, for each element from first on; Philox gives those of eight at a time."""
+def random_bits(
+    seed: int, step: int, first: int, n: int, stream: int, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Return 16 random bits for each of n elements from `first` on, (n,) int32. One Philox call serves eight."""
     group = torch.arange(first // 8, (first + n + 7) // 8, device=device)
     word = 0xFFFFFFFF
     c0, c1, c2, c3 = group & word, group >> 32, torch.full_like(group, stream), torch.zeros_like(group)
@@ -130,18 +134,18 @@ def random_bits(seed, step, first, n, stream, device="cpu"):
 
 
 def _round_ref(x, out, low=None, random=None):
-    """out (bf16) = x, rounded half up, low (int16) = what it lacks; or stochastically. Overwrites x."""
+    """Set out (bf16) to x, rounded half up with the rest in low (int16), or at random with random. Overwrites x."""
     x.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=-math.inf)  # one NaN, as _quiet_bits
     extra = 0x8000 if random is None else random.where(x.isfinite(), 0)
     bits = x.view(torch.int32)
     if low is not None:
         low.copy_(bits)
-    # Half of each number, on a little-endian machine as all of ours.
+    # The upper half of each number, on a little-endian machine.
     out.view(torch.int16).copy_(bits.add_(extra).view(torch.int16)[1::2])
 
 
 def _read_ref(t, absmax, signed):
-    """The state in fp32: t itself where it is."""
+    """Return the state in fp32, t itself if it is fp32."""
     return t.float() if absmax is None else decode_ref(t, absmax, signed)
 
 
@@ -154,32 +158,34 @@ def _write_ref(x, t, absmax, signed, random):
 
 
 def _corrected(beta1, beta2, eps, step):
-    """eps r and s of the formula, in fp64."""
+    """Return eps r and s of the formula, in fp64."""
     r = math.sqrt(1 - beta2**step)
     return eps * r, r / (1 - beta1**step)
 
 
 def adamw_ref(
-    param, grad, m, v, m_absmax, v_absmax, low, master, lr, lr_tensor, scale, scale_tensor, apply, beta1, beta2, eps,
-    weight_decay, step, seed, offset,
-):  # fmt: skip
-    """The arguments of update, below."""
-    if apply is not None and not apply:  # where it is on a GPU, this waits for it
+    param: torch.Tensor, grad: torch.Tensor, m: torch.Tensor, v: torch.Tensor, m_absmax: torch.Tensor | None,
+    v_absmax: torch.Tensor | None, low: torch.Tensor | None, master: torch.Tensor | None, lr: float,
+    lr_tensor: torch.Tensor | None, scale: float, scale_tensor: torch.Tensor | None, apply: torch.Tensor | None,
+    beta1: float, beta2: float, eps: float, weight_decay: float, step: int, seed: int, offset: int,
+) -> None:  # fmt: skip
+    """Update param and its state in plain torch. The arguments are those of the operator update()."""
+    if apply is not None and not apply:  # waits for the GPU if apply lies on one
         return
-    lr = torch.full((), lr, dtype=torch.float32, device=param.device) if lr_tensor is None else lr_tensor.float()
-    scale = scale if scale_tensor is None else scale_tensor.float()
+    lr32 = torch.full((), lr, dtype=torch.float32, device=param.device) if lr_tensor is None else lr_tensor.float()
+    factor32 = scale if scale_tensor is None else scale_tensor.float()
     eps, factor = _corrected(beta1, beta2, eps, step)
-    decay, rate = 1 - lr * weight_decay, lr * factor
+    decay, rate = 1 - lr32 * weight_decay, lr32 * factor
     scratch = torch.empty(2, min(CHUNK, param.numel()), device=param.device)
     for start in range(0, param.numel(), CHUNK):
-        cut = lambda t, size=1, a=start: t if t is None else t.view(-1)[a // size : (a + CHUNK) // size]  # noqa: E731
+        cut: Any = lambda t, size=1, a=start: t if t is None else t.view(-1)[a // size : (a + CHUNK) // size]  # noqa: E731
         param_, grad_ = cut(param), cut(grad)
         maxima = cut(m_absmax, dynamic_map.BLOCK), cut(v_absmax, dynamic_map.BLOCK)
         state = AdamWState(cut(m), cut(v), *maxima, cut(low), cut(master))
         random = functools.partial(random_bits, seed, step, offset + start, len(param_), device=param.device)
         p, g, t = master_of(param_, state), *(row[: len(param_)] for row in scratch)
         m_, v_ = _read_ref(state.m, state.m_absmax, True), _read_ref(state.v, state.v_absmax, False)
-        g.copy_(grad_).mul_(scale)
+        g.copy_(grad_).mul_(factor32)
         m_.add_(torch.sub(g, m_, out=t).mul_(1 - beta1))
         v_.mul_(beta2).add_(g.mul_(g).mul_(1 - beta2))
         torch.div(m_, torch.sqrt(v_, out=t).add_(eps), out=t)
@@ -204,7 +210,7 @@ def _float(bits):
 
 @triton.jit
 def _random(key, group, STREAM: tl.constexpr):
-    """16 random bits for each element of the groups of eight, in order."""
+    """Return 16 random bits for each element of the groups of eight, in order."""
     low, high = group.to(tl.int32), (group >> 32).to(tl.int32)
     stream = tl.full(low.shape, STREAM, tl.int32)
     r0, r1, r2, r3 = tl.philox(key, low, high, stream, stream * 0)
@@ -214,13 +220,13 @@ def _random(key, group, STREAM: tl.constexpr):
 
 @triton.jit
 def _quiet_bits(x):
-    """The bits of x, those of the one quiet NaN for all: the upper half of others may be Inf's, or wrap to -0."""
+    """Return the bits of x, with one quiet NaN for all NaNs: the upper half of others may be Inf's, or wrap to -0."""
     return tl.where(x != x, 0x7FC00000, x.to(tl.int32, bitcast=True))
 
 
 @triton.jit
 def _upper(bits, extra):
-    """The upper 16 bits of an fp32 number's, extra added to the lower ones; Inf and NaN as they are."""
+    """Return the upper 16 bits of an fp32 number after adding extra to its bits; Inf and NaN stay as they are."""
     return ((bits + tl.where((bits & 0x7F800000) == 0x7F800000, 0, extra)) >> 16).to(tl.int16)
 
 
@@ -309,7 +315,7 @@ def _update_kernel(
 
 
 def _bits16(t):
-    """bf16 as int16: the kernel rounds on bits, the same everywhere."""
+    """Return bf16 as int16: the kernel rounds on bits, which every machine does alike."""
     return t.view(torch.int16) if t is not None and t.dtype == torch.bfloat16 else t
 
 
@@ -323,7 +329,7 @@ def update(
     lr_tensor: torch.Tensor | None, scale: float, scale_tensor: torch.Tensor | None, apply: torch.Tensor | None,
     beta1: float, beta2: float, eps: float, weight_decay: float, step: int, seed: int, offset: int,
 ) -> None:  # fmt: skip
-    """adamw, below, on contiguous tensors. A tensor given for lr or scale stands for the number."""
+    """Update contiguous tensors as adamw() does. lr_tensor and scale_tensor, if given, replace the numbers."""
     n, shift = param.numel(), 0
     states_8bit = m_absmax is not None
     if _is_random(param, m, low, master):
@@ -353,7 +359,7 @@ def _check_param(param):
 
 
 def _check(param, grad, state):
-    """Raises ValueError when the state is not one of adamw_state's for such a parameter, or grad does not fit it."""
+    """Raise ValueError if adamw_state makes no such state for this parameter, or grad does not fit it."""
     _check_param(param)
     if grad.shape != param.shape or grad.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(
@@ -378,6 +384,7 @@ def _check(param, grad, state):
 
 
 def _number_or_tensor(name, x, param):
+    """Return (number, None) or (0.0, tensor). Raise ValueError unless a tensor is one number on param's device."""
     if not torch.is_tensor(x):
         return float(x), None
     if x.numel() != 1 or x.device != param.device:
@@ -403,13 +410,13 @@ def adamw(
     offset: int = 0,
     impl: str = "auto",
 ) -> None:
-    """One update of param (fp32 or bf16, contiguous) and of its state, made by adamw_state.
+    """Update param (fp32 or bf16, contiguous) and its state, made by adamw_state, in place.
 
-    grad: of param's shape, fp32 or bf16. step counts from 1. lr, grad_scale (the clip factor): a number, or a tensor of
-    one on the device, which is not waited for. apply: a bool there; where it is false, nothing changes, whatever grad
-    and grad_scale hold. For stochastic rounding, seed: which tensor this is, under 2^32; offset:
-    where in it param's first element stands, for a shard to round as the whole would.
-    Raises ValueError when shapes, dtypes or devices do not fit.
+    grad: of param's shape, fp32 or bf16. step counts from 1. lr, grad_scale (the clip factor): a number, or a tensor
+    with one number on param's device, which is not waited for. apply: a bool on the device; if it is false, nothing
+    changes, whatever grad and grad_scale hold. Stochastic rounding uses two more. seed: which tensor this is, under
+    2^32. offset: the place of param's first element in the whole tensor, so that a shard rounds as the whole would.
+    Raises ValueError if shapes, dtypes or devices do not fit.
     """
     _check(param, grad, state)
     if not 1 <= step < 2**31 or not 0 <= seed < 2**32 or offset < 0:
@@ -418,11 +425,12 @@ def adamw(
         )
     if offset % 8 and state.m_absmax is not None and _is_random(param, state.m, state.low, state.master):
         raise ValueError(f"adamw: offset is {offset}, wanted a multiple of 8 for 8-bit states of a stochastic master")
-    lr, scale = _number_or_tensor("lr", lr, param), _number_or_tensor("grad_scale", grad_scale, param)
+    lr_pair = _number_or_tensor("lr", lr, param)
+    scale_pair = _number_or_tensor("grad_scale", grad_scale, param)
     if apply is not None and (apply.dtype != torch.bool or apply.numel() != 1 or apply.device != param.device):
         raise ValueError(f"adamw: apply is {tuple(apply.shape)} {apply.dtype}, wanted one bool on {param.device}")
-    run = adamw_ref if choose("adamw", impl, param) == "ref" else update
+    run: Any = adamw_ref if choose("adamw", impl, param) == "ref" else update
     run(
         param, grad.contiguous(), state.m, state.v, state.m_absmax, state.v_absmax, state.low, state.master,
-        *lr, *scale, apply, beta1, beta2, eps, weight_decay, step, seed, offset,
+        *lr_pair, *scale_pair, apply, beta1, beta2, eps, weight_decay, step, seed, offset,
     )  # fmt: skip

@@ -2,29 +2,31 @@
 
     o_i = sum_j softmax_j(q_i k_j / sqrt(Dh)) v_j        j over the document's prefix, then over its own rows up to i
 
-T rows hold documents back to back; none sees another, except that a document may name earlier rows as its prefix.
-Rows that belong to no document (padding) come out as zeros, whatever they hold. Softmax in fp32.
+T rows hold documents back to back. No document sees another, except that it may name earlier rows as its prefix. Rows
+of no document (padding) come out as zeros, whatever they hold. Softmax is computed in fp32.
 
-Bound by the matrix units where documents are long, by masked tiles where they are short. Tiles of queries and of keys
-span documents under a mask of every row's range of keys (kernels.ops.attention_plan makes the lists). Of what is computed for
-Alpaca's lengths (127 tokens a document in the mean, templates shared) 45% is of use with tiles of 64 x 64, 35% with
-128 x 64 and 26% with 128 x 128: hence 64 x 64, and 64 x 32 (54%) for dk and dv. Of a long document only the diagonal is
-masked, and larger tiles would do.
+Bound by the matrix units for long documents, by masked tiles for short ones. Tiles of queries and of keys span
+documents, under a mask of each row's range of keys (kernels.ops.attention_plan makes the lists). For Alpaca's lengths
+(127 tokens a document in the mean, templates shared) 45% of the computed scores are used with tiles of 64 x 64, 35%
+with 128 x 64 and 26% with 128 x 128: hence 64 x 64, and 64 x 32 (54%) for dk and dv. In a long document only the
+diagonal is masked, and larger tiles would do.
 
-Forward reads q, writes o and reads k and v once for each tile of queries that sees them, mostly from L2. Saved: q, k,
-v, o and lse (fp32, 4 bytes a row and head). Backward: a pass over tiles of queries for dq and delta = rowsum(o do), one
-over tiles of keys for dk and dv, which walks the query heads of a group itself. No atomics: bit-equal from run to run.
-Keys that many documents read as their prefix gather dk and dv in parts, fp32, which a last kernel sums in order.
+Forward reads q, writes o, and reads k and v once for each tile of queries that sees them, mostly from L2. Saved for
+backward: q, k, v, o and lse (fp32, 4 bytes a row and head). Backward runs one pass over tiles of queries for dq and
+delta = rowsum(o do), and one over tiles of keys for dk and dv, which loops over the query heads of a group. No atomics
+are used, so results are bit-equal from run to run. Keys that many documents read as their prefix get dk and dv in
+several fp32 parts, which a last kernel sums in order.
 Source: arXiv:2205.14135, arXiv:2307.08691; GQA as arXiv:2305.13245.
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels.ops.attention_plan import AttentionPlan, QueryDocuments, attention_plan, check
+from kernels.ops.attention_plan import AttentionPlan, QueryDocuments, attention_plan, check_documents
 from kernels.ops.attention_ref import attention_ref, backward_cpu, forward_cpu
 from kernels.ops.common import choose, launch_config, next_power_of_2, operator
 from kernels.ops.rope import rope_ref, rotate
@@ -40,7 +42,7 @@ LOG2_E = 1.4426950408889634
 def _load(
     ptr, stride: tl.constexpr, n, dim: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr
 ):  # fmt: skip
-    """(ROWS, BLOCK_D) of which n rows, or all if WHOLE, and dim columns are there; the rest is zero."""
+    """Return a tile (ROWS, BLOCK_D) of n rows, or all if WHOLE, and dim columns; the rest is zero."""
     rows, cols = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     at = ptr + rows[:, None] * stride + cols[None, :]
     if WHOLE and dim == BLOCK_D:
@@ -61,13 +63,13 @@ def _store(ptr, stride: tl.constexpr, n, dim: tl.constexpr, tile, ROWS: tl.const
 
 @triton.jit
 def _visible(keys, lo, hi):
-    """lo <= keys < hi in one comparison, as unsigned numbers; lo > hi is an empty range."""
+    """Return lo <= keys < hi, as one comparison of unsigned numbers; lo > hi is an empty range."""
     return (keys - lo).to(tl.uint32) < tl.maximum(hi - lo, 0).to(tl.uint32)
 
 
 @triton.jit
 def _limits(ptr, rows, n):
-    """What query rows see: first own key, last own key + 1, prefix start, prefix end; nothing beyond n."""
+    """Return the keys that query rows see: first own, last own + 1, prefix start, prefix end; none past n."""
     mask = rows < n
     first, last = tl.load(ptr + rows, mask=mask, other=0), tl.load(ptr + n + rows, mask=mask, other=0)
     prefix, prefix_end = (ptr + 2 * n + rows, ptr + 3 * n + rows)
@@ -76,14 +78,14 @@ def _limits(ptr, rows, n):
 
 @triton.jit
 def _listed_visible(code, end, limits, BLOCK_N: tl.constexpr):
-    """Which keys of a listed block each row sees."""
+    """Return which keys of a listed block each row sees."""
     lo, hi = tl.where(code % 2 == 1, limits[2], limits[0]), tl.where(code % 2 == 1, limits[3], limits[1])
     return _visible((code >> 1) + tl.arange(0, BLOCK_N)[None, :], lo[:, None], tl.minimum(hi, end)[:, None])
 
 
 @triton.jit
 def _softmax_step(q, k, v, o, top, total, scale, visible, MASKED: tl.constexpr):
-    """One block of keys into the running softmax: o, and each row's largest score and sum of exponentials."""
+    """Add one block of keys to the running softmax: o, and each row's largest score and sum of exponentials."""
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MASKED:
         s = tl.where(visible, s, float("-inf"))
@@ -188,7 +190,7 @@ def _dq_kernel(
 
 @triton.jit
 def _block(blocks_ptr, lo, i, listed, full, SIZE: tl.constexpr):
-    """Block i of a tile of keys: the listed ones, then the full ones, from query `full` on."""
+    """Return (code, end) of block i of a tile of keys: listed blocks, then full ones from query `full` on."""
     at = blocks_ptr + 2 * (lo + tl.minimum(i, listed))  # never beyond the list's last row, which is padding
     start = full + (i - listed) * SIZE
     return tl.where(i < listed, tl.load(at), start * 2), tl.where(i < listed, tl.load(at + 1), start + SIZE)
@@ -256,7 +258,7 @@ def _sum_kernel(
     work_ptr, dk_ptr, dv_ptr, splits_ptr, n_rows, strides: tl.constexpr, n_kv_heads: tl.constexpr, dim: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """dk (axis 2: even) or dv (odd) of ROWS rows of a tile in parts: the parts, added in order."""
+    """Sum the parts of dk (axis 2 of the grid even) or dv (odd) in order, for ROWS rows of a tile in parts."""
     split, kv_head, which = splits_ptr + tl.program_id(0) * 3, tl.program_id(1).to(tl.int64), tl.program_id(2)
     tile, first, n = tl.load(split), tl.load(split + 1).to(tl.int64), tl.load(split + 2)
     which, row = which % 2, which // 2 * ROWS
@@ -278,7 +280,7 @@ def _sum_kernel(
 
 
 def _config(kernel, x):
-    """Constexprs and options of a launch for heads of x's last axis."""
+    """Return the constexprs and options of a launch on heads as wide as x's last axis."""
     block = max(16, next_power_of_2(x.shape[-1]))
     config = launch_config("attention", kernel, x.device, block)
     if x.dtype == torch.float32:  # no matrix unit multiplies it exactly, and its tiles take twice the shared memory
@@ -308,7 +310,7 @@ def forward(
     query_items: torch.Tensor,
     query_blocks: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q (Q, H, Dh), k, v (T, K, Dh), last axis contiguous. Returns o (Q, H, Dh) and lse (H, Q) fp32, to the base 2."""
+    """Compute o (Q, H, Dh) and lse (H, Q) fp32, to the base 2. q: (Q, H, Dh). k, v: (T, K, Dh), rows contiguous."""
     n_queries, n_heads, head_dim = q.shape
     o, lse = _forward_fake(q, k, v, limits, query_items, query_blocks)
     if o.numel():
@@ -343,7 +345,7 @@ def backward(
     splits: torch.Tensor,
     n_slots: int,
 ) -> None:
-    """Writes dq (Q, H, Dh), dk and dv (T, K, Dh), which may be views, all of them. Last axes are contiguous."""
+    """Write dq (Q, H, Dh), dk and dv (T, K, Dh). All tensors may be views with contiguous last axes."""
     (n_queries, n_heads, head_dim), (n_rows, n_kv_heads, _) = q.shape, k.shape
     scales, group, delta = _scales(q), n_heads // n_kv_heads, torch.empty_like(lse)
     if dq.numel():
@@ -354,7 +356,7 @@ def backward(
     if not dk.numel():
         return
     config, sum_config = _config("dkdv", q), _config("sum", q)
-    config.pop("part")  # the plan's
+    config.pop("part")  # for the plan, not for the kernel
     passes = [(True, True)] if config.pop("passes") == 1 else [(True, False), (False, True)]  # dk and dv, or in turn
     block_n, block_d = config["BLOCK_N"], config["BLOCK_D"]
     work = q.new_empty(n_slots, n_kv_heads, 2, block_n, block_d, dtype=torch.float32)
@@ -405,7 +407,7 @@ class _RopeAttention(torch.autograd.Function):
         q, k, v = _split(qkv, n_heads)
         rotate(q, k, cos, sin, False)
         o, lse = forward(q, k, v, *plan[:3])
-        # Detached: where qkv is a view of a function's output, autograd would ask who wrote to the base of it.
+        # Detached, because autograd refuses a view of a function's output whose base was written to.
         ctx.save_for_backward(qkv.detach(), cos, sin, o, lse, *plan)
         ctx.n_heads, ctx.n_slots = n_heads, n_slots
         return o
@@ -447,13 +449,13 @@ class _RopeAttentionRows(torch.autograd.Function):
 # ---- public ---------------------------------------------------------------------------------------------------------
 
 
-def _planned(q, k, documents, impl):
-    """The AttentionPlan to run the kernels with, or (documents, query_rows) for the reference."""
+def _check_plan(q, k, documents, impl) -> tuple[AttentionPlan | None, Any]:
+    """Return (plan, None) for the kernels, or (None, (documents, query_rows)) for the reference."""
     if choose("attention", impl, q) == "ref":
         if isinstance(documents, AttentionPlan):
             raise ValueError("attention: this plan is for the kernels, wanted one of attention_plan(..., impl='ref')")
         documents, query_rows = documents if isinstance(documents, QueryDocuments) else (documents, None)
-        check(documents.cpu(), len(k))
+        check_documents(documents.cpu(), len(k))
         n_queries = len(k) if query_rows is None else len(query_rows)
     else:
         if not isinstance(documents, AttentionPlan):
@@ -471,7 +473,7 @@ def _planned(q, k, documents, impl):
         raise ValueError(
             f"attention: q has {len(q)} rows, the plan is for {n_queries}; see query_rows of attention_plan"
         )
-    return documents if isinstance(documents, AttentionPlan) else (documents, query_rows)
+    return (documents, None) if isinstance(documents, AttentionPlan) else (None, (documents, query_rows))
 
 
 def attention(
@@ -481,13 +483,14 @@ def attention(
     documents: torch.Tensor | AttentionPlan | QueryDocuments,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """q: (T, H, Dh). k, v: (T, K, Dh), H a multiple of K; views are taken as they are. Returns (T, H, Dh) in q's dtype.
+    """softmax(q k^T / sqrt(Dh)) v within each document, causal. q: (T, H, Dh). k, v: (T, K, Dh), H a multiple of K.
 
-    documents: (N, 4) integers, best on the CPU, one row a document: start, end, prefix start, prefix end, ends
-    exclusive, in the order of their starts and not overlapping; a prefix is any range of rows before the start, an
-    unshared document has an empty one (0, 0). Or what attention_plan made of them, for all layers at once; where it was
-    given query_rows (L,), q and what is returned are (L, H, Dh), those rows'.
-    Raises ValueError when the shapes or the documents do not fit.
+    All three may be views. Returns (T, H, Dh) in q's dtype.
+    documents: (N, 4) integers, best on the CPU. A row is one document: start, end, prefix start, prefix end; ends are
+    exclusive, documents are in the order of their starts and do not overlap. A prefix is any range of rows before the
+    start; a document without one has (0, 0). Or the result of attention_plan, which serves all layers. If that was
+    given query_rows (L,), q and the result are (L, H, Dh), of these rows.
+    Raises ValueError if the shapes or the documents do not fit.
     """
     fits = q.ndim == k.ndim == 3 and k.shape == v.shape and k.shape[2] == q.shape[2]
     if not fits or not k.shape[1] or q.shape[1] % k.shape[1]:
@@ -497,10 +500,10 @@ def attention(
         )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}; wanted one dtype")
-    plan = _planned(q, k, documents, impl)
-    if isinstance(plan, AttentionPlan):
+    plan, described = _check_plan(q, k, documents, impl)
+    if plan:
         return _Attention.apply(q, k, v, plan.n_slots, *plan[:7])
-    return attention_ref(q, k, v, *plan)
+    return attention_ref(q, k, v, *described)
 
 
 def rope_attention(
@@ -511,13 +514,13 @@ def rope_attention(
     n_heads: int,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """attention() of q and k rotated by each token's angles, all three in one tensor.
+    """attention(rope(q), rope(k), v), with all three in one tensor.
 
-    qkv: (T, H + 2K, Dh) contiguous, heads of q, then of k, then of v; it is consumed: the kernels rotate q and k in
-    place, so use it for nothing else, and let no operation before it keep it for its backward (autograd raises then).
-    Its gradient is one tensor, into which dq, dk and dv are written. cos, sin: (T, Dh/2) fp32. documents: as
-    attention's, without query_rows. Returns (T, H, Dh).
-    Raises ValueError when the shapes or the documents do not fit.
+    qkv: (T, H + 2K, Dh) contiguous, heads of q, then of k, then of v. It is consumed: the kernels rotate q and k in
+    place, so nothing else may use it, and no earlier operation may keep it for its backward (autograd raises then). Its
+    gradient is one tensor, into which dq, dk and dv are written. cos, sin: (T, Dh/2) fp32. documents: as for
+    attention(), without query_rows. Returns (T, H, Dh).
+    Raises ValueError if the shapes or the documents do not fit.
     """
     n_kv_heads, odd = divmod(qkv.shape[1] - n_heads, 2) if qkv.ndim == 3 else (0, 0)
     if n_kv_heads < 1 or odd or n_heads % n_kv_heads or not qkv.is_contiguous():
@@ -531,11 +534,11 @@ def rope_attention(
             f"rope_attention: qkv {tuple(qkv.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}; "
             f"wanted cos and sin {want}, and an even Dh"
         )
-    plan = _planned(*_split(qkv, n_heads)[:2], documents, impl)
-    if isinstance(plan, AttentionPlan):
-        return _RopeAttention.apply(qkv, cos, sin, n_heads, plan.n_slots, *plan[:7])
     q, k, v = _split(qkv, n_heads)
-    return attention_ref(*rope_ref(q, k, cos, sin), v, *plan)
+    plan, described = _check_plan(q, k, documents, impl)
+    if plan:
+        return _RopeAttention.apply(qkv, cos, sin, n_heads, plan.n_slots, *plan[:7])
+    return attention_ref(*rope_ref(q, k, cos, sin), v, *described)
 
 
 def rope_attention_rows(
@@ -547,11 +550,11 @@ def rope_attention_rows(
     documents: AttentionPlan | QueryDocuments,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """rope_attention() where only some rows ask.
+    """attention(rope(q), rope(k), v), with queries of some rows only.
 
-    q: (U, H, Dh) of the rows `rows` (U,) int64, increasing. kv: (T, 2K, Dh), heads of k, then of v. Both contiguous and
-    consumed, as rope_attention's qkv. cos, sin: (T, Dh/2) fp32. documents: attention_plan(..., query_rows=rows).
-    Returns (U, H, Dh). Raises ValueError when the shapes or the documents do not fit.
+    q: (U, H, Dh) of the rows `rows` (U,) int64, increasing. kv: (T, 2K, Dh), heads of k, then of v. Both are contiguous
+    and consumed, as rope_attention consumes qkv. cos, sin: (T, Dh/2) fp32. documents: attention_plan(...,
+    query_rows=rows). Returns (U, H, Dh). Raises ValueError if the shapes or the documents do not fit.
     """
     fits = q.ndim == kv.ndim == 3 and rows.shape == q.shape[:1] and kv.shape[1] % 2 == 0 and kv.shape[1] > 0
     fits = fits and q.shape[2] == kv.shape[2] and q.shape[1] % (kv.shape[1] // 2) == 0
@@ -561,9 +564,9 @@ def rope_attention_rows(
             f"rope_attention_rows: q {tuple(q.shape)}, kv {tuple(kv.shape)}, rows {tuple(rows.shape)}, cos "
             f"{tuple(cos.shape)}, sin {tuple(sin.shape)}; wanted contiguous (U, H, Dh), (T, 2K, Dh), (U,), (T, Dh/2)"
         )
-    plan = _planned(q, kv[:, : kv.shape[1] // 2], documents, impl)
-    if isinstance(plan, AttentionPlan):
+    plan, described = _check_plan(q, kv[:, : kv.shape[1] // 2], documents, impl)
+    if plan:
         return _RopeAttentionRows.apply(q, kv, cos, sin, rows, plan.n_slots, *plan[:7])
     k, v = kv.chunk(2, dim=1)
     q, k = rope_ref(q, q[:, :0], cos[rows], sin[rows])[0], rope_ref(k, k[:, :0], cos, sin)[0]
-    return attention_ref(q, k, v, *plan)
+    return attention_ref(q, k, v, *described)

@@ -1,7 +1,7 @@
-"""Attention in plain torch: the reference, and what the operators of kernels.attention do on CPU tensors.
+"""Attention in plain torch: the reference, and the operators of kernels.ops.attention on CPU tensors.
 
-The reference goes from document to document and is differentiated by autograd. The operators' twins have their
-signatures: they take the limits of a plan, and softmax a whole matrix of scores under them.
+The reference goes from document to document, and autograd differentiates it. forward_cpu and backward_cpu have the
+signatures of the operators: they take a plan and compute whole matrices of scores under its limits.
 """
 
 import functools
@@ -13,12 +13,12 @@ import torch.nn.functional as F
 # ---- reference: the specification, and the path on CPU --------------------------------------------------------------
 
 
-SHORT = 1 << 19  # queries times keys of a document, up to which a CPU takes the formula as it is written
+SHORT = 1 << 19  # queries times keys of a document, up to which a CPU computes the formula as it is written
 
 
 @functools.lru_cache(maxsize=64)
 def _causal(n, m):
-    """(n, m): 0 where the last n of m positions see, -inf after them; 2 MB at most."""
+    """Return (n, m): 0 where one of the last n of m positions sees a key, else -inf; 2 MB at most."""
     return torch.full((n, m), -math.inf).triu_(m - n + 1)
 
 
@@ -33,9 +33,11 @@ def _attend_short(q, k, v, rows):
     return torch.bmm(p, v.transpose(0, 1)).view(kv_heads, group, n, dim).permute(2, 0, 1, 3).reshape(n, heads, dim)
 
 
-def attend(q, k, v, rows=None):
-    """One document: q (n, H, Dh) are the last n of the m positions whose keys and values are k, v (m, K, Dh), or those
-    at the positions `rows` (n,)."""
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the attention of one document, (n, H, Dh).
+
+    k, v: (m, K, Dh), of m positions. q: (n, H, Dh), of the positions `rows` (n,), or of the last n without rows.
+    """
     n, m = q.shape[0], k.shape[0]
     if q.device.type == "cpu" and n * m <= SHORT and q.dtype in (torch.float32, torch.bfloat16):
         return _attend_short(q, k, v, rows).type_as(q)
@@ -51,17 +53,26 @@ def attend(q, k, v, rows=None):
     return out[0].transpose(0, 1)
 
 
-def attention_ref(q, k, v, documents, query_rows=None):
+def attention_ref(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    documents: torch.Tensor,
+    query_rows: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute attention() in plain torch, document by document. Rows of no document come out as zeros."""
     n_rows = len(k)
-    places = torch.arange(n_rows + 1)
-    places = places if query_rows is None else torch.searchsorted(query_rows, places)
-    places = places.tolist()  # row -> how many of the queries come before it
-    bounds, row = [], 0  # (start, end, prefix start, prefix end), the rows of no document among them as (start, end)
+    rows_before = torch.arange(n_rows + 1)
+    if query_rows is not None:
+        rows_before = torch.searchsorted(query_rows, rows_before)
+    places = rows_before.tolist()  # row -> how many of the queries come before it
+    bounds: list = []  # (start, end, prefix start, prefix end) of documents, (start, end) of rows between them
+    row = 0
     for document in documents.tolist():
         bounds += [(row, document[0]), document]
         row = document[1]
     bounds.append((row, n_rows))
-    # Split, not sliced: autograd then joins the pieces' gradients once instead of adding a zero-filled whole for each.
+    # split, not slices: autograd then joins the gradients once, instead of adding a zero-filled tensor for each slice.
     lengths = [b[1] - b[0] for b in bounds]
     pieces = zip(
         bounds, q.split([places[b[1]] - places[b[0]] for b in bounds]), k.split(lengths), v.split(lengths), strict=True
@@ -84,39 +95,64 @@ def attention_ref(q, k, v, documents, query_rows=None):
 
 
 def _seen(limits, n_rows):
-    """(Q, T) bool: which keys the limits let each query see."""
+    """Return which keys the limits let each query see, (Q, T) bool."""
     keys = torch.arange(n_rows, device=limits.device)
     first, last, prefix, prefix_end = limits[:, :, None]
     return (keys >= first) & (keys < last) | (keys >= prefix) & (keys < prefix_end)
 
 
 def _keys(x, seen, q):
-    """x (T, K, Dh) in fp32 for every head of q; zeros where no query looks, whatever is there."""
+    """Return x (T, K, Dh) in fp32 for every head of q, with zeros for rows that no query sees, which may hold NaN."""
     return x.float().masked_fill(~seen.any(0)[:, None, None], 0).repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
 def _queries(x, seen):
-    """x (Q, H, Dh) in fp32; zeros where a query sees nothing."""
+    """Return x (Q, H, Dh) in fp32, with zeros for queries that see nothing."""
     return x.float().masked_fill(~seen.any(1)[:, None, None], 0)
 
 
 def _softmax(q, k, seen):
-    """(H, Q, T) and its lse (H, Q) to the base 2; zeros and infinity for a row that sees nothing."""
+    """Return the softmax (H, Q, T) and its lse (H, Q) to the base 2; zeros and infinity for a row that sees nothing."""
     s = torch.einsum("ihd,jhd->hij", _queries(q, seen), _keys(k, seen, q)) / math.sqrt(q.shape[-1])
     s = s.masked_fill(~seen, -math.inf)
     lse = s.logsumexp(-1).masked_fill(~seen.any(1), math.inf)
     return (s - lse[..., None]).exp(), lse / math.log(2)
 
 
-def forward_cpu(q, k, v, limits, query_items, query_blocks):
+def forward_cpu(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    limits: torch.Tensor,
+    query_items: torch.Tensor,
+    query_blocks: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the operator attention_forward in plain torch."""
     seen = _seen(limits, len(k))
     p, lse = _softmax(q, k, seen)
     return torch.einsum("hij,jhd->ihd", p, _keys(v, seen, q)).type_as(q), lse
 
 
 def backward_cpu(
-    q, k, v, o, lse, do, dq, dk, dv, limits, query_items, query_blocks, seen, key_items, key_blocks, splits, n_slots
-):
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    do: torch.Tensor,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    limits: torch.Tensor,
+    query_items: torch.Tensor,
+    query_blocks: torch.Tensor,
+    seen: torch.Tensor,
+    key_items: torch.Tensor,
+    key_blocks: torch.Tensor,
+    splits: torch.Tensor,
+    n_slots: int,
+) -> None:
+    """Compute the operator attention_backward in plain torch: write dq, dk and dv."""
     seen = _seen(limits, len(k))
     p, _ = _softmax(q, k, seen)
     do = _queries(do, seen)

@@ -1,9 +1,10 @@
-"""What every op shares: the choice of an implementation, launch configurations, registration with torch, and the width
-in which sums are taken."""
+"""Parts that ops share: choice of an implementation, gradients of weights, launch configurations, operators."""
 
 import functools
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from triton import knobs
@@ -15,10 +16,10 @@ LAUNCH = Path(__file__).parent.parent / "launch"
 
 
 def choose(op: str, impl: str, x: torch.Tensor) -> str:
-    """The implementation to run on tensors like x: "triton" or "ref".
+    """Return the implementation to run on tensors like x: "triton" or "ref".
 
-    "auto" is "triton" on CUDA and "ref" on a CPU and for fp64; a named one is insisted on.
-    Raises ValueError for an unknown name, and where "triton" cannot run.
+    impl: "auto" chooses "triton" on CUDA, and "ref" on a CPU and for fp64; any other name is taken as it is.
+    Raises ValueError for an unknown name, and if "triton" cannot run.
     """
     if impl not in IMPLS:
         raise ValueError(f"{op}: impl is {impl!r}, wanted one of {', '.join(IMPLS)}")
@@ -34,17 +35,16 @@ def choose(op: str, impl: str, x: torch.Tensor) -> str:
     return impl
 
 
-def wide(x):
-    """x in fp32, or wider where it is wider already: statistics and losses are never summed in bf16."""
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """Return x in fp32, or unchanged if it is wider. Statistics and losses are never summed in bf16."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def weight_gradient(dy: torch.Tensor, x: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor | None:
-    """dy.T @ x, the gradient of weight in y = x @ weight.T, for backward to return.
+    """Return dy.T @ x, the gradient of weight in y = x @ weight.T; or add it to into.grad and return None.
 
-    into: the weight, a leaf, to whose .grad it is added instead, in the GEMM's epilogue, for backward to return None:
-    autograd's own addition would hold a second gradient and move 6 bytes an element more in bf16. What looks at
-    gradients as autograd adds them (hooks of a parameter) is then not called.
+    into: the weight, a leaf. The addition then runs in the GEMM's epilogue: autograd's own would hold a second gradient
+    and move 6 bytes an element more in bf16. Hooks of the parameter are not called for a gradient that is added here.
     """
     if into is None:
         return dy.T @ x
@@ -56,7 +56,10 @@ def weight_gradient(dy: torch.Tensor, x: torch.Tensor, into: torch.Tensor | None
 
 
 def accumulator(op: str, weight: torch.Tensor, accumulate: bool) -> torch.Tensor | None:
-    """What weight_gradient takes as `into`: the weight, or None. Raises ValueError for a weight without a .grad."""
+    """Return the weight if accumulate, else None: what weight_gradient takes as `into`.
+
+    Raises ValueError for a weight that is no leaf, which has no .grad.
+    """
     if accumulate and weight.requires_grad and not weight.is_leaf:
         raise ValueError(f"{op}: accumulate=True wants a parameter, weight is a view or a result; pass the parameter")
     return weight if accumulate else None
@@ -64,12 +67,14 @@ def accumulator(op: str, weight: torch.Tensor, accumulate: bool) -> torch.Tensor
 
 # ---- launch configurations: plain data in launch/<op>.json ----------------------------------------------------------
 
-chip_override: str | None = None  # the static gate and the tuner ask for a chip that is not there
+chip_override: str | None = None  # set by the static gate and the tuner, which compile for other chips
 
 
 def chip(device: torch.device) -> str:
-    """The newest chip of launch/*.json that is not newer than the device's: "sm_80", "sm_90", "sm_100"; "interpreter"
-    on a CPU. Raises ValueError for a card older than sm_80."""
+    """Return the newest chip of launch/*.json that is not newer than the device: "sm_80", "sm_90" or "sm_100".
+
+    A CPU is "interpreter". Raises ValueError for a card older than sm_80.
+    """
     if chip_override:
         return chip_override
     if device.type != "cuda":
@@ -82,7 +87,7 @@ def chip(device: torch.device) -> str:
 
 
 def n_sms(device: torch.device) -> int:
-    """Streaming multiprocessors of the device; of the SXM cards where the chip is not there."""
+    """Return the number of streaming multiprocessors, of the chip's SXM card if the device is no GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return {"sm_80": 108, "sm_90": 132, "sm_100": 148, "interpreter": 2}[chip(device)]
@@ -90,34 +95,40 @@ def n_sms(device: torch.device) -> int:
 
 @functools.cache
 def launch_table(op: str) -> dict:
-    """launch/<op>.json: kernel -> chip -> largest size -> {constexprs, num_warps, num_stages, "from"}."""
+    """Return launch/<op>.json: kernel -> chip -> largest size -> {constexprs, num_warps, num_stages, "from"}."""
     return json.loads((LAUNCH / f"{op}.json").read_text())
 
 
 def launch_config(op: str, kernel: str, device: torch.device, size: int = 0) -> dict:
-    """Constexprs, num_warps and num_stages of one launch: of the entry with the smallest "largest size" that is not
-    under `size`, or the last. What size means is the kernel's own: a row's width, a head's."""
+    """Return constexprs, num_warps and num_stages of one launch.
+
+    They are those of the first entry whose largest size is at least `size`, or of the last entry. Each kernel gives
+    size its own meaning: the width of a row, or of a head.
+    """
     by_size = launch_table(op)[kernel][chip(device)]
     largest = next((key for key in by_size if int(key) >= size), list(by_size)[-1])
     return {name: value for name, value in by_size[largest].items() if name != "from"}
 
 
 def next_power_of_2(n: int) -> int:
+    """Return the smallest power of two that is at least n, and at least 1."""
     return 1 << (n - 1).bit_length() if n > 1 else 1
 
 
 # ---- torch.library --------------------------------------------------------------------------------------------------
 
 
-def operator(name: str, mutates=(), *, cpu, fake):
-    """Decorates a launch function, annotated with types, as torch.ops.cria.<name>, so that torch.compile traces it.
+def operator(
+    name: str, mutates: Sequence[str] = (), *, cpu: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[[Callable[..., Any]], Any]:
+    """Decorate an annotated launch function as torch.ops.cria.<name>, so that torch.compile can trace it.
 
-    cpu: the same in plain torch, what the operator does on CPU tensors outside Triton's interpreter.
-    fake: the outputs' shapes and dtypes, without values. mutates: names of the arguments written in place.
+    cpu: does in plain torch what the launch function does; it runs on CPU tensors outside Triton's interpreter.
+    fake: returns outputs of the right shapes and dtypes, without values. mutates: names of arguments written in place.
     """
 
     def register(launch):
-        op = torch.library.custom_op(f"cria::{name}", launch, mutates_args=mutates, device_types="cuda")
+        op: Any = torch.library.custom_op(f"cria::{name}", launch, mutates_args=mutates, device_types="cuda")
         op.register_kernel("cpu")(launch if INTERPRETED else cpu)
         op.register_fake(fake)
         op.launch, op.cpu = launch, cpu

@@ -1,13 +1,13 @@
 """Blocks of 256 numbers in 8 bits: one fp32 absolute maximum a block, and for each number the nearest entry of the
 dynamic map, in units of that maximum.
 
-The entries lie in the seven decades from 10^-7 to 1: each decade is cut into equal parts, twice as many as the one
-below, and its entries are the parts' middles; with them 0 and 1. Signed, 127 lie above 0 and 127 below; unsigned, 254
-above. A code is an entry's place in ascending order.
+The entries are 0, 1, and numbers in the seven decades from 10^-7 to 1. Each decade is cut into equal parts, twice as
+many as the decade below, and its entries are the middles of the parts. The signed map has 127 entries above 0 and 127
+below; the unsigned map has 254 above. A code is an entry's place in ascending order.
 
-Which entry is nearest is found without the table: where a decade has n parts, entry k is nearest while
-floor(slope x + intercept) = n + k. An unsigned number that is not 0 never becomes 0: for what divides by it, small and
-none differ most of all. A maximum under 2^-126 makes a block of zeros, one that is NaN or Inf a block of NaN.
+The nearest entry is found without the table: in a decade of n parts, entry k is nearest while
+floor(slope x + intercept) = n + k. An unsigned number that is not 0 never becomes 0, because AdamW divides by its root.
+A maximum under 2^-126 makes a block of zeros, a maximum that is NaN or Inf a block of NaN.
 Source: arXiv:2110.02861; the entries are those of bitsandbytes' create_dynamic_map.
 """
 
@@ -25,7 +25,7 @@ TINY = 2.0**-126  # the least maximum with a finite inverse
 
 
 def _decades(signed):
-    """[(upper end, entries)] of the map's decades: 10^-6 to 1; 1, 2, 4 ... 64 entries of either sign, or 2 ... 128."""
+    """Return [(upper end, entries)] of the decades: 10^-6 to 1; 1, 2, 4 ... 64 entries of either sign, or 2 ... 128."""
     return [(10.0 ** (i - 6), 2**i if signed else 2 ** (i + 1)) for i in range(7)]
 
 
@@ -35,23 +35,24 @@ def _positive(signed):
 
 @functools.cache
 def dynamic_map(signed: bool, device: torch.device | str = "cpu") -> torch.Tensor:
-    """(256,) fp32, ascending: 0, 1 and, in each decade, the middles of n equal parts; signed, their negatives too."""
+    """Return the map (256,) fp32, ascending: 0, 1 and the entries of each decade; signed, their negatives too."""
     positive = _positive(signed)
     negative = [-x for x in reversed(positive)] if signed else []
     return torch.tensor([*negative, 0.0, *positive, 1.0], dtype=torch.float64).float().to(device)
 
 
 def _pieces(signed):
-    """((from x on, slope, intercept), ...): floor(slope x + intercept), at most 2n - 1, is n + k where x is nearest to
-    entry k of a decade of n. Before the first piece floor(intercept) stands for 0, from the last one on for 1.
+    """Return ((start, slope, intercept), ...), one line a decade, which applies from x = start on.
 
-    Each decade is a line, but its lowest entry is nearest only from the middle between it and the entry below.
+    floor(slope x + intercept), at most 2n - 1, is n + k where x is nearest to entry k of a decade of n entries. Before
+    the first piece floor(intercept) stands for 0, from the last piece on for 1. A decade's lowest entry is nearest only
+    from the middle between it and the entry below.
     """
     entries, start, pieces = [0.0, *_positive(signed), 1.0], 0, [(0.0, 0.0, 0.5 if signed else 1.5)]
     for top, n in _decades(signed):
         pieces.append(((entries[start] + entries[start + 1]) / 2, n / 0.9 / top, n * 8 / 9))
         start += n
-    # The lowest decade's line goes on to below n at its lower end; these do not.
+    # The lowest decade's line falls below n at its lower end; these replacements do not.
     pieces[1] = (pieces[1][0], 0.0, 1.5) if signed else (TINY, 1e6, 2.45)
     return (*pieces, ((entries[-2] + 1) / 2, 0.0, 2 * n + 0.5))
 
@@ -62,14 +63,14 @@ SIGNED_PIECES, UNSIGNED_PIECES = tl.constexpr(_pieces(True)), tl.constexpr(_piec
 # ---- reference ------------------------------------------------------------------------------------------------------
 
 
-def blocks_of(x):
-    """x (n,), zeros appended, as (blocks, 256)."""
+def _split_blocks(x):
+    """Return x (n,) as (blocks, 256), with zeros appended."""
     return torch.nn.functional.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
 
 
-def encode_ref(x, signed):
-    """Codes (n,) uint8 and maxima (blocks,) fp32 of x (n,) fp32."""
-    blocks = blocks_of(x).abs()
+def encode_ref(x: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the codes (n,) uint8 and maxima (blocks,) fp32 of x (n,) fp32."""
+    blocks = _split_blocks(x).abs()
     absmax = blocks.amax(1)
     inverse = torch.where((absmax >= TINY) & absmax.isfinite(), 1 / absmax, 0.0)[:, None]
     ratio = torch.where(inverse > 0, blocks * inverse, 0.0).flatten()[: len(x)]
@@ -81,9 +82,9 @@ def encode_ref(x, signed):
     return code.to(torch.uint8), absmax
 
 
-def decode_ref(code, absmax, signed):
-    """(n,) fp32."""
-    return (blocks_of(dynamic_map(signed, code.device)[code.int()]) * absmax[:, None]).flatten()[: len(code)]
+def decode_ref(code: torch.Tensor, absmax: torch.Tensor, signed: bool) -> torch.Tensor:
+    """Return the numbers (n,) fp32 that codes (n,) and maxima (blocks,) stand for."""
+    return (_split_blocks(dynamic_map(signed, code.device)[code.int()]) * absmax[:, None]).flatten()[: len(code)]
 
 
 # ---- in a kernel, for N numbers, a multiple of 256 ------------------------------------------------------------------
@@ -91,7 +92,7 @@ def decode_ref(code, absmax, signed):
 
 @triton.jit
 def _per_number(x, N: tl.constexpr):
-    """(blocks,) to (N,)."""
+    """Return x (blocks,) repeated for each number, (N,)."""
     return tl.reshape(tl.broadcast_to(x[:, None], (N // 256, 256)), (N,))
 
 
@@ -106,8 +107,8 @@ def _rank(ratio, PIECES: tl.constexpr):
 
 @triton.jit
 def encode(x, SIGNED: tl.constexpr, N: tl.constexpr):
-    """encode_ref of x (N,); the numbers past a tensor's end must be 0."""
-    # The largest as an integer: NaN is then above Inf, and that above all else.
+    """Return codes and maxima of x (N,), as encode_ref. Numbers past a tensor's end must be 0."""
+    # Compared as integers, NaN is above Inf, and Inf above all numbers.
     magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     absmax = tl.max(tl.reshape(magnitude, (N // 256, 256)), axis=1).to(tl.float32, bitcast=True)
     usable = (absmax >= 2.0**-126) & (absmax < float("inf"))
@@ -123,5 +124,5 @@ def encode(x, SIGNED: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def decode(code, absmax, map_ptr, N: tl.constexpr):
-    """decode_ref of code (N,). map_ptr: dynamic_map's entries."""
+    """Return the numbers that codes (N,) stand for, as decode_ref. map_ptr: the entries of dynamic_map."""
     return tl.gather(tl.load(map_ptr + tl.arange(0, 256)), code.to(tl.int32), 0) * _per_number(absmax, N)

@@ -2,9 +2,9 @@
 
     norm = sqrt(sum over tensors of sum(g^2))
 
-Squares and sums are fp32. Each program sums one stretch of one tensor into its own place; one last program adds those
-in order: no atomics, so the same gradients give the same bits. NaN and Inf propagate. A magnitude over 1.8e19, whose
-square is over fp32, counts as Inf; for the training loop that is a step to skip.
+Squares and sums are fp32. Each program sums one stretch of one tensor into its own place, and one last program adds
+these partial sums in order. No atomics are used, so equal gradients give equal bits. NaN and Inf propagate. A magnitude
+over 1.8e19, whose square exceeds fp32, counts as Inf: the training loop skips such a step.
 
 Bound by memory: each gradient is read once, 2 bytes an element in bf16, and 4 bytes are written a stretch.
 """
@@ -23,8 +23,9 @@ from kernels.ops.common import DTYPES, choose, launch_config, operator
 CHUNK = 1 << 18  # elements: their squares are a megabyte, which a cache holds
 
 
-def grad_norm_ref(grads):
-    # torch's vector_norm on a CPU adds one square after the other: over 3M elements it is off by 6e-5. Its sum is not.
+def grad_norm_ref(grads: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the global L2 norm, a scalar in fp32, computed in plain torch."""
+    # torch's vector_norm on a CPU adds squares one by one and is off by 6e-5 over 3M elements. Its sum is exact enough.
     chunks = (chunk for g in grads for chunk in g.reshape(-1).split(CHUNK))
     return torch.stack([chunk.float().square().sum() for chunk in chunks]).double().sum().sqrt().float()
 
@@ -63,11 +64,11 @@ def _norm_fake(grads):
 
 @operator("grad_norm", cpu=grad_norm_ref, fake=_norm_fake)
 def norm(grads: Sequence[torch.Tensor]) -> torch.Tensor:
-    """grads: contiguous, at least one. Returns a scalar, fp32."""
+    """Return the norm, a scalar in fp32, of at least one contiguous tensor."""
     device, total = grads[0].device, _norm_fake(grads)
     config, last = launch_config("grad_norm", "partial", device), launch_config("grad_norm", "total", device)
     programs = [triton.cdiv(g.numel(), config["TILES"] * config["BLOCK"]) for g in grads]
-    partial = total.new_zeros(triton.cdiv(sum(programs), 16) * 16)  # a length that is seen to allow 128-bit loads
+    partial = total.new_zeros(triton.cdiv(sum(programs), 16) * 16)  # Triton sees that this length allows 128-bit loads
     first = 0
     for g, n_programs in zip(grads, programs, strict=True):
         if n_programs:
@@ -82,9 +83,9 @@ def norm(grads: Sequence[torch.Tensor]) -> torch.Tensor:
 
 @torch.no_grad()
 def grad_norm(grads: Sequence[torch.Tensor], impl: str = "auto") -> torch.Tensor:
-    """grads: tensors of any shapes on one device. Returns a scalar fp32 tensor there, without waiting for it.
+    """Return the global L2 norm of tensors of any shapes on one device: a scalar in fp32 on it, without waiting for it.
 
-    Raises ValueError when there is none, or they lie on several devices.
+    Raises ValueError if the list is empty, or its tensors lie on several devices.
     """
     if not grads:
         raise ValueError("grad_norm: no gradients given")

@@ -2,8 +2,8 @@
 
     y = x @ weight.T + residual
 
-Saved for backward: x and weight. Bound by its GEMMs, which are cuBLAS; the addition rides in the first one's epilogue,
-and the sum over micro-batches of weight's gradient in the last one's.
+Saved for backward: x and weight. Bound by its GEMMs, which are cuBLAS. The residual is added in the epilogue of the
+forward GEMM, and weight's gradients of several micro-batches are summed in the epilogue of the last GEMM.
 """
 
 import torch
@@ -14,7 +14,8 @@ from kernels.ops.common import accumulator, choose, weight_gradient
 # ---- reference: the specification, and the path on CPU --------------------------------------------------------------
 
 
-def linear_add_ref(x, weight, residual):
+def linear_add_ref(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """x @ weight.T + residual in plain torch."""
     return residual + F.linear(x, weight)
 
 
@@ -43,10 +44,10 @@ class _LinearAdd(torch.autograd.Function):
 def linear_add(
     x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, impl: str = "auto", accumulate: bool = False
 ) -> torch.Tensor:
-    """x: (T, N). weight: (D, N). residual: (T, D). Returns (T, D).
+    """x @ weight.T + residual. x: (T, N). weight: (D, N). residual: (T, D). Returns (T, D).
 
-    accumulate: backward adds weight's gradient to weight.grad itself, see kernels.ops.common.weight_gradient; the reference
-    leaves that to autograd. Raises ValueError when the shapes do not fit.
+    accumulate: backward adds weight's gradient to weight.grad, see kernels.ops.common.weight_gradient; the reference
+    leaves that to autograd. Raises ValueError if the shapes do not fit.
     """
     fits = x.ndim == weight.ndim == residual.ndim == 2
     if not fits or residual.shape != (len(x), len(weight)) or x.shape[1] != weight.shape[1]:

@@ -4,18 +4,19 @@
 
 over the rows t whose target is not ignore_index, with logits = x W^T, lse_t = logsumexp_v(logits_tv), log p = logits -
 lse, nll_t = -log p_t,target. s: label smoothing, as torch's F.cross_entropy. z: z-loss, as PaLM (arXiv:2204.02311,
-section 5). The sum is divided by the caller, who alone knows how many tokens the global batch holds.
+section 5). The caller divides the sum, because only the caller knows how many tokens the global batch holds.
 
     d loss / d logits_tv = weight_t * [(1 + 2 z lse_t) * p_tv - s / V - (1 - s) * (v is the target)]
 
-Rows are taken in chunks: one GEMM writes a chunk's logits, one kernel reads them and writes their gradient over them,
-two GEMMs make dx and dW of that, and the next chunk uses the same buffer. So gradients are made in forward; backward
-multiplies them by the upstream gradient and no more. Saved: dx, and dW in fp32 (in bf16 after a single chunk of bf16).
+Rows are processed in chunks. One GEMM writes a chunk's logits, one kernel reads them and writes their gradient in their
+place, two GEMMs compute dx and dW from it, and the next chunk reuses the buffer. So forward computes the gradients, and
+backward only multiplies them by the upstream gradient. Saved for backward: dx, and dW in fp32 (in bf16 after a single
+chunk of bf16).
 
-Bound by the GEMMs: 6 L D V floating point operations, 2 L D V where no gradient is wanted. The kernel moves 4 V bytes a
-row of bf16 logits from and to HBM, 2 V without gradients; it reads a row twice, and the second read is served by L1 and
-L2. A chunk moves 8 bytes an element of dW, so chunks are as large as LOGITS_BYTES allows; a row of logits brings 2 D
-operations an element of dW. Backward moves 6 bytes an element of dW, 4 after a single chunk, and 4 of dx.
+Bound by the GEMMs: 6 L D V floating point operations, 2 L D V without gradients. The kernel moves 4 V bytes a row of
+bf16 logits from and to HBM, 2 V without gradients: it reads a row twice, and L1 and L2 serve the second read. A chunk
+moves 8 bytes an element of dW, so chunks are as large as LOGITS_BYTES allows; a row of logits brings 2 D operations an
+element of dW. Backward moves 6 bytes an element of dW, 4 after a single chunk, and 4 of dx.
 """
 
 import torch
@@ -37,13 +38,22 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32; unlike -inf it can be 
 # ---- reference: the specification, and the path on CPU --------------------------------------------------------------
 
 
-def linear_cross_entropy_ref(x, weight, targets, weights=None, ignore_index=-100, z_loss=0.0, label_smoothing=0.0):
+def linear_cross_entropy_ref(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """Return the summed loss of linear_cross_entropy, computed in plain torch with all logits at once."""
     loss = _Losses.apply(F.linear(x, weight), targets, ignore_index, z_loss, label_smoothing)
     return (loss if weights is None else loss * weights).sum()
 
 
 def _losses_ref(logits, targets, ignore_index, z_loss, smoothing):
-    """Each row's loss and lse, in chunks that a cache holds: fp32 copies of all logits cost a CPU as much as a GEMM."""
+    """Return each row's loss and lse. Chunks fit a cache: fp32 copies of all logits cost a CPU as much as a GEMM."""
     losses, lse = wide(logits.new_empty(len(logits))), wide(logits.new_empty(len(logits)))
     for start in range(0, len(logits), REF_ROWS):
         rows = slice(start, start + REF_ROWS)
@@ -58,7 +68,7 @@ def _losses_ref(logits, targets, ignore_index, z_loss, smoothing):
 
 
 def _dlogits_ref(dlosses, logits, targets, lse, ignore_index, z_loss, smoothing):
-    """d loss / d logits of the formula above, in the dtype of logits. dlosses: (L,), weight_t of each row."""
+    """Return d loss / d logits of the formula above, in the dtype of logits. dlosses: (L,), weight_t of each row."""
     dlogits, ignored = torch.empty_like(logits), targets == ignore_index
     dlosses, targets = dlosses.masked_fill(ignored, 0), targets.masked_fill(ignored, 0)
     for start in range(0, len(logits), REF_ROWS):
@@ -165,7 +175,7 @@ def _scale_kernel(x_ptr, scale_ptr, y_ptr, n, BLOCK: tl.constexpr):
 
 
 def chunk_rows(n_rows: int, vocab: int, itemsize: int) -> int:
-    """Rows of a chunk: the fewest chunks whose logits fit LOGITS_BYTES, all of them about the same size."""
+    """Return the rows of a chunk: as few chunks as LOGITS_BYTES allows, all of about one size."""
     most = max(1, LOGITS_BYTES // (_up(vocab, PAD) * itemsize) // ROWS) * ROWS
     n_chunks = max(1, _up(n_rows, most) // most)
     return _up(-(-n_rows // n_chunks), ROWS)
@@ -177,7 +187,7 @@ def _up(n, multiple):
 
 def _gradients_fake(x, weight, want_dx, want_dw, into=None):
     want_dw = want_dw and into is None
-    # Of one chunk dW is rounded by its GEMM. Not to fp16: before the upstream gradient it may be over 65504.
+    # The GEMM of a single chunk rounds dW, but not to fp16, which dW may exceed before the upstream gradient scales it.
     once = len(x) <= chunk_rows(len(x), len(weight), x.element_size()) and weight.dtype != torch.float16
     dx = x.new_empty(x.shape if want_dx else 0)
     return dx, weight.new_empty(weight.shape if want_dw else 0, dtype=weight.dtype if once else torch.float32)
@@ -215,9 +225,11 @@ def forward(
     into: torch.Tensor | None,
     beta: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x: (L, D). weight: (V, D). targets, weights: (L,) int64 and fp32, contiguous. Returns the loss, dx (L, D) and dw
-    (V, D), or (0,) for what is not wanted; dw is in fp32 but for a single chunk of bf16. Where into (V, D) is given, dw
-    goes there: into = beta * into + dw."""
+    """Compute the loss, and the gradients that are wanted. x: (L, D). weight: (V, D). All tensors are contiguous.
+
+    targets, weights: (L,) int64 and fp32. Returns the loss, dx (L, D) and dw (V, D); an unwanted gradient has shape
+    (0,). dw is in fp32, except after a single chunk of bf16. If into (V, D) is given: into = beta * into + dw.
+    """
     (n_rows, _), vocab, stride = x.shape, len(weight), _up(len(weight), PAD)
     dx, dw = _gradients_fake(x, weight, want_dx, want_dw, into)
     total = dw if into is None else into
@@ -246,11 +258,13 @@ def forward(
 
 
 def _add_product(out, a, b, beta):
-    """out = beta * out + a @ b, summed and kept in out's dtype, which may be fp32 for 16-bit a and b. What out holds
-    does not matter when beta is 0."""
+    """Set out = beta * out + a @ b, summed in out's dtype, which may be fp32 for 16-bit a and b.
+
+    With beta 0 the old values of out are not read.
+    """
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=beta, out=out)
-    elif out.device.type == "cpu":  # has no such GEMM
+    elif out.device.type == "cpu":  # a CPU has no such GEMM
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
     else:  # out in another dtype than a and b: torch 2.10, github.com/pytorch/pytorch/pull/167931
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
@@ -262,7 +276,7 @@ def _scaled_fake(x, scale, dtype):
 
 @operator("scaled", cpu=lambda x, scale, dtype: (wide(x) * scale).to(dtype), fake=_scaled_fake)
 def scaled(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x * scale in a new tensor, rounded once. x: contiguous. scale: a scalar in fp32, read on the device."""
+    """x * scale, rounded once, in a new tensor. x: contiguous. scale: a scalar in fp32, read on the device."""
     y = _scaled_fake(x, scale, dtype)
     config = launch_config("linear_cross_entropy", "scale", x.device)
     if x.numel():
@@ -275,12 +289,13 @@ def scaled(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Te
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, *settings):
-        *settings, want_dx, want_dw, accumulate = settings
+    def forward(ctx, x, weight, *arguments):
+        *settings, want_dx, want_dw, accumulate = arguments
         into, beta = None, 0
         if accumulate and want_dw:
-            leaf, beta = accumulator("linear_cross_entropy", weight, True), 0 if weight.grad is None else 1
-            leaf.grad = into = torch.empty_like(leaf) if leaf.grad is None else leaf.grad
+            accumulator("linear_cross_entropy", weight, True)  # raises unless weight is a leaf
+            beta = 0 if weight.grad is None else 1
+            weight.grad = into = torch.empty_like(weight) if weight.grad is None else weight.grad
         loss, dx, dw = forward(x, weight, *settings, want_dx, want_dw, into, beta)
         ctx.save_for_backward(dx, dw)
         ctx.dtypes, ctx.wanted = (x.dtype, weight.dtype), (want_dx, want_dw and into is None)
@@ -288,7 +303,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss):
-        # New tensors: what is saved serves a second backward too.
+        # New tensors, because a second backward needs the saved ones too.
         made = zip(ctx.saved_tensors, ctx.wanted, ctx.dtypes, strict=True)
         return *(scaled(g, dloss, dtype) if wanted else None for g, wanted, dtype in made), *(None,) * 8
 
@@ -327,18 +342,19 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """Summed cross entropy of the logits x @ weight.T: sum_t weight_t [(1 - s) nll_t + s mean(-log p_t) + z lse_t^2].
+    """sum_t weight_t [(1 - s) nll_t + s mean(-log p_t) + z lse_t^2], the cross entropy of the logits x @ weight.T.
 
-    x: (L, D). weight: (V, D), same dtype and device. targets: (L,) int64 in [0, V), or ignore_index for a row without
-    loss and gradient. weights: (L,) fp32, or None for ones; they get no gradient. z_loss: z. label_smoothing: s, 0 to
-    1. impl: see kernels.ops.common.choose. Returns a scalar in fp32 (fp64 for fp64 inputs); 0 where no row has a loss.
-    accumulate: forward adds dW to weight.grad, in its dtype, where it would keep it for backward, in fp32 after several
-    chunks. For a loss that is differentiated once, by an upstream gradient of 1: put what else it is multiplied by into
-    weights. The reference leaves it to autograd.
-    A target that is no id makes the loss and the gradients NaN in the kernels, which never wait for the device to look;
-    the reference raises what F.cross_entropy raises. dx and dW are rounded twice where an upstream gradient other than
-    a power of two follows (dW only after a single chunk): a 1 / N known beforehand is better put into weights.
-    Raises ValueError when the shapes or dtypes do not fit.
+    x: (L, D). weight: (V, D), in x's dtype and on its device. targets: (L,) int64 in [0, V), or ignore_index for a row
+    without loss and gradient. weights: (L,) fp32, or None for ones; they get no gradient. z_loss: z. label_smoothing:
+    s, 0 to 1. impl: see kernels.ops.common.choose. Returns a scalar in fp32 (fp64 for fp64 inputs); 0 if no row has a
+    loss.
+    accumulate: forward adds dW to weight.grad in its dtype, and keeps none for backward. The loss must then be
+    differentiated once, with an upstream gradient of 1; any other factor belongs into weights. The reference leaves the
+    addition to autograd.
+    A target that is no id makes loss and gradients NaN in the kernels, which never wait for the device to check it; the
+    reference raises what F.cross_entropy raises. An upstream gradient that is not a power of two rounds dx a second
+    time (and dW after a single chunk): a 1 / N that is known beforehand belongs into weights.
+    Raises ValueError if the shapes or dtypes do not fit.
     """
     _check(x, weight, targets, weights, label_smoothing)
     if choose("linear_cross_entropy", impl, x) == "ref":

@@ -1,14 +1,14 @@
 """RMSNorm, then a linear map: the way into attention and into the feed-forward.
 
-    norm_linear        y = rms_norm(x, norm_weight) @ weight.T          x is handed back beside it
-    norm_linear_rows   the first n columns of y at some rows alone, the others at all, and those rows of x: the way into
-                       the last layer, where only rows with a loss ask and all answer
+    norm_linear        y = rms_norm(x, norm_weight) @ weight.T          returned beside x
+    norm_linear_rows   the first n columns of y at chosen rows only, the other columns at all rows, and x at the chosen
+                       rows: the way into the last layer, where only rows with a loss need queries
 
-Saved for backward: x, rstd (4 bytes a row) and the weights; the norm's output only where told to keep it. Else the pass
-that takes the gradient through the norm writes it again for weight's gradient, and adds the gradient that reaches x
-over the residual stream, for whoever goes on from the x that is handed back. Bound by its GEMMs, which are cuBLAS; the
-norm moves 4 bytes an element forward and 10 backward in bf16 (8 where its output was kept), where adding the residual
-stream's gradient apart would move 6 more.
+Saved for backward: x, rstd (4 bytes a row) and the weights; the norm's output only with keep. Without it, the pass that
+takes the gradient through the norm writes the output again for weight's gradient. That pass also adds the gradient of
+the residual stream, if the caller goes on from the x that is returned. Bound by its GEMMs, which are cuBLAS. The norm
+moves 4 bytes an element forward and 10 backward in bf16 (8 with keep); adding the residual stream's gradient in a pass
+of its own would move 6 more.
 """
 
 import torch
@@ -16,17 +16,23 @@ import torch.nn.functional as F
 
 from kernels.ops.common import accumulator, weight_gradient
 from kernels.ops.rms_norm import backward as norm_backward
-from kernels.ops.rms_norm import check, rms_norm_ref
+from kernels.ops.rms_norm import choose_norm, rms_norm_ref
 from kernels.ops.rms_norm import forward as norm_forward
 
 # ---- reference: the specification, and the path on CPU --------------------------------------------------------------
 
 
-def norm_linear_ref(x, norm_weight, weight, eps):
+def norm_linear_ref(
+    x: torch.Tensor, norm_weight: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute norm_linear in plain torch."""
     return F.linear(rms_norm_ref(x, norm_weight, eps), weight), x
 
 
-def norm_linear_rows_ref(x, norm_weight, weight, rows, n, eps):
+def norm_linear_rows_ref(
+    x: torch.Tensor, norm_weight: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor, n: int, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute norm_linear_rows in plain torch."""
     h = rms_norm_ref(x, norm_weight, eps)
     first, others = weight.split((n, len(weight) - n))
     return F.linear(h[rows], first), F.linear(h, others), x[rows]
@@ -38,7 +44,7 @@ def norm_linear_rows_ref(x, norm_weight, weight, rows, n, eps):
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm_weight, weight, eps, keep, accumulate):
-        ctx.set_materialize_grads(False)  # a gradient of nothing is None, not a tensor of zeros to read
+        ctx.set_materialize_grads(False)  # a missing gradient stays None, instead of zeros to read
         ctx.eps, ctx.into = eps, accumulator("norm_linear", weight, accumulate)
         rows = x.contiguous()
         h, _, rstd = norm_forward(rows, None, norm_weight, eps)
@@ -83,14 +89,14 @@ class _NormLinearRows(torch.autograd.Function):
         dweight = None
         if want_weight:
             parts = (slice(None, ctx.n), dy_rows, h[rows]), (slice(ctx.n, None), dy, h)
-            dweight = weight_gradient_in_parts(weight, parts, ctx.into)
+            dweight = _weight_gradient_in_parts(weight, parts, ctx.into)
         return dx, dnorm_weight, dweight, *[None] * 5
 
 
-def weight_gradient_in_parts(weight, parts, into):
-    """weight_gradient of (rows of weight, their dy, their x) that make up the whole."""
-    there = None if into is None else into.grad
-    grad, beta = (torch.empty_like(weight), 0) if there is None else (there, 1)  # of beta 0, what is there is not read
+def _weight_gradient_in_parts(weight, parts, into):
+    """Return weight's gradient, or add it to into.grad. parts: (rows of weight, their dy, their x), which cover it."""
+    old = None if into is None else into.grad
+    grad, beta = (torch.empty_like(weight), 0) if old is None else (old, 1)  # beta 0: grad's values are not read
     for rows, dy, x in parts:
         torch.addmm(grad[rows], dy.T, x, beta=beta, out=grad[rows])
     if into is None:
@@ -111,12 +117,11 @@ def norm_linear(
     keep: bool = False,
     accumulate: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x: (T, D). norm_weight: (D,). weight: (N, D). Returns y (T, N) in x's dtype, and x.
+    """rms_norm(x, norm_weight) @ weight.T. x: (T, D). norm_weight: (D,). weight: (N, D). Returns y (T, N), and x.
 
-    Go on from the x that is returned, as the residual: then its gradient is summed in the norm's own backward pass.
-    keep: keeps the norm's output, where backward would compute it again. accumulate: see
-    kernels.ops.common.weight_gradient. The reference leaves both to autograd.
-    Raises ValueError when the shapes or dtypes do not fit.
+    Use the returned x as the residual: its gradient is then added in the norm's own backward pass. keep: keep the
+    norm's output, which backward would otherwise compute again. accumulate: see kernels.ops.common.weight_gradient. The
+    reference leaves both to autograd. Raises ValueError if the shapes or dtypes do not fit.
     """
     if _check("norm_linear", impl, x, norm_weight, weight) == "ref":
         return norm_linear_ref(x, norm_weight, weight, eps)
@@ -134,10 +139,10 @@ def norm_linear_rows(
     keep: bool = False,
     accumulate: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """norm_linear, whose first n outputs are wanted at `rows` alone, as is x.
+    """Compute norm_linear with the first n outputs, and x, at the rows `rows` only.
 
-    rows: (U,) int64, distinct. Returns y[rows, :n] (U, n), y[:, n:] (T, N - n) and x[rows] (U, D). Others as
-    norm_linear's. Raises ValueError when the shapes or dtypes do not fit.
+    rows: (U,) int64, distinct. Returns y[rows, :n] (U, n), y[:, n:] (T, N - n) and x[rows] (U, D). The other arguments
+    are norm_linear's. Raises ValueError if the shapes or dtypes do not fit.
     """
     if rows.ndim != 1 or not 0 <= n <= len(weight):
         raise ValueError(f"norm_linear_rows: rows {tuple(rows.shape)}, n {n}; wanted (U,) and up to {len(weight)}")
@@ -152,4 +157,4 @@ def _check(op, impl, x, norm_weight, weight):
             f"{op}: x is {tuple(x.shape)}, norm_weight is {tuple(norm_weight.shape)}, "
             f"weight is {tuple(weight.shape)}; wanted (T, D), (D,), (N, D)"
         )
-    return check(op, impl, x, norm_weight)
+    return choose_norm(op, impl, x, norm_weight)

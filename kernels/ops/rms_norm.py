@@ -3,12 +3,12 @@
     y = x * rsqrt(mean(x^2) + eps) * weight            statistics in fp32
     with a residual:  s = x + residual,  y = rms_norm(s);  both are returned
 
-Bound by memory. Forward reads x (and residual), writes y (and s): 4 (8) bytes an element in bf16. Backward reads x and
-dy, writes dx: 6; adding the gradient that reaches s by another way costs 2 more, and so does writing the output again
-for whoever did not save it. Saved for backward: x (or s), weight and rstd (fp32, 4 bytes a row).
+Bound by memory. Forward reads x (and residual) and writes y (and s): 4 (8) bytes an element in bf16. Backward reads x
+and dy and writes dx: 6 bytes. It takes 2 more to add the gradient that reaches s on another path, and 2 more to write
+the output again for a caller that did not save it. Saved for backward: x (or s), weight and rstd (fp32, 4 bytes a row).
 
-Backward's programs are few, since each sums dw over many rows in registers; so each copies its next rows to shared
-memory while it works on one.
+Backward runs few programs, because each sums dw over many rows in registers. Each program therefore copies its next
+rows to shared memory while it works on one.
 Source: arXiv:1910.07467; cast order as meta-llama/llama llama/model.py RMSNorm.
 """
 
@@ -18,13 +18,14 @@ import triton.language as tl
 
 from kernels.ops.common import choose, launch_config, n_sms, next_power_of_2, operator, wide
 
-MAX_DIM = 8192  # of the kernels: at 16384 a row, its gradient and its share of dw no longer fit an SM's registers
+MAX_DIM = 8192  # of the kernels: at 16384 a row, its gradient and its part of dw exceed an SM's registers
 
 
 # ---- reference: the specification, and the path on CPU --------------------------------------------------------------
 
 
-def rms_norm_ref(x, weight, eps):
+def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x * rsqrt(mean(x^2) + eps) * weight over the last axis, in plain torch."""
     s = wide(x)
     return (s * torch.rsqrt(s.square().mean(-1, keepdim=True) + eps)).type_as(x) * weight
 
@@ -81,7 +82,7 @@ def _backward_kernel(
             dx += tl.load(ds_ptr + at, mask=mask, other=0.0).to(tl.float32)
         dw += dy * x_hat
         tl.store(dx_ptr + at, dx, mask=mask)
-        if y_ptr is not None:  # the output again, for whoever did not save it
+        if y_ptr is not None:  # the output again, for a caller that did not save it
             tl.store(y_ptr + at, x_hat.to(x.dtype).to(tl.float32) * w.to(tl.float32), mask=mask)
     tl.store(dw_ptr + program * DIM + cols, tl.sum(dw, axis=0)[None, :], mask=cols < DIM)
 
@@ -104,7 +105,7 @@ def _forward_fake(x, residual, weight, eps):
 def forward(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x, residual: (N, D) contiguous. Returns y (N, D), the sum (N, D), empty with no residual, and rstd (N,) fp32."""
+    """Normalise contiguous x (N, D), or x + residual. Returns y, the sum (empty without residual), rstd (N,) fp32."""
     n_rows, dim = x.shape
     y, s, rstd = _forward_fake(x, residual, weight, eps)
     cols = next_power_of_2(dim)
@@ -130,7 +131,7 @@ def _backward_fake(dy, x, weight, rstd, ds, want_y):
 def backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, ds: torch.Tensor | None, want_y: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dy, x, ds: (N, D) contiguous; ds is added to dx. Returns dx (N, D), dw (D,), and the forward's y if wanted."""
+    """Compute the gradients. dy, x, ds: (N, D) contiguous; ds is added to dx. Returns dx, dw (D,), and y if wanted."""
     n_rows, dim = x.shape
     dx, dw, y = _backward_fake(dy, x, weight, rstd, ds, want_y)
     cols = next_power_of_2(dim)
@@ -171,8 +172,8 @@ class _RMSNorm(torch.autograd.Function):
 # ---- public ---------------------------------------------------------------------------------------------------------
 
 
-def check(op, impl, x, weight):
-    """The implementation to run. Raises ValueError when a norm's weight does not fit x, or x the implementation."""
+def choose_norm(op: str, impl: str, x: torch.Tensor, weight: torch.Tensor) -> str:
+    """Return the implementation to run. Raises ValueError if weight does not fit x, or x the implementation."""
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"{op}: weight is {tuple(weight.shape)}, x ends in {x.shape[-1]}")
     if weight.dtype != x.dtype:
@@ -190,13 +191,13 @@ def rms_norm(
     impl: str = "auto",
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Normalises the last axis of x, or of x + residual, by its root mean square and scales it.
+    """Normalise the last axis of x, or of x + residual, by its root mean square and scale it by weight.
 
-    x, residual: (..., D). weight: (D,), same dtype and device. Returns the shape and dtype of x; with a residual, that
-    and the sum. impl: see kernels.ops.common.choose.
-    Raises ValueError when the shapes or dtypes do not fit.
+    x, residual: (..., D). weight: (D,), in x's dtype and on its device. Returns y in x's shape and dtype; with a
+    residual, y and the sum. impl: see kernels.ops.common.choose.
+    Raises ValueError if the shapes or dtypes do not fit.
     """
-    impl = check("rms_norm", impl, x, weight)
+    impl = choose_norm("rms_norm", impl, x, weight)
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
             f"rms_norm: residual is {tuple(residual.shape)} {residual.dtype}, x is {tuple(x.shape)} {x.dtype}"

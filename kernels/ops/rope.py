@@ -2,16 +2,18 @@
 
     (a, b) -> (a cos - b sin, b cos + a sin)      a = x[..., :Dh/2], b = x[..., Dh/2:], angle = position * frequency
 
-The halves are rotated against each other, as Hugging Face lays heads out; Meta pairs neighbours, and its weights are
-permuted when they are read. Angles, sines and products are fp32: bf16 cannot tell positions above 256 apart.
+The two halves of a head are rotated against each other, as Hugging Face lays heads out. Meta pairs neighbours, and its
+weights are permuted when they are read. Angles, sines and products are fp32: bf16 cannot represent all integers above
+256, which positions are.
 
 Bound by memory: one launch reads q and k once and writes them once, 4 (H + K) Dh bytes a token in bf16, in place or
-not. The tables come from HBM once a token (4 Dh bytes), from L1 and L2 for the other heads. Backward is the rotation
-by the opposite angle; it needs the tables alone.
+not. The tables come from HBM once a token (4 Dh bytes), and from L1 and L2 for the other heads. Backward is the
+rotation by the opposite angle. Saved for backward: the tables.
 Source: arXiv:2104.09864; llama3 scaling as meta-llama/llama-models llama3/model.py apply_scaling.
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -20,10 +22,10 @@ import triton.language as tl
 from kernels.ops.common import choose, launch_config, next_power_of_2, operator, wide
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling=None) -> torch.Tensor:
-    """Radians a position for each of the Dh/2 pairs, (Dh/2,) fp32: theta^(-2i/Dh), slowed by llama3 scaling if given.
+def rope_frequencies(head_dim: int, theta: float, scaling: Any = None) -> torch.Tensor:
+    """theta^(-2i/Dh), the radians a position of each of the Dh/2 pairs, slowed by llama3 scaling. (Dh/2,) fp32.
 
-    scaling: an object with factor, low_freq_factor, high_freq_factor, original_max_seq_len (tokens), or None.
+    scaling: an object with factor, low_freq_factor, high_freq_factor and original_max_seq_len (tokens), or None.
     """
     freqs = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
     if scaling is None:
@@ -31,12 +33,12 @@ def rope_frequencies(head_dim: int, theta: float, scaling=None) -> torch.Tensor:
     wavelength = 2 * math.pi / freqs  # tokens a turn
     turns = scaling.original_max_seq_len / wavelength
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = blend.clamp(0, 1)  # 0: slow pairs, divided by the factor. 1: fast pairs, kept.
+    blend = blend.clamp(0, 1)  # 0 for slow pairs, which are divided by the factor; 1 for fast pairs, which are kept
     return (1 - blend) * freqs / scaling.factor + blend * freqs
 
 
 def rope_cos_sin(positions: torch.Tensor, frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """positions: (T,) integers. Returns cos and sin, each (T, Dh/2) fp32."""
+    """Return the cosines and sines of position * frequency, each (T, Dh/2) fp32. positions: (T,) integers."""
     angles = positions.float()[:, None] * frequencies
     return angles.cos(), angles.sin()
 
@@ -46,11 +48,14 @@ def rope_cos_sin(positions: torch.Tensor, frequencies: torch.Tensor) -> tuple[to
 
 def _rotate_ref(x, cos, sin):
     a, b = wide(x).chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]  # the same for every head
+    cos, sin = cos[:, None], sin[:, None]  # (T, 1, Dh/2): every head uses a token's angles
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
 
-def rope_ref(q, k, cos, sin):
+def rope_ref(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate q (T, H, Dh) and k (T, K, Dh) in plain torch, into new tensors."""
     return _rotate_ref(q, cos, sin), _rotate_ref(k, cos, sin)
 
 
@@ -117,10 +122,10 @@ def _rotate_cpu(q, k, cos, sin, inverse):
 
 @operator("rope_rotate", mutates=("q", "k"), cpu=_rotate_cpu, fake=lambda q, k, cos, sin, inverse: None)
 def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> None:
-    """Rotates q (T, H, Dh) and k (T, K, Dh) in place, by the opposite angles if inverse.
+    """Rotate q (T, H, Dh) and k (T, K, Dh) in place, by the opposite angles if inverse.
 
-    Both may be views with any strides (of one (T, H + 2K, Dh), say) whose last axis is contiguous and which do not
-    overlap. cos, sin: (T, Dh/2) fp32 contiguous.
+    Both may be views with any strides, of one (T, H + 2K, Dh) for example, if their last axis is contiguous and they do
+    not overlap. cos, sin: (T, Dh/2) fp32 contiguous.
     """
     _launch(q, k, q, k, cos, sin, inverse)
 
@@ -137,7 +142,7 @@ def _rotated_fake(q, k, cos, sin, inverse):
 def rotated(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """rotate into new, contiguous tensors: the same bytes moved, and q and k left as they are. They may overlap."""
+    """Rotate q and k as rotate() does, into new contiguous tensors. q and k stay as they are, and may overlap."""
     q_out, k_out = _rotated_fake(q, k, cos, sin, inverse)
     _launch(q, k, q_out, k_out, cos, sin, inverse)
     return q_out, k_out
@@ -168,10 +173,10 @@ class _Rope(torch.autograd.Function):
 def rope(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, impl: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotates q (T, H, Dh) and k (T, K, Dh) by each token's angles; cos, sin: (T, Dh/2) fp32, which get no gradient.
+    """Rotate q (T, H, Dh) and k (T, K, Dh) by each token's angles. cos, sin: (T, Dh/2) fp32, which get no gradient.
 
-    Returns both, in new tensors. To rotate in place where autograd does not look, as inside another op: rotate, above.
-    Raises ValueError when the shapes or dtypes do not fit.
+    Returns both in new tensors. Inside another op, where autograd does not record, rotate() does it in place.
+    Raises ValueError if the shapes or dtypes do not fit.
     """
     want = (q.shape[0], q.shape[-1] // 2)
     fits = q.ndim == k.ndim == 3 and q.shape[::2] == k.shape[::2] and q.shape[-1] % 2 == 0 and q.dtype == k.dtype

@@ -3,10 +3,10 @@
     swiglu(gate_up) = silu(gate) * up                  gate_up = [gate, up] side by side; in fp32
     swiglu_linear   = swiglu(gate_up) @ weight.T + residual
 
-The element-wise passes are bound by memory: forward reads gate_up and writes the product h, 6 bytes an element of h in
-bf16; backward reads gate_up and dh, writes d(gate_up), and h again for weight's gradient, 12 bytes. So swiglu_linear
-saves gate_up and weight, and h only where it is told to. Its GEMMs are cuBLAS, and the residual is added in the last
-one's epilogue.
+The element-wise passes are bound by memory. Forward reads gate_up and writes the product h, 6 bytes an element of h in
+bf16. Backward reads gate_up and dh and writes d(gate_up), and h again for weight's gradient, 12 bytes. Saved for
+backward: gate_up and weight, and h only with keep. The GEMMs are cuBLAS; the residual is added in the epilogue of the
+forward GEMM.
 Source: arXiv:2002.05202.
 """
 
@@ -20,12 +20,14 @@ from kernels.ops.common import accumulator, choose, launch_config, operator, wei
 # ---- reference: the specification, and the path on CPU --------------------------------------------------------------
 
 
-def swiglu_ref(gate_up):
+def swiglu_ref(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up in plain torch."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up  # which computes in fp32 and rounds
+    return F.silu(gate) * up  # silu computes in fp32 and rounds
 
 
-def swiglu_linear_ref(gate_up, weight, residual):
+def swiglu_linear_ref(gate_up: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """swiglu(gate_up) @ weight.T + residual in plain torch."""
     return residual + F.linear(swiglu_ref(gate_up), weight)
 
 
@@ -80,7 +82,7 @@ def _forward_fake(gate_up):
 
 @operator("swiglu_forward", cpu=swiglu_ref, fake=_forward_fake)
 def forward(gate_up: torch.Tensor) -> torch.Tensor:
-    """gate_up: (T, 2F) contiguous. Returns h (T, F)."""
+    """silu(gate) * up. gate_up: (T, 2F) contiguous. Returns h (T, F)."""
     h = _forward_fake(gate_up)
     _launch("forward", _forward_kernel, gate_up, h)
     return h
@@ -100,7 +102,7 @@ def _backward_fake(dh, gate_up, want_h):
 
 @operator("swiglu_backward", cpu=_backward_cpu, fake=_backward_fake)
 def backward(dh: torch.Tensor, gate_up: torch.Tensor, want_h: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """dh: (T, F), gate_up: (T, 2F), contiguous. Returns d(gate_up) (T, 2F), and h (T, F) if it is wanted."""
+    """Compute the gradient. dh: (T, F), gate_up: (T, 2F), contiguous. Returns d(gate_up) (T, 2F), and h if wanted."""
     dgate_up, h = _backward_fake(dh, gate_up, want_h)
     _launch("backward", _backward_kernel, gate_up, dh, dgate_up, h if want_h else None)
     return dgate_up, h
@@ -114,7 +116,7 @@ def _backward_over_cpu(dh, gate_up):
 
 @operator("swiglu_backward_over", mutates=("dh", "gate_up"), cpu=_backward_over_cpu, fake=lambda *tensors: None)
 def backward_over(dh: torch.Tensor, gate_up: torch.Tensor) -> None:
-    """backward without memory of its own: writes d(gate_up) over gate_up and h over dh."""
+    """Write d(gate_up) over gate_up (T, 2F) and h over dh (T, F): backward without memory of its own."""
     _launch("backward", _backward_kernel, gate_up, dh, gate_up, dh)
 
 
@@ -165,7 +167,7 @@ class _SwiGLULinear(torch.autograd.Function):
 
 
 def swiglu(gate_up: torch.Tensor, impl: str = "auto") -> torch.Tensor:
-    """gate_up: (T, 2F). Returns (T, F). Raises ValueError when that is not its shape."""
+    """silu(gate) * up, computed in fp32. gate_up: (T, 2F). Returns (T, F). Raises ValueError for another shape."""
     if gate_up.ndim != 2 or gate_up.shape[1] % 2:
         raise ValueError(
             f"swiglu: gate_up is {tuple(gate_up.shape)}, wanted an even number of columns: gate and up side by side"
@@ -182,13 +184,13 @@ def swiglu_linear(
     keep: bool = False,
     accumulate: bool = False,
 ) -> torch.Tensor:
-    """gate_up: (T, 2F). weight: (D, F). residual: (T, D). Returns (T, D).
+    """swiglu(gate_up) @ weight.T + residual. gate_up: (T, 2F). weight: (D, F). residual: (T, D). Returns (T, D).
 
-    consume: backward may write gate_up's gradient over gate_up, for a caller with no other use for it, which saves 4F
-    bytes a token in bf16. Autograd then refuses a second backward, and the backward of whoever else saved gate_up.
-    keep: keeps h, 2F bytes a token in bf16, where backward would compute it again. accumulate: see
+    consume: backward writes gate_up's gradient over gate_up, which saves 4F bytes a token in bf16, for a caller that
+    uses gate_up nowhere else. Autograd then refuses a second backward, and the backward of any other op that saved
+    gate_up. keep: keep h, 2F bytes a token in bf16, which backward would otherwise compute again. accumulate: see
     kernels.ops.common.weight_gradient. The reference leaves all three to autograd.
-    Raises ValueError when the shapes do not fit.
+    Raises ValueError if the shapes do not fit.
     """
     fits = gate_up.ndim == residual.ndim == weight.ndim == 2
     if not fits or gate_up.shape != (len(residual), 2 * weight.shape[1]) or residual.shape[1] != weight.shape[0]:

@@ -535,9 +535,9 @@ def test_reference_plan_is_the_documents():
 def test_a_plan_is_int32_on_lines_of_its_own(device):
     documents, n = LAYOUTS["all kinds"]
     plan = op.attention_plan(table(documents), n, 16, device, "triton")
-    tiles = plans.tiles(16, torch.device(device))
+    tiles = plans.tile_sizes(16, torch.device(device))
     assert tiles == (64, 32, 32, 64, 2) or not INTERPRETED
-    sections, _ = plans.build(np.array(documents), n, np.arange(n), tiles)
+    sections, _ = plans.build_lists(np.array(documents), n, np.arange(n), tiles)
     for t, section in zip(plan[:7], sections, strict=True):
         assert t.dtype == torch.int32 and t.storage_offset() % 32 == 0 and t.is_contiguous()
         assert t.tolist() == section.tolist()
@@ -572,7 +572,7 @@ def test_a_plan_has_every_key_meet_every_query_that_sees_it_once(layout, seed, s
     documents, n = layout
     rows = some_rows(n, seed, share)
     table = np.array(documents, np.int64).reshape(-1, 4)
-    (limits, items, blocks, seen, key_items, key_blocks, splits), n_slots = plans.build(table, n, rows, tiles)
+    (limits, items, blocks, seen, key_items, key_blocks, splits), n_slots = plans.build_lists(table, n, rows, tiles)
     keys = np.arange(n)
     own, prefix = (
         (keys >= lo[:, None]) & (keys < hi[:, None]) for lo, hi in ((limits[0], limits[1]), (limits[2], limits[3]))
@@ -605,7 +605,9 @@ def test_a_shared_prefix_is_split():
     """An Alpaca micro-batch at a GPU's tile sizes: no part walks more than 16 blocks, each block is walked once."""
     documents = np.array([[0, 35, 0, 0], *([35 + 95 * i, 130 + 95 * i, 0, 35] for i in range(130))])
     n = documents[-1, 1]
-    (_, _, _, seen, items, blocks, splits), n_slots = plans.build(documents, n, np.arange(n), (64, 64, 32, 64, 16))
+    (_, _, _, seen, items, blocks, splits), n_slots = plans.build_lists(
+        documents, n, np.arange(n), (64, 64, 32, 64, 16)
+    )
     assert seen.all() and len(splits) == 1 and splits[0, 2] == n_slots > 20
     assert (items[:, 2] - items[:, 1]).max() <= 16
     walked = np.concatenate([np.arange(lo, hi) for lo, hi in items[:, 1:3]])
@@ -618,7 +620,7 @@ def test_a_shared_prefix_is_split():
 def test_a_long_document_is_mostly_unmasked():
     n = 4096
     documents, rows = np.array([[0, n, 0, 0]]), np.arange(n)
-    (_, items, blocks, _, keys, key_blocks, _), _ = plans.build(documents, n, rows, (64, 64, 64, 64, 16))
+    (_, items, blocks, _, keys, key_blocks, _), _ = plans.build_lists(documents, n, rows, (64, 64, 64, 64, 16))
     assert len(blocks) - 1 == len(items) and items[:, 6].sum() == 63 * 64 // 2
     assert len(key_blocks) - 1 <= 2 * len(keys) and keys[:, 4].sum() >= 62 * 63 // 2
 
@@ -626,7 +628,7 @@ def test_a_long_document_is_mostly_unmasked():
 def planned(*documents):
     """query_items, query_blocks, key_items and key_blocks of all rows, at a GPU's tile sizes."""
     n = documents[-1][1]
-    sections, _ = plans.build(np.array(documents), n, np.arange(n), (64, 64, 32, 64, 16))
+    sections, _ = plans.build_lists(np.array(documents), n, np.arange(n), (64, 64, 32, 64, 16))
     return sections[1], sections[2], sections[4], sections[5]
 
 
