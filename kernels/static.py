@@ -30,6 +30,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--chip", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
     parser.add_argument("--check", type=Path, metavar="FILE", help="fail when this Triton's records there differ")
+    parser.add_argument(
+        "--changed",
+        action="store_true",
+        help="with --check: compile one launch of each kernel, and those that differ from FILE in source or arguments",
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes that compile")
     return parser.parse_args()
 
@@ -43,13 +48,16 @@ def main() -> None:
     cases = all_cases(args.op)
     if not cases:
         sys.exit(f"kernels.static: no cases for {', '.join(args.op)}; see kernels/compiled/launch_cases.py")
-    records, violations, launched = run_gate(cases, args.chip, workers=args.workers)
+    old_records = load_records(args.check)["records"] if args.check and args.changed else ()
+    records, violations, launched, n_known = run_gate(cases, args.chip, workers=args.workers, old_records=old_records)
     if not args.op:
         tables = {path.stem: common.launch_table(path.stem) for path in sorted(common.LAUNCH.glob("*.json"))}
         violations += find_unused(launched, tables, args.chip) + find_unplayed(cases, operator_names())
     print(*map(format_record, records), sep="\n")
     print(*(f"VIOLATION {violation}" for violation in violations), sep="\n", file=sys.stderr)
     print(f"{len(records)} launches, {len(violations)} violations, Triton {triton.__version__}")
+    if n_known:
+        print(f"{n_known} of them as {args.check} has them: nothing that they depend on has changed")
     if args.json:
         save_records(args.json, records)
     differences: list[str] = []

@@ -9,12 +9,16 @@ from pathlib import Path
 import triton
 from triton import knobs
 
+from kernels.compiled.known import digest_launch
 from kernels.compiled.launches import Launch
 from kernels.compiled.machine_code import Facts, programs_per_sm
 
 
-def make_record(launch: Launch, facts: Facts, table: Callable[[str], dict]) -> dict:
-    """Return one launch's record. table: returns an op's launch table, which says where a configuration is from."""
+def describe_launch(launch: Launch, table: Callable[[str], dict]) -> dict:
+    """Return the part of a record that is known before compiling.
+
+    table: returns an op's launch table, which says where a configuration is from.
+    """
     op, kernel, chip, size = launch.entry or (launch.case.op, None, None, None)
     return {
         "op": op,
@@ -26,6 +30,12 @@ def make_record(launch: Launch, facts: Facts, table: Callable[[str], dict]) -> d
         "num_warps": launch.options.num_warps,
         "num_stages": launch.options.num_stages,
         "from": table(op)[kernel][chip][size]["from"] if kernel else "fixed",
+    }
+
+
+def make_record(launch: Launch, facts: Facts, table: Callable[[str], dict]) -> dict:
+    """Return one launch's record. table: see describe_launch."""
+    return describe_launch(launch, table) | {
         "registers": facts.registers,
         "stack_bytes": facts.stack_bytes,
         "spills": facts.spills,
@@ -36,6 +46,7 @@ def make_record(launch: Launch, facts: Facts, table: Callable[[str], dict]) -> d
         "wide": facts.wide,
         "narrow": facts.narrow,
         "bytes_per_element": _bytes_per_element(launch, facts),
+        "inputs": digest_launch(launch),
     }
 
 
@@ -77,6 +88,10 @@ def save_records(path: Path, records: list[dict]) -> None:
     path.write_text(f'{{"versions": {json.dumps(versions, sort_keys=True)},\n"records": [\n{lines}\n]}}\n')
 
 
+def _without_inputs(record):
+    return json.dumps({name: value for name, value in record.items() if name != "inputs"})
+
+
 def _order(record):
     return tuple(record[name] for name in ("op", "kernel", "case", "chip", "triton")), json.dumps(record["tile"])
 
@@ -91,12 +106,13 @@ def ptxas_versions() -> dict[str, str]:
 def find_differences(path: Path, records: list[dict], ops: Collection[str], chips: Collection[str]) -> list[str]:
     """Return how the file's records of this Triton differ from these, as lines that begin with - or +.
 
-    Of the file's records only those of the given ops (all if there are none) and chips are compared.
+    Of the file's records only those of the given ops (all if there are none) and chips are compared. Digests of inputs
+    may differ: other inputs can give equal machine code.
     """
 
     def is_compared(record):
         return record["triton"] == triton.__version__ and (not ops or record["op"] in ops) and record["chip"] in chips
 
-    old = {json.dumps(r) for r in load_records(path)["records"] if is_compared(r)}
-    new = {json.dumps(r) for r in records}
+    old = {_without_inputs(r) for r in load_records(path)["records"] if is_compared(r)}
+    new = {_without_inputs(r) for r in records}
     return [f"- {line}" for line in sorted(old - new)] + [f"+ {line}" for line in sorted(new - old)]

@@ -22,10 +22,11 @@ from typing import NamedTuple
 import torch
 
 from kernels import ops
+from kernels.compiled.known import find_known
 from kernels.compiled.launch_cases import Case, Make
 from kernels.compiled.launches import EntryPath, Launch, compile_all, patched, record_launches
 from kernels.compiled.machine_code import CHIPS, SHARED_BLOCK, TENSOR_COLUMNS, Facts
-from kernels.compiled.records import make_record
+from kernels.compiled.records import describe_launch, make_record
 from kernels.ops import common
 
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
@@ -119,6 +120,7 @@ class GateResult(NamedTuple):
     records: list[dict]
     violations: list[Violation]
     launched: set[EntryPath | None]
+    n_known: int  # launches that were not compiled, because their machine code is known
 
 
 def run_gate(
@@ -126,11 +128,23 @@ def run_gate(
     chips: Sequence[str] = tuple(CHIPS),
     table: Callable[[str], dict] = common.launch_table,
     workers: int = 2,
+    old_records: Sequence[dict] = (),
 ) -> GateResult:
-    """Record, compile and judge the launches of the cases on every chip."""
+    """Record, compile and judge the launches of the cases on every chip.
+
+    old_records: launches that these records make known are not compiled again, see kernels.compiled.known.
+    """
     cases = list(cases)
     launches = [launch for chip in chips for case in cases for launch in record_launches(case, chip, table)]
-    compiled = list(zip(launches, compile_all(launches, workers), strict=True))
-    violations = [violation for launch, facts in compiled for violation in judge(launch, facts)]
-    records = [make_record(launch, facts, table) for launch, facts in compiled if not isinstance(facts, str)]
-    return GateResult(records, violations, {launch.entry for launch in launches})
+    known = find_known(launches, [describe_launch(launch, table) for launch in launches], old_records)
+    compiled = iter(compile_all([launch for i, launch in enumerate(launches) if i not in known], workers))
+    violations, records = [], []
+    for i, launch in enumerate(launches):
+        if i in known:
+            records.append(known[i])
+            continue
+        facts = next(compiled)
+        violations += judge(launch, facts)
+        if not isinstance(facts, str):
+            records.append(make_record(launch, facts, table))
+    return GateResult(records, violations, {launch.entry for launch in launches}, len(known))

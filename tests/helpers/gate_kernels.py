@@ -95,5 +95,5 @@ CASES = {
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
     built = [Case("gate", label, lambda make, build=build: (build(make),)) for label, build in CASES.items()]
-    records, violations, _ = run_gate(built)
+    records, violations, *_ = run_gate(built)
     print(json.dumps({"records": records, "violations": [v._asdict() for v in violations]}))

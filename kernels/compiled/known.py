@@ -1,0 +1,91 @@
+"""Launches whose machine code is already known: nothing that it depends on has changed since its record was written.
+
+A record holds a digest of the kernel's source and constants, the types, constexprs, divisibility and options of the
+launch, and the code that reads and judges machine code. Comments, docstrings and line numbers do not count. Compiling
+is deterministic, so an equal digest under one version of Triton gives the recorded facts again.
+"""
+
+import ast
+import hashlib
+import inspect
+import textwrap
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.runtime.jit import JITFunction
+
+from kernels.compiled.launches import Launch
+
+LAUNCH_FIELDS = ("op", "kernel", "case", "chip", "triton", "tile", "num_warps", "num_stages", "from")
+
+
+def _bare_syntax(source: str) -> str:
+    """Return the syntax tree as text, without line numbers, comments and docstrings."""
+    tree = ast.parse(textwrap.dedent(source))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.dump(tree)
+
+
+def _describe_function(function: JITFunction, described: dict[str, str]) -> None:
+    """Add to `described` the syntax of a kernel, of the functions it calls, and its global constants, by name."""
+    name = f"{function.fn.__module__}.{function.fn.__qualname__}"
+    if name in described:
+        return
+    described[name] = _bare_syntax(inspect.getsource(function.fn))
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function.fn)))):
+        value = function.fn.__globals__.get(node.id) if isinstance(node, ast.Name) else None
+        if isinstance(value, JITFunction):
+            if value.fn.__module__.startswith("triton."):  # its version stands for it
+                continue
+            _describe_function(value, described)
+        elif isinstance(value, (tl.constexpr, int, float, str, tuple)) and isinstance(node, ast.Name):
+            described[f"{name}.{node.id}"] = repr(getattr(value, "value", value))
+
+
+@cache
+def _digest_of_function(function: JITFunction) -> str:
+    described: dict[str, str] = {}
+    _describe_function(function, described)
+    return hashlib.sha256(repr(sorted(described.items())).encode()).hexdigest()
+
+
+@cache
+def _digest_of_reader() -> str:
+    """Return a digest of the code that turns launches into facts and judges them."""
+    files = [Path(__file__).with_name(name) for name in ("launches.py", "machine_code.py", "rules.py")]
+    sources = [_bare_syntax(file.read_text()) for file in files]
+    return hashlib.sha256("".join(sources).encode()).hexdigest()
+
+
+def digest_launch(launch: Launch) -> str:
+    """Return 16 hex digits that change with anything the launch's facts depend on, except Triton's version."""
+    options = {name: value for name, value in vars(launch.options).items() if name != "extern_libs"}  # holds a path
+    parts: tuple[Any, ...] = (
+        _digest_of_function(launch.function), _digest_of_reader(), launch.chip, launch.signature, launch.constants,
+        launch.attributes, sorted(options.items(), key=str),
+    )  # fmt: skip
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def find_known(recorded: Iterable[Launch], made: Iterable[dict], records: Iterable[dict]) -> dict[int, dict]:
+    """Return the index of each known launch and its record.
+
+    recorded, made: launches, and what LAUNCH_FIELDS hold for each. records: those of a file. One launch of each kernel,
+    chip and type of its first tensor is never known, so that every run compiles every kernel.
+    """
+    old = {r["inputs"]: r for r in records if "inputs" in r and r["triton"] == triton.__version__}
+    known: dict[int, dict] = {}
+    compiled: set[tuple[str, str, str, str]] = set()
+    for i, (launch, fields) in enumerate(zip(recorded, made, strict=True)):
+        sample = (launch.case.op, launch.name, launch.chip, next(iter(launch.signature.values())))
+        record = old.get(digest_launch(launch))
+        if sample in compiled and record and all(record[name] == fields[name] for name in LAUNCH_FIELDS):
+            known[i] = record
+        compiled.add(sample)
+    return known
