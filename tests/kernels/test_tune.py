@@ -7,12 +7,14 @@ import sys
 import pytest
 import torch
 
+from kernels import tune
 from kernels.compiled.launch_cases import all_cases
 from kernels.ops import common
 from tests.helpers.run import ROOT
 
 
 def command(*args, interpreter):
+    """Run kernels.tune in a process of its own, with or without Triton's interpreter."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     if not interpreter:
         del env["TRITON_INTERPRET"]
@@ -26,6 +28,7 @@ def tables():
     return {path.name: path.read_text() for path in common.LAUNCH.glob("*.json")}
 
 
+@pytest.mark.timeout(3600)  # 20 s of work, which a busy machine may stretch
 def test_smoke_goes_through_every_kernel_and_writes_nothing():
     before = tables()
     done = command("--smoke", interpreter=True)
@@ -37,17 +40,26 @@ def test_smoke_goes_through_every_kernel_and_writes_nothing():
     assert tables() == before
 
 
+def ended(monkeypatch, interpreted):
+    """Return the exit code or message of the command without arguments."""
+    monkeypatch.setattr(common, "INTERPRETED", interpreted)
+    monkeypatch.setattr(sys, "argv", ["tune"])
+    with pytest.raises(SystemExit) as end:
+        tune.main()
+    return end.value.code
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
-def test_without_a_gpu_it_says_so():
-    done = command(interpreter=False)
-    assert done.returncode == 2 and "--static" in done.stderr
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    assert ended(monkeypatch, interpreted=False) == 2
+    assert "--static" in capsys.readouterr().err
 
 
-def test_the_interpreter_is_for_smoke_alone():
-    done = command(interpreter=True)
-    assert done.returncode == 1 and "TRITON_INTERPRET" in done.stderr
+def test_the_interpreter_is_for_smoke_alone(monkeypatch):
+    assert "TRITON_INTERPRET" in ended(monkeypatch, interpreted=True)
 
 
+@pytest.mark.timeout(3600)
 def test_static_ranks_candidates_and_shows_refusals(tmp_path):
     done = command("--static", "--op", "rope", "--chip", "sm_90", interpreter=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -30,6 +30,7 @@ REFUSALS = {
 }
 
 
+@pytest.mark.timeout(3600)  # whichever comes first waits for the compiler
 def test_a_bad_kernel_is_refused_by_its_rule_and_a_good_one_is_not(refused):
     found = {}
     for violation in refused["violations"]:
@@ -40,12 +41,14 @@ def test_a_bad_kernel_is_refused_by_its_rule_and_a_good_one_is_not(refused):
     assert good == {"copy", "sum", "matmul"}
 
 
+@pytest.mark.timeout(3600)
 def test_a_violation_names_kernel_chip_rule_and_numbers(refused):
     shared = next(v for v in refused["violations"] if v["rule"] == "shared" and v["chip"] == "sm_90")
     text = str(Violation(**shared))
     assert text == "gate matmul sm_90 matmul, many stages: shared: got 393216 bytes; wanted at most 232448"
 
 
+@pytest.mark.timeout(3600)
 def test_records_hold_what_the_code_shows(refused):
     records = {(r["case"], r["chip"]): r for r in refused["records"]}
     copy = records["copy", "sm_90"]

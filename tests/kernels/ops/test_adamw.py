@@ -166,8 +166,9 @@ AWKWARD = [
 
 
 @both
-def test_split_master_is_fp32_bit_for_bit_over_1000_steps(impl, device):
+def test_split_master_is_fp32_bit_for_bit_over_many_steps(impl, device):
     """With awkward numbers among the first weights, and Inf and NaN among the gradients near the end."""
+    n_steps = 200 if impl == "triton" and device == "cpu" else 1000  # the interpreter takes 10 ms a step
     n, draw = 512, torch.Generator().manual_seed(0)
     wide = torch.randn(n, generator=draw) * 10 ** (6 * torch.rand(n, generator=draw) - 5)
     wide[: len(AWKWARD)] = torch.tensor(AWKWARD)
@@ -176,17 +177,17 @@ def test_split_master_is_fp32_bit_for_bit_over_1000_steps(impl, device):
     state, wide_state = kernels.adamw_state(param, "split"), kernels.adamw_state(wide)
     state.low.copy_(low)
     assert same(kernels.master_of(param, state), wide)
-    for step in range(1, 1001):
+    for step in range(1, n_steps + 1):
         grad = (torch.randn(n, generator=draw) * 10.0 ** (step % 7 - 5)).bfloat16().to(device)
-        if step == 980:
+        if step == n_steps - 20:
             grad[100], grad[101], grad[102] = math.inf, -math.inf, math.nan
         settings = {"lr": 1e-2 if step % 10 else 0.0, "weight_decay": 0.1 * (step % 2), "step": step, "impl": impl}
         kernels.adamw(param, grad, state, **SETTINGS | settings)
         kernels.adamw(wide, grad, wide_state, **SETTINGS | settings)
-        if step % 50 in (0, 1):
+        if step % 20 in (0, 1):
             master, finite = kernels.master_of(param, state), wide.isfinite()
             assert bits(master)[finite].equal(bits(wide)[finite]), step
-            assert (same(state.m, wide_state.m) and same(state.v, wide_state.v)) or step >= 980
+            assert (same(state.m, wide_state.m) and same(state.v, wide_state.v)) or step >= n_steps - 20
             assert master.isnan().equal(wide.isnan()) and param.isnan().equal(wide.isnan()), step
             assert same(param[finite], split(wide)[0][finite])
     assert wide.isnan().sum() == 1 + 3  # of AWKWARD, and of the gradients
@@ -239,7 +240,7 @@ def ups(part, impl, device, n=N_DRAWS, seed=0, offset=0):
 
 
 @both
-@pytest.mark.parametrize("part", [0.5, 1 / 3, 0.05, 2.0**-11])
+@pytest.mark.parametrize("part", [0.5, 1 / 3, 2.0**-11])
 def test_stochastic_rounding_is_unbiased(part, impl, device, large_tiles):
     """The mean of a million draws is 3 standard errors at most from the number itself, for several seeds and in all."""
     means = [ups(part, impl, device, seed=seed).double().mean().item() for seed in (0, 1, 65537)]
@@ -290,16 +291,15 @@ def test_each_step_and_stream_draws_anew():
 @both
 @pytest.mark.parametrize(("master", "states"), [("stochastic", "fp32"), ("stochastic", "bf16"), ("split", "bf16")])
 def test_shards_round_as_the_whole(master, states, impl, device):
-    """Cut anywhere, each told where it begins."""
+    """Shards are cut anywhere, and each is given its offset."""
     whole, state, gradient = start(1600, torch.bfloat16, master, states, device)
     grads = [gradient() for _ in range(3)]
-    cuts = [0, 1, 8, 21, 540, 1055, 1600]
-    for a, b in itertools.pairwise(cuts):
+    full, full_state = run(whole.clone(), clone(state), grads, impl, seed=9)
+    for a, b in itertools.pairwise([0, 1, 8, 21, 540, 1055, 1600]):
         param = whole[a:b].clone()
         shard = op.AdamWState(**{name: t[a:b].clone() for name, t in state.tensors().items()})
         for first, grad in enumerate(grads, 1):
             run(param, shard, [grad[a:b]], impl, first, seed=9, offset=a)
-        full, full_state = run(whole.clone(), clone(state), grads, impl, seed=9)
         assert same(param, full[a:b]), (a, b)
         assert all(same(t, full_state.tensors()[name][a:b]) for name, t in shard.tensors().items()), (a, b)
 
