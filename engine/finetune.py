@@ -31,14 +31,14 @@ from engine.training.planning_input import recipe_from_config, setting_from_conf
 from engine.training.prepare import agree_on_plan, prepare
 from engine.training.resume import find_start, is_finished
 from engine.training.saving import require_disk_space
-from engine.training.stanford_flags import stanford
+from engine.training.stanford_flags import translate_stanford_flags
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse the flags, make the plan, and carry it out unless --dry-run only asks for it."""
     native_bf16 = cpu_multiplies_bf16() and not torch.cuda.is_available()
     embedded = EMBEDDED | ({"dtype": "bf16"} if native_bf16 else {})  # nearly twice as fast there
-    config, notes = from_cli(FinetuneConfig, argv, stanford, embedded)
+    config, notes = from_cli(FinetuneConfig, argv, translate_stanford_flags, embedded)
     signals = Signals()
     with ExitStack() as stack:
         world = stack.enter_context(start_ranks(config.device, config.rank_timeout))

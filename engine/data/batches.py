@@ -1,7 +1,7 @@
 """Step N of a run -> its micro-batches.
 
-The order of examples is a function of seed and epoch alone, so step N of a resumed run is step N, with no saved state of a
-sampler. Packing cuts a step and never changes the order.
+The order of examples is a function of seed and epoch alone, so step N of a resumed run is step N, with no saved state
+of a sampler. Packing cuts a step and never changes the order.
 """
 
 from collections.abc import Sequence
@@ -62,8 +62,8 @@ class StepBatch:
 class Batches:
     """One rank's micro-batches of every step. Weights are such that the losses of all ranks add up to the step's.
 
-    packing may be replaced while a run is under way; steps that are cut after that follow it. mean_of_means: the loss is
-    the mean of the micro-batches' means, as in the trainer of 2023, rather than the mean over the loss tokens of the
+    packing may be replaced while a run is under way; steps that are cut after that follow it. mean_of_means: the loss
+    is the mean of the micro-batches' means, as in the trainer of 2023, rather than the mean over the loss tokens of the
     global batch.
     """
 

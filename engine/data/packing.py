@@ -2,8 +2,8 @@
 
 A micro-batch is one row of tokens: documents back to back, which never see each other, with no padding but at the end.
 Examples that begin with equal tokens (a template, a repeated question) share them. The prefix stands in the row once;
-each document's queries look at its prefix's keys and then at its own, at positions that continue from the prefix. What a
-prefix computes depends on nothing after it, and autograd sums the gradients that its keys and values get from every
+each document's queries look at its prefix's keys and then at its own, at positions that continue from the prefix. What
+a prefix computes depends on nothing after it, and autograd sums the gradients that its keys and values get from every
 document. So outputs and gradients equal those of the plain rows.
 
 Packing is bin packing: examples are the items, micro-batches the bins, tokens the size. Functions here work on row
@@ -47,8 +47,8 @@ def make_micro_batches(
 ) -> list[MicroBatch]:
     """Return one rank's micro-batches of a step. Each example is in one micro-batch; every rank gets equally many.
 
-    scale multiplies every loss, through the weights. mean_of_means divides each micro-batch's weights by its loss tokens
-    and by the number of micro-batches, so that the losses add up to the mean of the micro-batches' means.
+    scale multiplies every loss, through the weights. mean_of_means divides each micro-batch's weights by its loss
+    tokens and by the number of micro-batches, so that the losses add up to the mean of the micro-batches' means.
 
     Every rank cuts the whole step alike and keeps each ranks-th micro-batch. The i-th micro-batches of all ranks are
     computed at one time, and the losses of all ranks add up to the step's. Where a rank would have no micro-batch while
@@ -151,8 +151,9 @@ def spread_over_ranks(
 ) -> list[np.ndarray]:
     """Pack the rows into a multiple of `ranks` bins of about equal size, the largest bin first.
 
-    The number of bins is what best-fit needs, rounded up as far as there are rows. Neighbouring bins are computed at one
-    time by different ranks, so they should be of like size. Where even bins would break a limit, best-fit's bins stay.
+    The number of bins is what best-fit needs, rounded up as far as there are rows. Neighbouring bins are computed at
+    one time by different ranks, so they should be of like size. Where even bins would break a limit, best-fit's bins
+    stay.
     """
     fewest = pack_best_fit(groups, lengths, max_tokens, max_examples)
     n_bins = -(-len(fewest) // ranks) * ranks
@@ -173,8 +174,8 @@ def level_bins(
 
     The longest row comes first, and each goes where the fewest tokens are with it (LPT, Graham 1969: the largest bin is
     at most 4/3 of the least possible where no prefix is shared). Up to the mean size, rows of one prefix stay together:
-    with eight ranks a step of Alpaca then takes 1.1% fewer tokens. Where examples are limited they do not, since bins of
-    long rows would be left for the end, and one of eight be 20% larger than the mean. Empty bins are left out.
+    with eight ranks a step of Alpaca then takes 1.1% fewer tokens. Where examples are limited they do not, since bins
+    of long rows would be left for the end, and one of eight be 20% larger than the mean. Empty bins are left out.
     """
     group_of, n_shared = index_by_row(groups)
     mean = 0 if max_examples else (sum(lengths) - count_saved_tokens(groups)) / n_bins

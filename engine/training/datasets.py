@@ -56,7 +56,8 @@ def read_tables(
 ) -> tuple[list[tuple[Table, Sequence[Skipped]]], bool]:
     """Return the tokenised rows and the skipped ones of --data and, where given, of --eval-data.
 
-    The second value says whether all of it came from the token cache. Every file is checked before the long work begins.
+    The second value says whether all of it came from the token cache. Every file is checked before the long work
+    begins.
     """
     cache = token_cache.find_cache(config.token_cache)
     settings = config.prompt_style, config.max_length, config.train_on_prompt

@@ -48,10 +48,8 @@ def show_samples(plan: Plan, run: Run, model: Transformer, step: int) -> None:
     tokenizer, style = plan.tokenizer, plan.config.prompt_style
     prompts = [encode_prompt(Row("", None, prompt), tokenizer, style) for prompt in plan.sample_prompts]
     answers = generate(model, prompts, find_stop_ids(tokenizer, style), plan.config.sample_tokens)
-    if step == 0:
-        title = "before"
-    else:
-        title = "after" if step == plan.total_steps else f"after {step} steps"
+    titles = {0: "before", plan.total_steps: "after"}
+    title = titles.get(step, f"after {step} steps")
     for prompt, answer in zip(plan.sample_prompts, answers, strict=True):
         text = tokenizer.decode(answer).strip()
         run.metrics.write("sample", step=step, prompt=prompt, text=text)

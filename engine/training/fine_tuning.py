@@ -138,8 +138,8 @@ def begin_run(plan: Plan, world: World, signals: Signals, found: Checkpoint | No
     spikes = Spikes(plan.config.spike_threshold)
     spikes.replay(lines)
     signals.training = True
-    quiet = None if world.is_main else stack.enter_context(open(os.devnull, "w"))
-    progress = Progress(plan.total_steps, found.step if found else 0, every=plan.config.log_every, file=quiet)
+    file = None if world.is_main else stack.enter_context(open(os.devnull, "w"))  # noqa: SIM115 (the stack closes it)
+    progress = Progress(plan.total_steps, found.step if found else 0, every=plan.config.log_every, file=file)
     stack.enter_context(progress)
     reported = frozenset((line["event"], line.get("step")) for line in lines)
     return Run(world, signals, progress, metrics, spikes, reported)

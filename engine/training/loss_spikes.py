@@ -2,8 +2,8 @@
 
     loss > median + threshold max(1.4826 MAD, median / 100)       MAD: the median of |loss - median|
 
-over the last WINDOW steps. 1.4826 MAD is the standard deviation of a normal distribution, and no single outlier moves it.
-Losses that stand out in a row are one spike. PaLM met such spikes by going back some 100 steps and leaving out the
+over the last WINDOW steps. 1.4826 MAD is the standard deviation of a normal distribution, and no single outlier moves
+it. Losses that stand out in a row are one spike. PaLM met such spikes by going back some 100 steps and leaving out the
 batches since (Chowdhery et al. 2022, section 5.1).
 """
 

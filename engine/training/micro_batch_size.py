@@ -40,10 +40,10 @@ def choose_mesh_and_tokens(
 ) -> tuple[int, int]:
     """Return the replicas of the model over the ranks, and the tokens of a micro-batch.
 
-    On a CPU there is one replica unless --replicas says otherwise, and a micro-batch has 2048 tokens: more gains nothing.
-    On CUDA the replicas are those of mesh_that_fits(). The tokens are as many as fit the free memory beside a shard if
-    all of them carried loss, and no more than a step holds. Raises UsageError, with what does fit, when not one example
-    does.
+    On a CPU there is one replica unless --replicas says otherwise, and a micro-batch has 2048 tokens: more gains
+    nothing. On CUDA the replicas are those of mesh_that_fits(). The tokens are as many as fit the free memory beside a
+    shard if all of them carried loss, and no more than a step holds. Raises UsageError, with what does fit, when not
+    one example does.
     """
     counts = shards_that_fit(c, config.optimizer_states, ranks)
     if config.replicas:
@@ -124,8 +124,8 @@ class MicroBatchSize:
     def run_within_memory(self, work: Callable[[], T], optimizer: AdamW, feeder: Feeder | None = None) -> T:
         """Return work(). Where it runs out of memory, halve the micro-batch and call it again, once in a run.
 
-        feeder: what has prepared micro-batches of the old size, and prepares them anew. Raises CriaError with what would
-        fit where halving cannot help.
+        feeder: what has prepared micro-batches of the old size, and prepares them anew. Raises CriaError with what
+        would fit where halving cannot help.
         """
         while True:
             try:

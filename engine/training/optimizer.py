@@ -3,6 +3,7 @@
 import math
 import random
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,15 +13,15 @@ from engine.base.host_memory import STATE_ARENA_BYTES, HostMemory
 from engine.distributed.fsdp import local_shards
 from engine.model.shard import Shard
 from engine.training.offload import Offload, move_to_host
-from kernels.ops.adamw import states_of
+from kernels.ops.adamw import AdamWState, states_of
 from kernels.ops.eight_bit import BLOCK
 
 
 def lr_factor(schedule: str, step: int, total_steps: int, warmup_ratio: float) -> float:
-    """What the peak rate is multiplied by at optimizer step `step`, counted from 1.
+    """Return the factor of the peak learning rate at an optimizer step, counted from 1.
 
-    ceil(warmup_ratio * total_steps) steps rise from 0; then a half cosine or a line down to 0, or a constant.
-    Step for step as transformers' get_*_schedule_with_warmup.
+    It rises from 0 for ceil(warmup_ratio * total_steps) steps. Then it falls to 0 as half a cosine or as a line, or
+    stays. Step for step as transformers' get_*_schedule_with_warmup.
     """
     done, warmup = step - 1, math.ceil(warmup_ratio * total_steps)
     if done < warmup:
@@ -35,57 +36,61 @@ def lr_factor(schedule: str, step: int, total_steps: int, warmup_ratio: float) -
 class AdamW:
     """Updates a model's parameters in place. Matrices decay, norms do not.
 
-    master: how the fp32 number behind a bf16 parameter is kept; states: m and v. Both as kernels.adamw names them; a
-    parameter in fp32 is its own master. seed: of stochastic rounding. offload: master and states are kept in the host's
-    memory, see engine.training.offload. in_backward: a step that begin() was called for updates each parameter as soon as
-    its gradient is known, and drops the gradient, so that there are never all of them; nothing can then be clipped.
+    master says how the fp32 number behind a bf16 parameter is kept, states how m and v are; kernels.adamw has the
+    names. A parameter in fp32 is its own master. seed is that of stochastic rounding. With offload, master and states
+    are kept in the host's memory, see engine.training.offload. With in_backward, a step that begin() was called for
+    updates each parameter as soon as its gradient is known, and drops the gradient. All gradients then never exist at
+    one time, and cannot be clipped.
     """
 
     def __init__(
-        self, model: nn.Module, *, beta1, beta2, eps, weight_decay, master="split", states="fp32", seed=0, impl="auto",
-        offload=False, in_backward=False,
-    ):  # fmt: skip
-        self.params, self.held = dict(model.named_parameters()), local_shards(model)
+        self, model: nn.Module, *, beta1: float, beta2: float, eps: float, weight_decay: float, master: str = "split",
+        states: str = "fp32", seed: int = 0, impl: str = "auto", offload: bool = False, in_backward: bool = False,
+    ) -> None:  # fmt: skip
+        self.params, self.local = dict(model.named_parameters()), local_shards(model)
         device = next(iter(self.params.values())).device
-        self.in_backward = in_backward
-        self.states, self.offload, host = {}, None, HostMemory(device.type == "cuda", STATE_ARENA_BYTES)
-        for name, p in self.params.items():  # one after the other: never more than one tensor's on the way
-            state = kernels.adamw_state(self.held[name].tensor, master, states_of(p, states), p.numel())
+        self.states: dict[str, AdamWState] = {}
+        host = HostMemory(device.type == "cuda", STATE_ARENA_BYTES)
+        for name, p in self.params.items():  # one by one: never more than one tensor's state on the way to the host
+            state = kernels.adamw_state(self.local[name].tensor, master, states_of(p, states), p.numel())
             self.states[name] = move_to_host(state, host) if offload else state
-        if offload:
-            self.offload = Offload(self.states, device)
+        self.offload = Offload(self.states, device) if offload else None
         first = random.Random(seed).getrandbits(32)
         self.seeds = {name: (first + i) % 2**32 for i, name in enumerate(self.params)}  # each tensor its own
-        self.settings = {"beta1": beta1, "beta2": beta2, "eps": eps, "impl": impl}
+        self.settings: dict[str, Any] = {"beta1": beta1, "beta2": beta2, "eps": eps, "impl": impl}
         self.weight_decay, self.impl, self.n_updates = weight_decay, impl, 0
-        self.begun = None  # (lr, loss, norms so far) of a step whose updates happen in backward
+        self.in_backward = in_backward
+        # (lr, loss, norms so far) of a step whose updates happen in backward
+        self.begun: tuple[float, torch.Tensor, list[torch.Tensor]] | None = None
         if in_backward:
             for name, p in self.params.items():
                 p.register_post_accumulate_grad_hook(partial(self._update_in_backward, name))
 
     def begin(self, lr: float, loss: torch.Tensor) -> None:
-        """Before the only backward of a step, of an optimizer made with in_backward. A loss that is not finite updates
-        nothing; a gradient that is not, nothing of its own."""
+        """Announce the only backward of a step, for an optimizer made with in_backward.
+
+        A loss that is not finite then updates nothing. A gradient that is not finite leaves its own parameter alone.
+        """
         self.begun = lr, loss.detach(), []
 
     def _update_in_backward(self, name, p):
         if self.begun is not None:
             lr, loss, norms = self.begun
-            norms.append(kernels.grad_norm([own(p.grad)], self.impl))
+            norms.append(kernels.grad_norm([local_part(p.grad)], self.impl))
             self._update(name, self.states[name], lr, 1.0, torch.isfinite(loss + norms[-1]))
             p.grad = None
 
     def grad_norm(self) -> torch.Tensor:
-        """The norm of the gradients that this rank holds, a scalar on the device."""
+        """Return the norm of the gradients that this rank holds, a scalar on the device."""
         if self.begun is not None:
             return torch.stack(self.begun[2]).square().sum().sqrt()
-        return kernels.grad_norm([own(p.grad) for p in self.params.values()], self.impl)
+        return kernels.grad_norm([local_part(p.grad) for p in self.params.values()], self.impl)
 
     def step(self, lr: float, norm: torch.Tensor, clip: float, apply: torch.Tensor | None = None) -> None:
-        """One update, gradients times min(1, clip / (norm + 1e-6)) as torch's clip_grad_norm_; clip 0 leaves them.
+        """Update every parameter once, with gradients times min(1, clip / (norm + 1e-6)), as torch's clip_grad_norm_.
 
-        apply: a bool on the device, false where nothing is to change; the caller who learns that takes 1 from n_updates
-        before the next step.
+        clip 0 leaves the gradients as they are. apply is a bool on the device; where it is false nothing changes, and
+        the caller who learns of that takes 1 from n_updates before the next step.
         """
         if self.begun is None:
             scale = (clip / (norm + 1e-6)).clamp(max=1.0) if clip else 1.0
@@ -95,34 +100,39 @@ class AdamW:
         self.n_updates += 1
 
     def _update(self, name, state, lr, scale, apply):
-        p, shard = self.params[name], self.held[name]
+        p, shard = self.params[name], self.local[name]
         decay = self.weight_decay if p.ndim > 1 else 0.0
         if shard.tensor.numel():
             kernels.adamw(
-                shard.tensor, own(p.grad), state, lr=lr, weight_decay=decay, step=self.n_updates + 1, grad_scale=scale,
-                apply=apply, seed=self.seeds[name], offset=shard.first * shard.tensor[0].numel(), **self.settings,
+                shard.tensor, local_part(p.grad), state, lr=lr, weight_decay=decay, step=self.n_updates + 1,
+                grad_scale=scale, apply=apply, seed=self.seeds[name],
+                offset=shard.first * shard.tensor[0].numel(), **self.settings,
             )  # fmt: skip
 
     def zero_grad(self) -> None:
+        """Drop every gradient, and a step that was begun."""
         for p in self.params.values():
             p.grad = None
         self.begun = None
 
     def tensors(self) -> dict[str, Shard]:
-        """Everything that resume needs and this rank holds: {"param.NAME" | "m.NAME" | ...: rows}, live, not copies."""
+        """Return the rows that this rank holds of everything that resume needs: live tensors, not copies.
+
+        Their names are "param.NAME", "m.NAME" and so on.
+        """
         if self.offload:
             self.offload.wait()
-        kept = {f"param.{name}": shard for name, shard in self.held.items()}
+        shards = {f"param.{name}": shard for name, shard in self.local.items()}
         for name, state in self.states.items():
-            first, rows, n_whole = self.held[name].first, len(self.params[name]), self.params[name].numel()
+            first, rows, n_whole = self.local[name].first, len(self.params[name]), self.params[name].numel()
             for kind, t in state.tensors().items():
-                if kind.endswith("absmax"):  # a row a block
-                    kept[f"{kind}.{name}"] = Shard(t, first * n_whole // rows // BLOCK, -(-n_whole // BLOCK))
+                if kind.endswith("absmax"):  # one row a block
+                    shards[f"{kind}.{name}"] = Shard(t, first * n_whole // rows // BLOCK, -(-n_whole // BLOCK))
                 else:
-                    kept[f"{kind}.{name}"] = Shard(t, first, rows)
-        return kept
+                    shards[f"{kind}.{name}"] = Shard(t, first, rows)
+        return shards
 
 
-def own(t: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor, which is all of it where it is not sharded."""
+def local_part(t: torch.Tensor) -> torch.Tensor:
+    """Return the part of a tensor that this rank holds: all of it where it is not sharded."""
     return t.to_local() if hasattr(t, "to_local") else t

@@ -136,7 +136,8 @@ def write_files(plan: Plan, model: Transformer, out: Path) -> None:
     """Write the model's files and its tokenizer's. Raises OSError; the folder then holds what it held."""
     save_hf(
         out, model, max_shard_bytes=plan.config.max_shard_bytes, bos_id=plan.tokenizer.bos_id,
-        eos_ids=sorted(plan.tokenizer.stop_ids), generation_config=plan.source.generation_config if plan.source else None,
+        eos_ids=sorted(plan.tokenizer.stop_ids), generation_config=plan.source.generation_config if plan.source else
+        None,
     )  # fmt: skip
     plan.tokenizer.save(out)
     (out / HALVED).unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 import os
 
 from engine.base.flags import NO, YES, flag
+from engine.base.terminal import plural
 
 UNNEEDED = {
     "fsdp": "--replicas says how ranks hold the model",
@@ -10,77 +11,101 @@ UNNEEDED = {
     "per_device_eval_batch_size": "evaluation fills its forwards by tokens",
     "tf32": "bf16 matrices run on the tensor cores already",
 }
+DEFAULT_MICRO_BATCH, DEFAULT_ACCUMULATION, DEFAULT_STEPS = 8, 1, 500  # transformers', where a flag is absent
+
+Raw = dict[str, list[str]]  # {flag: its words}, as the command line has them
 
 
-def stanford(raw, problems):
-    """Stanford Alpaca's own training command works unchanged. Its flags that have no twin here are translated:
+def translate_stanford_flags(raw: Raw, problems: list[str]) -> list[str]:
+    """Let Stanford Alpaca's own training command work unchanged. Its flags that have no twin here are translated:
     --bf16, --per_device_train_batch_size, --gradient_accumulation_steps, --evaluation_strategy, --eval_steps,
     --save_strategy, --save_steps. Accepted and not needed: --fsdp, --fsdp_transformer_layer_cls_to_wrap, --tf32,
     --per_device_eval_batch_size."""
     notes = [f"{flag(name)} is accepted and not needed: {why}" for name, why in UNNEEDED.items() if raw.pop(name, None)]
-
-    def take(name):
-        words = raw.pop(name, None)
-        if words is not None and len(words) != 1:
-            problems.append(f"{flag(name)} wants one value, got {len(words)}")
-            return None
-        return words and words[0]
-
-    def number(name):
-        word = take(name)
-        if word is not None and not (word.isdecimal() and int(word) > 0):
-            problems.append(f"{flag(name)} is {word!r}, wanted a whole number from 1")
-            return None
-        return word and int(word)
-
-    bf16 = take("bf16")
-    if bf16 is not None and bf16.lower() in YES:
-        if raw.setdefault("dtype", ["bf16"]) != ["bf16"]:
-            problems.append(f"--bf16 {bf16} contradicts --dtype {' '.join(raw['dtype'])}")
-    elif bf16 is not None and bf16.lower() in NO:
-        raw.setdefault("dtype", ["fp32"])
-    elif bf16 is not None:
-        problems.append(f"--bf16 is {bf16!r}, wanted True or False")
-
-    micro, accumulation = number("per_device_train_batch_size"), number("gradient_accumulation_steps")
-    if micro or accumulation:  # absent, transformers takes 8 and 1
-        ranks = os.environ.get("WORLD_SIZE", "")  # torchrun's; one that is no number is told of when ranks start
-        ranks, micro, accumulation = int(ranks) if ranks.isdecimal() else 1, micro or 8, accumulation or 1
-        ours = {"micro_batch_size": micro, "global_batch_size": ranks * micro * accumulation}
-        for name, value in ours.items():
-            if name in raw:
-                problems.append(
-                    f"{flag(name)} and --per-device-train-batch-size with --gradient-accumulation-steps "
-                    "say the same thing; give one"
-                )
-            raw.setdefault(name, [str(value)])
-        notes.append(
-            f"--global-batch-size {ours['global_batch_size']}: {micro} examples x {accumulation} accumulated"
-            + f" x {ranks} ranks" * (ranks > 1)
-        )
-    old, new = take("evaluation_strategy"), take("eval_strategy")
-    for ours, strategy, steps in (
-        ("eval_every", old or new, number("eval_steps")),
-        ("save_every", take("save_strategy"), number("save_steps")),
-    ):
-        if strategy is None and steps is None:
-            continue
-        values = {
-            "no": "off" if ours == "eval_every" else "end",
-            "epoch": "epoch",
-            "steps": str(steps or 500),
-            None: str(steps),
-        }
-        if ours in raw:
-            problems.append(f"{flag(ours)} and {flag(ours.replace('every', 'strategy'))} say the same thing; give one")
-        elif strategy not in values:
-            problems.append(f"{flag(ours.replace('every', 'strategy'))} is {strategy!r}, wanted no, steps or epoch")
-        else:
-            raw[ours] = [values[strategy]]
+    translate_bf16(raw, problems)
+    notes += translate_batch_size(raw, problems)
+    evaluation = pop_word(raw, "evaluation_strategy", problems), pop_word(raw, "eval_strategy", problems)
+    translate_strategy(raw, "eval_every", evaluation[0] or evaluation[1], "off", problems)
+    translate_strategy(raw, "save_every", pop_word(raw, "save_strategy", problems), "end", problems)
     return notes
 
 
-stanford.flags = (
+translate_stanford_flags.flags = (  # type: ignore[attr-defined]
     *UNNEEDED, "bf16", "per_device_train_batch_size", "gradient_accumulation_steps", "evaluation_strategy",
     "eval_strategy", "eval_steps", "save_strategy", "save_steps",
 )  # fmt: skip
+
+
+def pop_word(raw: Raw, name: str, problems: list[str]) -> str | None:
+    """Take a flag of one word out of raw. Return its word, None where the flag is absent or has another number."""
+    words = raw.pop(name, None)
+    if words is not None and len(words) != 1:
+        problems.append(f"{flag(name)} wants one value, got {len(words)}")
+        return None
+    return words[0] if words else None
+
+
+def pop_number(raw: Raw, name: str, problems: list[str]) -> int | None:
+    """Take a flag of one whole number from 1 out of raw. Return it, None where the flag is absent or wrong."""
+    word = pop_word(raw, name, problems)
+    if word is None:
+        return None
+    if not (word.isdecimal() and int(word) > 0):
+        problems.append(f"{flag(name)} is {word!r}, wanted a whole number from 1")
+        return None
+    return int(word)
+
+
+def translate_bf16(raw: Raw, problems: list[str]) -> None:
+    """Turn --bf16 True into --dtype bf16, and --bf16 False into fp32 where --dtype does not say more."""
+    bf16 = pop_word(raw, "bf16", problems)
+    if bf16 is None:
+        return
+    if bf16.lower() in YES:
+        if raw.setdefault("dtype", ["bf16"]) != ["bf16"]:
+            problems.append(f"--bf16 {bf16} contradicts --dtype {' '.join(raw['dtype'])}")
+    elif bf16.lower() in NO:
+        raw.setdefault("dtype", ["fp32"])
+    else:
+        problems.append(f"--bf16 is {bf16!r}, wanted True or False")
+
+
+def translate_batch_size(raw: Raw, problems: list[str]) -> list[str]:
+    """Turn a batch size per device and a number of accumulated batches into the global batch size. Return a note."""
+    micro = pop_number(raw, "per_device_train_batch_size", problems)
+    accumulation = pop_number(raw, "gradient_accumulation_steps", problems)
+    if not micro and not accumulation:
+        return []
+    micro, accumulation = micro or DEFAULT_MICRO_BATCH, accumulation or DEFAULT_ACCUMULATION
+    world_size = os.environ.get("WORLD_SIZE", "")  # torchrun's; one that is no number is refused when ranks start
+    ranks = int(world_size) if world_size.isdecimal() else 1
+    ours = {"micro_batch_size": micro, "global_batch_size": ranks * micro * accumulation}
+    for name, value in ours.items():
+        if name in raw:
+            problems.append(
+                f"{flag(name)} and --per-device-train-batch-size with --gradient-accumulation-steps "
+                "say the same thing; give one"
+            )
+        raw.setdefault(name, [str(value)])
+    times_ranks = f" x {plural(ranks, 'rank')}" if ranks > 1 else ""
+    return [
+        f"--global-batch-size {ours['global_batch_size']}: {micro} examples x {accumulation} accumulated{times_ranks}"
+    ]
+
+
+def translate_strategy(raw: Raw, ours: str, strategy: str | None, never: str, problems: list[str]) -> None:
+    """Turn a strategy and its steps into --eval-every or --save-every.
+
+    ours: the flag's name here. strategy: "no", "steps", "epoch" or None. never: what "no" is here.
+    """
+    steps = pop_number(raw, ours.replace("every", "steps"), problems)
+    if strategy is None and steps is None:
+        return
+    theirs = flag(ours.replace("every", "strategy"))
+    values = {"no": never, "epoch": "epoch", "steps": str(steps or DEFAULT_STEPS), None: str(steps)}
+    if ours in raw:
+        problems.append(f"{flag(ours)} and {theirs} say the same thing; give one")
+    elif strategy not in values:
+        problems.append(f"{theirs} is {strategy!r}, wanted no, steps or epoch")
+    else:
+        raw[ours] = [values[strategy]]

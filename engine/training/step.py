@@ -1,7 +1,7 @@
 """One optimizer step: the gradients of a global batch, their norm over all ranks, clipping, one update.
 
-The host never waits for the step under way. It reads the figures of a step after it has given the device the gradients of
-the next one, just before that step's update, whose bias corrections need to know whether the earlier update counted.
+The host never waits for the step under way. It reads the figures of a step after it has given the device the gradients
+of the next one, just before that step's update, whose bias corrections need to know whether the earlier update counted.
 """
 
 from collections.abc import Callable

@@ -8,7 +8,7 @@ import pytest
 from engine.base.flags import from_cli
 from engine.model.config import MODELS, ModelConfig
 from engine.training.config import EMBEDDED, FinetuneConfig
-from engine.training.stanford_flags import stanford
+from engine.training.stanford_flags import translate_stanford_flags
 
 STANFORD = """--model_name_or_path tiny --data_path ./alpaca_data.json --bf16 True --output_dir out/x
 --num_train_epochs 3 --per_device_train_batch_size 4 --per_device_eval_batch_size 4 --gradient_accumulation_steps 8
@@ -18,7 +18,7 @@ STANFORD = """--model_name_or_path tiny --data_path ./alpaca_data.json --bf16 Tr
 
 
 def parse(text):
-    return from_cli(FinetuneConfig, shlex.split(text), stanford, EMBEDDED)
+    return from_cli(FinetuneConfig, shlex.split(text), translate_stanford_flags, EMBEDDED)
 
 
 def problems(text, capsys):
