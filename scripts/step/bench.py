@@ -1,11 +1,11 @@
-"""Our training step at the shapes of real models, on rows of Alpaca's lengths: speed, memory, MFU of every mode.
+"""Our training step at the shapes of real models, on rows of Alpaca's lengths: speed, memory and MFU of every mode.
 
     python -m scripts.step.bench [--only NAME ...] [--json FILE] [--minutes M] [--smoke]
 
-The pieces are engine.finetune's, put together as its loop does: packed micro-batches from a thread, gradients that add
-up in the GEMMs, clipping at 1.0, an update that the device can call off, figures read a step late. Weights are random.
-A step's seconds run from its beginning to the next one's on the device. What runs out of memory is tried with half the
-micro-batch. Part of scripts.gpu_report.
+A step is engine.training's own: packed micro-batches from a thread, gradients that add up in the GEMMs, clipping at
+1.0, an update that the device can call off, figures that are read one step late. Weights are random. A step's seconds
+run from its beginning to the next step's beginning on the device. A variant that runs out of memory is tried again with
+half the micro-batch. This is a part of scripts.gpu_report.
 """
 
 import itertools
@@ -16,37 +16,35 @@ from functools import partial
 
 import torch
 
-from engine.data.packing import Packing, make_micro_batches
+from engine.data.batches import Batches, Order, StepBatch
+from engine.data.packing import Packing
 from engine.distributed.fsdp import local_shards
 from engine.model.llama import new_model
 from engine.planning.memory import CONTEXT_BYTES, BatchShape, memory
 from engine.planning.setting import Setting
+from engine.training.micro_batch_size import TOKENS_MULTIPLE
 from engine.training.optimizer import AdamW, lr_factor
-from engine.training.prepare import ALIGN
-from engine.training.run_ahead import Feeder, Figures, Mark
+from engine.training.run_ahead import Feeder, Mark
+from engine.training.step import StepReport
+from engine.training.step import Steps as TrainingSteps
 from kernels.measure.machine import DEVICE, GPU, IMPL
-from scripts.step.common import (
-    ALPACA_ROWS,
+from scripts.report.processes import measure_in_processes
+from scripts.step.figures import (
     DTYPE,
-    EPOCHS,
-    ROWS,
-    Records,
-    alpaca_rows,
-    card,
-    examples_of,
-    in_processes,
-    line,
-    parse,
+    DTYPE_NAME,
+    STEPS_AN_EPOCH,
+    card_here,
+    format_record,
     peak_memory,
-    projection,
-    shape,
-    speed,
-    within_memory,
+    project_finetune,
+    reset_peak_memory,
+    summarize_speed,
 )
+from scripts.step.records import Records, halve_until_it_fits, parse_arguments
+from scripts.step.rows import EPOCHS, TOY_TOKENS, alpaca_rows, model_shape, rows_a_step
 
 LR, CLIP = 2e-5, 1.0
-TOY_TOKENS = 384
-LEAST_STEPS = 3  # that are timed, when the time is spent while they run
+LEAST_STEPS = 3  # timed steps, if the time is up before all are taken
 
 
 @dataclass(frozen=True)
@@ -63,6 +61,10 @@ class Variant:
     impl: str = IMPL
     steps: int = 10  # timed
     warmup: int = 3
+
+    def describe(self, smoke: bool) -> dict:
+        """Return the settings for a record."""
+        return {**asdict(self), "dtype": DTYPE_NAME, **({"model": "toy"} if smoke else {})}
 
 
 SMALL = {"model": "tinyllama-1.1b", "tokens": 16640}
@@ -89,12 +91,31 @@ VARIANTS = {  # the most wanted first; names are unique, and targets.json select
 MAIN, UNSHARED = "llama-7b", "llama-7b, no sharing"
 
 
+# ---- steps ----------------------------------------------------------------------------------------------------------
+
+
+class CountingFeeder(Feeder):
+    """A feeder that remembers each step's number of micro-batches and the largest micro-batch of all steps."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.counts, self.largest = {}, (0, 0, 0)  # step: micro-batches; (tokens, targets, rows)
+
+    def take(self, step: int) -> StepBatch:
+        """Return the micro-batches of a step, counted."""
+        batch = super().take(step)
+        self.counts[step] = len(batch.micro_batches)
+        sizes = ((len(b.tokens), len(b.targets), len(b.rows)) for b in batch.micro_batches)
+        self.largest = max([self.largest, *sizes])
+        return batch
+
+
 class Steps:
-    """A model, its optimizer and its rows, and the step that engine.finetune.train takes."""
+    """A model with random weights, its optimizer and its rows, which take the steps of engine.training."""
 
     def __init__(self, variant: Variant, tokens: int, n_steps: int, smoke: bool, shard=None):
-        self.variant, self.max_tokens, self.smoke, self.n_steps = variant, tokens, smoke, n_steps
-        self.config, self.rows = shape(variant.model, smoke), alpaca_rows(n_steps, smoke)
+        self.max_tokens, self.n_steps = tokens, n_steps
+        self.config, self.rows = model_shape(variant.model, smoke), alpaca_rows(n_steps, smoke)
         self.device = torch.device(DEVICE)
         impl = variant.impl
         self.model = new_model(self.config, self.device, DTYPE, impl, variant.recompute, accumulate=True, shard=shard)
@@ -103,109 +124,103 @@ class Steps:
             self.model, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, master=variant.master,
             states=variant.states, impl=impl, offload=variant.offload,
         )  # fmt: skip
-        self.total_steps = EPOCHS * math.ceil(ALPACA_ROWS / ROWS)
-        self.feed = Feeder(self.batches_of_step, self.model)
-        self.told = None
-        self.marks, self.losses, self.norms = [], [], []  # a mark at each step's beginning
-        self.tokens, self.computed, self.largest, self.n_batches = [], [], (0, 0, 0), []
+        order = Order(len(self.rows), rows_a_step(smoke), seed=0, shuffle=False)
+        packing = Packing(tokens, share_prefix=variant.sharing, multiple=TOKENS_MULTIPLE if GPU else 1)
+        self.feeder = CountingFeeder(Batches(self.rows, order, packing), self.model, n_steps)
+        self.steps = TrainingSteps(self.model, self.optimizer, self.feeder, CLIP)
+        self.marks = []  # one at each step's beginning
+        self.losses, self.norms, self.tokens, self.computed, self.n_batches = [], [], [], [], []
 
-    def batches_of_step(self, step):
-        if step > self.n_steps:
-            return []
-        examples = examples_of(step, self.smoke)
-        how = Packing(self.max_tokens, share_prefix=self.variant.sharing, multiple=ALIGN if GPU else 1)
-        return make_micro_batches(self.rows, examples, how, scale=1 / self.rows.loss_tokens()[examples].sum())
-
-    def take(self, step: int) -> None:
-        """Gives one step to the device, and reads the figures of the one before."""
+    def run(self, step: int) -> None:
+        """Give one step to the device, and read the figures of the step before."""
         self.marks.append(Mark(self.device))
-        lr = LR * lr_factor("cosine", step, self.total_steps, 0.03)
-        batches = self.feed.take(step)
-        loss = torch.zeros((), device=self.device)
-        for batch in batches:
-            part = self.model.loss(batch)
-            part.backward()
-            loss += part.detach()
-        self.read()
-        norm = self.optimizer.grad_norm()
-        finite = torch.isfinite(loss + norm)
-        self.optimizer.step(lr, norm, CLIP, apply=finite)
-        self.optimizer.zero_grad()
-        self.told = Figures(loss, norm, finite)
-        self.tokens.append(int(self.rows.lengths()[examples_of(step, self.smoke)].sum()))
-        self.computed.append(sum(len(batch.tokens) for batch in batches))
-        self.n_batches.append(len(batches))
-        self.largest = max([self.largest, *((len(b.tokens), len(b.targets), len(b.rows)) for b in batches)])
+        self.steps.take_step(step, LR * lr_factor("cosine", step, EPOCHS * STEPS_AN_EPOCH, 0.03))
+        self.record_reports(self.steps.finished(wait=False))
 
-    def read(self) -> None:
-        """The figures of the last step that was given, waiting for them."""
-        if self.told:
-            loss, norm, finite = self.told.read()
-            self.losses.append(loss)
-            self.norms.append(norm)
-            self.optimizer.n_updates -= not finite
-            self.told = None
+    def read_figures(self) -> None:
+        """Read the figures of the last step, waiting for the device if need be."""
+        self.record_reports(self.steps.finished(wait=True))
+
+    def record_reports(self, reports: list[StepReport]) -> None:
+        """Record the figures of steps that the device has finished."""
+        for report in reports:
+            self.losses.append(report.loss)
+            self.norms.append(report.grad_norm)
+            self.tokens.append(report.n_tokens)
+            self.computed.append(report.n_computed_tokens)
+            self.n_batches.append(self.feeder.counts[report.step])
 
     def seconds(self) -> list[float]:
-        """Of every step, to the beginning of the next; the last ends where the device is now."""
+        """Return every step's seconds until the next step began. The last step ends where the device is now."""
         marks = [*self.marks, Mark(self.device)]
         return [after.seconds_since(before) for before, after in itertools.pairwise(marks)]
 
-    def close(self):
-        self.feed.__exit__()
+    def close(self) -> None:
+        """End the thread that prepares micro-batches."""
+        self.feeder.__exit__()
 
 
-def measure(variant: Variant, smoke: bool, spent=lambda: False) -> dict:
-    """The record of a variant, halved where it does not fit. Past the time (spent) it ends after LEAST_STEPS steps."""
-    config, least = shape(variant.model, smoke), 64 if smoke else 512
-    tokens = min(variant.tokens, TOY_TOKENS) if smoke else variant.tokens
-    about = asdict(variant) | {"dtype": str(DTYPE).removeprefix("torch.")} | ({"model": "toy"} if smoke else {})
+# ---- measurement ----------------------------------------------------------------------------------------------------
+
+
+def measure_variant(variant: Variant, smoke: bool, is_time_up=lambda: False) -> dict:
+    """Return a variant's record, with the micro-batch halved until it fits.
+
+    When the time is up, the measurement ends after LEAST_STEPS timed steps.
+    """
     n_warm, n_steps = (0, 2) if smoke else (variant.warmup, variant.steps)
 
     def attempt(tokens):
-        if GPU:
-            torch.cuda.reset_peak_memory_stats()
+        reset_peak_memory()
         steps = Steps(variant, tokens, n_warm + n_steps, smoke)
         try:
             for step in range(1, n_warm + n_steps + 1):
-                steps.take(step)
-                if step >= n_warm + LEAST_STEPS and spent():
+                steps.run(step)
+                if step >= n_warm + LEAST_STEPS and is_time_up():
                     break
-            steps.read()
-            seconds = steps.seconds()[n_warm:]
-            timed = steps.tokens[n_warm:], steps.computed[n_warm:]
-            return {
-                **about, "tokens": tokens, "warmup": n_warm, "parameters": config.n_parameters,
-                **speed(config.n_parameters, *timed, seconds, card()), **peak_memory(), **estimated(variant, steps),
-                "micro_batches_a_step": sum(steps.n_batches) / len(steps.n_batches),
-                "largest_micro_batch_tokens": steps.largest[0],
-                "first_loss": steps.losses[0], "last_loss": steps.losses[-1],
-                "all_finite": all(map(math.isfinite, steps.losses + steps.norms)),
-            }  # fmt: skip
+            steps.read_figures()
+            return {**variant.describe(smoke), "tokens": tokens, **record_of(variant, steps, n_warm)}
         finally:
             steps.close()
 
-    record, failed = within_memory(tokens, least, attempt)
-    return record | ({"out_of_memory_at": failed} if failed else {})
+    tokens = min(variant.tokens, TOY_TOKENS) if smoke else variant.tokens
+    return halve_until_it_fits(tokens, 64 if smoke else 512, attempt)
 
 
-def estimated(variant: Variant, steps: Steps) -> dict:
-    """What engine.planning.memory says of the largest micro-batch that there was, and the measured peaks over it: of tensors
-    over the sum of its tensors, of what the allocator held over its total without CUDA's context."""
-    tokens, loss_rows, query_rows = steps.largest
-    setting = Setting(DTYPE, variant.master, variant.states, variant.recompute, variant.offload)
-    used = memory(
-        steps.config, setting, BatchShape(tokens, loss_rows, max(steps.n_batches) == 1, loss_rows - query_rows)
+def record_of(variant: Variant, steps: Steps, n_warm: int) -> dict:
+    """Return the figures of steps that were taken, without the first n_warm."""
+    n = steps.config.n_parameters
+    speed = summarize_speed(
+        n, steps.tokens[n_warm:], steps.computed[n_warm:], steps.seconds()[n_warm:], card_here()
     )  # fmt: skip
+    return {
+        "warmup": n_warm, "parameters": n, **speed, **peak_memory(), **compare_with_estimate(variant, steps),
+        "micro_batches_a_step": sum(steps.n_batches) / len(steps.n_batches),
+        "largest_micro_batch_tokens": steps.feeder.largest[0],
+        "first_loss": steps.losses[0], "last_loss": steps.losses[-1],
+        "all_finite": all(map(math.isfinite, steps.losses + steps.norms)),
+    }  # fmt: skip
+
+
+def compare_with_estimate(variant: Variant, steps: Steps) -> dict:
+    """Return engine.planning.memory's estimate for the largest micro-batch, and the measured peaks over it.
+
+    The peak of tensors is divided by the estimated sum of tensors. The peak of reserved memory is divided by the
+    estimated total without CUDA's context.
+    """
+    tokens, loss_rows, query_rows = steps.feeder.largest
+    setting = Setting(DTYPE, variant.master, variant.states, variant.recompute, variant.offload)
+    batch = BatchShape(tokens, loss_rows, max(steps.n_batches) == 1, loss_rows - query_rows)
+    used = memory(steps.config, setting, batch)
     peak, tensors = peak_memory(), used.total - used.overhead
 
-    def over(figure, n_bytes):
+    def peak_over(figure, n_bytes):
         return None if peak[figure] is None else peak[figure] * 2**30 / n_bytes
 
     return {
         "estimate_gib": used.total / 2**30, "estimate_of_tensors_gib": tensors / 2**30,
-        "peak_over_estimate": over("peak_gib", tensors),
-        "reserved_over_estimate": over("peak_reserved_gib", used.total - CONTEXT_BYTES),
+        "peak_over_estimate": peak_over("peak_gib", tensors),
+        "reserved_over_estimate": peak_over("peak_reserved_gib", used.total - CONTEXT_BYTES),
     }  # fmt: skip
 
 
@@ -214,17 +229,18 @@ def estimated(variant: Variant, steps: Steps) -> dict:
 SMOKE = (MAIN, "tinyllama-1.1b, references")
 
 
-def part(report, run):
-    """Every variant, and the whole fine-tune at the pace of the main one."""
-    in_processes(report, run, "step", "scripts.step.bench", SMOKE if report.smoke else VARIANTS)
+def measure_part(report) -> None:
+    """Add every variant's record, and the whole fine-tune at the speed of the main variants."""
+    measure_in_processes(report, "step", "scripts.step.bench", SMOKE if report.smoke else VARIANTS)
     measured = {r["name"]: r for r in report.result["parts"]["step"]["records"] if "tokens_per_s" in r}
-    found = [projection(measured[name], card()) for name in (MAIN, UNSHARED) if name in measured]
-    report.put("step", projections=found)
+    projections = [project_finetune(measured[name], card_here()) for name in (MAIN, UNSHARED) if name in measured]
+    report.add("step", projections=projections)
 
 
-def table(found: dict) -> list[str]:
-    lines = [line(record) for record in found.get("records", [])]
-    for p in found.get("projections", []):
+def format_part(part: dict) -> list[str]:
+    """Return the lines that the report prints."""
+    lines = [format_record(record) for record in part.get("records", [])]
+    for p in part.get("projections", []):
         price = f", ${p['dollars']:.2f} at ${p['dollars_an_hour']} an hour ({p['price_of']})" if p["dollars"] else ""
         lines.append(f"  {p['what']} {p['of']!r}: {p['steps']} steps, {p['minutes']:.1f} minutes{price}")
     return ["training step, ours:", *lines] if lines else []
@@ -233,11 +249,11 @@ def table(found: dict) -> list[str]:
 # ---- command --------------------------------------------------------------------------------------------------------
 
 
-def main(argv=None):
-    args = parse("scripts.step.bench", __doc__, list(VARIANTS), argv)
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments("scripts.step.bench", __doc__, list(VARIANTS), argv)
     records = Records(args.json, args.minutes)
     for name in args.only:
-        records.attempt(name, partial(measure, VARIANTS[name], args.smoke, records.spent))
+        records.attempt(name, partial(measure_variant, VARIANTS[name], args.smoke, records.is_time_up))
 
 
 if __name__ == "__main__":

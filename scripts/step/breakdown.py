@@ -2,10 +2,10 @@
 
     python -m scripts.step.breakdown [--only NAME ...] [--json FILE] [--minutes M] [--smoke]
 
-torch.profiler watches steps of scripts.step.bench in their steady state. A kernel's kind is that of the operator which
-launched it, the innermost one that KINDS knows; what library GEMMs are called decides before that. Gaps are the time
-from the step's first kernel to the next step's in which the computing stream runs none. On a CPU the same is made of
-what each operator takes itself. Part of scripts.gpu_report.
+torch.profiler watches steps of scripts.step.bench in their steady state. A kernel has the kind of the operator that
+launched it, the innermost that KINDS knows. A library GEMM is known by the kernel's name, which decides first. Gaps are
+the time from a step's first kernel to the next step's first one in which the computing stream runs no kernel. On a CPU
+the table is made from the time that each operator takes itself. This is a part of scripts.gpu_report.
 """
 
 import json
@@ -21,15 +21,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from kernels.measure.machine import GPU
-from scripts.step.bench import TOY_TOKENS, VARIANTS, Steps
-from scripts.step.common import Records, in_processes, parse, within_memory
+from scripts.report.processes import measure_in_processes
+from scripts.step.bench import VARIANTS, Steps
+from scripts.step.records import Records, halve_until_it_fits, parse_arguments
+from scripts.step.rows import TOY_TOKENS
 
 PROFILED = ("llama-7b", "tinyllama-1.1b")
-TOP = 15
-STEP = "training step "  # of what number: the ranges that steps are told apart by
-WARMUP = 4
+TOP = 15  # kernels that are listed
+STEP = "training step "  # begins the name of each step's range in the trace; its number follows
+WARMUP = 4  # steps
 
-KINDS = {  # of an operator: torch.ops.cria.* is ours
+KINDS = {  # kind: operators; torch.ops.cria.* are ours
     "GEMM": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::matmul"),
     "attention": ("cria::attention_forward", "cria::attention_backward"),
     "norms": ("cria::rms_norm_forward", "cria::rms_norm_backward"),
@@ -44,10 +46,10 @@ KINDS = {  # of an operator: torch.ops.cria.* is ours
         "aten::index_copy_", "aten::index_add_",
     ),
 }  # fmt: skip
-NAMES = (  # of a kernel: kind, what its name holds
+NAMES = (  # kind, pattern in a kernel's name
     ("attention", re.compile(r"flash|fmha|sdpa|^_(dq|dkdv|sum)_kernel", re.I)),
     ("GEMM", re.compile(r"gemm|gemv|nvjet|cutlass|xmma|cublas|split_?k", re.I)),
-    # Where no operator is known; _forward_kernel and _backward_kernel are names in several files.
+    # For kernels without a known operator. _forward_kernel and _backward_kernel are names in several files.
     ("rope", re.compile(r"^_rotate_kernel")),
     ("cross entropy", re.compile(r"^_(rows|scale)_kernel")),
     ("optimizer", re.compile(r"^_update_kernel|FusedAdam|fused_adam", re.I)),
@@ -55,7 +57,6 @@ NAMES = (  # of a kernel: kind, what its name holds
     ("embedding", re.compile(r"embedding", re.I)),
     ("copies and fills", re.compile(r"Memcpy|Memset|FillFunctor|copy_kernel|CatArray|index", re.I)),
 )
-ALL = (*KINDS, "other", "gaps")
 KIND_OF = {operator: kind for kind, operators in KINDS.items() for operator in operators}
 DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace, as torch.profiler exports it
 HOST_CALLS = ("cuda_runtime", "cuda_driver")
@@ -65,9 +66,9 @@ WAITS = re.compile(
 
 
 def kind_of(name: str, operators: list[str]) -> str:
-    """Of a kernel, launched within these operators, the innermost last."""
+    """Return the kind of a kernel that was launched within these operators, the innermost last."""
     named = next((kind for kind, pattern in NAMES if pattern.search(name)), None)
-    if named == "GEMM":
+    if named == "GEMM" or name.startswith("Memcpy"):  # addmm copies its residual with a bare Memcpy first
         return named
     of_operator = next((KIND_OF[o] for o in reversed(operators) if o in KIND_OF), None)
     return of_operator or named or "other"
@@ -76,8 +77,8 @@ def kind_of(name: str, operators: list[str]) -> str:
 # ---- a trace --------------------------------------------------------------------------------------------------------
 
 
-def within(events):
-    """(event, names of the host's operators around it, the outermost first) of each event of the host; its thread's."""
+def nest_host_events(events):
+    """Yield (event, names of the operators around it) for each event of the host. The outermost operator is first."""
     of_thread = defaultdict(list)
     for event in events:
         if event.get("cat") in ("cpu_op", *HOST_CALLS):
@@ -92,7 +93,8 @@ def within(events):
                 around.append(event)
 
 
-def union(intervals) -> float:
+def covered_length(intervals) -> float:
+    """Return the length of the union of (begin, end) intervals."""
     total, reached = 0.0, float("-inf")
     for begin, end in sorted(intervals):
         total += max(0.0, end - max(begin, reached))
@@ -100,27 +102,29 @@ def union(intervals) -> float:
     return total
 
 
-def bounds(events):
-    """[(begin, end)] of the steps' ranges on the host, in their order, and the thread that gave them to the device."""
+def step_ranges(events):
+    """Return [(begin, end)] of the steps' ranges on the host, in order, and the id of the thread that ran them."""
     ranges = [e for e in events if e.get("cat") == "user_annotation" and e["name"].startswith(STEP)]
     ranges.sort(key=lambda e: e["ts"])
     return [(e["ts"], e["ts"] + e["dur"]) for e in ranges], ranges[0]["tid"]
 
 
-def breakdown(events: list[dict], number: int, device: bool) -> dict:
-    """Of the step of this number, from 0; in ms. events: of a trace, times in us. device: of a GPU's work, which must
-    be in the trace, of this step and of one after it; else of the host's."""
+def break_down_step(events: list[dict], number: int, device: bool) -> dict:
+    """Return where the time of one step of a trace goes, in ms. Steps count from 0; times in the trace are in us.
+
+    device: describe the GPU's work, which the trace must hold for this step and the next one; otherwise the host's.
+    """
     events = [e for e in events if e.get("ph") == "X"]
     if device and not any(e.get("cat") == "kernel" for e in events):
         raise RuntimeError("the profiler saw no kernel of the device")
-    ranges, thread = bounds(events)
+    ranges, thread = step_ranges(events)
     begin, end = ranges[number]
     after = ranges[number + 1][0] if number + 1 < len(ranges) else end
-    hosts = list(within(events))
+    hosts = list(nest_host_events(events))
     if device:
-        wall, work, elsewhere, busy = of_device(events, hosts, ranges, number)
+        wall, work, elsewhere, busy = device_work_of_step(events, hosts, ranges, number)
     else:
-        wall, work, busy = of_host(hosts, thread, begin, after)
+        wall, work, busy = host_work_between(hosts, thread, begin, after)
         elsewhere = []
     kinds, by_kernel = dict.fromkeys(KINDS, 0.0) | {"other": 0.0}, defaultdict(lambda: [0.0, 0])
     for name, operators, spent in work:
@@ -138,49 +142,62 @@ def breakdown(events: list[dict], number: int, device: bool) -> dict:
             for (name, kind), (us, times) in top
         ],
         "other_streams_ms": sum(spent for *_, spent in elsewhere) / 1e3,
-        **host_calls([(e, around) for e, around in hosts if begin <= e["ts"] < after]),
+        **count_host_calls([(e, around) for e, around in hosts if begin <= e["ts"] < after]),
         "pageable_copies": sum("Pageable" in name for name, *_ in [*work, *elsewhere]),
         "host_ms": (end - begin) / 1e3,
     }  # fmt: skip
 
 
-def of_device(events, hosts, ranges, number):
-    """(wall, [(name, operators, us)] on the computing stream, the same on others, busy) of one step. What is launched
-    in the range of a step, by whichever thread, belongs to it; what nothing tells the launch of, where it ran."""
+def group_device_work(events, hosts, ranges):
+    """Return {step number: [(stream, event, operators)]} of the device's work.
+
+    Work belongs to the step in whose range it was launched, by whichever thread; -1 is outside all ranges. None holds
+    work whose launch the trace does not show.
+    """
     launched = {e["args"]["correlation"]: (e["ts"], o) for e, o in hosts if "correlation" in e.get("args", {})}
     operator = {
         e["args"]["External id"]: (e["ts"], [*around, e["name"]])
         for e, around in hosts
         if e["cat"] == "cpu_op" and "External id" in e.get("args", {})
     }
-    of_step = defaultdict(list)  # number -> [(stream, event, operators)]; None: launched no one knows when
+    work = defaultdict(list)
     for e in events:
-        if e.get("cat") in DEVICE_WORK:
-            args = e.get("args", {})
-            at, operators = launched.get(args.get("correlation"), (None, []))
-            if not operators and args.get("External id") in operator:
-                began, operators = operator[args["External id"]]
-                at = began if at is None else at
-            step = next((i for i, (begin, end) in enumerate(ranges) if at is not None and begin <= at < end), -1)
-            of_step[None if at is None else step].append((args.get("stream"), e, operators))
+        if e.get("cat") not in DEVICE_WORK:
+            continue
+        args = e.get("args", {})
+        launch, operators = launched.get(args.get("correlation"), (None, []))
+        if not operators and args.get("External id") in operator:
+            began, operators = operator[args["External id"]]
+            launch = began if launch is None else launch
+        step = None
+        if launch is not None:
+            step = next((i for i, (begin, end) in enumerate(ranges) if begin <= launch < end), -1)
+        work[step].append((args.get("stream"), e, operators))
+    return work
+
+
+def device_work_of_step(events, hosts, ranges, number):
+    """Return (wall us, work, work on other streams, busy us) of one step, each work as [(name, operators, us)].
+
+    The computing stream is the busiest one. Work whose launch is unknown belongs to the step during which it ran.
+    """
+    work = group_device_work(events, hosts, ranges)
     us = Counter()
-    for stream, e, _ in of_step[number]:
+    for stream, e, _ in work[number]:
         us[stream] += e["dur"]
     if not us:
         raise RuntimeError("no kernel in the trace is known to have been launched by the step")
     computing = us.most_common(1)[0][0]
-    began, ended = (min(e["ts"] for stream, e, _ in of_step[i] if stream == computing) for i in (number, number + 1))
-    work = of_step[number] + [item for item in of_step[None] if began <= item[1]["ts"] < ended]
-    here, elsewhere = (
-        [(e, operators) for stream, e, operators in work if (stream == computing) == is_computing]
-        for is_computing in (True, False)
-    )
-    busy = union((e["ts"], e["ts"] + e["dur"]) for e, _ in here)
+    began, ended = (min(e["ts"] for stream, e, _ in work[i] if stream == computing) for i in (number, number + 1))
+    mine = work[number] + [item for item in work[None] if began <= item[1]["ts"] < ended]
+    here = [(e, operators) for stream, e, operators in mine if stream == computing]
+    elsewhere = [(e, operators) for stream, e, operators in mine if stream != computing]
+    busy = covered_length((e["ts"], e["ts"] + e["dur"]) for e, _ in here)
     return ended - began, *([(e["name"], o, e["dur"]) for e, o in part] for part in (here, elsewhere)), busy
 
 
-def of_host(hosts, thread, begin, end):
-    """The same where there is no device: what each operator of the step's thread takes without those inside it."""
+def host_work_between(hosts, thread, begin, end):
+    """Return (wall us, work, busy us) of a thread, where work is the time each operator takes without its children."""
     mine = [(e, around) for e, around in hosts if e["tid"] == thread and begin <= e["ts"] < end]
     own, inside = [], []
     for e, around in mine:  # parents come before their children
@@ -190,12 +207,15 @@ def of_host(hosts, thread, begin, end):
         inside.append(len(own))
         own.append(e["dur"])
     work = [(e["name"], [*around, e["name"]], us) for (e, around), us in zip(mine, own, strict=True)]
-    return end - begin, work, union((e["ts"], e["ts"] + e["dur"]) for e, _ in mine)
+    return end - begin, work, covered_length((e["ts"], e["ts"] + e["dur"]) for e, _ in mine)
 
 
-def host_calls(hosts):
-    """What the host called in a step: how often it waited for the device, and where; waiting for one event, as reading
-    the figures of the step before does, is no wait for what is under way."""
+def count_host_calls(hosts):
+    """Return the host's CUDA calls in a step, how often it waited for the device, and where.
+
+    Waiting for an event is counted apart: the loop reads the figures of the step before in this way, and that does not
+    wait for the step under way.
+    """
     calls = Counter(e["name"] for e, _ in hosts if e["cat"] in HOST_CALLS)
     waits = [(e["name"], around) for e, around in hosts if e["cat"] in HOST_CALLS and WAITS.match(e["name"])]
     where = Counter(f"{name} in {around[-1] if around else 'no operator'}" for name, around in waits)
@@ -205,54 +225,65 @@ def host_calls(hosts):
     }  # fmt: skip
 
 
-# ---- taking it ------------------------------------------------------------------------------------------------------
+# ---- measurement ----------------------------------------------------------------------------------------------------
 
 
-def measure(name: str, smoke: bool) -> dict:
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def trace_steps(steps: Steps, first: int, last: int) -> list[dict]:
+    """Return the profiler's events of these steps."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if GPU else [])]
+    synchronize()
+    with profile(activities=activities) as watched:
+        for step in range(first, last + 1):
+            with record_function(f"{STEP}{step}"):
+                steps.run(step)
+        steps.read_figures()
+        synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        watched.export_chrome_trace(str(path))
+        return json.loads(path.read_text(errors="replace"), strict=False)["traceEvents"]
+
+
+def measure_breakdown(name: str, smoke: bool) -> dict:
+    """Return the record of a variant's step under the profiler."""
     variant = VARIANTS[name]
-    warmup, profiled, watched_step = (0, 1, 0) if smoke else (WARMUP, 3, 1)
+    warmup, n_profiled, watched_step = (0, 1, 0) if smoke else (WARMUP, 3, 1)
 
     def attempt(tokens):
-        steps = Steps(replace(variant, tokens=tokens), tokens, warmup + profiled, smoke)
+        steps = Steps(replace(variant, tokens=tokens), tokens, warmup + n_profiled, smoke)
         try:
             for step in range(1, warmup + 1):
-                steps.take(step)
-            steps.read()
+                steps.run(step)
+            steps.read_figures()
             plain = steps.seconds()[1:]  # without the profiler
-            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if GPU else [])]
-            if GPU:
-                torch.cuda.synchronize()
-            with profile(activities=activities) as watched:
-                for step in range(warmup + 1, warmup + profiled + 1):
-                    with record_function(f"{STEP}{step}"):
-                        steps.take(step)
-                steps.read()
-                if GPU:
-                    torch.cuda.synchronize()
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "trace.json"
-                watched.export_chrome_trace(str(path))
-                events = json.loads(path.read_text(errors="replace"), strict=False)["traceEvents"]
+            events = trace_steps(steps, warmup + 1, warmup + n_profiled)
             return {
-                "tokens": tokens, "steps": profiled, **breakdown(events, watched_step, GPU),
+                "tokens": tokens, "steps": n_profiled, **break_down_step(events, watched_step, GPU),
                 "step_ms_without_profiler": 1e3 * min(plain) if plain else None,
             }  # fmt: skip
         finally:
             steps.close()
 
-    least = 64 if smoke else 512
-    record, failed = within_memory(TOY_TOKENS if smoke else variant.tokens, least, attempt)
-    return record | ({"out_of_memory_at": failed} if failed else {})
+    return halve_until_it_fits(TOY_TOKENS if smoke else variant.tokens, 64 if smoke else 512, attempt)
 
 
 # ---- in scripts.gpu_report ------------------------------------------------------------------------------------------
 
 
-def part(report, run):
-    in_processes(report, run, "profile", "scripts.step.breakdown", PROFILED[:1] if report.smoke else PROFILED)
+def measure_part(report) -> None:
+    """Add the breakdown of every profiled variant."""
+    names = PROFILED[:1] if report.smoke else PROFILED
+    measure_in_processes(report, "profile", "scripts.step.breakdown", names)
 
 
-def table(found: dict) -> list[str]:
+def format_part(found: dict) -> list[str]:
+    """Return the lines that the report prints."""
     lines = []
     for record in found.get("records", []):
         if "kinds" not in record:
@@ -275,12 +306,12 @@ def table(found: dict) -> list[str]:
 # ---- command --------------------------------------------------------------------------------------------------------
 
 
-def main(argv=None):
-    args = parse("scripts.step.breakdown", __doc__, list(PROFILED), argv)
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments("scripts.step.breakdown", __doc__, list(PROFILED), argv)
     records = Records(args.json, args.minutes)
     for name in args.only:
-        records.attempt(name, partial(measure, name, args.smoke))
-    print("\n".join(table(records.result)))
+        records.attempt(name, partial(measure_breakdown, name, args.smoke))
+    print("\n".join(format_part(records.result)))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""The same training step by what others use today: transformers, liger-kernel, torch.compile.
+"""The training step of scripts.step.bench as others take it today: transformers, liger-kernel, torch.compile.
 
     python -m scripts.step.peers [--only NAME ...] [--json FILE] [--minutes M] [--smoke]
 
-Rows, global batch, clipping and learning rate are scripts.step.bench's; weights and AdamW states are in bf16, which is
-less than our fp32 master holds, and torch's AdamW is fused. A peer gets what favours it: a step's rows sorted by
-length, so that padding is least; the largest power of two rows in a micro-batch that fits; a record without gradient
-checkpointing and one with it. liger-kernel patches transformers for good, so each has a process of its own. Part of
-scripts.gpu_report.
+Rows, global batch, clipping and learning rate are those of scripts.step.bench. Weights and AdamW states are in bf16,
+which is less than our fp32 master holds, and torch's AdamW is fused. Each peer gets what favours it: rows sorted by
+length, so that padding is least; the largest power of two of rows in a micro-batch that fits; one record without
+gradient checkpointing and one with it. liger-kernel patches transformers for good, so each peer has a process of its
+own. This is a part of scripts.gpu_report.
 """
 
 import importlib.util
@@ -19,34 +19,34 @@ import torch
 
 from engine.training.run_ahead import Mark
 from kernels.measure.machine import DEVICE, GPU, installed_version
-from scripts.step.common import (
+from scripts.report.processes import measure_in_processes
+from scripts.step.figures import (
     DTYPE,
-    Records,
-    alpaca_rows,
-    card,
-    examples_of,
-    in_processes,
-    line,
-    parse,
+    DTYPE_NAME,
+    card_here,
+    format_record,
     peak_memory,
-    shape,
-    speed,
-    within_memory,
+    reset_peak_memory,
+    summarize_speed,
 )
+from scripts.step.records import Records, halve_until_it_fits, parse_arguments
+from scripts.step.rows import alpaca_rows, examples_of_step, model_shape
 
 LR, CLIP = 2e-5, 1.0
-LEAST_STEPS = 2  # that are timed, when the time is spent while they run
+LEAST_STEPS = 2  # timed steps, if the time is up before all are taken
 
 
 @dataclass(frozen=True)
 class Peer:
+    """One way others take a step."""
+
     model: str = "llama-7b"
     liger: bool = False
     compiled: bool = False
     checkpointing: bool = False
     rows: int = 16  # of a micro-batch, to begin with
     steps: int = 5  # timed
-    warmup: int = 2  # steps; what is compiled takes all of them once
+    warmup: int = 2  # steps; a compiled peer warms up with all of its steps instead
 
 
 LARGE, SMALL = {"model": "llama-7b"}, {"model": "tinyllama-1.1b", "rows": 64}
@@ -64,11 +64,11 @@ PEERS = {
 
 
 class Absent(Exception):
-    """Why a peer takes no part."""
+    """A peer cannot take part; the message says why."""
 
 
-def llama(peer: Peer, config):
-    """transformers' LLaMA of our shape with random weights, patched and compiled as the peer says."""
+def build_llama(peer: Peer, config):
+    """Return transformers' LLaMA of our shape with random weights, patched and compiled as the peer wants it."""
     if importlib.util.find_spec("transformers") is None:
         raise Absent("transformers is not installed")
     if peer.liger:
@@ -103,16 +103,19 @@ def llama(peer: Peer, config):
 
 
 def compile_by_layer(model):
-    """Each layer, which are one graph, compiled once, and the loss: minutes faster than the whole and as good, but for
-    what joins layers (docs.pytorch.org/tutorials/recipes/regional_compilation.html)."""
-    options = {"dynamic": True} if GPU else {"backend": "aot_eager", "dynamic": True}
+    """Compile the layers, which share one graph, and the loss.
+
+    This is minutes faster than compiling the whole model. Only fusions across layers are lost
+    (docs.pytorch.org/tutorials/recipes/regional_compilation.html).
+    """
+    options = {"dynamic": True} if GPU else {"backend": "eager", "dynamic": True}
     for layer in model.model.layers:
         layer.compile(**options)
     model.loss_function = torch.compile(model.loss_function, **options)
 
 
 def micro_batches(rows, examples, n):
-    """(ids, mask, labels), each (n, longest), of a step: the longest rows first, so that what fits first fits."""
+    """Yield (ids, mask, labels), each (n, longest). The longest rows come first, so that if they fit, all rows fit."""
     order = sorted(examples, key=lambda i: -len(rows.tokens_of(i)))
     for first in range(0, len(order), n):
         part = order[first : first + n]
@@ -126,19 +129,20 @@ def micro_batches(rows, examples, n):
         yield ids, mask, labels
 
 
-def send(t):
+def send_to_device(t):
+    """Return the tensor on the device, copied without waiting."""
     return t.pin_memory().to(DEVICE, non_blocking=True) if GPU else t
 
 
 class Loop:
-    """Steps of a peer. States are made at once, so that what is free afterwards is for activations."""
+    """Steps of a peer. Optimizer states are made first, so that the memory left is for activations."""
 
     def __init__(self, peer: Peer, smoke: bool):
         self.peer, self.smoke = peer, smoke
-        self.config = shape(peer.model, smoke)
+        self.config = model_shape(peer.model, smoke)
         self.n_steps = 2 if smoke else peer.steps
         self.rows = alpaca_rows(self.n_steps, smoke)
-        self.model = llama(peer, self.config)
+        self.model = build_llama(peer, self.config)
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LR, weight_decay=0.0, fused=True)
         for p in self.parameters:
@@ -147,12 +151,12 @@ class Loop:
         self.optimizer.zero_grad()
 
     def step(self, number, n):
-        """(loss, a scalar on the device; logical tokens; tokens with their padding)."""
-        examples = examples_of(number, self.smoke)
+        """Take a step in micro-batches of n rows. Return (loss on the device, logical tokens, tokens with padding)."""
+        examples = examples_of_step(number, self.smoke)
         targets = torch.tensor(float(self.rows.loss_tokens()[examples].sum()), device=DEVICE)
         loss, padded = torch.zeros((), device=DEVICE), 0
         for batch in micro_batches(self.rows, examples, n):
-            ids, mask, labels = map(send, batch)
+            ids, mask, labels = map(send_to_device, batch)
             part = self.model(input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=targets).loss
             part.backward()
             loss += part.detach()
@@ -162,45 +166,45 @@ class Loop:
         self.optimizer.zero_grad()
         return loss, int(self.rows.lengths()[examples].sum()), padded
 
-    def timed(self, n, spent=lambda: False) -> dict:
-        """Every step in micro-batches of n rows; past the time (spent) LEAST_STEPS of them."""
-        self.optimizer.zero_grad()  # of a pass that ran out of memory
-        if GPU:
-            torch.cuda.reset_peak_memory_stats()
+    def measure(self, n, is_time_up=lambda: False) -> dict:
+        """Return the figures of all steps in micro-batches of n rows, or of LEAST_STEPS when the time is up."""
+        self.optimizer.zero_grad()  # an attempt that ran out of memory leaves gradients
+        reset_peak_memory()
         device = torch.device(DEVICE)
         marks, steps = [], []
-        # What is compiled has met every shape before it is timed.
-        warmup = range(1, 1 + (self.n_steps if self.peer.compiled else min(self.peer.warmup, self.n_steps)))
-        n_warm = len(warmup)
-        for number in (*warmup, *range(1, self.n_steps + 1)):
+        # A compiled peer has met every shape before it is timed.
+        n_warm = self.n_steps if self.peer.compiled else min(self.peer.warmup, self.n_steps)
+        for number in (*range(1, n_warm + 1), *range(1, self.n_steps + 1)):
             marks.append(Mark(device))
             steps.append(self.step(number, n))
-            if len(steps) >= n_warm + LEAST_STEPS and spent():
+            if len(steps) >= n_warm + LEAST_STEPS and is_time_up():
                 break
         marks.append(Mark(device))
         seconds = [after.seconds_since(before) for before, after in pairwise(marks)]
         losses, tokens, padded = zip(*steps, strict=True)
         timed = slice(n_warm, None)
+        speed = summarize_speed(
+            self.config.n_parameters, tokens[timed], padded[timed], seconds[timed], card_here()
+        )  # fmt: skip
         return {
-            "rows": n, "parameters": sum(p.numel() for p in self.parameters),
-            **speed(self.config.n_parameters, tokens[timed], padded[timed], seconds[timed], card()), **peak_memory(),
+            "rows": n, "parameters": sum(p.numel() for p in self.parameters), **speed, **peak_memory(),
             "warmup_s": sum(seconds[:n_warm]), "first_loss": losses[0].item(), "last_loss": losses[-1].item(),
         }  # fmt: skip
 
 
-def measure(name: str, smoke: bool, spent=lambda: False) -> dict:
+def measure_peer(name: str, smoke: bool, is_time_up=lambda: False) -> dict:
+    """Return a peer's record, with the rows of a micro-batch halved until it fits, or the reason of its absence."""
     peer = PEERS[name]
     about = {
-        "model": "toy" if smoke else peer.model, "checkpointing": peer.checkpointing,
-        "states": str(DTYPE).removeprefix("torch."),
+        "model": "toy" if smoke else peer.model, "checkpointing": peer.checkpointing, "states": DTYPE_NAME,
         "versions": {package: installed_version(package) for package in ("transformers", "liger-kernel", "torch")},
     }  # fmt: skip
     try:
         loop = Loop(peer, smoke)
     except (Absent, ImportError) as reason:
         return {**about, "absent": str(reason)}
-    record, failed = within_memory(2 if smoke else peer.rows, 1, partial(loop.timed, spent=spent))
-    return {**about, **record, **({"out_of_memory_at": failed} if failed else {})}
+    measure = partial(loop.measure, is_time_up=is_time_up)
+    return {**about, **halve_until_it_fits(2 if smoke else peer.rows, 1, measure)}
 
 
 # ---- in scripts.gpu_report ------------------------------------------------------------------------------------------
@@ -208,16 +212,16 @@ def measure(name: str, smoke: bool, spent=lambda: False) -> dict:
 SMOKE = ("llama-7b, transformers", "llama-7b, transformers + liger", "llama-7b, transformers + compile, checkpointing")
 
 
-def part(report, run):
-    """Every peer in a process of its own, and what ours does in this run over what it does."""
+def measure_part(report) -> None:
+    """Add every peer's record and the ratio of our speed to its speed. Each peer runs in a process of its own."""
     for name in SMOKE if report.smoke else PEERS:
-        in_processes(report, run, "peers", "scripts.step.peers", [name])
-        compare(report.result["parts"])
+        measure_in_processes(report, "peers", "scripts.step.peers", [name])
+        add_ratios(report.result["parts"])
         report.save()
 
 
-def compare(parts):
-    """Adds to each peer's record our logical tokens/s over its own, of the same rows with and without sharing."""
+def add_ratios(parts: dict) -> None:
+    """Add our logical tokens/s over the peer's to each peer's record, on equal rows with and without sharing."""
     ours = {r["name"]: r["tokens_per_s"] for r in parts.get("step", {}).get("records", []) if "tokens_per_s" in r}
     for record in parts.get("peers", {}).get("records", []):
         if "tokens_per_s" in record:
@@ -227,19 +231,20 @@ def compare(parts):
                     record[figure] = ours[name] / record["tokens_per_s"]
 
 
-def table(found: dict) -> list[str]:
-    lines = [line(record) for record in found.get("records", [])]
+def format_part(part: dict) -> list[str]:
+    """Return the lines that the report prints."""
+    lines = [format_record(record) for record in part.get("records", [])]
     return ["training step, peers (bf16 states, no fp32 master):", *lines] if lines else []
 
 
 # ---- command --------------------------------------------------------------------------------------------------------
 
 
-def main(argv=None):
-    args = parse("scripts.step.peers", __doc__, list(PEERS), argv)
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments("scripts.step.peers", __doc__, list(PEERS), argv)
     records = Records(args.json, args.minutes)
     for name in args.only:
-        records.attempt(name, partial(measure, name, args.smoke, records.spent))
+        records.attempt(name, partial(measure_peer, name, args.smoke, records.is_time_up))
 
 
 if __name__ == "__main__":

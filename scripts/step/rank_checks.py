@@ -1,8 +1,8 @@
-"""That ranks train right on one card, and that what a state holds comes back: what scripts.step.ranks checks.
+"""Checks of scripts.step.ranks: ranks on one card train right, and a saved state comes back bit for bit.
 
-One rank of FSDP2 (NCCL; gloo on a CPU) against none: losses, norms, a state that is saved while it trains. Then
-engine.finetune, whole, on two ranks of one card, which NCCL refuses to share, so gloo carries what they exchange; where
-it cannot, that is told. What is wrong raises Differs.
+First one rank of FSDP2 (NCCL; gloo on a CPU) is held against a run without ranks: losses, norms, and a state that is
+saved while the run trains. Then the whole engine.finetune runs on two ranks of one card. NCCL refuses to share a card,
+so gloo carries their messages, and a card on which gloo cannot is reported as absent. A wrong result raises Differs.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,11 +30,12 @@ from engine.output import checkpoint
 from engine.output.folder import read_lines
 from engine.output.saver import Saver
 from kernels.measure.machine import DEVICE, GPU, free_memory
-from scripts.step.bench import TOY_TOKENS, Steps, Variant
-from scripts.step.common import DTYPE, peak_memory
+from scripts.base.results import ROOT
+from scripts.step.bench import Steps, Variant
+from scripts.step.figures import peak_memory, reset_peak_memory
+from scripts.step.rows import TOY_TOKENS
 
-ROOT = Path(__file__).parents[2]
-ROUNDING = 2**-8 if GPU else 1e-5  # relative: of one number in bf16; of sums in fp32
+ROUNDING = 2**-8 if GPU else 1e-5  # relative error of one number in bf16, of sums in fp32
 RANKS_LIMIT_S = 150
 BACKEND = "nccl" if GPU else "gloo"
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
@@ -43,27 +44,25 @@ NOT_POSSIBLE = 77  # exit code of a rank whose backend cannot do what ranks need
 
 
 class Differs(Exception):
-    """What should be the same and is not."""
+    """Two results that must agree differ."""
 
 
-def apart(a: float, b: float) -> float:
+def relative_difference(a: float, b: float) -> float:
+    """Return |a - b| / |b|."""
     return abs(a - b) / abs(b)
 
 
-def insist(what: str, value: float, most: float) -> float:
-    if not value <= most:  # a NaN is not
+def check_difference(what: str, value: float, most: float) -> float:
+    """Return the difference, or raise Differs if it is larger than `most` or NaN."""
+    if not value <= most:
         raise Differs(f"{what}: {value:.2e} apart, wanted at most {most:.2e}")
     return value
 
 
-def at_hand(variant: Variant, smoke: bool) -> Variant:
-    """The variant at the size of this run; on a CPU by the references, as the interpreter's kernels take minutes."""
+def variant_here(variant: Variant, smoke: bool) -> Variant:
+    """Return the variant at the size of this run. A CPU uses the references: the interpreter's kernels take minutes."""
     variant = variant if GPU else replace(variant, impl="ref")
     return replace(variant, tokens=TOY_TOKENS // 2, steps=2, warmup=1) if smoke else variant
-
-
-def about(variant: Variant, smoke: bool) -> dict:
-    return asdict(variant) | {"dtype": str(DTYPE).removeprefix("torch.")} | ({"model": "toy"} if smoke else {})
 
 
 # ---- blocks of steps ------------------------------------------------------------------------------------------------
@@ -71,7 +70,10 @@ def about(variant: Variant, smoke: bool) -> dict:
 
 @contextlib.contextmanager
 def one_rank():
-    """shard_model() over a process group of this process alone, on a mesh of its own: a World of one rank has none."""
+    """Yield engine.distributed's shard_model() for a process group of this process only.
+
+    The mesh is made here, because a World of one rank has none.
+    """
     with tempfile.TemporaryDirectory(prefix="cria-store-") as folder:
         dist.init_process_group(BACKEND, store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
         try:
@@ -83,7 +85,7 @@ def one_rank():
 
 @dataclass(frozen=True)
 class Block:
-    """Steps 1 to n of a fresh model: seconds of the timed ones, losses and norms of all."""
+    """Steps of a fresh model: seconds and counts of the timed steps, losses and norms of all."""
 
     seconds: list[float]
     losses: list[float]
@@ -94,16 +96,16 @@ class Block:
     memory: dict
 
 
-def block(variant: Variant, smoke: bool, shard=None) -> Block:
-    free_memory()  # the block before, whose model FSDP2 leaves in cycles
-    if GPU:
-        torch.cuda.reset_peak_memory_stats()
+def run_block(variant: Variant, smoke: bool, shard=None) -> Block:
+    """Take warm-up and timed steps of a fresh model, sharded if a shard function is given."""
+    free_memory()  # the model of the block before, which FSDP2 leaves in reference cycles
+    reset_peak_memory()
     n = variant.warmup + variant.steps
     steps = Steps(variant, variant.tokens, n, smoke, shard)
     try:
         for step in range(1, n + 1):
-            steps.take(step)
-        steps.read()
+            steps.run(step)
+        steps.read_figures()
         timed = slice(variant.warmup, None)
         return Block(
             steps.seconds()[timed], steps.losses, steps.norms, steps.tokens[timed], steps.computed[timed],
@@ -113,12 +115,14 @@ def block(variant: Variant, smoke: bool, shard=None) -> Block:
         steps.close()
 
 
-def same_curve(ours: Block, wanted: Block) -> dict:
-    """How far apart, relatively. Raises Differs where the first step is further than rounding takes it."""
-    losses, norms = (list(map(apart, getattr(ours, name), getattr(wanted, name))) for name in ("losses", "norms"))
+def compare_curves(ours: Block, wanted: Block) -> dict:
+    """Return the relative differences. Raise Differs if those of the first step are larger than rounding."""
+    losses, norms = (
+        list(map(relative_difference, getattr(ours, name), getattr(wanted, name))) for name in ("losses", "norms")
+    )
     return {
-        "first_loss_apart": insist("loss of the first step", losses[0], ROUNDING),
-        "first_norm_apart": insist("gradient norm of the first step", norms[0], ROUNDING),
+        "first_loss_apart": check_difference("loss of the first step", losses[0], ROUNDING),
+        "first_norm_apart": check_difference("gradient norm of the first step", norms[0], ROUNDING),
         "largest_loss_apart": max(losses), "largest_norm_apart": max(norms),
     }  # fmt: skip
 
@@ -126,8 +130,8 @@ def same_curve(ours: Block, wanted: Block) -> dict:
 # ---- one rank -------------------------------------------------------------------------------------------------------
 
 
-def collectives(device: str) -> None:
-    """What FSDP2 and World ask of a backend, on the device: raises what it raises, Differs for a wrong result."""
+def check_collectives(device: str) -> None:
+    """Run the collectives that FSDP2 and World need. Raise what the backend raises, or Differs for a wrong result."""
     n, rank = dist.get_world_size(), dist.get_rank()
     total = torch.full((4,), rank + 1.0, dtype=torch.float64, device=device)
     dist.all_reduce(total)
@@ -144,75 +148,81 @@ def collectives(device: str) -> None:
             raise Differs(f"{what} over {n} ranks: {found}, wanted {wanted}")
 
 
-def check_one_rank(variant: Variant, smoke: bool, spent=lambda: False) -> dict:
-    """One rank of FSDP2 against none; a state saved while it trains, read back by both, and the run resumed from it."""
-    variant = replace(at_hand(variant, smoke), steps=6, warmup=0)
-    with one_rank() as cut, tempfile.TemporaryDirectory(prefix="cria-checks-") as folder:
-        collectives(DEVICE)
-        plain, sharded = block(variant, smoke), block(variant, smoke, cut)
-        found = same_curve(sharded, plain)
+def check_one_rank(variant: Variant, smoke: bool, is_time_up=lambda: False) -> dict:
+    """Hold one rank of FSDP2 against a plain run, and resume both from a state saved while the sharded run trains."""
+    variant = replace(variant_here(variant, smoke), steps=6, warmup=0)
+    with one_rank() as shard, tempfile.TemporaryDirectory(prefix="cria-checks-") as folder:
+        check_collectives(DEVICE)
+        plain, sharded = run_block(variant, smoke), run_block(variant, smoke, shard)
+        found = compare_curves(sharded, plain)
         for name in ("loss", "norm"):
-            insist(f"{name} of {variant.steps} steps", found[f"largest_{name}_apart"], 4 * ROUNDING)
+            check_difference(f"{name} of {variant.steps} steps", found[f"largest_{name}_apart"], 4 * ROUNDING)
         return {
-            **about(variant, smoke), "backend": BACKEND, **found,
-            **saved_and_resumed(variant, smoke, cut, Path(folder)),
+            **variant.describe(smoke), "backend": BACKEND, **found,
+            **check_save_and_resume(variant, smoke, shard, Path(folder)),
         }  # fmt: skip
 
 
-def saved_and_resumed(variant, smoke, cut, folder):
+def check_save_and_resume(variant, smoke, shard, folder) -> dict:
+    """Save a sharded run's state halfway while it trains on, and read it back sharded and plain."""
     half, n = variant.steps // 2, variant.steps
-
-    def begun(how=None):
-        return contextlib.closing(Steps(variant, variant.tokens, n, smoke, how))
-
-    with begun(cut) as steps:
+    with contextlib.closing(Steps(variant, variant.tokens, n, smoke, shard)) as steps:
         saver = Saver(folder, keep=1, device=DEVICE)
         for step in range(1, half + 1):
-            steps.take(step)
+            steps.run(step)
         saver.save(half, steps.optimizer.tensors(), {"n_updates": half})
         kept = {name: s.tensor.clone() for name, s in steps.optimizer.tensors().items()}
         for step in range(half + 1, n + 1):
-            steps.take(step)
-        steps.read()
+            steps.run(step)
+        steps.read_figures()
         saved = saver.wait()
         saver.close()
         last = steps.losses[half:]
-    found = checkpoint.open_checkpoint(saved.folder)
-    for how in (None, cut):
-        with begun(how) as steps:
-            tensors = steps.optimizer.tensors()
-            checkpoint.load(found, tensors)
-            wrong = [name for name, s in tensors.items() if not torch.equal(s.tensor, kept[name])]
-            if wrong or tensors.keys() != kept.keys():
-                raise Differs(f"{len(wrong)} tensors of a state that was read back, {'sharded' if how else 'plain'}")
-            steps.optimizer.n_updates = found.manifest["n_updates"]
-            for step in range(half + 1, n + 1):
-                steps.take(step)
-            steps.read()
-            resumed = max(map(apart, steps.losses, last))
-            insist(f"losses after a resume, {'sharded' if how else 'plain'}", resumed, 4 * ROUNDING)
+    for kind, how in (("plain", None), ("sharded", shard)):
+        with contextlib.closing(Steps(variant, variant.tokens, n, smoke, how)) as steps:
+            resumed = resume_and_compare(steps, saved.folder, kept, half, last, kind)
     return {"saved_bytes": saved.bytes, "read_back": "bit-equal, sharded and plain", "resumed_loss_apart": resumed}
+
+
+def resume_and_compare(steps, folder, kept, half, last, kind) -> float:
+    """Load a state, take the steps after it, and return the largest relative difference of their losses."""
+    found, tensors = checkpoint.open_checkpoint(folder), steps.optimizer.tensors()
+    checkpoint.load(found, tensors)
+    wrong = [name for name, s in tensors.items() if not torch.equal(s.tensor, kept[name])]
+    if wrong or tensors.keys() != kept.keys():
+        raise Differs(f"{len(wrong)} tensors of a state that was read back, {kind}")
+    steps.optimizer.n_updates = found.manifest["n_updates"]
+    for step in range(half + 1, steps.n_steps + 1):
+        steps.run(step)
+    steps.read_figures()
+    resumed = max(map(relative_difference, steps.losses, last))
+    return check_difference(f"losses after a resume, {kind}", resumed, 4 * ROUNDING)
 
 
 # ---- two ranks ------------------------------------------------------------------------------------------------------
 
 
-def check_two_ranks(smoke: bool, spent=lambda: False) -> dict:
-    """engine.finetune, whole, on two ranks of one card beside the same run alone."""
+FINETUNE = (
+    "--model", "tiny", "--random-init", "--dtype", "fp32", "--lr", "1e-3", "--max-length", "320", "--replicas", "1",
+    "--global-batch-size", "8", "--max-steps", "4", "--micro-batch-tokens", "400", "--save-every", "2",
+    "--sample-every", "off", "--token-cache", "off", "--rank-timeout", "60",
+)  # fmt: skip
+RANK_CODE = "from scripts.step.rank_checks import run_as_rank; run_as_rank()"
+
+
+def check_two_ranks(smoke: bool, is_time_up=lambda: False) -> dict:
+    """Run engine.finetune on two ranks of one card, hold it against one rank, and check the state they saved."""
     with tempfile.TemporaryDirectory(prefix="cria-ranks-") as folder:
         folder = Path(folder)
         write_rows(folder / "rows.json")
+        write_tokenizer(folder / "tokenizer")
         two, one = folder / "two", folder / "one"
-        ended = finetuned(folder, {two: 2, one: 1})
-        if NOT_POSSIBLE in ended:
-            return {"absent": f"not possible: {said(folder, 'not possible: ')}"}
-        if any(ended):
-            raise RuntimeError(f"exit codes {ended} of two ranks and of one: {said(folder, 'error: ')}")
-        ours, wanted = (
-            {key: [step[key] for step in read_lines(out / "metrics.jsonl") if step["event"] == "train"]
-             for key in ("loss", "grad_norm", "tokens", "examples")}
-            for out in (two, one)
-        )  # fmt: skip
+        codes = finetune_with_ranks(folder, {two: 2, one: 1})
+        if NOT_POSSIBLE in codes:
+            return {"absent": f"not possible: {find_message(folder, 'not possible: ')}"}
+        if any(codes):
+            raise RuntimeError(f"exit codes {codes} of two ranks and of one: {find_message(folder, 'error: ')}")
+        ours, wanted = read_training_lines(two), read_training_lines(one)
         for key in ("tokens", "examples"):
             if ours[key] != wanted[key] or not ours[key]:
                 raise Differs(f"{key} a step: {ours[key]} of two ranks, {wanted[key]} of one")
@@ -220,15 +230,16 @@ def check_two_ranks(smoke: bool, spent=lambda: False) -> dict:
         files = checkpoint.open_checkpoint(newest).manifest["files"]
         if len(files) != 2:
             raise Differs(f"{newest.name} of two ranks is in {len(files)} files")
-        loss, norm = (max(map(apart, ours[key], wanted[key])) for key in ("loss", "grad_norm"))
+        loss, norm = (max(map(relative_difference, ours[key], wanted[key])) for key in ("loss", "grad_norm"))
         return {
             "backend": "gloo", "dtype": "float32", "steps": len(ours["loss"]),
-            "largest_loss_apart": insist("losses of two ranks and of one", loss, ROUNDING),
-            "largest_norm_apart": insist("gradient norms of two ranks and of one", norm, ROUNDING),
+            "largest_loss_apart": check_difference("losses of two ranks and of one", loss, ROUNDING),
+            "largest_norm_apart": check_difference("gradient norms of two ranks and of one", norm, ROUNDING),
         }  # fmt: skip
 
 
-def write_rows(path):
+def write_rows(path: Path) -> None:
+    """Write 24 short Alpaca rows of many lengths."""
     rows = [
         {"instruction": f"Say {i} in words.", "input": "n" * (i % 5), "output": "yes " * (1 + i * 7 % 23)}
         for i in range(24)
@@ -236,21 +247,37 @@ def write_rows(path):
     path.write_text(json.dumps(rows))
 
 
-def finetuned(folder: Path, runs: dict[Path, int]) -> list[int]:
-    """Exit codes of engine.finetune's processes, all at once: {--out: ranks}."""
+def write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of single bytes, so that the check needs no model that the machine may lack."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    special = ["<s>", "</s>"]
+    vocab = {token: i for i, token in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), *special])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": special[0], "eos_token": special[1], "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def read_training_lines(out: Path) -> dict[str, list]:
+    """Return the figures of every step in an output folder's metrics.jsonl, by name."""
+    lines = [line for line in read_lines(out / "metrics.jsonl") if line["event"] == "train"]
+    return {key: [line[key] for line in lines] for key in ("loss", "grad_norm", "tokens", "examples")}
+
+
+def finetune_with_ranks(folder: Path, runs: dict[Path, int]) -> list[int]:
+    """Run engine.finetune once for each {--out: number of ranks}, all at the same time. Return every exit code."""
     children = []
     try:
-        for out, ranks in runs.items():
-            command = [sys.executable, "-c", "from scripts.step.rank_checks import as_rank; as_rank()"]
-            command += ["--data", folder / "rows.json", "--out", out, *FINETUNE, "--device", DEVICE]
-            port = free_port()
-            for rank in range(ranks):
-                place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": 0, "MASTER_PORT": port}
-                environment = os.environ | {name: str(n) for name, n in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
-                with open(folder / f"{out.name}-{rank}.log", "w") as log:
-                    children.append(subprocess.Popen(
-                        list(map(str, command)), cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
-                    ))  # fmt: skip
+        for out, n_ranks in runs.items():
+            port = find_free_port()
+            for rank in range(n_ranks):
+                place = {"RANK": rank, "WORLD_SIZE": n_ranks, "LOCAL_RANK": 0, "MASTER_PORT": port}
+                children.append(start_rank(folder, out, {name: str(n) for name, n in place.items()}))
         end = time.monotonic() + RANKS_LIMIT_S
         return [child.wait(max(1.0, end - time.monotonic())) for child in children]
     finally:
@@ -260,38 +287,46 @@ def finetuned(folder: Path, runs: dict[Path, int]) -> list[int]:
                 child.wait()
 
 
-FINETUNE = (
-    "--model", "tiny", "--random-init", "--dtype", "fp32", "--lr", "1e-3", "--max-length", "64", "--replicas", "1",
-    "--global-batch-size", "8", "--max-steps", "4", "--micro-batch-tokens", "128", "--save-every", "2",
-    "--sample-every", "off", "--token-cache", "off", "--rank-timeout", "60",
-)  # fmt: skip
+def start_rank(folder: Path, out: Path, place: dict[str, str]) -> subprocess.Popen:
+    """Start the process of one rank. Its place among the ranks is given by environment variables."""
+    command = [sys.executable, "-c", RANK_CODE, *finetune_flags(folder, out)]
+    environment = os.environ | place | {"MASTER_ADDR": "127.0.0.1"}
+    with open(folder / f"{out.name}-{place['RANK']}.log", "w") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
-def free_port() -> int:
+def finetune_flags(folder: Path, out: Path) -> list[str]:
+    """Return the flags of engine.finetune with the files of this check."""
+    files = ["--data", folder / "rows.json", "--tokenizer", folder / "tokenizer", "--out", out]
+    return [*map(str, files), *FINETUNE, "--device", DEVICE]
+
+
+def find_free_port() -> int:
+    """Return a TCP port that no process uses."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
-def said(folder: Path, mark: str) -> str:
-    """The first line with a mark that any rank wrote, or the last line of the first one that ended badly."""
+def find_message(folder: Path, mark: str) -> str:
+    """Return the first line with a mark from any rank's log, after the mark, or the last line of the first log."""
     logs = [path.read_text().strip().splitlines() for path in sorted(folder.glob("*.log"))]
     marked = [text.split(mark, 1)[1] for log in logs for text in log if mark in text]
     return (marked or [log[-1] for log in logs if log] or ["nothing was said"])[0][:300]
 
 
-def as_rank():
-    """The process of a rank: engine.finetune, whose card other ranks share."""
-    begin = dist.init_process_group
+def run_as_rank() -> None:
+    """Run engine.finetune as one of several ranks on one card, with gloo in place of NCCL."""
+    init_process_group = dist.init_process_group
 
-    def over_gloo(_, **options):
-        begin("gloo", **options)
+    def init_with_gloo(_, **options):
+        init_process_group("gloo", **options)
         try:
-            collectives(DEVICE)
+            check_collectives(DEVICE)
         except Exception as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             print(f"not possible: gloo between ranks of one card: {first}", flush=True)
             os._exit(NOT_POSSIBLE)
 
-    dist.init_process_group = over_gloo
+    dist.init_process_group = init_with_gloo
     sys.exit(exit_code_of(finetune.main))

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import kernels
-from scripts.step import bench as step_bench
-from scripts.step import breakdown as step_profile
+from scripts.step import breakdown
+from scripts.step.bench import Variant
 
 NAMES = {  # names of kernels as traces of H100s have them, outside any operator that is known
     "nvjet_tst_256x128_64x4_1x2_h_bz_coopA_NNT": "GEMM",
@@ -33,11 +33,11 @@ NAMES = {  # names of kernels as traces of H100s have them, outside any operator
 
 @pytest.mark.parametrize("name", NAMES)
 def test_kinds_of_names(name):
-    assert step_profile.kind_of(name, []) == NAMES[name]
+    assert breakdown.kind_of(name, []) == NAMES[name]
 
 
 def test_operators_tell_where_names_do_not():
-    kind_of = step_profile.kind_of
+    kind_of = breakdown.kind_of
     for operators, kind in (
         (["_NormLinear", "cria::rms_norm_forward"], "norms"), (["cria::swiglu_forward"], "swiglu"),
         (["cria::attention_forward"], "attention"), (["something"], "other"),
@@ -56,7 +56,7 @@ def test_every_operator_of_ours_has_a_kind():
     assert kernels.__name__  # its import registers them
     names = {f"cria::{name.split('::')[1].split('.')[0]}" for name in torch._C._dispatch_get_all_op_names()
              if name.startswith("cria::")}  # fmt: skip
-    assert names and names <= set(step_profile.KIND_OF), names - set(step_profile.KIND_OF)
+    assert names and names <= set(breakdown.KIND_OF), names - set(breakdown.KIND_OF)
 
 
 class Trace:
@@ -99,12 +99,12 @@ def trace():
 
 
 def test_a_step_of_a_trace(trace):
-    found = step_profile.breakdown(trace.events, 1, device=True)
+    found = breakdown.break_down_step(trace.events, 1, device=True)
     assert found["wall_ms"] == 1.0 and found["busy_ms"] == 0.8 and found["launches"] == 4
     ms = {kind: part["ms"] for kind, part in found["kinds"].items() if part["ms"]}
     assert ms == {"norms": 0.1, "GEMM": 0.4, "swiglu": 0.2, "optimizer": 0.1, "gaps": pytest.approx(0.2)}
     assert sum(part["share"] for part in found["kinds"].values()) == pytest.approx(1)
-    assert set(found["kinds"]) == set(step_profile.ALL) and found["other_streams_ms"] == 0.03
+    assert set(found["kinds"]) == {*breakdown.KINDS, "other", "gaps"} and found["other_streams_ms"] == 0.03
     assert found["top"][0] == {"name": "nvjet_tst_1", "kind": "GEMM", "ms": 0.4, "share": 0.4, "times": 1}
     assert (found["syncs"], found["event_waits"], found["pageable_copies"]) == (0, 1, 0)
     assert found["host_calls"]["cuLaunchKernelEx"] == 4
@@ -113,18 +113,18 @@ def test_a_step_of_a_trace(trace):
 def test_a_kernel_without_a_known_launch_counts_where_it_ran(trace):
     trace.add("kernel", "_rotate_kernel", 1400, 50, 99, stream=7)  # the second step's first kernel is at 1500
     trace.add("kernel", "_rotate_kernel", 2600, 50, 99, stream=7)
-    assert step_profile.breakdown(trace.events, 0, device=True)["kinds"]["rope"]["ms"] == 0.05
-    assert step_profile.breakdown(trace.events, 1, device=True)["kinds"]["rope"]["ms"] == 0
+    assert breakdown.break_down_step(trace.events, 0, device=True)["kinds"]["rope"]["ms"] == 0.05
+    assert breakdown.break_down_step(trace.events, 1, device=True)["kinds"]["rope"]["ms"] == 0
     for event in trace.events:
         event.get("args", {}).clear()
     with pytest.raises(RuntimeError, match="launched by the step"):
-        step_profile.breakdown(trace.events, 1, device=True)
+        breakdown.break_down_step(trace.events, 1, device=True)
 
 
 def test_kernels_side_by_side_are_busy_once(trace):
-    before = step_profile.breakdown(trace.events, 1, device=True)
+    before = breakdown.break_down_step(trace.events, 1, device=True)
     trace.launch(["cria::scaled"], "_scale_kernel", 1045, 1650, 100)  # while the GEMM runs
-    found = step_profile.breakdown(trace.events, 1, device=True)
+    found = breakdown.break_down_step(trace.events, 1, device=True)
     assert found["busy_ms"] == before["busy_ms"] and found["kinds"]["cross entropy"]["ms"] == 0.1
 
 
@@ -133,12 +133,12 @@ def test_a_wait_of_the_host_is_found(trace):
     trace.add("cuda_runtime", "cudaMemcpyAsync", 1110, 5, 1)
     trace.add("cuda_runtime", "cudaStreamSynchronize", 1120, 20, 1)
     trace.add("cuda_runtime", "cudaDeviceSynchronize", 3500, 20, 1)  # the profiler's own, after the step
-    found = step_profile.breakdown(trace.events, 1, device=True)
+    found = breakdown.break_down_step(trace.events, 1, device=True)
     assert found["syncs"] == 1 and found["syncs_where"] == {"cudaStreamSynchronize in aten::item": 1}
     for name, waits in (("cudaStreamSynchronize", 1), ("cuStreamSynchronize", 1), ("cudaDeviceSynchronize", 1),
                         ("cudaMemcpy", 1), ("cudaFree", 1), ("cudaMemcpyAsync", 0), ("cudaStreamWaitEvent", 0),
                         ("cudaEventSynchronize", 0), ("cudaMemsetAsync", 0)):  # fmt: skip
-        assert bool(step_profile.WAITS.match(name)) == waits, name
+        assert bool(breakdown.WAITS.match(name)) == waits, name
 
 
 def test_a_trace_without_kernels_is_no_trace_of_a_device():
@@ -146,15 +146,15 @@ def test_a_trace_without_kernels_is_no_trace_of_a_device():
     t.add("user_annotation", "training step 1", 0, 10)
     t.add("user_annotation", "training step 2", 10, 10)
     with pytest.raises(RuntimeError, match="saw no kernel"):
-        step_profile.breakdown(t.events, 0, device=True)
+        breakdown.break_down_step(t.events, 0, device=True)
 
 
 def test_on_a_cpu_operators_take_what_those_inside_them_do_not(monkeypatch):
-    monkeypatch.setitem(step_profile.VARIANTS, "llama-7b", step_bench.Variant(impl="ref"))
-    found = step_profile.measure("llama-7b", smoke=True)
+    monkeypatch.setitem(breakdown.VARIANTS, "llama-7b", Variant(impl="ref"))
+    found = breakdown.measure_breakdown("llama-7b", smoke=True)
     kinds = found["kinds"]
     assert sum(part["share"] for part in kinds.values()) == pytest.approx(1, abs=1e-6)
     assert kinds["GEMM"]["ms"] > 0 and kinds["gaps"]["ms"] > 0 and found["syncs"] == 0
     assert len(found["top"]) == 15 and found["launches"] > 100
-    text = "\n".join(step_profile.table({"records": [{"name": "llama-7b", **found}, {"name": "x", "failed": "y"}]}))
+    text = "\n".join(breakdown.format_part({"records": [{"name": "llama-7b", **found}, {"name": "x", "failed": "y"}]}))
     assert "0 times the host waited" in text and "of x goes: failed: y" in text

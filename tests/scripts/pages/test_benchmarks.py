@@ -1,0 +1,138 @@
+"""README's table of reports and targets."""
+
+import json
+
+import pytest
+
+from scripts.pages import benchmarks
+from tests.helpers.run import ROOT
+
+TARGETS = json.loads((ROOT / "benchmarks" / "targets.json").read_text())
+
+
+def record(op, shape, who="ours", kind="fwd", **figures):
+    return {"op": op, "shape": shape, "who": who, "pass": kind, "ms": 1.0, **figures}
+
+
+@pytest.fixture
+def synthetic():
+    mix, dense = "Alpaca mix H=32 Dh=128", "dense s=4096 H=32 Dh=128"
+    records = [
+        record("rms_norm", "a", fraction=0.95), record("rms_norm", "b", kind="bwd", fraction=0.912),
+        record("rms_norm", "a", "torch eager", fraction=0.2), record("swiglu", "a", fraction=0.5),
+        record("rope", "a", fraction=0.1), record("rope", "a", "ours, in place", fraction=0.97),
+        {"op": "grad_norm", "shape": "a", "who": "ours", "wrong": "output 0 is off"},
+        record("attention", mix, "ours", times_ours=1.0), record("attention", mix, "torch eager", times_ours=0.5),
+        record("attention", mix, "varlen_attn", times_ours=1.5),
+        record("attention", mix, "FlexAttention", times_ours=1.25),
+        record("attention", mix, "varlen_attn", "bwd", times_ours=0.75),
+        record("attention", dense, kind="fwd+bwd", tflops=312.4),
+        record("attention", "dense s=512", kind="fwd+bwd", tflops=9.0),
+        record("linear_cross_entropy", "a", kind="fwd+bwd", times_gemm=1.1),
+        record("linear_cross_entropy", "b", kind="fwd+bwd", times_gemm=1.2),
+    ]  # fmt: skip
+    tests = {
+        "rope": {"passed": 5, "failed": 0, "skipped": 1},
+        "adamw": {"passed": 2, "failed": 1, "skipped": 0, "ended": "x"},
+    }
+    rate = {"tokens_per_s": 22500.0, "mfu": 0.92, "mfu_formula": "6 x N x t", "peak_gib": 70.06}
+    over = {
+        "over_plain_min": 1.07, "over_plain_max": 1.09, "pairs": 3, "peak_gib": 74.0, "plain_peak_gib": 71.0,
+    }  # fmt: skip
+    steps = {
+        "step": {
+            "records": [
+                {"name": "llama-7b", **rate},
+                {"name": "llama-7b, no sharing", **rate, "tokens_per_s": 15000.0, "peak_gib": 76.0},
+                {"name": "llama-7b, low memory: offload, recompute block", "failed": "TooLarge: out of memory"},
+            ],
+            "projections": [{
+                "what": "Alpaca, projected from the measured step", "of": "llama-7b", "steps": 1221, "minutes": 14.66,
+                "dollars": 0.66, "dollars_an_hour": 2.69, "price_of": "March 2026",
+            }],
+        },
+        "profile": {"records": [{
+            "name": "llama-7b", "syncs": 0, "launches": 3210,
+            "kinds": {kind: {"ms": 10 * x, "share": x} for kind, x in (("norms", 0.1), ("GEMM", 0.9), ("rope", 0.0))},
+        }]},
+        "peers": {"records": [
+            {"name": "llama-7b, transformers", "tokens_per_s": 7500.0, "peak_gib": 71.0, "ours_over_peer": 3.0,
+             "ours_without_sharing_over_peer": 2.0},
+            {"name": "llama-7b, transformers + liger", "absent": "liger-kernel is not installed"},
+        ]},
+        "ranks": {"records": [
+            {"name": "llama-7b, one rank", **over, "over_plain": 1.08},
+            {"name": "tinyllama-1.1b, one rank", **over, "over_plain": 1.02},
+            {"name": "llama-7b, saves", "over_unsaved_an_epoch": 1.001},
+            {"name": "tinyllama-1.1b, saves", "absent": "the host's memory has 1.0 GB free, wanted 7.0"},
+        ]},
+    }  # fmt: skip
+    return {
+        "what": "scripts.gpu_report", "smoke": False, "commit": "0123456789abcdef", "date": "2000-01-02 03:04",
+        "left_out": [],
+        "parts": {
+            **steps,
+            "machine": {"device": "Synthetic 9000", "torch": "2.11.0", "driver": "1.2", "triton": "3.6.0"},
+            "ceilings": {"copy_gb_per_s": 3000.0, "gemm_tflops": 700.0, "gemm_side": 8192}, "tests": tests,
+            "kernels": {"records": records},
+        },
+    }  # fmt: skip
+
+
+def test_the_table_holds_measured_beside_target(synthetic, tmp_path):
+    (tmp_path / "synthetic_9000.json").write_text(json.dumps(synthetic))
+    text = benchmarks.rendered_page(tmp_path)
+    rows = {
+        line.split(" | ")[0].strip("| "): [c.strip() for c in line.strip("|").split("|")[1:]]
+        for line in text.splitlines()
+        if line
+    }
+    assert (
+        "GPU" not in rows
+        and "Synthetic 9000, driver 1.2, torch 2.11.0, triton 3.6.0, commit 0123456789ab, 2000-01-02 03:04" in rows
+    )
+    assert rows["device copy; bf16 GEMM of 8192 cubed"] == ["3,000 GB/s, 700 TFLOP/s", ""]
+    assert rows["kernel tests on the device"][0] == "7 passed, 1 failed, 1 skipped; 1 files did not finish"
+    found = {row["what"]: rows[row["what"]] for row in TARGETS["rows"]}
+    values = [cells[0] for cells in found.values()]
+    assert values[:6] == ["15,000", "**22,500**", "**70.06**", "76.00", "failed", "**0**"]
+    assert values[6:10] == ["1.08", "**1.02**", "**1.00**", "not measured"]
+    assert values[10:] == [
+        "**0.91**", "**0.97**", "0.50", "wrong result", "not measured", "not measured", "**1.25**", "0.75", "**312**",
+        "not measured", "not measured", "1.20",
+    ]  # fmt: skip
+    assert [cells[1] for cells in found.values()][-1] == "≤ 1.15" and found[TARGETS["rows"][10]["what"]][1] == "≥ 0.9"
+    assert [cells[1] for cells in found.values()][:6] == ["≥ 16,000", "≥ 22,000", "≤ 75", "≤ 75", "≤ 40", "≤ 0"]
+    assert [cells[1] for cells in found.values()][6:10] == ["≤ 1.03", "≤ 1.03", "≤ 1.02", "≤ 1.02"]
+    assert rows["FSDP2 over the plain step, llama-7b, one rank: 3 pairs of blocks"][0] == (
+        "1.080x (1.070 to 1.090); 74.0 GiB, plain 71.0 GiB"
+    )
+    assert rows["step, llama-7b: MFU = 6 x N x t"][0] == "22,500 tokens/s, 92.0%, 70.1 GiB"
+    run = rows["Alpaca, projected from the measured step (llama-7b): 1,221 steps"]
+    assert run[0] == "14.7 minutes, $0.66 at $2.69 an hour (March 2026)"
+    assert rows["where a step of llama-7b goes: 3,210 launches"][0] == "GEMM 90.0%, norms 10.0%"
+    peer = rows["llama-7b, transformers"][0]
+    assert peer == "7,500 tokens/s, 71.0 GiB; ours is 3.00x, 2.00x without sharing"
+    assert "llama-7b, transformers + liger" not in rows
+
+
+def test_without_a_report_of_a_gpu_nothing_is_claimed(synthetic, tmp_path):
+    (tmp_path / "targets.json").write_text(json.dumps(TARGETS))
+    (tmp_path / "smoke.json").write_text(json.dumps({**synthetic, "smoke": True}))
+    assert "Not measured yet" in benchmarks.rendered_page(tmp_path)
+    assert "Synthetic" not in benchmarks.rendered_page(tmp_path)
+
+
+def test_targets_name_what_is_measured():
+    """A row that selects nothing would read "not measured" for ever."""
+    from kernels.measure import cases as bench_cases
+    from scripts.step import bench, breakdown, ranks
+
+    names = {"step": bench.VARIANTS, "profile": breakdown.PROFILED, "ranks": ranks.VARIANTS}
+    cases = list(bench_cases.full_cases())
+    for row in TARGETS["rows"]:
+        if "part" in row:
+            assert row["name"] in names[row["part"]], row
+            continue
+        chosen = [c for c in cases if c.op == row["op"] and c.shape == row.get("shape", c.shape)]
+        assert chosen and all(row.get("pass", c.passes[0]) in c.passes for c in chosen), row

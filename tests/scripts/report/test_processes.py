@@ -1,0 +1,122 @@
+"""Processes of the report: limits, interruptions, wheels, and records of a process that dies."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from scripts.base.results import write_json
+from scripts.report import processes
+from scripts.report.report import Report
+
+
+def test_a_command_ends_at_its_limit_and_with_the_report(tmp_path):
+    calls = []
+    assert (
+        processes.run_command([sys.executable, "-c", "input()"], 1.2, every=lambda: calls.append(1), stdin=-1) is None
+    )
+    assert calls
+    assert processes.run_command([sys.executable, "-c", "raise SystemExit(5)"], 200) == 5
+
+    path = tmp_path / "pid"
+
+    def stopped():
+        if path.exists() and path.read_text():
+            raise KeyboardInterrupt
+
+    script = f"import os, time, pathlib; pathlib.Path({str(path)!r}).write_text(str(os.getpid())); time.sleep(250)"
+    with pytest.raises(KeyboardInterrupt):
+        processes.run_command([sys.executable, "-c", script], 200, every=stopped)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(path.read_text()), 0)
+
+
+def test_wheels_come_first_on_the_path_as_files(tmp_path, monkeypatch):
+    (tmp_path / "wheels").mkdir()
+    with zipfile.ZipFile(tmp_path / "wheels" / "peer_of_ours-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("peer_of_ours/__init__.py", "WHERE = __file__\n")
+        wheel.writestr(
+            "peer_of_ours-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: peer-of-ours\nVersion: 1.0\n"
+        )
+    monkeypatch.setattr(processes, "UNPACKED", [])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    processes.unpack_wheels(tmp_path / "wheels", tmp_path / "unpacked")
+    script = "import importlib.metadata as m, peer_of_ours; print(peer_of_ours.WHERE, m.version('peer-of-ours'))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": processes.python_path()},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == [str(tmp_path / "unpacked" / "peer_of_ours" / "__init__.py"), "1.0"]
+
+
+CHILD = """
+import json, os, signal, sys
+path, names = sys.argv[2], sys.argv[sys.argv.index("--only") + 1 :]
+smoke = names.pop()
+made = {"records": [], "left_out": []}
+for name in names:
+    if name == "dies":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if name == "late":
+        made["left_out"].append(name)
+    else:
+        made["records"].append({"name": name, "smoke": smoke})
+    with open(path + ".new", "w") as file:
+        json.dump(made, file)
+    os.replace(path + ".new", path)
+"""
+
+
+def test_a_process_that_dies_costs_what_it_was_at(tmp_path, monkeypatch):
+    """Real processes: two die at one measurement each, and the last one has no time for its last."""
+    (tmp_path / "measuring.py").write_text(CHILD)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    report = Report(tmp_path / "report.json", minutes=600, smoke=True)
+    processes.measure_in_processes(report, "step", "measuring", ["a", "dies", "b", "late"])
+    found = json.loads(report.path.read_text())
+    assert found["parts"]["step"]["records"] == [
+        {"name": "a", "smoke": "--smoke"}, {"name": "dies", "failed": "its process ended with exit code -11"},
+        {"name": "b", "smoke": "--smoke"},
+    ]  # fmt: skip
+    assert found["left_out"] == ["step: late"]
+
+
+def test_the_order_of_processes_and_their_limits(tmp_path, monkeypatch):
+    report, began = Report(tmp_path / "report.json", minutes=600, smoke=True), []
+
+    def run(command, limit_s, every):
+        names = command[command.index("--only") + 1 : -1]
+        began.append(names)
+        every()  # before anything is written
+        records = [{"name": n} for n in names[: names.index("dies")]] if "dies" in names else [{"name": names[0]}]
+        write_json(command[command.index("--json") + 1], {"records": records, "left_out": []})
+        every()
+        return -11 if "dies" in names else 0
+
+    monkeypatch.setattr(processes, "run_command", run)
+    processes.measure_in_processes(report, "step", "m", ["a", "dies", "b"])
+    assert began == [["a", "dies", "b"], ["dies", "b"], ["b"]]
+    assert [r["name"] for r in report.result["parts"]["step"]["records"]] == ["a", "dies", "b"]
+    late = Report(tmp_path / "late.json", minutes=0, smoke=True)
+    processes.measure_in_processes(late, "step", "m", ["a", "b"])
+    assert late.result["left_out"] == ["step: a, b"] and len(began) == 3
+    report.result["parts"] = {}
+    monkeypatch.setattr(processes, "run_command", lambda *a, **k: None)
+    processes.measure_in_processes(report, "step", "m", ["a"])
+    assert report.result["parts"]["step"]["records"] == [{"name": "a", "failed": "its process ended after its limit"}]
+
+
+def test_a_process_without_its_gpu_still_begins_others(tmp_path, monkeypatch):
+    """After a CUDA error in a part that the report measures itself, freeing memory fails too."""
+
+    def fail():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    report, began = Report(tmp_path / "report.json", minutes=600, smoke=True), []
+    monkeypatch.setattr(processes, "free_memory", fail)
+    monkeypatch.setattr(processes, "run_command", lambda *a, **k: began.append(1) or 0)
+    processes.measure_in_processes(report, "step", "m", ["a"])
+    assert began

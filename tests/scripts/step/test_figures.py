@@ -1,0 +1,41 @@
+"""Figures of measured steps: speed, MFU, projection, the card."""
+
+import pytest
+import torch
+
+from engine.model.config import MODELS
+from engine.planning.cards import CARDS
+from scripts.step import figures
+
+H100 = CARDS["H100"]
+
+
+def test_mfu_and_speed():
+    n = MODELS["llama-7b"].n_parameters
+    found = figures.summarize_speed(n, [16000, 17000], [12000, 12500], [1.0, 0.5], H100)
+    assert found["tokens_per_s"] == 22000 and found["computed_tokens_per_s"] == pytest.approx(24500 / 1.5)
+    assert found["mfu"] == pytest.approx(6 * 6.738e9 * 22000 / 989e12, rel=1e-3)
+    assert found["mfu_formula"] == "6 x 6.738e+09 x logical tokens/s / 9.89e+14 (dense bf16 peak of H100)"
+    assert (found["step_s_median"], found["step_s_min"], found["step_s_max"]) == (0.75, 0.5, 1.0)
+    assert found["computed_over_logical"] == 24500 / 33000 and found["steps"] == 2
+    assert figures.mfu(n, 1e4, None)["mfu"] is None
+
+
+def test_the_whole_run_is_projected_from_the_step():
+    found = figures.project_finetune({"name": "x", "tokens_per_s": 22000.0}, H100)
+    assert found["steps"] == 1221 and found["tokens"] == pytest.approx(19.8e6, rel=0.01)
+    assert found["minutes"] == pytest.approx(19.8e6 / 22000 / 60, rel=0.01)
+    assert found["dollars"] == pytest.approx(found["minutes"] / 60 * H100.price_per_hour)
+    assert "projected from the measured step" in found["what"] and found["price_of"]
+    assert figures.project_finetune({"name": "x", "tokens_per_s": 1.0}, None)["dollars"] is None
+
+
+def test_the_card_at_hand(monkeypatch):
+    monkeypatch.setattr(figures, "GPU", True)
+    for name, known in (
+        ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200"), ("NVIDIA A100-SXM4-80GB", "A100-80"),
+        ("NVIDIA H100 NVL", None), ("NVIDIA H200 NVL", None), ("Synthetic 9000", None),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
+        found = figures.card_here()
+        assert (found and found.name) == known

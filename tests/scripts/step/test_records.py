@@ -1,0 +1,35 @@
+"""Records of a process that measures: failures, time, and sizes that are halved."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from scripts.step import records
+from scripts.step.records import halve_until_it_fits
+
+
+def test_a_failure_is_recorded_and_the_rest_goes_on(tmp_path):
+    file = records.Records(tmp_path / "r.json")
+    file.attempt("a", lambda: 1 / 0)
+    file.attempt("b", lambda: {"last_loss": float("nan"), "kinds": {"a": np.float32(2)}})
+    with pytest.raises(RuntimeError):  # the device can be used no more
+        file.attempt("c", lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: an illegal memory access")))
+    file.deadline = 0
+    file.attempt("d", lambda: pytest.fail("began after the time"))
+    found = json.loads((tmp_path / "r.json").read_text(), parse_constant=pytest.fail)
+    assert [r["name"] for r in found["records"]] == ["a", "b", "c"] and found["left_out"] == ["d"]
+    assert found["records"][0]["failed"] == "ZeroDivisionError: division by zero"
+    assert found["records"][1]["last_loss"] is None and "CUDA error" in found["records"][2]["failed"]
+
+
+def test_other_allocators_want_of_memory_is_known():
+    for error, is_it in (
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True), (torch.OutOfMemoryError("x"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False), (ValueError("x"), False),
+    ):  # fmt: skip
+        assert records.is_out_of_memory(error) == is_it
+    with pytest.raises(ValueError, match="other"):
+        halve_until_it_fits(8, 1, lambda size: (_ for _ in ()).throw(ValueError("other")))

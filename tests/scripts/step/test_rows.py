@@ -1,0 +1,25 @@
+"""Rows of measured steps: Alpaca's lengths, shared stems, targets."""
+
+import numpy as np
+import pytest
+
+from kernels.measure.alpaca import alpaca_lengths
+from scripts.step import rows as step_rows
+
+
+def test_rows_are_alpacas_and_logical_tokens_leave_out_padding():
+    rows = step_rows.alpaca_rows(3, smoke=False)
+    assert len(rows) == 3 * 128 and rows.lengths().max() <= 512
+    alpaca = alpaca_lengths()
+    prompt, response, has_input = alpaca.prompt, alpaca.response, alpaca.has_input
+    mean = np.minimum(512, prompt + response).mean()
+    assert rows.lengths().mean() == pytest.approx(mean, rel=0.1)
+    assert rows.loss_tokens().min() > 0
+    for example in (0, 200, 383):
+        i = int(rows.sources[example])
+        n = min(512, prompt[i] + response[i])
+        assert rows.is_target_of(example).tolist() == [False] * prompt[i] + [True] * (n - prompt[i])
+    stems = {tuple(rows.tokens_of(e)[: alpaca.shared_prefix[has_input[int(rows.sources[e])]]]) for e in range(100)}
+    assert len(stems) == 2
+    again = step_rows.alpaca_rows(5, smoke=False)  # the same rows first, whatever the number of steps
+    assert (again.lengths()[:384] == rows.lengths()).all() and (again.tokens[:100] == rows.tokens[:100]).all()
