@@ -38,7 +38,7 @@ def read(path):
 
 @pytest.mark.parametrize("source", ["in.json", "in.jsonl"])
 @pytest.mark.parametrize("out", ["out.json", "out.jsonl"])
-def test_files(source, out, tmp_path, capsys):
+def test_kept_and_dropped_rows_are_written_in_either_format(source, out, tmp_path, capsys):
     file, out, rejected = written(tmp_path / source, ROWS), tmp_path / out, tmp_path / "no.jsonl"
     assert run_for_exit_code(dedup.main, [str(file), "--out", str(out), "--rejected", str(rejected)]) == 0
     rows = read(out)
@@ -69,7 +69,7 @@ def test_command_line_and_another_field(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
-def test_no_rows(suffix, tmp_path):
+def test_a_file_without_rows_gives_one_without_rows(suffix, tmp_path):
     file, out = written(tmp_path / f"in{suffix}", []), tmp_path / f"out{suffix}"
     assert run_for_exit_code(dedup.main, [str(file), "--out", str(out)]) == 0
     assert read(out) == []
@@ -115,7 +115,7 @@ def test_files_that_cannot_be(tmp_path, capsys):
     assert not out.exists() and read(file) == ROWS
 
 
-def test_progress(monkeypatch, capsys):
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, capsys):
     assert list(dedup.show_progress(["a", "b"])) == ["a", "b"]
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(dedup, "REPORT_EVERY_S", 0)

@@ -25,7 +25,7 @@ def told(capsys, *words):
 
 
 def line_of(text, model):
-    """The figures of a model's line: $/M in, $/M out, dollars, dollars a 1,000 rows, one request at most."""
+    """Return the figures of a model's line: $/M in, $/M out, dollars, dollars per 1,000 rows, one request at most."""
     (line,) = (line for line in text.splitlines() if line.startswith(model + " "))
     return [Decimal(word.strip("$").replace(",", "")) for word in line.split()[1:]]
 
@@ -128,7 +128,7 @@ def test_a_table_of_another_host_is_compared_too(capsys, tmp_path):
     assert line_of(text, "b")[:2] == [Decimal("0.5"), 1] and text.index("\nb ") < text.index("\na ")
 
 
-def test_help(capsys):
+def test_help_shows_the_usage(capsys):
     with pytest.raises(SystemExit, match="0"):
         estimate.main(["--help"])
     assert "usage: python -m data_gen.estimate" in capsys.readouterr().out

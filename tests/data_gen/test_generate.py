@@ -47,7 +47,7 @@ def key(monkeypatch):
 
 
 def generate(server, out, *more):
-    """The exit code of a run in this process."""
+    """Run in this process and return the exit code."""
     return run_for_exit_code(module.main, flags(server, out, *more))
 
 
@@ -72,7 +72,7 @@ def about(out):
 
 
 def done(out):
-    """The numbers of the requests that the ledger holds an outcome of."""
+    """Return the numbers of the requests with an outcome in the ledger."""
     with sqlite3.connect(f"file:{out / 'ledger.sqlite'}?mode=ro", uri=True) as db:
         sql = "SELECT request FROM received JOIN sent USING (attempt) WHERE kind IN ('answer', 'refused')"
         return {number for (number,) in db.execute(sql)}
@@ -85,7 +85,7 @@ def server_keys(numbers, **settings):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """The folder of a run of 600 rows that met no fault of an attempt."""
+    """Return the folder of a run of 600 rows without failed attempts."""
     out = tmp_path_factory.mktemp("unbroken") / "out"
     os.environ["OPENAI_API_KEY"] = KEY
     with Server(seed=3, faults=ANSWERS | ODD) as server:
@@ -189,7 +189,7 @@ def test_a_signal_ends_it_with_143_and_what_was_paid_for_on_disk(unbroken, tmp_p
 
 
 def test_a_reader_that_leaves_costs_no_answer(tmp_path):
-    """tee, say, which the same Ctrl-C ends."""
+    """A reader such as tee ends at the Ctrl-C that stops the run."""
     with Server(seed=3, latency_s=0.3) as server:
         words = [sys.executable, "-m", "data_gen.generate", *flags(server, tmp_path, "--rows", 600, "--concurrency", 4)]
         process = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -290,7 +290,7 @@ def test_no_key_is_told_before_anything_is_done(tmp_path, monkeypatch, capsys):
 
 
 def test_the_key_is_nowhere(tmp_path, capsys):
-    """A server that echoes it gets it into no file and no message."""
+    """Even a server that echoes the key gets it into no file and no message."""
     with Server(seed=3, answer=lambda key, body: f'{{"tasks": [], "seen": "{KEY}"}}') as server:
         generate(server, tmp_path, "--rows", 5)
     said = capsys.readouterr()
@@ -441,7 +441,7 @@ def test_a_replay_sends_nothing_and_takes_new_filters(unbroken, tmp_path):
 
 
 def test_a_replay_ends_where_an_answer_is_missing(unbroken, tmp_path):
-    """As a run that was killed there would begin."""
+    """A run that was killed at this point would begin with these rows."""
     (tmp_path / "ledger.sqlite").write_bytes((unbroken / "ledger.sqlite").read_bytes())
     db = sqlite3.connect(tmp_path / "ledger.sqlite")
     db.execute("DELETE FROM received WHERE attempt IN (SELECT attempt FROM sent WHERE request = 7)")

@@ -19,7 +19,7 @@ REASONS |= {"refusal": 1}
 
 
 def make(n=400, seed=0):
-    """Rows with provenance, lines of rejected.jsonl and a run.json that agree."""
+    """Return rows with provenance, lines of rejected.jsonl and a run.json that agree."""
     rng = random.Random(seed)
 
     def pick(weights):
@@ -128,7 +128,7 @@ def plain(html):
 
 
 def bars(html):
-    """{name: count} and {name: share} of the bars in a piece of the page."""
+    """Return {name: count} and {name: share} of the bars in a piece of the page."""
     rows = re.findall(
         r'<span class="name">(.*?)</span>.*?<span class="n">([\d,]+) (?:<small>(.*?)</small>)?', html, re.DOTALL
     )
@@ -138,7 +138,7 @@ def bars(html):
 
 
 def arcs(page):
-    """{(verb, object or None): rows} of the sunburst."""
+    """Return {(verb, object or None): rows} of the sunburst."""
     found = {}
     for verb, noun, n in re.findall(r"<title>(\w+)(?: … (\w+))?: ([\d,]+) rows?", page.source):
         found[verb, noun or None] = int(n.replace(",", ""))

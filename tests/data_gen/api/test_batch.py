@@ -61,7 +61,7 @@ def batched(server, out, *more):
 
 
 def child(do):
-    """The id of a fork that ends with the exit code do() gives: a process of its own without the second of imports."""
+    """Return the id of a fork that ends with the exit code do() returns. A fork saves the second of imports."""
     pid = os.fork()
     if pid == 0:
         code = 99
@@ -92,7 +92,7 @@ def until(holds, pid=None):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """The folder of a run without batches and without faults of an attempt."""
+    """Return the folder of a run without batches and without faults."""
     out = tmp_path_factory.mktemp("plain") / "out"
     os.environ["OPENAI_API_KEY"] = "sk-test-5f3a9c1e77d04b21"
     with serve() as server:
@@ -110,7 +110,7 @@ def query(out, sql):
 
 
 def cost(entries, price=(IN, OUT)):
-    """What entries of the server's log were billed, in picodollars: batches at half the price."""
+    """Return the picodollars billed for entries of the server's log, with batches at half the price."""
     part = [(entry["prompt_tokens"] * price[0] + entry["completion_tokens"] * price[1], entry) for entry in entries]
     return sum(full // 2 if entry["via"] == "batch" else full for full, entry in part if entry["billed"])
 
@@ -129,7 +129,7 @@ def uncertain(out):
 
 
 def batches_of(server):
-    """[(id, status, keys of its requests)] in the order of their making."""
+    """Return [(id, status, keys of its requests)] of the batches, in the order of their making."""
 
     def read():
         return [
@@ -142,7 +142,7 @@ def batches_of(server):
 
 
 def check_nothing_twice(server):
-    """A request is in a second batch only where the first is over and did not answer it, and is billed once."""
+    """Check that a request is billed once, and enters a second batch only after the first ended without its answer."""
     outcomes = {(entry.get("batch"), entry["key"]): entry for entry in server.log if entry["via"] == "batch"}
     latest = {}
     for id, status, keys in batches_of(server):
@@ -157,12 +157,12 @@ def check_nothing_twice(server):
 
 
 def check_money(server, out, **price):
-    """The ledger's sum is the server's bill, to the picodollar."""
+    """Check that the ledger's sum equals the server's bill to the picodollar."""
     assert spent(out) == cost(server.log, **price) and uncertain(out) == 0
 
 
 def with_lines(server, change):
-    """Lines of batches whose number among all is given to change(n, key) are what it returns, unless that is None."""
+    """Replace the n-th line of all batches by change(n, key), unless that is None."""
     inner, count = server.line_result, itertools.count()
 
     def line_result(batch, line, too_late):
@@ -318,7 +318,7 @@ def test_answers_that_were_made_and_cannot_be_had_count_as_perhaps_billed(tmp_pa
 
 
 def dying_at(n, do):
-    """do() in a process that is killed at its n-th moment: a commit is on the disk, or a call has come back."""
+    """Call do() and kill the process at its n-th moment: after a commit to the disk, or after a call."""
     count = itertools.count(1)
 
     def moment():
@@ -352,7 +352,7 @@ def check_after_kills(server, out, plain):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """The folder of a run of 14 rows without batches."""
+    """Return the folder of a run of 14 rows without batches."""
     out = tmp_path_factory.mktemp("small") / "out"
     os.environ["OPENAI_API_KEY"] = "sk-test-5f3a9c1e77d04b21"
     with serve() as server:
@@ -392,7 +392,7 @@ def test_killed_again_and_again(plain, tmp_path, monkeypatch):
 
 
 def test_a_batch_that_was_not_let_in_when_the_process_died_is_no_failure(plain, tmp_path, monkeypatch):
-    """Its outcomes and its end are one commit: a half of them would look like a batch without requests."""
+    """The outcomes and the end of a batch are one commit. Half of them would look like a batch without requests."""
     with serve(batch_fates=["token_limit_exceeded"]) as server:
         for n in range(5, 13):
             code = exit_of(child(lambda: dying_at(n, lambda: batched(server, tmp_path))))  # noqa: B023
@@ -417,7 +417,7 @@ def test_batches_become_smaller_until_the_server_takes_them(plain, tmp_path, cap
 
 @pytest.mark.parametrize("most", [1, 3])
 def test_many_batches_at_once_are_turned_away(plain, tmp_path, monkeypatch, most):
-    """One request alone, too: while others are at work, it may fit later."""
+    """This holds for a single request too: it may fit once other batches have ended."""
     monkeypatch.setattr(module, "MOST_REQUESTS", most)
     with serve(batch_token_limit=LIMIT) as server:
         assert batched(server, tmp_path) == 0
@@ -695,7 +695,7 @@ def test_a_server_without_batches_is_told_at_once(tmp_path, capsys):
 
 @pytest.fixture
 def opened(tmp_path):
-    """(server, folder): a run that a signal ended while its batches were at work."""
+    """Return (server, folder) of a run that a signal ended while its batches were in progress."""
     with serve(batch_polls=10**6) as server:
         pid = child(lambda: batched(server, tmp_path))
         until(lambda: [status for _, status, _ in batches_of(server)] == ["in_progress"] or poke(server), pid)
@@ -706,7 +706,7 @@ def opened(tmp_path):
 
 
 def poke(server):
-    """Batches that were looked at are in progress."""
+    """Return whether batches are in progress that the run has looked at."""
 
     def begin():
         for batch in server.batches.values():
@@ -854,7 +854,7 @@ def test_a_batch_that_was_never_begun_is_planned_anew_with_other_settings(tmp_pa
 
 
 def planner(wanted, kept=(), done=None, ready=0, rows=None):
-    """Batches whose collector kept so many rows of each request so far."""
+    """Return Batches whose collector has kept these numbers of rows of its requests."""
     done = set(range(len(kept))) if done is None else done
     curator = SimpleNamespace(
         wanted=wanted, rows=range(sum(kept) if rows is None else rows), kept_by_request=list(kept)
@@ -888,7 +888,7 @@ def test_a_round_is_what_is_missing(about, wanted):
 
 
 def test_a_round_draws_each_prompt_once(tmp_path, monkeypatch):
-    """5,000 requests in batches of a few hundred: the work is linear."""
+    """The work for 5,000 requests in batches of a few hundred is linear."""
     drawn = []
     prepare = Asker.prepare
 

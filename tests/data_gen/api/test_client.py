@@ -383,12 +383,12 @@ DIALECTS = [Dialect(f, m, t) for f in FORMATS for m in ("max_completion_tokens",
 
 
 def wants(dialect):
-    """What of ours a body has: the names that a server may refuse."""
+    """Return the names in a body that a server may refuse."""
     return {dialect.limit} | ({"temperature"} if dialect.temperature else set()) | ({dialect.format} - {"text"})
 
 
 def walk(start, understood, refusal, least=()):
-    """The dialects that are asked in turn, as the collecting loop steps down, until the server understands one."""
+    """Return the dialects that the collector tries in turn until the server understands one."""
     tried, dialect = [], start
     while dialect is not None and not (wants(dialect) <= understood and set(least) <= wants(dialect)):
         tried.append(dialect)
@@ -510,7 +510,7 @@ def response(body, status="200 OK", headers="", length=None):
 
 
 async def asked(behave, key=KEY, timeout_s=5.0, body=None, times=1):
-    """(replies, requests) of a client and a server that does behave(reader, writer) with each request."""
+    """Return (replies, requests) of a client and of a server that calls behave(reader, writer) for each request."""
     openai = pytest.importorskip("openai")
     requests = []
 

@@ -29,7 +29,7 @@ USELESS = json.dumps({"choices": [{"message": {"content": "nothing"}}]})
 
 
 class Progress:
-    """Remembers what was said."""
+    """Remembers the printed lines."""
 
     def __init__(self):
         self.said = []
@@ -45,7 +45,7 @@ class Progress:
 
 
 class Curator:
-    """Keeps one row an answer and the order that they came in."""
+    """Keeps one row of each answer, in the order of their arrival."""
 
     def __init__(self, wanted):
         self.wanted, self.rows, self.kept_by_request, self.entries = wanted, [], [], []
@@ -68,7 +68,7 @@ def completion(usage=(10, 10), finish="stop"):
 
 
 class Server:
-    """reply(number, how often it was asked) -> Reply, after a random number of turns of the loop."""
+    """Calls reply(number, times asked, body) for a Reply, after a random number of turns of the loop."""
 
     dialect = Dialect()
 
@@ -88,7 +88,7 @@ class Server:
 
 
 class OneTask:
-    """An Asker of requests for one task, each of which costs so much at most."""
+    """An Asker whose requests ask for one task and cost a fixed amount at most."""
 
     prompter = SimpleNamespace(n_tasks=1)
 
@@ -101,7 +101,7 @@ class OneTask:
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
-    """make(reply, wanted, ...) -> a Collector on a ledger of its own, or on the last one's under again=True."""
+    """Return make(reply, wanted, ...), which makes a Collector on a new ledger, or on the last with again=True."""
     monkeypatch.setattr(rate, "FIRST_LIMIT", 64)
     opened, count = [], iter(range(10**6))
 
@@ -134,7 +134,7 @@ def answer(number, times, body):
 
 
 def failing(kinds):
-    """A server that fails the first times as kinds say, then answers."""
+    """Return a reply function that fails with each of these kinds in turn, then answers."""
 
     def reply(number, times, body):
         if times <= len(kinds):
@@ -196,7 +196,7 @@ def test_one_that_always_fails_is_left_out_while_others_get_through(make):
 
 @pytest.mark.parametrize("bad, reply", [(17, ("failed", 500)), (0, ("failed", 500)), (17, ("lost", None))])
 def test_one_that_always_fails_is_left_out_when_nothing_else_is_needed(make, bad, reply):
-    """Whether it is the request or the server shows by one more that is asked."""
+    """One more request shows whether the request or the server is at fault."""
     kind, status = reply
     collector = run(make(lambda n, t, b: Reply(kind, status, "") if n == bad else answer(n, t, b), 20, patience_s=5))
     assert [entry.request for entry in collector.curator.entries if entry.kind == "refused"] == [bad]
@@ -221,7 +221,7 @@ def test_a_limit_is_no_fault_of_the_request_that_meets_it(make):
 
 
 def test_an_outage_gives_up_no_request(make, monkeypatch):
-    """While nothing gets through, failures are the server's, not the request's."""
+    """While nothing gets through, the server is at fault, not the request."""
     monkeypatch.setattr(rate, "FIRST_COOL_DOWN_S", 1)
     calls = iter(range(10**6))
 
@@ -299,7 +299,7 @@ def test_a_bad_request_among_good_ones_is_that_requests_alone(make):
 
 @pytest.mark.parametrize("probed", [True, False])
 def test_a_server_that_turns_odd_leaves_no_holes(make, probed):
-    """One that was started anew with other settings, say, refuses everything; what it refuses is asked again later."""
+    """A server restarted with other settings may refuse everything. Refused requests are asked again later."""
     run(make(answer, 30 if probed else 1, concurrency=1))
     collector = make(lambda *_: Reply("unsupported", 400, "odd"), 60, again=True)
     collector.rate.answers = int(probed)
@@ -343,7 +343,7 @@ def test_holes_of_a_run_that_was_killed_are_asked_first(make, wanted):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_the_cap_is_never_passed_by_a_cent(make, data):
-    """What the server bills, lost answers too, stays within the cap with 64 requests in flight, over two runs."""
+    """The server's bills, for lost answers too, stay within the cap with 64 requests in flight, over two runs."""
     draw = data.draw
     price = Price(draw(st.integers(0, 10**7)), draw(st.integers(1, 10**8)))
     most_in, most_out = draw(st.integers(1, 5000)), draw(st.integers(1, 5000))
@@ -491,7 +491,7 @@ def test_nothing_spins_while_one_request_finds_out_the_dialect(make):
 
 
 def test_a_request_that_hangs_does_not_hold_up_the_others(make, monkeypatch):
-    """Rows are in order, but the others go on being asked for, up to LOOKAHEAD."""
+    """Rows wait for their order, but up to LOOKAHEAD further requests are asked."""
     monkeypatch.setattr(collect, "LOOKAHEAD", 40)
     collector = make(answer, 60)
     send = collector.client.send

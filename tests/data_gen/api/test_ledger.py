@@ -21,7 +21,7 @@ from tests.helpers.run import ROOT
 
 
 def add(ledger, request, kind=None, status=200, body="{}", usage=(None, None), cost=0, most=100, batch=None):
-    """An attempt and, unless kind is None, its outcome."""
+    """Add an attempt and, unless kind is None, its outcome."""
     attempt, intent = ledger.prepare_intent(request, f"hash {request}", "m", most, batch)
     ledger.commit([intent])
     if kind:
@@ -96,7 +96,7 @@ def test_what_was_committed_before_a_kill_is_there_after_it(tmp_path):
 
 @pytest.fixture
 def torn(tmp_path):
-    """A ledger's files as a dead process leaves them, with 40 commits in its write-ahead log."""
+    """Return a ledger's files as a dead process leaves them, with 40 commits in the write-ahead log."""
     folder = tmp_path / "whole"
     ledger = Ledger(folder)
     for i in range(20):
@@ -108,7 +108,7 @@ def torn(tmp_path):
 
 
 def opened(dead, folder, wal):
-    """(attempts, answers) in a ledger whose log is these bytes; all of it is whole and no gap is in it."""
+    """Return (attempts, answers) of a ledger with these bytes as its log, and check that it is whole and has no gap."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(dead, folder)
     (folder / f"{LEDGER_NAME}-wal").write_bytes(wal)
@@ -347,7 +347,7 @@ def test_the_body_of_a_failed_attempt_is_cut(tmp_path, ledger):
 
 
 def counted(ledger, statement="COMMIT"):
-    """A list that gets an entry for each transaction."""
+    """Return a list that gets an entry for each transaction."""
     seen = []
     ledger.db.set_trace_callback(lambda sql: seen.append(sql) if sql == statement else None)
     return seen
@@ -470,7 +470,7 @@ def test_a_file_that_may_not_grow_any_more(tmp_path):
 
 
 def test_threads_that_commit_at_once_disturb_nobody(ledger):
-    """Half of them fail, whose roll-back is of their own transaction alone."""
+    """Half of the threads fail, and each rolls back only its own transaction."""
     failed, wrong = [], []
 
     def work(thread):

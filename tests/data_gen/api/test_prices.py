@@ -93,7 +93,7 @@ def test_what_is_no_amount(text):
         parse_amount(text)
 
 
-def test_amounts():
+def test_amounts_are_decimals_up_to_a_million():
     assert (
         parse_amount("0.1") == Decimal("0.1")
         and parse_amount(0) == 0
@@ -140,7 +140,7 @@ def test_prices_that_are_given_win_and_go_together():
             find_price("gpt-4.1-nano", OPENAI, read_price_table(), **one)
 
 
-def test_hosts():
+def test_the_host_of_an_address_is_found():
     assert parse_host("HTTPS://API.OpenAI.com:443/v1") == "api.openai.com" and parse_host("http://[::1]:80/v1") == "::1"
 
 
@@ -223,7 +223,7 @@ def test_a_table_that_is_not_there_or_not_text(tmp_path):
 
 
 class Spending(RuleBasedStateMachine):
-    """Attempts that reserve, and then are billed at most what they set aside, or lost, in any order."""
+    """Attempts reserve an amount and are then lost, or billed at most that amount, in any order."""
 
     @initialize(cap=st.none() | st.integers(0, 1000), data=st.data())
     def begin(self, cap, data):

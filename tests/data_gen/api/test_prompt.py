@@ -40,7 +40,7 @@ def text_of(prompter, number):
 
 
 def parts(text):
-    """(subjects, kinds, examples) of a prompt."""
+    """Return (subjects, kinds, examples) of a prompt."""
     lines = text.split("\n")
     subjects = next(line for line in lines if line.startswith("Take up some")).partition(": ")[2][:-1].split(", ")
     kinds = next(line for line in lines if line.startswith("Kinds of task")).partition(": ")[2][:-1].split(", ")
@@ -58,8 +58,8 @@ def drawn():
 
 
 def test_prompts_are_those_of_before():
-    """Golden values. They change with the wording, the seed tasks, the topics and the way of picking: then new ledgers
-    draw other prompts, and old ones go on with --allow-changed alone. Where that is meant, put the new values here."""
+    """These values change with the wording, the seed tasks, the topics and the way of picking. New ledgers then draw
+    other prompts, and old ones only go on with --allow-changed. If that is intended, put the new values here."""
     seeds = seed_tasks(40, category="kind, of sorts")
     found = [
         hash_text(json.dumps(Prompter(seeds, seed=5, language=code).build_messages(123)))[:16] for code in ("en", "de")
@@ -69,7 +69,7 @@ def test_prompts_are_those_of_before():
 
 
 def test_picks_are_those_of_before():
-    """By random() of a generator that a text seeded: the same in every version of Python."""
+    """random() of a generator seeded with a text gives equal numbers in every version of Python."""
     assert pick_items(prompt.random.Random("0:7"), "abcdefghij", 4) == list("fecb")
 
 
@@ -175,7 +175,7 @@ def test_a_prompt_can_be_sent():
 
 
 def test_the_size_of_a_prompt(drawn):
-    """The tokens that a run pays for: about 4.3 bytes each."""
+    """A token that a run pays for has about 4.3 bytes."""
     sizes = [len(text.encode()) for text in drawn]
     assert 2900 < statistics.mean(sizes) < 3500 and max(sizes) < 6000
 

@@ -38,7 +38,7 @@ def rate_of(most=1000, backoff_s=1.0):
 
 
 def start_all(rate):
-    """When each was started that may start now."""
+    """Start as many requests as may start now and return their times."""
     started = []
     while rate.can_start():
         rate.record_start()
@@ -47,7 +47,7 @@ def start_all(rate):
 
 
 def rounds(rate, clock, n, headers=NAMED):
-    """In flight at once in each of n rounds, in which all that may start is answered after a second."""
+    """Return the requests in flight in each of n rounds. All requests of a round are answered after a second."""
     found = []
     for _ in range(n):
         started = start_all(rate)
@@ -442,7 +442,7 @@ def test_a_server_that_shrinks_is_not_asked_for_more_and_more():
     "more, gain, settled", [(2, 1.3, 32), (2, 1.2, 16), (1.5, 1.14, 24), (1.5, 1.11, 16), (1.4, 1, 22.4)]
 )
 def test_what_is_a_gain(more, gain, settled):
-    """Twice as many in flight want a quarter more tokens a second, half as many more an eighth."""
+    """Twice as many requests in flight need a quarter more tokens per second, 1.5 times as many an eighth."""
     rate, clock = rate_of(64)
     for limit, speed in ((16, 100), (16 * more, 100 * gain)):
         rate.limit, rate.window.since = limit, None

@@ -106,7 +106,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("text", FORMS.values(), ids=FORMS)
-def test_forms_of_a_file(tmp_path, text):
+def test_rows_are_read_from_every_form_of_file(tmp_path, text):
     path = tmp_path / "rows"
     path.write_bytes(text.encode())
     assert read_rows(path) == [{"a": 1}, {"a": "é"}]

@@ -104,7 +104,7 @@ NO_GUESS = [
 
 
 @pytest.mark.parametrize("code", LANGUAGES)
-def test_sentences(code):
+def test_sentences_are_in_their_language(code):
     for sentence in SENTENCES[code]:
         assert guess_language(sentence) == code, sentence
     text = " ".join(SENTENCES[code])

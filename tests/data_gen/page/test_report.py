@@ -30,7 +30,7 @@ def whole(tmp_path_factory):
 # ---- the figures are those of the data ------------------------------------------------------------------------------
 
 
-def test_key_figures(whole):
+def test_key_figures_are_those_of_the_data(whole):
     rows, lost, _, page = whole
     inputs = [row["input"] for row in rows if row["input"]]
     assert f"<title>dataset.jsonl: {len(rows)} rows</title>" in page.source
@@ -73,7 +73,7 @@ def test_rejections_and_their_examples(whole):
             assert ("similarity" in line) == (len(words) == 4) == (line.get("duplicate_of", "no such text") in part)
 
 
-def test_lengths(whole):
+def test_histograms_of_lengths_count_every_row(whole):
     rows, _, _, page = whole
     for title, key in (("Instruction", "instruction"), ("Input", "input"), ("Output", "output")):
         found = sorted(len(tokenize(row[key])) for row in rows if key != "input" or row[key])
@@ -163,7 +163,7 @@ def test_similarities_and_what_attracted_duplicates(whole):
     assert bars(html)[0] == dict(expected) and list(bars(html)[0].values()) == sorted(expected.values(), reverse=True)
 
 
-def test_kinds_and_languages(tmp_path):
+def test_kinds_and_languages_are_counted(tmp_path):
     outputs = [
         "42",
         "-3.5%",
@@ -216,7 +216,7 @@ def test_yield_over_the_run(whole, tmp_path, monkeypatch):
     assert page.source.count('<path class="curve') == 1 and "1 row without a request number left out." in page.text
 
 
-def test_cost(whole, tmp_path):
+def test_costs_are_those_of_the_run(whole, tmp_path):
     rows, _, run, page = whole
     table = page.table()
     assert table["spent"] == "$3.21" and table["uncertain"] == "$0.01" and table["cap"] == "$5.00"
@@ -248,7 +248,7 @@ def test_sample_shows_rows_whole(tmp_path):
     assert "All rows." in page.text and re.search(r"<summary>1,9\d\d characters more</summary>", page.source)
 
 
-def test_settings(whole):
+def test_settings_and_versions_are_tables(whole):
     table = whole[3].table()
     assert table["model"] == "gpt-4.1-mini" and table["batch"] == "no" and table["seed-tasks"] == "-"
     assert table["openai"] == "3.1.0"
@@ -337,7 +337,7 @@ def test_a_run_of_another_kind_is_left_alone(tmp_path):
     assert "done" not in page.text and "2025" not in page.text and not page.section("settings")
 
 
-def test_no_rows_yet(tmp_path):
+def test_a_dataset_without_rows_has_a_page(tmp_path):
     page = report(tmp_path, [])
     assert page.figure("Rows") == "0" and page.figure("Median output") == "-" and "<section>" not in page.source
     _, lost, run = make(40)
@@ -394,7 +394,7 @@ def test_same_bytes_and_its_own_blocks_alone(whole, tmp_path):
     assert not re.search(r"https?:|url\(|@import|//[a-z]", page.source)
 
 
-def test_real_rows(tmp_path):
+def test_real_rows_have_a_page(tmp_path):
     path = shared("alpaca_en_demo.json")
     page = Page(write_report(path, tmp_path / "r.html").read_text())
     assert page.figure("Rows") == "999" and not page.section("rejections") and not page.section("cost")

@@ -21,7 +21,7 @@ def task(instruction, input="", output="Fine."):
 
 @pytest.fixture
 def knowing(tmp_path):
-    """A Decontaminator of files {name: text or rows}."""
+    """Return a function that makes a Decontaminator of files {name: text or rows}."""
 
     def knowing(**files):
         paths = []
@@ -49,14 +49,14 @@ FORMS = {
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
 @pytest.mark.parametrize("rows", FORMS.values(), ids=FORMS)
-def test_forms(knowing, rows, suffix):
+def test_prompts_are_read_from_every_form_of_row(knowing, rows, suffix):
     known = knowing(**{f"eval_{suffix}": [{"instruction": "Name a colour.", "input": None}, *rows]})
     assert tokenize(known.find_match(task(PROMPT, INPUT))) == tokenize(f"{PROMPT} {INPUT}")
     assert known.find_match(task("Name a colour")) == "Name a colour."
     assert known.find_match(task("Below is an instruction.")) is None and known.find_match(task("Be brief.")) is None
 
 
-def test_lines_of_text(knowing):
+def test_a_text_file_has_a_prompt_on_each_line(knowing):
     known = knowing(eval_txt=f"\ufeffName a colour.\r\n\n  {PROMPT} {INPUT}  \n???\n")
     assert known.prompts == ["Name a colour.", f"{PROMPT} {INPUT}", "???"]
     assert known.find_match(task(PROMPT, INPUT)) == f"{PROMPT} {INPUT}"
@@ -89,7 +89,7 @@ def test_equal_but_for_case_punctuation_and_blanks(knowing):
 
 @pytest.mark.parametrize("n_changed", range(11))
 def test_the_bound_is_that_of_duplicates(knowing, n_changed):
-    """Of 10 words, 7 that are the same are just enough."""
+    """Of 10 words, 7 equal ones are just enough."""
     words = LONG.split()[:10]
     known, replaced = knowing(eval_txt=" ".join(words)), [1, 4, 8, 0, 2, 3, 5, 6, 7, 9][:n_changed]
     changed = [f"x{i}" if i in replaced else word for i, word in enumerate(words)]
@@ -97,7 +97,7 @@ def test_the_bound_is_that_of_duplicates(knowing, n_changed):
 
 
 def test_every_duplicate_counts_also_of_prompts_that_are_alike(knowing):
-    """B is a duplicate of A and of C, but C is none of A."""
+    """B is a duplicate of A and of C, but C is no duplicate of A."""
     a, b, c = "p q r s t u v w x y", "p q r s t u v w 1 2", "p q r s t u 3 4 1 2"
     known = knowing(eval_txt="\n".join([a, b, c]))
     assert known.find_match(task("5 q r s t u 3 4 1 2")) == c  # F with b is 0.7 - 0.1

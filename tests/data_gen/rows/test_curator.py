@@ -18,7 +18,7 @@ OTHER = {"instruction": "Sort these towns by height.", "input": "Davos 1560 m, B
 
 
 def entry(number, tasks, kind="answer", cost=10**9, finish="stop", **message):
-    """The outcome of a request; tasks: a list, or the text of the answer."""
+    """Return the outcome of a request. tasks is a list, or the text of the answer."""
     text = tasks if isinstance(tasks, str) else json.dumps({"tasks": tasks})
     choice = {"message": {"content": text} | message, "finish_reason": finish}
     body = {"id": f"chatcmpl-{number}", "model": "m-2025", "choices": [choice]}
@@ -106,7 +106,7 @@ def test_evaluation_prompts_are_dropped_with_the_prompt_that_they_match():
 
 
 def test_what_is_lost_hides_no_later_twin():
-    """A row that a filter drops is not in the index: its good twin is kept."""
+    """A row that a filter drops is not in the index, so that its good twin is kept."""
     curator = curated(entry(0, [GOOD | {"output": "N/A"}, GOOD]))
     assert [row["output"] for row in curator.rows] == [GOOD["output"]]
 
@@ -118,7 +118,7 @@ def test_it_stops_at_as_many_rows_as_wanted():
 
 
 def test_what_comes_after_the_last_row_is_not_told(tmp_path):
-    """How many were in flight then depends on the time; the files may not."""
+    """The number of requests in flight at the end depends on the time. The files must not."""
     more = [entry(1, "no"), entry(2, [OTHER, GOOD]), entry(3, "policy", kind="refused")]
     one, other = curated(entry(0, [GOOD]), wanted=1), curated(entry(0, [GOOD]), *more, wanted=1)
     assert one.summarize() == other.summarize() and one.lost == other.lost and one.models == other.models

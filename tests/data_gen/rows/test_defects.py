@@ -297,12 +297,12 @@ def cases(table):
 
 
 @pytest.mark.parametrize("name, item", cases(DEFECTS))
-def test_defects(name, item):
+def test_a_defect_has_its_reason(name, item):
     assert reason(item) == name
 
 
 @pytest.mark.parametrize("name, item", cases(GOOD))
-def test_near_misses(name, item):
+def test_a_good_task_that_looks_defective_passes(name, item):
     assert find_defect(item) is None
 
 
@@ -317,13 +317,13 @@ def test_the_first_reason_counts():
     assert reason(task("Summarize the site.", "https://a.io", "As an AI, I cannot.")) == "URL"
 
 
-def test_what_was_seen():
+def test_a_defect_shows_what_was_seen():
     assert find_defect(task("Summarize the\nfollowing text.")) == ("missing text", "the following text")
     assert find_defect(task(output="a\ud800")) == ("broken characters", "\\ud800")
     assert len(find_defect(task("Show it.", "https://a.io/" + "x" * 500))[1]) == SEEN
 
 
-def test_other_languages():
+def test_tasks_in_other_languages_are_judged_by_their_own_rules():
     german = task(
         "Schreibe eine kurze Geschichte über einen Hund, der schwimmen lernen will.", "", "Es war einmal ein Hund."
     )

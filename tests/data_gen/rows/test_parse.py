@@ -28,7 +28,7 @@ def items(text, truncated=False):
 
 
 def only_items(text, truncated=False):
-    """The items of an answer in which nothing is wrong."""
+    """Return the items of an answer and check that it has no problem."""
     found, problems = parse_answer(text, truncated)
     assert not problems
     return found
@@ -157,7 +157,7 @@ def test_lines_between_tasks_that_are_no_json_cost_nothing():
     ("\ud83d", "\ufffd"),
     (r"\\u0041 \\n \"", '\\u0041 \\n "'),
 ])  # fmt: skip
-def test_escapes(written, read):
+def test_escapes_are_read_as_models_mean_them(written, read):
     (item,) = only_items(f'[{{"instruction": "{written}", "output": "{written}"}}]')
     assert item["instruction"] == item["output"] == read
     item["output"].encode()

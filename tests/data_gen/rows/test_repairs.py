@@ -69,12 +69,12 @@ def test_a_marker_at_the_end_of_an_instruction(written, read):
     ("output", "Outputs: 3", None),
     ("output", "Answer: 3\nReason: 1 + 2", None),
 ])  # fmt: skip
-def test_labels(field, written, read):
+def test_a_leading_label_is_removed(field, written, read):
     fields, repairs = repair_item(task() | {field: written})
     assert fields[field] == (read or written) and repairs == (["label"] if read else [])
 
 
-def test_line_ends_and_blanks():
+def test_line_ends_and_blanks_are_repaired():
     fields, repairs = repair_item(task(" Name\r\na colour.\u200b\n", "\ufeff a\rb ", "\tRed\u3000"))
     assert fields == task("Name\na colour.", "a\nb", "Red") and repairs == ["line ends", "blanks"]
 

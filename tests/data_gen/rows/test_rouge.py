@@ -24,7 +24,7 @@ from data_gen.rows.tokens import tokenize
 
 
 def lcs_table(a, b):
-    """Longest common subsequence, by the textbook."""
+    """Return the length of the longest common subsequence by the textbook's table."""
     above = [0] * (len(b) + 1)
     for x in a:
         row = [0]
@@ -35,7 +35,7 @@ def lcs_table(a, b):
 
 
 def all_pairs(tokens, lcs):
-    """For each list of tokens what add returns, where lcs(i, j) is of lists i and j: from every kept list."""
+    """Return what add returns for each list of tokens, by comparison with every kept list. lcs(i, j) takes indices."""
     kept, answers = [], []
     for i, a in enumerate(tokens):
         similar = []
@@ -55,7 +55,7 @@ def by_table(texts):
 
 
 def by_matrix(texts):
-    """The same for more and longer texts: rapidfuzz's LCS of lists of numbers."""
+    """Return what add returns for each text, by rapidfuzz's LCS of lists of numbers: faster than by_table."""
     tokens, numbers = [tokenize(text) for text in texts], {}
     lists = [[numbers.setdefault(token, len(numbers)) for token in row] for row in tokens]
     lcs = process.cdist(lists, lists, scorer=LCSseq.similarity, dtype=np.int32).tolist()
@@ -75,7 +75,7 @@ def streamed(texts):
 
 @pytest.fixture
 def rebuilds(monkeypatch):
-    """Sets how many texts are kept at the first rebuild, and how many times as many at the next."""
+    """Return a function that sets FIRST_REBUILD and GROWTH."""
 
     def set_them(first, growth=2):
         monkeypatch.setattr(rouge, "FIRST_REBUILD", first)
@@ -89,7 +89,7 @@ def rebuilds(monkeypatch):
 
 @st.composite
 def streams(draw, alphabet, joiner=" ", longest=14):
-    """Texts of a few tokens, many of them edits of earlier ones, so that many F are about 0.7."""
+    """Draw texts of a few tokens, many of them edits of earlier ones, so that many F are about 0.7."""
     token = st.sampled_from(alphabet)
     rows = []
     for _ in range(draw(st.integers(1, 25))):
@@ -157,7 +157,7 @@ def test_exact_ties_and_one_below():
 
 @pytest.mark.parametrize("posted_by", ["add", "rebuild"])
 def test_every_pair_of_lengths_at_the_threshold_and_below(posted_by, rebuilds):
-    """What two texts share is what is most frequent, so the index finds it at the last place that it may look at."""
+    """Two texts share their most frequent tokens, so the index finds them at the last place where it may look."""
     for m, n in product(range(1, 23), repeat=2):
         least = -(-7 * (m + n) // 20)
         for n_shared in {least, least - 1}:
@@ -205,7 +205,7 @@ def test_repeats_count(rebuilds):
 
 
 def mutated(texts, n, generator):
-    """n texts: of the words of one and the rest of another, some words by others, repeated or left out."""
+    """Return n edits of texts: halves of two joined, words replaced, repeated or left out."""
     rows = [text.split() for text in texts]
     words = [word for row in rows for word in row]
     made = []
@@ -255,7 +255,7 @@ def test_when_it_rebuilds_changes_nothing(first, growth, rebuilds, seed_instruct
 
 
 @pytest.mark.parametrize("fields", [("instruction",), ("output",), ("instruction", "input", "output")])
-def test_alpaca_rows(fields, rebuilds):
+def test_alpaca_rows_are_decided_as_by_all_pairs(fields, rebuilds):
     rebuilds(100)
     rows = json.loads(shared("alpaca_en_demo.json").read_text())
     texts = [" ".join(row[field] for field in fields) for row in rows]
@@ -265,7 +265,7 @@ def test_alpaca_rows(fields, rebuilds):
 
 
 def test_long_texts_near_the_threshold(rebuilds):
-    """Rows of hundreds of tokens, most of them repeats."""
+    """The rows have hundreds of tokens, most of them repeated."""
     rebuilds(20)
     generator = random.Random(2)
     words = [f"w{int(generator.paretovariate(0.6)) % 400}" for _ in range(3000)]
@@ -278,7 +278,7 @@ def test_long_texts_near_the_threshold(rebuilds):
 
 @pytest.mark.parametrize("end", [0xD7F0, 0x10FFF0])
 def test_more_tokens_than_characters(end, rebuilds, seed_instructions):
-    """The numbers of tokens pass the surrogates, and the last character."""
+    """Token numbers skip the surrogates and go beyond the last character."""
     rebuilds(50, 100)
     texts = mutated(seed_instructions[:20], 200, random.Random(3))
     deduplicator = Deduplicator()

@@ -11,7 +11,7 @@ from data_gen.rows.tokens import tokenize
 
 
 def rouge_score_tokens(text):
-    """rouge_score.tokenize.tokenize without a stemmer."""
+    """Return the tokens of rouge_score.tokenize.tokenize without a stemmer."""
     text = re.sub(r"[^a-z0-9]+", " ", text.lower())
     return [token for token in re.split(r"\s+", text) if re.match(r"^[a-z0-9]+$", token)]
 
@@ -57,7 +57,7 @@ TOKENS = {
 
 
 @pytest.mark.parametrize("text", TOKENS)
-def test_unicode_tokens(text):
+def test_tokens_of_many_scripts(text):
     assert tokenize(text) == TOKENS[text].split(" ")
 
 
