@@ -1,4 +1,4 @@
-"""What tests of data_gen share: properties are checked without a limit on time, which a slow machine would miss."""
+"""Hypothesis for the tests of data_gen: no limit on time, which a slow machine would exceed."""
 
 from hypothesis import HealthCheck, settings
 

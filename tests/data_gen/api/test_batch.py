@@ -1,4 +1,4 @@
-"""data_gen.generate --batch: the dataset of ordinary requests at half the price, whatever dies, fails or comes late."""
+"""data_gen.generate --batch: the dataset of ordinary requests at half the price, through kills, faults and delays."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""One attempt at a server: what its outcome means, what of the API the server knows, and a key that is never kept."""
+"""One attempt at a server: the meaning of its outcome, the server's dialect, and a key that is never stored."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""The ledger: what was recorded before a kill is there after it, whole; what a disk tears is no commit."""
+"""The ledger: everything recorded before a kill is whole after it, and a torn write is no commit."""
 
 import asyncio
 import json

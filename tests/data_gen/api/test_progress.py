@@ -1,4 +1,4 @@
-"""What is told of a run while it goes on: speed of this run alone, why it waits, a terminal given back as it was."""
+"""Progress of a run: its own speed, the reason for a wait, and a terminal that is restored."""
 
 import io
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Prompts: the same for a number whenever it is drawn, everything drawn about as often, seed tasks of either form."""
+"""Prompts: a number always gives one prompt, everything is drawn about as often, seed tasks have either form."""
 
 import json
 import math

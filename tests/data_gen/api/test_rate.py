@@ -1,4 +1,4 @@
-"""The rate on a clock of its own: what is let through, cut, paused and tried again, and where a server's limit is."""
+"""The rate on a clock of its own: starts, cuts, pauses and retries, and the limit that a server shows."""
 
 import email.utils
 import heapq

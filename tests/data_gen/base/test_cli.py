@@ -1,4 +1,4 @@
-"""What the commands of data_gen share: flags, errors of one line, and exit codes."""
+"""Command lines of data_gen: flags, errors of one line, and exit codes."""
 
 import argparse
 import importlib

@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001 - sentences of many alphabets
-"""Sentences of every language that is known are told apart; what is no clear case is no guess."""
+"""The language of sentences in every known language is found; an unclear text gets no guess."""
 
 import json
 import unicodedata

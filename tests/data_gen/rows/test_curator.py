@@ -1,4 +1,4 @@
-"""Answers -> dataset: every way of losing a task is told, rows know where they come from, files are whole."""
+"""From answers to a dataset: every loss has a reason, rows have their provenance, files are whole."""
 
 import json
 from types import SimpleNamespace
