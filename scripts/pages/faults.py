@@ -100,7 +100,8 @@ FAULTS = [  # fault, expected, tests
         (R, "test_a_100_mb_row_is_dropped_alone_in_little_memory"), (R, "test_nesting_up_to_the_limit")]),
     ("</s>, <s>, [PAD], <|im_end|> in text", "plain text tokens", [
         (A, "test_text_that_spells_a_special_token_stays_text")]),
-    ("an unknown flag or value", "exit 2, the nearest one suggested", [("engine/base/test_flags.py", "test_bad_flags")]),
+    ("an unknown flag or value", "exit 2, the nearest one suggested", [
+        ("engine/base/test_flags.py", "test_bad_flags")]),
     ("no GPU, no Triton, no bf16", "the reference path, said once", [
         (F, "test_the_reference_path_is_said_once"), (F, "test_cuda_is_not_silently_the_cpu")]),
     ("an API's 429, 500, time-out", "retried with backoff; nothing paid twice", [

@@ -155,8 +155,7 @@ def test_a_signal_while_data_is_prepared_exits_143_at_once(unbroken, tmp_path):
 
 def test_a_second_signal_leaves_at_once_with_the_old_state_whole(unbroken, tmp_path):
     patch = (
-        BEFORE_CALL
-        + "before(saver, 'write_safetensors', 3, lambda: (term(), time.sleep(2), term(), time.sleep(60)))"
+        BEFORE_CALL + "before(saver, 'write_safetensors', 3, lambda: (term(), time.sleep(2), term(), time.sleep(60)))"
     )
     began = time.monotonic()
     code, _, err = end(start(*arguments(tmp_path / "out", unbroken[0]), patch=patch))
