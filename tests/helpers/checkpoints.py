@@ -1,8 +1,10 @@
 """Small LLaMA checkpoints, made from random weights by us, by transformers, as Meta and as llama.cpp write them."""
 
+import functools
 import hashlib
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -222,3 +224,16 @@ def rewrite_safetensors(path, change):
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
+
+
+@functools.cache
+def cached_gguf_tools():
+    """Return the functions of the gguf package that transformers calls again and again, each with a cache."""
+    gguf = pytest.importorskip("gguf")
+    return {name: functools.cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
+
+
+def cache_gguf_parsing(monkeypatch):
+    """Make transformers parse a GGUF once; else it does so twice, and looks up the same names 400 times."""
+    for name, cached in cached_gguf_tools().items():
+        monkeypatch.setattr(sys.modules["gguf"], name, cached)

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from engine.text.tokenizer import Tokenizer
 from engine.text.tokenizer_files import load_tokenizer
 from engine.training import datasets
 from engine.training.config import FinetuneConfig
+from tests.helpers.forks import Started
 from tests.helpers.run import environment, finetune
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
@@ -308,7 +307,6 @@ def test_the_newest_used_entries_stay(files, cache, smol, monkeypatch):
 
 PROCESS = """
 import os, signal, sys, time
-sys.path.insert(0, "tests")
 from pathlib import Path
 from engine.training import datasets
 from engine.data import token_cache
@@ -346,10 +344,7 @@ print(is_cached, table.select().sha256(), calls)
 
 
 def start(gguf, cache, files, kill_at=0, wait_for="-"):
-    return subprocess.Popen(
-        [sys.executable, "-c", PROCESS, str(gguf), str(cache), str(kill_at), str(wait_for), *files],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3], env=environment(),
-    )  # fmt: skip
+    return Started(PROCESS, gguf, cache, kill_at, wait_for, *files, env=environment())
 
 
 def test_two_processes_that_write_the_same_entry_both_succeed(files, cache, smol, smollm2, tmp_path):

@@ -1,6 +1,5 @@
 """Hugging Face's and Meta's checkpoints, read as transformers reads them. SmolLM2's test skips without its package."""
 
-import functools
 import json
 from dataclasses import replace
 
@@ -17,6 +16,7 @@ from tests.helpers.checkpoints import (
     TOLERANCE,
     assert_close,
     assert_refused,
+    cache_gguf_parsing,
     load_theirs,
     logits,
     make_theirs,
@@ -70,10 +70,7 @@ def test_smollm2_exported_is_smollm2(smollm2_model, tmp_path):
 def test_smollm2_as_transformers_reads_the_gguf(smollm2_model, monkeypatch):
     """Independent of all our code: transformers dequantises and permutes by itself."""
     path, model = smollm2_model
-    # It parses the vocabulary twice and looks up the same names 400 times: 20 s that say nothing.
-    gguf = pytest.importorskip("gguf")
-    for name in ("GGUFReader", "get_tensor_name_map"):
-        monkeypatch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
+    cache_gguf_parsing(monkeypatch)
     # It asks for accelerate, which this path does not use on one CPU.
     monkeypatch.setattr("transformers.modeling_utils.is_accelerate_available", lambda *_: True)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Ids against transformers and SentencePiece, each kind of checkpoint.   python -m pytest tests/engine/text/test_tokenizer.py"""
+"""Ids of each kind of checkpoint, against transformers and SentencePiece."""
 
 import functools
 import json
@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from engine.base.errors import DataError, UsageError
 from engine.text.tokenizer_files import load_tokenizer
+from tests.helpers.checkpoints import cache_gguf_parsing
 from tests.helpers.run import shared
 
 SPELLED = [
@@ -111,7 +112,8 @@ def test_smollm2_saved_for_transformers(smol, tmp_path):
     assert "tokenizer.model" not in smol.files
 
 
-def test_smollm2_as_transformers_reads_the_gguf(smol, smollm2):
+def test_smollm2_as_transformers_reads_the_gguf(smol, smollm2, monkeypatch):
+    cache_gguf_parsing(monkeypatch)
     hf = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
     same(smol, functools.partial(hf_ids, hf), TRICKY + SPELLED)
     # It does not know the pre-tokenizer smollm, by which a digit stands alone and leaves the space to the newline.
