@@ -1,0 +1,26 @@
+"""GPUs divided among replicas, in numbers and in words."""
+
+import pytest
+
+from engine.planning.setting import Setting, describe_mesh, mesh_problems
+
+
+@pytest.mark.parametrize(("shards", "replicas"), [(8, 1), (4, 2), (1, 8)])
+def test_replicas_are_changed_without_changing_the_number_of_gpus(shards, replicas):
+    setting = Setting(states="8bit", shards=shards, replicas=replicas)
+    changed = setting.with_replicas(2)
+    assert (changed.shards, changed.replicas, changed.n_cards, changed.states) == (4, 2, 8, "8bit")
+
+
+def test_a_mesh_in_words():
+    assert [describe_mesh(*mesh) for mesh in ((8, 1), (4, 2), (1, 8))] == [
+        "sharded over 8", "2 replicas of 4 shards", "8 replicas"
+    ]  # fmt: skip
+
+
+def test_all_problems_of_a_mesh_are_named_at_once():
+    assert mesh_problems(8, 2, 128, False) == mesh_problems(1, None, 7, True) == []
+    problems = mesh_problems(3, 2, 128, True)
+    for text, problem in zip(("pass 126 or 129", "wanted one of 1, 3", "is not projected"), problems, strict=True):
+        assert text in problem
+    assert mesh_problems(65, 2, 128, False) == ["--gpus is 65, wanted 1 to 64"]
