@@ -5,7 +5,8 @@
 What ships is found by running the launch functions themselves (kernels/compiled/launch_cases.py); the rules are listed
 in kernels/compiled/rules.py. The gate needs no GPU and does not run under TRITON_INTERPRET=1. Machine code depends on
 the version of Triton: --json keeps the records that other versions wrote to a file, --check fails if the records of
-this version in a file differ from what it makes.
+this version in a file differ from what it makes. --changed compiles one launch of each kernel and those whose source,
+arguments or options differ from the file's digests (kernels/compiled/known.py); without it everything is compiled.
 """
 
 import argparse

@@ -1,12 +1,13 @@
-"""Writes docs/kernels.md from benchmarks/static.json and the kernels' own docstrings.
+"""Writes docs/kernels.md from benchmarks/static.json and the ops' docstrings.
 
-python -m scripts.pages.kernels            writes it
-python -m scripts.pages.kernels --check    exits 1 when it says something else
+python -m scripts.pages.kernels            writes the page
+python -m scripts.pages.kernels --check    exits with 1 if the page differs
 """
 
 import ast
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -16,27 +17,27 @@ CHIPS = ("sm_80", "sm_90", "sm_100")
 HEAD = """# What the kernels are on each chip
 
 Made by `python -m scripts.pages.kernels`; do not edit. Every configuration that ships was compiled for {chips} by the
-static gate (`python -m kernels.static`), without a GPU, and its machine code read. Nothing here is a time: those are
-`python -m kernels.bench`'s to measure.
+static gate (`python -m kernels.static`), without a GPU, and its machine code was read. This page holds no times:
+`python -m kernels.bench` measures them.
 
-How to read the tables: three numbers in a cell are {chips}, one number is the same on all.
+How to read the tables: three numbers in a cell are for {chips}; one number holds for all three.
 
-- **tile**: sizes of what one program works on. **warps**: of 32 threads, a program. **stages**: loads in flight ahead.
-- **registers** a thread, of 255, under each Triton that is gated. **spills**: instructions that move registers to
-  memory and back, under any of them; the gate lets none pass.
+- **tile**: the sizes that one program works on. **warps**: of 32 threads, a program. **stages**: loads in flight ahead.
+- **registers**: a thread, of 255, under each gated Triton. **spills**: instructions that move registers to memory and
+  back, under any of them; the gate lets none pass.
 - **shared**: KB of shared memory a program, of {shared} a chip allows.
-- **programs**: how many of them an SM holds at once, from registers, warps, shared and tensor memory.
-- **matrix**: the instruction that multiplies matrices. HGMMA and UTCHMMA are those of Hopper and Blackwell.
-- **wide**: of the instructions that move global memory, those of 128 bits or more; the others are row statistics and
-  indices, or the gate would not let them pass.
-- **bytes**: what must move, for each element of the largest tensor of the launch.
-- **from**: what the configuration was chosen by: *static*, the figures here, or *measured* on a GPU (`kernels.tune`).
+- **programs**: the number that an SM holds at once, from registers, warps, shared and tensor memory.
+- **matrix**: the instruction that multiplies matrices: HMMA on Ampere, HGMMA on Hopper, UTCHMMA on Blackwell.
+- **wide**: the share of 128 bits or more among the instructions that move global memory. The others move row
+  statistics and indices, or the gate would refuse them.
+- **bytes**: that must move for each element of the largest tensor of the launch.
+- **from**: how the configuration was chosen: *static*, by the figures here, or *measured* on a GPU (`kernels.tune`).
 
 """
 
 
-def paragraphs(op):
-    """From the module's docstring: its first line, the formula, and what bounds it."""
+def read_docstring(op: str) -> tuple[str, str | None, str]:
+    """Return from an op's docstring its first line, its formula, and the paragraph that says what bounds it."""
     doc = ast.get_docstring(ast.parse((ROOT / "kernels" / "ops" / f"{op}.py").read_text()))
     first, *rest = doc.split("\n\n")
     formula = next((p for p in rest if p.startswith("    ")), None)
@@ -46,18 +47,18 @@ def paragraphs(op):
     return first, formula, bound
 
 
-def per_chip(values):
-    """One value where all chips have the same."""
-    values = [str(v) for v in values]
-    return values[0] if len(set(values)) == 1 else " / ".join(values)
+def format_per_chip(values: Iterable[object]) -> str:
+    """Return the chips' values joined by slashes, or one value if all are equal."""
+    texts = [str(value) for value in values]
+    return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
 
 
-def row(group, versions):
-    """A table's line: group is version -> chip -> record."""
+def format_row(group: dict[str, dict[str, dict]], versions: Sequence[str]) -> str:
+    """Return a line of a table. group: version of Triton -> chip -> record."""
     shown = group[versions[0]]
 
     def cell(value, version=versions[0]):
-        return per_chip([value(group[version][chip]) if chip in group[version] else "-" for chip in CHIPS])
+        return format_per_chip([value(group[version][chip]) if chip in group[version] else "-" for chip in CHIPS])
 
     first = shown[min(shown)]
     spills = max(r["spills"] for by_chip in group.values() for r in by_chip.values())
@@ -79,9 +80,10 @@ def row(group, versions):
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def rendered(data):
+def render(data: dict) -> str:
+    """Return the page for the gate's records."""
     versions = sorted(data["versions"], key=lambda v: [int(n) for n in v.split(".")])
-    groups = {}
+    groups: dict[str, dict] = {}
     for r in data["records"]:
         key = (r["kernel"], r["case"], tuple(r["tile"]))
         groups.setdefault(r["op"], {}).setdefault(key, {}).setdefault(r["triton"], {})[r["chip"]] = r
@@ -91,17 +93,18 @@ def rendered(data):
     lines = [HEAD.format(chips=", ".join(CHIPS), shared="163, 227 and 227"), "Compiled by "]
     lines[-1] += "; ".join(f"Triton {v} (ptxas {', '.join(data['versions'][v].values())})" for v in versions) + ".\n"
     for op, kernels in sorted(groups.items()):
-        first, formula, bound = paragraphs(op)
+        first, formula, bound = read_docstring(op)
         lines += [f"\n## {op}\n", f"{first}\n"]
         lines += [f"```text\n{formula}\n```\n"] if formula else []
         lines += [f"{bound}\n"] if bound else []
         lines += [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-        lines += [row(group, versions) for _, group in sorted(kernels.items())]
+        lines += [format_row(group, versions) for _, group in sorted(kernels.items())]
     return "\n".join(lines) + "\n"
 
 
-def main():
-    new = rendered(json.loads(RECORDS.read_text()))
+def main() -> None:
+    """Write the page; with --check, exit with 1 if the file differs from it."""
+    new = render(json.loads(RECORDS.read_text()))
     if "--check" not in sys.argv:
         DOC.parent.mkdir(exist_ok=True)
         DOC.write_text(new)

@@ -10,29 +10,30 @@ from pathlib import Path
 from kernels.measure.plot import draw
 
 
-def benchmarks(report):
-    """The result of kernels.bench in a report; a result of kernels.bench is one already."""
+def read_benchmarks(report: dict) -> dict:
+    """Return the result of kernels.bench in a GPU report. A result of kernels.bench is returned as it is."""
     if "records" in report:
         return report
     parts = report["parts"]
     if "records" not in parts.get("kernels", {}):
         raise ValueError("the report holds no kernel benchmarks; run scripts.gpu_report with its part kernels")
-    return {**parts["kernels"], "machine": parts["machine"], "ceilings": ceilings(parts)}
+    return {**parts["kernels"], "machine": parts["machine"], "ceilings": find_ceilings(parts)}
 
 
-def ceilings(parts):
-    """The machine's, or those that the first benchmark measured for itself."""
+def find_ceilings(parts: dict) -> dict:
+    """Return the ceilings the report measured, or else those of its first benchmark."""
     return parts.get("ceilings") or next(iter(parts["kernels"]["ceilings"].values()))
 
 
-def main():
+def main() -> None:
+    """Draw the pictures of a file into a folder."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.pages.plots", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("json", help="the file with the figures")
     parser.add_argument("--out", default="docs/img", help="folder for the pictures (docs/img)")
     args = parser.parse_args()
-    for path in draw(benchmarks(json.loads(Path(args.json).read_text())), args.out):
+    for path in draw(read_benchmarks(json.loads(Path(args.json).read_text())), args.out):
         print(path)
 
 

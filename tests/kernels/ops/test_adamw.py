@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from importlib import import_module
 
 import pytest
 import torch
@@ -12,12 +11,12 @@ from engine.model.config import ModelConfig
 from engine.model.llama import new_model
 from engine.output import checkpoint
 from engine.training.optimizer import AdamW
+from kernels.ops import adamw as op
 from kernels.ops import eight_bit as dynamic_map
+from kernels.ops import grad_norm as norm_op
 from kernels.ops.common import INTERPRETED, launch_table
 from tests.helpers.run import finetune, worst
 from tests.helpers.training_states import save_checkpoint
-
-op, norm_op = (import_module(f"kernels.ops.{name}") for name in ("adamw", "grad_norm"))  # else they are the functions
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="full sizes need a GPU")
 needs_kernels = pytest.mark.skipif(
@@ -63,6 +62,11 @@ def run(param, state, grads, impl, first=1, **changes):
     return param, state
 
 
+def several_tiles(states):
+    """Return a number of elements that fills several tiles, and is enough for 8-bit states if they are wanted."""
+    return op.LEAST_8BIT if states == "8bit" else 1024
+
+
 def start(n, dtype, master, states, device, seed=0):
     """A parameter, its state, and a function that makes gradients; a few blocks of the states hold nothing but 0."""
     draw = torch.Generator().manual_seed(seed)
@@ -102,7 +106,7 @@ def test_fp32_is_as_near_to_fp64_as_torchs(n, impl, device):
 def test_kernel_and_reference_agree(dtype, master, states, device):
     """m, v and their codes in every bit, p but for the last of a square root and of a division. Several tiles, the last
     of them broken; a gradient in fp32 and in bf16."""
-    ours, state, gradient = start(op.LEAST_8BIT + 517, dtype, master, states, device)
+    ours, state, gradient = start(several_tiles(states) + 517, dtype, master, states, device)
     theirs, their_state = ours.clone(), clone(state)
     for step, grad in enumerate([gradient(), gradient(), gradient(torch.float32)], 1):
         run(ours, state, [grad], "triton", first=step, seed=5)
@@ -368,7 +372,7 @@ def test_a_code_is_the_nearest_entry(signed):
 @pytest.mark.parametrize(("states", "spoilt"), [("fp32", 1), ("bf16", 1), ("8bit", 256)])
 def test_what_is_not_finite_surfaces(states, spoilt, bad, impl, device):
     """In its element, with 8-bit states in its block, then for good; and nowhere else."""
-    n = op.LEAST_8BIT + 300
+    n = several_tiles(states) + 300
     param, state, gradient = start(n, torch.bfloat16, "split", states, device)
     grads = [gradient(), gradient(), gradient()]
     grads[1][1000] = bad
@@ -452,7 +456,7 @@ def test_a_run_goes_on_only_as_it_began(tmp_path, rows_file):
 @pytest.mark.parametrize("impl", ["triton", "ref"])
 def test_where_apply_is_false_nothing_changes(dtype, master, states, impl, device):
     settings = dict(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, step=2, impl=impl)
-    param, state, gradient = start(op.LEAST_8BIT + 8, dtype, master, states, device)
+    param, state, gradient = start(several_tiles(states) + 8, dtype, master, states, device)
     op.adamw(param, gradient(), state, **settings | {"step": 1})
     before = {name: t.clone() for name, t in {"param": param, **state.tensors()}.items()}
     grad, nan = gradient(), torch.tensor(torch.nan, device=device)
@@ -474,7 +478,7 @@ def test_where_apply_is_false_nothing_changes(dtype, master, states, impl, devic
 
 @modes
 def test_registered_for_torch_compile(dtype, master, states, device):
-    param, state, gradient = start(op.LEAST_8BIT + 8, dtype, master, states, device)
+    param, state, gradient = start(several_tiles(states) + 8, dtype, master, states, device)
     kept = (state.m, state.v, state.m_absmax, state.v_absmax, state.low, state.master)
     one = torch.ones((), device=device)
     numbers = (1e-2, None, 1.0, one, one > 0, 0.9, 0.99, 1e-8, 0.1, 1, 7, 0)

@@ -3,7 +3,6 @@
 import json
 import math
 from functools import partial
-from importlib import import_module
 
 import numpy as np
 import pytest
@@ -12,13 +11,12 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from kernels.measure.alpaca import alpaca_lengths
+from kernels.ops import attention as op
+from kernels.ops import attention_plan as plans
+from kernels.ops import attention_ref as ref
 from kernels.ops.common import INTERPRETED, LAUNCH
 from kernels.ops.rope import rope_ref
 from tests.helpers.run import worst
-
-op = import_module("kernels.ops.attention")  # kernels.attention is the function
-ref = import_module("kernels.ops.attention_ref")
-plans = import_module("kernels.ops.attention_plan")
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="bf16 and full sizes need a GPU")
 runs = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or Triton's interpreter")

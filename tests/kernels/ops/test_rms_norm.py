@@ -1,7 +1,6 @@
 """RMSNorm, alone and before a linear map, in Triton against the formula in fp64: outputs and every gradient."""
 
 from functools import partial
-from importlib import import_module
 
 import pytest
 import torch
@@ -9,10 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import kernels
+from kernels.ops import rms_norm as op
 from kernels.ops.common import INTERPRETED
 from tests.helpers.run import worst
-
-op = import_module("kernels.ops.rms_norm")  # kernels.rms_norm is the function
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="bf16 and full sizes need a GPU")
 runs = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or Triton's interpreter")

@@ -1,17 +1,15 @@
 """RoPE in Triton against the formula in fp64: in place and not, outputs and gradients, any strides."""
 
 from functools import partial
-from importlib import import_module
 
 import pytest
 import torch
 
 import kernels
 from engine.model.config import RopeScaling
+from kernels.ops import rope as op
 from kernels.ops.common import INTERPRETED
 from tests.helpers.run import worst
-
-op = import_module("kernels.ops.rope")  # kernels.rope is the function
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="bf16 and full sizes need a GPU")
 runs = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or Triton's interpreter")
