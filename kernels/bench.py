@@ -5,7 +5,7 @@
 A time is the median over at least 20 repetitions of device time between CUDA events. Each repetition takes the next
 of several sets of random inputs, together over three times the L2, and the L2 is read full between forward and
 backward. The device spins before each repetition so that all its launches are queued: the device is measured, not the
-host, at the clocks of short bursts, and the two ceilings are measured in the same way. Before timing, outputs and every
+host, at the clocks of short bursts, and the two ceilings are measured likewise. Before timing, outputs and every
 gradient are checked against the reference in fp32: an error over twice that of torch's own path in the same dtype makes
 the record "wrong", without a time. A fraction is the roofline's time over the measured one; the roofline's time is the
 larger of FLOPs / GEMM rate and bytes / copy rate (the formulas are in kernels/measure/cases.py).

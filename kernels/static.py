@@ -2,7 +2,7 @@
 
     python -m kernels.static [--op NAME ...] [--chip sm_90 ...] [--json FILE] [--check FILE]      exits 1 on a violation
 
-What ships is found by running the launch functions themselves (kernels/compiled/launch_cases.py); the rules are listed
+The launches are found by running the launch functions (kernels/compiled/launch_cases.py); the rules are listed
 in kernels/compiled/rules.py. The gate needs no GPU and does not run under TRITON_INTERPRET=1. Machine code depends on
 the version of Triton: --json keeps the records that other versions wrote to a file, --check fails if the records of
 this version in a file differ from what it makes. --changed compiles one launch of each kernel and those whose source,

@@ -1,1 +1,1 @@
-"""What the compiler makes of the shipped kernels: launches, machine code, and the rules that the code must keep."""
+"""The shipped kernels as the compiler makes them: launches, machine code, and the rules that the code must keep."""

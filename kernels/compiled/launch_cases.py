@@ -1,4 +1,4 @@
-"""What the static gate compiles and the tuner times: every launch function, at the sizes of real models.
+"""The cases that the static gate compiles and the tuner times: every launch function, at the sizes of real models.
 
 A case is a launch function and its arguments, made by a Make: tensors without storage for the gate, random ones on the
 GPU for the tuner. One case exists for each combination of sizes and optional arguments that selects other machine code.

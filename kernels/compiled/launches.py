@@ -1,4 +1,4 @@
-"""What the launch functions launch, recorded without a GPU, and compiled for chips that are not here.
+"""Launches of the launch functions, recorded without a GPU and compiled for chips that are not here.
 
 A launch function runs on tensors without storage, while Triton's launch is replaced by one that records its arguments.
 Triton's own binder derives types and divisibility from them, as it would on a GPU.

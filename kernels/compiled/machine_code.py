@@ -1,8 +1,8 @@
-"""What a compiled kernel does on a chip: registers, spills, matrix instructions, widths of accesses. No GPU is needed.
+"""The facts of a compiled kernel: registers, spills, matrix instructions, widths of accesses. No GPU is needed.
 
-ptxas writes the machine code (SASS) and nvdisasm prints it; Triton's wheel carries both. What each tl.load and tl.store
-became is read from two earlier codes that name source lines: Triton's (TTGIR), which still knows tiles, and PTX, whose
-widths ptxas keeps. SASS's own lines do not serve: in Triton 3.9 those of inline assembly drift.
+ptxas writes the machine code (SASS) and nvdisasm prints it; Triton's wheel carries both. The accesses of each
+tl.load and tl.store are read from two earlier codes that name source lines: Triton's (TTGIR), which still knows tiles,
+and PTX, whose widths ptxas keeps. SASS's own lines do not serve: in Triton 3.9 those of inline assembly drift.
 """
 
 import re
@@ -34,7 +34,7 @@ SourceLine = tuple[str, int]  # a file's name and a line number
 
 @dataclass
 class Stream:
-    """What the tl.loads, or the tl.stores, of one source line became."""
+    """The memory accesses of the tl.loads, or the tl.stores, of one source line."""
 
     line: int
     store: bool

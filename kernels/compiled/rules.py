@@ -115,11 +115,11 @@ def operator_names() -> set[str]:
 
 
 class GateResult(NamedTuple):
-    """What the gate found: records as they are written, violations, and the launch-table entries that were used."""
+    """The gate's result."""
 
-    records: list[dict]
+    records: list[dict]  # as they are written
     violations: list[Violation]
-    launched: set[EntryPath | None]
+    launched: set[EntryPath | None]  # entries of the launch tables
     n_known: int  # launches that were not compiled, because their machine code is known
 
 

@@ -119,7 +119,7 @@ def find_entries(op: str, chip: str, make: Make, table: Table) -> list[Entry]:
     return [Entry(*path, tuple(cases)) for path, cases in readers.items()]
 
 
-# ---- what the machine code says of candidates -----------------------------------------------------------------------
+# ---- candidates ranked by machine code ------------------------------------------------------------------------------
 
 Trial = list[tuple[Launch, Facts | str, list[Violation]]]  # the launches of one table
 

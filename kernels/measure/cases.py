@@ -1,4 +1,4 @@
-"""What kernels.bench measures: for each op its shapes, random inputs, reference, our call, and its work.
+"""The cases of kernels.bench: for each op its shapes, random inputs, reference, our call, and its work.
 
 Work is what the op cannot avoid: FLOPs of its matrix products, and bytes when every input is read once and every
 output written once. Bytes of backward count the saved tensors as inputs. An element has the bytes of the dtype that is

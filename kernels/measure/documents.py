@@ -19,7 +19,7 @@ class Row(NamedTuple):
 
     prompt: int
     response: int
-    prefix: int  # of the prompt's tokens, those that all rows of its template begin with
+    prefix: int  # leading tokens of the prompt that all rows of its template share
 
 
 def draw_alpaca_rows(n_tokens: int, seed: int = 0) -> list[Row]:

@@ -161,7 +161,7 @@ class Tuner:
     def tune(
         self, op: str, write: Callable[[str, Table], None], advance: Callable[[], None] = lambda: None
     ) -> list[Entry]:
-        """Measure the entries of one op and return those that the time did not suffice for.
+        """Measure the entries of one op, and return the entries that were not reached in time.
 
         write(op, table) and advance() are called after each entry.
         """

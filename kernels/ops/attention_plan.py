@@ -143,7 +143,7 @@ def build_lists(
     first_query, last_query = (np.searchsorted(query_rows, documents[:, i]) for i in (0, 1))
     documents = np.column_stack((documents, first_query, last_query))[
         first_query < last_query
-    ]  # without those that no query lies in
+    ]  # drops documents that hold no query
     limits = np.zeros((4, len(query_rows)), np.int64)
     asked = ranges(documents[:, 4], documents[:, 5] - documents[:, 4])
     of = np.repeat(np.arange(len(documents)), documents[:, 5] - documents[:, 4])

@@ -1,4 +1,4 @@
-"""RMSNorm, alone or of a sum: the residual add in the same pass.
+"""RMSNorm, of x or of x + residual; the addition runs in the norm's own pass.
 
     y = x * rsqrt(mean(x^2) + eps) * weight            statistics in fp32
     with a residual:  s = x + residual,  y = rms_norm(s);  both are returned
@@ -52,7 +52,7 @@ def _forward_kernel(
     rstd = tl.rsqrt(tl.sum(x32 * x32, axis=1) / DIM + eps)
     tl.store(rstd_ptr + row, rstd, mask=row < n_rows)
     # Round to x.dtype before the weight, as the reference does. The product stays in fp32 because the CPU interpreter
-    # multiplies bf16 as integers; once stored it is the same number.
+    # multiplies bf16 as integers; rounding happens when it is stored.
     x_hat = (x32 * rstd[:, None]).to(x.dtype).to(tl.float32)
     tl.store(y_ptr + at, x_hat * w.to(tl.float32), mask=mask)
 
