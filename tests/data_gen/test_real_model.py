@@ -3,8 +3,6 @@
 import json
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 
 import pytest
@@ -24,12 +22,14 @@ from data_gen.rows.parse import parse_answer
 from data_gen.rows.repairs import repair_item
 from engine.inference.generation import generate
 from engine.text.templates import Row, encode_prompt
+from tests.helpers.forks import Started
 from tests.helpers.model_server import Guide, Options, Server, load, parts_of
-from tests.helpers.run import ROOT, command, environment, events, finetune
+from tests.helpers.run import environment, events, finetune
 
 FIELDS = ["instruction", "input", "output"]
 PROMPT = {"n_tasks": 3, "n_examples": 1}
 CAPITAL = "What is the capital of France?"
+RUN = "from data_gen.base.cli import run_command\nfrom data_gen.generate import main\nrun_command(main)"
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +57,20 @@ def lines_of(path):
 
 
 def until(condition):
-    for _ in range(24_000):
+    """Wait until the condition holds, for ten minutes at most."""
+    for _ in range(60_000):
         if condition():
             return
-        time.sleep(0.005)
+        time.sleep(0.01)
     raise AssertionError("it never came")
+
+
+@pytest.fixture
+def handler():
+    """Restore the handler of SIGTERM, which a run in this process replaces."""
+    found = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, found)
 
 
 def ended(process, server):
@@ -136,7 +145,8 @@ def test_the_endpoint_is_the_model(weights):
 # ---- the pipeline ---------------------------------------------------------------------------------------------------
 
 
-def test_a_dataset_from_a_model_killed_halfway_and_a_model_trained_on_it(weights, smollm2, tmp_path):
+@pytest.mark.timeout(1200)  # the model computes on one CPU
+def test_a_dataset_from_a_model_killed_halfway_and_a_model_trained_on_it(weights, smollm2, tmp_path, capsys, handler):
     out = tmp_path / "data"
     limits = ("--rows", 4, "--max-output-tokens", 110)
     prompter = Prompter(read_seed_tasks(), **PROMPT)
@@ -145,17 +155,17 @@ def test_a_dataset_from_a_model_killed_halfway_and_a_model_trained_on_it(weights
         return [next(n for n in range(200) if prompter.build_messages(n) == entry["messages"]) for entry in log]
 
     with Server(weights, items=3, at_least=2, string_tokens=9) as server:
-        words = [sys.executable, "-m", "data_gen.generate", *flags(server, out, *limits)]
-        process = subprocess.Popen(words, cwd=ROOT, env=environment())
+        process = Started(RUN, *flags(server, out, *limits), env=environment())
         until(lambda: ended(process, server) or (len(server.log) >= 2 and received(out)))  # others are on their way
         process.kill()
-        assert process.wait() == -signal.SIGKILL
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
         recorded, before = received(out), len(server.log)
         until(lambda: all(entry["finish_reason"] for entry in server.log))
         assert all(entry["format"] == "json_schema" for entry in server.log)
         abandoned = [entry for entry in server.log if entry["finish_reason"] == "abort"]
         assert abandoned, "nothing was in flight at the kill"
-        done = command("data_gen.generate", *flags(server, out, *limits))
+        assert run_for_exit_code(module.main, flags(server, out, *limits)) == 0
         assert not {number for number, *_ in recorded} & set(numbers(server.log[before:])), (
             "a paid answer was asked for again"
         )
@@ -185,7 +195,7 @@ def test_a_dataset_from_a_model_killed_halfway_and_a_model_trained_on_it(weights
     cost = told["cost"]
     spent = (0.5 * sum(a[3] for a in answers) + 2 * sum(a[4] for a in answers)) / 1e6
     assert cost["spent_usd"] == pytest.approx(spent, rel=1e-9) and cost["uncertain_usd"] > 0
-    assert "4 rows of" in done.stdout
+    assert "4 rows of" in capsys.readouterr().out
     texts = {number: json.loads(body)["choices"][0]["message"]["content"] for number, _, body, *_ in answers}
     for line in lines:
         source = line.pop("provenance")
@@ -202,15 +212,13 @@ def test_a_dataset_from_a_model_killed_halfway_and_a_model_trained_on_it(weights
 
 @pytest.mark.parametrize("refuses", [True, False], ids=["refused", "ignored"])
 def test_a_server_without_schemas_and_a_model_that_writes_none_end_it_cleanly(
-    weights, tmp_path, monkeypatch, capsys, refuses
+    weights, tmp_path, monkeypatch, capsys, handler, refuses
 ):
     """In eight tokens there is no task, whatever the model says."""
     monkeypatch.setattr(collect, "HOPELESS_FIRST", 2)
-    handler = signal.getsignal(signal.SIGTERM)
     with Server(weights, formats=(), refuses=refuses) as server:
         limits = ("--rows", 4, "--max-output-tokens", 8, "--concurrency", 1)
         code = run_for_exit_code(module.main, flags(server, tmp_path, *limits))
-    signal.signal(signal.SIGTERM, handler)
     said = capsys.readouterr()
     assert code == 1
     assert "the last 2 answers held nothing new that can be kept" in said.err and "rejected.jsonl" in said.err
