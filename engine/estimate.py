@@ -15,7 +15,7 @@ from typing import Any
 
 from engine.base.device import DTYPES
 from engine.base.errors import CriaError, UsageError, exit_code_of
-from engine.base.flags import flag, from_cli, knob, nearest
+from engine.base.flags import knob, name_to_flag, parse_flags, suggest_nearest
 from engine.data.dataset import encode_rows
 from engine.data.rows import read_rows, resolve_data_paths
 from engine.formats.find import find_model
@@ -88,14 +88,14 @@ class EstimateConfig:
             problems += str(error).split("\n")
         for name in ("gpu_memory", "gpu_tflops", "gpu_bandwidth"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                problems.append(f"{flag(name)} is {getattr(self, name)}, wanted more than 0")
+                problems.append(f"{name_to_flag(name)} is {getattr(self, name)}, wanted more than 0")
         if self.price_per_hour is not None and not 0 <= self.price_per_hour < math.inf:
             problems.append(f"--price-per-hour is {self.price_per_hour}, wanted 0 or more")
         if not self.model:
             problems.append("--model is missing")
         elif self.model not in MODELS and not Path(self.model).expanduser().exists():
             problems.append(
-                f"--model {self.model}: no such folder or file{nearest(self.model, MODELS)}; give one, or one of the "
+                f"--model {self.model}: no such folder or file{suggest_nearest(self.model, MODELS)}; give one, or one of the "
                 f"shapes {', '.join(MODELS)}"
             )
         if problems:
@@ -143,7 +143,7 @@ def estimate(config: EstimateConfig) -> Estimate:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the estimate, and write it to --json. Raises UsageError for a file that cannot be written."""
-    config, _ = from_cli(EstimateConfig, argv, None, {"model": "llama-7b"})
+    config, _ = parse_flags(EstimateConfig, argv, None, {"model": "llama-7b"})
     found = estimate(config)
     print_estimate(found, own_price=config.price_per_hour is not None)
     if config.json:

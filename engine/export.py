@@ -12,7 +12,7 @@ import torch
 
 from engine.base.device import DTYPES
 from engine.base.errors import CriaError, DataError, UsageError, exit_code_of
-from engine.base.flags import from_cli, knob
+from engine.base.flags import knob, parse_flags
 from engine.formats.find import detect_kind, find_model
 from engine.formats.save import save_hf, save_meta
 from engine.formats.source import Source, open_source
@@ -64,7 +64,7 @@ def find_tokenizer_of_state(state: State, name: str) -> Tokenizer:
 
 def main(argv: list[str]) -> None:
     """Export the model that the command line asks for."""
-    config, _ = from_cli(ExportConfig, argv)
+    config, _ = parse_flags(ExportConfig, argv)
     out = Path(config.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out}: exists and is not empty; choose another folder")

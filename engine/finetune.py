@@ -15,7 +15,7 @@ import torch
 
 from engine.base.device import cpu_multiplies_bf16
 from engine.base.errors import exit_code_of
-from engine.base.flags import from_cli
+from engine.base.flags import parse_flags
 from engine.base.signals import Signals
 from engine.distributed.world import World, start_ranks
 from engine.output.folder import LOCK, lock_output_folder
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     """Parse the flags, make the plan, and carry it out unless --dry-run only asks for it."""
     native_bf16 = cpu_multiplies_bf16() and not torch.cuda.is_available()
     embedded = EMBEDDED | ({"dtype": "bf16"} if native_bf16 else {})  # nearly twice as fast there
-    config, notes = from_cli(FinetuneConfig, argv, translate_stanford_flags, embedded)
+    config, notes = parse_flags(FinetuneConfig, argv, translate_stanford_flags, embedded)
     signals = Signals()
     with ExitStack() as stack:
         world = stack.enter_context(start_ranks(config.device, config.rank_timeout))

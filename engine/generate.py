@@ -10,7 +10,7 @@ from pathlib import Path
 from engine.base.device import choose_device, choose_dtype, choose_kernels
 from engine.base.errors import DataError, UsageError, exit_code_of
 from engine.base.files import read_json
-from engine.base.flags import KERNELS, KERNELS_HELP, from_cli, knob
+from engine.base.flags import KERNELS, KERNELS_HELP, knob, parse_flags
 from engine.data.rows import read_rows
 from engine.inference.generation import generate
 from engine.inference.model_loader import load_model
@@ -73,7 +73,7 @@ def rows_of(config: GenerateConfig) -> list[Row]:
 
 
 def main(argv):
-    config, _ = from_cli(GenerateConfig, argv)
+    config, _ = parse_flags(GenerateConfig, argv)
     rows = rows_of(config)
     device = choose_device(config.device)
     impl = choose_kernels(config.kernels, device)

@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from collections.abc import Callable
 
 
 class CriaError(Exception):
@@ -48,8 +49,8 @@ def summarize_error(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def exit_code_of(main, argv=None):
-    """Runs main(argv) and returns the exit code; a failure is told on stderr, with its traceback under --debug."""
+def exit_code_of(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
+    """Run main(argv) and return the exit code. A failure is printed on stderr, with its traceback under --debug."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         main(argv)

@@ -1,45 +1,57 @@
-"""The command line made from a dataclass's fields: one --flag a field, typed, checked and explained by it."""
+"""A command line made from a dataclass: each field is one --flag, which it types, checks and explains."""
 
 import dataclasses
 import difflib
 import sys
 import types
 import typing
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar, cast
+
+T = TypeVar("T")
 
 KERNELS = ("auto", "triton", "ref")
 KERNELS_HELP = "auto: triton on CUDA, the torch references elsewhere; or insist on one of them"
 
 
-def knob(default, help, choices=None, alias=None):
-    """A field that is a flag. alias: the name that Stanford's train.py (and transformers) gives it."""
+Translate = Callable[[dict[str, list[str]], list[str]], list[str]]  # (raw, problems) -> notes
+
+
+def knob(default: Any, help: str, choices: Sequence[str] | None = None, alias: str | None = None) -> Any:
+    """Return a dataclass field that is a flag. alias: its name in Stanford's train.py and in transformers."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "alias": alias})
 
 
-def flag(name):
+def name_to_flag(name: str) -> str:
+    """Return the --flag of a field."""
     return "--" + name.replace("_", "-")
 
 
-def nearest(name, known):
+def suggest_nearest(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean X?" for the known name that is most like this one, or "" where none is."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def from_cli(cls, argv, translate=None, embedded=None):
-    """A cls from --flags, one a field. Exits with 2 and every problem at once, with 0 after --help.
+def parse_flags(
+    cls: type[T], argv: Sequence[str], translate: Translate | None = None, embedded: dict[str, Any] | None = None
+) -> tuple[T, list[str]]:
+    """Return a cls whose fields are set by --flags, and notes for the user.
 
-    Dashes and underscores are the same; "--flag value" and "--flag=value" too. A bool is --flag, --no-flag or
-    "--flag True". translate(raw, problems): turns foreign flags among {name: [values]} into ours and returns notes.
-    embedded: the defaults of a command line that names neither --model nor --data. Returns the config and the notes.
+    Exits with 2 after printing every problem, with 0 after --help. A flag is written with dashes or underscores, as
+    "--flag value" or "--flag=value"; a bool as --flag, --no-flag or "--flag True". translate turns foreign flags among
+    {name: [words]} into ours, adds problems and returns notes. embedded: the defaults of a command line that names
+    neither --model nor --data.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    fields: dict[str, Any] = {field.name: field for field in dataclasses.fields(cast(Any, cls))}
     names = {name: name for name in fields}
     names |= {field.metadata["alias"]: name for name, field in fields.items() if field.metadata["alias"]}
     names |= {name: name for name in getattr(translate, "flags", ())}
     if "-h" in argv or "--help" in argv:
-        print(help_text(cls, translate, embedded))
+        print(format_help(cls, translate, embedded))
         raise SystemExit(0)
-    problems = []
+    problems: list[str] = []
     raw = split_flags(argv, names, fields, problems)
     notes = translate(raw, problems) if translate else []
     values = {name: convert(fields[name], words, problems) for name, words in raw.items()}
@@ -56,15 +68,16 @@ def from_cli(cls, argv, translate=None, embedded=None):
     return config, notes
 
 
-INVALID = (
-    object()
-)  # a value that did not convert: its problem is told, and the field's default stands in for the checks
+INVALID = object()  # a value that did not convert: its problem is noted, the checks see the field's default
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
-def split_flags(argv, names, fields, problems):
-    """{name: [words]} of a command line; unknown flags and stray words become problems."""
-    raw, name = {}, None
+def split_flags(
+    argv: Sequence[str], names: dict[str, str], fields: dict[str, Any], problems: list[str]
+) -> dict[str, list[str]]:
+    """Return {field: [words]} of a command line. Unknown flags and stray words become problems."""
+    raw: dict[str, list[str]] = {}
+    name: str | None = None
     for word in argv:
         if not word.startswith("--"):
             if name is None:
@@ -80,17 +93,21 @@ def split_flags(argv, names, fields, problems):
             raw[negated.name] = ["no"]
             continue
         if name is None:
-            problems.append(f"unknown flag {word.partition('=')[0]}{nearest(flag(head), [flag(n) for n in names])}")
+            problems.append(
+                f"unknown flag {word.partition('=')[0]}{suggest_nearest(name_to_flag(head), map(name_to_flag, names))}"
+            )
             name = "unknown " + head
         elif name in raw:
-            problems.append(f"{flag(name)} is given twice{'' if name == head else f' (as {flag(head)})'}")
+            problems.append(
+                f"{name_to_flag(name)} is given twice{'' if name == head else f' (as {name_to_flag(head)})'}"
+            )
         raw[name] = [value] if equals else []
     return {name: words for name, words in raw.items() if not name.startswith("unknown ")}
 
 
-def convert(field, words, problems):
-    """The value of a field from its words, or INVALID with a problem told."""
-    kind, name = field.type, flag(field.name)
+def convert(field: Any, words: list[str], problems: list[str]) -> Any:
+    """Return the value of a field from its words, or INVALID after adding a problem."""
+    kind, name = field.type, name_to_flag(field.name)
     if typing.get_origin(kind) is tuple:
         if not words:
             problems.append(f"{name} wants one value or more")
@@ -107,7 +124,7 @@ def convert(field, words, problems):
             return INVALID
         return word.lower() in YES
     if choices and word not in choices:
-        problems.append(f"{name} is {word!r}, wanted one of {', '.join(choices)}{nearest(word, choices)}")
+        problems.append(f"{name} is {word!r}, wanted one of {', '.join(choices)}{suggest_nearest(word, choices)}")
         return INVALID
     if isinstance(kind, types.UnionType):  # int | None
         kind = typing.get_args(kind)[0]
@@ -123,7 +140,8 @@ def convert(field, words, problems):
         return INVALID
 
 
-def help_text(cls, translate=None, embedded=None):
+def format_help(cls: Any, translate: Translate | None = None, embedded: dict[str, Any] | None = None) -> str:
+    """Return the text of --help: every flag with its default and meaning."""
     module = ".".join(Path(sys.argv[0]).with_suffix("").parts[-2:])
     lines = [f"usage: python -m {module} [--flag value ...]", "", cls.__doc__.strip(), ""]
     for field in dataclasses.fields(cls):
@@ -133,14 +151,14 @@ def help_text(cls, translate=None, embedded=None):
             default = "on" if default else "off"
         elif default in (None, ""):
             default = "auto" if "auto" in field.metadata["help"] else "none"
-        name = flag(field.name) + (f" / {flag('no_' + field.name)}" if field.default is True else "")
+        name = name_to_flag(field.name) + (f" / {name_to_flag('no_' + field.name)}" if field.default is True else "")
         values = f" {{{','.join(choices)}}}" if choices else ""
-        also = f"; also {flag(field.metadata['alias'])}" if field.metadata["alias"] else ""
+        also = f"; also {name_to_flag(field.metadata['alias'])}" if field.metadata["alias"] else ""
         lines.append(f"  {name}{values}\n        {field.metadata['help']} (default: {default}{also})")
     lines.append("  --help\n        this text")
     if embedded:
-        flags = (f"{flag(k)} {' '.join(v) if isinstance(v, tuple) else v}" for k, v in embedded.items())
+        flags = (f"{name_to_flag(k)} {' '.join(v) if isinstance(v, tuple) else v}" for k, v in embedded.items())
         lines += ["", "With neither --model nor --data, these stand in: " + " ".join(flags)]
     if translate:
-        lines += ["", translate.__doc__.strip()]
+        lines += ["", str(translate.__doc__).strip()]
     return "\n".join(lines)

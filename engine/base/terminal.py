@@ -1,10 +1,12 @@
-"""Progress for people: a live bar on a terminal, plain lines elsewhere. Used by rank 0 alone."""
+"""Progress for people: a live bar on a terminal, plain lines elsewhere. Rank 0 alone shows it."""
 
 import os
 import statistics
 import sys
 import time
 from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.live import Live
@@ -12,22 +14,26 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+T = TypeVar("T")
 CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 class Progress:
-    """What a person sees: a live bar on a terminal; elsewhere plain lines, every `every` steps and at the last."""
+    """A live bar on a terminal; elsewhere plain lines, one each `every` steps and one at the last step."""
 
-    def __init__(self, total: int | None, start: int = 0, unit: str = "step", every: int = 1, file=None):
+    def __init__(self, total: int | None, start: int = 0, unit: str = "step", every: int = 1, file: Any = None):
         self.out = Output(sys.stdout if file is None else file)
         self.label, self.done, self.total, self.every = unit, start, total, every
-        self.figures = []  # of the last step, the most wanted first
+        self.figures: list[str] = []  # of the last step, the most wanted first
         self.began = self.last = time.monotonic()
-        self.durations = deque(maxlen=31)  # seconds a step; the median shrugs off the step that waited for a save
-        self.inner = None  # the phase that the bar shows in place of the steps
-        self.live = self.console = None
+        self.durations: deque[float] = deque(
+            maxlen=31
+        )  # seconds a step; a median is blind to one that waits for a save
+        self.inner: Progress | None = None  # the work that the bar counts in place of steps
+        self.live: Live | None = None
+        self.console: Any = None
 
-    def __enter__(self):
+    def __enter__(self) -> "Progress":
         self.began = self.last = time.monotonic()
         if self.out.isatty():
             self.console = Console(file=self.out, force_terminal=True, highlight=False)
@@ -36,35 +42,44 @@ class Progress:
             self.live.start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         if self.live:
             self.live.stop()
             self.live = None
 
-    def step(self, step: int, *, loss: float, lr: float, grad_norm: float, tokens_per_second: float) -> None:
-        """Shows the figures of an optimizer step that has just ended."""
+    def show_step(
+        self,
+        step: int,
+        *,
+        loss: float | None,
+        lr: float | None,
+        grad_norm: float | None,
+        tokens_per_second: float | None,
+    ) -> None:
+        """Show the figures of an optimizer step that has just ended."""
         self._move_to(step)
         pairs = ("loss", loss, ".4f"), ("lr", lr, ".2g"), ("norm", grad_norm, ".2f")
-        loss, lr, norm = (f"{name} {'-' if value is None else format(value, form)}" for name, value, form in pairs)
+        texts = [f"{name} {'-' if value is None else format(value, form)}" for name, value, form in pairs]
         speed = "- tok/s" if tokens_per_second is None else f"{tokens_per_second:.0f} tok/s"
-        self.figures = [loss, speed, lr, norm]
+        self.figures = [texts[0], speed, *texts[1:]]
         if not self.live and (step % self.every == 0 or step == self.total):
-            self._line("  ".join([self._count(), loss, lr, norm, speed, f"eta {clock(self.eta())}"]))
+            eta = format_duration(self.estimate_seconds_left())
+            self._line("  ".join([self._count(), *texts, speed, f"eta {eta}"]))
 
     def advance(self, n: int = 1) -> None:
-        """Counts work that has no loss."""
+        """Count work that has no loss."""
         self._move_to(self.done + n)
 
-    def say(self, text: str) -> None:
-        """A message: above the bar, or a line of its own. Never markup; control characters are dropped."""
+    def print_message(self, text: str) -> None:
+        """Print a message above the bar, or as a line of its own. Control characters are dropped; no text is markup."""
         if self.live:
             self.console.print(Text(self.out.clean(text)), soft_wrap=True)
         else:
             self._line(text)
 
-    def phase(self, label: str, iterable, total: int | None = None):
-        """Yields from `iterable`, such as the batches of an evaluation, while the bar counts them in place of steps."""
-        self.inner = Progress(length(iterable, total), unit=label, file=self.out)
+    def track(self, label: str, iterable: Iterable[T], total: int | None = None) -> Iterator[T]:
+        """Yield from `iterable`, such as the batches of an evaluation, while the bar counts them in place of steps."""
+        self.inner = Progress(count_items(iterable, total), unit=label, file=self.out)
         try:
             for item in iterable:
                 yield item
@@ -72,8 +87,8 @@ class Progress:
         finally:
             self.inner = None
 
-    def eta(self):
-        """Seconds left, None when unknown."""
+    def estimate_seconds_left(self) -> float | None:
+        """Return the seconds until the last step, None when unknown."""
         if self.total is None or not self.durations:
             return None
         return (self.total - self.done) * statistics.median(self.durations)
@@ -92,13 +107,13 @@ class Progress:
         self.out.flush()
 
     def _render(self):
-        """One row that fits the terminal: count, bar, then as many figures as there is room for."""
+        """Return one row that fits the terminal: count, bar, then as many figures as fit."""
         shown = self.inner or self
-        elapsed = clock(time.monotonic() - shown.began)
+        elapsed = format_duration(time.monotonic() - shown.began)
         if shown.done == shown.total:
             texts = [f"took {elapsed}", *shown.figures]
         else:
-            texts = [f"eta {clock(shown.eta())}", *shown.figures, f"elapsed {elapsed}"]
+            texts = [f"eta {format_duration(shown.estimate_seconds_left())}", *shown.figures, f"elapsed {elapsed}"]
         room = self.console.width - len(shown._count()) - 1 - (bar := 10)
         fits = []
         for text in texts:
@@ -115,38 +130,42 @@ class Progress:
         return row
 
 
-def phase(label: str, iterable, total: int | None = None, file=None):
-    """Yields from `iterable` under a bar of its own; where there is no terminal, one line when it has ended."""
-    with Progress(length(iterable, total), unit=label, file=file) as progress:
+def track(label: str, iterable: Iterable[T], total: int | None = None, file: Any = None) -> Iterator[T]:
+    """Yield from `iterable` under a bar of its own; where there is no terminal, print one line when it has ended."""
+    with Progress(count_items(iterable, total), unit=label, file=file) as progress:
         for item in iterable:
             yield item
             progress.advance()
         if not progress.live:
-            progress.say(f"{progress._count()}  {clock(time.monotonic() - progress.began)}")
+            progress.print_message(f"{progress._count()}  {format_duration(time.monotonic() - progress.began)}")
 
 
 class Output:
     """A text stream that outlives its reader: after a failed write the rest goes to /dev/null and the run goes on."""
 
-    def __init__(self, file):
+    def __init__(self, file: Any):
         self.file = file.file if isinstance(file, Output) else file  # None: the process began with stdout closed
         self.encoding = getattr(self.file, "encoding", None) or "utf-8"
 
-    def write(self, text):
+    def write(self, text: str) -> int:
+        """Write a text and return its length."""
         self._try("write", text)
         return len(text)
 
-    def flush(self):
+    def flush(self) -> None:
+        """Flush what is buffered."""
         self._try("flush")
 
-    def isatty(self):
+    def isatty(self) -> bool:
+        """Return whether this is a terminal that shows a live bar."""
         return bool(self.file and self.file.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"))
 
-    def fileno(self):
+    def fileno(self) -> int:
+        """Return the file descriptor."""
         return self.file.fileno()
 
-    def clean(self, text):
-        """`text` without control characters, in characters that the stream's encoding has."""
+    def clean(self, text: object) -> str:
+        """Return the text without control characters, in characters that the stream's encoding has."""
         return str(text).translate(CONTROL).encode(self.encoding, "replace").decode(self.encoding)
 
     def _try(self, method, *arguments):
@@ -164,12 +183,13 @@ class Output:
                 pass
 
 
-def length(iterable, total):
+def count_items(iterable: Any, total: int | None) -> int | None:
+    """Return the total, else the length of the iterable, None where it has none."""
     return total if total is not None or not hasattr(iterable, "__len__") else len(iterable)
 
 
-def clock(seconds):
-    """Seconds as 45s, 1m20s, 2h05m, 3d04h; "-" when None."""
+def format_duration(seconds: float | None) -> str:
+    """Return seconds as 45s, 1m20s, 2h05m or 3d04h, and "-" for None."""
     if seconds is None:
         return "-"
     seconds = round(seconds)

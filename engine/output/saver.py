@@ -1,8 +1,8 @@
 """Training states on their way to disk: written beside the training, by one process or by several.
 
 A save writes the folder .tmp-N, each writer one file, synced. Once every writer has reported its file, writer 0 adds
-the manifest, renames the folder to checkpoint-N, syncs the parent folder, and only then removes older states, each renamed
-out of the way first. Whatever kills whichever process, a folder named checkpoint-N is whole.
+the manifest, renames the folder to checkpoint-N, syncs the parent folder, and only then removes older states, each
+renamed out of the way first. Whatever kills whichever process, a folder named checkpoint-N is whole.
 """
 
 import errno

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from engine.base.flags import nearest
+from engine.base.flags import suggest_nearest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 GIB = 1 << 30
@@ -110,7 +110,7 @@ def find_card(name: str) -> Card:
         if plain(card.name) == plain(name):
             return card
     raise ValueError(
-        f"--gpu is {name!r}, wanted one of {', '.join(CARDS)}{nearest(name.upper(), CARDS)}; of another card give "
+        f"--gpu is {name!r}, wanted one of {', '.join(CARDS)}{suggest_nearest(name.upper(), CARDS)}; of another card give "
         "--gpu-memory, --gpu-tflops and --gpu-bandwidth"
     )
 

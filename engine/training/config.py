@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from engine.base.flags import KERNELS, KERNELS_HELP, flag, knob, nearest
+from engine.base.flags import KERNELS, KERNELS_HELP, knob, name_to_flag, suggest_nearest
 from engine.model.config import EMBEDDED_MODEL, MODELS
 
 EVERY = "off, end, epoch, or a number of steps"
@@ -111,7 +111,7 @@ class FinetuneConfig:
 
     def __post_init__(self):
         problems = [
-            f"{flag(name)} is {getattr(self, name)}, wanted {least} or more"
+            f"{name_to_flag(name)} is {getattr(self, name)}, wanted {least} or more"
             for name, least in [
                 ("epochs", 1), ("max_steps", 1), ("global_batch_size", 1), ("micro_batch_tokens", 1),
                 ("micro_batch_size", 1), ("max_length", 2), ("lr", 0), ("weight_decay", 0), ("grad_clip", 0),
@@ -122,13 +122,13 @@ class FinetuneConfig:
         ]  # fmt: skip
         for name, top in [("warmup_ratio", 1), ("eval_fraction", 1), ("beta1", 1), ("beta2", 1)]:
             if not 0 <= getattr(self, name) < top:
-                problems.append(f"{flag(name)} is {getattr(self, name)}, wanted at least 0 and under {top}")
+                problems.append(f"{name_to_flag(name)} is {getattr(self, name)}, wanted at least 0 and under {top}")
         if not self.adam_eps > 0:
             problems.append(f"--adam-eps is {self.adam_eps}, wanted more than 0")
         for name in ("eval_every", "sample_every", "save_every"):
             value = getattr(self, name)
             if value not in ("off", "end", "epoch") and not (value.isdecimal() and int(value) > 0):
-                problems.append(f"{flag(name)} is {value!r}, wanted {EVERY}")
+                problems.append(f"{name_to_flag(name)} is {value!r}, wanted {EVERY}")
         if self.micro_batch_tokens is not None and self.micro_batch_tokens < self.max_length:
             problems.append(
                 f"--micro-batch-tokens {self.micro_batch_tokens} is under --max-length {self.max_length}; "
@@ -148,13 +148,14 @@ class FinetuneConfig:
             problems.append("--eval-data and --eval-fraction exclude each other")
         if self.random_init and self.model not in MODELS:
             problems.append(
-                f"--random-init wants --model to be a named shape, got {self.model!r}{nearest(self.model, MODELS)}"
+                f"--random-init wants --model to be a named shape, got {self.model!r}"
+                f"{suggest_nearest(self.model, MODELS)}"
             )
         if self.model in MODELS and self.model != EMBEDDED_MODEL and not self.random_init:
             problems.append(f"--model {self.model} is a shape without weights; give a folder, or add --random-init")
         if not self.out:
             problems.append("--out is empty, wanted a folder")
-        problems += [f"{flag(name)} is missing" for name in ("model", "data") if not getattr(self, name)]
+        problems += [f"{name_to_flag(name)} is missing" for name in ("model", "data") if not getattr(self, name)]
         if problems:
             raise ValueError("\n".join(problems))
 

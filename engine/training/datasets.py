@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from engine.base.errors import DataError
-from engine.base.terminal import Progress, phase
+from engine.base.terminal import Progress, track
 from engine.data import token_cache
 from engine.data.dataset import Dataset, Table, encode_rows, hold_out
 from engine.data.rows import Skipped, map_file, read_rows, resolve_data_paths
@@ -99,4 +99,4 @@ def read_files(
 
 def watch_blocks(blocks: Sequence) -> Iterable:
     """Return the blocks of rows to tokenise, counted by a progress bar where there are several."""
-    return phase("tokenising", blocks) if len(blocks) > 1 else blocks
+    return track("tokenising", blocks) if len(blocks) > 1 else blocks

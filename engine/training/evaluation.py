@@ -33,14 +33,14 @@ def evaluate(plan: Plan, run: Run, states: States, model: Transformer, step: int
     world.note_place(f"the evaluation after step {step}")
     chunks = np.split(np.arange(len(held_out)), range(CHUNK_EXAMPLES, len(held_out), CHUNK_EXAMPLES))
     total, n_tokens = torch.zeros((), device=plan.device), held_out.counts["loss_tokens"]
-    for chunk in run.progress.phase("evaluating", chunks):
+    for chunk in run.progress.track("evaluating", chunks):
         if world.any_rank(run.signals.pending()):
             states.stop_run(step)
         for batch in make_micro_batches(held_out, chunk, packing, ranks=world.size, rank=world.rank):
             total += model.loss(batch)
     loss = float(world.sum_over_ranks(total)) / n_tokens
     run.metrics.write("eval", step=step, loss=loss, perplexity=float(np.exp(loss)), loss_tokens=n_tokens)
-    run.progress.say(f"step {step}: held-out loss {loss:.4f}")
+    run.progress.print_message(f"step {step}: held-out loss {loss:.4f}")
 
 
 def show_samples(plan: Plan, run: Run, model: Transformer, step: int) -> None:
@@ -53,4 +53,4 @@ def show_samples(plan: Plan, run: Run, model: Transformer, step: int) -> None:
     for prompt, answer in zip(plan.sample_prompts, answers, strict=True):
         text = tokenizer.decode(answer).strip()
         run.metrics.write("sample", step=step, prompt=prompt, text=text)
-        run.progress.say(f"[{title}] {prompt}\n    " + text.replace("\n", "\n    "))
+        run.progress.print_message(f"[{title}] {prompt}\n    " + text.replace("\n", "\n    "))

@@ -61,7 +61,7 @@ def fine_tune(plan: Plan, world: World, signals: Signals, start: Start) -> None:
         run = begin_run(plan, world, signals, found, stack)
         states = States(plan, run, optimizer, batches, saved_step=start_step if found else None)
         try:
-            size = MicroBatchSize(plan, batches, world, run.progress.say, start.is_halved)
+            size = MicroBatchSize(plan, batches, world, run.progress.print_message, start.is_halved)
             if plan.device.type == "cuda":
                 size.try_largest(model, optimizer)
             evaluate_if_due(plan, run, states, model, start_step)
@@ -153,6 +153,8 @@ def end_run(plan: Plan, run: Run, record: dict[str, Any]) -> None:
         run.metrics.write("end", step=plan.total_steps if status == "done" else None, seconds=seconds, status=status)
         write_report(plan.out)
     except OSError as error:
-        run.progress.say(f"warning: run.json, metrics.jsonl or report.html is not up to date ({error.strerror})")
+        run.progress.print_message(
+            f"warning: run.json, metrics.jsonl or report.html is not up to date ({error.strerror})"
+        )
     finally:
         run.metrics.close()

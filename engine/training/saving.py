@@ -63,7 +63,7 @@ class States:
             done = self.saver.wait() if wait else self.saver.poll()
         except OSError as error:
             reason = f"the state could not be saved ({error.strerror or error}); older states are intact"
-            self.run.progress.say(f"warning: step {self.writing_step}: {reason}")
+            self.run.progress.print_message(f"warning: step {self.writing_step}: {reason}")
             self.run.metrics.write("skip", step=self.writing_step, reason=reason)
             return
         if done:
@@ -100,7 +100,7 @@ class States:
         """Load the newest state on disk and return its step. Without one, change nothing and return None."""
         self.report_written(wait=True)
         world = self.run.world
-        found = world.on_main(lambda: checkpoint.find_newest(self.plan.out, self.run.progress.say))
+        found = world.on_main(lambda: checkpoint.find_newest(self.plan.out, self.run.progress.print_message))
         if found is None:
             return None
         load_checkpoint(found, self.optimizer)

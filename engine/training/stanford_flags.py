@@ -2,7 +2,7 @@
 
 import os
 
-from engine.base.flags import NO, YES, flag
+from engine.base.flags import NO, YES, name_to_flag
 from engine.base.terminal import plural
 
 UNNEEDED = {
@@ -21,7 +21,11 @@ def translate_stanford_flags(raw: Raw, problems: list[str]) -> list[str]:
     --bf16, --per_device_train_batch_size, --gradient_accumulation_steps, --evaluation_strategy, --eval_steps,
     --save_strategy, --save_steps. Accepted and not needed: --fsdp, --fsdp_transformer_layer_cls_to_wrap, --tf32,
     --per_device_eval_batch_size."""
-    notes = [f"{flag(name)} is accepted and not needed: {why}" for name, why in UNNEEDED.items() if raw.pop(name, None)]
+    notes = [
+        f"{name_to_flag(name)} is accepted and not needed: {why}"
+        for name, why in UNNEEDED.items()
+        if raw.pop(name, None)
+    ]
     translate_bf16(raw, problems)
     notes += translate_batch_size(raw, problems)
     evaluation = pop_word(raw, "evaluation_strategy", problems), pop_word(raw, "eval_strategy", problems)
@@ -40,7 +44,7 @@ def pop_word(raw: Raw, name: str, problems: list[str]) -> str | None:
     """Take a flag of one word out of raw. Return its word, None where the flag is absent or has another number."""
     words = raw.pop(name, None)
     if words is not None and len(words) != 1:
-        problems.append(f"{flag(name)} wants one value, got {len(words)}")
+        problems.append(f"{name_to_flag(name)} wants one value, got {len(words)}")
         return None
     return words[0] if words else None
 
@@ -51,7 +55,7 @@ def pop_number(raw: Raw, name: str, problems: list[str]) -> int | None:
     if word is None:
         return None
     if not (word.isdecimal() and int(word) > 0):
-        problems.append(f"{flag(name)} is {word!r}, wanted a whole number from 1")
+        problems.append(f"{name_to_flag(name)} is {word!r}, wanted a whole number from 1")
         return None
     return int(word)
 
@@ -83,7 +87,7 @@ def translate_batch_size(raw: Raw, problems: list[str]) -> list[str]:
     for name, value in ours.items():
         if name in raw:
             problems.append(
-                f"{flag(name)} and --per-device-train-batch-size with --gradient-accumulation-steps "
+                f"{name_to_flag(name)} and --per-device-train-batch-size with --gradient-accumulation-steps "
                 "say the same thing; give one"
             )
         raw.setdefault(name, [str(value)])
@@ -101,10 +105,10 @@ def translate_strategy(raw: Raw, ours: str, strategy: str | None, never: str, pr
     steps = pop_number(raw, ours.replace("every", "steps"), problems)
     if strategy is None and steps is None:
         return
-    theirs = flag(ours.replace("every", "strategy"))
+    theirs = name_to_flag(ours.replace("every", "strategy"))
     values = {"no": never, "epoch": "epoch", "steps": str(steps or DEFAULT_STEPS), None: str(steps)}
     if ours in raw:
-        problems.append(f"{flag(ours)} and {theirs} say the same thing; give one")
+        problems.append(f"{name_to_flag(ours)} and {theirs} say the same thing; give one")
     elif strategy not in values:
         problems.append(f"{theirs} is {strategy!r}, wanted no, steps or epoch")
     else:

@@ -41,7 +41,9 @@ def log_step(plan: Plan, run: Run, report: StepReport) -> None:
         card = card_at_hand(plan.device)
         if card:
             mfu = 6 * plan.model_config.n_parameters * rate / (run.world.size * 1e12 * card.peak_tflops)
-    run.progress.step(report.step, loss=report.loss, lr=report.lr, grad_norm=report.grad_norm, tokens_per_second=rate)
+    run.progress.show_step(
+        report.step, loss=report.loss, lr=report.lr, grad_norm=report.grad_norm, tokens_per_second=rate
+    )
     run.metrics.write(
         "train", step=report.step, epoch=round(report.step / plan.order.steps_per_epoch, 4), loss=report.loss,
         lr=report.lr, grad_norm=report.grad_norm, examples=len(report.examples), tokens=report.n_tokens,
@@ -57,7 +59,7 @@ def report_skip(plan: Plan, run: Run, report: StepReport) -> None:
     """
     n, loss, norm, rows = run.n_skipped, report.loss, report.grad_norm, sources_of(plan, report)
     run.metrics.write("skip", step=report.step, reason="non-finite", loss=loss, grad_norm=norm, rows=rows)
-    run.progress.say(f"step {report.step}: loss {loss}, gradient norm {norm}; no update ({n} in a row)")
+    run.progress.print_message(f"step {report.step}: loss {loss}, gradient norm {norm}; no update ({n} in a row)")
     if n <= plan.config.max_skips and not report.updated_in_backward:
         return
     in_a_row = f"{plural(n, 'step')}{' in a row' if n > 1 else ''}"
@@ -81,7 +83,7 @@ def report_spike(plan: Plan, run: Run, states: States, report: StepReport, spike
             text += "; no state to go back to yet"
         else:
             text += f"; back to the state of step {back_to}, the rows of {step - back_to} steps are left out"
-    run.progress.say(f"warning: {text}")
+    run.progress.print_message(f"warning: {text}")
     rows = sources_of(plan, report)
     run.metrics.write("spike", step=step, **dataclasses.asdict(spike), back_to=back_to, rows=rows)
     if back_to is None:

@@ -32,7 +32,7 @@ class Started:
         return self.process.exitcode
 
     def communicate(self, timeout=None):
-        """(stdout, stderr), when it has ended."""
+        """Wait until the process has ended and return (stdout, stderr)."""
         self.process.join(timeout)
         if self.process.exitcode is None:
             self.kill()
@@ -49,12 +49,12 @@ FINETUNE = "import sys; from engine import finetune; from engine.base.errors imp
 FINETUNE += "sys.exit(exit_code_of(finetune.main))"
 
 
-def ranks(n, *args):
-    """Ranks of engine.finetune, as a launcher other than torchrun starts them: (exit codes, what all said)."""
+def ranks(n, *args, code=FINETUNE):
+    """Run n ranks, of engine.finetune or of other code, without torchrun: return (exit codes, what all printed)."""
     started = []
     shared = os.environ | {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for i in range(n):
-        started.append(Started(FINETUNE, *args, env=shared | {"RANK": str(i), "LOCAL_RANK": str(i)}))
+        started.append(Started(code, *args, env=shared | {"RANK": str(i), "LOCAL_RANK": str(i)}))
     said = [text for process in started for text in process.communicate(timeout=200)]
     return [process.returncode for process in started], "".join(said)
 

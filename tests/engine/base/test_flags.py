@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from engine.base.flags import from_cli
+from engine.base.flags import parse_flags
 from engine.model.config import MODELS, ModelConfig
 from engine.training.config import EMBEDDED, FinetuneConfig
 from engine.training.stanford_flags import translate_stanford_flags
@@ -18,7 +18,7 @@ STANFORD = """--model_name_or_path tiny --data_path ./alpaca_data.json --bf16 Tr
 
 
 def parse(text):
-    return from_cli(FinetuneConfig, shlex.split(text), translate_stanford_flags, EMBEDDED)
+    return parse_flags(FinetuneConfig, shlex.split(text), translate_stanford_flags, EMBEDDED)
 
 
 def problems(text, capsys):

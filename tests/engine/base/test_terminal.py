@@ -1,4 +1,4 @@
-"""metrics.jsonl whatever kills the writer, and progress on a terminal, in a pipe and with nobody listening."""
+"""Progress on a terminal, in a pipe and with nobody listening."""
 
 import io
 import json
@@ -9,14 +9,12 @@ import re
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
 
 from engine.base import terminal as log
-from engine.base.terminal import Output, Progress, clock, phase
-from engine.output.metrics import Metrics
+from engine.base.terminal import Output, Progress, format_duration, track
 
 ROOT = Path(__file__).parents[3]
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
@@ -34,133 +32,6 @@ def figures(**changes):
     return dict(loss=2.34561, lr=1.8e-5, grad_norm=1.234, tokens_per_second=412.3) | changes
 
 
-# metrics.jsonl
-
-
-@pytest.mark.parametrize("size", [250, 2500, 15000])  # a train line, one that often crosses a page, a long sample
-def test_kill_leaves_whole_lines_only(tmp_path, size):
-    writer = """
-        import sys
-        from pathlib import Path
-        from engine.output.metrics import Metrics
-        metrics, step = Metrics(Path(sys.argv[1])), 0
-        while True:
-            metrics.write("train", step=(step := step + 1), text="x" * (int(sys.argv[2]) + step % 50))
-            if step == 3:
-                print("ready", flush=True)
-    """
-    for i in range(10):
-        process = start(writer, tmp_path / "metrics.jsonl", size, stdout=subprocess.PIPE)
-        process.stdout.readline()
-        time.sleep(0.005 + 0.0017 * i)
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        text = (tmp_path / "metrics.jsonl").read_bytes()
-        assert not text or text.endswith(b"\n")
-        lines = read(tmp_path / "metrics.jsonl")
-        assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-        assert all(len(line["text"]) == size + line["step"] % 50 for line in lines)
-        assert len(lines) >= 3
-
-
-def test_no_append_crosses_a_page(tmp_path, monkeypatch):
-    writes, real = [], os.write
-    monkeypatch.setattr(
-        os, "write", lambda fd, data: writes.append((os.fstat(fd).st_size, len(data))) or real(fd, data)
-    )
-    metrics = Metrics(tmp_path / "m")
-    for step in range(200):
-        metrics.write("train", step=step, text="x" * (step * 97 % 400))
-    assert len(writes) == 200  # no train line needs the copy
-    for step in range(200, 300):
-        metrics.write("train", step=step, text="x" * (step * 97 % 900))
-    metrics.write("sample", step=300, text="x" * 9000)
-    metrics.close()
-    assert all(at // 4096 == (at + length - 1) // 4096 for at, length in writes)
-    assert [line["step"] for line in read(tmp_path / "m")] == list(range(301))
-    assert os.listdir(tmp_path) == ["m"]
-
-
-def test_json_is_strict_and_exact(tmp_path):
-    metrics = Metrics(tmp_path / "m")
-    values = dict(
-        a=math.nan, b=[math.inf, 0.1 + 0.2], c={"d": -math.inf}, e=2e-5 / 3, f=None, g=True, h="é\u2028\n\x1b"
-    )
-    metrics.write("train", step=1, **values, surrogate="\udc80", path=Path("out"))
-    metrics.close()
-    metrics.close()
-    (line,) = read(tmp_path / "m")
-    wanted = dict(a=None, b=[None, 0.1 + 0.2], c={"d": None}, e=2e-5 / 3, f=None, g=True, h="é\u2028\n\x1b")
-    assert line == dict(event="train", step=1, **wanted, surrogate="?", path="out")
-
-
-def test_a_tensor_of_one_number_is_a_number(tmp_path):
-    torch = pytest.importorskip("torch")
-    metrics = Metrics(tmp_path / "m")
-    metrics.write("train", loss=torch.tensor(0.5), norm=torch.tensor(math.nan))
-    assert read(tmp_path / "m") == [dict(event="train", loss=0.5, norm=None)]
-
-
-def test_resume_keeps_what_came_before(tmp_path):
-    path = tmp_path / "m"
-    metrics = Metrics(path)
-    metrics.write("data", rows=7)
-    for step in range(1, 6):
-        metrics.write("train", step=step, loss=1 / step)
-    metrics.write("end", step=3, status="stopped")
-    metrics.close()
-    with open(path, "ab") as file:
-        file.write(b'no json\n{"event": "train", "step": 2, "loss"')  # torn
-    (tmp_path / ".m.tmp").write_text("left by a kill")
-    metrics = Metrics(path, keep_until_step=3)
-    metrics.write("train", step=4, loss=9.0)
-    metrics.close()
-    lines = read(path)
-    assert [(line["event"], line.get("step")) for line in lines] == [
-        ("data", None), ("train", 1), ("train", 2), ("train", 3), ("train", 4)
-    ]  # fmt: skip
-    assert lines[3]["loss"] == 1 / 3 and lines[4]["loss"] == 9.0
-    assert os.listdir(tmp_path) == ["m"]
-
-
-def test_a_torn_line_that_is_json_is_still_torn(tmp_path):
-    (tmp_path / "m").write_text('{"event": "train", "step": 1}\n{"event": "train", "step": 2}')
-    Metrics(tmp_path / "m", keep_until_step=5).close()
-    assert [line["step"] for line in read(tmp_path / "m")] == [1]
-
-
-def test_a_new_run_starts_empty_and_resume_needs_no_file(tmp_path):
-    (tmp_path / "m").write_text('{"event": "train", "step": 1}\n')
-    Metrics(tmp_path / "m").close()
-    assert (tmp_path / "m").read_bytes() == b""
-    metrics = Metrics(tmp_path / "new", keep_until_step=4)
-    metrics.write("train", step=5)
-    assert len(read(tmp_path / "new")) == 1
-
-
-@pytest.mark.parametrize("size", [100, 5000])  # by append; by renamed copy
-def test_full_disk_leaves_whole_lines(tmp_path, size):
-    process = start(
-        """
-        import resource, sys
-        from pathlib import Path
-        from engine.output.metrics import Metrics
-        metrics = Metrics(Path(sys.argv[1]))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (21_000, 21_000))
-        try:
-            for step in range(1000):
-                metrics.write("train", step=step, text="x" * int(sys.argv[2]))
-        except OSError:
-            print("full")
-        """,
-        tmp_path / "m", size, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    assert process.communicate()[0] == b"full\n"
-    assert (tmp_path / "m").read_bytes().endswith(b"\n") and len(read(tmp_path / "m")) > 2
-    assert os.listdir(tmp_path) == ["m"]
-
-
 # Progress without a terminal
 
 
@@ -170,7 +41,7 @@ def test_a_plain_line(monkeypatch):
     out = io.StringIO()
     with Progress(33, start=11, file=out) as progress:
         now[0] += 80 / 21
-        progress.step(12, **figures())
+        progress.show_step(12, **figures())
     assert out.getvalue() == "step 12/33  loss 2.3456  lr 1.8e-05  norm 1.23  412 tok/s  eta 1m20s\n"
 
 
@@ -178,18 +49,18 @@ def test_eta_is_of_the_median_step(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
     with Progress(100, file=io.StringIO()) as progress:
-        assert progress.eta() is None
+        assert progress.estimate_seconds_left() is None
         for step, seconds in enumerate([50, 2, 2, 600, 2], 1):  # a first step and a save that took long
             now[0] += seconds
-            progress.step(step, **figures())
-    assert progress.eta() == 95 * 2
+            progress.show_step(step, **figures())
+    assert progress.estimate_seconds_left() == 95 * 2
 
 
 def test_plain_lines_every_so_often_and_the_last():
     out = io.StringIO()
     with Progress(12, every=5, file=out) as progress:
         for step in range(1, 13):
-            progress.step(step, **figures(loss=math.nan if step == 5 else None, tokens_per_second=None))
+            progress.show_step(step, **figures(loss=math.nan if step == 5 else None, tokens_per_second=None))
     lines = out.getvalue().splitlines()
     assert [line.split()[1] for line in lines] == ["5/12", "10/12", "12/12"]
     assert "loss nan" in lines[0] and "loss -" in lines[1] and "- tok/s" in lines[1]
@@ -198,26 +69,27 @@ def test_plain_lines_every_so_often_and_the_last():
 def test_messages_are_text_without_control_characters():
     out = io.StringIO()
     with Progress(3, file=out) as progress:
-        progress.say("[red]a[/red] :smile: \x1b[31mb\r\x07\x9b c\nd\te")
+        progress.print_message("[red]a[/red] :smile: \x1b[31mb\r\x07\x9b c\nd\te")
     assert out.getvalue() == "[red]a[/red] :smile: [31mb c\nd\te\n"
 
 
 def test_a_stream_that_knows_ascii_only():
     raw = io.BytesIO()
     with Progress(3, file=io.TextIOWrapper(raw, encoding="ascii")) as progress:
-        progress.say("héllo")
+        progress.print_message("héllo")
         assert raw.getvalue() == b"h?llo\n"  # flushed too
 
 
 def test_phase_ends_with_one_line():
     out = io.StringIO()
-    assert list(phase("tokenising", range(4), file=out)) == [0, 1, 2, 3]
-    assert list(phase("reading", iter("ab"), file=out)) == ["a", "b"]
+    assert list(track("tokenising", range(4), file=out)) == [0, 1, 2, 3]
+    assert list(track("reading", iter("ab"), file=out)) == ["a", "b"]
     assert out.getvalue() == "tokenising 4/4  0s\nreading 2  0s\n"
 
 
 def test_forced_colour_leaves_a_pipe_plain():
-    code = "from engine.base.terminal import Progress\nwith Progress(1) as p: p.say('hi'); p.step(1, loss=1, lr=1, grad_norm=1,"
+    code = "from engine.base.terminal import Progress\nwith Progress(1) as p: p.print_message('hi'); "
+    code += "p.show_step(1, loss=1, lr=1, grad_norm=1,"
     process = start(
         code + " tokens_per_second=1)",
         stdout=subprocess.PIPE,
@@ -229,12 +101,12 @@ def test_forced_colour_leaves_a_pipe_plain():
 
 RUN = """
     import sys
-    from engine.base.terminal import Progress, phase
-    list(phase("reading", range(10)))
+    from engine.base.terminal import Progress, track
+    list(track("reading", range(10)))
     with Progress(3000) as progress:
         for step in range(1, 3001):
-            progress.step(step, loss=1.0, lr=1.0, grad_norm=1.0, tokens_per_second=1.0)
-            progress.say("x" * 100)
+            progress.show_step(step, loss=1.0, lr=1.0, grad_norm=1.0, tokens_per_second=1.0)
+            progress.print_message("x" * 100)
     print("more", flush=True)
     print("lived", file=sys.stderr)
 """
@@ -280,11 +152,11 @@ LIVE = """
     with Progress(30) as progress:
         for step in range(1, 31):
             time.sleep(0.02)
-            progress.step(step, loss=1 + 1 / step, lr=1.8e-05, grad_norm=1.234, tokens_per_second=412.3)
+            progress.show_step(step, loss=1 + 1 / step, lr=1.8e-05, grad_norm=1.234, tokens_per_second=412.3)
             if step == 10:
-                progress.say("[bold]saved[/bold] :smile: \\x1b]0;title\\x07")
+                progress.print_message("[bold]saved[/bold] :smile: \\x1b]0;title\\x07")
             if step == 20:
-                for _ in progress.phase("evaluating", range(8)):
+                for _ in progress.track("evaluating", range(8)):
                     time.sleep(0.1)
 """
 
@@ -335,6 +207,6 @@ def test_output_of_a_closed_file():
 
 
 def test_clock():
-    assert [clock(s) for s in (None, 0, 59.4, 59.6, 80, 3600, 7500, 273600)] == [
+    assert [format_duration(s) for s in (None, 0, 59.4, 59.6, 80, 3600, 7500, 273600)] == [
         "-", "0s", "59s", "1m00s", "1m20s", "1h00m", "2h05m", "3d04h"
     ]  # fmt: skip

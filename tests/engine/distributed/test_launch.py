@@ -69,7 +69,7 @@ def start(log, words, **variables):
 
 def ended(process):
     """Its exit code, in bounded time."""
-    return process.wait(timeout=120)
+    return process.wait(timeout=240)
 
 
 def apart(out, other):

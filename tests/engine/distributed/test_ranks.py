@@ -118,20 +118,25 @@ die, term, freeze = (lambda n=n: os.kill(os.getpid(), n) for n in (signal.SIGKIL
 RUN = "\nsys.exit(exit_code_of(finetune.main, sys.argv[1:]))\n"
 
 
-def driven(tmp_path, n, patch, *args, more=(), wait=240):
-    """(exit code, what it said) of a run under a patch, of several ranks by torchrun."""
+def patched(n, patch, *args):
+    """Run n ranks under a patch, started by no torchrun: return (exit codes, what all printed)."""
     code = DRIVER + BEFORE_CALL + patch + RUN
-    if n == 1:
-        process = Started(code, *args)
-        said = "".join(process.communicate(wait))
-        return process.returncode, said
+    if n > 1:
+        return ranks(n, *args, code=code)
+    process = Started(code, *args)
+    said = "".join(process.communicate(240))
+    return [process.returncode], said
+
+
+def driven(tmp_path, n, patch, *args, more=()):
+    """Run n ranks under a patch by torchrun: return (its exit code, what it and they printed)."""
     script = tmp_path / "driver.py"
-    script.write_text(code)
+    script.write_text(DRIVER + BEFORE_CALL + patch + RUN)
     launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", *more)
     words = [sys.executable, *launch, script, *args]
     done = subprocess.run(
         list(map(str, words)), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, check=False, timeout=wait,
+        text=True, check=False, timeout=300,
     )  # fmt: skip
     return done.returncode, done.stdout
 
@@ -146,12 +151,12 @@ def steps_of(out):
 def test_two_ranks_then_one_then_four_are_one_run(rows, reference, tmp_path):
     """Stopped twice by a signal to one rank, and resumed on another number of ranks: one curve of the same rows."""
     out = tmp_path / "out"
-    code, said = driven(
-        tmp_path, 2, "if RANK == 1: before(step.Steps, 'compute_gradients', 2, term)", *flags(rows, out, *SAVES)
+    codes, said = patched(
+        2, "if RANK == 1: before(step.Steps, 'compute_gradients', 2, term)", *flags(rows, out, *SAVES)
     )
-    assert code != 0 and "stopped by a signal to another rank" in said and steps_of(out) == [1, 2], said
-    code, said = driven(tmp_path, 1, "before(step.Steps, 'compute_gradients', 3, term)", *flags(rows, out, *SAVES))
-    assert code == 143 and "going on after step 2" in said and steps_of(out) == [1, 2, 3, 4], said
+    assert codes == [143, 143] and "stopped by a signal to another rank" in said and steps_of(out) == [1, 2], said
+    codes, said = patched(1, "before(step.Steps, 'compute_gradients', 3, term)", *flags(rows, out, *SAVES))
+    assert codes == [143] and "going on after step 2" in said and steps_of(out) == [1, 2, 3, 4], said
     said = several(4, *flags(rows, out, *SAVES))
     assert "going on after step 4" in said
     same(out, reference)
@@ -198,7 +203,7 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(rows, tmp_path):
         return not path.exists() or Path("/proc", path.read_text()).exists()
 
     with ThreadPoolExecutor(1) as pool:
-        run = pool.submit(driven, tmp_path, 2, patch, *flags(rows, out, *SAVES, "--rank-timeout", 4))
+        run = pool.submit(driven, tmp_path, 2, patch, *flags(rows, out, *SAVES, "--rank-timeout", 10))
         while alive(0) and not run.done():
             time.sleep(0.1)
         if alive(1) and not run.done():
@@ -211,7 +216,18 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(rows, tmp_path):
 
 def test_sigterm_to_torchrun_saves_once_and_resumes(rows, reference, tmp_path):
     out = tmp_path / "out"
-    slow = "before(step.Steps, 'compute_gradients', 3, lambda: time.sleep(3))"
+    slow = """
+from engine.base.signals import Signals
+real_handle, signalled = Signals.handle, []
+def handle(self, *args):
+    signalled.append(args)
+    real_handle(self, *args)
+Signals.handle = handle
+def wait_for_signal():
+    while not signalled:
+        time.sleep(0.01)
+before(step.Steps, 'compute_gradients', 3, wait_for_signal)
+"""
     script = tmp_path / "driver.py"
     script.write_text(DRIVER + BEFORE_CALL + slow + RUN)
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script)
@@ -219,12 +235,12 @@ def test_sigterm_to_torchrun_saves_once_and_resumes(rows, reference, tmp_path):
         list(map(str, (sys.executable, *launch, *flags(rows, out, *SAVES[:4])))), cwd=ROOT, env=environment(),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    end = time.monotonic() + 120
+    end = time.monotonic() + 240
     while not (out / "metrics.jsonl").exists() or '"step": 2' not in (out / "metrics.jsonl").read_text():
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=240)
     assert process.returncode != 0 and "stopped by SIGTERM after step" in said, said
     assert len(list(out.glob("checkpoint-*"))) == 1
     assert "going on after step" in several(2, *flags(rows, out, *SAVES[:4]))
@@ -256,7 +272,7 @@ def test_a_spike_is_undone_by_all_ranks(rows, tmp_path):
     first rank does alone may take longer than --rank-timeout: it lives."""
     spiky = """
 if RANK == 0 and "WORLD_SIZE" in os.environ:
-    before(finetune, "is_finished", 1, lambda: time.sleep(5))
+    before(finetune, "is_finished", 1, lambda: time.sleep(11))
 from engine.training import loss_spikes as spikes
 spikes.LEAST, real_pass = 3, step.Steps.compute_gradients
 def spiky(self, n, lr):
@@ -264,10 +280,10 @@ def spiky(self, n, lr):
     return batch, loss + 9 if n == 5 and RANK == self.world.size - 1 else loss
 step.Steps.compute_gradients = spiky
 """
-    more = (*SAVES[:4], "--save-every", 3, "--spike-rollback", "--rank-timeout", 3)
+    more = (*SAVES[:4], "--save-every", 3, "--spike-rollback", "--rank-timeout", 10)
     for n in (1, 2):
-        code, said = driven(tmp_path, n, spiky, *flags(rows, tmp_path / f"out{n}", *more))
-        assert code == 0 and "back to the state of step 3, the rows of 2 steps are left out" in said, said
+        codes, said = patched(n, spiky, *flags(rows, tmp_path / f"out{n}", *more))
+        assert codes == [0] * n and "back to the state of step 3, the rows of 2 steps are left out" in said, said
     same(tmp_path / "out2", tmp_path / "out1")
 
 
@@ -276,8 +292,8 @@ step.Steps.compute_gradients = spiky
 
 def test_a_failure_of_one_rank_is_told_once_by_that_rank(rows, tmp_path):
     patch = "if RANK == 1: sys.argv[sys.argv.index('--data') + 1] = 'nowhere.json'"
-    code, said = driven(tmp_path, 2, patch, *flags(rows, tmp_path / "out"))
-    assert code == 1 and said.count("error: ") == 1 and "nowhere.json" in said, said
+    codes, said = patched(2, patch, *flags(rows, tmp_path / "out"))
+    assert codes == [3, 3] and said.count("error: ") == 1 and "nowhere.json" in said, said
     assert not (tmp_path / "out" / "run.json").exists()
 
 
@@ -289,16 +305,16 @@ def test_a_dry_run_of_ranks_is_of_as_many_cards(rows, tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_rank_fails_before_the_others_read(rows, tmp_path, rank):
     patch = f"def no(*_): raise prepare.UsageError('nothing here')\nif RANK == {rank}: prepare.choose_device = no"
-    code, said = driven(tmp_path, 2, patch, *flags(rows, tmp_path / "out"), wait=60)
-    assert code == 1 and said.count("error: ") == 1 and "error: nothing here" in said and "exitcode  : 2" in said, said
+    codes, said = patched(2, patch, *flags(rows, tmp_path / "out"))
+    assert codes == [2, 2] and said.count("error: ") == 1 and "error: nothing here" in said, said
 
 
 def test_other_data_on_one_rank_is_refused(rows, tmp_path):
     other = tmp_path / "other.json"
     other.write_text(json.dumps(json.loads(rows.read_text())[:-1]))
     patch = f"if RANK == 1: sys.argv[sys.argv.index('--data') + 1] = {str(other)!r}"
-    code, said = driven(tmp_path, 2, patch, *flags(rows, tmp_path / "out"))
-    assert code == 1 and said.count("rank 1 has other data than rank 0") == 1, said
+    codes, said = patched(2, patch, *flags(rows, tmp_path / "out"))
+    assert codes == [3, 3] and said.count("rank 1 has other data than rank 0") == 1, said
 
 
 @pytest.mark.parametrize(
@@ -338,7 +354,7 @@ if RANK == 1:
     Transformer.loss = lambda self, batch: real(self, batch) * float("nan")
 """
     out = tmp_path / "out"
-    code, said = driven(tmp_path, 2, patch, *flags(rows, out, "--max-skips", 1))
-    assert code == 1 and "exitcode  : 4" in said and said.count("2 steps in a row had no finite loss") == 1, said
+    codes, said = patched(2, patch, *flags(rows, out, "--max-skips", 1))
+    assert codes == [4, 4] and said.count("2 steps in a row had no finite loss") == 1, said
     skipped = [line for line in (out / "metrics.jsonl").read_text().splitlines() if '"skip"' in line]
     assert len(skipped) == 2 and "rows.json:" in skipped[0]

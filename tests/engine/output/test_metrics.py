@@ -1,0 +1,148 @@
+"""metrics.jsonl: every line whole or absent, whatever kills the writer."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from engine.output.metrics import Metrics
+
+ROOT = Path(__file__).parents[3]
+
+
+def start(code, *arguments, **options):
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], cwd=ROOT, **options)
+
+
+def read(path):
+    return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("size", [250, 2500, 15000])  # a train line, one that often crosses a page, a long sample
+def test_kill_leaves_whole_lines_only(tmp_path, size):
+    writer = """
+        import sys
+        from pathlib import Path
+        from engine.output.metrics import Metrics
+        metrics, step = Metrics(Path(sys.argv[1])), 0
+        while True:
+            metrics.write("train", step=(step := step + 1), text="x" * (int(sys.argv[2]) + step % 50))
+            if step == 3:
+                print("ready", flush=True)
+    """
+    for i in range(10):
+        process = start(writer, tmp_path / "metrics.jsonl", size, stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(0.005 + 0.0017 * i)
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        text = (tmp_path / "metrics.jsonl").read_bytes()
+        assert not text or text.endswith(b"\n")
+        lines = read(tmp_path / "metrics.jsonl")
+        assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+        assert all(len(line["text"]) == size + line["step"] % 50 for line in lines)
+        assert len(lines) >= 3
+
+
+def test_no_append_crosses_a_page(tmp_path, monkeypatch):
+    writes, real = [], os.write
+    monkeypatch.setattr(
+        os, "write", lambda fd, data: writes.append((os.fstat(fd).st_size, len(data))) or real(fd, data)
+    )
+    metrics = Metrics(tmp_path / "m")
+    for step in range(200):
+        metrics.write("train", step=step, text="x" * (step * 97 % 400))
+    assert len(writes) == 200  # no train line needs the copy
+    for step in range(200, 300):
+        metrics.write("train", step=step, text="x" * (step * 97 % 900))
+    metrics.write("sample", step=300, text="x" * 9000)
+    metrics.close()
+    assert all(at // 4096 == (at + length - 1) // 4096 for at, length in writes)
+    assert [line["step"] for line in read(tmp_path / "m")] == list(range(301))
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_json_is_strict_and_exact(tmp_path):
+    metrics = Metrics(tmp_path / "m")
+    values = dict(
+        a=math.nan, b=[math.inf, 0.1 + 0.2], c={"d": -math.inf}, e=2e-5 / 3, f=None, g=True, h="é\u2028\n\x1b"
+    )
+    metrics.write("train", step=1, **values, surrogate="\udc80", path=Path("out"))
+    metrics.close()
+    metrics.close()
+    (line,) = read(tmp_path / "m")
+    wanted = dict(a=None, b=[None, 0.1 + 0.2], c={"d": None}, e=2e-5 / 3, f=None, g=True, h="é\u2028\n\x1b")
+    assert line == dict(event="train", step=1, **wanted, surrogate="?", path="out")
+
+
+def test_a_tensor_of_one_number_is_a_number(tmp_path):
+    torch = pytest.importorskip("torch")
+    metrics = Metrics(tmp_path / "m")
+    metrics.write("train", loss=torch.tensor(0.5), norm=torch.tensor(math.nan))
+    assert read(tmp_path / "m") == [dict(event="train", loss=0.5, norm=None)]
+
+
+def test_resume_keeps_what_came_before(tmp_path):
+    path = tmp_path / "m"
+    metrics = Metrics(path)
+    metrics.write("data", rows=7)
+    for step in range(1, 6):
+        metrics.write("train", step=step, loss=1 / step)
+    metrics.write("end", step=3, status="stopped")
+    metrics.close()
+    with open(path, "ab") as file:
+        file.write(b'no json\n{"event": "train", "step": 2, "loss"')  # torn
+    (tmp_path / ".m.tmp").write_text("left by a kill")
+    metrics = Metrics(path, keep_until_step=3)
+    metrics.write("train", step=4, loss=9.0)
+    metrics.close()
+    lines = read(path)
+    assert [(line["event"], line.get("step")) for line in lines] == [
+        ("data", None), ("train", 1), ("train", 2), ("train", 3), ("train", 4)
+    ]  # fmt: skip
+    assert lines[3]["loss"] == 1 / 3 and lines[4]["loss"] == 9.0
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_a_torn_line_that_is_json_is_still_torn(tmp_path):
+    (tmp_path / "m").write_text('{"event": "train", "step": 1}\n{"event": "train", "step": 2}')
+    Metrics(tmp_path / "m", keep_until_step=5).close()
+    assert [line["step"] for line in read(tmp_path / "m")] == [1]
+
+
+def test_a_new_run_starts_empty_and_resume_needs_no_file(tmp_path):
+    (tmp_path / "m").write_text('{"event": "train", "step": 1}\n')
+    Metrics(tmp_path / "m").close()
+    assert (tmp_path / "m").read_bytes() == b""
+    metrics = Metrics(tmp_path / "new", keep_until_step=4)
+    metrics.write("train", step=5)
+    assert len(read(tmp_path / "new")) == 1
+
+
+@pytest.mark.parametrize("size", [100, 5000])  # by append; by renamed copy
+def test_full_disk_leaves_whole_lines(tmp_path, size):
+    process = start(
+        """
+        import resource, sys
+        from pathlib import Path
+        from engine.output.metrics import Metrics
+        metrics = Metrics(Path(sys.argv[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (21_000, 21_000))
+        try:
+            for step in range(1000):
+                metrics.write("train", step=step, text="x" * int(sys.argv[2]))
+        except OSError:
+            print("full")
+        """,
+        tmp_path / "m", size, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.communicate()[0] == b"full\n"
+    assert (tmp_path / "m").read_bytes().endswith(b"\n") and len(read(tmp_path / "m")) > 2
+    assert os.listdir(tmp_path) == ["m"]
