@@ -194,7 +194,7 @@ def test_no_command_is_imported_by_the_packages_or_by_another_command():
     assert not wrong, "\n".join(wrong)
 
 
-REBUILDING = pytest.mark.xfail(strict=False, reason="files are being split and rewritten")
+REWRITTEN = pytest.mark.xfail(strict=False, reason="some files are still being rewritten")
 
 # ---- docstrings and types -------------------------------------------------------------------------------------------
 
@@ -232,8 +232,16 @@ def python_files(*folders: str) -> list[Path]:
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
-@REBUILDING
-@pytest.mark.parametrize("folder", [*BELOW, "tests/helpers"])
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "kernels",
+        pytest.param("engine", marks=REWRITTEN),
+        "data_gen",
+        "scripts",
+        pytest.param("tests/helpers", marks=REWRITTEN),
+    ],
+)
 def test_a_docstring_of_a_function_begins_with_a_verb(folder):
     wrong = []
     for path in python_files(folder):
@@ -244,8 +252,7 @@ def test_a_docstring_of_a_function_begins_with_a_verb(folder):
     assert not wrong, f"{len(wrong)}\n" + "\n".join(wrong)
 
 
-@REBUILDING
-@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("folder", ["kernels", pytest.param("engine", marks=REWRITTEN), "data_gen"])
 def test_every_public_function_has_types(folder):
     wrong = []
     for path in python_files(folder):
@@ -290,13 +297,11 @@ MANY_PARAMETERS = {
 }
 
 
-@REBUILDING
 def test_files_are_under_400_lines_or_have_a_reason():
     long = {str(path.relative_to(ROOT)) for path in modules().values() if len(path.read_text().splitlines()) > 400}
     assert long == set(LONG_FILES)
 
 
-@REBUILDING
 def test_functions_are_under_60_lines_or_have_a_reason():
     long = {
         f"{path.relative_to(ROOT)}::{name}"
@@ -307,7 +312,6 @@ def test_functions_are_under_60_lines_or_have_a_reason():
     assert long == set(LONG_FUNCTIONS)
 
 
-@REBUILDING
 def test_functions_take_at_most_8_parameters_or_have_a_reason():
     many = set()
     for path in modules().values():
