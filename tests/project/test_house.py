@@ -276,7 +276,6 @@ ADAMW = "AdamW's hyper-parameters, each a keyword with the name that every optim
 LONG_FILES = {
     "kernels/ops/adamw.py": "one op, one file: formula, reference, kernels, launch, public function",
     "kernels/ops/attention.py": "one op, one file: three kernels, and what joins them with RoPE",
-    "engine/output/report.py": "one page: its charts, tables and style",
 }
 LONG_FUNCTIONS = {
     "kernels/ops/linear_cross_entropy.py::_rows_kernel": "a Triton kernel of two loops over the vocabulary",
