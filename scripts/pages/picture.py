@@ -115,7 +115,7 @@ def roofline():
         text(x(40) - 8, y(roof(h200, 40)) - 4, f"H200: {h200.bandwidth_gb_per_s / 1e3:g} TB/s", "soft", 12, "end"),
         text(x(24) + 10, y(roof(h100, 24)) + 6, f"H100: {h100.bandwidth_gb_per_s / 1e3:g} TB/s", "soft", 12),
         text(x(190), y(h100.peak_tflops) - 12, f"both: {h100.peak_tflops:g}", "soft", 12, "end"),
-        *(text(RIGHT_PLOT[1], BOTTOM - 52 + 17 * i, words, "soft", 12, "end") for i, words in enumerate(MEMORY_BOUND)),
+        *(text(RIGHT_PLOT[1], BOTTOM - 42 + 16 * i, words, "soft", 12, "end") for i, words in enumerate(MEMORY_BOUND)),
     ]  # fmt: skip
     for op, shape, kind, label, dx, dy, anchor in POINTS:
         flops, moved = work(op, shape, kind)
