@@ -1,7 +1,7 @@
-"""docs/faults.md: what can go wrong, what is expected, and what the test that makes it go wrong observed.
+"""docs/faults.md: each fault, the behaviour that is expected, and the outcome of the tests that cause the fault.
 
 python -m scripts.pages.faults            runs the tests and writes the page
-python -m scripts.pages.faults --check    exits 1 where the page names a test that is not there
+python -m scripts.pages.faults --check    exits 1 if the table names a test that does not exist
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "faults.md"
-WAITS = "waits for the server"  # what nothing can be tested of yet: there is no engine.serve
+WAITS = "waits for the server"  # for faults of engine.serve, which does not exist yet
 F, C, S, T, R, W, D = (
     "project/test_faults.py",
     "engine/output/test_checkpoint.py",
@@ -124,8 +124,8 @@ FAULTS = [  # fault, expected, tests
 ]  # fmt: skip
 
 
-def missing():
-    """Tests that the table names and no file has."""
+def find_missing_tests() -> list[str]:
+    """Return the tests that the table names and no file defines."""
     named = {test for _, _, tests in FAULTS for test in tests}
     return sorted(
         f"{file}::{test}" for file, test in named
@@ -133,25 +133,25 @@ def missing():
     )  # fmt: skip
 
 
-def observe():
-    """{(file, test): [outcome of each of its cases]}, by running them."""
+def run_named_tests() -> dict[tuple[str, str], list[str]]:
+    """Run the tests of the table. Return {(file, test): [outcome of each of its cases]}."""
     named = sorted({test for _, _, tests in FAULTS for test in tests})
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "junit.xml")
         nodes = [f"tests/{file}::{test}" for file, test in named]
         command = [sys.executable, "-m", "pytest", "-q", "-n", "auto", f"--junitxml={report}", *nodes]
         subprocess.run(command, cwd=ROOT, check=False)
-        cases = ElementTree.parse(report).getroot().iter("testcase")
-        found = {}
-        for case in cases:
+        outcomes = {}
+        for case in ElementTree.parse(report).getroot().iter("testcase"):
             outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
             file = case.get("classname").removeprefix("tests.").replace(".", "/") + ".py"
             key = file, re.sub(r"\[.*", "", case.get("name"), flags=re.S)
-            found.setdefault(key, []).append(outcome)
-    return found
+            outcomes.setdefault(key, []).append(outcome)
+    return outcomes
 
 
-def page(found):
+def format_page(outcomes: dict[tuple[str, str], list[str]]) -> str:
+    """Return the page: one row for each fault."""
     lines = [
         "# What can go wrong", "",
         "Made by `python -m scripts.pages.faults`, which runs the tests named here "
@@ -160,29 +160,31 @@ def page(found):
     ]  # fmt: skip
     for number, (fault, expected, tests) in enumerate(FAULTS, 1):
         names = "<br>".join(f"`{file.removesuffix('.py')}::{test}`" for file, test in tests)
-        outcomes = "<br>".join(told(found.get(test, ["not run"])) for test in tests) or WAITS
-        lines.append(f"| {number} | {escaped(fault)} | {escaped(expected)} | {names} | {outcomes} |")
+        observed = "<br>".join(describe_outcomes(outcomes.get(test, ["not run"])) for test in tests)
+        lines.append(f"| {number} | {escape_cell(fault)} | {escape_cell(expected)} | {names} | {observed or WAITS} |")
     return "\n".join([*lines, ""])
 
 
-def told(outcomes):
+def describe_outcomes(outcomes: list[str]) -> str:
+    """Return the outcomes of a test's cases in words, with their numbers."""
     kinds = {kind: outcomes.count(kind) for kind in dict.fromkeys(outcomes)}
     if kinds == {"passed": 1}:
         return "as expected"
     return ", ".join(f"{n} {'as expected' if kind == 'passed' else kind}" for kind, n in kinds.items())
 
 
-def escaped(text):
+def escape_cell(text: str) -> str:
+    """Return text that is safe in a cell of a Markdown table."""
     return text.replace("<", "&lt;").replace("|", "\\|")
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    if lost := missing():
-        raise SystemExit(f"render_faults: no such tests: {', '.join(lost)}")
+    if missing := find_missing_tests():
+        raise SystemExit(f"scripts.pages.faults: no such tests: {', '.join(missing)}")
     if not parser.parse_args().check:
-        PAGE.write_text(page(observe()))
+        PAGE.write_text(format_page(run_named_tests()))
 
 
 if __name__ == "__main__":

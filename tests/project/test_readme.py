@@ -116,11 +116,11 @@ def test_the_flags_of_the_pages_are_in_help():
 
 
 def test_the_page_of_faults_is_of_tests_that_are_there():
-    assert render_faults.missing() == []
+    assert render_faults.find_missing_tests() == []
     rows = [line.split(" | ") for line in render_faults.PAGE.read_text().splitlines() if re.match(r"\| \d+ \| ", line)]
     told = [(row[1], [name.strip("`") for name in row[3].split("<br>") if name.strip()]) for row in rows]
     assert told == [
-        (render_faults.escaped(fault), [f"{file.removesuffix('.py')}::{test}" for file, test in tests])
+        (render_faults.escape_cell(fault), [f"{file.removesuffix('.py')}::{test}" for file, test in tests])
         for fault, _, tests in render_faults.FAULTS
     ]
     assert not [row for row in rows if re.search("failure|error|not run", row[4])]
