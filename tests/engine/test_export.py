@@ -20,6 +20,7 @@ from engine.model.config import ModelConfig, RopeScaling
 from engine.model.llama import new_model
 from engine.output import checkpoint
 from engine.text.tokenizer_files import load_tokenizer
+from engine.training import fine_tuning
 from tests.helpers.run import ROOT, export
 from tests.helpers.training_states import cut, flip, save_checkpoint, save_together
 
@@ -131,7 +132,7 @@ def test_a_state_gives_the_model_that_its_run_writes(kind, base, smollm2, rows_f
         raise Stopped("before the model was written")
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "finish", killed)
+        patch.setattr(fine_tuning, "write_model", killed)
         here(*settings, main=finetune.main, code=143)
     assert state.is_dir() and not (out / "config.json").exists()
     early = exported(state, tmp_path / "early")
