@@ -18,6 +18,7 @@ def test_programs_per_sm():
     assert programs(33, 2, 0, "sm_80") == 24  # registers come in eights
     assert [programs(32, 4, 100, chip) for chip in CHIPS] == [1, 2, 2]  # shared memory
     assert programs(32, 4, 113, "sm_90") == 2 and programs(32, 4, 114, "sm_90") == 1  # and the KB reserved
+    assert programs(32, 4, 45, "sm_90") == 4  # 5 without it
     assert programs(32, 4, 0, "sm_100", columns=256) == 2
 
 
