@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -30,7 +29,6 @@ from engine.training.plan import Plan
 from engine.training.planning_input import setting_from_config
 from engine.training.run_ahead import Feeder
 
-T = TypeVar("T")
 HALVED = "halved.json"  # in --out: micro-batches that ranks ran out of memory with, and those to take instead
 TOKENS_MULTIPLE = 64  # tokens: micro-batches on a GPU are whole rows of a GEMM's tiles
 
@@ -106,6 +104,16 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or bool(re.search("ALLOC_FAILED|out of memory", str(error)))
 
 
+def out_of_memory_reason(error: RuntimeError) -> str:
+    """Return the first two sentences of an out-of-memory error; raise any other error again.
+
+    For example "CUDA out of memory. Tried to allocate 2.00 GiB".
+    """
+    if not is_out_of_memory(error):
+        raise error
+    return ". ".join(str(error).split(". ")[:2])
+
+
 class MicroBatchSize:
     """The size of a run's micro-batches: tried before the first step, and halved once where memory runs out.
 
@@ -121,30 +129,24 @@ class MicroBatchSize:
     def max_tokens(self) -> int:
         return self.batches.packing.max_tokens
 
-    def run_within_memory(self, work: Callable[[], T], optimizer: AdamW, feeder: Feeder | None = None) -> T:
-        """Return work(). Where it runs out of memory, halve the micro-batch and call it again, once in a run.
+    def recover(self, reason: str, optimizer: AdamW, feeder: Feeder | None = None) -> None:
+        """Make room after a pass that ran out of memory: drop its gradients and halve the micro-batch, once in a run.
 
         feeder: what has prepared micro-batches of the old size, and prepares them anew. Raises CriaError with what
-        would fit where halving cannot help.
+        would fit where halving cannot help. Call it outside the handler of the error, whose traceback keeps what the
+        failed pass had saved.
         """
-        while True:
-            try:
-                return work()
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                reason = ". ".join(str(error).split(". ")[:2])  # "CUDA out of memory. Tried to allocate 2.00 GiB"
-            if optimizer.begun and feeder:
-                raise CriaError(
-                    f"out of memory ({reason}) in a step whose updates --optimizer-in-backward had begun; "
-                    + self.advise(self.max_tokens // 2)
-                )
-            optimizer.zero_grad()  # outside the handler, whose traceback keeps what the failed pass had saved
-            if self.plan.device.type == "cuda":
-                torch.cuda.empty_cache()
-            self.halve(reason)
-            if feeder:
-                feeder.forget()
+        if optimizer.begun and feeder:
+            raise CriaError(
+                f"out of memory ({reason}) in a step whose updates --optimizer-in-backward had begun; "
+                + self.advise(self.max_tokens // 2)
+            )
+        optimizer.zero_grad()
+        if self.plan.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.halve(reason)
+        if feeder:
+            feeder.forget()
 
     def try_largest(self, model: Transformer, optimizer: AdamW) -> None:
         """Run the largest micro-batch that the data can make, forward and backward, with loss at every token.
@@ -155,7 +157,7 @@ class MicroBatchSize:
         plan = self.plan
         most, step = count_largest_tokens(plan.config, plan.train, plan.packing.multiple)
 
-        def try_it():
+        def run_largest():
             tokens = min(self.max_tokens, most)
             batch = make_largest_micro_batch(tokens, plan.config.max_length, plan.model_config.vocab_size)
             if plan.config.optimizer_in_backward and tokens == step:
@@ -168,7 +170,13 @@ class MicroBatchSize:
                     model.loss(batch).backward()
             return tokens
 
-        tokens = self.run_within_memory(try_it, optimizer)
+        while True:
+            try:
+                tokens = run_largest()
+                break
+            except RuntimeError as error:
+                reason = out_of_memory_reason(error)
+            self.recover(reason, optimizer)
         optimizer.zero_grad()
         peak, total = torch.cuda.max_memory_allocated(plan.device), torch.cuda.mem_get_info(plan.device)[1]
         self.say(f"micro-batches of {tokens} tokens take {peak / 2**30:.2f} of {total / 2**30:.2f} GiB at most")

@@ -1,5 +1,5 @@
-"""The parts of a step that keep the host out of the device's way: micro-batches that are ready before they are asked for,
-and figures that are read after the device has computed them."""
+"""The parts of a step that keep the host out of the device's way: micro-batches that are ready before they are asked
+for, and figures that are read after the device has computed them."""
 
 import time
 from collections.abc import Iterator

@@ -14,7 +14,7 @@ from engine.data.batches import StepBatch
 from engine.distributed.fsdp import set_last_micro_batch
 from engine.distributed.world import World
 from engine.model.llama import Transformer
-from engine.training.micro_batch_size import MicroBatchSize
+from engine.training.micro_batch_size import MicroBatchSize, out_of_memory_reason
 from engine.training.optimizer import AdamW
 from engine.training.run_ahead import Feeder, Figures, Mark
 
@@ -77,11 +77,7 @@ class Steps:
         Ranks, which must agree on that, end the step first.
         """
         began = Mark(self.model.norm.device)
-
-        def compute():
-            return self.compute_gradients(step, lr)
-
-        computed = self.size.run_within_memory(compute, self.optimizer, self.feeder) if self.size else compute()
+        computed = self.compute_within_memory(step, lr)
         self.read_pending()
         if computed is None:
             return False
@@ -95,11 +91,22 @@ class Steps:
         return True
 
     def finished(self, wait: bool) -> list[StepReport]:
-        """Return the reports of steps whose figures are read and not handed out yet. wait: read the newest step's too."""
+        """Return the reports of steps whose figures were read since the last call. wait: read the newest step's too."""
         if wait:
             self.read_pending()
         reports, self.reports = self.reports, []
         return reports
+
+    def compute_within_memory(self, step: int, lr: float) -> tuple[StepBatch, torch.Tensor] | None:
+        """Call compute_gradients, and once more with half the micro-batch where it runs out of memory."""
+        while True:
+            try:
+                return self.compute_gradients(step, lr)
+            except RuntimeError as error:
+                reason = out_of_memory_reason(error)
+                if self.size is None:
+                    raise
+            self.size.recover(reason, self.optimizer, self.feeder)
 
     def compute_gradients(self, step: int, lr: float) -> tuple[StepBatch, torch.Tensor] | None:
         """Run this rank's micro-batches of a step, forward and backward.
@@ -122,7 +129,7 @@ class Steps:
     def sum_over_ranks(
         self, loss: torch.Tensor, norm: torch.Tensor, n_computed_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-        """Return loss, gradient norm, and [computed tokens, ranks that a signal reached], over all ranks, on the device.
+        """Return loss, gradient norm and [computed tokens, ranks that a signal reached] of all ranks, on the device.
 
         On one rank the list is empty: the host has these numbers. torch.full, not a copy, which would wait for the GPU.
         """
