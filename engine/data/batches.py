@@ -49,14 +49,10 @@ class StepBatch:
     """One step: the micro-batches of this rank, and the numbers of the global batch, which all ranks share."""
 
     micro_batches: Sequence[MicroBatch | Ready]
-    examples: np.ndarray  # (N,) of the global batch, in order
+    examples: np.ndarray  # (N,) numbers of the global batch's examples, in order
     n_tokens: int  # of the global batch, as its examples hold them
     n_loss_tokens: int  # of the global batch
-
-    @property
-    def n_computed_tokens(self) -> int:
-        """The tokens that this rank computes: shared prefixes once, padding included."""
-        return sum(len(batch.tokens) for batch in self.micro_batches)
+    n_computed_tokens: int  # of this rank's micro-batches: shared prefixes once, padding included
 
 
 class Batches:
@@ -81,14 +77,13 @@ class Batches:
 
     def of(self, step: int) -> StepBatch:
         """Return the micro-batches of a step, counted from 1."""
-        examples = self.order.examples_of(step)
-        n_loss_tokens = int(self.dataset.loss_tokens()[examples].sum())
+        numbers = self.order.examples_of(step)
+        examples = self.dataset.get_examples(numbers)
+        n_loss_tokens = sum(int(example.is_target.sum()) for example in examples)
         micro_batches = make_micro_batches(
-            self.dataset, examples, self.packing, scale=None if self.mean_of_means else 1 / n_loss_tokens,
+            examples, self.packing, scale=None if self.mean_of_means else 1 / n_loss_tokens,
             mean_of_means=self.mean_of_means, ranks=self.ranks, rank=self.rank,
         )  # fmt: skip
-        return StepBatch(micro_batches, examples, int(self.dataset.lengths()[examples].sum()), n_loss_tokens)
-
-    def sources_of(self, examples: Sequence[int] | np.ndarray) -> list[str]:
-        """Return "file:row" of each example."""
-        return [self.dataset.sources[i] for i in examples]
+        n_tokens = sum(len(example.tokens) for example in examples)
+        n_computed_tokens = sum(len(batch.tokens) for batch in micro_batches)
+        return StepBatch(micro_batches, numbers, n_tokens, n_loss_tokens, n_computed_tokens)

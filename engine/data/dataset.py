@@ -6,7 +6,7 @@ A Table holds every row of some files; a Dataset is the examples of it that a ru
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,13 @@ from engine.text.tokenizer import Tokenizer
 
 BLOCK = 1024  # rows tokenised at a time
 T = TypeVar("T")
+
+
+class Example(NamedTuple):
+    """One tokenised row that has a loss token."""
+
+    tokens: np.ndarray  # (n,) int32
+    is_target: np.ndarray  # (n,) bool: this token is predicted, and carries loss; never the first
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,11 @@ class Dataset:
     def is_target_of(self, example: int) -> np.ndarray:
         """Return which tokens of an example are targets, (n,) bool, a view."""
         return self.is_target[self.begins[example] : self.ends[example]]
+
+    def get_examples(self, numbers: Sequence[int] | np.ndarray) -> list[Example]:
+        """Return the examples of these numbers, as views."""
+        spans = [slice(self.begins[i], self.ends[i]) for i in numbers]
+        return [Example(self.tokens[span], self.is_target[span]) for span in spans]
 
     def sha256(self) -> str:
         """Return the digest of all examples' tokens, targets and starts. It does not depend on where the arrays lie."""

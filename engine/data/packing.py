@@ -7,21 +7,28 @@ a prefix computes depends on nothing after it, and autograd sums the gradients t
 document. So outputs and gradients equal those of the plain rows.
 
 Packing is bin packing: examples are the items, micro-batches the bins, tokens the size. Functions here work on row
-numbers 0, 1, ... of the step, with their lengths and their prefix groups (see engine.data.prefixes).
+numbers 0, 1, ... of the step, with their lengths and their prefix groups.
+
+Which rows share a prefix is solved exactly. Sorted rows form a tree of common prefixes. At each node of it, either all
+rows below that share no longer prefix share this node's prefix, or none of them does, because each of them gains
+equally by it. So the best groups follow from one choice per node and possible sharing ancestor.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
 
-from engine.data.dataset import Dataset
-from engine.data.prefixes import PrefixGroup, count_saved_tokens, find_shared_prefixes
+from engine.data.dataset import Example
 from engine.model.batch import MicroBatch
 
 BUDGET_GROWTH = 1.01  # the factor by which a budget grows while micro-batches are evened out
+LEAST_SHARED_TOKENS = 8  # a shorter prefix saves less than the extra blocks that attention reads for it
+
+PrefixGroup = tuple[int, list[int]]  # (tokens of the shared prefix, the rows that share it); (0, [row]) shares nothing
 
 
 @dataclass(frozen=True)
@@ -36,8 +43,7 @@ class Packing:
 
 
 def make_micro_batches(
-    dataset: Dataset,
-    examples: np.ndarray,
+    examples: Sequence[Example],
     packing: Packing,
     *,
     scale: float | None = None,
@@ -55,7 +61,7 @@ def make_micro_batches(
     others still have one, it computes the shortest example again with losses that weigh 0, because collectives need
     every rank.
     """
-    rows = [dataset.tokens_of(i) for i in examples]
+    rows = [example.tokens for example in examples]
     groups = find_shared_prefixes(rows) if packing.share_prefix else [(0, [i]) for i in range(len(rows))]
     lengths = [len(row) for row in rows]
     max_tokens = max(1, packing.max_tokens // packing.multiple) * packing.multiple
@@ -69,12 +75,81 @@ def make_micro_batches(
     shortest = np.array([np.argmin(lengths)])
     batches = []
     for turn in range(rank, -(-len(bins) // ranks) * ranks, ranks):
-        members, factor = (bins[turn], scale) if turn < len(bins) else (shortest, 0.0)
+        rows_here, factor = (bins[turn], scale) if turn < len(bins) else (shortest, 0.0)
+        members = [examples[row] for row in rows_here]
         if mean_of_means and turn < len(bins):
-            n_loss_tokens = sum(int(dataset.is_target_of(i).sum()) for i in examples[members])
+            n_loss_tokens = sum(int(example.is_target.sum()) for example in members)
             factor = (scale or 1.0) / (n_loss_tokens * len(bins))
-        batches.append(collate(dataset, examples[members], packing.share_prefix, packing.multiple, factor))
+        batches.append(collate(members, packing.share_prefix, packing.multiple, factor))
     return batches
+
+
+# ---- which rows share a prefix --------------------------------------------------------------------------------------
+
+
+def find_shared_prefixes(rows: Sequence[np.ndarray]) -> list[PrefixGroup]:
+    """Return the groups of rows whose sharing saves the most tokens. Every row is in exactly one group.
+
+    A group computes its prefix once, so it saves n_shared * (len(group) - 1) tokens.
+    """
+    order = sorted(range(len(rows)), key=lambda i: rows[i].astype(">u4").tobytes())
+    common = [count_common_tokens(rows[a], rows[b]) for a, b in pairwise(order)]
+    depths, parents, node_of = build_prefix_tree(common)
+    down = sorted(range(len(depths)), key=depths.__getitem__)  # parents before their children, the root first
+    above: dict[int, list[int]] = {0: []}  # node -> the depths that its nearest sharing ancestor can have
+    for node in down[1:]:
+        above[node] = [*above[parents[node]], depths[parents[node]]]
+    # saved[node][d]: tokens saved at and below a node whose nearest sharing node, itself included, has depth d.
+    leaves = np.bincount(node_of, minlength=len(depths)).tolist()
+    saved = [{d: leaves[node] * d for d in [*above[node], depths[node]]} for node in range(len(depths))]
+    shares: list[dict[int, bool]] = [{} for _ in depths]
+    for node in reversed(down[1:]):
+        sharing = saved[node][depths[node]] - depths[node]
+        for d in above[node]:
+            shares[node][d] = depths[node] >= LEAST_SHARED_TOKENS and sharing > saved[node][d]
+            saved[parents[node]][d] += sharing if shares[node][d] else saved[node][d]
+    prefix = {0: 0}  # node -> the sharing node that its rows belong to
+    for node in down[1:]:
+        up = prefix[parents[node]]
+        prefix[node] = node if shares[node][depths[up]] else up
+    members: dict[int, list[int]] = {}
+    for row, node in zip(order, node_of, strict=True):
+        members.setdefault(prefix[node], []).append(row)
+    unshared = [(0, [row]) for row in sorted(members.pop(0, []))]
+    return sorted([(depths[node], sorted(group)) for node, group in members.items()], key=lambda g: g[1]) + unshared
+
+
+def count_saved_tokens(groups: Sequence[PrefixGroup]) -> int:
+    """Return the tokens that the groups save when all rows are in one micro-batch."""
+    return sum(n_shared * (len(group) - 1) for n_shared, group in groups)
+
+
+def count_common_tokens(a: np.ndarray, b: np.ndarray) -> int:
+    """Return the number of first tokens in which two rows agree."""
+    n = min(len(a), len(b))
+    differs = np.flatnonzero(a[:n] != b[:n])
+    return int(differs[0]) if len(differs) else n
+
+
+def build_prefix_tree(common: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+    """Build the tree of common prefixes of sorted rows, where rows i and i + 1 have common[i] first tokens in common.
+
+    Returns each node's depth in tokens, each node's parent, and the deepest node of each row. The root comes first; its
+    depth is 0 and it is its own parent.
+    """
+    depths, parents, node_of, path = [0], [0], [], [0]  # path: from the root to the node where the last row hangs
+    for depth in [*common, 0]:
+        left, child = path[-1], None
+        while depths[path[-1]] > depth:
+            child = path.pop()
+        if depths[path[-1]] < depth:  # a new node, between the path's end and what was popped
+            depths.append(depth)
+            parents.append(path[-1])
+            path.append(len(depths) - 1)
+            if child is not None:
+                parents[child] = path[-1]
+        node_of.append(left if depths[left] >= depth else path[-1])
+    return depths, parents, node_of
 
 
 # ---- which rows go together -----------------------------------------------------------------------------------------
@@ -209,14 +284,14 @@ def index_by_row(groups: Sequence[PrefixGroup]) -> tuple[dict[int, int], dict[in
 
 
 def collate(
-    dataset: Dataset, examples: np.ndarray, share_prefix: bool = False, multiple: int = 1, scale: float | None = None
+    examples: Sequence[Example], share_prefix: bool = False, multiple: int = 1, scale: float | None = None
 ) -> MicroBatch:
     """Return the examples as one micro-batch, each shared prefix before the documents that continue from it.
 
     Prefixes are searched for again among these examples: the best sharing of a part of a step is not a part of the
     step's. A target that several examples share weighs as many; scale multiplies every weight.
     """
-    rows, targets = [dataset.tokens_of(i) for i in examples], [dataset.is_target_of(i) for i in examples]
+    rows, targets = [example.tokens for example in examples], [example.is_target for example in examples]
     groups = find_shared_prefixes(rows) if share_prefix else [(0, [i]) for i in range(len(rows))]
     tokens, positions, documents, predicting = [], [], [], []
     end = 0

@@ -11,7 +11,7 @@ import numpy as np
 from engine.base.errors import UsageError
 from engine.data.batches import permute_examples
 from engine.data.dataset import Dataset
-from engine.data.prefixes import find_shared_prefixes
+from engine.data.packing import find_shared_prefixes
 from engine.planning.memory import BatchShape
 from engine.planning.setting import Recipe
 from kernels.measure.alpaca import ALPACA_ROWS, alpaca_lengths

@@ -36,7 +36,7 @@ def evaluate(plan: Plan, run: Run, states: States, model: Transformer, step: int
     for chunk in run.progress.track("evaluating", chunks):
         if world.any_rank(run.signals.pending()):
             states.stop_run(step)
-        for batch in make_micro_batches(held_out, chunk, packing, ranks=world.size, rank=world.rank):
+        for batch in make_micro_batches(held_out.get_examples(chunk), packing, ranks=world.size, rank=world.rank):
             total += model.loss(batch)
     loss = float(world.sum_over_ranks(total)) / n_tokens
     run.metrics.write("eval", step=step, loss=loss, perplexity=float(np.exp(loss)), loss_tokens=n_tokens)

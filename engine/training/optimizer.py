@@ -87,17 +87,18 @@ class AdamW:
         return kernels.grad_norm([local_part(p.grad) for p in self.params.values()], self.impl)
 
     def step(self, lr: float, norm: torch.Tensor, clip: float, apply: torch.Tensor | None = None) -> None:
-        """Update every parameter once, with gradients times min(1, clip / (norm + 1e-6)), as torch's clip_grad_norm_.
+        """Update every parameter once, with gradients times min(1, clip / (norm + 1e-6)), and drop the gradients.
 
-        clip 0 leaves the gradients as they are. apply is a bool on the device; where it is false nothing changes, and
-        the caller who learns of that takes 1 from n_updates before the next step.
+        The gradients are clipped as by torch's clip_grad_norm_; clip 0 leaves them as they are. apply is a bool on the
+        device; where it is false nothing changes, and the caller who learns of that takes 1 from n_updates before the
+        next step.
         """
         if self.begun is None:
             scale = (clip / (norm + 1e-6)).clamp(max=1.0) if clip else 1.0
             for name, state in self.offload.visits() if self.offload else self.states.items():
                 self._update(name, state, lr, scale, apply)
-        self.begun = None
         self.n_updates += 1
+        self.zero_grad()
 
     def _update(self, name, state, lr, scale, apply):
         p, shard = self.params[name], self.local[name]

@@ -86,7 +86,6 @@ class Steps:
         loss, norm, shared = self.sum_over_ranks(loss, self.optimizer.grad_norm(), batch.n_computed_tokens)
         is_finite = torch.isfinite(loss + norm)
         self.optimizer.step(lr, norm, self.grad_clip, apply=is_finite)
-        self.optimizer.zero_grad()
         self.pending = PendingStep(step, lr, batch, began, in_backward, Figures(loss, norm, is_finite, *shared))
         return True
 

@@ -99,7 +99,9 @@ def main():
     examples, scale = np.arange(len(dataset)), 1 / dataset.loss_tokens().sum()
     model = new_model(source.config, "cpu", torch.bfloat16, accumulate=True)
     source.read_into(model)
-    exact = exact_gradients(model, source.config, make_micro_batches(dataset, examples, Packing(2048), scale=scale))
+    exact = exact_gradients(
+        model, source.config, make_micro_batches(dataset.get_examples(examples), Packing(2048), scale=scale)
+    )
     names = {p: name for name, p in model.named_parameters()}
     run_kernels_on_cpu()
     sums = [Sums()]
@@ -109,7 +111,7 @@ def main():
         model.zero_grad()
         sums[0] = Sums()
         for part in np.array_split(examples, n):
-            for batch in make_micro_batches(dataset, part, Packing(10**9), scale=scale):
+            for batch in make_micro_batches(dataset.get_examples(part), Packing(10**9), scale=scale):
                 model.loss(batch).backward()
         weights, fp32 = list(sums[0].fp32), list(sums[0].fp32.values())
         figures.append({

@@ -59,7 +59,7 @@ class Ours:
     def step(self, examples, micro):
         """Take one optimizer step."""
         scale = 1 / self.dataset.loss_tokens()[examples].sum()
-        for batch in make_micro_batches(self.dataset, examples, Packing(micro), scale=scale):
+        for batch in make_micro_batches(self.dataset.get_examples(examples), Packing(micro), scale=scale):
             self.model.loss(batch).backward()
         self.optimizer.step(LR, self.optimizer.grad_norm(), 1.0)
         self.optimizer.zero_grad()

@@ -88,7 +88,9 @@ def pack_epoch(dataset, max_tokens):
     times, computed, real, counts = [], 0, 0, []
     for step in range(1, n_steps + 1):
         examples = Order(len(dataset), BATCH, seed=42).examples_of(step)
-        batches, *took = time_call(partial(make_micro_batches, dataset, examples, Packing(max_tokens, multiple=ALIGN)))
+        batches, *took = time_call(
+            partial(make_micro_batches, dataset.get_examples(examples), Packing(max_tokens, multiple=ALIGN))
+        )
         times.append(took)
         counts.append(len(batches))
         computed += sum(len(batch.tokens) for batch in batches)

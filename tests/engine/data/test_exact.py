@@ -80,7 +80,7 @@ def plain(model, ds, examples):
 
 
 def ours(model, ds, examples, max_tokens, **how):
-    batches = make_micro_batches(ds, examples, Packing(max_tokens, **how))
+    batches = make_micro_batches(ds.get_examples(examples), Packing(max_tokens, **how))
 
     def loss():
         total = torch.zeros((), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""From a step's examples to packed micro-batches that share prefixes."""
+"""From a step's examples to packed micro-batches that share packing."""
 
 import itertools
 from collections import Counter
@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.data import packing, prefixes
+from engine.data import packing
 from kernels.measure.alpaca import alpaca_lengths
 from tests.helpers.datasets import dataset
 
@@ -43,7 +43,7 @@ def best_saving(rows):
                     yield [[first, *others], *tail]
 
     def common(group):
-        return min(prefixes.count_common_tokens(rows[group[0]], rows[i]) for i in group)
+        return min(packing.count_common_tokens(rows[group[0]], rows[i]) for i in group)
 
     return max(sum(common(g) * (len(g) - 1) for g in p) for p in partitions(list(range(len(rows)))))
 
@@ -53,31 +53,31 @@ def best_saving(rows):
 def test_no_grouping_saves_more(rows):
     rows = arrays(rows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefixes, "LEAST_SHARED_TOKENS", 1)
-        groups = prefixes.find_shared_prefixes(rows)
+        patch.setattr(packing, "LEAST_SHARED_TOKENS", 1)
+        groups = packing.find_shared_prefixes(rows)
     assert sorted(i for _, group in groups for i in group) == list(range(len(rows)))
     for n_shared, group in groups:
         assert all((rows[i][:n_shared] == rows[group[0]][:n_shared]).all() for i in group)
         assert n_shared == 0 or len(group) > 1
-    assert prefixes.count_saved_tokens(groups) == best_saving(rows)
+    assert packing.count_saved_tokens(groups) == best_saving(rows)
 
 
 def test_two_templates_and_a_repeated_question():
     plain, with_input = list(range(100, 130)), list(range(200, 240))
     rows = [[*plain, i, 5] for i in range(6)] + [[*with_input, i] for i in range(5)] + [[7, 8, 9]]
     rows += [[*plain, 0, *range(50)]] * 2
-    groups = prefixes.find_shared_prefixes(arrays(rows))
+    groups = packing.find_shared_prefixes(arrays(rows))
     assert sorted((n, len(g)) for n, g in groups) == [(0, 1), (30, 6), (40, 5), (81, 2)]
 
 
 def test_a_short_prefix_is_not_worth_sharing():
     rows = arrays([[1, *range(10 * i, 10 * i + 9)] for i in range(2, 6)])
-    assert prefixes.find_shared_prefixes(rows) == [(0, [i]) for i in range(4)]
+    assert packing.find_shared_prefixes(rows) == [(0, [i]) for i in range(4)]
 
 
 def test_a_chain_of_prefixes_needs_no_recursion():
     rows = arrays([list(range(1, n)) for n in range(2, 1500)])
-    assert sum(len(group) for _, group in prefixes.find_shared_prefixes(rows)) == len(rows)
+    assert sum(len(group) for _, group in packing.find_shared_prefixes(rows)) == len(rows)
 
 
 # ---- which rows go together -----------------------------------------------------------------------------------------
@@ -91,12 +91,12 @@ def test_a_chain_of_prefixes_needs_no_recursion():
 def test_each_example_is_in_one_micro_batch_within_the_limits(lengths, max_tokens, max_examples, pack, share, align):
     rows = [[i + 1000 if j > 20 else j for j in range(n)] for i, n in enumerate(lengths)]
     max_tokens += 56 % align
-    groups = prefixes.find_shared_prefixes(arrays(rows)) if share else [(0, [i]) for i in range(len(rows))]
+    groups = packing.find_shared_prefixes(arrays(rows)) if share else [(0, [i]) for i in range(len(rows))]
     runs = (packing.pack_evenly if pack else packing.cut_in_order)(groups, lengths, max_tokens, max_examples)
     found = np.concatenate(runs).tolist()
     assert sorted(found) == list(range(len(rows))) and (pack or found == sorted(found))
     how = packing.Packing(max(max_tokens, 64), max_examples, pack, share, align)
-    batches = packing.make_micro_batches(dataset(rows), np.arange(len(rows)), how)
+    batches = packing.make_micro_batches(dataset(rows).get_examples(np.arange(len(rows))), how)
     assert sum(int(b.weights.sum()) if b.weights is not None else len(b.targets) for b in batches) == sum(
         lengths
     ) - len(lengths)
@@ -139,7 +139,10 @@ def weightless(batch):
 def of_all(ranks, rows, how, **options):
     """Return the micro-batches of each rank. how: a Packing, or the most tokens of a micro-batch."""
     step, how = np.arange(len(rows)), how if isinstance(how, packing.Packing) else packing.Packing(how)
-    return [packing.make_micro_batches(dataset(rows), step, how, ranks=ranks, rank=r, **options) for r in range(ranks)]
+    return [
+        packing.make_micro_batches(dataset(rows).get_examples(step), how, ranks=ranks, rank=r, **options)
+        for r in range(ranks)
+    ]
 
 
 def weight_of_targets(batches):
@@ -235,7 +238,7 @@ def every_cut(n):
 def test_as_few_micro_batches_as_any_cut_has_or_one_more(lengths, ranks, budget, share, most):
     """Where nothing is shared or counted, best-fit's bound: 11/9 of the least and 6/9."""
     rows = marked(lengths)
-    groups = prefixes.find_shared_prefixes(arrays(rows)) if share else [(0, [i]) for i in range(len(rows))]
+    groups = packing.find_shared_prefixes(arrays(rows)) if share else [(0, [i]) for i in range(len(rows))]
 
     def computed(run):
         return sum(lengths[i] for i in run) - sum(n * (max(len({*run} & {*group}), 1) - 1) for n, group in groups)
@@ -263,7 +266,9 @@ def test_the_largest_of_even_runs_is_near_the_least_possible(lengths, n):
 def test_ranks_have_about_as_many_of_alpacas_tokens_at_a_time(ranks, share):
     """128-row steps at the budgets of the 7B plan, and with as few examples as fill every rank."""
     for rows in alpaca_steps(3):
-        in_order = [packing.collate(dataset(part), np.arange(len(part)), share) for part in split(rows, ranks)]
+        in_order = [
+            packing.collate(dataset(part).get_examples(np.arange(len(part))), share) for part in split(rows, ranks)
+        ]
         sizes = {}
         for budget, most, bound in ((8320, None, 1.02), (2048, None, 1.04), (8320, 128 // ranks, 1.04)):
             per_rank = of_all(ranks, rows, packing.Packing(budget, most, share_prefix=share))
@@ -273,7 +278,7 @@ def test_ranks_have_about_as_many_of_alpacas_tokens_at_a_time(ranks, share):
             sizes[budget, most] = size
         computed = (
             sizes[8320, None].sum(),
-            sum(map(len, rows)) - prefixes.count_saved_tokens(prefixes.find_shared_prefixes(arrays(rows))),
+            sum(map(len, rows)) - packing.count_saved_tokens(packing.find_shared_prefixes(arrays(rows))),
         )
         assert not share or computed[0] < 1.03 * computed[1]  # 1.04 at 8 ranks, were each prefix in every run
         size = sizes[8320, 128 // ranks]
@@ -289,7 +294,7 @@ def split(rows, n):
 
 def test_documents_back_to_back_in_their_order():
     rows = [[5, 6, 7], [8, 9]]
-    batch = packing.collate(dataset(rows, [[False, False, True], [False, True]]), np.array([1, 0]))
+    batch = packing.collate(dataset(rows, [[False, False, True], [False, True]]).get_examples(np.array([1, 0])))
     assert batch.documents.tolist() == [[0, 2, 0, 0], [2, 5, 0, 0]]
     assert batch.tokens.tolist() == [8, 9, 5, 6, 7] and batch.positions.tolist() == [0, 1, 0, 1, 2]
     assert batch.loss_rows.tolist() == [0, 3] and batch.targets.tolist() == [9, 7] and batch.weights is None
@@ -298,7 +303,7 @@ def test_documents_back_to_back_in_their_order():
 def test_a_prefix_stands_once_and_its_documents_go_on_from_it():
     stem = list(range(10, 20))
     rows = [[*stem, 1, 2], [3, 4], [*stem, 5], stem]
-    batch = packing.collate(dataset(rows), np.arange(4), share_prefix=True, multiple=8)
+    batch = packing.collate(dataset(rows).get_examples(np.arange(4)), share_prefix=True, multiple=8)
     assert batch.tokens.tolist() == [*stem, 1, 2, 5, 3, 4, 0]
     assert batch.positions.tolist() == [*range(10), 10, 11, 10, 0, 1, 0]
     assert batch.documents.tolist() == [[0, 10, 0, 0], [10, 12, 0, 10], [12, 13, 0, 10], [13, 15, 0, 0]]
@@ -311,9 +316,11 @@ def test_a_prefix_stands_once_and_its_documents_go_on_from_it():
 def test_weights_carry_the_scale_and_the_mean_of_means():
     rows = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
     data = dataset(rows)
-    (one,) = packing.make_micro_batches(data, np.arange(3), packing.Packing(100), scale=0.25)
+    (one,) = packing.make_micro_batches(data.get_examples(np.arange(3)), packing.Packing(100), scale=0.25)
     assert one.weights.tolist() == [0.25] * 6
-    batches = packing.make_micro_batches(data, np.arange(3), packing.Packing(5, best_fit=False), mean_of_means=True)
+    batches = packing.make_micro_batches(
+        data.get_examples(np.arange(3)), packing.Packing(5, best_fit=False), mean_of_means=True
+    )
     assert [b.weights.tolist() for b in batches] == [pytest.approx([1 / 6] * 3), pytest.approx([1 / 6] * 3)]
 
 
@@ -334,7 +341,9 @@ def test_the_alpaca_length_mix_at_the_sizes_of_the_7b_plan():
     """Computed over logical tokens with sharing, and the tail's padding, of 128-row steps."""
     logical = computed = used = 0
     for rows in alpaca_steps(5):
-        batches = packing.make_micro_batches(dataset(rows), np.arange(128), packing.Packing(8320, multiple=64))
+        batches = packing.make_micro_batches(
+            dataset(rows).get_examples(np.arange(128)), packing.Packing(8320, multiple=64)
+        )
         assert len(batches) == 2
         logical += sum(map(len, rows))
         computed += sum(len(b.tokens) for b in batches)
@@ -347,7 +356,7 @@ def test_targets_follow_their_rows():
     generator = np.random.default_rng(1)
     stem = generator.integers(0, 50, 12).tolist()
     rows = [stem[: generator.integers(8, 13)] + generator.integers(0, 50, 9).tolist() for _ in range(9)]
-    batch = packing.collate(dataset(rows), np.arange(9), share_prefix=True)
+    batch = packing.collate(dataset(rows).get_examples(np.arange(9)), share_prefix=True)
     inside = torch.zeros(len(batch.tokens), dtype=torch.bool)
     for start, end, *_ in batch.documents.tolist():
         inside[start:end] = True

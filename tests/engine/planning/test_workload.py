@@ -6,7 +6,7 @@ import pytest
 from engine.base.errors import UsageError
 from engine.data import packing
 from engine.data.dataset import Dataset
-from engine.data.prefixes import find_shared_prefixes
+from engine.data.packing import find_shared_prefixes
 from engine.planning.workload import alpaca_mix, cut_into_micro_batches, examples_per_card, step_numbers
 from tests.helpers.planning import recipe_of
 
@@ -35,7 +35,7 @@ def test_a_step_in_numbers_is_what_packing_lays_out(share):
     ends = np.cumsum(lengths)
     tokens = np.concatenate(rows).astype(np.int32)
     dataset = Dataset(tokens, np.concatenate(targets), ends - lengths, ends, ("",) * 12, {})
-    (one,) = packing.make_micro_batches(dataset, np.arange(12), packing.Packing(10**6, share_prefix=share))
+    (one,) = packing.make_micro_batches(dataset.get_examples(np.arange(12)), packing.Packing(10**6, share_prefix=share))
     groups = find_shared_prefixes(rows) if share else []
     logical, own, prefix, loss_rows, pairs, query_pairs = step_numbers(lengths, loss, groups)
     assert (logical, own + prefix, loss_rows) == (ends[-1], len(one.tokens), len(one.targets))

@@ -26,7 +26,7 @@ SETTINGS = dict(beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
 
 def feeder_of(make, model):
     """Return a Feeder of the micro-batches that make(step) returns, for steps up to 4."""
-    return Feeder(SimpleNamespace(of=lambda step: StepBatch(make(step), np.arange(1), 0, 0)), model, last_step=4)
+    return Feeder(SimpleNamespace(of=lambda step: StepBatch(make(step), np.arange(1), 0, 0, 0)), model, last_step=4)
 
 
 def model_of(device, dtype=torch.bfloat16, impl="auto", **options):
@@ -36,7 +36,9 @@ def model_of(device, dtype=torch.bfloat16, impl="auto", **options):
 
 
 def batches(examples, **options):
-    return packing.make_micro_batches(dataset(ROWS), np.asarray(examples), packing.Packing(10**6), **options)
+    return packing.make_micro_batches(
+        dataset(ROWS).get_examples(np.asarray(examples)), packing.Packing(10**6), **options
+    )
 
 
 # ---- fed ahead ------------------------------------------------------------------------------------------------------
@@ -191,7 +193,7 @@ def test_updates_within_backward_are_those_after_it_and_no_gradient_stays(device
 def test_a_step_of_several_micro_batches_accumulates_as_always(device):
     model = model_of(device)
     optimizer = AdamW(model, in_backward=True, **SETTINGS)
-    for batch in packing.make_micro_batches(dataset(ROWS), np.arange(6), packing.Packing(50)):
+    for batch in packing.make_micro_batches(dataset(ROWS).get_examples(np.arange(6)), packing.Packing(50)):
         model.loss(batch).backward()
     assert all(p.grad is not None for p in model.parameters())
     before = model.norm.clone()

@@ -90,7 +90,8 @@ def test_a_step_is_the_training_loops(plain):
         examples = step_rows.examples_of_step(step, True)
         scale = 1 / dataset.loss_tokens()[examples].sum()
         losses = [
-            model.loss(b) for b in packing.make_micro_batches(dataset, examples, packing.Packing(384), scale=scale)
+            model.loss(b)
+            for b in packing.make_micro_batches(dataset.get_examples(examples), packing.Packing(384), scale=scale)
         ]
         sum(losses).backward()
         norm = optimizer.grad_norm()
