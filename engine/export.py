@@ -1,4 +1,4 @@
-"""A model from one layout to another; a training state as a model.
+"""Convert a model from one layout to another, or a training state to a model.
 
 python -m engine.export --model out/demo --out out/demo-meta --layout meta
 python -m engine.export --model out/demo/checkpoint-40 --out out/demo-40
@@ -38,7 +38,7 @@ class ExportConfig:
     max_shard_bytes: int = knob(5_000_000_000, "largest safetensors file (hf)")
     debug: bool = knob(False, "show tracebacks")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.out:
             raise ValueError("--out is missing")
         if self.max_shard_bytes < 1:

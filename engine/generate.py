@@ -1,4 +1,4 @@
-"""Text from a model: greedy or sampled, several prompts at once, streamed.
+"""Generate text: greedy or sampled, several prompts at once, streamed.
 
 python -m engine.generate --model out/demo --prompt "Name three uses for a paper clip."
 """
@@ -43,7 +43,7 @@ class GenerateConfig:
     kernels: str = knob("auto", KERNELS_HELP, KERNELS)
     debug: bool = knob(False, "show tracebacks")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         problems = []
         if bool(self.prompt) == bool(self.prompts):
             problems.append("give one of --prompt and --prompts")
@@ -55,8 +55,8 @@ class GenerateConfig:
             raise ValueError("\n".join(problems))
 
 
-def rows_of(config: GenerateConfig) -> list[Row]:
-    """What is asked: the prompt, or the rows of the file; a file that is no JSON holds one instruction a line."""
+def read_prompts(config: GenerateConfig) -> list[Row]:
+    """Return the prompt, or the rows of the file of prompts. A file that is no JSON holds one instruction a line."""
     if config.prompt:
         return [Row("--prompt", None, config.prompt, config.input)]
     path = Path(config.prompts)
@@ -72,9 +72,10 @@ def rows_of(config: GenerateConfig) -> list[Row]:
     return rows
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
+    """Generate and print the answers that the command line asks for."""
     config, _ = parse_flags(GenerateConfig, argv)
-    rows = rows_of(config)
+    rows = read_prompts(config)
     device = choose_device(config.device)
     impl = choose_kernels(config.kernels, device)
     model, tokenizer, source = load_model(config.model, device, choose_dtype(config.dtype, device), impl)
@@ -83,10 +84,11 @@ def main(argv):
         style = read_json(source.path / RUN).get("config", {}).get("prompt_style", "alpaca")
     stops = find_stop_ids(tokenizer, style)
 
-    def encode(row):
+    def encode(row: Row) -> list[int]:
         if not config.raw:
             return encode_prompt(row, tokenizer, style)
-        return ([tokenizer.bos_id] if tokenizer.add_bos else []) + tokenizer.encode(row.instruction)
+        begin = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+        return begin + tokenizer.encode(row.instruction)
 
     prompts = [encode(row) for row in rows]
     longest = max(map(len, prompts)) + config.max_new_tokens

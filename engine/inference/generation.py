@@ -1,6 +1,6 @@
 """Text from a model: greedy or sampled, several prompts at once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import torch
 
@@ -8,8 +8,8 @@ from engine.inference.kv_cache import KVCache
 from engine.model.llama import Transformer
 
 
-def sample(logits, temperature, top_p, generator):
-    """One id from logits (V,). temperature 0: the likeliest. top_p: from the fewest ids that hold that probability."""
+def sample(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """Return an id drawn from logits (V,): the likeliest at temperature 0, else one of the fewest that hold top_p."""
     if temperature == 0:
         return int(logits.argmax())
     probs = torch.softmax(logits.float() / temperature, dim=-1)
@@ -24,17 +24,17 @@ def sample(logits, temperature, top_p, generator):
 def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
-    stop_ids,
+    stop_ids: Container[int],
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
-    """The ids that follow each prompt, up to and without a stop id.
+    """Return the ids that follow each prompt, up to and without a stop id.
 
     Each prompt draws from a generator of its own, so its answer does not depend on its neighbours' draws.
-    on_token(prompt, id) is told each id as it comes and may raise to stop. Raises ValueError when a prompt is empty.
+    on_token(prompt, id) is called for each id as it comes and may raise to stop. Raises ValueError for an empty prompt.
     """
     if not prompts:
         return []
@@ -47,12 +47,13 @@ def generate(
     documents[:, 0], documents[:, 1] = ends - lengths, ends
     lengths = lengths.to(device)
     cache = KVCache(model.config, len(prompts), int(lengths.max()) + max_new_tokens, device, dtype, model.impl)
-    cache.start(lengths, documents)
+    cache.begin_prompts(lengths, documents)
     tokens = torch.tensor([i for p in prompts for i in p], device=device)
     positions = torch.cat([torch.arange(len(p), device=device) for p in prompts])
     x = model(tokens, positions, cache=cache)[ends - 1]
     generators = [torch.Generator(device).manual_seed(seed) for _ in prompts]
-    answers, open_ = [[] for _ in prompts], set(range(len(prompts)))
+    answers: list[list[int]] = [[] for _ in prompts]
+    open_ = set(range(len(prompts)))  # prompts whose answers go on
     while True:
         logits = model.logits(x)
         new = torch.zeros(len(prompts), dtype=torch.int64, device=device)
@@ -69,4 +70,4 @@ def generate(
             new[i] = token
         if not open_:
             return answers
-        x = model(new, cache.step(), cache=cache)
+        x = model(new, cache.begin_token(), cache=cache)

@@ -1,5 +1,7 @@
 """Keys and values of earlier tokens, kept for the tokens to come."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -8,29 +10,40 @@ from engine.model.config import ModelConfig
 
 
 class KVCache:
-    """Keys and values of B sequences, each with its own length. The first forward takes the prompts, packed as
-    documents; each later one takes one token a sequence."""
+    """Keys and values of B sequences, each with its own length.
 
-    def __init__(self, config: ModelConfig, batch: int, max_len: int, device, dtype, impl="auto"):
+    The first forward takes the prompts, packed as documents; each later one takes one token a sequence.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        max_len: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        impl: str = "auto",
+    ):
         self.impl = impl
         shape = (config.n_layers, batch, max_len, config.n_kv_heads, config.head_dim)
         self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.rows = torch.arange(batch, device=device)
+        self.documents: torch.Tensor | None = None  # of the prompts, in their forward alone
 
-    def start(self, lengths, documents):
-        """Before the prompts: lengths (B,) of each; documents (B, 4) on the CPU."""
+    def begin_prompts(self, lengths: torch.Tensor, documents: torch.Tensor) -> None:
+        """Prepare for the forward of the prompts, of lengths (B,) and documents (B, 4) on the CPU."""
         self.documents, self.lengths = documents, lengths
 
-    def step(self):
-        """Before one more token a sequence; returns their positions (B,)."""
+    def begin_token(self) -> torch.Tensor:
+        """Prepare for the forward of one more token a sequence, and return the tokens' positions (B,)."""
         self.documents, self.lengths = None, self.lengths + 1
         return self.lengths - 1
 
-    def layer(self, i, cos, sin):
-        """What the model's layer i does with its qkv (T, H + 2K, Dh): rotate, remember, attend."""
+    def attend_in_layer(self, i: int, cos: torch.Tensor, sin: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return layer i's attend(qkv (T, H + 2K, Dh)) -> (T, H, Dh), that rotates, stores keys and values, attends."""
 
-        def attend(qkv):
+        def attend(qkv: torch.Tensor) -> torch.Tensor:
             n_kv_heads = self.k.shape[3]
             q, k, v = qkv.split((qkv.shape[1] - 2 * n_kv_heads, n_kv_heads, n_kv_heads), dim=1)
             q, k = kernels.rope(q, k, cos, sin, self.impl)
@@ -38,13 +51,15 @@ class KVCache:
 
         return attend
 
-    def prefill(self, i, q, k, v):
+    def prefill(self, i: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Store layer i's keys and values of the prompts and return their attention (T, H, Dh)."""
+        assert self.documents is not None
         for row, (start, end, *_) in enumerate(self.documents.tolist()):
             self.k[i, row, : end - start], self.v[i, row, : end - start] = k[start:end], v[start:end]
         return kernels.attention(q, k, v, self.documents, self.impl)
 
-    def decode(self, i, q, k, v):
-        """q: (B, H, Dh). k, v: (B, K, Dh). Each attends to its own sequence's past and itself."""
+    def decode(self, i: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Store layer i's k, v (B, K, Dh) and return the attention (B, H, Dh) of q to its own sequence so far."""
         self.k[i, self.rows, self.lengths - 1], self.v[i, self.rows, self.lengths - 1] = k, v
         longest, group = int(self.lengths.max()), q.shape[1] // k.shape[1]
         past = [t[i, :, :longest].transpose(1, 2) for t in (self.k, self.v)]  # (B, K, S, Dh)

@@ -1,13 +1,17 @@
-"""What a forward takes: a micro-batch on the host, and the same on the device with attention planned."""
+"""Micro-batches: on the host, and on the device with attention planned."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward takes. A row that predicts several targets (the last of a prefix) is a loss row of each."""
+    """The tokens of one forward.
+
+    A row that predicts several targets (the last row of a prefix) is a loss row of each.
+    """
 
     tokens: torch.Tensor  # (T,) int64
     positions: torch.Tensor  # (T,) int64, from 0 in a document and its prefix
@@ -19,12 +23,12 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Ready:
-    """A micro-batch on the device, with attention planned: what Transformer.loss takes where the host runs ahead."""
+    """A micro-batch on the device, with attention planned, for a host that runs ahead of the device."""
 
     tokens: torch.Tensor  # (T,)
     positions: torch.Tensor  # (T,)
     targets: torch.Tensor  # (L,)
     weights: torch.Tensor | None  # (L,)
     rows: torch.Tensor  # (U,) the distinct rows with a loss
-    of_rows: torch.Tensor | None  # (L,): which of them each target has; None: each has its own
-    plans: tuple  # attention's, of all layers but the last, and of the last
+    of_rows: torch.Tensor | None  # (L,) each target's index into rows; None: target i has row i
+    plans: tuple[Any, Any]  # attention plans: of all layers but the last, and of the last

@@ -30,7 +30,7 @@ class ModelConfig:
     head_dim: int = None  # type: ignore[assignment]  # None is dim / n_heads, which __post_init__ fills in
     tied: bool = False  # the head is the embedding
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         problems = [
             f"{name} is {getattr(self, name)!r}, wanted a positive number"
             for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size", "max_seq_len")
@@ -48,7 +48,8 @@ class ModelConfig:
             raise ValueError("; ".join(problems))
 
     @property
-    def n_parameters(self):
+    def n_parameters(self) -> int:
+        """Return the number of parameters, a tied head counted once."""
         attention = self.dim * self.head_dim * (2 * self.n_heads + 2 * self.n_kv_heads)
         layer = attention + 3 * self.dim * self.hidden_dim + 2 * self.dim
         return self.vocab_size * self.dim * (1 if self.tied else 2) + self.n_layers * layer + self.dim

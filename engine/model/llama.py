@@ -8,12 +8,14 @@ H heads    K key/value heads    Dh head dim    F hidden dim of the feed-forward
                      x = x + w2 (silu(w1 norm(x)) * w3 norm(x))
     logits = output norm(x)
 
-No padding and no batch axis: which rows see which is told by `documents` (see kernels.attention).
+No padding and no batch axis: `documents` says which rows see which (see kernels.attention).
 Source: arXiv:2302.13971, arXiv:2407.21783.
 """
 
 import functools
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,16 +24,18 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from engine.model.batch import MicroBatch, Ready
-from engine.model.config import ModelConfig
+from engine.model.config import ModelConfig, RopeScaling
+from engine.model.shard import Shard
 
 
 @functools.cache
-def frequencies_on(device, *of):
-    """kernels.rope_frequencies there, once: a copy from pageable memory in each forward would wait for the device."""
-    return kernels.rope_frequencies(*of).to(device)
+def rope_frequencies_on(device: torch.device, head_dim: int, theta: float, scaling: RopeScaling | None) -> torch.Tensor:
+    """Return kernels.rope_frequencies on a device, made once: a copy in each forward would wait for the device."""
+    return kernels.rope_frequencies(head_dim, theta, scaling).to(device)
 
 
-def parameter(*shape):
+def new_parameter(*shape: int) -> nn.Parameter:
+    """Return an uninitialised parameter."""
     return nn.Parameter(torch.empty(*shape))
 
 
@@ -42,17 +46,20 @@ class Block(nn.Module):
         super().__init__()
         dim, heads, kv_heads, head_dim = config.dim, config.n_heads, config.n_kv_heads, config.head_dim
         self.config, self.options, self.keep = config, {"impl": impl, "accumulate": accumulate}, keep
-        self.attention_norm = parameter(dim)
-        self.wqkv = parameter((heads + 2 * kv_heads) * head_dim, dim)
-        self.wo = parameter(dim, heads * head_dim)
-        self.ffn_norm = parameter(dim)
-        self.w13 = parameter(2 * config.hidden_dim, dim)
-        self.w2 = parameter(dim, config.hidden_dim)
+        self.attention_norm = new_parameter(dim)
+        self.wqkv = new_parameter((heads + 2 * kv_heads) * head_dim, dim)
+        self.wo = new_parameter(dim, heads * head_dim)
+        self.ffn_norm = new_parameter(dim)
+        self.w13 = new_parameter(2 * config.hidden_dim, dim)
+        self.w2 = new_parameter(dim, config.hidden_dim)
 
-    def forward(self, x, attend, rows=None):
-        """x: (T, D). attend: qkv (T, H + 2K, Dh) -> (T, H, Dh), which rotates and masks. Returns (T, D).
+    def forward(
+        self, x: torch.Tensor, attend: Callable[..., torch.Tensor], rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the layer's output (T, D) of x (T, D).
 
-        rows: (U,), the only rows whose output (U, D) is wanted: attend then takes q (U, H, Dh) and kv (T, 2K, Dh).
+        attend(qkv (T, H + 2K, Dh)) -> (T, H, Dh) rotates and masks. rows (U,): the only rows whose output (U, D) is
+        wanted; attend then takes q (U, H, Dh) and kv (T, 2K, Dh).
         """
         c, options, keep = self.config, self.options, self.keep
 
@@ -73,46 +80,55 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A LLaMA.
 
-    impl: which kernels run, "auto" or a name that is insisted on.
-    recompute: what backward computes again instead of keeping: "none"; "cheap", the outputs of norms and SwiGLU, which
-    cost a pass over memory; "block", all of a layer but its input. The references keep what autograd keeps, but for
-    "block". accumulate: the kernels add gradients to .grad in the GEMMs' epilogues, see kernels.ops.common.weight_gradient;
-    each loss() must then be followed by its backward(), with a gradient of 1.
+    impl: the kernels that run, "auto" or a name to insist on.
+    recompute: backward computes again, rather than keep, nothing ("none"); the outputs of norms and SwiGLU, which cost
+    a pass over memory ("cheap"); all of a layer but its input ("block"). The references keep what autograd keeps, but
+    for "block". accumulate: the kernels add gradients to .grad in the GEMMs' epilogues, see
+    kernels.ops.common.weight_gradient; each loss() must then be followed by its backward(), with a gradient of 1.
     """
 
     def __init__(self, config: ModelConfig, impl: str = "auto", recompute: str = "cheap", accumulate: bool = False):
         super().__init__()
         self.config, self.impl, self.recompute, self.accumulate = config, impl, recompute, accumulate
-        self.tok_embeddings = parameter(config.vocab_size, config.dim)
+        self.tok_embeddings = new_parameter(config.vocab_size, config.dim)
         blocks = (Block(config, impl, recompute == "none", accumulate) for _ in range(config.n_layers))
         self.layers = nn.ModuleList(blocks)
-        self.norm = parameter(config.dim)
+        self.norm = new_parameter(config.dim)
         if not config.tied:
-            self.output = parameter(config.vocab_size, config.dim)
+            self.output = new_parameter(config.vocab_size, config.dim)
 
     @property
-    def head(self):
-        """(V, D): the output matrix, which is the embedding when they are tied."""
+    def head(self) -> torch.Tensor:
+        """Return the output matrix (V, D), which is the embedding when they are tied."""
         return self.tok_embeddings if self.config.tied else self.output
 
-    def forward(self, tokens, positions, documents=None, cache=None, rows=None, plans=None):
-        """tokens, positions: (T,) int64. Returns the last layer's output (T, D), before the final norm.
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        documents: torch.Tensor | None = None,
+        cache: Any = None,
+        rows: torch.Tensor | None = None,
+        plans: tuple[Any, Any] | None = None,
+    ) -> torch.Tensor:
+        """Return the last layer's output (T, D), before the final norm, of tokens and positions (T,) int64.
 
-        One of three says who sees whom: documents, (N, 4) int32 on the CPU, see kernels.attention; plans, what plan()
-        made of them; cache, keys and values of earlier tokens, see engine.generate. rows: (U,) int64, increasing, the
-        only ones whose output (U, D) is wanted: the last layer asks and feeds forward for them alone.
+        One of three says which rows see which: documents (N, 4) int32 on the CPU, see kernels.attention; plans, which
+        plan_attention() made of them; cache, an engine.inference.kv_cache.KVCache of earlier tokens. rows (U,) int64,
+        increasing: the only rows whose output (U, D) is wanted; the last layer then computes queries and feeds forward
+        for these rows alone.
         """
         config = self.config
-        frequencies = frequencies_on(positions.device, config.head_dim, config.rope_theta, config.rope_scaling)
+        frequencies = rope_frequencies_on(positions.device, config.head_dim, config.rope_theta, config.rope_scaling)
         cos, sin = kernels.rope_cos_sin(positions, frequencies)  # shared by all layers
         x = F.embedding(tokens, self.tok_embeddings)
         if cache is None:
-            plan, last_plan = plans or self.plan(documents, len(tokens), x.device, rows)
+            plan, last_plan = plans or self.plan_attention(documents, len(tokens), x.device, rows)
             rope = {"cos": cos, "sin": sin, "impl": self.impl}
             attend = partial(kernels.rope_attention, documents=plan, n_heads=config.n_heads, **rope)
             attend_rows = partial(kernels.rope_attention_rows, documents=last_plan, rows=rows, **rope)
         for i, layer in enumerate(self.layers):
-            arguments = x, attend if cache is None else cache.layer(i, cos, sin)
+            arguments = x, attend if cache is None else cache.attend_in_layer(i, cos, sin)
             if rows is not None and layer is self.layers[-1]:
                 arguments = x, attend_rows, rows
             if self.recompute == "block" and torch.is_grad_enabled():
@@ -121,31 +137,33 @@ class Transformer(nn.Module):
                 x = layer(*arguments)
         return x
 
-    def plan(self, documents, n_rows, device, rows=None):
-        """Attention's plans of all layers but the last, and of the last, whose queries are `rows`."""
+    def plan_attention(
+        self, documents: torch.Tensor | None, n_rows: int, device: torch.device, rows: torch.Tensor | None = None
+    ) -> tuple[Any, Any]:
+        """Return the attention plans of all layers but the last, and of the last, whose queries are `rows`."""
         make = partial(kernels.attention_plan, documents, n_rows, self.config.head_dim, device, self.impl)
         return make(), None if rows is None else make(rows)
 
-    def logits(self, x):
-        """x: (..., D), rows of forward's output. Returns (..., V) in the dtype of the weights."""
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits (..., V), in the dtype of the weights, of rows (..., D) of forward's output."""
         return F.linear(kernels.rms_norm(x, self.norm, self.config.norm_eps, self.impl), self.head)
 
-    def ready(self, batch: MicroBatch) -> Ready:
-        """The micro-batch, which is on the CPU, planned and on the model's device, without waiting for it."""
+    def prepare_batch(self, batch: MicroBatch) -> Ready:
+        """Send a micro-batch of the CPU to the model's device, with attention planned. The host does not wait."""
         device = self.norm.device
 
         def send(t):
             return t if t is None or device.type == "cpu" else t.pin_memory().to(device, non_blocking=True)
 
         rows, of_rows = batch.loss_rows.unique_consecutive(return_inverse=True)
-        plans = self.plan(batch.documents, len(batch.tokens), device, rows)
+        plans = self.plan_attention(batch.documents, len(batch.tokens), device, rows)
         of_rows = None if len(rows) == len(of_rows) else of_rows
         sent = (batch.tokens, batch.positions, batch.targets, batch.weights, rows, of_rows)
         return Ready(*map(send, sent), plans)
 
-    def loss(self, batch: MicroBatch | Ready):
-        """Returns the summed loss of the batch's targets, each times its weight, a scalar in fp32."""
-        batch = self.ready(batch) if isinstance(batch, MicroBatch) else batch
+    def loss(self, batch: MicroBatch | Ready) -> torch.Tensor:
+        """Return the summed loss of the batch's targets, each times its weight, a scalar in fp32."""
+        batch = self.prepare_batch(batch) if isinstance(batch, MicroBatch) else batch
         # Not self(): FSDP2 has hooks on both, and would let go of the weights in between.
         x = self.forward(batch.tokens, batch.positions, rows=batch.rows, plans=batch.plans)
         x = kernels.rms_norm(x, self.norm, self.config.norm_eps, self.impl)
@@ -153,14 +171,14 @@ class Transformer(nn.Module):
         return kernels.linear_cross_entropy(x, self.head, batch.targets, batch.weights, self.impl, self.accumulate)
 
     @torch.no_grad()
-    def init_weights(self, seed: int, held=None):
-        """Random weights: norms 1, matrices normal with standard deviation 0.02, drawn in the order of the names.
+    def init_weights(self, seed: int, shards: dict[str, Shard] | None = None) -> None:
+        """Set norms to 1 and draw matrices from a normal distribution of standard deviation 0.02, in order of names.
 
-        held: {name: the rows that are here} of a sharded model; each matrix is drawn whole, and those rows are kept.
+        shards: {name: the rows that are here} of a sharded model. Each matrix is drawn whole and these rows are kept.
         """
         generator = torch.Generator(self.norm.device).manual_seed(seed)
         for name, p in self.named_parameters():
-            here = held[name] if held else None
+            here = shards[name] if shards else None
             if p.ndim == 1:
                 (here.tensor if here else p).fill_(1)
             elif here and here.rows:
@@ -171,10 +189,18 @@ class Transformer(nn.Module):
 
 
 def new_model(
-    config: ModelConfig, device, dtype: torch.dtype, impl="auto", recompute="cheap", accumulate=False, shard=None
+    config: ModelConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    impl: str = "auto",
+    recompute: str = "cheap",
+    accumulate: bool = False,
+    shard: Callable[["Transformer"], "Transformer"] | None = None,
 ) -> Transformer:
-    """A Transformer with uninitialised weights: allocated once, in place, in the dtype asked for, after shard(model),
-    which may leave it a part of them."""
+    """Return a Transformer with uninitialised weights, allocated once, in this dtype.
+
+    shard(model), which may leave the model a part of its rows, is called before anything is allocated.
+    """
     with torch.device("meta"):
         model = Transformer(config, impl, recompute, accumulate).to(dtype)
     if shard:

@@ -1,5 +1,6 @@
-"""The rows of a tensor that one process of several holds."""
+"""Shards: the rows of a tensor that one process of several holds."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,23 +20,26 @@ class Shard:
 
     @property
     def end(self) -> int:
+        """Return the first row after the shard's."""
         return self.first + n_rows(self.tensor.shape)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the whole tensor."""
+        """Return the shape of the whole tensor."""
         shape = tuple(self.tensor.shape)
         return shape if self.rows is None else (self.rows, *shape[1:])
 
 
-def n_rows(shape):
+def n_rows(shape: Sequence[int]) -> int:
+    """Return the rows of a tensor of this shape: 1 for one without axes."""
     return shape[0] if len(shape) else 1
 
 
-def as_shards(tensors):
+def as_shards(tensors: Mapping[str, torch.Tensor | Shard]) -> dict[str, Shard]:
+    """Return tensors as shards; a plain tensor is whole."""
     return {name: t if isinstance(t, Shard) else Shard(t) for name, t in tensors.items()}
 
 
 def first_row(rows: int, shards: int, shard: int) -> int:
-    """Of a shard: equal parts of ceil(rows / shards) rows, the last ones smaller or empty."""
+    """Return the first row of one of the shards, of ceil(rows / shards) rows each, the last ones smaller or empty."""
     return min(rows, -(-rows // shards) * shard)

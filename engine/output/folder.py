@@ -1,4 +1,4 @@
-"""What surrounds a run: the output folder and its lock, signals, run.json."""
+"""The output folder of a run: its lock, its free disk, its metrics, and the environment noted in run.json."""
 
 import contextlib
 import fcntl
@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,8 +20,8 @@ RUN, LOCK, METRICS = "run.json", ".lock", "metrics.jsonl"
 
 
 @contextlib.contextmanager
-def lock_output_folder(out: Path):
-    """Makes the folder, checks that a run may live there, and holds its lock. Raises UsageError otherwise."""
+def lock_output_folder(out: Path) -> Iterator[Path]:
+    """Make the folder, check that a run may live there, and hold its lock meanwhile. Raises UsageError otherwise."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         others = [path.name for path in out.iterdir() if path.name != LOCK and not path.name.startswith(".tmp-")]
@@ -43,7 +45,7 @@ def lock_output_folder(out: Path):
 
 
 def require_disk_space(out: Path, need_bytes: int, remedy: str) -> None:
-    """Raises UsageError when the disk has too little room."""
+    """Raise UsageError when the disk has less than need_bytes free. remedy: what the user can do."""
     free = shutil.disk_usage(out).free
     if free < need_bytes:
         raise UsageError(
@@ -55,13 +57,13 @@ def require_disk_space(out: Path, need_bytes: int, remedy: str) -> None:
 # ---- run.json -------------------------------------------------------------------------------------------------------
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The events of a metrics.jsonl."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a metrics.jsonl."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def describe_environment(device: torch.device) -> dict:
-    """Where the run happened, for run.json."""
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Return where the run happens, for run.json."""
     root = Path(__file__).parents[2]
     commit = None
     if (root / ".git").exists():

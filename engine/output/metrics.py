@@ -1,9 +1,11 @@
-"""metrics.jsonl: one JSON object a line, for programs that follow a run. Written by rank 0 alone."""
+"""metrics.jsonl: one JSON object a line, for programs that follow a run. Rank 0 alone writes it."""
 
 import errno
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from engine.base.files import make_json_safe
 
@@ -20,31 +22,34 @@ class Metrics:
     """
 
     def __init__(self, path: Path, keep_until_step: int | None = None):
-        """None starts an empty file. N goes on after step N: later lines, "end" events and a torn line are dropped."""
+        """Open the file: empty, or going on after step N without later lines, "end" events and a torn line."""
         self.path = Path(path)
-        self.fd = None
-        self._replace([] if keep_until_step is None else kept_lines(self.path, keep_until_step))
+        self.fd: int | None = None
+        self._replace([] if keep_until_step is None else find_kept_lines(self.path, keep_until_step))
 
-    def write(self, event: str, **fields) -> None:
-        """Appends {"event": event, **fields}. NaN and infinities become null; raises OSError when the disk is full."""
+    def write(self, event: str, **fields: Any) -> None:
+        """Append {"event": event, **fields}. NaN and infinities become null. Raises OSError when the disk is full."""
+        assert self.fd is not None, "write() after close()"
         text = json.dumps(make_json_safe({"event": event, **fields}), allow_nan=False).encode()
         start = os.fstat(self.fd).st_size
         room = PAGE - start % PAGE
         if len(text) >= room:  # the newline counts too
             with open(self.path, "rb") as lines:
-                return self._replace(lines, padded(text, PAGE - (start + len(text)) % PAGE))
-        line = padded(text, room - len(text))
+                self._replace(lines, pad_line(text, PAGE - (start + len(text)) % PAGE))
+            return
+        line = pad_line(text, room - len(text))
         if os.write(self.fd, line) < len(line):
             os.ftruncate(self.fd, start)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def close(self) -> None:
+        """Close the file."""
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None
 
     def _replace(self, *chunks):
-        """Puts a new file in place of the old one in one rename, and appends to that from now on."""
+        """Put a new file in place of the old one in one rename, and append to it from now on."""
         new = self.path.with_name(f".{self.path.name}.tmp")
         try:
             with open(new, "wb") as file:
@@ -60,13 +65,13 @@ class Metrics:
         self.fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
 
-def padded(text, room):
-    """The line of `text`; spaces before its newline fill the `room` bytes of its page when few would be left."""
+def pad_line(text: bytes, room: int) -> bytes:
+    """Return the line of a text. Spaces before its newline fill the `room` bytes left in its page when they are few."""
     return text + b" " * (room - 1 if room - 1 < SPARE else 0) + b"\n"
 
 
-def kept_lines(path, last_step):
-    """Lines of an interrupted run that a run resumed after `last_step` keeps; lines without a step stay."""
+def find_kept_lines(path: Path, last_step: int) -> Iterator[bytes]:
+    """Yield the lines of an interrupted run that a run resumed after last_step keeps. Lines without a step stay."""
     if not path.exists():
         return
     with open(path, "rb") as lines:
@@ -81,10 +86,10 @@ def kept_lines(path, last_step):
 
 
 class NoMetrics:
-    """What ranks but the first have in place of Metrics."""
+    """Metrics of the ranks other than 0, which write nothing."""
 
-    def write(self, event: str, **fields) -> None:
-        pass
+    def write(self, event: str, **fields: Any) -> None:
+        """Do nothing."""
 
     def close(self) -> None:
-        pass
+        """Do nothing."""

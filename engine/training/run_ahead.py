@@ -51,9 +51,9 @@ class Feeder:
     def _prepare(self, step):
         batch = self.batches.of(step)
         if self.stream is None:
-            return replace(batch, micro_batches=[self.model.ready(b) for b in batch.micro_batches]), None
+            return replace(batch, micro_batches=[self.model.prepare_batch(b) for b in batch.micro_batches]), None
         with torch.cuda.stream(self.stream):
-            batch = replace(batch, micro_batches=[self.model.ready(b) for b in batch.micro_batches])
+            batch = replace(batch, micro_batches=[self.model.prepare_batch(b) for b in batch.micro_batches])
             return batch, self.stream.record_event()
 
 

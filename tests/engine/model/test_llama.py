@@ -81,7 +81,7 @@ def test_gradients_of_micro_batches_add_up_in_the_gemms(tied, device):
 def test_only_rows_with_a_loss_pass_the_last_layer(device):
     for impl in ("triton", "ref"):
         model, one = model_of(impl, device), batch()
-        ready, seen = model.ready(one), []
+        ready, seen = model.prepare_batch(one), []
         model.layers[-1].register_forward_hook(lambda block, args, out, seen=seen: seen.append(out))
         everywhere = model(ready.tokens, ready.positions, one.documents)[ready.rows]
         model.loss(one)
@@ -119,7 +119,7 @@ def test_what_a_layer_keeps_for_backward(device):
 
 
 def plan_of(model, one):
-    return model.plan(one.documents, len(one.tokens), model.norm.device)[0]
+    return model.plan_attention(one.documents, len(one.tokens), model.norm.device)[0]
 
 
 def tensors_of(plan):

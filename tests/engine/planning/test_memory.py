@@ -62,7 +62,7 @@ def ready(model, several_targets, n=N):
         torch.randint(301, (n,)), positions, torch.tensor(documents, dtype=torch.int32), rows,
         torch.randint(301, rows.shape), torch.rand(rows.shape),
     )  # fmt: skip
-    one = model.ready(batch)
+    one = model.prepare_batch(batch)
     return dataclasses.replace(one, rows=one.rows.clone())  # on a CPU a view of as many as there are targets
 
 

@@ -94,7 +94,7 @@ def test_what_goes_wrong_ahead_is_raised_where_it_is_asked_for(device):
 
 def test_every_tensor_of_a_ready_micro_batch_is_found(device):
     model = model_of(device)
-    found = list(find_cuda_tensors([model.ready(batches(range(4))[0])]))
+    found = list(find_cuda_tensors([model.prepare_batch(batches(range(4))[0])]))
     assert bool(found) == (device == "cuda")
     if found:
         assert len(found) >= 5 + 2 * 7
