@@ -1,1 +1,1 @@
-"""What every other package stands on: errors, flags, the terminal, files, devices, the host's memory."""
+"""The base of all other packages: errors, flags, the terminal, files, devices, the host's memory."""

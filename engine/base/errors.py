@@ -1,4 +1,4 @@
-"""What can go wrong, each with its exit code. A message says who, got, wanted, remedy, in one or two lines."""
+"""Errors with their exit codes. A message says who, got, wanted and remedy in one or two lines."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ class CriaError(Exception):
 
 
 class UsageError(CriaError):
-    """The command line asks for what cannot be done."""
+    """The command line asks for something that cannot be done."""
 
     exit_code = 2
 

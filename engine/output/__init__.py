@@ -1,1 +1,1 @@
-"""What a run leaves in its output folder."""
+"""The output folder of a run: its lock, metrics, report and training states."""

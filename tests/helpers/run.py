@@ -23,7 +23,7 @@ def shared(name):
 
 
 def command(module, *args, check=True):
-    """python -m MODULE ARGS in a process of its own, as a user would."""
+    """Run python -m MODULE ARGS in a process of its own, as a user would."""
     done = subprocess.run(
         [sys.executable, "-m", module, *map(str, args)],
         cwd=ROOT, capture_output=True, text=True, timeout=140, check=False, env=environment(),
@@ -46,7 +46,7 @@ def start_compiler(module, *args, path=()):
 
 
 def forked(name, *args, check=True):
-    """The same of engine.NAME, without the seconds that imports take."""
+    """Run engine.NAME in a process of its own, without the seconds that imports take."""
     code = f"import sys\nfrom engine import {name}\nfrom engine.base.errors import exit_code_of\n"
     process = Started(f"{code}sys.exit(exit_code_of({name}.main))", *args, env=environment())
     out, err = process.communicate(timeout=140)
@@ -88,7 +88,7 @@ def environment():
 
 
 def events(out, event="train"):
-    """The lines of an output folder's metrics.jsonl that tell of one event."""
+    """Return the lines of one event from an output folder's metrics.jsonl."""
     lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["event"] == event]
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +19,6 @@ from safetensors.torch import load_file
 from engine import finetune as command
 from engine.base.errors import UsageError, exit_code_of
 from engine.model.config import MODELS
-from engine.model.shard import first_row
 from engine.training.config import FinetuneConfig
 from engine.training.prepare import check_ranks
 from tests.helpers.forks import Started, ranks
@@ -336,14 +334,6 @@ def test_what_ranks_cannot_do_is_told(more, told):
         check_ranks(config, shape, SimpleNamespace(size=4))
     if config.replicas in (None, 1):
         check_ranks(config, shape, SimpleNamespace(size=1))
-
-
-def test_the_first_row_of_a_shard_is_torchs():
-    for rows in range(1, 40):
-        for shards in range(1, 9):
-            ends = [first_row(rows, shards, i) for i in range(shards + 1)]
-            sizes = [len(part) for part in torch.arange(rows).chunk(shards)]
-            assert [b - a for a, b in pairwise(ends)] == sizes + [0] * (shards - len(sizes))
 
 
 def test_a_loss_that_is_no_number_on_one_rank_updates_none(rows, tmp_path):
