@@ -13,17 +13,6 @@ from kernels.ops import common
 from tests.helpers.run import ROOT
 
 
-def command(*args, interpreter):
-    """Run kernels.tune in a process of its own, with or without Triton's interpreter."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    if not interpreter:
-        del env["TRITON_INTERPRET"]
-    return subprocess.run(
-        [sys.executable, "-m", "kernels.tune", *args],
-        cwd=ROOT, env=env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-
-
 def tables():
     return {path.name: path.read_text() for path in common.LAUNCH.glob("*.json")}
 
@@ -31,7 +20,11 @@ def tables():
 @pytest.mark.timeout(3600)  # 20 s of work, which a busy machine may stretch
 def test_smoke_goes_through_every_kernel_and_writes_nothing():
     before = tables()
-    done = command("--smoke", interpreter=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "kernels.tune", "--smoke"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     for op in {case.op for case in all_cases()}:
         for kernel in common.launch_table(op):
@@ -61,7 +54,15 @@ def test_the_interpreter_is_for_smoke_alone(monkeypatch):
 
 @pytest.mark.timeout(3600)
 def test_static_ranks_candidates_and_shows_refusals(tmp_path):
-    done = command("--static", "--op", "rope", "--chip", "sm_90", interpreter=False)
+    code = (  # few candidates, as each is compiled for every case
+        "from kernels import tune\nfrom kernels.measure import candidates\n"
+        "candidates.CANDIDATES['rope'] = {'rotate': {'ROWS': (8, 32), 'num_warps': (8,)}}\ntune.main()"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--static", "--op", "rope", "--chip", "sm_90"],
+        cwd=ROOT, env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     blocks = done.stdout.split("rope.rotate sm_90 up to ")[1:]
     assert len(blocks) == len(common.launch_table("rope")["rotate"]["sm_90"])
