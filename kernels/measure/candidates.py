@@ -5,9 +5,11 @@ import copy
 import itertools
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from kernels.compiled.launch_cases import Case, Make, all_cases
@@ -99,20 +101,25 @@ def using_table(table: Table, chip: str) -> contextlib.AbstractContextManager[No
     return patched(common, launch_table=lambda op: table, chip_override=chip)
 
 
-def find_entries(op: str, chip: str, make: Make, table: Table) -> list[Entry]:
-    """Return the entries that the op's cases read on that chip.
+@contextlib.contextmanager
+def _kernels_idle() -> Iterator[None]:
+    """Make launches do nothing while the context lasts, compiled or interpreted."""
+    with contextlib.ExitStack() as stack:
+        for kind in (JITFunction, InterpretedFunction):
+            stack.enter_context(patched(kind, run=lambda *args, **kwargs: None))
+        yield
 
-    The cases are launched, except on tensors without storage ("meta"), where their launches do nothing.
-    """
+
+def find_entries(op: str, chip: str, make: Make, table: Table) -> list[Entry]:
+    """Return the entries that the op's cases read on that chip. No kernel runs."""
     readers: dict[EntryPath, list[Case]] = {}
-    run = JITFunction.run if make.device.type != "meta" else (lambda *args, **kwargs: None)
     for case in all_cases([op]):
         read: list[EntryPath] = []
 
         def note(path, _, read=read):
             read.append(path)
 
-        with using_table(NotingTable(table, note, (op,)), chip), patched(JITFunction, run=run):
+        with using_table(NotingTable(table, note, (op,)), chip), _kernels_idle():
             call_case(case.build(make))
         for path in dict.fromkeys(read):
             readers.setdefault(path, []).append(case)
