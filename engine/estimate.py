@@ -9,6 +9,7 @@ benchmarks/ measured them on the GPU. Figures of several GPUs are always project
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,8 @@ class EstimateConfig:
             problems.append("--model is missing")
         elif self.model not in MODELS and not Path(self.model).expanduser().exists():
             problems.append(
-                f"--model {self.model}: no such folder or file{suggest_nearest(self.model, MODELS)}; give one, or one of the "
-                f"shapes {', '.join(MODELS)}"
+                f"--model {self.model}: no such folder or file{suggest_nearest(self.model, MODELS)}; give one, or "
+                f"one of the shapes {', '.join(MODELS)}"
             )
         if problems:
             raise ValueError("\n".join(problems))
@@ -141,7 +142,7 @@ def estimate(config: EstimateConfig) -> Estimate:
     return estimate_run(c, card, mix, recipe, setting_from_config(finetuning, dtype, config.gpus))
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Print the estimate, and write it to --json. Raises UsageError for a file that cannot be written."""
     config, _ = parse_flags(EstimateConfig, argv, None, {"model": "llama-7b"})
     found = estimate(config)

@@ -66,8 +66,9 @@ def exit_code_of(main: Callable[[list[str]], None], argv: list[str] | None = Non
     except Exception as error:
         if "--debug" in argv:
             traceback.print_exc()
-        known = isinstance(error, CriaError)
-        text = error if known else f"{type(error).__name__}: {error}; --debug shows where"
-        print(f"error: {text}", file=sys.stderr, flush=True)
-        return error.exit_code if known else 1
+        if isinstance(error, CriaError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return error.exit_code
+        print(f"error: {type(error).__name__}: {error}; --debug shows where", file=sys.stderr, flush=True)
+        return 1
     return 0

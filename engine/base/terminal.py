@@ -6,7 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar, cast
 
 from rich.console import Console
 from rich.live import Live
@@ -36,7 +36,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         self.began = self.last = time.monotonic()
         if self.out.isatty():
-            self.console = Console(file=self.out, force_terminal=True, highlight=False)
+            self.console = Console(file=cast(IO[str], self.out), force_terminal=True, highlight=False)
             self.console.show_cursor = lambda show=True: False  # a killed run must leave the terminal its cursor
             self.live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4)
             self.live.start()
@@ -144,7 +144,7 @@ class Output:
     """A text stream that outlives its reader: after a failed write the rest goes to /dev/null and the run goes on."""
 
     def __init__(self, file: Any):
-        self.file = file.file if isinstance(file, Output) else file  # None: the process began with stdout closed
+        self.file: Any = file.file if isinstance(file, Output) else file  # None: the process began with stdout closed
         self.encoding = getattr(self.file, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:

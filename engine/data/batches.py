@@ -6,12 +6,12 @@ of a sampler. Packing cuts a step and never changes the order.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from engine.data.dataset import Dataset
 from engine.data.packing import Packing, make_micro_batches
-from engine.model.batch import MicroBatch, Ready
 
 
 def permute_examples(n: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
@@ -48,7 +48,7 @@ class Order:
 class StepBatch:
     """One step: the micro-batches of this rank, and the numbers of the global batch, which all ranks share."""
 
-    micro_batches: Sequence[MicroBatch | Ready]
+    micro_batches: Sequence[Any]  # MicroBatches; once they are on the device, Readys
     examples: np.ndarray  # (N,) numbers of the global batch's examples, in order
     n_tokens: int  # of the global batch, as its examples hold them
     n_loss_tokens: int  # of the global batch

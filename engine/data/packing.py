@@ -204,12 +204,12 @@ def pack_best_fit(
     groups_in: list[set[int]] = []  # whose prefix is in the bin already
     for row in order_longest_first(lengths, n_shared):
         group, own = group_of[row], lengths[row] - n_shared[row]
-        left = []
+        left = {}  # bin -> the tokens that would stay free
         for b, members in enumerate(bins):
             tokens = own if group in groups_in[b] else lengths[row]
-            fits = tokens <= free_tokens[b] and len(members) != max_examples
-            left.append(free_tokens[b] - tokens if fits else None)
-        best = min((b for b, n in enumerate(left) if n is not None), key=lambda b: (left[b], b), default=None)
+            if tokens <= free_tokens[b] and len(members) != max_examples:
+                left[b] = free_tokens[b] - tokens
+        best = min(left, key=lambda b: (left[b], b), default=None)
         if best is None:
             bins.append([row])
             free_tokens.append(max_tokens - lengths[row])
@@ -255,7 +255,8 @@ def level_bins(
     group_of, n_shared = index_by_row(groups)
     mean = 0 if max_examples else (sum(lengths) - count_saved_tokens(groups)) / n_bins
     bins: list[list[int]] = [[] for _ in range(n_bins)]
-    tokens, groups_in = [0] * n_bins, [set() for _ in range(n_bins)]
+    tokens = [0] * n_bins
+    groups_in: list[set[int]] = [set() for _ in range(n_bins)]
     for row in order_longest_first(lengths, n_shared):
         group, own = group_of[row], lengths[row] - n_shared[row]
         after = [n + (own if group in here else lengths[row]) for n, here in zip(tokens, groups_in, strict=True)]

@@ -62,7 +62,7 @@ class KVCache:
         """Store layer i's k, v (B, K, Dh) and return the attention (B, H, Dh) of q to its own sequence so far."""
         self.k[i, self.rows, self.lengths - 1], self.v[i, self.rows, self.lengths - 1] = k, v
         longest, group = int(self.lengths.max()), q.shape[1] // k.shape[1]
-        past = [t[i, :, :longest].transpose(1, 2) for t in (self.k, self.v)]  # (B, K, S, Dh)
+        keys, values = (t[i, :, :longest].transpose(1, 2) for t in (self.k, self.v))  # (B, K, S, Dh)
         seen = torch.arange(longest, device=q.device) < self.lengths[:, None]  # (B, S)
         q = q.unflatten(1, (-1, group))  # (B, K, H/K, Dh): the queries of one key head side by side
-        return F.scaled_dot_product_attention(q, *past, attn_mask=seen[:, None, None]).flatten(1, 2)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None, None]).flatten(1, 2)

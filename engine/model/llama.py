@@ -15,7 +15,7 @@ Source: arXiv:2302.13971, arXiv:2407.21783.
 import functools
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,8 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, impl: str, keep: bool, accumulate: bool):
         super().__init__()
         dim, heads, kv_heads, head_dim = config.dim, config.n_heads, config.n_kv_heads, config.head_dim
-        self.config, self.options, self.keep = config, {"impl": impl, "accumulate": accumulate}, keep
+        self.config, self.keep = config, keep
+        self.options: dict[str, Any] = {"impl": impl, "accumulate": accumulate}
         self.attention_norm = new_parameter(dim)
         self.wqkv = new_parameter((heads + 2 * kv_heads) * head_dim, dim)
         self.wo = new_parameter(dim, heads * head_dim)
@@ -124,11 +125,12 @@ class Transformer(nn.Module):
         x = F.embedding(tokens, self.tok_embeddings)
         if cache is None:
             plan, last_plan = plans or self.plan_attention(documents, len(tokens), x.device, rows)
-            rope = {"cos": cos, "sin": sin, "impl": self.impl}
+            rope: dict[str, Any] = {"cos": cos, "sin": sin, "impl": self.impl}
             attend = partial(kernels.rope_attention, documents=plan, n_heads=config.n_heads, **rope)
-            attend_rows = partial(kernels.rope_attention_rows, documents=last_plan, rows=rows, **rope)
+            rope_rows: dict[str, Any] = rope | {"documents": last_plan, "rows": rows}
+            attend_rows = partial(kernels.rope_attention_rows, **rope_rows)
         for i, layer in enumerate(self.layers):
-            arguments = x, attend if cache is None else cache.attend_in_layer(i, cos, sin)
+            arguments: tuple[Any, ...] = x, attend if cache is None else cache.attend_in_layer(i, cos, sin)
             if rows is not None and layer is self.layers[-1]:
                 arguments = x, attend_rows, rows
             if self.recompute == "block" and torch.is_grad_enabled():
@@ -141,12 +143,16 @@ class Transformer(nn.Module):
         self, documents: torch.Tensor | None, n_rows: int, device: torch.device, rows: torch.Tensor | None = None
     ) -> tuple[Any, Any]:
         """Return the attention plans of all layers but the last, and of the last, whose queries are `rows`."""
+        assert documents is not None, "without plans or a cache, documents say which rows see which"
         make = partial(kernels.attention_plan, documents, n_rows, self.config.head_dim, device, self.impl)
         return make(), None if rows is None else make(rows)
 
+    def _normalize(self, x):
+        return cast(torch.Tensor, kernels.rms_norm(x, self.norm, self.config.norm_eps, self.impl))
+
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (..., V), in the dtype of the weights, of rows (..., D) of forward's output."""
-        return F.linear(kernels.rms_norm(x, self.norm, self.config.norm_eps, self.impl), self.head)
+        return F.linear(self._normalize(x), self.head)
 
     def prepare_batch(self, batch: MicroBatch) -> Ready:
         """Send a micro-batch of the CPU to the model's device, with attention planned. The host does not wait."""
@@ -158,15 +164,17 @@ class Transformer(nn.Module):
         rows, of_rows = batch.loss_rows.unique_consecutive(return_inverse=True)
         plans = self.plan_attention(batch.documents, len(batch.tokens), device, rows)
         of_rows = None if len(rows) == len(of_rows) else of_rows
-        sent = (batch.tokens, batch.positions, batch.targets, batch.weights, rows, of_rows)
-        return Ready(*map(send, sent), plans)
+        return Ready(
+            send(batch.tokens), send(batch.positions), send(batch.targets), send(batch.weights), send(rows),
+            send(of_rows), plans,
+        )  # fmt: skip
 
     def loss(self, batch: MicroBatch | Ready) -> torch.Tensor:
         """Return the summed loss of the batch's targets, each times its weight, a scalar in fp32."""
         batch = self.prepare_batch(batch) if isinstance(batch, MicroBatch) else batch
         # Not self(): FSDP2 has hooks on both, and would let go of the weights in between.
         x = self.forward(batch.tokens, batch.positions, rows=batch.rows, plans=batch.plans)
-        x = kernels.rms_norm(x, self.norm, self.config.norm_eps, self.impl)
+        x = self._normalize(x)
         x = x if batch.of_rows is None else x[batch.of_rows]
         return kernels.linear_cross_entropy(x, self.head, batch.targets, batch.weights, self.impl, self.accumulate)
 

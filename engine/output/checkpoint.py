@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +140,7 @@ def read_layout(checkpoint: Checkpoint) -> Layout:
     return read_file_layout(checkpoint.folder / STATE)
 
 
-def load(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor | Shard], prefix: str = "") -> None:
+def load(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor | Shard], prefix: str = "") -> None:
     """Fill the tensors in place from a checkpoint of any number of writers, each with the rows it wants.
 
     The tensors must be all of the checkpoint's tensors whose names begin with the prefix; no other is read. Raises

@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -68,7 +68,7 @@ class Saver:
         self.pool = ThreadPoolExecutor(1, "saver")
         self.unreported: deque[tuple[Future[Saved], float]] = deque()  # saves wait() has not reported, held_seconds
 
-    def save(self, step: int, tensors: dict[str, torch.Tensor | Shard], facts: dict[str, Any]) -> None:
+    def save(self, step: int, tensors: Mapping[str, torch.Tensor | Shard], facts: dict[str, Any]) -> None:
         """Copy the tensors to the host's memory, once the save before is written, and leave the rest to the thread.
 
         On a GPU the copy is queued behind the caller's kernels: kernels queued later change nothing of it, and the host

@@ -110,8 +110,8 @@ def find_card(name: str) -> Card:
         if plain(card.name) == plain(name):
             return card
     raise ValueError(
-        f"--gpu is {name!r}, wanted one of {', '.join(CARDS)}{suggest_nearest(name.upper(), CARDS)}; of another card give "
-        "--gpu-memory, --gpu-tflops and --gpu-bandwidth"
+        f"--gpu is {name!r}, wanted one of {', '.join(CARDS)}{suggest_nearest(name.upper(), CARDS)}; "
+        "of another card give --gpu-memory, --gpu-tflops and --gpu-bandwidth"
     )
 
 

@@ -1,6 +1,6 @@
 """The training and held-out examples of a run, from files or from the token cache."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from engine.base.errors import DataError
@@ -63,21 +63,24 @@ def read_tables(
     settings = config.prompt_style, config.max_length, config.train_on_prompt
 
     def key_of(paths):
-        return cache and token_cache.compute_key(paths, tokenizer, *settings, config.skip_bad_rows)
+        return token_cache.compute_key(paths, tokenizer, *settings, config.skip_bad_rows) if cache else ""
 
     opened = []
     for names in filter(None, (config.data, config.eval_data)):
         paths = resolve_data_paths(names)
         key = key_of(paths)
-        entry = cache and token_cache.load_entry(cache, key, paths, config.max_length, say)
-        opened.append((paths, key, entry, None if entry else read_files(paths, config.skip_bad_rows, show_progress)))
-    tables = []
+        entry = token_cache.load_entry(cache, key, paths, config.max_length, say) if cache else None
+        read = None if entry else read_files(paths, config.skip_bad_rows, show_progress)
+        opened.append((paths, key, entry, read))
+    tables: list[tuple[Table, Sequence[Skipped]]] = []
     for paths, key, entry, read in opened:
-        if not entry:
+        if read is not None:
             rows, skipped = read
-            entry = encode_rows(rows, tokenizer, *settings, watch_blocks if show_progress else list), skipped
-            if cache and entry[0].rows["n_loss"].any() and key == key_of(paths):  # not rewritten while it was read
-                token_cache.save_entry(cache, key, *entry, paths, say)
+            table = encode_rows(rows, tokenizer, *settings, watch_blocks if show_progress else iter)
+            entry = table, list(skipped)
+            if cache and table.rows["n_loss"].any() and key == key_of(paths):  # not rewritten while it was read
+                token_cache.save_entry(cache, key, table, skipped, paths, say)
+        assert entry is not None
         tables.append(entry)
     return tables, all(read is None for *_, read in opened)
 
@@ -97,6 +100,6 @@ def read_files(
         return read_rows(paths, skip_bad_rows, report)
 
 
-def watch_blocks(blocks: Sequence) -> Iterable:
+def watch_blocks(blocks: range) -> Iterator[int]:
     """Return the blocks of rows to tokenise, counted by a progress bar where there are several."""
-    return track("tokenising", blocks) if len(blocks) > 1 else blocks
+    return track("tokenising", blocks) if len(blocks) > 1 else iter(blocks)

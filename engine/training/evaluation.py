@@ -29,6 +29,7 @@ def evaluate_if_due(plan: Plan, run: Run, states: States, model: Transformer, st
 def evaluate(plan: Plan, run: Run, states: States, model: Transformer, step: int) -> None:
     """Report the mean loss a token on the held-out examples. Raises Stopped, with the state saved, on a signal."""
     held_out, world = plan.held_out, run.world
+    assert held_out is not None, "the caller has asked whether anything is held out"
     packing: Packing = dataclasses.replace(states.batches.packing, best_fit=True)
     world.note_place(f"the evaluation after step {step}")
     chunks = np.split(np.arange(len(held_out)), range(CHUNK_EXAMPLES, len(held_out), CHUNK_EXAMPLES))

@@ -134,6 +134,7 @@ class AdamW:
         return shards
 
 
-def local_part(t: torch.Tensor) -> torch.Tensor:
+def local_part(t: torch.Tensor | None) -> torch.Tensor:
     """Return the part of a tensor that this rank holds: all of it where it is not sharded."""
+    assert t is not None, "a parameter without a gradient"
     return t.to_local() if hasattr(t, "to_local") else t

@@ -46,12 +46,12 @@ class Plan:
 
     @property
     def saves_on_the_way(self) -> bool:
-        """Whether training states are saved while the run goes on, not only when a signal asks for one."""
+        """Return whether training states are saved while the run goes on, not only when a signal asks for one."""
         return self.config.save_every not in ("off", "end")
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether the host gives the device the next step before it has read how this one went.
+        """Return whether the host gives the device the next step before it has read how this one went.
 
         A step whose loss is a spike may be undone, so with --spike-rollback the host waits.
         """

@@ -37,7 +37,7 @@ class Feeder:
         future = self.ahead[1] if self.ahead and self.ahead[0] == step else self.pool.submit(self._prepare, step)
         batch, copied = future.result()
         self.ahead = (step + 1, self.pool.submit(self._prepare, step + 1)) if step < self.last_step else None
-        if copied is not None:
+        if self.stream is not None:
             current = torch.cuda.current_stream(self.stream.device)
             current.wait_event(copied)
             for tensor in find_cuda_tensors(batch.micro_batches):
@@ -49,7 +49,7 @@ class Feeder:
         self.ahead = None
 
     def _prepare(self, step):
-        batch = self.batches.of(step)
+        batch: StepBatch = self.batches.of(step)
         if self.stream is None:
             return replace(batch, micro_batches=[self.model.prepare_batch(b) for b in batch.micro_batches]), None
         with torch.cuda.stream(self.stream):

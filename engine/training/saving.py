@@ -84,6 +84,7 @@ class States:
         self.save(step)
         try:
             done = self.saver.wait()
+            assert done is not None, "a state was given to the saver just now"
         except OSError as error:
             text = f"{why}; step {step}: the state could not be saved ({error.strerror or error})"
             raise self.run.world.error_on_all_ranks(CriaError(text)) from None
@@ -122,6 +123,7 @@ def write_model(plan: Plan, run: Run, states: States, model: Transformer) -> Non
     problem = None
     try:
         if run.world.is_main:
+            assert whole is not None, "rank 0 has the whole model"
             write_files(plan, whole, plan.out)
     except OSError as error:
         problem = error.strerror or str(error)

@@ -60,7 +60,7 @@ class Unsupported(ValueError):
 
 
 def parts_of(schema, least, most) -> tuple:
-    """What a JSON document under the schema is made of: strings, objects of required fields, lists with an item."""
+    """Return the parts of a JSON document under the schema: strings, objects of required fields, lists of an item."""
     if not isinstance(schema, dict):
         raise Unsupported(f"Invalid schema: {schema!r} is not an object")
     if unknown := set(schema) - {"type", "properties", "required", "additionalProperties", "items", *OPTIONS}:
@@ -80,7 +80,7 @@ def parts_of(schema, least, most) -> tuple:
 
 
 def step(parts, byte):
-    """The parts that are left after one more byte, or None where it cannot stand."""
+    """Return the parts that are left after one more byte, or None where it cannot stand."""
     if not parts:
         return None
     (kind, value, *rest), then = parts[0], parts[1:]
@@ -100,7 +100,7 @@ def step(parts, byte):
 
 
 def inside_string(unfinished: bytes, byte: int):
-    """The unfinished escape or UTF-8 character after one more byte, b"" for none, or None where it cannot stand."""
+    """Return the unfinished escape or UTF-8 character after one more byte: b"" for none, None where it is wrong."""
     now = unfinished + bytes([byte])
     if unfinished.startswith(b"\\"):
         if len(unfinished) == 1:
@@ -151,7 +151,7 @@ class Vocabulary:
         return self.strings[unfinished]
 
     def allowed(self, parts) -> torch.Tensor:
-        """The ids that may come next."""
+        """Return the ids that may come next."""
         if parts not in self.masks:
             if parts[0][0] == "string":
                 inside, ending = self.in_string(parts[0][1])
@@ -171,7 +171,7 @@ class Guide:
         self.string_tokens = self.room = options.string_tokens  # room: tokens for the string that is being written
 
     def fixed(self) -> bytes:
-        """What the schema, or a limit, leaves no choice about; it is passed over."""
+        """Return what the schema, or a limit, leaves no choice about; it is passed over."""
         text = b""
         while self.parts:
             kind, value, *rest = self.parts[0]
@@ -236,7 +236,7 @@ class Sequence:
         self.pending, self.answer, self.room = self.pending + ids, self.answer + ids, self.room - len(ids)
 
     def take(self, logits, tokenizer, stops):
-        """The next token from logits (V,), and what is fixed behind it; sets finish at the end."""
+        """Return the next token from logits (V,), and what is fixed behind it; sets finish at the end."""
         logits = logits.float()
         if self.guide:
             allowed = self.guide.allowed()

@@ -2,7 +2,7 @@
 
     with Server(seed=1, faults={"429": 0.1, "reset_body": 0.05}) as server:       # a thread of this process
         client = openai.AsyncOpenAI(base_url=server.base_url, api_key="x", max_retries=0)
-    python tests/helpers/openai_server.py --port 0 --seed 1 --faults '{"429": 0.1}'       # a process; prints {"port": ...}
+    python tests/helpers/openai_server.py --port 0 --seed 1 --faults '{"429": 0.1}'    # a process; prints {"port": ...}
 
 The fields of Options are the flags (values are JSON) and what POST /config changes. A request is known by the sha256 of
 its messages: its answer depends on (seed, that key) alone, and a fault on (seed, key, how often the key was seen), so
@@ -133,12 +133,12 @@ def name(*parts, letters=24):
 
 
 def chance(*parts):
-    """A number in [0, 1) that depends on the parts alone."""
+    """Return a number in [0, 1) that depends on the parts alone."""
     return int(name(*parts, letters=13), 16) / 16**13
 
 
 def drawn(faults, names, number):
-    """The fault among the names in whose share of [0, 1) the number falls."""
+    """Return the fault among the names in whose share of [0, 1) the number falls."""
     for fault in names:
         number -= faults.get(fault, 0)
         if number < 0:
@@ -151,7 +151,7 @@ def reason(status):
 
 
 def duration(seconds):
-    """As in x-ratelimit-reset-*: 6m0s, 1.5s, 20ms."""
+    """Parse a duration, as in x-ratelimit-reset-*: 6m0s, 1.5s, 20ms."""
     if seconds < 1:
         return f"{round(seconds * 1000)}ms"
     minutes, seconds = divmod(round(seconds, 3), 60)
@@ -162,7 +162,7 @@ def duration(seconds):
 
 
 def tasks_text(options, key, kind, n):
-    """The model's text: the tasks as JSON, or what an answer fault makes of it."""
+    """Return the model's text: the tasks as JSON, or what an answer fault makes of it."""
     items = task_pool.answer(options.seed, key, n, options.defects)
     pick = random.Random(name(options.seed, key, kind))
     if kind == "wrong_schema":
@@ -183,7 +183,7 @@ def tasks_text(options, key, kind, n):
 
 
 def reshaped(items, pick):
-    """The tasks in a shape that was not asked for."""
+    """Return the tasks in a shape that was not asked for."""
     renamed = [{"question": x["instruction"], "context": x["input"], "answer": x["output"]} for x in items]
     typed = [x | pick.choice(({"output": [x["output"]]}, {"input": None}, {"instruction": 7}, {})) for x in items]
     lacking = [{k: v for k, v in x.items() if k != pick.choice(("input", "output", "id"))} for x in items]
@@ -196,7 +196,7 @@ def reshaped(items, pick):
 
 
 def garbled(text, item, pick):
-    """The text of one task, broken as models break it, or hard to digest."""
+    """Return the text of one task, broken as models break it, or hard to digest."""
     return pick.choice((
         text[:-1],  # the bracket is missing
         text[:-1] + ",}",
@@ -214,7 +214,7 @@ def garbled(text, item, pick):
 
 
 def wanted(body, n):
-    """How many tasks a request asks for."""
+    """Return how many tasks a request asks for."""
     text = json.dumps(body.get("response_format", {}))
     found = re.search(r'"(?:min|max)Items": (\d+)', text)
     found = found or re.search(r"(\d+) [\w ]*tasks", json.dumps(body["messages"]))
@@ -227,7 +227,7 @@ def prompt_tokens(body):
 
 
 def answered(options, key, body, kind, custom=None):
-    """The choice and the usage of a completion. custom: a function of (key, body) that gives the text instead."""
+    """Return the choice and the usage of a completion. custom: a function of (key, body) that writes the text."""
     limits = [body[x] for x in ("max_completion_tokens", "max_tokens") if body.get(x) is not None]
     limit, finish, refusal = min(limits, default=10**9), "stop", None
     if custom:
@@ -306,7 +306,7 @@ def error(options, status, message, kind="invalid_request_error", param=None, co
 
 
 def unfit(options, body):
-    """What is wrong with a chat request, as arguments of error(), or None."""
+    """Return what is wrong with a chat request, as arguments of error(), or None."""
     for field in ("model", "messages"):
         if not body.get(field):
             said = f"Missing required parameter: '{field}'."
@@ -346,7 +346,7 @@ def unfit(options, body):
 
 
 def loose(schema, path=()):
-    """Why a schema is not strict, or None."""
+    """Return why a schema is not strict, or None."""
     if not isinstance(schema, dict):
         return f"In context={path}, schema must have a 'type' key."
     if schema.get("type") == "object":
@@ -452,7 +452,7 @@ class Batches:
         return Reply(200, file.data, type="application/octet-stream", sent=sent)
 
     def page(self, values, query, limit, most):
-        """A list, newest first."""
+        """Return a list, newest first."""
         values, after = values[::-1], query.get("after")
         limit = query.get("limit", str(limit))
         if not limit.isdigit() or not 1 <= int(limit) <= most:
@@ -549,7 +549,7 @@ class Batches:
                 await self.finish(batch, "cancelled")
 
     def invalid(self, batch):
-        """The errors for which a batch is not begun; reads its lines."""
+        """Return the errors for which a batch is not begun; reads its lines."""
         o, data = self.options, batch.file.data
 
         def fault(code, message, line=None, param=None):
@@ -630,7 +630,7 @@ class Batches:
         self.enter(batch, status)
 
     def line_result(self, batch, line, too_late):
-        """The line of an output or error file, and the log's entry."""
+        """Return the line of an output or error file, and the log's entry."""
         o, body = self.options, line["body"]
         key = request_key(body.get("messages"))
         entry = new_entry("batch", 0) | {"key": key, "batch": batch.value["id"], "custom_id": line["custom_id"]}
@@ -662,7 +662,7 @@ class Batches:
 
 
 def new_entry(via, index):
-    """A line of the log."""
+    """Return a line of the log."""
     return {
         "via": via, "index": index, "arrived": time.time(), "key": None, "attempt": 0, "outcome": None, "status": 0,
         "answer": None, "prompt_tokens": 0, "completion_tokens": 0, "billed": False, "whole": False, "concurrency": 0,
@@ -719,7 +719,7 @@ class Server(Batches):
 
     @property
     def log(self):
-        """The entries of the requests so far, each a dict."""
+        """Return the entries of the requests so far, each a dict."""
         return self.within(lambda: list(self.entries))
 
     @property
@@ -894,7 +894,7 @@ class Server(Batches):
         return drawn(faults, names, chance(self.options.seed, key, attempt))
 
     def gate(self, request, body, entry):
-        """The reply of a server that does not get as far as the model, or None."""
+        """Return the reply of a server that does not get as far as the model, or None."""
         o = self.options
         if refused := self.unauthorised(request):
             entry["outcome"] = "bad_key"
@@ -945,7 +945,7 @@ class Server(Batches):
         return headers
 
     def failure(self, fault):
-        """The reply of an attempt that gets no answer, or None."""
+        """Return the reply of an attempt that gets no answer, or None."""
         o = self.options
         if fault in STATUS_FAULTS:
             status, said, kind, code = STATUS_FAULTS[fault]
@@ -963,7 +963,7 @@ class Server(Batches):
         return None
 
     def reply_to(self, body, key, attempt, fault, entry):
-        """What the model's server says to an attempt; fills in the log's entry."""
+        """Return what the model's server says to an attempt; fills in the log's entry."""
         o = self.options
         if reply := self.failure(fault):
             entry["outcome"] = fault

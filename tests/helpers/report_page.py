@@ -105,7 +105,7 @@ class Page(HTMLParser):
         return found[1] if found else ""
 
     def figure(self, label):
-        """The value and the note of a key figure."""
+        """Return the value and the note of a key figure."""
         found = re.search(rf"<dt>{label}</dt><dd>(.*?)</dd>", self.source)
         return plain(found[1]) if found else None
 
@@ -115,7 +115,7 @@ class Page(HTMLParser):
         }
 
     def chart(self, title):
-        """What the bars of a histogram or the stretches of a line say: [(text, first number after its colon)]."""
+        """Return the texts of a histogram's bars or a line's stretches: [(text, first number after its colon)]."""
         found = re.search(
             rf"<figure[^>]*><figcaption><div class=\"head\"><h3>{title}</h3>.*?</figure>", self.source, re.DOTALL
         )

@@ -277,14 +277,14 @@ SLOT = re.compile(r"\{(\w+)\}")
 
 
 def expanded(pattern):
-    """Every text of a pattern with (a|b) in it."""
+    """Return every text of a pattern with (a|b) in it."""
     parts = re.split(r"\(([^()]*\|[^()]*)\)", pattern)
     choices = [part.split("|") if i % 2 else [part] for i, part in enumerate(parts)]
     return ["".join(words) for words in itertools.product(*choices)]
 
 
 def alternatives(text):
-    """Every text of a|b (c|d)|e."""
+    """Return every text of a|b (c|d)|e."""
     depth, parts = 0, [""]
     for letter in text:
         depth += (letter == "(") - (letter == ")")
@@ -323,7 +323,7 @@ SENTENCES = [capital(filled(compiled(SAID.splitlines()), random.Random(i).random
 
 
 def task(rng):
-    """One task without a defect."""
+    """Return one task without a defect."""
     given = rng() < 0.4
     if given:
         kind, groups = GIVEN_TASKS[int(rng() * len(GIVEN_TASKS))]
@@ -335,7 +335,7 @@ def task(rng):
 
 
 def favourite(rng):
-    """A task that the model likes: the same each time, or with one word of the instruction put in or left out."""
+    """Return a task that the model likes: equal each time, or with one word of its instruction added or left out."""
     item = task(random.Random(int(rng() * FAVOURITES)).random)
     if rng() < 0.7:
         words = item["instruction"].split(" ")
@@ -348,7 +348,7 @@ def favourite(rng):
 
 
 def changed(**texts):
-    """A defect that gives fields of a task other texts; a tuple of texts: one of them."""
+    """Return a defect that gives fields of a task other texts; a tuple of texts: one of them."""
 
     def defect(item, luck):
         for name, text in texts.items():
@@ -407,7 +407,7 @@ DEFECTS = {
 
 
 def answer(seed, key, n=20, defects=0.1):
-    """The first n tasks for the key; `defects` is the share that is given one defect."""
+    """Return the first n tasks for the key; `defects` is the share that is given one defect."""
     digest = hashlib.blake2b(json.dumps([seed, key]).encode(), digest_size=8).digest()
     rng = random.Random(int.from_bytes(digest, "big")).random
     items = []

@@ -28,7 +28,7 @@ async def ask(client, text="Write tasks as JSON.", **options):
 
 
 def asked(server, *texts, client=None, **options):
-    """The answers, or the exceptions, to one request after the other."""
+    """Return the answers, or the exceptions, to one request after the other."""
 
     async def all_of_them():
         async with client_of(server, **client or {}) as connection:

@@ -194,8 +194,6 @@ def test_no_command_is_imported_by_the_packages_or_by_another_command():
     assert not wrong, "\n".join(wrong)
 
 
-REWRITTEN = pytest.mark.xfail(strict=False, reason="some files are still being rewritten")
-
 # ---- docstrings and types -------------------------------------------------------------------------------------------
 
 # A docstring of a function begins with a verb, or an op's with its formula; so never with one of these.
@@ -236,10 +234,10 @@ def python_files(*folders: str) -> list[Path]:
     "folder",
     [
         "kernels",
-        pytest.param("engine", marks=REWRITTEN),
+        "engine",
         "data_gen",
         "scripts",
-        pytest.param("tests/helpers", marks=REWRITTEN),
+        "tests/helpers",
     ],
 )
 def test_a_docstring_of_a_function_begins_with_a_verb(folder):
@@ -252,7 +250,7 @@ def test_a_docstring_of_a_function_begins_with_a_verb(folder):
     assert not wrong, f"{len(wrong)}\n" + "\n".join(wrong)
 
 
-@pytest.mark.parametrize("folder", ["kernels", pytest.param("engine", marks=REWRITTEN), "data_gen"])
+@pytest.mark.parametrize("folder", ["kernels", "engine", "data_gen"])
 def test_every_public_function_has_types(folder):
     wrong = []
     for path in python_files(folder):
