@@ -1,7 +1,8 @@
 """docs/faults.md: each fault, the behaviour that is expected, and the outcome of the tests that cause the fault.
 
-python -m scripts.pages.faults            runs the tests and writes the page
-python -m scripts.pages.faults --check    exits 1 if the table names a test that does not exist
+python -m scripts.pages.faults                 runs the tests and writes the page
+python -m scripts.pages.faults --junit FILE    writes it from a run of all tests: pytest -n auto --junitxml=FILE
+python -m scripts.pages.faults --check         exits 1 if the table names a test that does not exist
 """
 
 import argparse
@@ -133,24 +134,32 @@ def find_missing_tests() -> list[str]:
     )  # fmt: skip
 
 
-def run_named_tests() -> dict[tuple[str, str], list[str]]:
-    """Run the tests of the table. Return {(file, test): [outcome of each of its cases]}."""
+Outcomes = dict[tuple[str, str], list[str]]  # {(file, test): the outcome of each of its cases}
+
+
+def run_named_tests() -> Outcomes:
+    """Run the tests of the table, and return their outcomes."""
     named = sorted({test for _, _, tests in FAULTS for test in tests})
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "junit.xml")
         nodes = [f"tests/{file}::{test}" for file, test in named]
         command = [sys.executable, "-m", "pytest", "-q", "-n", "auto", f"--junitxml={report}", *nodes]
         subprocess.run(command, cwd=ROOT, check=False)
-        outcomes = {}
-        for case in ElementTree.parse(report).getroot().iter("testcase"):
-            outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
-            file = case.get("classname").removeprefix("tests.").replace(".", "/") + ".py"
-            key = file, re.sub(r"\[.*", "", case.get("name"), flags=re.S)
-            outcomes.setdefault(key, []).append(outcome)
+        return read_outcomes(report)
+
+
+def read_outcomes(report: Path) -> Outcomes:
+    """Return the outcomes of the tests in a JUnit report that pytest wrote."""
+    outcomes: Outcomes = {}
+    for case in ElementTree.parse(report).getroot().iter("testcase"):
+        outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
+        file = case.get("classname").removeprefix("tests.").replace(".", "/") + ".py"
+        key = file, re.sub(r"\[.*", "", case.get("name"), flags=re.S)
+        outcomes.setdefault(key, []).append(outcome)
     return outcomes
 
 
-def format_page(outcomes: dict[tuple[str, str], list[str]]) -> str:
+def format_page(outcomes: Outcomes) -> str:
     """Return the page: one row for each fault."""
     lines = [
         "# What can go wrong", "",
@@ -181,10 +190,12 @@ def escape_cell(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="the outcomes of a run that has been made")
     if missing := find_missing_tests():
         raise SystemExit(f"scripts.pages.faults: no such tests: {', '.join(missing)}")
-    if not parser.parse_args().check:
-        PAGE.write_text(format_page(run_named_tests()))
+    args = parser.parse_args()
+    if not args.check:
+        PAGE.write_text(format_page(read_outcomes(args.junit) if args.junit else run_named_tests()))
 
 
 if __name__ == "__main__":
