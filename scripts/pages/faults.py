@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "faults.md"
-WAITS = "waits for the server"  # for faults of engine.serve, which does not exist yet
+WAITS = "the server is not built yet"  # for faults of engine.serve, which does not exist yet
 F, C, S, T, R, W, D = (
     "project/test_faults.py",
     "engine/output/test_checkpoint.py",

@@ -14,23 +14,23 @@ ROOT = Path(__file__).parents[2]
 RECORDS, DOC = ROOT / "benchmarks" / "static.json", ROOT / "docs" / "kernels.md"
 CHIPS = ("sm_80", "sm_90", "sm_100")
 
-HEAD = """# What the kernels are on each chip
+HEAD = """# The kernels and their machine code on each chip
 
-Made by `python -m scripts.pages.kernels`; do not edit. Every configuration that ships was compiled for {chips} by the
-static gate (`python -m kernels.static`), without a GPU, and its machine code was read. This page holds no times:
+Made by `python -m scripts.pages.kernels`; do not edit. The static gate (`python -m kernels.static`) compiles every
+configuration that ships for {chips}, without a GPU, and reads the machine code. This page holds no times:
 `python -m kernels.bench` measures them.
 
 How to read the tables: three numbers in a cell are for {chips}; one number holds for all three.
 
-- **tile**: the sizes that one program works on. **warps**: of 32 threads, a program. **stages**: loads in flight ahead.
-- **registers**: a thread, of 255, under each gated Triton. **spills**: instructions that move registers to memory and
-  back, under any of them; the gate lets none pass.
-- **shared**: KB of shared memory a program, of {shared} a chip allows.
-- **programs**: the number that an SM holds at once, from registers, warps, shared and tensor memory.
+- **tile**: the sizes that one program (thread block) works on. **warps**: per program. **stages**: of pipelined loads.
+- **registers**: per thread, at most 255, for each version of Triton. **spills**: instructions that move registers to
+  memory and back; the gate refuses any.
+- **shared**: KB of shared memory per program. The chips allow {shared}.
+- **programs**: how many an SM holds at once, which registers, warps, shared and tensor memory decide.
 - **matrix**: the instruction that multiplies matrices: HMMA on Ampere, HGMMA on Hopper, UTCHMMA on Blackwell.
-- **wide**: the share of 128 bits or more among the instructions that move global memory. The others move row
-  statistics and indices, or the gate would refuse them.
-- **bytes**: that must move for each element of the largest tensor of the launch.
+- **wide**: the share of instructions that move 128 bits or more, among those that access global memory. The others move
+  row statistics and indices; the gate refuses any other narrow access.
+- **bytes**: how many must move for each element of the largest tensor of the launch.
 - **from**: how the configuration was chosen: *static*, by the figures here, or *measured* on a GPU (`kernels.tune`).
 
 """
