@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_gen.base.cli import DataError, Failure, Parser, UsageError, run_command
-from data_gen.base.files import read_rows, to_json_line, write_whole
+from data_gen.base.files import read_rows, to_json_line, write_atomically
 from data_gen.rows.rouge import Deduplicator, rouge_l
 
 SUFFIXES = (".json", ".jsonl")
@@ -103,7 +103,7 @@ def show_progress(texts: list[str]) -> Iterator[str]:
 def write_lines(path: str, lines: Iterable[str]) -> None:
     """Write a whole file. Raise Failure if it cannot be written."""
     try:
-        write_whole(path, lines)
+        write_atomically(path, lines)
     except OSError as error:
         raise Failure(f"{path} cannot be written: {error}") from error
 

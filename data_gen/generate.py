@@ -26,7 +26,7 @@ from data_gen.api.progress import Progress, format_clock
 from data_gen.api.prompt import Prompter, read_seed_tasks
 from data_gen.api.rate import Rate
 from data_gen.base.cli import Failure, Parser, Stopped, UsageError, print_text, run_command
-from data_gen.base.files import write_whole
+from data_gen.base.files import write_atomically
 from data_gen.page.report import write_report
 from data_gen.rows.contamination import Decontaminator
 from data_gen.rows.curator import Curator
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
         curator.write_files(options.out)
         totals = ledger.compute_totals()
         record = describe_run(options, curator, totals, status, budget.cap, price, seconds)
-        write_whole(options.out / "run.json", [json.dumps(record, indent=1) + "\n"])
+        write_atomically(options.out / "run.json", [json.dumps(record, indent=1) + "\n"])
         report = write_report(options.out / "dataset.jsonl", options.out / "report.html")
         print_summary(curator, totals, seconds, [options.out / "dataset.json", report])
     except OSError as error:

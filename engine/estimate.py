@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.base.device import DTYPES
-from engine.base.errors import CriaError, UsageError, exit_code_of
-from engine.base.flags import knob, name_to_flag, parse_flags, suggest_nearest
+from engine.base.errors import CriaError, UsageError, run_main
+from engine.base.flags import flag, name_to_flag, parse_flags, suggest_nearest
 from engine.data.dataset import encode_rows
 from engine.data.rows import read_rows, resolve_data_paths
 from engine.formats.find import find_model
@@ -35,7 +35,7 @@ from engine.training.planning_input import recipe_from_config, setting_from_conf
 def shared_knob(name: str) -> Any:
     """Return the field of a flag with the default and the help that it has in engine.finetune."""
     field: Field = next(field for field in fields(FinetuneConfig) if field.name == name)
-    return knob(field.default, **field.metadata)
+    return flag(field.default, **field.metadata)
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,15 @@ class EstimateConfig:
     Without --data the rows are Alpaca's: 52,002, with the lengths of 9,229 of them.
     """
 
-    model: str = knob("", "named shape, folder (Hugging Face or Meta layout) or .gguf file", alias="model_name_or_path")
-    gpu: str = knob("H100", "the card, one of " + ", ".join(CARDS))
-    gpus: int = knob(1, "cards; several are projected")
+    model: str = flag("", "named shape, folder (Hugging Face or Meta layout) or .gguf file", alias="model_name_or_path")
+    gpu: str = flag("H100", "the card, one of " + ", ".join(CARDS))
+    gpus: int = flag(1, "cards; several are projected")
     replicas: int | None = shared_knob("replicas")
-    gpu_memory: float | None = knob(None, "GiB of another card, as torch tells its total_memory (auto: of --gpu)")
-    gpu_tflops: float | None = knob(None, "its dense bf16 peak, TFLOP/s (auto: of --gpu)")
-    gpu_bandwidth: float | None = knob(None, "its memory's bandwidth, GB/s (auto: of --gpu)")
-    price_per_hour: float | None = knob(None, f"dollars an hour of one card (auto: a table of {PRICES_OF})")
-    json: str = knob("", "file for the same as JSON")
+    gpu_memory: float | None = flag(None, "GiB of another card, as torch tells its total_memory (auto: of --gpu)")
+    gpu_tflops: float | None = flag(None, "its dense bf16 peak, TFLOP/s (auto: of --gpu)")
+    gpu_bandwidth: float | None = flag(None, "its memory's bandwidth, GB/s (auto: of --gpu)")
+    price_per_hour: float | None = flag(None, f"dollars an hour of one card (auto: a table of {PRICES_OF})")
+    json: str = flag("", "file for the same as JSON")
     tokenizer: str = shared_knob("tokenizer")
     data: tuple[str, ...] = shared_knob("data")
     epochs: int = shared_knob("epochs")
@@ -156,4 +156,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code_of(main))
+    sys.exit(run_main(main))

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from engine.base.device import DTYPES
-from engine.base.errors import CriaError, DataError, UsageError, exit_code_of
-from engine.base.flags import knob, parse_flags
+from engine.base.errors import CriaError, DataError, UsageError, run_main
+from engine.base.flags import flag, parse_flags
 from engine.formats.find import detect_kind, find_model
 from engine.formats.save import save_hf, save_meta
 from engine.formats.source import Source, open_source
@@ -27,16 +27,16 @@ from engine.text.tokenizer_files import find_tokenizer
 class ExportConfig:
     """Write a model as a complete Hugging Face folder, or in Meta's layout."""
 
-    model: str = knob(
+    model: str = flag(
         "smollm2-135m",
         "folder (Hugging Face or Meta layout), .gguf file, training state (checkpoint-N), or the embedded smollm2-135m",
     )
-    tokenizer: str = knob("", "folder or .gguf of the tokenizer, where the model or the state's run has none at hand")
-    out: str = knob("", "folder to write; it must be new or empty")
-    layout: str = knob("hf", "of the folder written", ("hf", "meta"))
-    dtype: str = knob("auto", "of the weights written; auto keeps what the model has", ("auto", "bf16", "fp16", "fp32"))
-    max_shard_bytes: int = knob(5_000_000_000, "largest safetensors file (hf)")
-    debug: bool = knob(False, "show tracebacks")
+    tokenizer: str = flag("", "folder or .gguf of the tokenizer, where the model or the state's run has none at hand")
+    out: str = flag("", "folder to write; it must be new or empty")
+    layout: str = flag("hf", "of the folder written", ("hf", "meta"))
+    dtype: str = flag("auto", "of the weights written; auto keeps what the model has", ("auto", "bf16", "fp16", "fp32"))
+    max_shard_bytes: int = flag(5_000_000_000, "largest safetensors file (hf)")
+    debug: bool = flag(False, "show tracebacks")
 
     def __post_init__(self) -> None:
         if not self.out:
@@ -95,4 +95,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code_of(main))
+    sys.exit(run_main(main))

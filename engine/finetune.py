@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from engine.base.device import cpu_multiplies_bf16
-from engine.base.errors import exit_code_of
+from engine.base.errors import run_main
 from engine.base.flags import parse_flags
 from engine.base.signals import Signals
 from engine.distributed.world import World, start_ranks
@@ -88,4 +88,4 @@ def print_estimate(plan: Plan, world: World) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code_of(main))
+    sys.exit(run_main(main))

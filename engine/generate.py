@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.base.device import choose_device, choose_dtype, choose_kernels
-from engine.base.errors import DataError, UsageError, exit_code_of
+from engine.base.errors import DataError, UsageError, run_main
 from engine.base.files import read_json
-from engine.base.flags import KERNELS, KERNELS_HELP, knob, parse_flags
+from engine.base.flags import KERNELS, KERNELS_HELP, flag, parse_flags
 from engine.data.rows import read_rows
 from engine.inference.generation import generate
 from engine.inference.model_loader import load_model
@@ -24,24 +24,24 @@ from engine.text.templates import CHAT_STYLES, Row, encode_prompt, find_stop_ids
 class GenerateConfig:
     """Answer prompts with a model. One --prompt is streamed to the terminal; a file's answers are printed in turn."""
 
-    model: str = knob("smollm2-135m", "folder (Hugging Face or Meta layout), .gguf file, or the embedded smollm2-135m")
-    prompt: str = knob("", "an instruction")
-    input: str = knob("", "the input that goes with --prompt, in the alpaca template")
-    prompts: str = knob("", "a file: one instruction a line, or Alpaca/chat JSON or JSONL rows")
-    prompt_style: str = knob(
+    model: str = flag("smollm2-135m", "folder (Hugging Face or Meta layout), .gguf file, or the embedded smollm2-135m")
+    prompt: str = flag("", "an instruction")
+    input: str = flag("", "the input that goes with --prompt, in the alpaca template")
+    prompts: str = flag("", "a file: one instruction a line, or Alpaca/chat JSON or JSONL rows")
+    prompt_style: str = flag(
         "auto", "the template; auto is the one the model was fine-tuned with here, else alpaca",
         ("auto", "alpaca", *CHAT_STYLES),
     )  # fmt: skip
-    raw: bool = knob(False, "continue the prompt as it is, under no template")
-    max_new_tokens: int = knob(256, "longest answer")
-    temperature: float = knob(0.0, "0 is greedy; 1 samples the model's own distribution")
-    top_p: float = knob(1.0, "sample from the fewest tokens that hold this probability")
-    seed: int = knob(0, "of sampling")
-    batch_size: int = knob(8, "prompts of a file answered at once")
-    device: str = knob("auto", "auto is cuda where there is one", ("auto", "cpu", "cuda"))
-    dtype: str = knob("auto", "of the weights; auto is bf16 on CUDA, fp32 on CPU", ("auto", "bf16", "fp32"))
-    kernels: str = knob("auto", KERNELS_HELP, KERNELS)
-    debug: bool = knob(False, "show tracebacks")
+    raw: bool = flag(False, "continue the prompt as it is, under no template")
+    max_new_tokens: int = flag(256, "longest answer")
+    temperature: float = flag(0.0, "0 is greedy; 1 samples the model's own distribution")
+    top_p: float = flag(1.0, "sample from the fewest tokens that hold this probability")
+    seed: int = flag(0, "of sampling")
+    batch_size: int = flag(8, "prompts of a file answered at once")
+    device: str = flag("auto", "auto is cuda where there is one", ("auto", "cpu", "cuda"))
+    dtype: str = flag("auto", "of the weights; auto is bf16 on CUDA, fp32 on CPU", ("auto", "bf16", "fp32"))
+    kernels: str = flag("auto", KERNELS_HELP, KERNELS)
+    debug: bool = flag(False, "show tracebacks")
 
     def __post_init__(self) -> None:
         problems = []
@@ -108,4 +108,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code_of(main))
+    sys.exit(run_main(main))

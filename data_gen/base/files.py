@@ -11,7 +11,7 @@ from data_gen.base.cli import DataError
 FIELDS = ("instruction", "input", "output")  # of an Alpaca row
 
 
-def write_whole(path: str | Path, chunks: Iterable[str]) -> None:
+def write_atomically(path: str | Path, chunks: Iterable[str]) -> None:
     """Write the texts to a file as UTF-8, whole or not at all: a temporary file is synced and then renamed."""
     path = Path(path)
     new = path.with_name(f".{path.name}.tmp")

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from data_gen.base.cli import UsageError
-from data_gen.base.files import read_rows, write_whole
+from data_gen.base.files import read_rows, write_atomically
 from data_gen.base.language import guess_language
 from data_gen.page.blocks import EXAMPLE_CHARS, hash_inline_block
 from data_gen.page.formatting import (
@@ -51,7 +51,7 @@ def write_report(path: str | Path, out: str | Path | None = None) -> Path:
     rows = parse_rows(read_rows(path), path)
     rejected = read_rejected(beside[1])
     page = render_page(path.name, rows, rejected, read_run(beside[2]))
-    write_whole(out, [page.encode("utf-8", "replace").decode()])
+    write_atomically(out, [page.encode("utf-8", "replace").decode()])
     return out
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from data_gen.api.client import Answer, read_answer
 from data_gen.api.ledger import Entry
 from data_gen.api.prices import PICO
-from data_gen.base.files import FIELDS, to_json_line, write_whole
+from data_gen.base.files import FIELDS, to_json_line, write_atomically
 from data_gen.rows.contamination import Decontaminator
 from data_gen.rows.defects import find_defect
 from data_gen.rows.parse import parse_answer
@@ -142,10 +142,10 @@ class Curator:
         """Write dataset.json (Alpaca), dataset.jsonl (with provenance), chat.jsonl and rejected.jsonl, each whole."""
         plain = [{name: row[name] for name in FIELDS} for row in self.rows]
         lines = (to_json_line(row).rstrip("\n") for row in plain)
-        write_whole(folder / "dataset.json", ["[\n", ",\n".join(lines), "\n]\n"] if plain else ["[]\n"])
-        write_whole(folder / "dataset.jsonl", map(to_json_line, self.rows))
-        write_whole(folder / "chat.jsonl", (to_json_line({"messages": row_to_messages(row)}) for row in plain))
-        write_whole(folder / "rejected.jsonl", map(to_json_line, self.lost))
+        write_atomically(folder / "dataset.json", ["[\n", ",\n".join(lines), "\n]\n"] if plain else ["[]\n"])
+        write_atomically(folder / "dataset.jsonl", map(to_json_line, self.rows))
+        write_atomically(folder / "chat.jsonl", (to_json_line({"messages": row_to_messages(row)}) for row in plain))
+        write_atomically(folder / "rejected.jsonl", map(to_json_line, self.lost))
 
 
 def row_to_messages(row: dict[str, str]) -> list[dict[str, str]]:

@@ -46,7 +46,7 @@ def choose_kernels(name: str, device: torch.device) -> str:
     if name == "ref" or (device.type == "cpu" and name == "auto"):
         return "ref"
     try:
-        kernels.chip(device)
+        kernels.chip(device)  # raises for a GPU that the kernels do not support
     except ValueError as error:
         raise UsageError(f"--kernels {name}: {error}") from None
     return "triton"

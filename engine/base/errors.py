@@ -1,4 +1,7 @@
-"""Errors with their exit codes. A message says who, got, wanted and remedy in one or two lines."""
+"""Errors with their exit codes.
+
+An error's message says in a line or two what is wrong, what was found, what was wanted and how to put it right.
+"""
 
 import os
 import sys
@@ -30,8 +33,8 @@ class DivergedError(CriaError):
     exit_code = 4
 
 
-class Elsewhere(CriaError):
-    """Another rank failed, and says why; this one ends with it."""
+class OtherRankFailed(CriaError):
+    """Another rank failed. That rank prints the reason; this one exits with the same code and prints nothing."""
 
     def __init__(self, rank: int, exit_code: int):
         super().__init__(f"rank {rank} failed")
@@ -39,7 +42,10 @@ class Elsewhere(CriaError):
 
 
 class Stopped(BaseException):
-    """A signal asked the run to end; its state is saved. No Exception, lest a handler of faults swallow it."""
+    """A signal asked the run to end, and its state is saved.
+
+    It is a BaseException, so that no `except Exception` catches it.
+    """
 
     exit_code = 143
 
@@ -49,16 +55,19 @@ def summarize_error(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def exit_code_of(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
-    """Run main(argv) and return the exit code. A failure is printed on stderr, with its traceback under --debug."""
+def run_main(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
+    """Run a command's main(argv) and return its exit code.
+
+    A failure is printed on stderr, with a traceback when argv has --debug. argv is sys.argv[1:] by default.
+    """
     argv = sys.argv[1:] if argv is None else argv
     try:
         main(argv)
     except Stopped as stopped:
-        if os.environ.get("RANK", "0") == "0":  # all ranks stop alike
+        if os.environ.get("RANK", "0") == "0":  # all ranks stop at the same step: one message is enough
             print(stopped, file=sys.stderr, flush=True)
         return stopped.exit_code
-    except Elsewhere as error:
+    except OtherRankFailed as error:
         return error.exit_code
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under another name, synced, then renamed; and JSON objects read back."""
+"""Atomic writes of files: under a temporary name, synced, then renamed. And JSON objects, written and read."""
 
 import json
 import math
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import IO, Any
 
 
-def write_whole(path: Path, content: bytes | Iterable[bytes]) -> None:
-    """Write a file so that a reader, or the disk after a crash, has the old content or all of the new one.
+def write_atomically(path: Path, content: bytes | Iterable[bytes]) -> None:
+    """Write a file so that a reader, even after a crash, finds the old content or all of the new, nothing between.
 
     Raise OSError when the disk refuses; the old file is then as it was and no temporary file is left.
     """
@@ -30,8 +30,8 @@ def write_synced(path: Path, content: bytes | Iterable[bytes]) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write an object as indented JSON, whole or not at all. Raise OSError."""
-    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+    """Write an object as indented JSON, atomically. Raise OSError when the disk refuses."""
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def sync_file(file: IO[bytes] | IO[str]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk, as renames and removals within it left them."""
+    """Wait until the renames and removals in a folder are on the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""A command line made from a dataclass: each field is one --flag, which it types, checks and explains."""
+"""A command line made from a dataclass: each field is one --flag, with its type, its choices and its help."""
 
 import dataclasses
 import difflib
@@ -14,12 +14,12 @@ T = TypeVar("T")
 KERNELS = ("auto", "triton", "ref")
 KERNELS_HELP = "auto: triton on CUDA, the torch references elsewhere; or insist on one of them"
 
+# (raw flags {name: [words]}, problems) -> notes. Its attribute `flags` names the foreign flags that it accepts.
+Translate = Callable[[dict[str, list[str]], list[str]], list[str]]
 
-Translate = Callable[[dict[str, list[str]], list[str]], list[str]]  # (raw, problems) -> notes
 
-
-def knob(default: Any, help: str, choices: Sequence[str] | None = None, alias: str | None = None) -> Any:
-    """Return a dataclass field that is a flag. alias: its name in Stanford's train.py and in transformers."""
+def flag(default: Any, help: str, choices: Sequence[str] | None = None, alias: str | None = None) -> Any:
+    """Return a dataclass field that is a flag. alias: the flag's name in Stanford's train.py and in transformers."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "alias": alias})
 
 
@@ -29,7 +29,7 @@ def name_to_flag(name: str) -> str:
 
 
 def suggest_nearest(name: str, known: Iterable[str]) -> str:
-    """Return "; did you mean X?" for the known name that is most like this one, or "" where none is."""
+    """Return "; did you mean X?" for the known name most like this one, or "" when none is like it."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -37,12 +37,12 @@ def suggest_nearest(name: str, known: Iterable[str]) -> str:
 def parse_flags(
     cls: type[T], argv: Sequence[str], translate: Translate | None = None, embedded: dict[str, Any] | None = None
 ) -> tuple[T, list[str]]:
-    """Return a cls whose fields are set by --flags, and notes for the user.
+    """Return (a cls whose fields are set by the --flags of argv, notes for the user).
 
-    Exits with 2 after printing every problem, with 0 after --help. A flag is written with dashes or underscores, as
+    Exit with 2 after printing every problem, and with 0 after --help. A flag is written with dashes or underscores, as
     "--flag value" or "--flag=value"; a bool as --flag, --no-flag or "--flag True". translate turns foreign flags among
-    {name: [words]} into ours, adds problems and returns notes. embedded: the defaults of a command line that names
-    neither --model nor --data.
+    {name: [words]} into ours, adds problems and returns notes. embedded: values of flags for a command line that names
+    neither --model nor --data, which then uses the embedded model and data.
     """
     fields: dict[str, Any] = {field.name: field for field in dataclasses.fields(cast(Any, cls))}
     names = {name: name for name in fields}
@@ -54,7 +54,7 @@ def parse_flags(
     problems: list[str] = []
     raw = split_flags(argv, names, fields, problems)
     notes = translate(raw, problems) if translate else []
-    values = {name: convert(fields[name], words, problems) for name, words in raw.items()}
+    values = {name: convert_words(fields[name], words, problems) for name, words in raw.items()}
     if embedded and not {"model", "data"} & set(values):
         values = embedded | values
     try:
@@ -68,7 +68,9 @@ def parse_flags(
     return config, notes
 
 
-INVALID = object()  # a value that did not convert: its problem is noted, the checks see the field's default
+INVALID = (
+    object()
+)  # a value that did not convert; the field keeps its default, so that the other fields are still checked
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -105,7 +107,7 @@ def split_flags(
     return {name: words for name, words in raw.items() if not name.startswith("unknown ")}
 
 
-def convert(field: Any, words: list[str], problems: list[str]) -> Any:
+def convert_words(field: Any, words: list[str], problems: list[str]) -> Any:
     """Return the value of a field from its words, or INVALID after adding a problem."""
     kind, name = field.type, name_to_flag(field.name)
     if typing.get_origin(kind) is tuple:

@@ -1,7 +1,7 @@
-"""Memory of the host that a GPU copies to and from.
+"""Pinned memory of the host, which a GPU copies to and from while it computes.
 
-Such memory is pinned, so that a copy runs beside the GPU's work. torch rounds each piece of pinned memory up to a power
-of two of bytes; therefore many tensors share an arena.
+torch rounds each allocation of pinned memory up to a power of two of bytes. So tensors do not get an allocation each:
+they are pieces of a few large ones, the arenas.
 """
 
 import torch
@@ -13,7 +13,7 @@ COPY_ARENA_BYTES = 1 << 28  # arenas of the copy of a training state that is bei
 
 
 class HostMemory:
-    """Pieces of the host's memory, each in the first arena that has room for it.
+    """Pieces of the host's memory, each in the first arena with enough free bytes.
 
     A pinned arena has arena_bytes, or the power of two that holds a larger piece. Memory that is not pinned needs no
     arenas: each piece is an allocation of its own size.
@@ -26,7 +26,7 @@ class HostMemory:
         self.arenas: list[torch.Tensor] = []
 
     def place_piece(self, n_bytes: int) -> tuple[int, int]:
-        """Return (arena, first byte) of a new piece. Nothing is allocated: self.sizes says what would be."""
+        """Return (arena, first byte) of a new piece. Nothing is allocated; self.sizes has the sizes of the arenas."""
         free = [size - taken for size, taken in zip(self.sizes, self.taken, strict=True)]
         arena = next((i for i, left in enumerate(free) if n_bytes <= left), len(free))
         if arena == len(free):
@@ -37,7 +37,7 @@ class HostMemory:
         return arena, first
 
     def reserve_piece(self, n_bytes: int) -> torch.Tensor:
-        """Return memory as an uninitialised tensor (n_bytes,) of uint8. Raises RuntimeError when the host has none."""
+        """Return a new piece as an uninitialised uint8 tensor (n_bytes,). Raise RuntimeError when memory runs out."""
         arena, first = self.place_piece(n_bytes)
         if arena == len(self.arenas):
             self.arenas.append(torch.empty(self.sizes[arena], dtype=torch.uint8, pin_memory=self.pinned))

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: noted while a run trains, obeyed at once before that."""
+"""SIGTERM and SIGINT: before training they end the run at once; during training they wait for the end of a step."""
 
 import os
 import signal
@@ -10,8 +10,9 @@ from engine.base.errors import Stopped
 class Signals:
     """The signals SIGTERM and SIGINT of this process.
 
-    Before training the first one ends the run at once, with nothing to save. In training it is noted, and the loop asks
-    for it with pending(). A second one ends the process there and then: what is on disk is whole.
+    Before training, the first signal ends the run at once, as there is nothing to save. During training it is noted,
+    and the training loop asks for it with pending(). A second signal ends the process at once; files on disk are
+    complete.
     """
 
     def __init__(self) -> None:
@@ -21,7 +22,7 @@ class Signals:
             signal.signal(number, self.handle)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Note a signal or end the process, as the class says. Python calls this."""
+        """Handle a signal as the class describes. Python calls this."""
         name = signal.Signals(number).name
         if self.received:
             os.write(2, f"{name} again: leaving at once, the last saved state is whole\n".encode())

@@ -15,20 +15,20 @@ from rich.table import Table
 from rich.text import Text
 
 T = TypeVar("T")
+# Control characters, which are dropped: text of a model or a dataset must not steer the terminal.
 CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 class Progress:
-    """A live bar on a terminal; elsewhere plain lines, one each `every` steps and one at the last step."""
+    """A live bar on a terminal; elsewhere plain lines, one every `every` steps and one at the last step."""
 
     def __init__(self, total: int | None, start: int = 0, unit: str = "step", every: int = 1, file: Any = None):
         self.out = Output(sys.stdout if file is None else file)
         self.label, self.done, self.total, self.every = unit, start, total, every
-        self.figures: list[str] = []  # of the last step, the most wanted first
+        self.figures: list[str] = []  # of the last step, most important first: a narrow terminal drops the last ones
         self.began = self.last = time.monotonic()
-        self.durations: deque[float] = deque(
-            maxlen=31
-        )  # seconds a step; a median is blind to one that waits for a save
+        # Seconds of each of the last steps. Their median, unlike a mean, ignores a step that waits for a save.
+        self.durations: deque[float] = deque(maxlen=31)
         self.inner: Progress | None = None  # the work that the bar counts in place of steps
         self.live: Live | None = None
         self.console: Any = None
@@ -37,7 +37,7 @@ class Progress:
         self.began = self.last = time.monotonic()
         if self.out.isatty():
             self.console = Console(file=cast(IO[str], self.out), force_terminal=True, highlight=False)
-            self.console.show_cursor = lambda show=True: False  # a killed run must leave the terminal its cursor
+            self.console.show_cursor = lambda show=True: False  # never hidden: a killed run could not show it again
             self.live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4)
             self.live.start()
         return self
@@ -64,7 +64,7 @@ class Progress:
         self.figures = [texts[0], speed, *texts[1:]]
         if not self.live and (step % self.every == 0 or step == self.total):
             eta = format_duration(self.estimate_seconds_left())
-            self._line("  ".join([self._count(), *texts, speed, f"eta {eta}"]))
+            self._write_line("  ".join([self._format_count(), *texts, speed, f"eta {eta}"]))
 
     def advance(self, n: int = 1) -> None:
         """Count work that has no loss."""
@@ -75,7 +75,7 @@ class Progress:
         if self.live:
             self.console.print(Text(self.out.clean(text)), soft_wrap=True)
         else:
-            self._line(text)
+            self._write_line(text)
 
     def track(self, label: str, iterable: Iterable[T], total: int | None = None) -> Iterator[T]:
         """Yield from `iterable`, such as the batches of an evaluation, while the bar counts them in place of steps."""
@@ -99,49 +99,55 @@ class Progress:
             self.durations.append((now - self.last) / (done - self.done))
         self.done, self.last = done, now
 
-    def _count(self):
+    def _format_count(self):
         return f"{self.label} {self.done}" + ("" if self.total is None else f"/{self.total}")
 
-    def _line(self, text):
+    def _write_line(self, text):
         self.out.write(self.out.clean(text) + "\n")
         self.out.flush()
 
     def _render(self):
-        """Return one row that fits the terminal: count, bar, then as many figures as fit."""
+        """Return one line as wide as the terminal: count, bar, then as many figures as fit."""
         shown = self.inner or self
         elapsed = format_duration(time.monotonic() - shown.began)
         if shown.done == shown.total:
             texts = [f"took {elapsed}", *shown.figures]
         else:
             texts = [f"eta {format_duration(shown.estimate_seconds_left())}", *shown.figures, f"elapsed {elapsed}"]
-        room = self.console.width - len(shown._count()) - 1 - (bar := 10)
+        least_bar, most_bar = 10, 40
+        free_columns = self.console.width - len(shown._format_count()) - 1 - least_bar
         fits = []
         for text in texts:
-            if len(text) + 2 > room:
+            if len(text) + 2 > free_columns:
                 break
             fits.append(text)
-            room -= len(text) + 2
+            free_columns -= len(text) + 2
+        bar_width = min(least_bar + free_columns, most_bar)
         row = Table.grid(padding=(0, 1, 0, 0))
         row.add_row(
-            Text(shown._count(), no_wrap=True),
-            ProgressBar(shown.total, shown.done, bar + min(room, 30), complete_style="cyan", finished_style="green"),
+            Text(shown._format_count(), no_wrap=True),
+            ProgressBar(shown.total, shown.done, bar_width, complete_style="cyan", finished_style="green"),
+            # The time stands first in fits, so that it is dropped last, and last on the screen.
             *(Text(" " + text if i else text, no_wrap=True) for i, text in enumerate(fits[1:] + fits[:1])),
         )
         return row
 
 
 def track(label: str, iterable: Iterable[T], total: int | None = None, file: Any = None) -> Iterator[T]:
-    """Yield from `iterable` under a bar of its own; where there is no terminal, print one line when it has ended."""
+    """Yield from `iterable` under a bar of its own. Where there is no terminal, print one line at the end instead."""
     with Progress(count_items(iterable, total), unit=label, file=file) as progress:
         for item in iterable:
             yield item
             progress.advance()
         if not progress.live:
-            progress.print_message(f"{progress._count()}  {format_duration(time.monotonic() - progress.began)}")
+            progress.print_message(f"{progress._format_count()}  {format_duration(time.monotonic() - progress.began)}")
 
 
 class Output:
-    """A text stream that outlives its reader: after a failed write the rest goes to /dev/null and the run goes on."""
+    """A text stream that a run can always write to: after a failed write, everything goes to /dev/null.
+
+    So a run goes on when its terminal is closed or the reader of its pipe ends.
+    """
 
     def __init__(self, file: Any):
         self.file: Any = file.file if isinstance(file, Output) else file  # None: the process began with stdout closed
@@ -184,7 +190,7 @@ class Output:
 
 
 def count_items(iterable: Any, total: int | None) -> int | None:
-    """Return the total, else the length of the iterable, None where it has none."""
+    """Return the total if it is given, else the length of the iterable, or None when it has no length."""
     return total if total is not None or not hasattr(iterable, "__len__") else len(iterable)
 
 

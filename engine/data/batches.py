@@ -48,7 +48,7 @@ class Order:
 class StepBatch:
     """One step: the micro-batches of this rank, and the numbers of the global batch, which all ranks share."""
 
-    micro_batches: Sequence[Any]  # MicroBatches; once they are on the device, Readys
+    micro_batches: Sequence[Any]  # MicroBatches; once they are on the device, DeviceMicroBatches
     examples: np.ndarray  # (N,) numbers of the global batch's examples, in order
     n_tokens: int  # of the global batch, as its examples hold them
     n_loss_tokens: int  # of the global batch

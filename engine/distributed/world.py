@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from engine.base.errors import CriaError, Elsewhere, UsageError
+from engine.base.errors import CriaError, OtherRankFailed, UsageError
 
 T = TypeVar("T")
 
@@ -116,7 +116,7 @@ class World:
         codes: list[Any] = self.gather(getattr(failure, "exit_code", 1) if failure else None)
         failed = [rank for rank, code in enumerate(codes) if code is not None]
         if failed:
-            raise failure if self.rank == failed[0] else Elsewhere(failed[0], codes[failed[0]])
+            raise failure if self.rank == failed[0] else OtherRankFailed(failed[0], codes[failed[0]])
         return result
 
     def on_main_first(self, work: Callable[[], T]) -> T:
@@ -130,7 +130,7 @@ class World:
         key = f"first/{self.n_firsts}"
         while not self.is_main and not self.store.check([key]):
             if self.store.check([MAIN_FAILED]):
-                raise Elsewhere(0, 1)
+                raise OtherRankFailed(0, 1)
             time.sleep(LOOK_S)
         try:
             return work()
@@ -189,7 +189,7 @@ class World:
 
     def error_on_all_ranks(self, error: CriaError) -> CriaError:
         """Return the exception for an error that all ranks hit: rank 0 prints it, the others exit with its code."""
-        return error if self.is_main else Elsewhere(0, error.exit_code)
+        return error if self.is_main else OtherRankFailed(0, error.exit_code)
 
 
 # ---- start and end --------------------------------------------------------------------------------------------------

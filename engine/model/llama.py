@@ -1,4 +1,4 @@
-"""The whole LLaMA (1, 2, 3.x), over packed rows of tokens.
+"""The whole LLaMA (1, 2, 3.x), over packed documents.
 
 T tokens of a micro-batch, documents back to back    D dim    V vocab
 H heads    K key/value heads    Dh head dim    F hidden dim of the feed-forward
@@ -8,7 +8,8 @@ H heads    K key/value heads    Dh head dim    F hidden dim of the feed-forward
                      x = x + w2 (silu(w1 norm(x)) * w3 norm(x))
     logits = output norm(x)
 
-No padding and no batch axis: `documents` says which rows see which (see kernels.attention).
+There is no padding and no batch axis. A row is one token; `documents` says which rows attend to which, see
+kernels.attention.
 Source: arXiv:2302.13971, arXiv:2407.21783.
 """
 
@@ -23,14 +24,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from engine.model.batch import MicroBatch, Ready
+from engine.model.batch import DeviceMicroBatch, MicroBatch
 from engine.model.config import ModelConfig, RopeScaling
 from engine.model.shard import Shard
 
 
 @functools.cache
 def rope_frequencies_on(device: torch.device, head_dim: int, theta: float, scaling: RopeScaling | None) -> torch.Tensor:
-    """Return kernels.rope_frequencies on a device, made once: a copy in each forward would wait for the device."""
+    """Return kernels.rope_frequencies on a device. It is cached: a copy in each forward would wait for the device."""
     return kernels.rope_frequencies(head_dim, theta, scaling).to(device)
 
 
@@ -40,7 +41,10 @@ def new_parameter(*shape: int) -> nn.Parameter:
 
 
 class Block(nn.Module):
-    """One layer. wqkv holds wq, wk, wv row upon row; w13 holds w1 (gate) and w3 (up)."""
+    """One layer. wqkv holds the rows of wq, then of wk and wv; w13 those of w1 (gate), then of w3 (up).
+
+    keep: the outputs of norms and SwiGLU are kept for backward rather than computed again.
+    """
 
     def __init__(self, config: ModelConfig, impl: str, keep: bool, accumulate: bool):
         super().__init__()
@@ -81,11 +85,14 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A LLaMA.
 
-    impl: the kernels that run, "auto" or a name to insist on.
-    recompute: backward computes again, rather than keep, nothing ("none"); the outputs of norms and SwiGLU, which cost
-    a pass over memory ("cheap"); all of a layer but its input ("block"). The references keep what autograd keeps, but
-    for "block". accumulate: the kernels add gradients to .grad in the GEMMs' epilogues, see
-    kernels.ops.common.weight_gradient; each loss() must then be followed by its backward(), with a gradient of 1.
+    impl: which kernels run: "triton", "ref" or "auto".
+
+    recompute: what backward computes again instead of keeping it. "none": nothing. "cheap": the outputs of norms and
+    SwiGLU, each of which costs one pass over memory. "block": everything in a layer but its input. With the references,
+    "none" and "cheap" are alike: both keep what autograd keeps.
+
+    accumulate: the GEMMs of backward add a weight's gradient to its .grad, see kernels.ops.common.weight_gradient. Each
+    loss() must then be followed by its backward(), with a gradient of 1.
     """
 
     def __init__(self, config: ModelConfig, impl: str = "auto", recompute: str = "cheap", accumulate: bool = False):
@@ -114,10 +121,10 @@ class Transformer(nn.Module):
     ) -> torch.Tensor:
         """Return the last layer's output (T, D), before the final norm, of tokens and positions (T,) int64.
 
-        One of three says which rows see which: documents (N, 4) int32 on the CPU, see kernels.attention; plans, which
-        plan_attention() made of them; cache, an engine.inference.kv_cache.KVCache of earlier tokens. rows (U,) int64,
-        increasing: the only rows whose output (U, D) is wanted; the last layer then computes queries and feeds forward
-        for these rows alone.
+        One of three says which rows attend to which: documents (N, 4) int32 on the CPU, see kernels.attention; plans,
+        which plan_attention() made from documents; cache, an engine.inference.kv_cache.KVCache of earlier tokens. rows
+        (U,) int64, increasing: the only rows whose output (U, D) is wanted. The last layer then computes queries and
+        the feed-forward of these rows only.
         """
         config = self.config
         frequencies = rope_frequencies_on(positions.device, config.head_dim, config.rope_theta, config.rope_scaling)
@@ -154,44 +161,46 @@ class Transformer(nn.Module):
         """Return logits (..., V), in the dtype of the weights, of rows (..., D) of forward's output."""
         return F.linear(self._normalize(x), self.head)
 
-    def prepare_batch(self, batch: MicroBatch) -> Ready:
-        """Send a micro-batch of the CPU to the model's device, with attention planned. The host does not wait."""
+    def prepare_batch(self, batch: MicroBatch) -> DeviceMicroBatch:
+        """Plan a micro-batch's attention and copy it to the model's device. The host does not wait for the copies."""
         device = self.norm.device
 
         def send(t):
             return t if t is None or device.type == "cpu" else t.pin_memory().to(device, non_blocking=True)
 
-        rows, of_rows = batch.loss_rows.unique_consecutive(return_inverse=True)
+        rows, row_of_target = batch.loss_rows.unique_consecutive(return_inverse=True)
         plans = self.plan_attention(batch.documents, len(batch.tokens), device, rows)
-        of_rows = None if len(rows) == len(of_rows) else of_rows
-        return Ready(
+        row_of_target = None if len(rows) == len(row_of_target) else row_of_target
+        return DeviceMicroBatch(
             send(batch.tokens), send(batch.positions), send(batch.targets), send(batch.weights), send(rows),
-            send(of_rows), plans,
+            send(row_of_target), plans,
         )  # fmt: skip
 
-    def loss(self, batch: MicroBatch | Ready) -> torch.Tensor:
+    def loss(self, batch: MicroBatch | DeviceMicroBatch) -> torch.Tensor:
         """Return the summed loss of the batch's targets, each times its weight, a scalar in fp32."""
         batch = self.prepare_batch(batch) if isinstance(batch, MicroBatch) else batch
-        # Not self(): FSDP2 has hooks on both, and would let go of the weights in between.
+        # Not self(...): FSDP2 hooks both loss and forward, and would reshard the weights between forward and the head.
         x = self.forward(batch.tokens, batch.positions, rows=batch.rows, plans=batch.plans)
         x = self._normalize(x)
-        x = x if batch.of_rows is None else x[batch.of_rows]
+        x = x if batch.row_of_target is None else x[batch.row_of_target]
         return kernels.linear_cross_entropy(x, self.head, batch.targets, batch.weights, self.impl, self.accumulate)
 
     @torch.no_grad()
     def init_weights(self, seed: int, shards: dict[str, Shard] | None = None) -> None:
-        """Set norms to 1 and draw matrices from a normal distribution of standard deviation 0.02, in order of names.
+        """Set norms to 1 and draw matrices from a normal distribution of standard deviation 0.02.
 
-        shards: {name: the rows that are here} of a sharded model. Each matrix is drawn whole and these rows are kept.
+        Matrices are drawn in the order of named_parameters(). shards: {name: the rows that this rank holds} of a
+        sharded model; each rank draws whole matrices and keeps its rows, so weights do not depend on the number of
+        ranks.
         """
         generator = torch.Generator(self.norm.device).manual_seed(seed)
         for name, p in self.named_parameters():
-            here = shards[name] if shards else None
+            shard = shards[name] if shards else None
             if p.ndim == 1:
-                (here.tensor if here else p).fill_(1)
-            elif here and here.rows:
-                whole = here.tensor.new_empty(p.shape).normal_(std=0.02, generator=generator)
-                here.tensor.copy_(whole[here.first : here.first + len(here.tensor)])
+                (shard.tensor if shard else p).fill_(1)
+            elif shard and shard.rows:
+                whole = shard.tensor.new_empty(p.shape).normal_(std=0.02, generator=generator)
+                shard.tensor.copy_(whole[shard.first : shard.end])
             else:
                 p.normal_(std=0.02, generator=generator)
 
@@ -205,9 +214,9 @@ def new_model(
     accumulate: bool = False,
     shard: Callable[["Transformer"], "Transformer"] | None = None,
 ) -> Transformer:
-    """Return a Transformer with uninitialised weights, allocated once, in this dtype.
+    """Return a Transformer with uninitialised weights of this dtype.
 
-    shard(model), which may leave the model a part of its rows, is called before anything is allocated.
+    shard: called with the model before anything is allocated; it may reduce each parameter to the rows of this rank.
     """
     with torch.device("meta"):
         model = Transformer(config, impl, recompute, accumulate).to(dtype)
@@ -215,5 +224,5 @@ def new_model(
         return shard(model).to_empty(device=device)
     if str(device) == "meta":
         return model
-    # Not to_empty, which imports sympy: most of a second.
+    # Not to_empty(), which imports sympy and so takes most of a second.
     return model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))

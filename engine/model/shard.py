@@ -8,13 +8,14 @@ import torch
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows [first, end) of a tensor that has `rows` rows, its first axis. A tensor without axes counts as one row."""
+    """Rows [first, end) of a larger tensor, along its first axis. A tensor without axes counts as one row."""
 
-    tensor: torch.Tensor
+    tensor: torch.Tensor  # these rows
     first: int = 0
-    rows: int | None = None  # None: it is the whole tensor
+    rows: int | None = None  # of the larger tensor; None: this shard is all of it
 
     def __post_init__(self):
+        # A shard without rows may begin anywhere.
         if self.end > self.first and not 0 <= self.first < self.end <= n_rows(self.shape):
             raise ValueError(f"Shard: rows [{self.first}, {self.end}) of a tensor of shape {self.shape}")
 
@@ -31,15 +32,18 @@ class Shard:
 
 
 def n_rows(shape: Sequence[int]) -> int:
-    """Return the rows of a tensor of this shape: 1 for one without axes."""
+    """Return the number of rows of a tensor of this shape: 1 when it has no axes."""
     return shape[0] if len(shape) else 1
 
 
 def as_shards(tensors: Mapping[str, torch.Tensor | Shard]) -> dict[str, Shard]:
-    """Return tensors as shards; a plain tensor is whole."""
+    """Return tensors as shards. A plain tensor becomes the shard that is all of it."""
     return {name: t if isinstance(t, Shard) else Shard(t) for name, t in tensors.items()}
 
 
 def first_row(rows: int, shards: int, shard: int) -> int:
-    """Return the first row of one of the shards, of ceil(rows / shards) rows each, the last ones smaller or empty."""
+    """Return the first row of shard number `shard` when FSDP2 divides `rows` rows into `shards` shards.
+
+    Each has ceil(rows / shards) rows; the last ones have fewer, or none.
+    """
     return min(rows, -(-rows // shards) * shard)

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from engine.base.files import write_whole
+from engine.base.files import write_atomically
 from engine.output.report_charts import render_chart, smooth_points
 from engine.output.report_numbers import (
     Line,
@@ -33,7 +33,7 @@ def write_report(out_dir: Path) -> Path:
     out_dir = Path(out_dir)
     page = render_page(read_run(out_dir / "run.json"), read_events(out_dir / "metrics.jsonl"))
     path = out_dir / "report.html"
-    write_whole(path, page.encode("utf-8", errors="replace"))
+    write_atomically(path, page.encode("utf-8", errors="replace"))
     return path
 
 

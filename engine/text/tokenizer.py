@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.base.errors import DataError
-from engine.base.files import write_whole
+from engine.base.files import write_atomically
 
 SAVED = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -125,7 +125,7 @@ class Tokenizer:
             if name not in self.files:
                 (folder / name).unlink(missing_ok=True)
         for name, content in self.files.items():
-            write_whole(folder / name, content)
+            write_atomically(folder / name, content)
 
 
 class Decoder:

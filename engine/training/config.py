@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from engine.base.flags import KERNELS, KERNELS_HELP, knob, name_to_flag, suggest_nearest
+from engine.base.flags import KERNELS, KERNELS_HELP, flag, name_to_flag, suggest_nearest
 from engine.model.config import EMBEDDED_MODEL, MODELS
 
 EVERY = "off, end, epoch, or a number of steps"
@@ -15,99 +15,99 @@ class FinetuneConfig:
     With neither --model nor --data it fine-tunes SmolLM2-135M on the embedded seed tasks, in a few minutes on a CPU.
     """
 
-    model: str = knob(
+    model: str = flag(
         "", "folder (Hugging Face or Meta layout), .gguf file, or named model", alias="model_name_or_path"
     )
-    random_init: bool = knob(False, "start from random weights; --model is then a named shape: " + ", ".join(MODELS))
-    tokenizer: str = knob("", "folder or .gguf of the tokenizer, where the model has none of its own")
-    data: tuple[str, ...] = knob((), "files: Alpaca JSON or JSONL, chat JSONL (messages)", alias="data_path")
-    token_cache: str = knob(
+    random_init: bool = flag(False, "start from random weights; --model is then a named shape: " + ", ".join(MODELS))
+    tokenizer: str = flag("", "folder or .gguf of the tokenizer, where the model has none of its own")
+    data: tuple[str, ...] = flag((), "files: Alpaca JSON or JSONL, chat JSONL (messages)", alias="data_path")
+    token_cache: str = flag(
         "auto", "folder that keeps tokenised data, or off; auto is cria/tokens in $XDG_CACHE_HOME or ~/.cache"
     )
-    out: str = knob("out/finetune", "output folder", alias="output_dir")
-    epochs: int = knob(3, "passes over the data", alias="num_train_epochs")
-    max_steps: int | None = knob(None, "stop after this many optimizer steps (the schedule ends there too)")
-    global_batch_size: int = knob(128, "examples an optimizer step, over all ranks")
-    micro_batch_tokens: int | None = knob(None, "most tokens of one forward on one rank (auto: by device)")
-    micro_batch_size: int | None = knob(None, "most examples of one forward")
-    packing: bool = knob(True, "best-fit of a step's examples into micro-batches; off: in their order")
-    share_prefix: bool = knob(True, "compute what examples of a micro-batch begin with in common, as a template, once")
-    max_length: int = knob(512, "tokens an example is cut at", alias="model_max_length")
-    lr: float = knob(2e-5, "peak learning rate", alias="learning_rate")
-    lr_schedule: str = knob("cosine", "after warm-up", ("cosine", "linear", "constant"), alias="lr_scheduler_type")
-    warmup_ratio: float = knob(0.03, "share of all steps in which the rate rises from 0")
-    weight_decay: float = knob(0.0, "of matrices; norms and biases are never decayed")
-    beta1: float = knob(0.9, "AdamW")
-    beta2: float = knob(0.999, "AdamW")
-    adam_eps: float = knob(1e-8, "AdamW")
-    grad_clip: float = knob(1.0, "largest global gradient norm; 0 is no clipping")
-    seed: int = knob(42, "of the order of rows, the held-out split, random weights, samples")
-    shuffle: bool = knob(True, "a new order each epoch; off: the order of the files")
-    replicas: int | None = knob(
+    out: str = flag("out/finetune", "output folder", alias="output_dir")
+    epochs: int = flag(3, "passes over the data", alias="num_train_epochs")
+    max_steps: int | None = flag(None, "stop after this many optimizer steps (the schedule ends there too)")
+    global_batch_size: int = flag(128, "examples an optimizer step, over all ranks")
+    micro_batch_tokens: int | None = flag(None, "most tokens of one forward on one rank (auto: by device)")
+    micro_batch_size: int | None = flag(None, "most examples of one forward")
+    packing: bool = flag(True, "best-fit of a step's examples into micro-batches; off: in their order")
+    share_prefix: bool = flag(True, "compute what examples of a micro-batch begin with in common, as a template, once")
+    max_length: int = flag(512, "tokens an example is cut at", alias="model_max_length")
+    lr: float = flag(2e-5, "peak learning rate", alias="learning_rate")
+    lr_schedule: str = flag("cosine", "after warm-up", ("cosine", "linear", "constant"), alias="lr_scheduler_type")
+    warmup_ratio: float = flag(0.03, "share of all steps in which the rate rises from 0")
+    weight_decay: float = flag(0.0, "of matrices; norms and biases are never decayed")
+    beta1: float = flag(0.9, "AdamW")
+    beta2: float = flag(0.999, "AdamW")
+    adam_eps: float = flag(1e-8, "AdamW")
+    grad_clip: float = flag(1.0, "largest global gradient norm; 0 is no clipping")
+    seed: int = flag(42, "of the order of rows, the held-out split, random weights, samples")
+    shuffle: bool = flag(True, "a new order each epoch; off: the order of the files")
+    replicas: int | None = flag(
         None,
         "of the model, over the ranks that torchrun starts: each is sharded over ranks / replicas (FSDP2); as many as "
         "ranks is plain data parallelism (auto: where a step is several micro-batches, as many as fit without more)",
     )
-    rank_timeout: float = knob(600.0, "seconds after which a rank that is not heard of ends the run")
-    device: str = knob("auto", "auto is cuda where there is one", ("auto", "cpu", "cuda"))
-    dtype: str = knob("auto", "of weights and activations; auto is bf16 on CUDA, fp32 on CPU", ("auto", "bf16", "fp32"))
-    prompt_style: str = knob("alpaca", "the template", ("alpaca", "chatml", "llama2", "llama3"))
-    train_on_prompt: bool = knob(False, "loss on the prompt too, not on the response alone")
-    loss_norm: str = knob(
+    rank_timeout: float = flag(600.0, "seconds after which a rank that is not heard of ends the run")
+    device: str = flag("auto", "auto is cuda where there is one", ("auto", "cpu", "cuda"))
+    dtype: str = flag("auto", "of weights and activations; auto is bf16 on CUDA, fp32 on CPU", ("auto", "bf16", "fp32"))
+    prompt_style: str = flag("alpaca", "the template", ("alpaca", "chatml", "llama2", "llama3"))
+    train_on_prompt: bool = flag(False, "loss on the prompt too, not on the response alone")
+    loss_norm: str = flag(
         "token",
         "token: by the loss tokens of the global batch; micro-mean: as the 2023 trainer",
         ("token", "micro-mean"),
     )
-    master_weights: str = knob(
+    master_weights: str = flag(
         "split",
         "the fp32 number behind a bf16 weight: split, the weight and 16 bits more; fp32, a copy beside it; stochastic, "
         "none but the weight, rounded at random",
         ("split", "fp32", "stochastic"),
     )
-    optimizer_states: str = knob(
+    optimizer_states: str = flag(
         "fp32", "AdamW's m and v; 8bit is blockwise, 2 bytes a parameter in all", ("fp32", "bf16", "8bit")
     )
-    offload_optimizer: bool = knob(
+    offload_optimizer: bool = flag(
         False, "keep master and states in the host's memory, for small cards: the same numbers, slower updates"
     )
-    optimizer_in_backward: bool = knob(
+    optimizer_in_backward: bool = flag(
         False,
         "update each weight as soon as its gradient is known, and keep no gradients; wants --grad-clip 0, and steps of "
         "one micro-batch: others accumulate as always",
     )
-    recompute: str = knob(
+    recompute: str = flag(
         "cheap",
         "what backward computes again instead of keeping: none; cheap, the outputs of norms and activations; block, "
         "all of a layer but its input",
         ("none", "cheap", "block"),
     )
-    eval_data: tuple[str, ...] = knob((), "files of held-out examples")
-    eval_fraction: float = knob(0.0, "share of --data held out, chosen by the seed")
-    eval_every: str = knob("epoch", f"held-out loss, where there is held-out data: {EVERY}")
-    sample_every: str = knob("off", f"answers to a few prompts, before, during and after: {EVERY}")
-    sample_prompts: str = knob("", "file of prompts, one a line; without it three of our own")
-    sample_tokens: int = knob(64, "longest sampled answer")
-    save_every: str = knob("end", f"training state for resume: {EVERY}; end keeps none, but for a signal")
-    keep: int = knob(2, "newest training states to keep", alias="save_total_limit")
-    resume: str = knob(
+    eval_data: tuple[str, ...] = flag((), "files of held-out examples")
+    eval_fraction: float = flag(0.0, "share of --data held out, chosen by the seed")
+    eval_every: str = flag("epoch", f"held-out loss, where there is held-out data: {EVERY}")
+    sample_every: str = flag("off", f"answers to a few prompts, before, during and after: {EVERY}")
+    sample_prompts: str = flag("", "file of prompts, one a line; without it three of our own")
+    sample_tokens: int = flag(64, "longest sampled answer")
+    save_every: str = flag("end", f"training state for resume: {EVERY}; end keeps none, but for a signal")
+    keep: int = flag(2, "newest training states to keep", alias="save_total_limit")
+    resume: str = flag(
         "auto", "auto: from the newest whole state in --out; never: start over there; or a checkpoint folder"
     )
-    max_shard_bytes: int = knob(5_000_000_000, "largest safetensors file of the exported model")
-    kernels: str = knob("auto", KERNELS_HELP, KERNELS)
-    deterministic: bool = knob(False, "insist on deterministic algorithms")
-    dry_run: bool = knob(False, "check everything, print the plan, train nothing")
-    skip_bad_rows: bool = knob(False, "drop and count rows that cannot be read, instead of stopping")
-    allow_changed: bool = knob(False, "resume although settings or data changed")
-    max_skips: int = knob(3, "consecutive steps with a non-finite loss or gradient before giving up")
-    spike_threshold: float = knob(
+    max_shard_bytes: int = flag(5_000_000_000, "largest safetensors file of the exported model")
+    kernels: str = flag("auto", KERNELS_HELP, KERNELS)
+    deterministic: bool = flag(False, "insist on deterministic algorithms")
+    dry_run: bool = flag(False, "check everything, print the plan, train nothing")
+    skip_bad_rows: bool = flag(False, "drop and count rows that cannot be read, instead of stopping")
+    allow_changed: bool = flag(False, "resume although settings or data changed")
+    max_skips: int = flag(3, "consecutive steps with a non-finite loss or gradient before giving up")
+    spike_threshold: float = flag(
         6.0, "robust standard deviations over the median of the last 64 losses that make a loss a spike, told; 0 is off"
     )
-    spike_rollback: bool = knob(
+    spike_rollback: bool = flag(
         False,
         "at a spike go back to the newest state on disk and leave out the steps since; wants --save-every N",
     )
-    log_every: int = knob(1, "steps a line where the output is not a terminal", alias="logging_steps")
-    debug: bool = knob(False, "show tracebacks")
+    log_every: int = flag(1, "steps a line where the output is not a terminal", alias="logging_steps")
+    debug: bool = flag(False, "show tracebacks")
 
     def __post_init__(self):
         problems = [

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from engine.data.batches import Batches, StepBatch
-from engine.model.batch import Ready
+from engine.model.batch import DeviceMicroBatch
 from engine.model.llama import Transformer
 
 
@@ -58,14 +58,14 @@ class Feeder:
 
 
 def find_cuda_tensors(value: object) -> Iterator[torch.Tensor]:
-    """Yield every CUDA tensor in nested tuples, lists and Readys."""
+    """Yield every CUDA tensor in nested tuples, lists and DeviceMicroBatches."""
     if isinstance(value, torch.Tensor):
         if value.is_cuda:
             yield value
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from find_cuda_tensors(item)
-    elif isinstance(value, Ready):
+    elif isinstance(value, DeviceMicroBatch):
         yield from find_cuda_tensors(list(vars(value).values()))
 
 

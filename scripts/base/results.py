@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from data_gen.base.files import write_whole
+from data_gen.base.files import write_atomically
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +33,7 @@ def write_json(path: str | Path, result: dict) -> None:
     """Write a JSON file whole or not at all, and make its folder. A NumPy scalar is written as a number."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, [json.dumps(result, indent=1, default=float), "\n"])
+    write_atomically(path, [json.dumps(result, indent=1, default=float), "\n"])
 
 
 def read_cpu_name() -> str:

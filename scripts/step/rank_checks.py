@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from engine import finetune
-from engine.base.errors import exit_code_of
+from engine.base.errors import run_main
 from engine.distributed.fsdp import shard_model
 from engine.formats.find import list_checkpoints
 from engine.output import checkpoint
@@ -329,4 +329,4 @@ def run_as_rank() -> None:
             os._exit(NOT_POSSIBLE)
 
     dist.init_process_group = init_with_gloo
-    sys.exit(exit_code_of(finetune.main))
+    sys.exit(run_main(finetune.main))

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from engine.base.errors import exit_code_of
+from engine.base.errors import run_main
 from engine.estimate import SHARED, EstimateConfig, main
 from engine.model.config import MODELS
 from engine.planning.cards import CARDS, GIB
@@ -19,7 +19,7 @@ from engine.training.config import FinetuneConfig
 def run(*flags):
     """Run the command in this process and return its exit code."""
     argv = list(map(str, flags))
-    return exit_code_of(main, argv)
+    return run_main(main, argv)
 
 
 def strict_json(path):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from engine import export as command
 from engine import finetune
-from engine.base.errors import DataError, Stopped, exit_code_of
+from engine.base.errors import DataError, Stopped, run_main
 from engine.formats.save import save_hf
 from engine.inference.model_loader import load_model
 from engine.model.config import ModelConfig, RopeScaling
@@ -85,7 +85,7 @@ SHAPE = ModelConfig(
 
 def here(*args, main=command.main, code=0):
     """A command in this process."""
-    assert exit_code_of(main, [str(a) for a in args]) == code
+    assert run_main(main, [str(a) for a in args]) == code
 
 
 def exported(folder, out, *more):

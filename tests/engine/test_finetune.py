@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from engine import finetune as command
-from engine.base.errors import exit_code_of
+from engine.base.errors import run_main
 from engine.text.tokenizer_files import load_tokenizer
 from scripts.parity.transformers_loop import TransformersLoop, encode_rows
 from tests.helpers.run import ROOT, SHARED, events, finetune
@@ -18,7 +18,7 @@ DATA = {"alpaca": SHARED / "alpaca_en_demo.json", "seed tasks": ROOT / "data_gen
 
 def run(*args):
     """The command in this process."""
-    code = exit_code_of(command.main, [str(a) for a in args])
+    code = run_main(command.main, [str(a) for a in args])
     assert code == 0, f"exit code {code}"
 
 

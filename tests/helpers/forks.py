@@ -45,8 +45,8 @@ class Started:
         return self.process.exitcode
 
 
-FINETUNE = "import sys; from engine import finetune; from engine.base.errors import exit_code_of\n"
-FINETUNE += "sys.exit(exit_code_of(finetune.main))"
+FINETUNE = "import sys; from engine import finetune; from engine.base.errors import run_main\n"
+FINETUNE += "sys.exit(run_main(finetune.main))"
 
 
 def ranks(n, *args, code=FINETUNE):

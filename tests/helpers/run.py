@@ -47,8 +47,8 @@ def start_compiler(module, *args, path=()):
 
 def forked(name, *args, check=True):
     """Run engine.NAME in a process of its own, without the seconds that imports take."""
-    code = f"import sys\nfrom engine import {name}\nfrom engine.base.errors import exit_code_of\n"
-    process = Started(f"{code}sys.exit(exit_code_of({name}.main))", *args, env=environment())
+    code = f"import sys\nfrom engine import {name}\nfrom engine.base.errors import run_main\n"
+    process = Started(f"{code}sys.exit(run_main({name}.main))", *args, env=environment())
     out, err = process.communicate(timeout=140)
     assert not check or process.returncode == 0, out + err
     return subprocess.CompletedProcess(args, process.returncode, out, err)
@@ -62,7 +62,7 @@ PARTS_OF_A_RUN = """
 import os, signal, sys, time
 import torch
 from engine import finetune
-from engine.base.errors import exit_code_of
+from engine.base.errors import run_main
 from engine.data import packing
 from engine.model.llama import Transformer
 from engine.output import checkpoint, saver

@@ -29,7 +29,7 @@ def start(*args, patch=""):
         f"{PARTS_OF_A_RUN}\n"
         "die, term = (lambda n=n: os.kill(os.getpid(), n) for n in (signal.SIGKILL, signal.SIGTERM))\n"
         f"{patch}\n"
-        "sys.exit(exit_code_of(finetune.main, sys.argv[1:]))\n"
+        "sys.exit(run_main(finetune.main, sys.argv[1:]))\n"
     )
     return Started(code, *args, env=environment())
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_gen.base.cli import DataError
-from data_gen.base.files import read_rows, to_json_line, write_whole
+from data_gen.base.files import read_rows, to_json_line, write_atomically
 from tests.helpers.run import ROOT
 
 # ---- whole files -----------------------------------------------------------------------------------------------------
@@ -24,29 +24,29 @@ def chunks_that_fail(error):
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("x"), KeyboardInterrupt()])
 def test_a_file_that_is_not_written_whole_leaves_the_old_one(tmp_path, error):
     path = tmp_path / "rows.json"
-    write_whole(path, ["old"])
+    write_atomically(path, ["old"])
     with pytest.raises(type(error)):
-        write_whole(path, chunks_that_fail(error))
+        write_atomically(path, chunks_that_fail(error))
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["rows.json"]
 
 
 def test_a_surrogate_that_utf8_cannot_hold_leaves_the_old_one(tmp_path):
     path = tmp_path / "rows.json"
-    write_whole(path, ["old"])
+    write_atomically(path, ["old"])
     with pytest.raises(UnicodeEncodeError):
-        write_whole(path, ["new\ud800"])
+        write_atomically(path, ["new\ud800"])
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["rows.json"]
 
 
 def test_a_disk_that_is_full_leaves_the_old_one(tmp_path):
     text = f"""
 import resource, signal
-from data_gen.base.files import write_whole
+from data_gen.base.files import write_atomically
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-write_whole({str(tmp_path / "rows")!r}, ["old"])
+write_atomically({str(tmp_path / "rows")!r}, ["old"])
 try:
-    write_whole({str(tmp_path / "rows")!r}, ["new"] * 1000)
+    write_atomically({str(tmp_path / "rows")!r}, ["new"] * 1000)
 except OSError as error:
     print(error.errno)
 """
@@ -59,7 +59,7 @@ def test_a_file_is_synced_before_it_takes_the_old_ones_place(tmp_path, monkeypat
     real_sync, real_replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (order.append(("sync", os.fstat(fd).st_size)), real_sync(fd)))
     monkeypatch.setattr(os, "replace", lambda a, b: (order.append(("replace", Path(b))), real_replace(a, b)))
-    write_whole(path, ["é\n", "b\r\n"])
+    write_atomically(path, ["é\n", "b\r\n"])
     assert order == [("sync", 6), ("replace", path)] and path.read_bytes() == "é\nb\r\n".encode()
 
 
@@ -67,7 +67,7 @@ def test_a_file_where_none_can_be(tmp_path):
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "none" / "x", tmp_path / "file" / "x"):
         with pytest.raises(OSError):
-            write_whole(path, ["x"])
+            write_atomically(path, ["x"])
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def test_rows_come_back_as_they_were(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     lines = [to_json_line(row) for row in rows]
     assert all(line.count("\n") == 1 and line.endswith("\n") for line in lines)
-    write_whole(path, lines)
+    write_atomically(path, lines)
     assert read_rows(path) == rows
 
 

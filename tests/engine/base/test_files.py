@@ -5,16 +5,16 @@ import os
 
 import pytest
 
-from engine.base.files import read_json, write_json, write_whole
+from engine.base.files import read_json, write_atomically, write_json
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_write_that_fails_leaves_the_old_file_and_no_temporary(call, tmp_path, monkeypatch):
     path = tmp_path / "file"
-    write_whole(path, b"old")
+    write_atomically(path, b"old")
     monkeypatch.setattr(os, call, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space"):
-        write_whole(path, [b"new", b"er"])
+        write_atomically(path, [b"new", b"er"])
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
 
 
@@ -23,7 +23,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     for name in ("fsync", "replace"):
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (calls.append(name), real(*args)))
-    write_whole(tmp_path / "file", [b"a", b"b"])
+    write_atomically(tmp_path / "file", [b"a", b"b"])
     assert calls == ["fsync", "replace"] and (tmp_path / "file").read_bytes() == b"ab"
 
 

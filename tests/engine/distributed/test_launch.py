@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine import finetune as command
-from engine.base.errors import exit_code_of
+from engine.base.errors import run_main
 from engine.base.files import read_json
 from engine.formats.find import find_embedded_gguf
 from engine.formats.save import save_hf
@@ -49,7 +49,7 @@ def nothing_is_left():
 
 
 def alone(*args):
-    assert exit_code_of(command.main, [str(a) for a in args]) == 0
+    assert run_main(command.main, [str(a) for a in args]) == 0
 
 
 def is_free(port):
@@ -154,7 +154,7 @@ def die():
     + """
 if os.environ["MACHINE"] == "0" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     before(step.Steps, "compute_gradients", 3, die)
-sys.exit(exit_code_of(finetune.main, sys.argv[1:]))
+sys.exit(run_main(finetune.main, sys.argv[1:]))
 """
 )
 

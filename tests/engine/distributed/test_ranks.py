@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine import finetune as command
-from engine.base.errors import UsageError, exit_code_of
+from engine.base.errors import UsageError, run_main
 from engine.model.config import MODELS
 from engine.training.config import FinetuneConfig
 from engine.training.prepare import check_ranks
@@ -47,7 +47,7 @@ def several(n, *args):
 
 
 def alone(*args):
-    assert exit_code_of(command.main, [str(a) for a in args]) == 0
+    assert run_main(command.main, [str(a) for a in args]) == 0
 
 
 def flags(rows, out, *more):
@@ -113,7 +113,7 @@ RANK = int(os.environ.get("RANK", "0"))
 die, term, freeze = (lambda n=n: os.kill(os.getpid(), n) for n in (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP))
 """
 )
-RUN = "\nsys.exit(exit_code_of(finetune.main, sys.argv[1:]))\n"
+RUN = "\nsys.exit(run_main(finetune.main, sys.argv[1:]))\n"
 
 
 def patched(n, patch, *args):

@@ -86,7 +86,7 @@ def test_only_rows_with_a_loss_pass_the_last_layer(device):
         everywhere = model(ready.tokens, ready.positions, one.documents)[ready.rows]
         model.loss(one)
         assert len(seen[1]) == len(ready.rows) < len(seen[0]) and worst(seen[1] - everywhere) < 1e-5
-        assert ready.rows[ready.of_rows].equal(one.loss_rows.to(device))
+        assert ready.rows[ready.row_of_target].equal(one.loss_rows.to(device))
 
 
 def test_a_gradient_that_is_added_to_nothing_is_refused(device):

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import kernels
-from engine.model.batch import MicroBatch, Ready
+from engine.model.batch import DeviceMicroBatch, MicroBatch
 from engine.model.config import MODELS, ModelConfig
 from engine.model.llama import new_model
 from engine.model.shard import Shard
@@ -162,13 +162,13 @@ class Watch(TorchDispatchMode):
 def watched(model, tokens, loss_rows, query_rows):
     """Return the Watch of a micro-batch's forward and backward on the meta device. Its inputs count from the start."""
     c = model.config
-    one = Ready(
+    one = DeviceMicroBatch(
         meta(tokens), meta(tokens), meta(loss_rows), meta(loss_rows, torch.float32), meta(query_rows),
         meta(loss_rows) if loss_rows > query_rows else None, (meta_plan(c, tokens), meta_plan(c, tokens, query_rows)),
     )  # fmt: skip
     with Watch([t for p in model.parameters() for t in (p, p.grad) if t is not None]) as watch:
         model.loss(one).backward()
-    saved = [one.tokens, one.rows, *([] if one.of_rows is None else [one.of_rows])]
+    saved = [one.tokens, one.rows, *([] if one.row_of_target is None else [one.row_of_target])]
     watch.most += sum(t.nbytes for t in saved)
     return watch
 
