@@ -1,4 +1,4 @@
-"""Settings of a LLaMA <-> ModelConfig: config.json (Hugging Face), params.json (Meta) and the metadata of GGUF."""
+"""ModelConfig from and to the settings of other programs: config.json (Hugging Face), params.json (Meta), GGUF."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,10 @@ MAX_PROBLEMS = 1000  # lines of one error
 
 
 class Settings:
-    """Typed look-ups in another program's settings. Every fault is added to problems, under the name of the file."""
+    """The settings in another program's file, read with a check of their type.
+
+    Every fault is added to problems, with the name of the file. So one error can list them all.
+    """
 
     def __init__(self, raw: dict[str, Any], file: str, problems: list[str]):
         self.raw, self.file, self.problems = raw, file, problems
@@ -24,14 +27,17 @@ class Settings:
         self.problems.append(f"{self.file}: {text}")
 
     def get(self, key: str, kind: type, default: Any = REQUIRED) -> Any:
-        """Return a positive int or float, a bool or a dict; None, and a problem, when it is missing or wrong."""
+        """Return the value of a key: a positive int or float, a bool or a dict.
+
+        When it is missing and has no default, or is not of this kind, add a problem and return None.
+        """
         value = self.raw.get(key)
         if value is None:
             if default is REQUIRED:
                 self.add_problem(f"{key} is missing")
                 return None
             return default
-        number = type(value) in (int, float) and 0 < value < 2**63  # nor NaN nor infinite
+        number = type(value) in (int, float) and 0 < value < 2**63  # so neither NaN nor infinite
         if kind is float and number:
             return float(value)
         if kind is int and number and value == int(value):
@@ -167,9 +173,9 @@ def config_to_hf(config: ModelConfig, dtype: torch.dtype, bos_id: int | None, eo
 
 
 def token_ids_to_hf(bos_id: int | None, eos_ids: Sequence[int]) -> dict[str, Any]:
-    """Return the ids that begin and end a text, as config.json and generation_config.json hold them.
+    """Return the ids that begin and end a text, with their keys in config.json and generation_config.json.
 
-    None is written too: transformers takes 1 and 2 for keys that are left out.
+    A missing id is written as null: where the key is left out, transformers assumes 1 and 2.
     """
     return {"bos_token_id": bos_id, "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else list(eos_ids) or None}
 
@@ -182,7 +188,7 @@ def config_from_meta(
 ) -> ModelConfig | None:
     """Return the ModelConfig of a params.json; None when faults were added to problems.
 
-    shapes: of the merged tensors. params.json does not say hidden_dim, and its vocab_size may be -1.
+    shapes: of the merged tensors; they give hidden_dim, which params.json lacks, and vocab_size where it is -1.
     """
     before, settings = len(problems), Settings(raw, "params.json", problems)
     for key in ("moe_args", "quantization_args", "lora_args", "vision_chunk_size"):
@@ -206,7 +212,7 @@ def config_from_meta(
         n_layers=settings.get("n_layers", int),
         n_heads=n_heads,
         n_kv_heads=settings.get("n_kv_heads", int, n_heads),
-        hidden_dim=gate[0] if gate else 1,  # the missing tensor is a problem of its own
+        hidden_dim=gate[0] if gate else 1,  # check_tensors() reports the missing tensor
         vocab_size=vocab_size,
         max_seq_len=guess_max_seq_len(scaling, theta, norm_eps),
         norm_eps=norm_eps,
@@ -217,18 +223,18 @@ def config_from_meta(
 
 
 def guess_max_seq_len(scaling: RopeScaling | None, theta: float | None, norm_eps: float | None) -> int:
-    """Return the max_seq_len of the release of LLaMA that these settings point to: params.json does not say it."""
+    """Return max_seq_len, which params.json lacks, by the release of LLaMA that has these settings."""
     if scaling:
         return 131072  # LLaMA 3.1 and 3.2
     if theta and theta >= 500000:
-        return 8192  # 3
-    return 4096 if norm_eps == 1e-5 else 2048  # 2; 1, whose eps is 1e-6 from 7B to 33B
+        return 8192  # LLaMA 3
+    return 4096 if norm_eps == 1e-5 else 2048  # LLaMA 2; LLaMA 1, where 7B to 33B have an eps of 1e-6
 
 
 def config_to_meta(config: ModelConfig) -> dict[str, Any]:
     """Return a params.json for Meta's code. Raise ValueError for a shape that it cannot express.
 
-    Only what differs from the defaults of LLaMA 1 is written: its ModelArgs refuses keys that it does not know.
+    Only what differs from the defaults of LLaMA 1 is written, because the ModelArgs of LLaMA 1 refuses unknown keys.
     """
     problems = []
     if config.head_dim * config.n_heads != config.dim:
@@ -263,9 +269,9 @@ def meta_hidden_dim(dim: int, multiple_of: int, ffn_dim_multiplier: float | None
 
 
 def meta_feed_forward(dim: int, hidden: int) -> dict[str, Any] | None:
-    """Return the params whose meta_hidden_dim is hidden, or None when there are none.
+    """Return multiple_of and ffn_dim_multiplier for which meta_hidden_dim() is hidden, or None when there are none.
 
-    A multiplier is used only where multiple_of does not suffice: LLaMA 1 knows none.
+    ffn_dim_multiplier is used only where multiple_of does not suffice: LLaMA 1 does not know it.
     """
     sizes = [256, *(2**k for k in range(12, -1, -1))]
     for size in sizes:
@@ -285,7 +291,7 @@ def meta_feed_forward(dim: int, hidden: int) -> dict[str, Any] | None:
 def config_from_gguf(raw: dict[str, Any], stored: dict[str, Stored], problems: list[str]) -> ModelConfig | None:
     """Return the ModelConfig of GGUF metadata; None when faults were added to problems.
 
-    stored: the file's tensors. The scaling of RoPE is read from rope_freqs.weight, which is taken out of them.
+    stored: the file's tensors. The scaling of RoPE is read from rope_freqs.weight, which is then removed from stored.
     """
     before, settings = len(problems), Settings(raw, "metadata", problems)
     if raw.get("general.architecture") != "llama":
@@ -323,7 +329,8 @@ def config_from_gguf(raw: dict[str, Any], stored: dict[str, Stored], problems: l
 def scaling_from_factors(stored: Stored, head_dim: int, theta: float, settings: Settings) -> RopeScaling | None:
     """Return the RopeScaling whose frequencies are the unscaled ones divided by the stored (Dh/2,) factors.
 
-    None stands for no scaling, all factors being 1, and, after a problem is added, for factors that are not llama3's.
+    Return None when there is no scaling (all factors are 1). Add a problem and return None when the factors are not
+    those of LLaMA 3.1's scaling.
     """
     if stored.shape != (head_dim / 2,) or isinstance(stored.dtype, str):
         settings.add_problem(f"rope_freqs.weight is {stored.shape} {stored.dtype}, wanted fp32 {(head_dim / 2,)}")

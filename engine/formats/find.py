@@ -45,11 +45,11 @@ def detect_kind(path: Path) -> str | None:
 
 
 def list_checkpoints(out: Path) -> list[tuple[int, Path]]:
-    """Return (step, folder) of every checkpoint in an output folder, oldest first; their content is not looked at."""
+    """Return (step, folder) of every checkpoint in an output folder, oldest first. Their content is not checked."""
     found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in out.glob("checkpoint-*"))
     return sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
 
 
 def is_training_state(folder: Path) -> bool:
-    """Return whether a folder holds any file of a checkpoint, whole or broken."""
+    """Return whether a folder holds any file of a checkpoint, complete or not."""
     return any(re.fullmatch(r"manifest\.json|state(-\d+-of-\d+)?\.safetensors", path.name) for path in folder.glob("*"))

@@ -1,4 +1,4 @@
-"""Model folders: only their own files are opened, and a model in one is replaced whole."""
+"""Model folders: opening files by names that are not trusted, and replacing one model by another."""
 
 import json
 import os
@@ -14,10 +14,10 @@ from engine.formats.tensor_files import MAX_HEADER_BYTES
 
 
 def find_member(folder: Path, name: str) -> Path:
-    """Return the path of a file in the folder, whose name came from a file and is not trusted.
+    """Return the path of a file in the folder. The name was read from another file and is not trusted.
 
     Raise DataError when the name or a link leads out of the folder, or when it is no regular file. Hugging Face's cache
-    keeps snapshots/<revision>/<name> as links to blobs/ beside snapshots/: these links may be followed.
+    keeps snapshots/<revision>/<name> as links into blobs/, beside snapshots/; links within such a cache are followed.
     """
     if not name or name in (".", "..") or any(sign in name for sign in "/\\:\0"):
         raise DataError(f"{name!r} is not the name of a file in this folder; refused")
@@ -60,11 +60,13 @@ def make_json_writer(value: Any) -> Callable[[Path], None]:
 
 
 def replace_files(folder: Path, writers: Mapping[str, Callable[[Path], object]], stale: str) -> None:
-    """Write the files of a model into a folder in place of an old model.
+    """Write the files of a model, {name: writer}, into a folder in place of an old model.
 
-    Killed at any moment, this leaves the old model, the new one, or none, never a mixture: without the last of the
-    names a folder is no model. stale: a pattern of the old model's names; files of these names are removed unless they
-    are written again. Raise OSError when the disk refuses a new file; the old model is then as it was.
+    Without the file of the last name, such as config.json, the folder must not count as a model. That file is removed
+    first and written last. So a process that is killed leaves the old model, the new one or none, never a mixture.
+
+    stale: a pattern of the names of model files; such files are removed unless they are written again. Raise OSError
+    when the disk refuses a new file; the old model is then unchanged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     temporaries = {name: folder / f".tmp-{name}" for name in writers}

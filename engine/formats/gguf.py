@@ -1,7 +1,8 @@
 """GGUF files of llama.cpp: their metadata, and their tensors, which are dequantised a few rows at a time.
 
-Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. gguf.GGUFReader is not used: it checks no length
-against the file, so that a flipped bit in a count makes it fill memory. The gguf package undoes the quantisation.
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The gguf package dequantises the tensors. Its
+GGUFReader is not used: it does not compare lengths with the size of the file, so that one flipped bit in a count makes
+it fill the memory.
 """
 
 import math
@@ -19,7 +20,7 @@ import torch
 from engine.base.errors import DataError, UsageError, summarize_error
 from engine.formats.tensor_files import Block, Stored
 
-BLOCK_ELEMENTS = 1 << 18  # dequantised at a time; the temporaries of gguf take a few times as much
+BLOCK_ELEMENTS = 1 << 18  # dequantised at a time; the gguf package needs a few times their memory on the way
 SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))  # kind of value: struct's code
 FLOAT32, STRING, ARRAY = 6, 8, 9  # kinds of value
 MAX_DIMENSIONS = 4
@@ -46,19 +47,19 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
 
 
 class Cursor:
-    """Values read one after the other from a mapped file. A read past its end raises ValueError or struct.error."""
+    """Values read one after the other from a mapped file. Reading past its end raises ValueError or struct.error."""
 
     def __init__(self, pages: mmap.mmap):
         self.pages, self.position = pages, 0
 
     def read(self, code: str) -> Any:
-        """Return the little-endian number of a struct code."""
+        """Return the little-endian number here, whose type is a struct code."""
         (value,) = struct.unpack_from("<" + code, self.pages, self.position)
         self.position += struct.calcsize(code)
         return value
 
     def skip(self, n_bytes: int) -> int:
-        """Move n_bytes on, and return the position before."""
+        """Move forward by n_bytes, and return the position before."""
         if n_bytes > len(self.pages) - self.position:
             raise ValueError(f"{n_bytes} bytes wanted at {self.position}, the file ends at {len(self.pages)}")
         self.position += n_bytes
@@ -83,7 +84,8 @@ class Cursor:
             code = SCALARS[element]
             start = self.skip(length * struct.calcsize(code))
             return list(struct.unpack_from(f"<{length}{code}", self.pages, start))
-        return [self.read_value(element) for _ in range(length)]  # ends with the file: each element takes some of it
+        # A wrong length does not fill the memory: every element takes bytes, and the file ends.
+        return [self.read_value(element) for _ in range(length)]
 
 
 def read_header(file: str, pages: mmap.mmap, gguf: ModuleType) -> tuple[dict[str, Any], dict[str, Stored]]:
@@ -114,7 +116,7 @@ def read_header(file: str, pages: mmap.mmap, gguf: ModuleType) -> tuple[dict[str
 
 
 def read_tensor_info(cursor: Cursor) -> tuple[str, tuple[int, ...], int, int]:
-    """Return (name, shape, kind of quantisation, offset behind the header) of a tensor."""
+    """Return (name, shape, kind of quantisation, offset from the end of the header) of a tensor."""
     name, n_dims = cursor.read_text(), cursor.read("I")
     if n_dims > MAX_DIMENSIONS:
         raise ValueError(f"{name} has {n_dims} dimensions")
@@ -152,6 +154,7 @@ def dequantise_rows(
     for row in range(0, n_rows, step):
         n = min(step, n_rows - row)
         raw = np.frombuffer(pages, np.uint8, n * row_bytes, start + row * row_bytes)
-        # As one long row: gguf loops over rows in Python. A copy: torch warns of pages that are read-only.
+        # All rows are passed as one, since gguf loops over rows in Python. Its result is copied, since torch warns of
+        # read-only memory.
         part = torch.from_numpy(np.array(gguf.dequantize(raw.reshape(1, -1), quantisation)))
         yield row, 0, part.view(n, n_columns) if len(shape) > 1 else part[0]

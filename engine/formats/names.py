@@ -1,11 +1,11 @@
-"""What Hugging Face, Meta and llama.cpp call the tensors of a LLaMA, and which rows of our parameters they are.
+"""The names of a LLaMA's tensors at Hugging Face, Meta and llama.cpp, and the rows of our parameters that they fill.
 
     ours                 hf: Hugging Face           meta: Meta                      gguf: llama.cpp
     wqkv (wq, wk, wv)    q_proj, k_proj, v_proj     wq, wk (rows paired), wv        attn_q, attn_k (rows paired), attn_v
     w13 (w1, w3)         gate_proj, up_proj         w1, w3                          ffn_gate, ffn_up
 
-RoPE turns row i of a head together with row i + Dh/2 in our parameters and at Hugging Face, and row 2i with row 2i + 1
-at Meta and in GGUF.
+RoPE rotates rows of a head in pairs. In our parameters and at Hugging Face, row i is paired with row i + Dh/2. At Meta
+and in GGUF ("rows paired"), row 2i is paired with row 2i + 1.
 """
 
 from collections.abc import Mapping
@@ -78,10 +78,10 @@ def list_pieces(config: ModelConfig, program: str) -> dict[str, Piece]:
 
 
 def pairs_to_halves(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Return a copy of (heads Dh, D) rows in our order; in rows, RoPE turns neighbours 2i and 2i + 1 of a head."""
+    """Return (heads Dh, D) rows, where RoPE pairs 2i and 2i + 1 of a head, in our order: i with i + Dh/2. A copy."""
     return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(rows.shape)  # (H, Dh/2, 2, D) -> (H, 2, Dh/2, D)
 
 
 def halves_to_pairs(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Return a copy of (heads Dh, D) rows with those that RoPE turns together as neighbours: pairs_to_halves undone."""
+    """Undo pairs_to_halves(), in a copy: in the result, RoPE pairs rows 2i and 2i + 1 of a head."""
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(rows.shape)  # (H, 2, Dh/2, D) -> (H, Dh/2, 2, D)

@@ -43,6 +43,7 @@ def save_hf(
         writers["model.safetensors.index.json"] = make_json_writer(index)
     ids = token_ids_to_hf(bos_id, eos_ids)
     writers["generation_config.json"] = make_json_writer({**(generation_config or {}), **ids})
+    # The last name: without config.json, a folder is no model (see replace_files).
     writers["config.json"] = make_json_writer(config_to_hf(model.config, tensors[0][2], bos_id, eos_ids))
     replace_files(Path(folder), writers, r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
@@ -58,7 +59,7 @@ def save_meta(folder: Path, model: Transformer, *, dtype: torch.dtype | None = N
     except ValueError as error:
         raise UsageError(f"save_meta: {error}; write the Hugging Face layout") from error
     tensors = list_tensors(model, "meta", dtype)
-    if model.config.tied:  # Meta's code has a head of its own
+    if model.config.tied:  # Meta's code does not tie them and reads a head
         _, shape, kind, load = tensors[0]
         tensors.append(("output.weight", shape, kind, load))
     writers = {"consolidated.00.pth": lambda path: write_pth(path, tensors), "params.json": make_json_writer(params)}
@@ -95,7 +96,7 @@ def split_into_files(tensors: list[TensorToWrite], max_bytes: int) -> list[list[
     size = 0
     for tensor in tensors:
         if count_bytes(tensor) > max_bytes:
-            files.insert(len(files) - 1, [tensor])
+            files.insert(len(files) - 1, [tensor])  # before the file that is being filled
             continue
         if size + count_bytes(tensor) > max_bytes:
             files.append([])
@@ -106,5 +107,5 @@ def split_into_files(tensors: list[TensorToWrite], max_bytes: int) -> list[list[
 
 
 def make_weights_writer(tensors: list[TensorToWrite]) -> Callable[[Path], object]:
-    """Return a function that writes tensors to a path as transformers does, by name and marked as torch's."""
+    """Return a function that writes tensors to a path as transformers does: sorted by name, with "pt" as format."""
     return lambda path: write_safetensors(path, sorted(tensors), {"format": "pt"})

@@ -2,10 +2,10 @@
 
     hf     config.json + model.safetensors, several of them, or pytorch_model.bin
     meta   params.json + consolidated.00.pth ..., one for each of any number of model-parallel ranks
-    gguf   one file, any quantisation that the gguf package undoes
+    gguf   one file, in any quantisation that the gguf package can dequantise
 
-open_source checks everything before anything big is allocated. The tensors then go one by one straight into their rows
-of our merged parameters, so beside the model there is at most a copy of one tensor.
+open_source() checks everything before anything big is allocated. Source.read_into() then reads one tensor after the
+other straight into its rows of our merged parameters. So beside the model there is at most a copy of one tensor.
 """
 
 import os
@@ -29,7 +29,8 @@ from engine.model.config import ModelConfig
 from engine.model.llama import Transformer
 from engine.model.shard import Shard
 
-IGNORED = re.compile(r".*\.rotary_emb\.inv_freq|rope\.freqs")  # computed from the config; 2023 checkpoints hold them
+# Frequencies of RoPE in checkpoints of 2023. They follow from the config.
+IGNORED = re.compile(r".*\.rotary_emb\.inv_freq|rope\.freqs")
 FileOpener = Callable[[Path], dict[str, Stored]]
 
 
@@ -37,9 +38,9 @@ FileOpener = Callable[[Path], dict[str, Stored]]
 class Opened:
     """The content of a model's files, before it is checked."""
 
-    config: ModelConfig | None = None  # None after a fault that leaves nothing to check the tensors against
+    config: ModelConfig | None = None  # None after a fault, so that tensors cannot be checked
     stored: dict[str, Stored] = field(default_factory=dict)
-    lost: Collection[str] = ()  # tensors in files that did not open, which is a problem of its own
+    unreadable: Collection[str] = ()  # tensors in files that did not open, which is reported already
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class Source:
     def read_into(self, model: Transformer, shards: Mapping[str, Shard] | None = None) -> None:
         """Fill every parameter of a model of this config, converted to its dtype and device.
 
-        shards: {parameter: the rows that this rank holds} of a sharded model. For a parameter that is held in part, one
-        whole tensor of the checkpoint at a time is in memory.
+        shards: {parameter: the rows that this rank holds} of a sharded model.
+        Each tensor is then read whole, one at a time.
         """
         if model.config != self.config:
             raise ValueError(f"read_into: the model is {model.config}, {self.path} holds {self.config}")
@@ -100,7 +101,7 @@ def open_source(path: Path) -> Source:
         if kind == "hf" and os.path.lexists(path / "generation_config.json"):
             generation_config = read_json_member(path, "generation_config.json", problems)
         if opened.config:
-            check_tensors(opened.config, kind, opened.stored, opened.lost, problems)
+            check_tensors(opened.config, kind, opened.stored, opened.unreadable, problems)
         if problems or opened.config is None:
             raise DataError(join_problems(problems))
     except DataError as error:
@@ -118,7 +119,7 @@ def most_common_dtype(stored: dict[str, Stored]) -> torch.dtype:
 
 
 def explain_no_model(path: Path) -> str:
-    """Return why a path holds no model, and the command that makes one where a training state is found."""
+    """Return why a path holds no model. Where it holds a training state, name the command that makes a model of it."""
     export = "python -m engine.export --model {} --out DIR"
     if is_training_state(path):
         return f"holds a training state, not a model; {export.format(path)} makes one of it"
@@ -134,14 +135,14 @@ def explain_no_model(path: Path) -> str:
 
 
 def check_tensors(
-    config: ModelConfig, kind: str, stored: dict[str, Stored], lost: Collection[str], problems: list[str]
+    config: ModelConfig, kind: str, stored: dict[str, Stored], unreadable: Collection[str], problems: list[str]
 ) -> None:
     """Add a problem for every tensor whose name, shape or dtype the config does not want, and for missing ones.
 
-    Tensors that nobody reads are dropped from stored.
+    Tensors that are valid but not read are removed from stored.
     """
-    n_tensors = len(stored) + len(lost)
-    if config.n_layers > n_tensors:  # before a table is made of them
+    n_tensors = len(stored) + len(unreadable)
+    if config.n_layers > n_tensors:  # before list_pieces() makes a table of as many
         problems.append(f"{config.n_layers} layers by the config, but there are only {n_tensors} tensors")
         return
     wanted = list_pieces(config, kind)
@@ -155,7 +156,7 @@ def check_tensors(
             wanted[head] = wanted[embedding]
     for name in [name for name in stored if IGNORED.fullmatch(name)]:
         del stored[name]
-    problems += [f"{name} is missing" for name in wanted if name not in stored and name not in lost]
+    problems += [f"{name} is missing" for name in wanted if name not in stored and name not in unreadable]
     for name, tensor in stored.items():
         if name not in wanted:
             note = ""
@@ -175,7 +176,7 @@ def check_tensors(
 
 
 def is_equal(a: Stored, b: Stored) -> bool:
-    """Return whether two matrices are equal. Their blocks are compared where they overlap; neither is read whole."""
+    """Return whether two matrices are equal. They are compared block by block, so that neither is in memory whole."""
     if len(a.shape) != 2 or a.shape != b.shape or a.dtype != b.dtype or isinstance(a.dtype, str):
         return False
     for row, column, x in a.blocks():
@@ -195,7 +196,7 @@ def is_equal(a: Stored, b: Stored) -> bool:
 def open_each(
     folder: Path, names: Iterable[str], opener: FileOpener, problems: list[str]
 ) -> dict[str, dict[str, Stored]]:
-    """Return {file: its tensors} of the files that can be opened; each of the others becomes a problem."""
+    """Return {file: its tensors} of the files that can be opened. Add a problem for each of the others."""
     opened = {}
     for name in names:
         try:
@@ -231,7 +232,7 @@ def open_hf(folder: Path, problems: list[str]) -> Opened:
 def open_indexed(
     folder: Path, index_name: str, opener: FileOpener, problems: list[str]
 ) -> tuple[dict[str, Stored], set[str]]:
-    """Return the tensors of an index's files that open, and the names of those in its other files."""
+    """Open the files of an index. Return (their tensors, names of the tensors in files that could not be opened)."""
     raw = read_json_member(folder, index_name, problems)
     file_of = raw.get("weight_map") if raw is not None else {}
     if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
@@ -272,7 +273,7 @@ def open_meta(folder: Path, problems: list[str]) -> Opened:
     config = config_from_meta(raw, {name: tensor.shape for name, tensor in stored.items()}, problems)
     head, embedding = stored.get("output.weight"), stored.get("tok_embeddings.weight")
     if config and head and embedding and is_equal(head, embedding):
-        config = replace(config, tied=True)  # LLaMA 3.2 ties them and stores both: Meta's code wants them
+        config = replace(config, tied=True)  # LLaMA 3.2 ties them, and stores both for Meta's code
     return Opened(config, stored)
 
 
@@ -283,7 +284,7 @@ def merge_ranks(ranks: list[dict[str, Stored]], params: dict[str, Any], problems
     """
     n, dim = len(ranks), params.get("dim")
     stored: dict[str, Stored] = {}
-    split = ranks[0].get("layers.0.attention.wo.weight")  # split by columns: its shape tells the number of ranks
+    split = ranks[0].get("layers.0.attention.wo.weight")  # split by columns, so its width gives the number of ranks
     if split and len(split.shape) == 2 and type(dim) is int and split.shape[1] * n != dim:
         count = f"{dim / max(split.shape[1], 1):g}"
         problems.append(f"{split.file} is one of {count} shards by its shapes and params.json; there are {n}")
@@ -308,7 +309,7 @@ def merge_ranks(ranks: list[dict[str, Stored]], params: dict[str, Any], problems
 
 
 def join_parts(parts: list[Stored], by_columns: bool) -> Stored:
-    """Return the matrix whose parts of one shape lie side by side (by_columns) or one below the other."""
+    """Join parts of equal shape into one matrix, side by side (by_columns) or one below the other."""
     rows, columns = parts[0].shape
 
     def blocks() -> Iterator[Block]:

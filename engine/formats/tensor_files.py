@@ -1,4 +1,4 @@
-"""Files of tensors: safetensors and torch's .pth, opened by their header, read and written piece by piece.
+"""Files of tensors: safetensors and torch's .pth, read and written one tensor at a time.
 
 open_* checks a file's header against its size and returns {name: Stored} without reading any tensor. write_* takes
 functions that make the tensors and holds one tensor at a time, so a model is written without a second copy of it.
@@ -43,7 +43,7 @@ class Stored:
 
     file: str  # name, for messages
     shape: tuple[int, ...]
-    dtype: torch.dtype | str  # a str names a type that is not read
+    dtype: torch.dtype | str  # a str names a type that is not supported
     blocks: Callable[[], Iterator[Block]]
 
 
@@ -56,10 +56,11 @@ def as_one_block(load: Callable[[], torch.Tensor]) -> Callable[[], Iterator[Bloc
 
 
 def open_safetensors(path: Path) -> dict[str, Stored]:
-    """Return the tensors of a safetensors file, which will be views of the mapped file. Raise DataError."""
+    """Return the tensors of a safetensors file. They are read as views of the mapped file. Raise DataError."""
     with path.open("rb") as opened:
         length, size = int.from_bytes(opened.read(8), "little"), os.fstat(opened.fileno()).st_size
-    if size < 8 or length > size - 8 or length > MAX_HEADER_BYTES:  # before anyone allocates what the file claims
+    # The library would allocate as many bytes as the header claims.
+    if size < 8 or length > size - 8 or length > MAX_HEADER_BYTES:
         raise DataError(f"{path.name}: {size} bytes, of which the header claims {length}; truncated or corrupt")
     try:
         file = safe_open(path, framework="pt")
@@ -82,11 +83,12 @@ def write_safetensors(
 ) -> str | None:
     """Write tensors in the given order, one in memory at a time, and fsync. Return the sha256 when it is asked for.
 
-    Offsets follow the order: with wide dtypes first, every tensor is aligned. Raise OSError, which leaves the file
-    incomplete, and ValueError when a load() returns another shape or dtype than announced.
+    Tensors lie in the file in this order. When those of wide dtypes come first, every tensor is aligned. Raise OSError,
+    which leaves the file incomplete, and ValueError when a load() returns another shape or dtype than announced.
 
-    safetensors.torch.save_file is not used. It wants all tensors at once, so that converted ones are a second model; it
-    refuses views of one storage, as wq, wk and wv of wqkv are; and before 0.8 it copies everything to bytes first.
+    safetensors.torch.save_file is not used. It takes all tensors at once, so that converted tensors would be a second
+    model in memory. It refuses views of one storage, such as wq, wk and wv of wqkv. Before 0.8 it copies everything to
+    bytes first.
     """
     tensors, end = list(tensors), 0
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
@@ -115,7 +117,7 @@ def write_safetensors(
 
 
 def open_pth(path: Path) -> dict[str, Stored]:
-    """Return the tensors of a pickled {name: tensor}, mapped. No code of the pickle runs. Raise DataError."""
+    """Return the tensors of a torch.save file of {name: tensor}, mapped. No code in it runs. Raise DataError."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -178,7 +180,7 @@ class TensorPickler(pickle.Pickler):
 def write_pth(path: Path, tensors: Iterable[TensorToWrite]) -> None:
     """Write a file that torch.load(weights_only=True) reads as {name: tensor}, and fsync. Its bytes are reproducible.
 
-    torch.save would want all tensors at once, converted and permuted, which is a second model. The layout is that of
+    torch.save would take all tensors at once, converted and permuted: a second model in memory. The layout is that of
     torch.save (torch/csrc/serialization): an uncompressed zip of data.pkl and data/N, each record aligned to 64 bytes
     so that it can be mapped.
     """
