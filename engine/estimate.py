@@ -22,9 +22,9 @@ from engine.data.rows import read_rows, resolve_data_paths
 from engine.formats.find import find_model
 from engine.formats.source import open_source
 from engine.model.config import MODELS, ModelConfig
-from engine.planning.cards import CARDS, PRICES_OF, changed_card, find_card
+from engine.planning.cards import CARDS, PRICES_DATE, change_card, find_card
 from engine.planning.projection import Estimate, estimate_run
-from engine.planning.setting import Recipe, mesh_problems
+from engine.planning.setting import Recipe, find_mesh_problems
 from engine.planning.tables import estimate_as_json, print_estimate
 from engine.planning.workload import Mix, alpaca_mix, dataset_mix
 from engine.text.tokenizer_files import find_tokenizer
@@ -32,7 +32,7 @@ from engine.training.config import FinetuneConfig
 from engine.training.planning_input import recipe_from_config, setting_from_config
 
 
-def shared_knob(name: str) -> Any:
+def shared_flag(name: str) -> Any:
     """Return the field of a flag with the default and the help that it has in engine.finetune."""
     field: Field = next(field for field in fields(FinetuneConfig) if field.name == name)
     return flag(field.default, **field.metadata)
@@ -48,43 +48,43 @@ class EstimateConfig:
     model: str = flag("", "named shape, folder (Hugging Face or Meta layout) or .gguf file", alias="model_name_or_path")
     gpu: str = flag("H100", "the card, one of " + ", ".join(CARDS))
     gpus: int = flag(1, "cards; several are projected")
-    replicas: int | None = shared_knob("replicas")
+    replicas: int | None = shared_flag("replicas")
     gpu_memory: float | None = flag(None, "GiB of another card, as torch tells its total_memory (auto: of --gpu)")
     gpu_tflops: float | None = flag(None, "its dense bf16 peak, TFLOP/s (auto: of --gpu)")
     gpu_bandwidth: float | None = flag(None, "its memory's bandwidth, GB/s (auto: of --gpu)")
-    price_per_hour: float | None = flag(None, f"dollars an hour of one card (auto: a table of {PRICES_OF})")
+    price_per_hour: float | None = flag(None, f"dollars an hour of one card (auto: a table of {PRICES_DATE})")
     json: str = flag("", "file for the same as JSON")
-    tokenizer: str = shared_knob("tokenizer")
-    data: tuple[str, ...] = shared_knob("data")
-    epochs: int = shared_knob("epochs")
-    max_steps: int | None = shared_knob("max_steps")
-    global_batch_size: int = shared_knob("global_batch_size")
-    micro_batch_tokens: int | None = shared_knob("micro_batch_tokens")
-    micro_batch_size: int | None = shared_knob("micro_batch_size")
-    max_length: int = shared_knob("max_length")
-    grad_clip: float = shared_knob("grad_clip")
-    seed: int = shared_knob("seed")
-    dtype: str = shared_knob("dtype")
-    prompt_style: str = shared_knob("prompt_style")
-    train_on_prompt: bool = shared_knob("train_on_prompt")
-    share_prefix: bool = shared_knob("share_prefix")
-    master_weights: str = shared_knob("master_weights")
-    optimizer_states: str = shared_knob("optimizer_states")
-    offload_optimizer: bool = shared_knob("offload_optimizer")
-    optimizer_in_backward: bool = shared_knob("optimizer_in_backward")
-    recompute: str = shared_knob("recompute")
-    save_every: str = shared_knob("save_every")
-    skip_bad_rows: bool = shared_knob("skip_bad_rows")
-    debug: bool = shared_knob("debug")
+    tokenizer: str = shared_flag("tokenizer")
+    data: tuple[str, ...] = shared_flag("data")
+    epochs: int = shared_flag("epochs")
+    max_steps: int | None = shared_flag("max_steps")
+    global_batch_size: int = shared_flag("global_batch_size")
+    micro_batch_tokens: int | None = shared_flag("micro_batch_tokens")
+    micro_batch_size: int | None = shared_flag("micro_batch_size")
+    max_length: int = shared_flag("max_length")
+    grad_clip: float = shared_flag("grad_clip")
+    seed: int = shared_flag("seed")
+    dtype: str = shared_flag("dtype")
+    prompt_style: str = shared_flag("prompt_style")
+    train_on_prompt: bool = shared_flag("train_on_prompt")
+    share_prefix: bool = shared_flag("share_prefix")
+    master_weights: str = shared_flag("master_weights")
+    optimizer_states: str = shared_flag("optimizer_states")
+    offload_optimizer: bool = shared_flag("offload_optimizer")
+    optimizer_in_backward: bool = shared_flag("optimizer_in_backward")
+    recompute: str = shared_flag("recompute")
+    save_every: str = shared_flag("save_every")
+    skip_bad_rows: bool = shared_flag("skip_bad_rows")
+    debug: bool = shared_flag("debug")
 
     def __post_init__(self) -> None:
-        problems = mesh_problems(self.gpus, self.replicas, self.global_batch_size, self.optimizer_in_backward)
+        problems = find_mesh_problems(self.gpus, self.replicas, self.global_batch_size, self.optimizer_in_backward)
         try:
             find_card(self.gpu)
         except ValueError as error:
             problems.append(str(error))
         try:
-            self.as_finetuning()
+            self.to_finetune_config()
         except ValueError as error:
             problems += str(error).split("\n")
         for name in ("gpu_memory", "gpu_tflops", "gpu_bandwidth"):
@@ -102,13 +102,13 @@ class EstimateConfig:
         if problems:
             raise ValueError("\n".join(problems))
 
-    def as_finetuning(self) -> FinetuneConfig:
+    def to_finetune_config(self) -> FinetuneConfig:
         """Return engine.finetune's settings with these flags. Raises ValueError naming every problem."""
         stand_ins = {"model": self.model or "none", "random_init": self.model in MODELS, "data": self.data or ("none",)}
-        return FinetuneConfig(**{name: getattr(self, name) for name in SHARED} | stand_ins)
+        return FinetuneConfig(**{name: getattr(self, name) for name in SHARED_FLAGS} | stand_ins)
 
 
-SHARED = [f.name for f in fields(EstimateConfig) if f.name in {g.name for g in fields(FinetuneConfig)}]
+SHARED_FLAGS = [f.name for f in fields(EstimateConfig) if f.name in {g.name for g in fields(FinetuneConfig)}]
 
 
 def read_mix(config: EstimateConfig, recipe: Recipe, c: ModelConfig, model_path: Path | None) -> Mix:
@@ -131,12 +131,12 @@ def estimate(config: EstimateConfig) -> Estimate:
     """Return the memory, time and cost of the run that the flags describe."""
     source = None if config.model in MODELS else open_source(find_model(config.model))
     c = MODELS[config.model] if source is None else source.config
-    card = changed_card(
+    card = change_card(
         find_card(config.gpu), config.gpu_memory, config.gpu_tflops, config.gpu_bandwidth, config.price_per_hour
     )
     if config.max_length > c.max_seq_len:
         raise UsageError(f"--max-length {config.max_length} is over the model's {c.max_seq_len} positions")
-    finetuning, dtype = config.as_finetuning(), DTYPES["bf16" if config.dtype == "auto" else config.dtype]
+    finetuning, dtype = config.to_finetune_config(), DTYPES["bf16" if config.dtype == "auto" else config.dtype]
     recipe = recipe_from_config(finetuning, config.gpus)
     mix = read_mix(config, recipe, c, None if source is None else source.path)
     return estimate_run(c, card, mix, recipe, setting_from_config(finetuning, dtype, config.gpus))

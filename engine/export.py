@@ -18,7 +18,7 @@ from engine.formats.save import save_hf, save_meta
 from engine.formats.source import Source, open_source
 from engine.model.llama import new_model
 from engine.output.folder import RUN, require_disk_space
-from engine.output.state_as_model import State, open_state
+from engine.output.state_as_model import TrainingState, open_training_state
 from engine.text.tokenizer import Tokenizer
 from engine.text.tokenizer_files import find_tokenizer
 
@@ -45,7 +45,7 @@ class ExportConfig:
             raise ValueError(f"--max-shard-bytes is {self.max_shard_bytes}, wanted 1 or more")
 
 
-def find_tokenizer_of_state(state: State, name: str) -> Tokenizer:
+def find_tokenizer_of_state(state: TrainingState, name: str) -> Tokenizer:
     """Return the tokenizer of that name; for "", the one of the run that wrote the state.
 
     Raise UsageError where the run's tokenizer cannot be had.
@@ -69,9 +69,9 @@ def main(argv: list[str]) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out}: exists and is not empty; choose another folder")
     path = find_model(config.model)
-    source: State | Source
+    source: TrainingState | Source
     if detect_kind(path) == "state":
-        source = open_state(path)
+        source = open_training_state(path)
         tokenizer = find_tokenizer_of_state(source, config.tokenizer)
     else:
         source = open_source(path)

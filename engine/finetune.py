@@ -20,11 +20,11 @@ from engine.base.signals import Signals
 from engine.distributed.world import World, start_ranks
 from engine.output.folder import LOCK, lock_output_folder
 from engine.planning import tables
-from engine.planning.cards import CARDS, card_at_hand
+from engine.planning.cards import CARDS, detect_card
 from engine.planning.projection import estimate_run
-from engine.planning.setting import mesh_problems
+from engine.planning.setting import find_mesh_problems
 from engine.planning.workload import dataset_mix
-from engine.training.config import EMBEDDED, FinetuneConfig
+from engine.training.config import EMBEDDED_DEFAULTS, FinetuneConfig
 from engine.training.fine_tuning import fine_tune
 from engine.training.plan import Plan, describe_plan
 from engine.training.planning_input import recipe_from_config, setting_from_config
@@ -37,7 +37,7 @@ from engine.training.stanford_flags import translate_stanford_flags
 def main(argv: Sequence[str]) -> None:
     """Parse the flags, make the plan, and carry it out unless --dry-run only asks for it."""
     native_bf16 = cpu_multiplies_bf16() and not torch.cuda.is_available()
-    embedded = EMBEDDED | ({"dtype": "bf16"} if native_bf16 else {})  # nearly twice as fast there
+    embedded = EMBEDDED_DEFAULTS | ({"dtype": "bf16"} if native_bf16 else {})  # nearly twice as fast there
     config, notes = parse_flags(FinetuneConfig, argv, translate_stanford_flags, embedded)
     signals = Signals()
     with ExitStack() as stack:
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
         say(describe_plan(plan, world))
         say("")
         if world.is_main:
-            print_estimate(plan, world)
+            print_plan_estimate(plan, world)
             (out / LOCK).unlink()
             if not any(out.iterdir()):
                 out.rmdir()
@@ -70,15 +70,15 @@ def say_nothing(*_: object) -> None:
     """Stand in for print on every rank but the first."""
 
 
-def print_estimate(plan: Plan, world: World) -> None:
+def print_plan_estimate(plan: Plan, world: World) -> None:
     """Print what the run would take on the card that is here, or on an H100 where no known card is."""
-    card = card_at_hand(plan.device)
+    card = detect_card(plan.device)
     if card is None:
         card = CARDS["H100"]
         print(f"Not on this device, whose figures are not known, but on one {card.name}; engine.estimate has others.")
     dtype = plan.dtype if plan.device.type == "cuda" or plan.config.dtype != "auto" else torch.bfloat16
     config, n_cards = dataclasses.replace(plan.config, replicas=plan.replicas), world.size
-    problems = mesh_problems(n_cards, config.replicas, config.global_batch_size, config.optimizer_in_backward)
+    problems = find_mesh_problems(n_cards, config.replicas, config.global_batch_size, config.optimizer_in_backward)
     if n_cards > 1 and problems:
         print(f"Not estimated on {n_cards} cards: " + "\n".join(problems))
         return

@@ -53,21 +53,21 @@ def generate(
     x = model(tokens, positions, cache=cache)[ends - 1]
     generators = [torch.Generator(device).manual_seed(seed) for _ in prompts]
     answers: list[list[int]] = [[] for _ in prompts]
-    open_ = set(range(len(prompts)))  # prompts whose answers go on
+    unfinished = set(range(len(prompts)))  # prompts whose answers go on
     while True:
         logits = model.logits(x)
         new = torch.zeros(len(prompts), dtype=torch.int64, device=device)
-        for i in sorted(open_):
+        for i in sorted(unfinished):
             token = sample(logits[i], temperature, top_p, generators[i])
             if token in stop_ids:
-                open_.discard(i)
+                unfinished.discard(i)
                 continue
             answers[i].append(token)
             if on_token:
                 on_token(i, token)
             if len(answers[i]) == max_new_tokens:
-                open_.discard(i)
+                unfinished.discard(i)
             new[i] = token
-        if not open_:
+        if not unfinished:
             return answers
         x = model(new, cache.begin_token(), cache=cache)

@@ -29,9 +29,9 @@ from engine.base.errors import DataError
 from engine.base.files import sync_folder
 from engine.formats.find import list_checkpoints
 from engine.model.shard import Shard, as_shards
-from engine.output.tensor_rows import Layout, check_layout, read_file_layout, read_shards
+from engine.output.tensor_rows import RowMap, check_row_map, read_file_row_map, read_shards
 
-FORMAT, SHARDED = 1, 2  # the manifest's format: one file of whole tensors; several files of some rows each
+ONE_FILE, SHARDED = 1, 2  # the manifest's format: one file of whole tensors; several files of some rows each
 STATE, MANIFEST = "state.safetensors", "manifest.json"
 
 
@@ -98,17 +98,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         kind = manifest["format"]
-        if kind not in (FORMAT, SHARDED):
-            raise DataError(f"{folder / MANIFEST}: format {kind}, this version reads {FORMAT} and {SHARDED}")
+        if kind not in (ONE_FILE, SHARDED):
+            raise DataError(f"{folder / MANIFEST}: format {kind}, this version reads {ONE_FILE} and {SHARDED}")
         require(type(manifest["step"]) is int, "its step is no number")
-        files, known = manifest["files"], re.escape(STATE) if kind == FORMAT else r"state-\d{5}-of-\d{5}\.safetensors"
+        files, known = manifest["files"], re.escape(STATE) if kind == ONE_FILE else r"state-\d{5}-of-\d{5}\.safetensors"
         for name, entry in files.items():
             require(re.fullmatch(known, name, re.ASCII), f"a file named {name!r}")
             require(type(entry["bytes"]) is int and type(entry["sha256"]) is str, f"{name} without size and sha256")
-        if kind == FORMAT:
+        if kind == ONE_FILE:
             require(files, "no file")
         else:
-            check_layout(Layout(manifest["tensors"], {name: entry["rows"] for name, entry in files.items()}))
+            check_row_map(RowMap(manifest["tensors"], {name: entry["rows"] for name, entry in files.items()}))
         return manifest
     except FileNotFoundError:
         raise DataError(f"{folder}: no {MANIFEST}, so its save never finished; choose another checkpoint") from None
@@ -132,12 +132,12 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_layout(checkpoint: Checkpoint) -> Layout:
+def read_row_map(checkpoint: Checkpoint) -> RowMap:
     """Return which rows of which tensor each file of a checkpoint holds. Raises DataError."""
     manifest = checkpoint.manifest
     if manifest["format"] == SHARDED:
-        return Layout(manifest["tensors"], {name: entry["rows"] for name, entry in manifest["files"].items()})
-    return read_file_layout(checkpoint.folder / STATE)
+        return RowMap(manifest["tensors"], {name: entry["rows"] for name, entry in manifest["files"].items()})
+    return read_file_row_map(checkpoint.folder / STATE)
 
 
 def load(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor | Shard], prefix: str = "") -> None:
@@ -146,7 +146,7 @@ def load(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor | Shard], pr
     The tensors must be all of the checkpoint's tensors whose names begin with the prefix; no other is read. Raises
     DataError that lists the names, shapes or kinds of numbers that differ.
     """
-    read_shards(checkpoint.folder, read_layout(checkpoint), as_shards(tensors), prefix)
+    read_shards(checkpoint.folder, read_row_map(checkpoint), as_shards(tensors), prefix)
 
 
 # ---- rename and remove ----------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def remove_oldest(newest: Path, keep: int) -> None:
         remove_checkpoint(folder)
 
 
-def remove_later(out: Path, step: int) -> None:
+def remove_checkpoints_after(out: Path, step: int) -> None:
     """Remove the checkpoints after a step (-1: all): broken ones, and those of steps that the run will repeat."""
     for later, folder in list_checkpoints(out):
         if later > step:

@@ -57,7 +57,7 @@ def require_disk_space(out: Path, need_bytes: int, remedy: str) -> None:
 # ---- run.json -------------------------------------------------------------------------------------------------------
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a metrics.jsonl."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 

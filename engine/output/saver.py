@@ -23,15 +23,15 @@ from engine.base.files import sync_file, sync_folder
 from engine.formats.tensor_files import write_safetensors
 from engine.model.shard import Shard, as_shards
 from engine.output.checkpoint import (
-    FORMAT,
     MANIFEST,
+    ONE_FILE,
     SHARDED,
     STATE,
     remove_oldest,
     remove_save_temporaries,
     rename_into_place,
 )  # fmt: skip
-from engine.output.tensor_rows import HostCopy, Layout, describe_shards, lay_out_files
+from engine.output.tensor_rows import HostCopy, RowMap, describe_shards, map_rows_to_files
 
 T = TypeVar("T")
 Exchange = Callable[[Any], list[Any]]  # a collective: takes one writer's value, returns the values of all writers
@@ -62,7 +62,7 @@ class Saver:
     ):  # fmt: skip
         if n_writers > 1 and exchange is None:
             raise ValueError(f"Saver: {n_writers} writers, wanted an exchange between them")
-        self.out, self.keep, self.writers = out, keep, Writers(writer, n_writers, exchange)
+        self.out, self.keep, self.writers = out, keep, WriterGroup(writer, n_writers, exchange)
         self.device = torch.device(device or "cpu")
         self.host_copy: HostCopy | None = HostCopy(pinned=self.device.type == "cuda")
         self.pool = ThreadPoolExecutor(1, "saver")
@@ -128,7 +128,7 @@ def raise_error(error: Exception) -> NoReturn:
 
 
 @dataclass(frozen=True)
-class Writers:
+class WriterGroup:
     """One of n writers of a state. exchange is called by all of them and waits until all have."""
 
     writer: int = 0
@@ -164,7 +164,12 @@ class Writers:
 
 
 def write_checkpoint(
-    out: Path, keep: int, step: int, get_shards: Callable[[], dict[str, Shard]], facts: dict[str, Any], writers: Writers
+    out: Path,
+    keep: int,
+    step: int,
+    get_shards: Callable[[], dict[str, Shard]],
+    facts: dict[str, Any],
+    writers: WriterGroup,
 ) -> Saved:
     """Write one writer's part of a checkpoint and keep the newest `keep` of them.
 
@@ -185,23 +190,23 @@ def write_checkpoint(
         return describe_shards(shards)
 
     def write_own():
-        if own not in layout.files:
+        if own not in row_map.files:
             return None
         if not tmp.is_dir():
             raise OSError(errno.ENOENT, f"{tmp} is not there; all writers must see the same folder")
-        mine = ((name, shards[name].tensor) for name in layout.files[own])
+        mine = ((name, shards[name].tensor) for name in row_map.files[own])
         entries = ((name, tuple(t.shape), t.dtype, lambda t=t: t) for name, t in mine)
         sha256 = write_safetensors(tmp / own, entries, sha256=True)
         return own, {"bytes": (tmp / own).stat().st_size, "sha256": sha256}
 
     def commit():
         if is_first:
-            write_manifest(tmp, step, facts, layout, written, several=writers.n > 1)
+            write_manifest(tmp, step, facts, row_map, written, several=writers.n > 1)
             rename_into_place(tmp, final)
             remove_oldest(final, keep)
 
     try:
-        layout = lay_out_files(dict(zip(names, writers.run_stage((step, "begin"), begin), strict=True)))
+        row_map = map_rows_to_files(dict(zip(names, writers.run_stage((step, "begin"), begin), strict=True)))
         written = dict(filter(None, writers.run_stage((step, "write"), write_own)))
         writers.run_stage((step, "commit"), commit)
     except BaseException:
@@ -212,13 +217,13 @@ def write_checkpoint(
 
 
 def write_manifest(
-    folder: Path, step: int, facts: dict[str, Any], layout: Layout, written: dict[str, dict[str, Any]], several: bool
+    folder: Path, step: int, facts: dict[str, Any], row_map: RowMap, written: dict[str, dict[str, Any]], several: bool
 ) -> None:
     """Write the manifest of a folder of files, and wait until all names in the folder are on the disk."""
-    parts: dict[str, Any] = {"format": FORMAT, "files": written}
+    parts: dict[str, Any] = {"format": ONE_FILE, "files": written}
     if several:
-        files = {name: entry | {"rows": layout.files[name]} for name, entry in written.items()}
-        parts = {"format": SHARDED, "tensors": layout.tensors, "files": files}
+        files = {name: entry | {"rows": row_map.files[name]} for name, entry in written.items()}
+        parts = {"format": SHARDED, "tensors": row_map.tensors, "files": files}
     with open(folder / MANIFEST, "w") as file:
         json.dump({"format": None, "step": step, **facts, **parts}, file, indent=1)
         sync_file(file)

@@ -23,7 +23,7 @@ PARAMETERS = "param."  # begins the names of a state's tensors that are the mode
 
 
 @dataclass(frozen=True)
-class State:
+class TrainingState:
     """A verified training state, opened as engine.formats.source.Source is: nothing big is allocated yet."""
 
     checkpoint: checkpoint.Checkpoint
@@ -43,7 +43,7 @@ def parameters_of(model: Transformer) -> dict[str, torch.Tensor | Shard]:
     return {PARAMETERS + name: p.detach() for name, p in model.named_parameters()}
 
 
-def open_state(folder: Path) -> State:
+def open_training_state(folder: Path) -> TrainingState:
     """Verify a training state and return it as the model that its run would write now.
 
     Raise DataError for a state that is broken or not ours.
@@ -66,17 +66,17 @@ def open_state(folder: Path) -> State:
     if problems or config is None or dtype is None:
         raise DataError(f"{folder}: {join_problems(problems)}")
     check_fit(
-        folder, checkpoint.read_layout(found), as_shards(parameters_of(new_model(config, "meta", dtype))), PARAMETERS
+        folder, checkpoint.read_row_map(found), as_shards(parameters_of(new_model(config, "meta", dtype))), PARAMETERS
     )
     base, tokenizer = find_base(folder, settings)
     generation_config = {}
     if base is not None and detect_kind(base) == "hf":
         generation_config = read_json(base / "generation_config.json")
-    return State(found, config, dtype, base, tokenizer, generation_config)
+    return TrainingState(found, config, dtype, base, tokenizer, generation_config)
 
 
 def find_base(folder: Path, settings: dict[str, Any]) -> tuple[Path | None, str | None]:
-    """Return (base, tokenizer) of the run that wrote a state; State explains both."""
+    """Return (base, tokenizer) of the run that wrote a state; TrainingState explains both."""
     out = folder.resolve().parent
     run = read_json(out / RUN)
     if run.get("status") == "done" and detect_kind(out) == "hf":  # its model has both, whatever it began with

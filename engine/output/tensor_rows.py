@@ -22,7 +22,7 @@ Description = tuple[str, list[int], int, int]  # dtype, shape of the whole tenso
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowMap:
     """Tensors whose rows lie in one or several files."""
 
     tensors: dict[str, dict[str, Any]]  # {tensor: {"dtype": "F32", "shape": [...]}}, dtypes as safetensors names them
@@ -34,7 +34,7 @@ def describe_shards(shards: dict[str, Shard]) -> dict[str, Description]:
     return {n: (DTYPE_NAMES[s.tensor.dtype], list(s.shape), s.first, s.end) for n, s in shards.items()}
 
 
-def lay_out_files(shards_of_files: dict[str, dict[str, Description]]) -> Layout:
+def map_rows_to_files(shards_of_files: dict[str, dict[str, Description]]) -> RowMap:
     """Return the layout of files that each hold one writer's shards.
 
     Of several files one without rows is left out. Raises ValueError when the rows do not add up to whole tensors.
@@ -50,24 +50,24 @@ def lay_out_files(shards_of_files: dict[str, dict[str, Description]]) -> Layout:
         rows = {name: [first, end] for name, (_, _, first, end) in shards.items() if end > first or only_file}
         if rows or only_file:
             files[file] = rows
-    layout = Layout(tensors, files)
-    check_layout(layout)
-    return layout
+    row_map = RowMap(tensors, files)
+    check_row_map(row_map)
+    return row_map
 
 
-def check_layout(layout: Layout) -> None:
+def check_row_map(row_map: RowMap) -> None:
     """Check that every row of every tensor is held once.
 
     Raises ValueError where it is not; TypeError, LookupError or AttributeError for values of other types.
     """
-    spans: dict[str, list[tuple[int, int]]] = {name: [] for name in layout.tensors}
-    for rows in layout.files.values():
+    spans: dict[str, list[tuple[int, int]]] = {name: [] for name in row_map.tensors}
+    for rows in row_map.files.values():
         for name, (first, end) in rows.items():
             if type(first) is not int or type(end) is not int or first > end:
                 raise ValueError(f"{name}: rows [{first}, {end})")
             spans[name].append((first, end))
     for name, ranges in spans.items():
-        dtype, shape = layout.tensors[name]["dtype"], layout.tensors[name]["shape"]
+        dtype, shape = row_map.tensors[name]["dtype"], row_map.tensors[name]["shape"]
         if dtype not in DTYPES or type(shape) is not list or any(type(size) is not int or size < 0 for size in shape):
             raise ValueError(f"{name}: dtype {dtype}, shape {shape}")
         expected = 0
@@ -115,21 +115,21 @@ class HostCopy:
 # ---- read -----------------------------------------------------------------------------------------------------------
 
 
-def read_file_layout(path: Path) -> Layout:
+def read_file_row_map(path: Path) -> RowMap:
     """Return the layout of one file of whole tensors. Raises DataError."""
     tensors = read_slices(path, lambda slices: {name: describe_slice(part) for name, part in slices.items()})
-    return Layout(tensors, {path.name: {name: [0, n_rows(entry["shape"])] for name, entry in tensors.items()}})
+    return RowMap(tensors, {path.name: {name: [0, n_rows(entry["shape"])] for name, entry in tensors.items()}})
 
 
-def read_shards(folder: Path, layout: Layout, shards: dict[str, Shard], prefix: str = "") -> None:
+def read_shards(folder: Path, row_map: RowMap, shards: dict[str, Shard], prefix: str = "") -> None:
     """Fill the shards, each with the rows it wants, from a folder of files with this layout.
 
     The shards must be of all tensors whose names begin with the prefix; no other is read. Files are mapped, one after
     the other, and only those rows read; a file without any is not opened. Raises DataError that lists the names, shapes
     or kinds of numbers that differ.
     """
-    check_fit(folder, layout, shards, prefix)
-    for file, rows in layout.files.items():
+    check_fit(folder, row_map, shards, prefix)
+    for file, rows in row_map.files.items():
         wanted = {
             name: (max(first, shards[name].first), min(end, shards[name].end))
             for name, (first, end) in rows.items()
@@ -138,22 +138,22 @@ def read_shards(folder: Path, layout: Layout, shards: dict[str, Shard], prefix: 
         wanted = {name: (first, end) for name, (first, end) in wanted.items() if first < end}
         if wanted:
             path = folder / file
-            read_slices(path, partial(fill_shards, path, layout, shards, wanted))
+            read_slices(path, partial(fill_shards, path, row_map, shards, wanted))
 
 
 @torch.no_grad()
 def fill_shards(
-    path: Path, layout: Layout, shards: dict[str, Shard], wanted: dict[str, tuple[int, int]], slices: dict[str, Any]
+    path: Path, row_map: RowMap, shards: dict[str, Shard], wanted: dict[str, tuple[int, int]], slices: dict[str, Any]
 ) -> None:
     """Copy the wanted rows {tensor: (first, end)} of one file's tensors into the shards.
 
-    Raises DataError for a file whose tensors are not the layout's.
+    Raises DataError for a file whose tensors are not those of the row map.
     """
-    rows = layout.files[path.name]
+    rows = row_map.files[path.name]
     expected = {}
     for name, (first, end) in rows.items():
-        shape = layout.tensors[name]["shape"]
-        expected[name] = layout.tensors[name] | {"shape": [end - first, *shape[1:]] if shape else []}
+        shape = row_map.tensors[name]["shape"]
+        expected[name] = row_map.tensors[name] | {"shape": [end - first, *shape[1:]] if shape else []}
     if {name: describe_slice(part) for name, part in slices.items()} != expected:
         raise DataError(f"{path}: holds other tensors than its manifest says; choose another checkpoint")
     for name, (first, end) in wanted.items():
@@ -174,16 +174,16 @@ def read_slices(path: Path, read: Callable[[dict[str, Any]], T]) -> T:
 
 
 def describe_slice(part: Any) -> dict[str, Any]:
-    """Return dtype and shape of a safetensors slice, as a Layout has them."""
+    """Return dtype and shape of a safetensors slice, as a RowMap has them."""
     return {"dtype": part.get_dtype(), "shape": list(part.get_shape())}
 
 
-def check_fit(folder: Path, layout: Layout, shards: dict[str, Shard], prefix: str = "") -> None:
+def check_fit(folder: Path, row_map: RowMap, shards: dict[str, Shard], prefix: str = "") -> None:
     """Raise DataError that lists where shards and files differ, of the tensors whose names begin with the prefix.
 
     Floating-point dtypes may differ: fp32 may become bf16. Other dtypes, such as packed bits, must be equal.
     """
-    found = {name: entry for name, entry in layout.tensors.items() if name.startswith(prefix)}
+    found = {name: entry for name, entry in row_map.tensors.items() if name.startswith(prefix)}
     have = {name: (tuple(entry["shape"]), DTYPES.get(entry["dtype"])) for name, entry in found.items()}
     want = {name: (s.shape, s.tensor.dtype) for name, s in shards.items()}
     wrong = []

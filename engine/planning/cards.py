@@ -33,7 +33,7 @@ GIB = 1 << 30
 
 COPY_SHARE = 0.9  # of the memory's bandwidth
 LINK_SHARE = 0.8  # of a link's rate in one direction, that NCCL moves
-MACHINE = 8  # GPUs that NVLink joins
+MACHINE_GPUS = 8  # GPUs that NVLink joins
 PORT_GB_PER_S = 50  # of the network port that a machine has for each of its GPUs
 
 
@@ -57,14 +57,14 @@ class Card:
         It receives at that rate too: this is nccl-tests' bus bandwidth. A ring across machines leaves each machine by
         as many ports as the ring has GPUs in it.
         """
-        return self.link_bytes_per_s(None if is_within_machines(shards, replicas) else math.gcd(shards, MACHINE))
+        return self.link_bytes_per_s(None if is_within_machines(shards, replicas) else math.gcd(shards, MACHINE_GPUS))
 
     def sum_bytes_per_s(self, shards: int, replicas: int) -> float:
         """Return the rate at which each GPU sends during an all-reduce over the replicas.
 
         The GPUs that hold one shard take part: every shards-th of all.
         """
-        return self.link_bytes_per_s(None if shards * replicas <= MACHINE else max(1, MACHINE // shards))
+        return self.link_bytes_per_s(None if shards * replicas <= MACHINE_GPUS else max(1, MACHINE_GPUS // shards))
 
     def link_bytes_per_s(self, ports: int | None) -> float:
         """Return the rate over a GPU's own link or over a number of its machine's ports, whichever is lower.
@@ -78,7 +78,7 @@ class Card:
 # One GPU on demand, lowest listed price: RunPod in March 2026 (deploybase.ai/articles/runpod-gpu-pricing); the A100 of
 # 40 GB, which RunPod does not list, at Lambda in May 2026. NVLink is half of the figure in the data sheets of November
 # 2026, which add both directions.
-PRICES_OF = "March 2026"
+PRICES_DATE = "March 2026"
 CARDS = {
     card.name: card
     for card in (
@@ -97,7 +97,7 @@ CARDS = {
 
 def is_within_machines(shards: int, replicas: int) -> bool:
     """Return whether every replica lies within one machine."""
-    return shards * replicas <= MACHINE or MACHINE % shards == 0
+    return shards * replicas <= MACHINE_GPUS or MACHINE_GPUS % shards == 0
 
 
 def find_card(name: str) -> Card:
@@ -115,7 +115,7 @@ def find_card(name: str) -> Card:
     )
 
 
-def changed_card(
+def change_card(
     card: Card, memory_gib: float | None, tflops: float | None, bandwidth: float | None, price: float | None
 ) -> Card:
     """Return the GPU with the given memory (GiB), peak (TFLOP/s), bandwidth (GB/s) and price ($ an hour).
@@ -130,14 +130,14 @@ def changed_card(
     return card if price is None else replace(card, price_per_hour=price)
 
 
-def card_named(device_name: str) -> Card | None:
+def find_card_by_device_name(device_name: str) -> Card | None:
     """Return the GPU whose name torch reports so, or None. NVL cards are left out, because their clocks are lower."""
     return next((card for card in CARDS.values() if card.device in device_name and "NVL" not in device_name), None)
 
 
-def card_at_hand(device: torch.device) -> Card | None:
+def detect_card(device: torch.device) -> Card | None:
     """Return the GPU of a CUDA device with the memory it really has, or None for a CPU and for an unknown GPU."""
-    card = card_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    card = find_card_by_device_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return card and replace(card, memory_gib=torch.cuda.get_device_properties(device).total_memory / GIB)
 
 
@@ -159,7 +159,7 @@ class Rates:
         return f"projected from rates in {self.report}" if self.report else "projected"
 
 
-def rates(card: Card, folder: Path | None = None) -> Rates:
+def find_rates(card: Card, folder: Path | None = None) -> Rates:
     """Return the rates that the newest report of this GPU measured, or those of its data sheet without a report."""
     for path, parts in find_reports(card, folder or BENCHMARKS):
         ceilings = parts.get("ceilings", {})

@@ -33,7 +33,7 @@ class Limits:
 # ---- micro-batches --------------------------------------------------------------------------------------------------
 
 
-def largest_micro_batch(c: ModelConfig, setting: Setting, available_bytes: int, limits: Limits) -> int:
+def find_largest_micro_batch(c: ModelConfig, setting: Setting, available_bytes: int, limits: Limits) -> int:
     """Return the most tokens of a micro-batch that fits the available memory within the limits; 0 if none fits."""
 
     def fits(tokens: int) -> bool:
@@ -54,7 +54,7 @@ def largest_micro_batch(c: ModelConfig, setting: Setting, available_bytes: int, 
 # ---- meshes ---------------------------------------------------------------------------------------------------------
 
 
-def counts_that_fit(shapes: Iterable[Shape], most: int = MOST_CARDS) -> list[int]:
+def find_uncut_counts(shapes: Iterable[Shape], most: int = MOST_CARDS) -> list[int]:
     """Return the numbers of shards, up to `most`, that cut no block of 8-bit states of these parameters."""
 
     def fits(shape: Shape, shards: int) -> bool:
@@ -69,21 +69,21 @@ def counts_that_fit(shapes: Iterable[Shape], most: int = MOST_CARDS) -> list[int
 
 
 @functools.cache
-def shards_of_8bit(c: ModelConfig, most: int = MOST_CARDS) -> list[int]:
+def find_8bit_shard_counts(c: ModelConfig, most: int = MOST_CARDS) -> list[int]:
     """Return the numbers of shards, up to `most`, into which the model can be cut with 8-bit states."""
-    return counts_that_fit(parameter_shapes(c), most)
+    return find_uncut_counts(parameter_shapes(c), most)
 
 
-def shards_that_fit(c: ModelConfig, states: str, n_cards: int) -> list[int]:
+def find_shard_counts(c: ModelConfig, states: str, n_cards: int) -> list[int]:
     """Return the numbers of shards that n_cards GPUs allow: divisors of n_cards that cut no block of 8-bit states."""
     divisors = [n for n in range(1, n_cards + 1) if n_cards % n == 0]
     if states != "8bit" or n_cards == 1:
         return divisors
-    allowed = shards_of_8bit(c, n_cards)
+    allowed = find_8bit_shard_counts(c, n_cards)
     return [n for n in divisors if n in allowed]
 
 
-def mesh_that_fits(
+def find_mesh_that_fits(
     c: ModelConfig,
     setting: Setting,
     available_bytes: int,
@@ -111,7 +111,7 @@ def mesh_that_fits(
 
     def with_tokens(replicas: int) -> tuple[Setting, int]:
         changed = setting.with_replicas(replicas)
-        return changed, largest_micro_batch(c, changed, available_bytes, limits)
+        return changed, find_largest_micro_batch(c, changed, available_bytes, limits)
 
     fewest = with_tokens(allowed[0])
     if fewest[1] >= share_tokens or fewest[1] < least_tokens:
@@ -160,14 +160,14 @@ def apply_savings(setting: Setting, savings: Iterable[Saving]) -> Setting:
     return replace(setting, **changes)
 
 
-def useful_savings(c: ModelConfig, setting: Setting, batch: BatchShape) -> list[Saving]:
+def find_useful_savings(c: ModelConfig, setting: Setting, batch: BatchShape) -> list[Saving]:
     """Return the changes after which a step takes less memory. An optimizer in backward is for one GPU."""
     now = memory(c, setting, batch).total
     known = [s for s in SAVINGS if s.field != "in_backward" or setting.n_cards == 1]
     return [s for s in known if memory(c, apply_savings(setting, [s]), batch).total < now]
 
 
-def cheapest_that_fits(
+def find_cheapest_fits(
     c: ModelConfig, setting: Setting, available_bytes: int, limits: Limits, *, tokens: int, least_tokens: int
 ) -> list[Fit]:
     """Return the sets of changes that fit the available memory, the cheapest first, none with a needless change.
@@ -179,7 +179,7 @@ def cheapest_that_fits(
     step_tokens = limits.step_tokens
     price = {saving: 2 << i for i, saving in enumerate(SAVINGS)}
     largest = limits.batch(min(limits.most_tokens, step_tokens or limits.most_tokens))
-    useful = useful_savings(c, setting, largest)
+    useful = find_useful_savings(c, setting, largest)
     groups = [[s for s in useful if s.field == name] for name in dict.fromkeys(s.field for s in useful)]
     found: list[tuple[int, set[str], Fit]] = []
     for picked in itertools.product(*([None, *group] for group in groups)):
@@ -187,7 +187,7 @@ def cheapest_that_fits(
         changed = apply_savings(setting, taken)
         if changed.in_backward and changed.offload:
             continue
-        fitting = largest_micro_batch(c, changed, available_bytes, limits)
+        fitting = find_largest_micro_batch(c, changed, available_bytes, limits)
         if fitting < (step_tokens if changed.in_backward and step_tokens else least_tokens):
             continue
         flags, cost = [saving.flags for saving in taken], sum(price[saving] for saving in taken)
@@ -197,10 +197,10 @@ def cheapest_that_fits(
             names.add("smaller")
             cost += 1
         found.append((cost, names, Fit(tuple(flags), changed, fitting, memory(c, changed, limits.batch(fitting)))))
-    return without_needless(found)
+    return drop_needless(found)
 
 
-def without_needless(found: list[tuple[int, set[str], Fit]]) -> list[Fit]:
+def drop_needless(found: list[tuple[int, set[str], Fit]]) -> list[Fit]:
     """Return the fits by their cost, without those whose changes include all changes of a cheaper one."""
     fits: list[Fit] = []
     kept: list[set[str]] = []
@@ -211,7 +211,7 @@ def without_needless(found: list[tuple[int, set[str], Fit]]) -> list[Fit]:
     return fits
 
 
-def least_bytes(c: ModelConfig, setting: Setting, tokens: int) -> int:
+def find_least_bytes(c: ModelConfig, setting: Setting, tokens: int) -> int:
     """Return the fewest bytes that any setting takes with a micro-batch of `tokens`, all of which have a loss.
 
     Either all state is in the host's memory, or, on one GPU, there are no gradients in steps of one micro-batch.

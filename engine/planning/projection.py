@@ -5,14 +5,14 @@ from dataclasses import dataclass, replace
 from engine.base.errors import UsageError
 from engine.data.batches import count_steps_per_epoch
 from engine.model.config import ModelConfig
-from engine.planning.cards import GIB, Card, Rates, rates
+from engine.planning.cards import GIB, Card, Rates, find_rates
 from engine.planning.fitting import (
     MOST_TOKENS,
     Limits,
-    cheapest_that_fits,
-    largest_micro_batch,
-    mesh_that_fits,
-    shards_of_8bit,
+    find_8bit_shard_counts,
+    find_cheapest_fits,
+    find_largest_micro_batch,
+    find_mesh_that_fits,
 )
 from engine.planning.memory import Memory, memory, state_bytes
 from engine.planning.setting import Recipe, Setting
@@ -47,7 +47,7 @@ class Projection:
     @property
     def communication_bytes(self) -> int:
         """Return the bytes that each GPU sends in a step."""
-        return sum(self.traffic.of_step(self.work.micro_batches).values())
+        return sum(self.traffic.step_bytes(self.work.micro_batches).values())
 
     @property
     def communication_s(self) -> float:
@@ -55,9 +55,9 @@ class Projection:
         return sum(self.traffic.seconds(self.work.micro_batches).values())
 
     @property
-    def late(self) -> dict[str, float]:
+    def not_hidden_seconds(self) -> dict[str, float]:
         """Return the seconds of a step that computing waits for communication, by where it waits."""
-        return self.traffic.late(self.work.micro_batches, *self.block_s)
+        return self.traffic.not_hidden_seconds(self.work.micro_batches, *self.block_s)
 
 
 @dataclass(frozen=True)
@@ -117,15 +117,15 @@ def project(
 def choose_mesh(
     c: ModelConfig, setting: Setting, recipe: Recipe, available_bytes: int, limits: Limits, share_tokens: int
 ) -> Setting:
-    """Return the setting with the replicas that --replicas asks for, or those that mesh_that_fits() chooses.
+    """Return the setting with the replicas that --replicas asks for, or those that find_mesh_that_fits() chooses.
 
     Raises UsageError where shards would cut blocks of 8-bit states.
     """
     n = recipe.n_cards
-    counts = shards_of_8bit(c) if setting.states == "8bit" and n > 1 else None
+    counts = find_8bit_shard_counts(c) if setting.states == "8bit" and n > 1 else None
     if n > 1 and recipe.replicas is None:
         least = min(recipe.max_length, limits.most_tokens)
-        return mesh_that_fits(
+        return find_mesh_that_fits(
             c, setting, available_bytes, limits, share_tokens=share_tokens, least_tokens=least, counts=counts
         )[0]
     if counts and setting.shards not in counts:
@@ -140,9 +140,9 @@ def choose_mesh(
 def estimate_run(c: ModelConfig, card: Card, mix: Mix, recipe: Recipe, setting: Setting) -> Estimate:
     """Return the memory, time and cost of a run. If it does not fit, also return those of the settings that fit.
 
-    Where the recipe asks for no number of replicas, mesh_that_fits() chooses one.
+    Where the recipe asks for no number of replicas, find_mesh_that_fits() chooses one.
     """
-    available_bytes, speed = int(card.memory_gib * GIB), rates(card)
+    available_bytes, speed = int(card.memory_gib * GIB), find_rates(card)
     whole = cut_into_micro_batches(mix, 2**40, recipe.micro_batch_size).largest  # in as few micro-batches as possible
     step_tokens = whole.tokens if whole.one_micro_batch else None
     most = min(recipe.micro_batch_tokens or MOST_TOKENS, step_tokens or MOST_TOKENS)
@@ -154,14 +154,14 @@ def estimate_run(c: ModelConfig, card: Card, mix: Mix, recipe: Recipe, setting: 
         projection = project(c, card, speed, mix, cut, recipe, setting)
         return Outcome(setting, cut, memory(c, setting, cut.largest), projection, flags)
 
-    fitting = largest_micro_batch(c, setting, available_bytes, limits)
+    fitting = find_largest_micro_batch(c, setting, available_bytes, limits)
     found = outcome(recipe.micro_batch_tokens or max(fitting, recipe.max_length), setting)  # what fits, or the least
     estimate = Estimate(recipe, c, card, speed, mix, available_bytes, found, ())
     if estimate.fits:
         return estimate
     wish = min(most, recipe.micro_batch_tokens or GOOD_TOKENS)
-    ways = cheapest_that_fits(c, setting, available_bytes, limits, tokens=wish, least_tokens=recipe.max_length)
+    ways = find_cheapest_fits(c, setting, available_bytes, limits, tokens=wish, least_tokens=recipe.max_length)
     if recipe.n_cards > 1:
-        counts = shards_of_8bit(c)
+        counts = find_8bit_shard_counts(c)
         ways = [way for way in ways if way.setting.states != "8bit" or way.setting.shards in counts]
     return replace(estimate, alternatives=tuple(outcome(way.tokens, way.setting, way.flags) for way in ways))

@@ -65,7 +65,7 @@ def describe_mesh(shards: int, replicas: int) -> str:
     return f"{replicas} replicas of {shards} shards" if shards > 1 else f"{replicas} replicas"
 
 
-def mesh_problems(n_cards: int, replicas: int | None, global_batch_size: int, in_backward: bool) -> list[str]:
+def find_mesh_problems(n_cards: int, replicas: int | None, global_batch_size: int, in_backward: bool) -> list[str]:
     """Return the reasons why a run on n_cards GPUs cannot be projected, one message each."""
     problems, is_in_range = [], 1 <= n_cards <= MOST_CARDS
     if not is_in_range:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.model.config import ModelConfig
-from engine.planning.cards import MACHINE, Card, Rates, is_within_machines
+from engine.planning.cards import MACHINE_GPUS, Card, Rates, is_within_machines
 from engine.planning.memory import StateBytes, whole_bytes
 from engine.planning.setting import Setting
 
@@ -42,12 +42,12 @@ def gemm_flops(c: ModelConfig, work: Work, recompute: str) -> float:
     v, compute only the rows with a loss.
     """
     t, u = work.tokens, work.loss_rows
-    asking, answering = layer_weights(c)
-    layers = (c.n_layers - 1) * t * (asking + answering) + u * asking + t * answering
+    query_side, key_value = count_layer_weights(c)
+    layers = (c.n_layers - 1) * t * (query_side + key_value) + u * query_side + t * key_value
     return (8 if recompute == "block" else 6) * layers + 6 * u * c.dim * c.vocab_size
 
 
-def layer_weights(c: ModelConfig) -> tuple[int, int]:
+def count_layer_weights(c: ModelConfig) -> tuple[int, int]:
     """Return a layer's number of weights in the query, output and feed-forward matrices, and in those of k and v."""
     return (
         2 * c.dim * c.n_heads * c.head_dim + 3 * c.dim * c.hidden_dim,
@@ -97,12 +97,12 @@ def step_seconds(
     update     update_bytes: moved by the gradient norm and AdamW
     offload    offload_bytes: optimizer states that cross PCIe in each direction, which nothing else hides
     host       the time by which launching exceeds all computing
-    communication  the part of `traffic` between several GPUs that computing does not hide: Traffic.late()
+    communication  the part of `traffic` between several GPUs that computing does not hide: Traffic.not_hidden_seconds()
     """
     t, u, size = work.tokens, work.loss_rows, setting.number_bytes
     heads, kv_heads, full = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_layers - 1
     again = 1 if setting.recompute == "block" else 0
-    weights = c.n_layers * sum(layer_weights(c)) + c.dim * c.vocab_size
+    weights = c.n_layers * sum(count_layer_weights(c)) + c.dim * c.vocab_size
     gemm_bytes = (4 + again) * weights * size * work.micro_batches
     pairs = full * (work.pairs + MASKED_KEYS * t) + work.query_pairs + MASKED_KEYS * u
     attention_flops = (18 + 4 * again) * pairs * heads
@@ -124,7 +124,7 @@ def step_seconds(
     launching = work.micro_batches * (c.n_layers + 2) * LAUNCHES * LAUNCH_S
     seconds["host"] = max(0.0, launching - sum(seconds.values()))
     blocks = block_seconds(c, work, setting.recompute, sum(seconds.values()) - seconds["update"])
-    seconds["communication"] = sum(traffic.late(work.micro_batches, *blocks).values()) if traffic else 0.0
+    seconds["communication"] = sum(traffic.not_hidden_seconds(work.micro_batches, *blocks).values()) if traffic else 0.0
     seconds["offload"] = offload_bytes / (1e9 * card.pcie_gb_per_s)
     return seconds | {"total": sum(seconds.values())}
 
@@ -149,7 +149,7 @@ class Traffic:
     sum_bytes_per_s: float
     apart: bool  # sums use other links than gathers and reductions, so that both proceed at once
 
-    def of_step(self, micro_batches: int) -> dict[str, int]:
+    def step_bytes(self, micro_batches: int) -> dict[str, int]:
         """Return the bytes of a step by kind of collective."""
         gather, reduce, sums = (self.layers * block + rest for block, rest in (self.gather, self.reduce, self.sum))
         again = (self.layers - 1) * self.gather[0]
@@ -158,31 +158,34 @@ class Traffic:
 
     def seconds(self, micro_batches: int) -> dict[str, float]:
         """Return the seconds of a step by kind of collective, each with its links to itself."""
-        sent = self.of_step(micro_batches)
+        sent = self.step_bytes(micro_batches)
         return {
             kind: n / (self.sum_bytes_per_s if kind == "sum" else self.bytes_per_s) for kind, n in sent.items()
         }  # fmt: skip
 
-    def in_backward(self, summed: bool) -> list[float]:
+    def backward_seconds(self, summed: bool) -> list[float]:
         """Return the seconds of communication during each block's backward, the first block's first.
 
         Meanwhile the block before is gathered and the gradients of the block after are reduced, and, if `summed`,
         summed over the replicas.
         """
-        gather, reduce, sums = self.of_group(0, summed)
+        gather, reduce, sums = self.group_seconds(0, summed)
         last = self.layers - 1
-        return [self.together(gather * (i > 0), reduce * (i < last), sums * (i < last)) for i in range(self.layers)]
+        return [
+            self.concurrent_seconds(gather * (i > 0), reduce * (i < last), sums * (i < last))
+            for i in range(self.layers)
+        ]
 
-    def of_group(self, i: int, summed: bool) -> tuple[float, float, float]:
+    def group_seconds(self, i: int, summed: bool) -> tuple[float, float, float]:
         """Return the seconds of one gather, reduction and sum, of a block (i = 0) or of the weights outside (i = 1)."""
         sums = self.sum[i] / self.sum_bytes_per_s if summed else 0.0
         return self.gather[i] / self.bytes_per_s, self.reduce[i] / self.bytes_per_s, sums
 
-    def together(self, gather: float, reduce: float, sums: float) -> float:
+    def concurrent_seconds(self, gather: float, reduce: float, sums: float) -> float:
         """Return the seconds that a gather, a reduction and a sum take which start at once."""
         return max(gather + reduce, sums) if self.apart else gather + reduce + sums
 
-    def late(self, micro_batches: int, forward_s: float, backward_s: float) -> dict[str, float]:
+    def not_hidden_seconds(self, micro_batches: int, forward_s: float, backward_s: float) -> dict[str, float]:
         """Return the seconds of a step that computing waits for communication, by where it waits.
 
             begin     the gathers of the weights outside of blocks and of the first block, which nothing hides
@@ -192,16 +195,16 @@ class Traffic:
 
         forward_s and backward_s are those of one block in one micro-batch.
         """
-        (gather, _, _), (others, _, _) = self.of_group(0, False), self.of_group(1, False)
+        (gather, _, _), (others, _, _) = self.group_seconds(0, False), self.group_seconds(1, False)
         waits = {
             "begin": micro_batches * (gather + others),
             "forward": micro_batches * (self.layers - 1) * max(0.0, gather - forward_s), "backward": 0.0, "end": 0.0,
         }  # fmt: skip
         for summed, times in ((False, micro_batches - 1), (True, 1)):
-            _, block, block_sum = self.of_group(0, summed)
-            _, rest, rest_sum = self.of_group(1, summed)
-            waits["backward"] += times * sum(max(0.0, beside - backward_s) for beside in self.in_backward(summed))
-            waits["end"] += times * (block + self.together(0.0, rest, block_sum) + rest_sum)
+            _, block, block_sum = self.group_seconds(0, summed)
+            _, rest, rest_sum = self.group_seconds(1, summed)
+            waits["backward"] += times * sum(max(0.0, beside - backward_s) for beside in self.backward_seconds(summed))
+            waits["end"] += times * (block + self.concurrent_seconds(0.0, rest, block_sum) + rest_sum)
         return waits
 
 
@@ -218,5 +221,5 @@ def step_traffic(c: ModelConfig, card: Card, dtype: torch.dtype, shards: int, re
     return Traffic(
         c.n_layers, gather, (wide * gather[0], wide * gather[1]), (sums[0], sums[1]),
         card.bus_bytes_per_s(shards, replicas), card.sum_bytes_per_s(shards, replicas),
-        apart=is_within_machines(shards, replicas) and shards * replicas > MACHINE,
+        apart=is_within_machines(shards, replicas) and shards * replicas > MACHINE_GPUS,
     )  # fmt: skip

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from engine.base.files import make_json_safe
 from engine.base.terminal import Output
-from engine.planning.cards import CARDS, GIB, MACHINE, PORT_GB_PER_S, PRICES_OF
-from engine.planning.fitting import least_bytes
+from engine.planning.cards import CARDS, GIB, MACHINE_GPUS, PORT_GB_PER_S, PRICES_DATE
+from engine.planning.fitting import find_least_bytes
 from engine.planning.memory import Memory
 from engine.planning.projection import Estimate, Outcome, Projection
 from engine.planning.setting import Setting, describe_mesh
@@ -112,11 +112,16 @@ def memory_rows(used: Memory, available_bytes: int, tokens: int, setting: Settin
     return [(kind, format_gb(n_bytes), text) for kind, n_bytes, text in rows]
 
 
-def time_rows(found: Estimate) -> list[Row]:
+def time_rows(estimate: Estimate) -> list[Row]:
     """Return (part, milliseconds of a step, the arithmetic) of each part that takes time, and of the step."""
-    card, speed, setting, projection = found.card, found.rates, found.outcome.setting, found.outcome.projection
+    card, speed, setting, projection = (
+        estimate.card,
+        estimate.rates,
+        estimate.outcome.setting,
+        estimate.outcome.projection,
+    )
     seconds, work = projection.seconds, projection.work
-    flops = gemm_flops(found.model, work, setting.recompute)
+    flops = gemm_flops(estimate.model, work, setting.recompute)
     why = {
         "gemm": f"{flops:.3g} FLOP at {speed.gemm_flops_per_s / 1e12:.0f} of {card.peak_tflops:g} TFLOP/s",
         "attention": f"at {ATTENTION_SHARE} of that, masked tiles and all",
@@ -131,7 +136,7 @@ def time_rows(found: Estimate) -> list[Row]:
         text = f"not hidden of {communication_ms:,.0f} ms, {sent_gb:,.0f} GB"
         rows.append(("communication", f"{1e3 * seconds['communication']:.1f}", text))
     batches = "1 micro-batch" if work.micro_batches == 1 else f"{work.micro_batches} micro-batches"
-    tokens = f"{work.tokens:,.0f} tokens computed of {found.mix.logical:,.0f}"
+    tokens = f"{work.tokens:,.0f} tokens computed of {estimate.mix.logical:,.0f}"
     return [*rows, ("step", f"{1e3 * seconds['total']:.1f}", f"{tokens}, {batches}")]
 
 
@@ -146,7 +151,7 @@ def collective_rows(projection: Projection) -> list[Row]:
     sent, n = projection.traffic, projection.work.micro_batches
     seconds = sent.seconds(n)
     rows: list[Row] = []
-    for kind, n_bytes in sent.of_step(n).items():
+    for kind, n_bytes in sent.step_bytes(n).items():
         times, (block, others) = (1, sent.sum) if kind == "sum" else (n, getattr(sent, kind.partition("_")[0]))
         rate = sent.sum_bytes_per_s if kind == "sum" else sent.bytes_per_s
         how = f"{times * sent.layers} of {block / 1e6:,.0f} MB, {times} of {others / 1e6:,.0f}"
@@ -178,7 +183,9 @@ def projection_label(n_cards: int) -> str:
     """Return the sentence that must stand beside figures of several GPUs."""
     label = "projected: no run on several cards was measured; sharded by FSDP2, a block at a time"
     label += "; a step's tokens shared out evenly"  # the fullest of 8 GPUs has 1.01 of the mean's
-    return label + (f"; machines of {MACHINE}, joined by {8 * PORT_GB_PER_S} Gb/s a card" if n_cards > MACHINE else "")
+    return label + (
+        f"; machines of {MACHINE_GPUS}, joined by {8 * PORT_GB_PER_S} Gb/s a card" if n_cards > MACHINE_GPUS else ""
+    )
 
 
 def host_bytes(outcome: Outcome) -> int:
@@ -187,17 +194,17 @@ def host_bytes(outcome: Outcome) -> int:
     It holds the offloaded states of all its GPUs, and the copies of those whose shards a checkpoint holds.
     """
     used, setting = outcome.memory, outcome.setting
-    return used.host * min(setting.n_cards, MACHINE) + used.host_copy * min(setting.shards, MACHINE)
+    return used.host * min(setting.n_cards, MACHINE_GPUS) + used.host_copy * min(setting.shards, MACHINE_GPUS)
 
 
-def print_memory(found: Estimate) -> None:
+def print_memory(estimate: Estimate) -> None:
     """Print the table of memory on the GPU, and what the host's memory holds."""
-    outcome, setting, used = found.outcome, found.outcome.setting, found.outcome.memory
-    where = f"on one {found.card.name}"
+    outcome, setting, used = estimate.outcome, estimate.outcome.setting, estimate.outcome.memory
+    where = f"on one {estimate.card.name}"
     if setting.n_cards > 1:
-        where = f"on each of {setting.n_cards} {found.card.name}, {describe_mesh(setting.shards, setting.replicas)}"
-    title = f"Memory: {found.recipe.model}, {found.model.n_parameters:.3g} parameters, {where}"
-    rows = memory_rows(used, found.available_bytes, outcome.cut.largest.tokens, setting)
+        where = f"on each of {setting.n_cards} {estimate.card.name}, {describe_mesh(setting.shards, setting.replicas)}"
+    title = f"Memory: {estimate.recipe.model}, {estimate.model.n_parameters:.3g} parameters, {where}"
+    rows = memory_rows(used, estimate.available_bytes, outcome.cut.largest.tokens, setting)
     print_table(textwrap.fill(title, WIDTH), ("kind", "GB", "what"), rows)
     parts = []
     if used.host:
@@ -215,28 +222,30 @@ def print_communication(outcome: Outcome) -> None:
     mesh = describe_mesh(outcome.setting.shards, outcome.setting.replicas)
     title = f"Communication of a step, each card: {mesh}; projected"
     print_table(title, ("collective", "GB", "ms", "how"), collective_rows(projection))
-    waits = ", ".join(f"{name} {1e3 * s:.1f}" for name, s in projection.late.items())
+    waits = ", ".join(f"{name} {1e3 * s:.1f}" for name, s in projection.not_hidden_seconds.items())
     print_paragraph(
         f"A block computes {1e3 * forward_s:.2f} ms forward, {1e3 * backward_s:.2f} backward; not hidden: {waits} ms."
     )
 
 
-def print_speed(found: Estimate, own_price: bool) -> None:
+def print_speed(estimate: Estimate, own_price: bool) -> None:
     """Print the table of a step's time, the speed and cost of the run, and the steps that a report measured."""
-    card, speed, mix, projection = found.card, found.rates, found.mix, found.outcome.projection
-    cards = found.outcome.setting.n_cards
+    card, speed, mix, projection = estimate.card, estimate.rates, estimate.mix, estimate.outcome.projection
+    cards = estimate.outcome.setting.n_cards
     a_card, of_cards = (" a card", f"{cards} / ") if cards > 1 else ("", "")
     title = f"Time of a step: {mix.per_step} examples{a_card} of {mix.what}; {speed.source}"
-    print_table(title, ("part", "ms", "at"), time_rows(found))
+    print_table(title, ("part", "ms", "at"), time_rows(estimate))
     if cards > 1:
-        print_communication(found.outcome)
+        print_communication(estimate.outcome)
     print(
         f"{projection.tokens_per_s:,.0f} tokens/s ({speed.source}), MFU {projection.mfu:.0%}: "
-        f"6 x {found.model.n_parameters:.3g} x tokens/s / {of_cards}{card.peak_tflops:g}e12"
+        f"6 x {estimate.model.n_parameters:.3g} x tokens/s / {of_cards}{card.peak_tflops:g}e12"
     )
     duration = format_duration(projection.total_s)
-    print(f"{projection.steps:,} steps, {found.recipe.epochs} epochs: {duration}, {describe_cost(found, own_price)}")
-    for step in measured_steps(found):
+    print(
+        f"{projection.steps:,} steps, {estimate.recipe.epochs} epochs: {duration}, {describe_cost(estimate, own_price)}"
+    )
+    for step in find_measured_steps(estimate):
         total_s = projection.total_s * projection.tokens_per_s / step["tokens_per_s"]
         print(
             f"measured in {speed.report}: {step['tokens_per_s']:,.0f} tokens/s in micro-batches of {step['tokens']:,} "
@@ -244,15 +253,15 @@ def print_speed(found: Estimate, own_price: bool) -> None:
         )
 
 
-def print_alternatives(found: Estimate) -> None:
+def print_alternatives(estimate: Estimate) -> None:
     """Print the settings that fit instead, or the least memory that any setting takes."""
-    if found.alternatives:
-        title = f"What fits, the cheapest in speed and mathematics first; {found.rates.source}"
-        rows = [alternative_row(outcome) for outcome in found.alternatives]
+    if estimate.alternatives:
+        title = f"What fits, the cheapest in speed and mathematics first; {estimate.rates.source}"
+        rows = [alternative_row(outcome) for outcome in estimate.alternatives]
         print_table(title, ("GB", "tokens/s", "time", "cost", "with"), rows)
         return
-    setting = found.outcome.setting
-    least = least_bytes(found.model, setting, found.recipe.max_length)
+    setting = estimate.outcome.setting
+    least = find_least_bytes(estimate.model, setting, estimate.recipe.max_length)
     a_card = "a card " if setting.n_cards > 1 else ""
     print(f"Nothing fits: {format_gb(least)} GB {a_card}are the least that any setting takes.")
     fitting = [card.name for card in CARDS.values() if card.memory_gib * GIB >= least]
@@ -260,40 +269,44 @@ def print_alternatives(found: Estimate) -> None:
         print(f"These cards have as much: {', '.join(fitting)}")
 
 
-def print_estimate(found: Estimate, own_price: bool = False) -> None:
+def print_estimate(estimate: Estimate, own_price: bool = False) -> None:
     """Print the memory of a run, and its speed and cost, or, where it does not fit, what does.
 
     own_price: the GPU's price is the user's, not the table's.
     """
-    cards = found.outcome.setting.n_cards
+    cards = estimate.outcome.setting.n_cards
     if cards > 1:
         print_paragraph(projection_label(cards))
-    print_memory(found)
-    if found.fits:
-        print_speed(found, own_price)
+    print_memory(estimate)
+    if estimate.fits:
+        print_speed(estimate, own_price)
     else:
-        print_alternatives(found)
+        print_alternatives(estimate)
 
 
-def describe_cost(found: Estimate, own_price: bool) -> str:
+def describe_cost(estimate: Estimate, own_price: bool) -> str:
     """Return the run's cost in words, with the date of the table's price."""
-    dollars, price, cards = found.outcome.projection.dollars, found.card.price_per_hour, found.outcome.setting.n_cards
+    dollars, price, cards = (
+        estimate.outcome.projection.dollars,
+        estimate.card.price_per_hour,
+        estimate.outcome.setting.n_cards,
+    )
     if dollars is None:
         return "at no known price; pass --price-per-hour"
     times = f"{cards} x " if cards > 1 else ""
-    return f"${dollars:.2f} at {times}${price:.2f} an hour" + ("" if own_price else f" ({PRICES_OF})")
+    return f"${dollars:.2f} at {times}${price:.2f} an hour" + ("" if own_price else f" ({PRICES_DATE})")
 
 
-def measured_steps(found: Estimate) -> list[dict[str, Any]]:
+def find_measured_steps(estimate: Estimate) -> list[dict[str, Any]]:
     """Return the steps of this model in this setting that a report of the GPU measured."""
-    setting = found.outcome.setting
-    wanted: dict[str, Any] = {"model": found.recipe.model, "sharing": found.recipe.share_prefix}
+    setting = estimate.outcome.setting
+    wanted: dict[str, Any] = {"model": estimate.recipe.model, "sharing": estimate.recipe.share_prefix}
     wanted |= {name: getattr(setting, name) for name in ("master", "states", "recompute", "offload")}
     if setting.n_cards > 1:
         wanted |= {"cards": setting.shards, "replicas": setting.replicas}
     figures = {"tokens_per_s", "tokens", "peak_gib"}  # which a step that failed has not
     return [
-        step for step in found.rates.steps
+        step for step in estimate.rates.steps
         if figures <= step.keys() and all(step.get(name) == value for name, value in wanted.items())
     ]  # fmt: skip
 
@@ -311,27 +324,28 @@ def outcome_as_json(outcome: Outcome, available_bytes: int) -> dict[str, Any]:
         "fits": used.total <= available_bytes, "micro_batch_tokens": outcome.cut.largest.tokens,
         "micro_batches": n, "computed_tokens": projection.work.tokens,
         "communication_bytes": projection.communication_bytes, "communication_s": projection.communication_s,
-        "collectives": asdict(sent) | {"bytes": sent.of_step(n), "seconds": sent.seconds(n)},
-        "block_s": projection.block_s, "not_hidden_s": projection.late,
+        "collectives": asdict(sent) | {"bytes": sent.step_bytes(n), "seconds": sent.seconds(n)},
+        "block_s": projection.block_s, "not_hidden_s": projection.not_hidden_seconds,
         "step_s": projection.seconds, "tokens_per_s": projection.tokens_per_s, "mfu": projection.mfu,
         "steps": projection.steps, "total_s": projection.total_s, "dollars": projection.dollars,
     }  # fmt: skip
 
 
-def estimate_as_json(found: Estimate, config: dict[str, Any]) -> dict[str, Any]:
+def estimate_as_json(estimate: Estimate, config: dict[str, Any]) -> dict[str, Any]:
     """Return an estimate and the command's flags (config) as JSON can hold them, every quantity with its unit."""
-    speed, cards = found.rates, found.outcome.setting.n_cards
+    speed, cards = estimate.rates, estimate.outcome.setting.n_cards
     return make_json_safe({
-        "what": "engine.estimate", "config": config, "model": asdict(found.model),
-        "parameters": found.model.n_parameters, "cards": cards,
+        "what": "engine.estimate", "config": config, "model": asdict(estimate.model),
+        "parameters": estimate.model.n_parameters, "cards": cards,
         "label": projection_label(cards) if cards > 1 else None,
-        "card": asdict(found.card), "prices_of": PRICES_OF, "host_bytes_of_a_machine": host_bytes(found.outcome),
-        "mix": asdict(found.mix), "source": speed.source, "report": speed.report,
+        "card": asdict(estimate.card), "prices_of": PRICES_DATE,
+        "host_bytes_of_a_machine": host_bytes(estimate.outcome),
+        "mix": asdict(estimate.mix), "source": speed.source, "report": speed.report,
         "gemm_flops_per_s": speed.gemm_flops_per_s, "copy_bytes_per_s": speed.copy_bytes_per_s,
-        "measured_steps": measured_steps(found),
-        **outcome_as_json(found.outcome, found.available_bytes),
+        "measured_steps": find_measured_steps(estimate),
+        **outcome_as_json(estimate.outcome, estimate.available_bytes),
         "alternatives": [
-            {"flags": outcome.flags, **outcome_as_json(outcome, found.available_bytes)}
-            for outcome in found.alternatives
+            {"flags": outcome.flags, **outcome_as_json(outcome, estimate.available_bytes)}
+            for outcome in estimate.alternatives
         ],
     })  # fmt: skip

@@ -160,7 +160,7 @@ class FinetuneConfig:
             raise ValueError("\n".join(problems))
 
 
-EMBEDDED = dict(  # the run of a newcomer: real model, real rows, minutes on two cores
+EMBEDDED_DEFAULTS = dict(  # the run of a newcomer: real model, real rows, minutes on two cores
     model=EMBEDDED_MODEL, data=("seed-tasks",), out="out/demo", epochs=1, global_batch_size=16, lr=1e-4,
     eval_fraction=0.1, eval_every="end", sample_every="end", sample_tokens=48,
 )  # fmt: skip

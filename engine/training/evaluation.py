@@ -11,32 +11,32 @@ from engine.model.llama import Transformer
 from engine.text.templates import Row, encode_prompt, find_stop_ids
 from engine.training.plan import Plan
 from engine.training.run import Run
-from engine.training.saving import States
+from engine.training.saving import Checkpoints
 
 CHUNK_EXAMPLES = 256  # held-out examples that are packed together
 
 
-def evaluate_if_due(plan: Plan, run: Run, states: States, model: Transformer, step: int) -> None:
+def evaluate_if_due(plan: Plan, run: Run, checkpoints: Checkpoints, model: Transformer, step: int) -> None:
     """Do what is due after a step (0: before the first) and was not done before a resume: held-out loss, samples."""
     config = plan.config
     if plan.held_out and plan.is_due(config.eval_every, step) and ("eval", step) not in run.reported:
-        evaluate(plan, run, states, model, step)
+        evaluate(plan, run, checkpoints, model, step)
     if plan.is_due(config.sample_every, step) and ("sample", step) not in run.reported:
         show_samples(plan, run, model, step)
 
 
 @torch.no_grad()
-def evaluate(plan: Plan, run: Run, states: States, model: Transformer, step: int) -> None:
+def evaluate(plan: Plan, run: Run, checkpoints: Checkpoints, model: Transformer, step: int) -> None:
     """Report the mean loss a token on the held-out examples. Raises Stopped, with the state saved, on a signal."""
     held_out, world = plan.held_out, run.world
     assert held_out is not None, "the caller has asked whether anything is held out"
-    packing: Packing = dataclasses.replace(states.batches.packing, best_fit=True)
+    packing: Packing = dataclasses.replace(checkpoints.batches.packing, best_fit=True)
     world.note_place(f"the evaluation after step {step}")
     chunks = np.split(np.arange(len(held_out)), range(CHUNK_EXAMPLES, len(held_out), CHUNK_EXAMPLES))
     total, n_tokens = torch.zeros((), device=plan.device), held_out.counts["loss_tokens"]
     for chunk in run.progress.track("evaluating", chunks):
         if world.any_rank(run.signals.pending()):
-            states.stop_run(step)
+            checkpoints.stop_run(step)
         for batch in make_micro_batches(held_out.get_examples(chunk), packing, ranks=world.size, rank=world.rank):
             total += model.loss(batch)
     loss = float(world.sum_over_ranks(total)) / n_tokens

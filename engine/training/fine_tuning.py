@@ -17,19 +17,19 @@ from engine.distributed.world import World
 from engine.model.llama import Transformer, new_model
 from engine.output import checkpoint
 from engine.output.checkpoint import Checkpoint
-from engine.output.folder import METRICS, RUN, describe_environment, read_lines
+from engine.output.folder import METRICS, RUN, describe_environment, read_metrics
 from engine.output.metrics import Metrics, NoMetrics
 from engine.output.report import write_report
 from engine.training.evaluation import evaluate_if_due
 from engine.training.loop import train
-from engine.training.loss_spikes import Spikes
+from engine.training.loss_spikes import SpikeDetector
 from engine.training.micro_batch_size import MicroBatchSize
 from engine.training.optimizer import AdamW
 from engine.training.plan import Plan, describe_plan
 from engine.training.resume import Start
 from engine.training.run import Run
-from engine.training.run_ahead import Feeder
-from engine.training.saving import States, load_checkpoint, write_model
+from engine.training.run_ahead import Prefetcher
+from engine.training.saving import Checkpoints, load_checkpoint, write_model
 from engine.training.step import Steps
 
 
@@ -42,13 +42,13 @@ def fine_tune(plan: Plan, world: World, signals: Signals, start: Start) -> None:
     if world.is_main:
         checkpoint.remove_temporaries(out)
         if config.resume == "never":
-            checkpoint.remove_later(out, -1)
+            checkpoint.remove_checkpoints_after(out, -1)
         print(describe_plan(plan, world))
     model, optimizer = build_model(plan, world, found)
     world.wait_for_all()  # every rank has read the checkpoint before any may remove it
     start_step = found.step if found else 0
     if found and world.is_main:
-        checkpoint.remove_later(out, start_step)
+        checkpoint.remove_checkpoints_after(out, start_step)
         print(f"going on after step {start_step}, from {found.folder}")
 
     record = describe_run(plan, world)
@@ -59,22 +59,22 @@ def fine_tune(plan: Plan, world: World, signals: Signals, start: Start) -> None:
     batches = Batches(plan.train, plan.order, plan.packing, config.loss_norm == "micro-mean", world.size, world.rank)
     with ExitStack() as stack:
         run = begin_run(plan, world, signals, found, stack)
-        states = States(plan, run, optimizer, batches, saved_step=start_step if found else None)
+        checkpoints = Checkpoints(plan, run, optimizer, batches, saved_step=start_step if found else None)
         try:
             size = MicroBatchSize(plan, batches, world, run.progress.print_message, start.is_halved)
             if plan.device.type == "cuda":
                 size.try_largest(model, optimizer)
-            evaluate_if_due(plan, run, states, model, start_step)
-            with Feeder(batches, model, plan.total_steps) as feeder:
-                steps = Steps(model, optimizer, feeder, config.grad_clip, world, signals.pending, size)
-                train(plan, run, states, steps, model, start_step + 1)
-            write_model(plan, run, states, model)
+            evaluate_if_due(plan, run, checkpoints, model, start_step)
+            with Prefetcher(batches, model, plan.total_steps) as prefetcher:
+                steps = Steps(model, optimizer, prefetcher, config.grad_clip, world, signals.pending, size)
+                train(plan, run, checkpoints, steps, model, start_step + 1)
+            write_model(plan, run, checkpoints, model)
             status = "done"
         except Stopped:
             status = "stopped"
             raise
         finally:
-            states.close()
+            checkpoints.close()
             if world.is_main:
                 record["facts"] = plan.recorded_facts(batches.packing.max_tokens)
                 seconds = earlier_seconds + time.monotonic() - began
@@ -134,15 +134,15 @@ def begin_run(plan: Plan, world: World, signals: Signals, found: Checkpoint | No
     From here on a signal is noted, not obeyed at once. Rank 0 alone writes metrics and speaks.
     """
     metrics = Metrics(plan.out / METRICS, found.step if found else None) if world.is_main else NoMetrics()
-    lines = world.on_main(lambda: read_lines(plan.out / METRICS))
-    spikes = Spikes(plan.config.spike_threshold)
-    spikes.replay(lines)
+    lines = world.on_main(lambda: read_metrics(plan.out / METRICS))
+    spike_detector = SpikeDetector(plan.config.spike_threshold)
+    spike_detector.replay(lines)
     signals.training = True
     file = None if world.is_main else stack.enter_context(open(os.devnull, "w"))  # noqa: SIM115 (the stack closes it)
     progress = Progress(plan.total_steps, found.step if found else 0, every=plan.config.log_every, file=file)
     stack.enter_context(progress)
     reported = frozenset((line["event"], line.get("step")) for line in lines)
-    return Run(world, signals, progress, metrics, spikes, reported)
+    return Run(world, signals, progress, metrics, spike_detector, reported)
 
 
 def end_run(plan: Plan, run: Run, record: dict[str, Any]) -> None:

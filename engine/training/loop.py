@@ -5,12 +5,12 @@ from engine.training.evaluation import evaluate_if_due
 from engine.training.optimizer import lr_factor
 from engine.training.plan import Plan
 from engine.training.run import Run
-from engine.training.saving import States
+from engine.training.saving import Checkpoints
 from engine.training.step import Steps
 from engine.training.step_report import report_step
 
 
-def train(plan: Plan, run: Run, states: States, steps: Steps, model: Transformer, first_step: int) -> None:
+def train(plan: Plan, run: Run, checkpoints: Checkpoints, steps: Steps, model: Transformer, first_step: int) -> None:
     """Take the steps from first_step to the last, report each, and evaluate and save where that is due.
 
     Raises Stopped, with the state saved, on a signal, and DivergedError when the loss stops being a number.
@@ -21,16 +21,16 @@ def train(plan: Plan, run: Run, states: States, steps: Steps, model: Transformer
         run.world.note_place(f"step {step}")
         was_taken = steps.take_step(step, lr)
         wait = not was_taken or not plan.runs_ahead or plan.must_wait_after(step) or run.is_asked_to_stop()
-        for report in steps.finished(wait):
-            report_step(plan, run, states, report)
+        for report in steps.take_reports(wait):
+            report_step(plan, run, checkpoints, report)
         if not was_taken:
-            states.stop_run(step - 1)
+            checkpoints.stop_run(step - 1)
 
-        evaluate_if_due(plan, run, states, model, step)
-        if plan.saves_on_the_way and plan.is_due(config.save_every, step):
-            states.save(step)
-        states.report_written()
+        evaluate_if_due(plan, run, checkpoints, model, step)
+        if plan.saves_during_run and plan.is_due(config.save_every, step):
+            checkpoints.save(step)
+        checkpoints.report_finished_save()
         if run.is_asked_to_stop():
-            for report in steps.finished(wait=True):
-                report_step(plan, run, states, report)
-            states.stop_run(step)
+            for report in steps.take_reports(wait=True):
+                report_step(plan, run, checkpoints, report)
+            checkpoints.stop_run(step)

@@ -22,7 +22,7 @@ class Spike:
     deviation: float
 
 
-class Spikes:
+class SpikeDetector:
     """Finds the spikes among the losses of a run, given in order.
 
     threshold: robust standard deviations over the median; 0 finds nothing.
@@ -31,9 +31,9 @@ class Spikes:
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
         self.losses: list[tuple[int, float]] = []  # (step, loss)
-        self.is_within = False  # the last loss stood out
+        self.in_spike = False  # the last loss stood out
 
-    def find_spike(self, step: int, loss: float) -> Spike | None:
+    def add_loss(self, step: int, loss: float) -> Spike | None:
         """Add a step's loss. Return the spike that it begins, if it begins one."""
         before = [earlier for _, earlier in self.losses[-WINDOW:]]
         self.losses.append((step, loss))
@@ -41,17 +41,17 @@ class Spikes:
             return None
         median = statistics.median(before)
         deviation = max(1.4826 * statistics.median(abs(x - median) for x in before), median / 100)
-        was_within, self.is_within = self.is_within, loss > median + self.threshold * deviation
-        return Spike(loss, median, deviation) if self.is_within and not was_within else None
+        was_in_spike, self.in_spike = self.in_spike, loss > median + self.threshold * deviation
+        return Spike(loss, median, deviation) if self.in_spike and not was_in_spike else None
 
     def forget_after(self, step: int) -> None:
         """Drop the losses after a step, because the run has gone back to it."""
-        self.losses, self.is_within = [(at, loss) for at, loss in self.losses if at <= step], False
+        self.losses, self.in_spike = [(at, loss) for at, loss in self.losses if at <= step], False
 
     def replay(self, lines: list[dict]) -> None:
         """Add the losses that metrics.jsonl holds of a resumed run, and forget where that run forgot."""
         for line in lines:
             if line["event"] == "train" and line["loss"] is not None:
-                self.find_spike(line["step"], line["loss"])
+                self.add_loss(line["step"], line["loss"])
             elif line["event"] == "spike" and line["back_to"] is not None:
                 self.forget_after(line["back_to"])

@@ -20,14 +20,14 @@ from engine.distributed.fsdp import set_last_micro_batch
 from engine.distributed.world import World
 from engine.model.config import ModelConfig
 from engine.model.llama import Transformer
-from engine.planning.fitting import MOST_TOKENS, Limits, cheapest_that_fits, mesh_that_fits, shards_that_fit
+from engine.planning.fitting import MOST_TOKENS, Limits, find_cheapest_fits, find_mesh_that_fits, find_shard_counts
 from engine.planning.memory import CONTEXT_BYTES
 from engine.planning.setting import Setting
 from engine.training.config import FinetuneConfig
 from engine.training.optimizer import AdamW
 from engine.training.plan import Plan
 from engine.training.planning_input import setting_from_config
-from engine.training.run_ahead import Feeder
+from engine.training.run_ahead import Prefetcher
 
 HALVED = "halved.json"  # in --out: micro-batches that ranks ran out of memory with, and those to take instead
 TOKENS_MULTIPLE = 64  # tokens: micro-batches on a GPU are whole rows of a GEMM's tiles
@@ -39,11 +39,11 @@ def choose_mesh_and_tokens(
     """Return the replicas of the model over the ranks, and the tokens of a micro-batch.
 
     On a CPU there is one replica unless --replicas says otherwise, and a micro-batch has 2048 tokens: more gains
-    nothing. On CUDA the replicas are those of mesh_that_fits(). The tokens are as many as fit the free memory beside a
-    shard if all of them carried loss, and no more than a step holds. Raises UsageError, with what does fit, when not
-    one example does.
+    nothing. On CUDA find_mesh_that_fits() chooses the replicas. A micro-batch then gets as many tokens as fit into the
+    free memory beside a shard, even with a loss at every token, but no more than a step holds. Raises UsageError, with
+    settings that would fit, where not even one example fits.
     """
-    counts = shards_that_fit(c, config.optimizer_states, ranks)
+    counts = find_shard_counts(c, config.optimizer_states, ranks)
     if config.replicas:
         counts = [ranks // config.replicas]
     if device.type == "cpu":
@@ -53,7 +53,7 @@ def choose_mesh_and_tokens(
     least = round_up(config.max_length, TOKENS_MULTIPLE)
     most = min(MOST_TOKENS, most, config.micro_batch_tokens or most)
     limits = Limits(max(least, most), step if config.optimizer_in_backward else None)
-    setting, tokens = mesh_that_fits(
+    setting, tokens = find_mesh_that_fits(
         c, setting_from_config(config, dtype, ranks), available_bytes, limits, share_tokens=-(-step // ranks),
         least_tokens=least, counts=counts,
     )  # fmt: skip
@@ -90,7 +90,7 @@ def advise_settings(
 
     tokens: of the micro-batch that did not fit; most_tokens, least_tokens: what one may have.
     """
-    fits = cheapest_that_fits(
+    fits = find_cheapest_fits(
         c, setting, available_bytes, Limits(most_tokens), tokens=tokens, least_tokens=least_tokens
     )
     ways = [f"{' '.join(fit.flags)} ({fit.memory.total / 1e9:.1f} GB)" for fit in fits[:3] if fit.flags]
@@ -104,7 +104,7 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or bool(re.search("ALLOC_FAILED|out of memory", str(error)))
 
 
-def out_of_memory_reason(error: RuntimeError) -> str:
+def describe_out_of_memory(error: RuntimeError) -> str:
     """Return the first two sentences of an out-of-memory error; raise any other error again.
 
     For example "CUDA out of memory. Tried to allocate 2.00 GiB".
@@ -129,14 +129,14 @@ class MicroBatchSize:
     def max_tokens(self) -> int:
         return self.batches.packing.max_tokens
 
-    def recover(self, reason: str, optimizer: AdamW, feeder: Feeder | None = None) -> None:
+    def recover(self, reason: str, optimizer: AdamW, prefetcher: Prefetcher | None = None) -> None:
         """Make room after a pass that ran out of memory: drop its gradients and halve the micro-batch, once in a run.
 
-        feeder: what has prepared micro-batches of the old size, and prepares them anew. Raises CriaError with what
+        prefetcher: what has prepared micro-batches of the old size, and prepares them anew. Raises CriaError with what
         would fit where halving cannot help. Call it outside the handler of the error, whose traceback keeps what the
         failed pass had saved.
         """
-        if optimizer.begun and feeder:
+        if optimizer.step_in_backward and prefetcher:
             raise CriaError(
                 f"out of memory ({reason}) in a step whose updates --optimizer-in-backward had begun; "
                 + self.advise(self.max_tokens // 2)
@@ -145,8 +145,8 @@ class MicroBatchSize:
         if self.plan.device.type == "cuda":
             torch.cuda.empty_cache()
         self.halve(reason)
-        if feeder:
-            feeder.forget()
+        if prefetcher:
+            prefetcher.drop_prefetched()
 
     def try_largest(self, model: Transformer, optimizer: AdamW) -> None:
         """Run the largest micro-batch that the data can make, forward and backward, with loss at every token.
@@ -162,7 +162,7 @@ class MicroBatchSize:
             batch = make_largest_micro_batch(tokens, plan.config.max_length, plan.model_config.vocab_size)
             if plan.config.optimizer_in_backward and tokens == step:
                 loss = model.loss(batch)
-                optimizer.begin(0.0, loss * torch.nan)  # which updates nothing
+                optimizer.begin_in_backward(0.0, loss * torch.nan)  # which updates nothing
                 loss.backward()
             else:
                 for is_last in (False, True):
@@ -175,7 +175,7 @@ class MicroBatchSize:
                 tokens = run_largest()
                 break
             except RuntimeError as error:
-                reason = out_of_memory_reason(error)
+                reason = describe_out_of_memory(error)
             self.recover(reason, optimizer)
         optimizer.zero_grad()
         peak, total = torch.cuda.max_memory_allocated(plan.device), torch.cuda.mem_get_info(plan.device)[1]

@@ -23,7 +23,7 @@ class Offload:
     def __init__(self, states: dict[str, AdamWState], device: torch.device):
         self.states, self.device, self.cuda = states, device, device.type == "cuda"
         if self.cuda:
-            torch.cuda.synchronize(device)  # move_to_host's copies end before another stream reads them
+            torch.cuda.synchronize(device)  # copy_to_host's copies end before another stream reads them
         largest = max(count_bytes(state) for state in self.states.values())
         self.slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
         self.free: list[torch.cuda.Event | None] = [None] * SLOTS  # event after which a slot is downloaded
@@ -32,7 +32,7 @@ class Offload:
         if self.cuda:
             self.up, self.down = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
-    def visits(self) -> Iterator[tuple[str, AdamWState]]:
+    def states_on_device(self) -> Iterator[tuple[str, AdamWState]]:
         """Yield (name, its state on the device), one after another. What the caller writes to a state goes back."""
         names = list(self.states)
         arrivals = [self._upload(0, self.states[names[0]])]
@@ -72,7 +72,7 @@ class Offload:
         self.free[slot] = self.down.record_event()
 
 
-def move_to_host(state: AdamWState, memory: HostMemory) -> AdamWState:
+def copy_to_host(state: AdamWState, memory: HostMemory) -> AdamWState:
     """Return a copy of a state in the host's memory. On a GPU the copy is queued on the current stream."""
     views = lay_out_state(memory.reserve_piece(count_bytes(state)), state)
     copy_state(state, views)

@@ -12,7 +12,7 @@ import kernels
 from engine.base.host_memory import STATE_ARENA_BYTES, HostMemory
 from engine.distributed.fsdp import local_shards
 from engine.model.shard import Shard
-from engine.training.offload import Offload, move_to_host
+from engine.training.offload import Offload, copy_to_host
 from kernels.ops.adamw import AdamWState, states_of
 from kernels.ops.eight_bit import BLOCK
 
@@ -36,11 +36,11 @@ def lr_factor(schedule: str, step: int, total_steps: int, warmup_ratio: float) -
 class AdamW:
     """Updates a model's parameters in place. Matrices decay, norms do not.
 
-    master says how the fp32 number behind a bf16 parameter is kept, states how m and v are; kernels.adamw has the
-    names. A parameter in fp32 is its own master. seed is that of stochastic rounding. With offload, master and states
-    are kept in the host's memory, see engine.training.offload. With in_backward, a step that begin() was called for
-    updates each parameter as soon as its gradient is known, and drops the gradient. All gradients then never exist at
-    one time, and cannot be clipped.
+    master says how the fp32 number behind a bf16 parameter is kept, and states how m and v are, with the names that
+    kernels.adamw uses. A parameter in fp32 is its own master. seed is that of stochastic rounding. With offload, master
+    and states are kept in the host's memory: see engine.training.offload. With in_backward, a step that was begun by
+    begin_in_backward() updates each parameter as soon as its gradient is known, and drops the gradient. All gradients
+    then never exist at one time, and cannot be clipped.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class AdamW:
         host = HostMemory(device.type == "cuda", STATE_ARENA_BYTES)
         for name, p in self.params.items():  # one by one: never more than one tensor's state on the way to the host
             state = kernels.adamw_state(self.local[name].tensor, master, states_of(p, states), p.numel())
-            self.states[name] = move_to_host(state, host) if offload else state
+            self.states[name] = copy_to_host(state, host) if offload else state
         self.offload = Offload(self.states, device) if offload else None
         first = random.Random(seed).getrandbits(32)
         self.seeds = {name: (first + i) % 2**32 for i, name in enumerate(self.params)}  # each tensor its own
@@ -61,29 +61,29 @@ class AdamW:
         self.weight_decay, self.impl, self.n_updates = weight_decay, impl, 0
         self.in_backward = in_backward
         # (lr, loss, norms so far) of a step whose updates happen in backward
-        self.begun: tuple[float, torch.Tensor, list[torch.Tensor]] | None = None
+        self.step_in_backward: tuple[float, torch.Tensor, list[torch.Tensor]] | None = None
         if in_backward:
             for name, p in self.params.items():
                 p.register_post_accumulate_grad_hook(partial(self._update_in_backward, name))
 
-    def begin(self, lr: float, loss: torch.Tensor) -> None:
+    def begin_in_backward(self, lr: float, loss: torch.Tensor) -> None:
         """Announce the only backward of a step, for an optimizer made with in_backward.
 
         A loss that is not finite then updates nothing. A gradient that is not finite leaves its own parameter alone.
         """
-        self.begun = lr, loss.detach(), []
+        self.step_in_backward = lr, loss.detach(), []
 
     def _update_in_backward(self, name, p):
-        if self.begun is not None:
-            lr, loss, norms = self.begun
+        if self.step_in_backward is not None:
+            lr, loss, norms = self.step_in_backward
             norms.append(kernels.grad_norm([local_part(p.grad)], self.impl))
             self._update(name, self.states[name], lr, 1.0, torch.isfinite(loss + norms[-1]))
             p.grad = None
 
     def grad_norm(self) -> torch.Tensor:
         """Return the norm of the gradients that this rank holds, a scalar on the device."""
-        if self.begun is not None:
-            return torch.stack(self.begun[2]).square().sum().sqrt()
+        if self.step_in_backward is not None:
+            return torch.stack(self.step_in_backward[2]).square().sum().sqrt()
         return kernels.grad_norm([local_part(p.grad) for p in self.params.values()], self.impl)
 
     def step(self, lr: float, norm: torch.Tensor, clip: float, apply: torch.Tensor | None = None) -> None:
@@ -93,9 +93,9 @@ class AdamW:
         device; where it is false nothing changes, and the caller who learns of that takes 1 from n_updates before the
         next step.
         """
-        if self.begun is None:
+        if self.step_in_backward is None:
             scale = (clip / (norm + 1e-6)).clamp(max=1.0) if clip else 1.0
-            for name, state in self.offload.visits() if self.offload else self.states.items():
+            for name, state in self.offload.states_on_device() if self.offload else self.states.items():
                 self._update(name, state, lr, scale, apply)
         self.n_updates += 1
         self.zero_grad()
@@ -114,7 +114,7 @@ class AdamW:
         """Drop every gradient, and a step that was begun."""
         for p in self.params.values():
             p.grad = None
-        self.begun = None
+        self.step_in_backward = None
 
     def tensors(self) -> dict[str, Shard]:
         """Return the rows that this rank holds of everything that resume needs: live tensors, not copies.

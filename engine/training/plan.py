@@ -45,7 +45,7 @@ class Plan:
         return Order(len(self.train), self.config.global_batch_size, self.config.seed, self.config.shuffle)
 
     @property
-    def saves_on_the_way(self) -> bool:
+    def saves_during_run(self) -> bool:
         """Return whether training states are saved while the run goes on, not only when a signal asks for one."""
         return self.config.save_every not in ("off", "end")
 
@@ -70,7 +70,7 @@ class Plan:
         """Return whether something is due after this step that must know how the step went."""
         config = self.config
         evaluates = self.held_out is not None and self.is_due(config.eval_every, step)
-        saves = self.saves_on_the_way and self.is_due(config.save_every, step)
+        saves = self.saves_during_run and self.is_due(config.save_every, step)
         return evaluates or saves or self.is_due(config.sample_every, step) or step == self.total_steps
 
     def recorded_facts(self, max_tokens: int) -> dict:

@@ -17,7 +17,7 @@ from engine.distributed.world import World
 from engine.formats.find import find_model
 from engine.formats.source import Source, open_source
 from engine.model.config import MODELS, ModelConfig
-from engine.planning.fitting import shards_that_fit
+from engine.planning.fitting import find_shard_counts
 from engine.text.tokenizer_files import find_tokenizer
 from engine.training.config import FinetuneConfig
 from engine.training.datasets import read_datasets
@@ -69,7 +69,7 @@ def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) ->
     max_tokens = round_up(config.micro_batch_tokens or max_tokens, multiple)
     packing = Packing(max_tokens, config.micro_batch_size, config.packing, config.share_prefix, multiple)
     facts = {
-        "settings": lasting_settings(config, source),
+        "settings": select_fixed_settings(config, source),
         "dtype": str(dtype).removeprefix("torch."),
         "model": dataclasses.asdict(model_config),
         "data_sha256": train.sha256(),
@@ -82,7 +82,7 @@ def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) ->
     )  # fmt: skip
 
 
-def lasting_settings(config: FinetuneConfig, source: Source | None) -> dict:
+def select_fixed_settings(config: FinetuneConfig, source: Source | None) -> dict:
     """Return the settings that must be equal when a run goes on, because they decide what is computed."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in MAY_CHANGE}
     settings["model"] = config.model if source is None else str(source.path.resolve())
@@ -105,7 +105,9 @@ def check_ranks(config: FinetuneConfig, model_config: ModelConfig, world: World)
         counts = [r for r in range(1, world.size + 1) if world.size % r == 0]
         raise UsageError(f"--replicas {config.replicas} of {world.size} ranks; wanted one of {join_numbers(counts)}")
     shards = world.size // (config.replicas or 1)
-    if config.replicas and shards not in (counts := shards_that_fit(model_config, config.optimizer_states, world.size)):
+    if config.replicas and shards not in (
+        counts := find_shard_counts(model_config, config.optimizer_states, world.size)
+    ):
         raise UsageError(
             f"--optimizer-states 8bit on {shards} shards would cut a block of 256 elements; wanted one of "
             f"{join_numbers(counts[:8])} ranks a replica, or other states"

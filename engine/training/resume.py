@@ -28,7 +28,7 @@ def find_start(plan: Plan, say: Callable[[str], None]) -> Start:
     Micro-batches are those of the checkpoint where none are asked for: equal cuts give equal sums.
     """
     checkpoint = find_checkpoint(plan, say)
-    tokens = recorded_tokens(plan, checkpoint.manifest if checkpoint else {})
+    tokens = get_recorded_tokens(plan, checkpoint.manifest if checkpoint else {})
     halved = read_halving(plan, tokens, say)
     return Start(checkpoint, halved or tokens, halved is not None)
 
@@ -78,7 +78,7 @@ def find_checkpoint(plan: Plan, say: Callable[[str], None]) -> Checkpoint | None
     return found
 
 
-def recorded_tokens(plan: Plan, recorded: dict) -> int:
+def get_recorded_tokens(plan: Plan, recorded: dict) -> int:
     """Return the micro-batch tokens that a run recorded, or the plan's where --micro-batch-tokens decides."""
     if plan.config.micro_batch_tokens is None and "max_tokens" in recorded:
         return recorded["max_tokens"]
@@ -87,7 +87,7 @@ def recorded_tokens(plan: Plan, recorded: dict) -> int:
 
 def find_changes(plan: Plan, recorded: dict) -> list[str]:
     """Return how the recorded facts of a run differ from this run's, one line per difference."""
-    facts, found = plan.recorded_facts(recorded_tokens(plan, recorded)), []
+    facts, found = plan.recorded_facts(get_recorded_tokens(plan, recorded)), []
     if facts["settings"]["loss_norm"] == "micro-mean" and recorded.get("max_tokens") != facts["max_tokens"]:
         found.append(
             f"micro_batch_tokens, which micro-mean depends on: {recorded.get('max_tokens')} -> {facts['max_tokens']}"

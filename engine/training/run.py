@@ -6,7 +6,7 @@ from engine.base.signals import Signals
 from engine.base.terminal import Progress
 from engine.distributed.world import World
 from engine.output.metrics import Metrics, NoMetrics
-from engine.training.loss_spikes import Spikes
+from engine.training.loss_spikes import SpikeDetector
 
 
 @dataclass
@@ -17,7 +17,7 @@ class Run:
     signals: Signals
     progress: Progress
     metrics: Metrics | NoMetrics
-    spikes: Spikes
+    spike_detector: SpikeDetector
     reported: frozenset[tuple[str, int | None]]  # (event, step) that metrics.jsonl held when the run was resumed
     n_signals: int = 0  # ranks that a signal had reached in the last step that was reported
     n_skipped: int = 0  # steps in a row without a finite loss

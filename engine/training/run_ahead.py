@@ -13,7 +13,7 @@ from engine.model.batch import DeviceMicroBatch
 from engine.model.llama import Transformer
 
 
-class Feeder:
+class Prefetcher:
     """Hands out the micro-batches of each step, planned and on the device. A thread prepares the next step's meanwhile.
 
     On a GPU they are copied from pinned memory on a stream of their own. The stream that computes waits for that copy;
@@ -22,11 +22,11 @@ class Feeder:
 
     def __init__(self, batches: Batches, model: Transformer, last_step: int) -> None:
         self.batches, self.model, self.last_step = batches, model, last_step
-        self.pool = ThreadPoolExecutor(1, "feeder")
+        self.pool = ThreadPoolExecutor(1, "prefetcher")
         self.stream = torch.cuda.Stream(model.norm.device) if model.norm.is_cuda else None
         self.ahead: tuple[int, Future] | None = None  # (step, what the thread prepares for it)
 
-    def __enter__(self) -> "Feeder":
+    def __enter__(self) -> "Prefetcher":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -44,7 +44,7 @@ class Feeder:
                 tensor.record_stream(current)  # its memory returns to the copying stream only after this one is done
         return batch
 
-    def forget(self) -> None:
+    def drop_prefetched(self) -> None:
         """Drop what was prepared ahead, because batches would cut it differently now."""
         self.ahead = None
 

@@ -23,7 +23,7 @@ from engine.training.run import Run
 def require_disk_space(plan: Plan) -> None:
     """Raise UsageError where --out has no room for the model and the training states that the run will keep."""
     config = plan.config
-    n_states = config.keep + 1 - len(list_checkpoints(plan.out)) if plan.saves_on_the_way else 0
+    n_states = config.keep + 1 - len(list_checkpoints(plan.out)) if plan.saves_during_run else 0
     state = state_bytes(plan.model_config, setting_from_config(config, plan.dtype))
     need_bytes = state.weights + (state.weights + state.master + state.states) * max(0, n_states)
     folder.require_disk_space(plan.out, need_bytes, "free some, choose another folder, or lower --keep")
@@ -35,7 +35,7 @@ def load_checkpoint(found: Checkpoint, optimizer: AdamW) -> None:
     optimizer.n_updates = found.manifest["n_updates"]
 
 
-class States:
+class Checkpoints:
     """The training states of a run, written by a thread while the run goes on.
 
     saved_step: the step whose state this process wrote last or began from.
@@ -52,12 +52,12 @@ class States:
     def save(self, step: int) -> None:
         """Begin to write the state of a step. A full disk costs this state, not the run."""
         self.run.world.note_place(f"the save of step {step}")
-        self.report_written(wait=True)
+        self.report_finished_save(wait=True)
         facts = self.plan.recorded_facts(self.batches.packing.max_tokens) | {"n_updates": self.optimizer.n_updates}
         self.writing_step = step
         self.saver.save(step, self.optimizer.tensors() if self.run.world.writes_checkpoint else {}, facts)
 
-    def report_written(self, wait: bool = False) -> None:
+    def report_finished_save(self, wait: bool = False) -> None:
         """Report the state under way if it has been written. wait: wait for it."""
         try:
             done = self.saver.wait() if wait else self.saver.poll()
@@ -78,7 +78,7 @@ class States:
 
         Raises CriaError on every rank when it cannot be written.
         """
-        self.report_written(wait=True)
+        self.report_finished_save(wait=True)
         if self.saved_step == step:
             return
         self.save(step)
@@ -99,7 +99,7 @@ class States:
 
     def roll_back(self) -> int | None:
         """Load the newest state on disk and return its step. Without one, change nothing and return None."""
-        self.report_written(wait=True)
+        self.report_finished_save(wait=True)
         world = self.run.world
         found = world.on_main(lambda: checkpoint.find_newest(self.plan.out, self.run.progress.print_message))
         if found is None:
@@ -113,12 +113,12 @@ class States:
         self.saver.close()
 
 
-def write_model(plan: Plan, run: Run, states: States, model: Transformer) -> None:
+def write_model(plan: Plan, run: Run, checkpoints: Checkpoints, model: Transformer) -> None:
     """Write the model as a complete Hugging Face folder. On a full disk save the training state, if that fits.
 
     Raises CriaError on every rank where the model could not be written.
     """
-    states.report_written(wait=True)
+    checkpoints.report_finished_save(wait=True)
     whole = model if run.world.size == 1 else gather_model(plan, run, model)
     problem = None
     try:
@@ -129,7 +129,7 @@ def write_model(plan: Plan, run: Run, states: States, model: Transformer) -> Non
         problem = error.strerror or str(error)
     if problem := run.world.broadcast(problem):
         why = f"the model could not be written ({problem})"
-        states.save_or_fail(plan.total_steps, why)
+        checkpoints.save_or_fail(plan.total_steps, why)
         text = f"{why}; the training state is saved: make room and run the same command again"
         raise run.world.error_on_all_ranks(CriaError(text))
 

@@ -14,9 +14,9 @@ from engine.data.batches import StepBatch
 from engine.distributed.fsdp import set_last_micro_batch
 from engine.distributed.world import World
 from engine.model.llama import Transformer
-from engine.training.micro_batch_size import MicroBatchSize, out_of_memory_reason
+from engine.training.micro_batch_size import MicroBatchSize, describe_out_of_memory
 from engine.training.optimizer import AdamW
-from engine.training.run_ahead import Feeder, Figures, Mark
+from engine.training.run_ahead import Figures, Mark, Prefetcher
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ class Steps:
         self,
         model: Transformer,
         optimizer: AdamW,
-        feeder: Feeder,
+        prefetcher: Prefetcher,
         grad_clip: float,
         world: World | None = None,
         has_signal: Callable[[], bool] = lambda: False,
         size: MicroBatchSize | None = None,
     ) -> None:
-        self.model, self.optimizer, self.feeder, self.grad_clip = model, optimizer, feeder, grad_clip
+        self.model, self.optimizer, self.prefetcher, self.grad_clip = model, optimizer, prefetcher, grad_clip
         self.world, self.has_signal, self.size = world or World(), has_signal, size
         self.pending: PendingStep | None = None
         self.reports: list[StepReport] = []  # read, and not yet handed out
@@ -82,14 +82,14 @@ class Steps:
         if computed is None:
             return False
         batch, loss = computed
-        in_backward = self.optimizer.begun is not None
+        in_backward = self.optimizer.step_in_backward is not None
         loss, norm, shared = self.sum_over_ranks(loss, self.optimizer.grad_norm(), batch.n_computed_tokens)
         is_finite = torch.isfinite(loss + norm)
         self.optimizer.step(lr, norm, self.grad_clip, apply=is_finite)
         self.pending = PendingStep(step, lr, batch, began, in_backward, Figures(loss, norm, is_finite, *shared))
         return True
 
-    def finished(self, wait: bool) -> list[StepReport]:
+    def take_reports(self, wait: bool) -> list[StepReport]:
         """Return the reports of steps whose figures were read since the last call. wait: read the newest step's too."""
         if wait:
             self.read_pending()
@@ -102,17 +102,17 @@ class Steps:
             try:
                 return self.compute_gradients(step, lr)
             except RuntimeError as error:
-                reason = out_of_memory_reason(error)
+                reason = describe_out_of_memory(error)
                 if self.size is None:
                     raise
-            self.size.recover(reason, self.optimizer, self.feeder)
+            self.size.recover(reason, self.optimizer, self.prefetcher)
 
     def compute_gradients(self, step: int, lr: float) -> tuple[StepBatch, torch.Tensor] | None:
         """Run this rank's micro-batches of a step, forward and backward.
 
         Returns them with their summed loss, a scalar on the device; None when a signal asks a lone process to stop.
         """
-        batch = self.feeder.take(step)
+        batch = self.prefetcher.take(step)
         loss = torch.zeros((), device=self.model.norm.device)
         for i, micro_batch in enumerate(batch.micro_batches, 1):
             if self.world.size == 1 and self.has_signal():
@@ -120,7 +120,7 @@ class Steps:
             set_last_micro_batch(self.model, i == len(batch.micro_batches))
             part = self.model.loss(micro_batch)
             if self.optimizer.in_backward and len(batch.micro_batches) == 1:
-                self.optimizer.begin(lr, part)
+                self.optimizer.begin_in_backward(lr, part)
             part.backward()
             loss += part.detach()
         return batch, loss

@@ -7,15 +7,15 @@ import torch
 
 from engine.base.errors import DivergedError
 from engine.base.terminal import plural
-from engine.planning.cards import card_at_hand
+from engine.planning.cards import detect_card
 from engine.training.loss_spikes import Spike
 from engine.training.plan import Plan
 from engine.training.run import Run
-from engine.training.saving import States
+from engine.training.saving import Checkpoints
 from engine.training.step import StepReport
 
 
-def report_step(plan: Plan, run: Run, states: States, report: StepReport) -> None:
+def report_step(plan: Plan, run: Run, checkpoints: Checkpoints, report: StepReport) -> None:
     """Report how a step went, and undo it where its loss is a spike and --spike-rollback asks for that.
 
     Raises DivergedError on every rank when too many steps in a row had no finite loss or spiked.
@@ -26,10 +26,10 @@ def report_step(plan: Plan, run: Run, states: States, report: StepReport) -> Non
         report_skip(plan, run, report)
     log_step(plan, run, report)
     if report.is_finite:
-        spike = run.spikes.find_spike(report.step, report.loss)
+        spike = run.spike_detector.add_loss(report.step, report.loss)
         run.n_spikes = run.n_spikes + 1 if spike else 0
         if spike:
-            report_spike(plan, run, states, report, spike)
+            report_spike(plan, run, checkpoints, report, spike)
 
 
 def log_step(plan: Plan, run: Run, report: StepReport) -> None:
@@ -38,7 +38,7 @@ def log_step(plan: Plan, run: Run, report: StepReport) -> None:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if plan.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(plan.device)
-        card = card_at_hand(plan.device)
+        card = detect_card(plan.device)
         if card:
             mfu = 6 * plan.model_config.n_parameters * rate / (run.world.size * 1e12 * card.peak_tflops)
     run.progress.show_step(
@@ -57,7 +57,7 @@ def report_skip(plan: Plan, run: Run, report: StepReport) -> None:
 
     Too many in a row end the run. So does one whose layers were updated within backward: it cannot be left out.
     """
-    n, loss, norm, rows = run.n_skipped, report.loss, report.grad_norm, sources_of(plan, report)
+    n, loss, norm, rows = run.n_skipped, report.loss, report.grad_norm, list_sources(plan, report)
     run.metrics.write("skip", step=report.step, reason="non-finite", loss=loss, grad_norm=norm, rows=rows)
     run.progress.print_message(f"step {report.step}: loss {loss}, gradient norm {norm}; no update ({n} in a row)")
     if n <= plan.config.max_skips and not report.updated_in_backward:
@@ -69,7 +69,7 @@ def report_skip(plan: Plan, run: Run, report: StepReport) -> None:
     raise run.world.error_on_all_ranks(DivergedError(f"{text}; lower --lr, or look at the rows: {list_first(rows)}"))
 
 
-def report_spike(plan: Plan, run: Run, states: States, report: StepReport, spike: Spike) -> None:
+def report_spike(plan: Plan, run: Run, checkpoints: Checkpoints, report: StepReport, spike: Spike) -> None:
     """Report a loss that stands out, with the rows of its step.
 
     With --spike-rollback the run goes back to the newest state on disk and on with the next step. Too many spikes in a
@@ -78,17 +78,17 @@ def report_spike(plan: Plan, run: Run, states: States, report: StepReport, spike
     step, back_to = report.step, None
     text = f"step {step}: loss {spike.loss:.4f} is a spike: the median was {spike.median:.4f} +- {spike.deviation:.4f}"
     if plan.config.spike_rollback:
-        back_to = states.roll_back()
+        back_to = checkpoints.roll_back()
         if back_to is None:
             text += "; no state to go back to yet"
         else:
             text += f"; back to the state of step {back_to}, the rows of {step - back_to} steps are left out"
     run.progress.print_message(f"warning: {text}")
-    rows = sources_of(plan, report)
+    rows = list_sources(plan, report)
     run.metrics.write("spike", step=step, **dataclasses.asdict(spike), back_to=back_to, rows=rows)
     if back_to is None:
         return
-    run.spikes.forget_after(back_to)
+    run.spike_detector.forget_after(back_to)
     if run.n_spikes > plan.config.max_skips:
         text = (
             f"step {step}: the loss spiked {run.n_spikes} times in a row after the state of step {back_to}; lower "
@@ -97,7 +97,7 @@ def report_spike(plan: Plan, run: Run, states: States, report: StepReport, spike
         raise run.world.error_on_all_ranks(DivergedError(text))
 
 
-def sources_of(plan: Plan, report: StepReport) -> list[str]:
+def list_sources(plan: Plan, report: StepReport) -> list[str]:
     """Return "file:row" of each example of a step."""
     return [plan.train.sources[i] for i in report.examples]
 

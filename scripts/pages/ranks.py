@@ -16,7 +16,7 @@ import torch
 
 from engine.base.errors import UsageError
 from engine.model.config import MODELS
-from engine.planning.cards import COPY_SHARE, LINK_SHARE, MACHINE, PORT_GB_PER_S, find_card, rates
+from engine.planning.cards import COPY_SHARE, LINK_SHARE, MACHINE_GPUS, PORT_GB_PER_S, find_card, find_rates
 from engine.planning.projection import Estimate, estimate_run
 from engine.planning.setting import Setting, describe_mesh
 from engine.planning.step_time import COMPUTING, Work, block_seconds, step_seconds, step_traffic
@@ -149,7 +149,7 @@ def costs_table(found: dict[int, Estimate], auto: int) -> str:
             rows.append((name, f"{memory_gb}: does not fit"))
             continue
         p, n = way.outcome.projection, way.outcome.cut.micro_batches
-        sent = p.traffic.of_step(n)
+        sent = p.traffic.step_bytes(n)
         rows.append((
             name, memory_gb, f"{n} x {p.work.tokens / n:,.0f}",
             *(f"{sent[kind] / 1e9:.1f}" if sent[kind] else "" for kind in sent),
@@ -173,12 +173,12 @@ def blocks_table(found: dict[int, Estimate]) -> str:
             continue
         p = way.outcome.projection
         sent, (forward, backward) = p.traffic, p.block_s
-        gather, reduce, sums = sent.of_group(0, True)
+        gather, reduce, sums = sent.group_seconds(0, True)
         mb = " / ".join(f"{n / 1e6:,.0f}" for n in (sent.gather[0], sent.reduce[0], sent.sum[0]))
-        beside = sent.together(gather, reduce, sums)
+        beside = sent.concurrent_seconds(gather, reduce, sums)
         rows.append((
             mesh_name(r), mb, f"{1e3 * gather:.2f} / {1e3 * forward:.2f}", f"{1e3 * beside:.2f} / {1e3 * backward:.2f}",
-            *(f"{1e3 * s:.1f}" for s in p.late.values()),
+            *(f"{1e3 * s:.1f}" for s in p.not_hidden_seconds.values()),
         ))  # fmt: skip
     head = (
         "mesh", "a block's gather / reduction / all-reduce, MB", "gather / forward, ms",
@@ -208,7 +208,7 @@ def case(card: str, model: str, states: str) -> str:
 def tokens_that_hide(card_name: str, model: str, replicas: int) -> int:
     """Return the fewest tokens of a micro-batch of Alpaca's rows during which computing hides its communication."""
     c, card = MODELS[model], find_card(card_name)
-    speed, mix = rates(card), alpaca_mix(recipe_from_config(config_of(model), GPUS))
+    speed, mix = find_rates(card), alpaca_mix(recipe_from_config(config_of(model), GPUS))
     whole = mix.own + mix.prefix
     sent = step_traffic(c, card, torch.bfloat16, GPUS // replicas, replicas)
 
@@ -216,7 +216,7 @@ def tokens_that_hide(card_name: str, model: str, replicas: int) -> int:
         part = tokens / whole
         work = Work(tokens, part * mix.loss_rows, part * mix.pairs, part * mix.query_pairs, micro_batches=1)
         seconds = step_seconds(c, card, speed, work, Setting(), update_bytes=0)
-        late = sent.late(1, *block_seconds(c, work, "cheap", sum(seconds[kind] for kind in COMPUTING)))
+        late = sent.not_hidden_seconds(1, *block_seconds(c, work, "cheap", sum(seconds[kind] for kind in COMPUTING)))
         return late["forward"] + late["backward"] > 0
 
     few, many = 0, 1 << 16
@@ -239,7 +239,7 @@ def machines_table(card: str, model: str, n: int) -> str:
     """Return the table of a model sharded over all machines, and of replicas that each stay in one."""
     rows = []
     for batch in (ROWS, 8 * ROWS, 64 * ROWS):
-        for r in (1, n // MACHINE):
+        for r in (1, n // MACHINE_GPUS):
             config = config_of(model, replicas=r, global_batch_size=batch, micro_batch_tokens=4096)
             p = estimate(card, n, config).outcome.projection
             sent, micro_batches = p.traffic.seconds(p.work.micro_batches), p.work.micro_batches
@@ -260,7 +260,7 @@ def assumed_table() -> str:
     """Return the table of the rates that each GPU is assumed to reach."""
     rows = []
     for card in map(find_card, CARDS):
-        speed = rates(card)
+        speed = find_rates(card)
         rows.append((
             card.name, f"{card.nvlink_gb_per_s:g}", f"{card.bus_bytes_per_s(GPUS) / 1e9:g}",
             f"{speed.gemm_flops_per_s / 1e12:.0f} of {card.peak_tflops:g}", f"{speed.copy_bytes_per_s / 1e9:,.0f}",
@@ -298,13 +298,13 @@ def page() -> str:
         hiding_table(),
         "## Over machines\n",
         text(
-            f"{far[2]} x {far[0]} in machines of {MACHINE}, with a port of {8 * PORT_GB_PER_S} Gb/s for each GPU, "
+            f"{far[2]} x {far[0]} in machines of {MACHINE_GPUS}, with a port of {8 * PORT_GB_PER_S} Gb/s for each GPU, "
             f"train {far[1]} with fp32 states in micro-batches of at most 4,096 tokens. If the model is sharded over "
             "all GPUs, each micro-batch's gathers and reductions cross machines. Replicas that stay in one machine "
             "gather and reduce over NVLink, and meanwhile the ports carry one all-reduce a step. With a port for each "
             f"GPU both take about as long, except that a GPU of the first updates a {far[2]}th of the parameters. The "
-            f"hops of rings ({far[2] - 1} of {far[2]} GPUs, {MACHINE - 1} of {MACHINE}) are not counted. Machines with "
-            "fewer ports favour replicas."
+            f"hops of rings ({far[2] - 1} of {far[2]} GPUs, {MACHINE_GPUS - 1} of {MACHINE_GPUS}) are not counted. "
+            "Machines with fewer ports favour replicas."
         ),
         machines_table(*far),
     ]  # fmt: skip

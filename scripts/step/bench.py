@@ -24,7 +24,7 @@ from engine.planning.memory import CONTEXT_BYTES, BatchShape, memory
 from engine.planning.setting import Setting
 from engine.training.micro_batch_size import TOKENS_MULTIPLE
 from engine.training.optimizer import AdamW, lr_factor
-from engine.training.run_ahead import Feeder, Mark
+from engine.training.run_ahead import Mark, Prefetcher
 from engine.training.step import StepReport
 from engine.training.step import Steps as TrainingSteps
 from kernels.measure.machine import DEVICE, GPU, IMPL
@@ -94,8 +94,8 @@ MAIN, UNSHARED = "llama-7b", "llama-7b, no sharing"
 # ---- steps ----------------------------------------------------------------------------------------------------------
 
 
-class CountingFeeder(Feeder):
-    """A feeder that remembers each step's number of micro-batches and the largest micro-batch of all steps."""
+class CountingPrefetcher(Prefetcher):
+    """A prefetcher that remembers each step's number of micro-batches and the largest micro-batch of all steps."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -126,8 +126,8 @@ class Steps:
         )  # fmt: skip
         order = Order(len(self.rows), rows_a_step(smoke), seed=0, shuffle=False)
         packing = Packing(tokens, share_prefix=variant.sharing, multiple=TOKENS_MULTIPLE if GPU else 1)
-        self.feeder = CountingFeeder(Batches(self.rows, order, packing), self.model, n_steps)
-        self.steps = TrainingSteps(self.model, self.optimizer, self.feeder, CLIP)
+        self.prefetcher = CountingPrefetcher(Batches(self.rows, order, packing), self.model, n_steps)
+        self.steps = TrainingSteps(self.model, self.optimizer, self.prefetcher, CLIP)
         self.marks = []  # one at each step's beginning
         self.losses, self.norms, self.tokens, self.computed, self.n_batches = [], [], [], [], []
 
@@ -135,11 +135,11 @@ class Steps:
         """Give one step to the device, and read the figures of the step before."""
         self.marks.append(Mark(self.device))
         self.steps.take_step(step, LR * lr_factor("cosine", step, EPOCHS * STEPS_AN_EPOCH, 0.03))
-        self.record_reports(self.steps.finished(wait=False))
+        self.record_reports(self.steps.take_reports(wait=False))
 
     def read_figures(self) -> None:
         """Read the figures of the last step, waiting for the device if need be."""
-        self.record_reports(self.steps.finished(wait=True))
+        self.record_reports(self.steps.take_reports(wait=True))
 
     def record_reports(self, reports: list[StepReport]) -> None:
         """Record the figures of steps that the device has finished."""
@@ -148,7 +148,7 @@ class Steps:
             self.norms.append(report.grad_norm)
             self.tokens.append(report.n_tokens)
             self.computed.append(report.n_computed_tokens)
-            self.n_batches.append(self.feeder.counts[report.step])
+            self.n_batches.append(self.prefetcher.counts[report.step])
 
     def seconds(self) -> list[float]:
         """Return every step's seconds until the next step began. The last step ends where the device is now."""
@@ -157,7 +157,7 @@ class Steps:
 
     def close(self) -> None:
         """End the thread that prepares micro-batches."""
-        self.feeder.__exit__()
+        self.prefetcher.__exit__()
 
 
 # ---- measurement ----------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def record_of(variant: Variant, steps: Steps, n_warm: int) -> dict:
     return {
         "warmup": n_warm, "parameters": n, **speed, **peak_memory(), **compare_with_estimate(variant, steps),
         "micro_batches_a_step": sum(steps.n_batches) / len(steps.n_batches),
-        "largest_micro_batch_tokens": steps.feeder.largest[0],
+        "largest_micro_batch_tokens": steps.prefetcher.largest[0],
         "first_loss": steps.losses[0], "last_loss": steps.losses[-1],
         "all_finite": all(map(math.isfinite, steps.losses + steps.norms)),
     }  # fmt: skip
@@ -208,7 +208,7 @@ def compare_with_estimate(variant: Variant, steps: Steps) -> dict:
     The peak of tensors is divided by the estimated sum of tensors. The peak of reserved memory is divided by the
     estimated total without CUDA's context.
     """
-    tokens, loss_rows, query_rows = steps.feeder.largest
+    tokens, loss_rows, query_rows = steps.prefetcher.largest
     setting = Setting(DTYPE, variant.master, variant.states, variant.recompute, variant.offload)
     batch = BatchShape(tokens, loss_rows, max(steps.n_batches) == 1, loss_rows - query_rows)
     used = memory(steps.config, setting, batch)

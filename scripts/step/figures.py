@@ -10,7 +10,7 @@ import statistics
 import numpy as np
 import torch
 
-from engine.planning.cards import PRICES_OF, card_named
+from engine.planning.cards import PRICES_DATE, find_card_by_device_name
 from kernels.measure.alpaca import ALPACA_ROWS, alpaca_lengths
 from kernels.measure.machine import GPU
 from scripts.step.rows import EPOCHS, MAX_LENGTH, ROWS
@@ -22,7 +22,7 @@ STEPS_AN_EPOCH = -(-ALPACA_ROWS // ROWS)
 
 def card_here():
     """Return the card of this machine as engine.planning.cards knows it, or None."""
-    return card_named(torch.cuda.get_device_name()) if GPU else None
+    return find_card_by_device_name(torch.cuda.get_device_name()) if GPU else None
 
 
 def mfu(n_parameters: int, tokens_per_s: float, card) -> dict:
@@ -73,7 +73,7 @@ def project_finetune(record: dict, card) -> dict:
     return {
         "what": f"Alpaca: {ALPACA_ROWS} rows x {EPOCHS} epochs, projected from the measured step", "of": record["name"],
         "steps": EPOCHS * STEPS_AN_EPOCH, "tokens": round(tokens), "minutes": seconds / 60,
-        "dollars": price and price * seconds / 3600, "dollars_an_hour": price, "price_of": price and PRICES_OF,
+        "dollars": price and price * seconds / 3600, "dollars_an_hour": price, "price_of": price and PRICES_DATE,
     }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from engine.base.errors import run_main
 from engine.distributed.fsdp import shard_model
 from engine.formats.find import list_checkpoints
 from engine.output import checkpoint
-from engine.output.folder import read_lines
+from engine.output.folder import read_metrics
 from engine.output.saver import Saver
 from kernels.measure.machine import DEVICE, GPU, free_memory
 from scripts.base.results import ROOT
@@ -265,7 +265,7 @@ def write_tokenizer(folder: Path) -> None:
 
 def read_training_lines(out: Path) -> dict[str, list]:
     """Return the figures of every step in an output folder's metrics.jsonl, by name."""
-    lines = [line for line in read_lines(out / "metrics.jsonl") if line["event"] == "train"]
+    lines = [line for line in read_metrics(out / "metrics.jsonl") if line["event"] == "train"]
     return {key: [line[key] for line in lines] for key in ("loss", "grad_norm", "tokens", "examples")}
 
 

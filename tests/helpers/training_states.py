@@ -13,7 +13,7 @@ import torch
 from engine.formats import tensor_files
 from engine.model.shard import Shard, as_shards
 from engine.output import checkpoint
-from engine.output.saver import Saver, Writers, write_checkpoint
+from engine.output.saver import Saver, WriterGroup, write_checkpoint
 
 FACTS = {"settings": {"lr": 1.0}}
 POINTS = [
@@ -29,7 +29,7 @@ def tensors(seed):
 
 def save_checkpoint(out, step, tensors, facts, keep):
     """Write out/checkpoint-<step> by one writer, here and now, and return the folder."""
-    return write_checkpoint(out, keep, step, lambda: as_shards(tensors), facts, Writers()).folder
+    return write_checkpoint(out, keep, step, lambda: as_shards(tensors), facts, WriterGroup()).folder
 
 
 def equal(a, b):

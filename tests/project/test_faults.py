@@ -391,7 +391,7 @@ def test_a_loss_spike_is_undone_on_request(unbroken, tmp_path):
     assert end(start(*arguments(tmp_path / "nan", unbroken[0]), patch=nan))[0] == 0
     theirs = load_file(tmp_path / "nan" / "model.safetensors")
     spiky = SPIKY.replace("STEPS", "(8,)")
-    for name, kill in (("through", ""), ("killed", "before(saving.States, 'save', 4, die)")):
+    for name, kill in (("through", ""), ("killed", "before(saving.Checkpoints, 'save', 4, die)")):
         args = arguments(tmp_path / name, unbroken[0], "--spike-rollback")
         code, out, err = end(start(*args, patch=BEFORE_CALL + spiky + kill))
         assert "back to the state of step 6, the rows of 2 steps are left out" in out, (out, err)

@@ -7,7 +7,7 @@ import pytest
 
 from engine.base.flags import parse_flags
 from engine.model.config import MODELS, ModelConfig
-from engine.training.config import EMBEDDED, FinetuneConfig
+from engine.training.config import EMBEDDED_DEFAULTS, FinetuneConfig
 from engine.training.stanford_flags import translate_stanford_flags
 
 STANFORD = """--model_name_or_path tiny --data_path ./alpaca_data.json --bf16 True --output_dir out/x
@@ -18,7 +18,7 @@ STANFORD = """--model_name_or_path tiny --data_path ./alpaca_data.json --bf16 Tr
 
 
 def parse(text):
-    return parse_flags(FinetuneConfig, shlex.split(text), translate_stanford_flags, EMBEDDED)
+    return parse_flags(FinetuneConfig, shlex.split(text), translate_stanford_flags, EMBEDDED_DEFAULTS)
 
 
 def problems(text, capsys):

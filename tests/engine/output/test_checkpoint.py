@@ -75,7 +75,7 @@ def test_a_state_just_saved_is_never_the_one_that_rotates_out(tmp_path):
     for step in (6, 8):
         save_checkpoint(tmp_path, step, tensors(step), FACTS, keep=2)
     assert save_checkpoint(tmp_path, 5, tensors(5), FACTS, keep=2).is_dir()
-    checkpoint.remove_later(tmp_path, 5)
+    checkpoint.remove_checkpoints_after(tmp_path, 5)
     assert [step for step, _ in list_checkpoints(tmp_path)] == [5]
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from engine.planning.cards import CARDS, changed_card, find_card, rates
+from engine.planning.cards import CARDS, change_card, find_card, find_rates
 
 
 @pytest.mark.parametrize("name", ["rtx 4090", "RTX4090", "4090", "a100-80", "A100 40", "h100"])
@@ -14,9 +14,9 @@ def test_cards_are_found_by_the_names_people_give_them(name):
 
 def test_another_card_is_described_by_its_figures():
     card = CARDS["H100"]
-    assert changed_card(card, None, None, None, None) == card
-    assert changed_card(card, None, None, None, 1.5).price_per_hour == 1.5
-    other = changed_card(card, 48, None, None, None)
+    assert change_card(card, None, None, None, None) == card
+    assert change_card(card, None, None, None, 1.5).price_per_hour == 1.5
+    other = change_card(card, 48, None, None, None)
     assert (other.memory_gib, other.name, other.device, other.price_per_hour) == (48, "like H100", "none", None)
 
 
@@ -32,14 +32,14 @@ def write_report(path, parts, **facts):
 
 def test_a_report_of_the_card_replaces_what_is_projected(tmp_path):
     card = CARDS["H100"]
-    assert rates(card, tmp_path).source == "projected"
+    assert find_rates(card, tmp_path).source == "projected"
     write_report(tmp_path / "smoke.json", MACHINE | CEILINGS, smoke=True)
     write_report(tmp_path / "other.json", {"machine": {"device": "NVIDIA H200"}} | CEILINGS)
     write_report(tmp_path / "without.json", MACHINE)
-    assert rates(card, tmp_path).source == "projected"
+    assert find_rates(card, tmp_path).source == "projected"
     write_report(tmp_path / "old.json", MACHINE | {"ceilings": {"gemm_tflops": 1.0, "copy_gb_per_s": 1.0}})
     write_report(tmp_path / "new.json", MACHINE | CEILINGS | {"step": {"records": [STEP]}}, date="2026-02-01")
-    speed = rates(card, tmp_path)
+    speed = find_rates(card, tmp_path)
     assert (speed.gemm_flops_per_s, speed.copy_bytes_per_s, speed.report) == (7e14, 2.9e12, "new.json")
     assert speed.steps == (STEP,)
 

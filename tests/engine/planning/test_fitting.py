@@ -12,12 +12,12 @@ from engine.planning.cards import GIB
 from engine.planning.fitting import (
     SAVINGS,
     Limits,
-    cheapest_that_fits,
-    counts_that_fit,
-    largest_micro_batch,
-    least_bytes,
-    mesh_that_fits,
-    shards_that_fit,
+    find_cheapest_fits,
+    find_largest_micro_batch,
+    find_least_bytes,
+    find_mesh_that_fits,
+    find_shard_counts,
+    find_uncut_counts,
 )
 from engine.planning.memory import BatchShape, memory
 from engine.planning.setting import Setting
@@ -39,11 +39,11 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not(setting, available, 
     def total(tokens):
         return memory(MODEL, setting, BatchShape(tokens, math.ceil(share * tokens))).total
 
-    found = largest_micro_batch(MODEL, setting, available, limits)
+    found = find_largest_micro_batch(MODEL, setting, available, limits)
     assert 0 <= found <= 9000
     assert found == 0 or total(found) <= available
     assert found == 9000 or total(found + 1) > available
-    assert found <= largest_micro_batch(MODEL, setting, available + more, limits)
+    assert found <= find_largest_micro_batch(MODEL, setting, available + more, limits)
 
 
 def test_a_step_of_one_micro_batch_holds_fewer_gradients():
@@ -52,14 +52,14 @@ def test_a_step_of_one_micro_batch_holds_fewer_gradients():
     assert one.gradients < several.gradients and at_once.total < several.total
     assert one.gradients + one.activations >= several.gradients  # at the end of backward all of them are there
     available, share = (one.total + several.total) // 2, 3000 / 4096
-    assert largest_micro_batch(MODEL, Setting(), available, Limits(8192, 4096, share)) == 4096
-    assert largest_micro_batch(MODEL, Setting(), available, Limits(8192, loss_share=share)) < 4096
+    assert find_largest_micro_batch(MODEL, Setting(), available, Limits(8192, 4096, share)) == 4096
+    assert find_largest_micro_batch(MODEL, Setting(), available, Limits(8192, loss_share=share)) < 4096
 
 
 @pytest.mark.parametrize("gib", [9, 11, 14, 18, 24])
 def test_the_cheapest_ways_fit_and_need_each_of_their_changes(gib):
     setting, available, limits = Setting(recompute="none"), gib * GIB, Limits(8192)
-    found = cheapest_that_fits(MODEL, setting, available, limits, tokens=4000, least_tokens=512)
+    found = find_cheapest_fits(MODEL, setting, available, limits, tokens=4000, least_tokens=512)
     assert found and found == sorted(found, key=price_of)
     for fit in found:
         assert fit.memory.total <= available
@@ -68,7 +68,7 @@ def test_the_cheapest_ways_fit_and_need_each_of_their_changes(gib):
         assert len(changed) + any("--micro-batch-tokens" in flag for flag in fit.flags) == len(fit.flags)
         for name in changed:  # without this change it would not do, or not with so many tokens
             less = dataclasses.replace(fit.setting, **{name: getattr(setting, name)})
-            tokens = largest_micro_batch(MODEL, less, available, limits)
+            tokens = find_largest_micro_batch(MODEL, less, available, limits)
             assert tokens < (512 if "--micro-batch-tokens" in fit.flags[0] else 4000)
 
 
@@ -80,19 +80,19 @@ def price_of(fit):
 
 def test_what_makes_llama_7b_fit_one_80_gb_card():
     c, wish = MODELS["llama-7b"], {"tokens": 2048, "least_tokens": 512}
-    fits = cheapest_that_fits(c, Setting(), int(79.11 * GIB), Limits(loss_share=0.7), **wish)
+    fits = find_cheapest_fits(c, Setting(), int(79.11 * GIB), Limits(loss_share=0.7), **wish)
     assert fits[0].flags == ("--optimizer-states 8bit",)
     assert not any(fit.flags == () for fit in fits)  # as it stands, with fp32 states, it does not
-    assert cheapest_that_fits(c, Setting(), 200 * GIB, Limits(), **wish)[0].flags == ()
+    assert find_cheapest_fits(c, Setting(), 200 * GIB, Limits(), **wish)[0].flags == ()
 
 
 def test_the_least_memory_is_that_of_the_most_savings():
     c, wish = MODELS["llama-7b"], {"tokens": 512, "least_tokens": 512}
     of_eight, limits = Setting(shards=8), Limits(512)
-    least = least_bytes(c, of_eight, 512)
-    assert cheapest_that_fits(c, of_eight, least, limits, **wish)
-    assert not cheapest_that_fits(c, of_eight, least - 1, limits, **wish)
-    assert cheapest_that_fits(c, Setting(), least_bytes(c, Setting(), 512), Limits(512, step_tokens=512), **wish)
+    least = find_least_bytes(c, of_eight, 512)
+    assert find_cheapest_fits(c, of_eight, least, limits, **wish)
+    assert not find_cheapest_fits(c, of_eight, least - 1, limits, **wish)
+    assert find_cheapest_fits(c, Setting(), find_least_bytes(c, Setting(), 512), Limits(512, step_tokens=512), **wish)
 
 
 # ---- replicas and shards --------------------------------------------------------------------------------------------
@@ -104,30 +104,30 @@ def test_replicas_are_for_steps_of_several_micro_batches(states, gib):
     """One replica is taken where it leaves one micro-batch, otherwise the most replicas that need no more of them."""
     c, limits, setting, available = MODELS["llama-7b"], Limits(9000, None, 0.7), Setting(states=states), gib * GIB
     of_eight = dataclasses.replace(setting, shards=8)
-    fits = {r: largest_micro_batch(c, of_eight.with_replicas(r), available, limits) for r in (1, 2, 4, 8)}
+    fits = {r: find_largest_micro_batch(c, of_eight.with_replicas(r), available, limits) for r in (1, 2, 4, 8)}
     for share in (600, 2000, 5000, 20000, 200_000):
-        mesh, tokens = mesh_that_fits(c, of_eight, available, limits, share_tokens=share, least_tokens=512)
+        mesh, tokens = find_mesh_that_fits(c, of_eight, available, limits, share_tokens=share, least_tokens=512)
         assert tokens == fits[mesh.replicas] and mesh.n_cards == 8
         batches = {r: math.ceil(share / fits[r]) for r in fits if fits[r] >= 512}
         most = max((r for r in batches if batches[r] <= batches.get(1, 0)), default=1)
         assert mesh.replicas == (1 if batches.get(1, 1) == 1 else most)
     at = {"share_tokens": 600, "least_tokens": 512}
     allowed = [
-        mesh_that_fits(c, of_eight, available, limits, counts=counts, **at)[0].replicas
+        find_mesh_that_fits(c, of_eight, available, limits, counts=counts, **at)[0].replicas
         for counts in ([8], [4, 2], [1])
     ]  # fmt: skip
     assert allowed[0] == 1 and allowed[1] in (2, 4) and allowed[2] == 8
     with pytest.raises(ValueError, match="8 cards, wanted a multiple of one of 3, 5 shards"):
-        mesh_that_fits(c, of_eight, available, limits, counts=[3, 5], **at)
+        find_mesh_that_fits(c, of_eight, available, limits, counts=[3, 5], **at)
 
 
 def test_counts_of_shards_that_cut_no_block():
-    assert counts_that_fit([(4096, 4096), (576,)], 8) == list(range(1, 9))
-    assert counts_that_fit([(6, 1000)], 6) == [1]
-    assert 2 in counts_that_fit([(512, 576)], 8)
+    assert find_uncut_counts([(4096, 4096), (576,)], 8) == list(range(1, 9))
+    assert find_uncut_counts([(6, 1000)], 6) == [1]
+    assert 2 in find_uncut_counts([(512, 576)], 8)
 
 
 def test_blocks_of_8_bit_states_are_not_cut_where_replicas_are_chosen():
     shape = dataclasses.replace(MODELS["tiny"], dim=96, vocab_size=1002)
-    assert shards_that_fit(shape, "8bit", 4) == [1] and shards_that_fit(shape, "fp32", 4) == [1, 2, 4]
-    assert shards_that_fit(MODELS["tiny"], "8bit", 4) == [1, 2, 4] and shards_that_fit(shape, "8bit", 1) == [1]
+    assert find_shard_counts(shape, "8bit", 4) == [1] and find_shard_counts(shape, "fp32", 4) == [1, 2, 4]
+    assert find_shard_counts(MODELS["tiny"], "8bit", 4) == [1, 2, 4] and find_shard_counts(shape, "8bit", 1) == [1]

@@ -5,7 +5,7 @@ import torch
 
 from engine.base.errors import UsageError
 from engine.model.config import MODELS
-from engine.planning.cards import rates
+from engine.planning.cards import find_rates
 from engine.planning.memory import CONTEXT_BYTES, PLAN_BYTES, activation_bytes, state_bytes, worst_moments
 from engine.planning.setting import Setting
 from engine.planning.step_time import COMPUTING, block_seconds, bytes_of_update, step_seconds, step_traffic
@@ -49,7 +49,8 @@ def test_one_gpu_has_no_communication(states, recompute, offload):
     assert outcome.memory.host == (state.master + state.states if offload else 0) and outcome.memory.gathered == 0
     projection = outcome.projection
     seconds = step_seconds(
-        c, card, rates(card), projection.work, setting, update_bytes=bytes_of_update(state, "split") + state.weights,
+        c, card, find_rates(card), projection.work, setting,
+        update_bytes=bytes_of_update(state, "split") + state.weights,
         offload_bytes=state.master + state.states if offload else 0,
     )  # fmt: skip
     assert projection.seconds == seconds and seconds["communication"] == 0 and projection.communication_bytes == 0
@@ -72,14 +73,16 @@ def test_a_step_waits_for_communication_that_is_not_hidden(card, offload, replic
     )  # fmt: skip
     projection, seconds, mix = found.outcome.projection, found.outcome.projection.seconds, found.mix
     c, shards = MODELS["llama-7b"], 8 // replicas
-    sent = step_traffic(c, found.card, torch.bfloat16, shards, replicas).of_step(2)
+    sent = step_traffic(c, found.card, torch.bfloat16, shards, replicas).step_bytes(2)
     assert projection.work.micro_batches == 2 and projection.communication_bytes == sum(sent.values())
     link = {"A100-80": 0.8 * 300e9, "L40S": 0.8 * 25e9}[card]
     assert projection.communication_s == pytest.approx(sum(sent.values()) / link)
     computing = sum(seconds[k] for k in COMPUTING)
     assert projection.block_s == block_seconds(c, projection.work, "cheap", computing)
-    assert seconds["communication"] == sum(projection.late.values()) > 0
-    assert (projection.late["backward"] == projection.late["forward"] == 0) == (card == "A100-80")
+    assert seconds["communication"] == sum(projection.not_hidden_seconds.values()) > 0
+    assert (projection.not_hidden_seconds["backward"] == projection.not_hidden_seconds["forward"] == 0) == (
+        card == "A100-80"
+    )
     assert seconds["total"] == pytest.approx(
         computing + sum(seconds[k] for k in ("communication", "update", "offload"))
     )

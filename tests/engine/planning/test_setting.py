@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.planning.setting import Setting, describe_mesh, mesh_problems
+from engine.planning.setting import Setting, describe_mesh, find_mesh_problems
 
 
 @pytest.mark.parametrize(("shards", "replicas"), [(8, 1), (4, 2), (1, 8)])
@@ -19,8 +19,8 @@ def test_a_mesh_in_words():
 
 
 def test_all_problems_of_a_mesh_are_named_at_once():
-    assert mesh_problems(8, 2, 128, False) == mesh_problems(1, None, 7, True) == []
-    problems = mesh_problems(3, 2, 128, True)
+    assert find_mesh_problems(8, 2, 128, False) == find_mesh_problems(1, None, 7, True) == []
+    problems = find_mesh_problems(3, 2, 128, True)
     for text, problem in zip(("pass 126 or 129", "wanted one of 1, 3", "is not projected"), problems, strict=True):
         assert text in problem
-    assert mesh_problems(65, 2, 128, False) == ["--gpus is 65, wanted 1 to 64"]
+    assert find_mesh_problems(65, 2, 128, False) == ["--gpus is 65, wanted 1 to 64"]

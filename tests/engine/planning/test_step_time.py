@@ -43,20 +43,20 @@ def test_a_blocks_seconds_are_its_share_of_a_steps(recompute, forward):
 def test_waits_are_those_worked_out_by_hand():
     """Three blocks and two micro-batches at 1 byte/s, sums at 2. A block computes 4 s forward and 25 s backward."""
     sent = Traffic(3, (10, 4), (20, 8), (6, 3), 1.0, 2.0, apart=False)
-    assert sent.of_step(2) == {"gather_forward": 68, "gather_backward": 40, "reduce": 136, "sum": 21}
+    assert sent.step_bytes(2) == {"gather_forward": 68, "gather_backward": 40, "reduce": 136, "sum": 21}
     assert sent.seconds(2) == {"gather_forward": 68, "gather_backward": 40, "reduce": 136, "sum": 10.5}
-    assert sent.in_backward(False) == [20, 30, 10] and sent.in_backward(True) == [23, 33, 10]
-    late = sent.late(2, 4.0, 25.0)
+    assert sent.backward_seconds(False) == [20, 30, 10] and sent.backward_seconds(True) == [23, 33, 10]
+    late = sent.not_hidden_seconds(2, 4.0, 25.0)
     assert late == {"begin": 2 * 14, "forward": 4 * 6, "backward": 5 + 8, "end": 28 + 28 + 3 + 1.5}
-    late = dataclasses.replace(sent, apart=True).late(2, 4.0, 25.0)  # beside reductions, but for the last
+    late = dataclasses.replace(sent, apart=True).not_hidden_seconds(2, 4.0, 25.0)  # beside reductions, but for the last
     assert late == {"begin": 2 * 14, "forward": 4 * 6, "backward": 5 + 5, "end": 28 + 28 + 1.5}
-    assert sent.late(2, 10.0, 33.0) == {"begin": 28, "forward": 0, "backward": 0, "end": 60.5}
-    assert dataclasses.replace(sent, layers=1).late(1, 0.0, 0.0)["backward"] == 0
+    assert sent.not_hidden_seconds(2, 10.0, 33.0) == {"begin": 28, "forward": 0, "backward": 0, "end": 60.5}
+    assert dataclasses.replace(sent, layers=1).not_hidden_seconds(1, 0.0, 0.0)["backward"] == 0
 
 
 def sent(c, dtype, shards, replicas=1):
     """Return the bytes that a GPU sends for a micro-batch, and for the sums over replicas."""
-    kinds = step_traffic(c, CARDS["H100"], dtype, shards, replicas).of_step(1)
+    kinds = step_traffic(c, CARDS["H100"], dtype, shards, replicas).step_bytes(1)
     return kinds["gather_forward"] + kinds["gather_backward"] + kinds["reduce"], kinds["sum"]
 
 
@@ -110,7 +110,7 @@ def test_shards_and_bytes_sent_are_fsdp2s(shape, recompute, fake_ranks, replicas
     with Sent() as sent:
         step()
     gathered, reduced, summed = sent.bytes.values()
-    traffic = step_traffic(c, CARDS["H100"], torch.bfloat16, shards, replicas).of_step(2)
+    traffic = step_traffic(c, CARDS["H100"], torch.bfloat16, shards, replicas).step_bytes(2)
     assert (traffic["gather_forward"] + traffic["gather_backward"]) * shards == gathered * (shards - 1)
     assert traffic["reduce"] * shards == reduced * (shards - 1)
     assert traffic["sum"] * replicas == summed * 2 * (replicas - 1)

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from engine.training.config import FinetuneConfig
-from engine.training.loss_spikes import LEAST, WINDOW, Spikes
+from engine.training.loss_spikes import LEAST, WINDOW, SpikeDetector
 from tests.helpers.run import ROOT
 
 
 def spikes_of(losses, threshold=6.0):
-    spikes = Spikes(threshold)
-    return [step for step, loss in enumerate(losses, 1) if spikes.find_spike(step, loss)]
+    spikes = SpikeDetector(threshold)
+    return [step for step, loss in enumerate(losses, 1) if spikes.add_loss(step, loss)]
 
 
 def test_the_loss_of_a_real_run_has_none_and_one_put_there_is_found():
@@ -49,10 +49,10 @@ def test_what_metrics_tell_is_what_a_run_knew():
     lines = [{"event": "train", "step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
     lines += [{"event": "train", "step": 33, "loss": None}, {"event": "eval", "step": 33, "loss": 7.0}]
     lines += [{"event": "train", "step": 34, "loss": 9.0}, {"event": "spike", "step": 34, "back_to": 30}]
-    spikes = Spikes(6.0)
+    spikes = SpikeDetector(6.0)
     spikes.replay(lines)
     assert [step for step, _ in spikes.losses] == list(range(1, 31))
-    assert spikes.find_spike(35, 9.0).loss == 9.0, "the one that was undone is no longer there to be the same spike"
+    assert spikes.add_loss(35, 9.0).loss == 9.0, "the one that was undone is no longer there to be the same spike"
 
 
 @pytest.mark.parametrize("more", [{}, {"save_every": "end"}, {"save_every": "5", "spike_threshold": 0.0}])

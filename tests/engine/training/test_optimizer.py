@@ -10,7 +10,7 @@ import transformers
 import kernels
 from engine.model.config import MODELS
 from engine.model.llama import new_model
-from engine.planning.fitting import counts_that_fit
+from engine.planning.fitting import find_uncut_counts
 from engine.training.optimizer import AdamW, lr_factor
 from tests.helpers.run import worst
 
@@ -70,4 +70,4 @@ def test_vectors_keep_fp32_states_for_8_bit_ones():
     optimizer = AdamW(model, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, states="8bit")
     kinds = {p.ndim: optimizer.states[name].m.dtype for name, p in model.named_parameters()}
     assert kinds == {1: torch.float32, 2: torch.uint8}
-    assert 8 in counts_that_fit(tuple(p.shape) for p in model.parameters())
+    assert 8 in find_uncut_counts(tuple(p.shape) for p in model.parameters())

@@ -17,7 +17,7 @@ from engine.model.config import MODELS
 from engine.model.llama import new_model
 from engine.training.offload import Offload, count_bytes, lay_out_state
 from engine.training.optimizer import AdamW
-from engine.training.run_ahead import Feeder, Figures, Mark, find_cuda_tensors
+from engine.training.run_ahead import Figures, Mark, Prefetcher, find_cuda_tensors
 from tests.helpers.datasets import dataset
 
 ROWS = [[*range(40, 60), i, i + 1, i + 2] for i in range(12)]
@@ -25,8 +25,8 @@ SETTINGS = dict(beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
 
 
 def feeder_of(make, model):
-    """Return a Feeder of the micro-batches that make(step) returns, for steps up to 4."""
-    return Feeder(SimpleNamespace(of=lambda step: StepBatch(make(step), np.arange(1), 0, 0, 0)), model, last_step=4)
+    """Return a Prefetcher of the micro-batches that make(step) returns, for steps up to 4."""
+    return Prefetcher(SimpleNamespace(of=lambda step: StepBatch(make(step), np.arange(1), 0, 0, 0)), model, last_step=4)
 
 
 def model_of(device, dtype=torch.bfloat16, impl="auto", **options):
@@ -67,7 +67,7 @@ def test_the_next_step_is_made_by_another_thread_while_this_one_runs(device):
             assert ready.tokens.is_cuda == (device == "cuda")
             assert ready.tokens[-3].item() == ROWS[step + 2][-3]
         assert feed.take(4).micro_batches == []
-    assert made[:4] == [1, 2, 3, 4] and all("feeder" in name for name in threads)
+    assert made[:4] == [1, 2, 3, 4] and all("prefetcher" in name for name in threads)
 
 
 def test_what_was_made_ahead_can_be_forgotten(device):
@@ -75,7 +75,7 @@ def test_what_was_made_ahead_can_be_forgotten(device):
     with feeder_of(lambda step: batches(range(size[0])), model_of(device)) as feed:
         feed.take(1)
         size[0] = 5
-        feed.forget()
+        feed.drop_prefetched()
         (ready,) = feed.take(2).micro_batches
         assert len(ready.targets) == len(batches(range(5))[0].targets)
 
@@ -153,7 +153,7 @@ def test_each_state_visits_once_and_goes_home(device):
     model = model_of(device)
     optimizer = AdamW(model, **SETTINGS, offload=True)
     seen = []
-    for name, state in optimizer.offload.visits():
+    for name, state in optimizer.offload.states_on_device():
         seen.append(name)
         state.m.fill_(len(seen))
     optimizer.offload.wait()
@@ -177,7 +177,7 @@ def test_updates_within_backward_are_those_after_it_and_no_gradient_stays(device
             (batch,) = batches(range(step, step + 6), scale=1 / 100)
             loss = model.loss(batch)
             if within:
-                optimizer.begin(1e-3, loss)
+                optimizer.begin_in_backward(1e-3, loss)
             loss.backward()
             assert within == all(p.grad is None for p in model.parameters())
             norms.append(optimizer.grad_norm())
@@ -206,7 +206,7 @@ def test_a_loss_that_is_no_number_updates_nothing_within_backward(device):
     optimizer = AdamW(model, in_backward=True, **SETTINGS)
     before = {name: shard.tensor.clone() for name, shard in optimizer.tensors().items()}
     loss = model.loss(batches(range(6))[0])
-    optimizer.begin(1e-3, loss * torch.tensor(torch.nan, device=device))
+    optimizer.begin_in_backward(1e-3, loss * torch.tensor(torch.nan, device=device))
     loss.backward()
     assert all(shard.tensor.equal(before[name]) for name, shard in optimizer.tensors().items())
     assert torch.isfinite(optimizer.grad_norm()), "of the gradients, which are finite here"
