@@ -7,7 +7,7 @@ import re
 import pytest
 
 from engine.base.errors import run_main
-from engine.estimate import SHARED, EstimateConfig, main
+from engine.estimate import SHARED_FLAGS, EstimateConfig, main
 from engine.model.config import MODELS
 from engine.planning.cards import CARDS, GIB
 from engine.planning.memory import state_bytes
@@ -40,9 +40,9 @@ def test_every_card_and_model_prints(card, capsys):
 
 def test_flags_are_engine_finetunes():
     theirs = {field.name: field for field in dataclasses.fields(FinetuneConfig)}
-    assert len(SHARED) > 15
+    assert len(SHARED_FLAGS) > 15
     for field in dataclasses.fields(EstimateConfig):
-        if field.name in SHARED and field.name != "model":
+        if field.name in SHARED_FLAGS and field.name != "model":
             assert field.default == theirs[field.name].default and field.metadata == theirs[field.name].metadata
             assert field.type == theirs[field.name].type
 

@@ -17,13 +17,13 @@ HAND_OVERS = [
     ("training/run_ahead.py", "data/batches.py", "of"),
     ("data/batches.py", "data/dataset.py", "get_examples"),
     ("data/batches.py", "data/packing.py", "make_micro_batches"),
-    ("training/run_ahead.py", "model/llama.py", "ready"),
+    ("training/run_ahead.py", "model/llama.py", "prepare_batch"),
     ("training/step.py", "model/llama.py", "loss"),
     ("training/step.py", "training/optimizer.py", "grad_norm"),
     ("training/step.py", "training/optimizer.py", "step"),
 ]
 # Calls between these files that hand no batch on: the schedule, FSDP2 switched and asked, figures read later.
-OTHERS = {"lr_factor", "set_last_micro_batch", "finished", "read", "seconds_since", "local_shards"}
+OTHERS = {"lr_factor", "set_last_micro_batch", "take_reports", "read", "seconds_since", "local_shards"}
 FLOORS = ["model", "distributed", "data", "training"]  # lower ones first; training's own files call each other
 ON_THE_WAY = {file for call in HAND_OVERS for file in call[:2]} | {
     "distributed/fsdp.py",

@@ -141,5 +141,5 @@ def test_blocks_of_8_bit_states_are_not_cut(monkeypatch):
         return {way.setting.states for way in estimate_of("4090", 8, replicas=1, model="llama-13b").alternatives}
 
     assert "8bit" in proposed()
-    monkeypatch.setattr("engine.planning.projection.shards_of_8bit", lambda c: [1, 2, 4])
+    monkeypatch.setattr("engine.planning.projection.find_8bit_shard_counts", lambda c: [1, 2, 4])
     assert proposed() and "8bit" not in proposed()
