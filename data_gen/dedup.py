@@ -15,7 +15,7 @@ from data_gen.base.files import read_rows, to_json_line, write_atomically
 from data_gen.rows.rouge import Deduplicator, rouge_l
 
 SUFFIXES = (".json", ".jsonl")
-REPORT_EVERY_S = 10  # without a terminal
+REPORT_EVERY_S = 10  # between lines of progress, if stderr is no terminal
 
 
 def main(argv: list[str]) -> None:

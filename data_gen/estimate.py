@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from data_gen.api.attempt import Asker
+from data_gen.api.attempt import RequestBuilder
 from data_gen.api.client import Dialect, Sampling
 from data_gen.api.flags import add_request_flags, check_language, parse_count
 from data_gen.api.ledger import LEDGER_NAME, Ledger
@@ -24,7 +24,7 @@ from data_gen.api.progress import format_clock
 from data_gen.api.prompt import Prompter, read_seed_tasks
 from data_gen.base.cli import Parser, UsageError, run_command
 
-# Assumptions without a run.
+# Assumed if there is no run to measure.
 BYTES_A_TOKEN = 4.3  # of English, in byte-level BPE with a vocabulary of 100K to 200K
 TOKENS_A_TASK = 83  # 20 tasks in about 1,660 tokens
 KEPT_SHARE = 0.5  # of tasks, after filters and de-duplication, on the way to 52,000 rows
@@ -39,7 +39,7 @@ class Means:
     input_tokens: float
     output_tokens: float
     rows: float
-    source: str  # of the numbers
+    source: str  # where the numbers come from, as a phrase
 
 
 def build_parser() -> Parser:
@@ -59,8 +59,8 @@ def main(argv: list[str]) -> None:
     seeds = read_seed_tasks(options.seed_tasks)
     prompter = Prompter(seeds, options.seed, options.tasks_per_request, options.examples, options.language)
     sampling = Sampling(options.model or "", options.max_output_tokens, options.temperature, options.extra)
-    asker = Asker(prompter, sampling, Price(0, 0))
-    means = measure_means(options.out) if options.out else assume_means(asker)
+    builder = RequestBuilder(prompter, sampling, Price(0, 0))
+    means = measure_means(options.out) if options.out else assume_means(builder)
     table = read_price_table(options.prices)
     if options.model:
         prices = {
@@ -68,17 +68,18 @@ def main(argv: list[str]) -> None:
         }
     else:
         prices = {name: find_price(name, options.base_url, table, *pair) for name, pair in table.models.items()}
-    print_estimate(options, means, prices, table, asker)
+    print_estimate(options, means, prices, table, builder)
 
 
-def assume_means(asker: Asker) -> Means:
-    """Return the means by the bytes of real prompts and the constants above."""
-    bodies = [asker.prepare(number, Dialect()).body for number in range(N_PROMPTS)]
+def assume_means(builder: RequestBuilder) -> Means:
+    """Return means computed from the bytes of real prompts and the constants above."""
+    bodies = [builder.prepare(number, Dialect()).body for number in range(N_PROMPTS)]
     sizes = [len(json.dumps(body, ensure_ascii=False).encode()) for body in bodies]
     source = (
         f"{N_PROMPTS} prompts at {BYTES_A_TOKEN} bytes a token; {TOKENS_A_TASK} tokens a task, of which half are kept"
     )
-    output = min(asker.prompter.n_tasks * TOKENS_A_TASK, asker.sampling.max_output_tokens)  # an answer is cut off there
+    # The server cuts an answer off at max_output_tokens.
+    output = min(builder.prompter.n_tasks * TOKENS_A_TASK, builder.sampling.max_output_tokens)
     rows = output / TOKENS_A_TASK * KEPT_SHARE
     return Means(statistics.mean(sizes) / BYTES_A_TOKEN, output, rows, f"assumed: {source}")
 
@@ -101,7 +102,9 @@ def measure_means(folder: Path) -> Means:
     return Means(totals.input_tokens / n, totals.output_tokens / n, kept / n, f"shown by {n:,} answers in {folder}")
 
 
-def print_estimate(options: Namespace, means: Means, prices: dict[str, Price], table: PriceTable, asker: Asker) -> None:
+def print_estimate(
+    options: Namespace, means: Means, prices: dict[str, Price], table: PriceTable, builder: RequestBuilder
+) -> None:
     """Print the requests and tokens, a table of the models' dollars, the cheapest first, and the hours."""
     requests = math.ceil(options.rows / means.rows)
     hours = requests * means.output_tokens / TOKENS_A_SECOND / options.concurrency / 3600
@@ -115,14 +118,14 @@ def print_estimate(options: Namespace, means: Means, prices: dict[str, Price], t
     for name, price in prices.items():
         price = price.scale(table.batch) if options.batch else price
         total = requests * price.compute_cost(math.ceil(means.input_tokens), math.ceil(means.output_tokens))
-        most = replace(asker, price=price).prepare(0, Dialect()).most
-        rows.append((total, name, price, most))
+        max_cost = replace(builder, price=price).prepare(0, Dialect()).max_cost
+        rows.append((total, name, price, max_cost))
     grid = Table("model", box=None, pad_edge=False)
     for name in ("$/M in", "$/M out", "dollars", "$ a 1,000 rows", "one request at most"):
         grid.add_column(name, justify="right")
-    for total, name, price, most in sorted(rows, key=lambda row: row[:2]):
+    for total, name, price, max_cost in sorted(rows, key=lambda row: row[:2]):
         each = (f"{price.input / 10**6:g}", f"{price.output / 10**6:g}", format_usd(total, 2))
-        grid.add_row(name, *each, format_usd(total * 1000 // options.rows, 3), format_usd(most))
+        grid.add_row(name, *each, format_usd(total * 1000 // options.rows, 3), format_usd(max_cost))
     console.print(grid)
     speed = f"{options.concurrency} in flight at {TOKENS_A_SECOND} tokens/s each (assumed)"
     when = f"{format_clock(3600 * hours)} with {speed}"

@@ -3,7 +3,7 @@
 python -m data_gen.generate --model gpt-4.1-nano --max-usd 10 --out out/data
 python -m data_gen.generate --base-url http://localhost:8000/v1 --model my-model --price-in 0 --price-out 0
 
-After a stop or a kill the same command goes on. No request is sent again whose answer was recorded.
+The same command resumes a run that was stopped or killed. A request whose answer was recorded is not sent again.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from data_gen.api.attempt import Asker, Limits
+from data_gen.api.attempt import Limits, RequestBuilder
 from data_gen.api.batch import end_batches, run_batches
 from data_gen.api.client import Client, Sampling, find_api_key
 from data_gen.api.collector import Collector
@@ -94,9 +94,9 @@ def main(argv: list[str]) -> None:
         ledger = Ledger(options.out)
         prompter = Prompter(seeds, options.seed, options.tasks_per_request, options.examples, options.language)
         sampling = Sampling(options.model, options.max_output_tokens, options.temperature, options.extra)
-        asker = Asker(prompter, sampling, price)
-        batch_asker = Asker(prompter, sampling, price.scale(table.batch))
-        status, budget, failure = generate_rows(options, ledger, curator, asker, batch_asker, key)
+        builder = RequestBuilder(prompter, sampling, price)
+        batch_builder = RequestBuilder(prompter, sampling, price.scale(table.batch))
+        status, budget, failure = generate_rows(options, ledger, curator, builder, batch_builder, key)
     seconds = time.monotonic() - started
     try:
         curator.write_files(options.out)
@@ -114,10 +114,15 @@ def main(argv: list[str]) -> None:
 
 
 def generate_rows(
-    options: Namespace, ledger: Ledger, curator: Curator, asker: Asker, batch_asker: Asker, key: str
+    options: Namespace,
+    ledger: Ledger,
+    curator: Curator,
+    builder: RequestBuilder,
+    batch_builder: RequestBuilder,
+    key: str,
 ) -> tuple[str, Budget, Failure | None]:
     """Send requests until the dataset is full or the run ends. Return the status, the budget and a failure."""
-    check_settings(options, ledger, asker)
+    check_settings(options, ledger, builder)
     totals = ledger.compute_totals()
     cap = None if options.max_usd is None else int(options.max_usd * PICO)
     budget = Budget(cap, totals.spent, totals.uncertain)
@@ -127,9 +132,9 @@ def generate_rows(
         client = Client(options.base_url, key, options.timeout)
         rate = Rate(options.concurrency, options.backoff)
         limits = Limits(options.patience, options.max_attempts, options.poll, options.batch_tokens)
-        collector = Collector(ledger, curator, client, rate, budget, asker, limits, progress)
+        collector = Collector(ledger, curator, client, rate, budget, builder, limits, progress)
         try:
-            asyncio.run(run_requests(collector, batch_asker, options.batch))
+            asyncio.run(run_requests(collector, batch_builder, options.batch))
         except Failure as failure:
             return "failed", budget, failure
     if curator.is_full:
@@ -140,17 +145,17 @@ def generate_rows(
     return collector.status, budget, Failure(f"{rows}: {collector.status}")
 
 
-async def run_requests(collector: Collector, batch_asker: Asker, is_batch: bool) -> None:
+async def run_requests(collector: Collector, batch_builder: RequestBuilder, is_batch: bool) -> None:
     """Send requests one by one or in batches, stopping at a signal."""
     loop = asyncio.get_running_loop()
     for name in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(name, stop_run, collector)
     try:
         if is_batch:
-            await collector.run(until=lambda: collector.probed)
-            await run_batches(collector, batch_asker)
+            await collector.run(until=lambda: collector.is_dialect_known)
+            await run_batches(collector, batch_builder)
         else:
-            await end_batches(collector, batch_asker)
+            await end_batches(collector, batch_builder)
             await collector.run()
     finally:
         await collector.client.close()
@@ -174,10 +179,10 @@ def replay_ledger(ledger: Ledger, curator: Curator, quiet: bool) -> str:
     return "done" if curator.is_full else "replayed"
 
 
-def check_settings(options: Namespace, ledger: Ledger, asker: Asker) -> None:
+def check_settings(options: Namespace, ledger: Ledger, builder: RequestBuilder) -> None:
     """Record the settings of the requests. Raise UsageError if the ledger has others, unless --allow-changed."""
-    sampling = asker.sampling
-    now = asker.prompter.compute_fingerprint() | {
+    sampling = builder.sampling
+    now = builder.prompter.compute_fingerprint() | {
         "model": sampling.model,
         "max_output_tokens": sampling.max_output_tokens,
         "temperature": sampling.temperature,

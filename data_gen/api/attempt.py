@@ -1,4 +1,4 @@
-"""Attempts at requests: ready to send, and their outcomes."""
+"""Attempts at requests: requests ready to send, and the outcomes of sending them."""
 
 import json
 from dataclasses import dataclass
@@ -11,29 +11,29 @@ from data_gen.api.prompt import Prompter, hash_text
 
 
 @dataclass(frozen=True)
-class Ask:
-    """One attempt ready to send."""
+class PreparedRequest:
+    """A request ready to send."""
 
     body: dict[str, Any]
     body_sha256: str
-    most: int  # picodollars that it can cost
+    max_cost: int  # picodollars that one attempt can cost
 
 
 @dataclass(frozen=True)
-class Asker:
-    """Makes the attempts of one model at one price."""
+class RequestBuilder:
+    """Builds the requests to one model at one price."""
 
     prompter: Prompter
     sampling: Sampling
     price: Price
 
-    def prepare(self, number: int, dialect: Dialect) -> Ask:
-        """Return an attempt at the request of this number. No tokenizer makes more tokens of a body than its bytes."""
+    def prepare(self, number: int, dialect: Dialect) -> PreparedRequest:
+        """Build the request of this number. Its max_cost counts each byte of the body as a token: no text has more."""
         body = self.sampling.build_body(self.prompter.build_messages(number), dialect)
         text = json.dumps(body, ensure_ascii=False)
         n_bytes = len(text.encode("utf-8", "surrogatepass"))
-        most = self.price.compute_cost(n_bytes, self.sampling.max_output_tokens)
-        return Ask(body, hash_text(json.dumps(body["messages"])), most)
+        max_cost = self.price.compute_cost(n_bytes, self.sampling.max_output_tokens)
+        return PreparedRequest(body, hash_text(json.dumps(body["messages"])), max_cost)
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Outcome:
     """The outcome of an attempt, once it is on the disk."""
 
     attempt: int
-    ask: Ask
+    prepared: PreparedRequest
     dialect: Dialect
     reply: Reply
-    kind: str  # as in the ledger
+    kind: str  # as data_gen.api.ledger defines it
     usage: Usage
     cost: int

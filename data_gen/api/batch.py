@@ -1,8 +1,8 @@
 """The Batch API: files of requests at half the price, with answers within a day.
 
-Every step is on the disk before it happens: the attempts of a batch and its name, then its id, then its answers. If the
-process dies, the next one finds a created batch by its name, which is metadata at the server, so that no batch is sent
-twice. A batch that the server does not know was never begun, and its requests are planned anew.
+Each step is recorded on disk: the attempts of a batch and its name before the batch is sent, then its id, then its
+answers. The server keeps the name as metadata. If the process dies, the next one looks for the name at the server, so
+that no batch is sent twice. If it is unknown there, the batch was never begun and its requests are planned anew.
 """
 
 import contextlib
@@ -17,22 +17,22 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from data_gen.api.attempt import Ask, Asker
+from data_gen.api.attempt import PreparedRequest, RequestBuilder
 from data_gen.api.client import classify_error, extract_message, is_completion, read_answer
-from data_gen.api.collector import HOPELESS_FIRST, RECENT, Collector
+from data_gen.api.collector import FRUITLESS_AT_START, RECENT_REQUESTS, Collector
 from data_gen.api.ledger import DONE, Entry, Statement
 from data_gen.api.prices import Price
 from data_gen.api.retries import Calls, Halted
 from data_gen.base.files import to_json_line
 
-MOST_REQUESTS, MOST_BYTES = 50_000, 200_000_000  # of one input file
+MAX_REQUESTS, MAX_BYTES = 50_000, 200_000_000  # of one input file
 ENDED = ("completed", "failed", "expired", "cancelled")
 TOKEN_LIMIT = "token_limit_exceeded"
 BYTES_A_TOKEN = 4  # of a prompt, only for the limit on enqueued tokens
-GROUP = 500  # answers in one transaction
-BREATH = 100  # requests drawn (25 ms) between two looks at signals
-MOST_FRUITLESS = 3  # rounds without an answer that end a run
-FIRST_SHARE = 0.7  # of tasks kept, assumed at first: too few requests cost a round, too many cost money
+ANSWERS_PER_COMMIT = 500  # answers in one transaction
+CHECK_SIGNALS_EVERY = 100  # requests built (25 ms) between two checks for a signal
+MAX_FRUITLESS_ROUNDS = 3  # rounds without an answer that end a run
+FIRST_SHARE = 0.7  # of tasks assumed to be kept, at first: too few requests cost a round, too many cost money
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Sent:
     number: int  # of the request
     body_sha256: str
     model: str
-    most: int  # picodollars that it can cost
+    max_cost: int  # picodollars that it can cost
 
 
 @dataclass
@@ -57,12 +57,12 @@ class Batch:
     shown: tuple[str, int] | None = None  # the state that was last printed
 
 
-Line: TypeAlias = tuple[int, str, int | None, str]  # attempt, kind, status, body: an outcome in a file of a batch
+Line: TypeAlias = tuple[int, str, int | None, str]  # one outcome in a batch's file: attempt, kind, status, body
 
 
-async def run_batches(collector: Collector, asker: Asker) -> None:
+async def run_batches(collector: Collector, builder: RequestBuilder) -> None:
     """Run rounds of batches until the dataset is full, the cap is reached or stop() was called."""
-    batches = Batches(collector, asker)
+    batches = Batches(collector, builder)
     with contextlib.suppress(Halted):
         await batches.recover()
         await batches.run_rounds()
@@ -73,9 +73,9 @@ async def run_batches(collector: Collector, asker: Asker) -> None:
         raise collector.fatal
 
 
-async def end_batches(collector: Collector, asker: Asker) -> None:
+async def end_batches(collector: Collector, builder: RequestBuilder) -> None:
     """Cancel the batches of an earlier run with --batch and read their answers. Direct requests can do the rest."""
-    batches = Batches(collector, asker)
+    batches = Batches(collector, builder)
     with contextlib.suppress(Halted):
         await batches.recover()
         while batches.open:
@@ -85,14 +85,14 @@ async def end_batches(collector: Collector, asker: Asker) -> None:
             await batches.calls.pause(collector.limits.poll_s if batches.open else 0)
 
 
-def build_line(attempt: int, ask: Ask) -> bytes:
+def build_line(attempt: int, prepared: PreparedRequest) -> bytes:
     """Return the line of an attempt in the file of a batch."""
-    asked = {"custom_id": str(attempt), "method": "POST", "url": "/v1/chat/completions", "body": ask.body}
+    asked = {"custom_id": str(attempt), "method": "POST", "url": "/v1/chat/completions", "body": prepared.body}
     return json.dumps(asked).encode() + b"\n"
 
 
 def parse_line(line: bytes | str, hide_key: Callable[[str], str] = str) -> Line | None:
-    """Return the outcome in a line of an output or error file, or None if the line is none of ours."""
+    """Return the outcome in a line of an output or error file, or None for a line that is no outcome of ours."""
     try:
         found = json.loads(line)
         attempt, response = int(str(found["custom_id"])), found.get("response") or {}
@@ -108,23 +108,23 @@ def parse_line(line: bytes | str, hide_key: Callable[[str], str] = str) -> Line 
 
 
 class Batches:
-    """The queued requests, the batches at the server, and their answers."""
+    """Submits queued requests in batches, checks the batches at the server and reads their answers."""
 
-    def __init__(self, collector: Collector, asker: Asker):
-        self.collector, self.asker = collector, asker
+    def __init__(self, collector: Collector, builder: RequestBuilder):
+        self.collector, self.builder = collector, builder
         self.ledger, self.budget, self.client = collector.ledger, collector.budget, collector.client
         self.api = collector.client.api
         self.calls = Calls(collector)
         self.queue: deque[int] = deque()  # requests
         self.open: dict[str, Batch] = {}  # by name
         self.token_limit = collector.limits.batch_tokens
-        self.is_leaving = False
+        self.is_cancelling = False
 
     async def recover(self) -> None:
         """Take over the batches of an earlier process."""
         for name, id, tokens, price_in, price_out in self.ledger.read_open_batches():
             sent = {row[0]: Sent(*row[1:]) for row in self.ledger.read_unanswered(name)}
-            most = sum(one.most for one in sent.values())
+            most = sum(one.max_cost for one in sent.values())
             self.budget.uncertain -= most
             self.budget.reserved += most
             self.open[name] = Batch(name, tokens, Price(price_in, price_out), sent, id or "")
@@ -141,7 +141,7 @@ class Batches:
         while not (collector.curator.is_full or collector.stopping or collector.fatal):
             if not self.queue and not self.open:
                 fruitless = fruitless + 1 if len(collector.done) == answers else 0
-                if fruitless == MOST_FRUITLESS:
+                if fruitless == MAX_FRUITLESS_ROUNDS:
                     collector.end_run(
                         f"{fruitless} rounds of batches gave no answer (--max-attempts leaves requests out)"
                     )
@@ -158,7 +158,7 @@ class Batches:
 
     async def cancel_open(self) -> None:
         """Read the batches that have ended and cancel the others. A later run reads the answers billed until then."""
-        self.is_leaving = True
+        self.is_cancelling = True
         for batch in list(self.open.values()):
             await self.check_batch(batch)
             if batch.name in self.open:
@@ -175,53 +175,55 @@ class Batches:
         """Return the requests of a round: the missing ones, and as many new ones as should fill the dataset."""
         collector, curator = self.collector, self.collector.curator
         holes = [number for number in range(collector.highest + 1) if number not in collector.done]
-        known, each = len(curator.kept_by_request), collector.estimate_yield()
-        if known < HOPELESS_FIRST:
-            each = max(each, FIRST_SHARE * self.asker.prompter.n_tasks)
-        missing = curator.wanted - len(curator.rows) - (len(collector.ready) + len(holes)) * each
-        new = max(0, math.ceil(missing / each))
-        if known > RECENT:
-            new = math.ceil(1.05 * new)  # the yield is known, and one more round would take hours
+        n_curated, rows_per_request = len(curator.kept_by_request), collector.estimate_yield()
+        if n_curated < FRUITLESS_AT_START:
+            rows_per_request = max(rows_per_request, FIRST_SHARE * self.builder.prompter.n_tasks)
+        missing = curator.wanted - len(curator.rows) - (len(collector.ready) + len(holes)) * rows_per_request
+        new = max(0, math.ceil(missing / rows_per_request))
+        if n_curated > RECENT_REQUESTS:
+            new = math.ceil(1.05 * new)  # the yield is well known, and one more round would take hours
         if not curator.rows:
-            new = min(new, HOPELESS_FIRST)  # nothing shows yet that the model's answers give rows
+            new = min(new, FRUITLESS_AT_START)  # no answer has given a row yet: risk little money
         first = collector.highest + 1
         return holes + list(range(first, first + max(new, not holes)))
 
     async def submit_batch(self) -> bool:
         """Record and start one batch of queued requests, as large as the limits and the budget allow.
 
-        Return False if there is no room for a request now.
+        Return False if the limits or the budget allow no request now.
         """
-        room = math.inf
+        tokens_left = math.inf
         if self.token_limit is not None:
-            room = self.token_limit - sum(batch.tokens for batch in self.open.values())
+            tokens_left = self.token_limit - sum(batch.tokens for batch in self.open.values())
         name, n_bytes, n_tokens = f"cria-{uuid.uuid4().hex}", 0, 0
         sent: dict[int, Sent] = {}
         lines: list[bytes] = []
         intents: list[Statement] = []
-        while self.queue and len(sent) < MOST_REQUESTS:
-            ask = self.asker.prepare(self.queue[0], self.collector.dialect)
-            line = build_line(self.ledger.next_attempt, ask)
+        while self.queue and len(sent) < MAX_REQUESTS:
+            prepared = self.builder.prepare(self.queue[0], self.collector.dialect)
+            line = build_line(self.ledger.next_attempt, prepared)
             tokens = len(line) // BYTES_A_TOKEN
-            is_too_much = n_bytes + len(line) > MOST_BYTES or n_tokens + tokens > room
-            if is_too_much and (sent or self.open):  # the server decides about a single request
+            is_too_much = n_bytes + len(line) > MAX_BYTES or n_tokens + tokens > tokens_left
+            if is_too_much and (sent or self.open):  # a single request is sent anyway: the server decides
                 break
-            if not self.budget.reserve(ask.most):
+            if not self.budget.reserve(prepared.max_cost):
                 self.queue.clear()
                 if not sent and not self.open:
-                    self.collector.stop_at_cap(ask)
+                    self.collector.stop_at_cap(prepared)
                 break
-            about = Sent(self.queue.popleft(), ask.body_sha256, ask.body["model"], ask.most)
-            attempt, intent = self.ledger.prepare_intent(about.number, about.body_sha256, about.model, about.most, name)
+            about = Sent(self.queue.popleft(), prepared.body_sha256, prepared.body["model"], prepared.max_cost)
+            attempt, intent = self.ledger.prepare_intent(
+                about.number, about.body_sha256, about.model, about.max_cost, name
+            )
             sent[attempt] = about
             lines.append(line)
             intents.append(intent)
             n_bytes, n_tokens = n_bytes + len(line), n_tokens + tokens
-            if len(sent) % BREATH == 0:
+            if len(sent) % CHECK_SIGNALS_EVERY == 0:
                 await self.calls.pause(0)
         if not sent:
             return False
-        price = self.asker.price
+        price = self.builder.price
         batch = self.open[name] = Batch(name, n_tokens, price, sent)
         await self.ledger.write(self.ledger.prepare_batch(name, n_tokens, price.input, price.output), *intents)
         await self.create_batch(batch, b"".join(lines))
@@ -275,14 +277,14 @@ class Batches:
         files = [file for file in (state.output_file_id, state.error_file_id) if file]
         answered = sum([await self.read_file(batch, file) for file in files])
         left = [one.number for one in batch.sent.values()]
-        # Answers that were made and are in no file may have been billed.
+        # The server counts more answers than its files hold: the missing ones may have been billed.
         await self.close_batch(batch, state.status, "lost" if completed > answered else "failed")
-        if state.status == "failed" and not self.is_leaving:
+        if state.status == "failed" and not self.is_cancelling:
             self.queue.extendleft(reversed(left))
             self.handle_rejection(batch, len(left), (state.errors.data if state.errors else None) or [])
 
     async def close_batch(self, batch: Batch, why: str, kind: str = "failed") -> None:
-        """Record the end of a batch. Its requests without an outcome get this kind and can be sent again."""
+        """Record the end of a batch. kind becomes the outcome of its requests without one, which can be sent again."""
         left: list[Line] = [(attempt, kind, None, why) for attempt in batch.sent]
         await self.record_outcomes(batch, left, self.ledger.prepare_batch_event(batch.name, "ended", why))
         del self.open[batch.name]
@@ -297,7 +299,7 @@ class Batches:
         said = "; ".join(str(error.message) for error in errors[:3]) or "no reason"
         self.collector.end_run(f"the server did not take batch {batch.id}: {said}")
 
-    # ---- coming back ---------------------------------------------------------------------------------------------
+    # ---- reading answers -----------------------------------------------------------------------------------------
 
     async def read_file(self, batch: Batch, file: str) -> int:
         """Record the lines of an output or error file and return the number of answers in it."""
@@ -309,14 +311,14 @@ class Batches:
             return data
 
         lines, answered = io.BytesIO(await self.calls.make_call(read_content)), 0
-        while group := list(itertools.islice(lines, GROUP)):
+        while group := list(itertools.islice(lines, ANSWERS_PER_COMMIT)):
             found = [line for text in group if (line := parse_line(text, self.client.hide_key))]
             answered += sum(status == 200 for _, _, status, _ in found)
             await self.record_outcomes(batch, found)
         return answered
 
     async def record_outcomes(self, batch: Batch, outcomes: Iterable[Line], *more: Statement) -> None:
-        """Write the outcomes of attempts that have none yet, and more statements, to the disk, then hand them on."""
+        """Write outcomes of attempts that have none yet, and more statements, to disk. Then tell the collector."""
         statements, recorded = list(more), []
         for attempt, kind, status, body in outcomes:
             sent = batch.sent.pop(attempt, None)
@@ -328,17 +330,17 @@ class Batches:
             usage, cost, max_attempts = None, 0, self.collector.limits.max_attempts
             if kind == "answer":
                 usage = read_answer(body).usage
-                cost = batch.price.compute_cost(*usage) if usage else sent.most
+                cost = batch.price.compute_cost(*usage) if usage else sent.max_cost
             elif kind != "refused" and status and self.ledger.count_failures(sent.number) + 1 >= max_attempts:
-                kind, cost = "refused", sent.most if kind == "lost" else 0
+                kind, cost = "refused", sent.max_cost if kind == "lost" else 0
             statements.append(self.ledger.prepare_outcome(attempt, kind, status, body, usage or (None, None), cost))
             recorded.append((sent, usage, Entry(sent.number, attempt, kind, body, sent.body_sha256, sent.model, cost)))
         await self.ledger.write(*statements)
         for sent, usage, entry in recorded:
             if entry.kind == "lost":
-                self.budget.count_lost(sent.most)
+                self.budget.count_lost(sent.max_cost)
             else:
-                self.budget.settle(sent.most, entry.cost)
+                self.budget.settle(sent.max_cost, entry.cost)
                 self.collector.check_bill(sent.number, usage or (None, None))
             if entry.kind in DONE:
                 self.collector.settle_request(entry)

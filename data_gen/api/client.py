@@ -19,8 +19,8 @@ OVERLOADED = {408, 429, 503, 504, 524, 529}
 GAVE_UP = {504, 524}  # a proxy gave up; the server behind it may go on, and bill
 OUT_OF_MONEY = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "insufficient_funds")
 BLOCKED = ("content_policy", "content_filter", "invalid_prompt", "moderation", "safety system", "responsibleai")
-MOST_TOKENS = 10**9  # largest credible count
-LEAST_KEY = 8  # letters of a secret key; the "none" or "EMPTY" of a server without keys are words of answers
+MAX_TOKENS = 10**9  # largest credible count
+MIN_KEY_CHARS = 8  # a shorter key is not hidden: "none" or "EMPTY", for a server without keys, may occur in answers
 CONNECT_S = 30
 OPENAI_HOST = "api.openai.com"
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
@@ -28,7 +28,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
 
 @dataclass(frozen=True)
 class Dialect:
-    """The part of the API that a server understands. Requests find out, one step down at each refusal."""
+    """The part of the API that a server understands. It begins with everything; each refusal leaves something out."""
 
     format: str = "json_schema"  # then json_object, then text
     limit: str = "max_completion_tokens"  # or max_tokens
@@ -76,7 +76,8 @@ class Reply:
     """The outcome of an attempt.
 
     kind is answer, refused (the server will not answer this request), failed (not billed), lost (perhaps billed),
-    unsupported (the dialect is too rich) or fatal (the server will answer no request).
+    unsupported (the server does not understand the dialect) or fatal (the server will answer no request). The collector
+    adds odd: the server does not understand this request, but has answered others in the same dialect.
     """
 
     kind: str
@@ -99,8 +100,8 @@ class Client:
         import openai  # takes half a second, and is not installed everywhere
 
         self.openai, self.timeout_s = openai, timeout_s
-        self.secret = key if len(key) >= LEAST_KEY and not key.isalpha() else ""
-        # A server may ignore a limit that it does not know, and write for ever: older ones know max_tokens only.
+        self.secret = key if len(key) >= MIN_KEY_CHARS and not key.isalpha() else ""
+        # An older server knows max_tokens alone, ignores the newer name and may then write for ever.
         official = parse_host(base_url) == OPENAI_HOST
         self.dialect = Dialect(limit="max_completion_tokens" if official else "max_tokens")
         timeout = openai.Timeout(timeout_s, connect=min(CONNECT_S, timeout_s))
@@ -149,7 +150,7 @@ class Client:
 
 
 def decode_utf8(response: Any) -> str:
-    """Return a response's body as UTF-8, which JSON is (RFC 8259). An unknown charset in a header would lose it."""
+    """Return a response's body as UTF-8, the encoding of JSON (RFC 8259). The header may name an unknown charset."""
     return response.content.decode("utf-8", "replace")
 
 
@@ -176,7 +177,7 @@ def classify_error(status: int, text: str) -> str:
 
 
 def extract_message(body: str) -> str:
-    """Return the sentence in an error's body, whatever its shape."""
+    """Return the message in an error's body, whatever the body's structure."""
     with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
         found = json.loads(body)
         found = found.get("error") or found.get("detail") or found.get("message") or found
@@ -221,7 +222,7 @@ def read_usage(usage: Any) -> tuple[int, int] | None:
     counts = []
     for name in ("prompt_tokens", "completion_tokens"):
         n = usage.get(name) if isinstance(usage, dict) else None
-        if not isinstance(n, int) or isinstance(n, bool) or not 0 <= n <= MOST_TOKENS:
+        if not isinstance(n, int) or isinstance(n, bool) or not 0 <= n <= MAX_TOKENS:
             return None
         counts.append(n)
     return counts[0], counts[1]

@@ -1,4 +1,4 @@
-"""The loop of requests: as many in flight as the server bears and the budget allows, and their outcomes in order."""
+"""The loop that sends requests, as many at a time as rate limits and budget allow, and passes on outcomes in order."""
 
 import asyncio
 import heapq
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
-from data_gen.api.attempt import Ask, Asker, Limits, Outcome
+from data_gen.api.attempt import Limits, Outcome, PreparedRequest, RequestBuilder
 from data_gen.api.client import Client, Dialect, Reply, extract_message, read_answer
 from data_gen.api.ledger import DONE, Entry, Ledger, Usage
 from data_gen.api.prices import Budget, format_usd
@@ -17,11 +17,12 @@ from data_gen.api.rate import Rate
 from data_gen.base.cli import Failure
 
 LOOKAHEAD = 10_000  # requests beyond the oldest that has no answer
-RECENT = 200  # latest requests, whose yield predicts that of the next
-HOPELESS_FIRST, HOPELESS = 20, 400  # requests in a row without a kept row that end a run: at its start, and later
+RECENT_REQUESTS = 200  # the latest requests, whose mean yield predicts the yield of the next
+# A run ends after this many requests in a row without a kept row: before its first row, and later.
+FRUITLESS_AT_START, FRUITLESS_LATER = 20, 400
 REFUSED_IN_A_ROW = 20  # refused requests that end a run
 HOPEFUL_TRIES = 3  # failures after which a request is expected to give no rows
-ODD_STRIKES = 2  # failures of a request that the server does not understand, while it does others
+ODD_STRIKES = 2  # failures of kind odd (see Reply) after which a request counts as refused
 GRACE_S = 60  # for requests in flight when the run ends
 
 
@@ -36,7 +37,7 @@ class Job:
 
 
 class RowKeeper(Protocol):
-    """What a run knows of its curator."""
+    """The part of a Curator that a run uses."""
 
     wanted: int
     rows: list[Any]
@@ -67,30 +68,31 @@ class Collector:
         client: Client,
         rate: Rate,
         budget: Budget,
-        asker: Asker,
+        builder: RequestBuilder,
         limits: Limits,
         progress: Progress,
     ):
         self.ledger, self.curator, self.client, self.rate = ledger, curator, client, rate
-        self.budget, self.asker, self.limits, self.progress = budget, asker, limits, progress
-        self.done: set[int] = set()  # requests
+        self.budget, self.builder, self.limits, self.progress = budget, builder, limits, progress
+        self.done: set[int] = set()  # numbers of requests
         self.highest = -1  # of done
         self.ready: dict[int, Entry] = {}  # outcomes that wait for those of earlier requests
-        self.folded = 0  # outcomes that the curator has
+        self.next_for_curator = 0  # the request whose outcome the curator takes next
         self.tasks: dict[asyncio.Task[Outcome], Job] = {}
         self.retries: list[tuple[float, Job]] = []  # a heap of (time, job)
         self.next_number = 0
         self.refused_in_a_row = 0
-        self.stopping = self.blocked = False
+        self.stopping = False
+        self.blocked = False  # by the cap, until a request in flight ends
         self.fatal: Failure | None = None
         self.status = "running"
         self.last_failure = ""
-        self.tried: set[Dialect] = set()
+        self.tried: set[Dialect] = set()  # dialects that the server did not understand
         known = ledger.read_settings().get("dialect")
-        self.dialect, self.probed = Dialect(**known) if known else client.dialect, bool(known)
+        self.dialect, self.is_dialect_known = Dialect(**known) if known else client.dialect, bool(known)
         for entry in progress.show_reading(ledger.read_outcomes(), ledger.compute_totals().answers, curator):
-            self.fold_entry(entry)
-        self.replayed = len(curator.kept_by_request)
+            self.pass_to_curator(entry)
+        self.replayed = len(curator.kept_by_request)  # requests of an earlier run
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
@@ -106,27 +108,27 @@ class Collector:
     def start_requests(self) -> None:
         """Start as many requests as rate and budget allow."""
         self.blocked = False
-        while self.rate.can_start() and (self.probed or not self.tasks):
+        while self.rate.can_start() and (self.is_dialect_known or not self.tasks):
             job = self.choose_job()
             if job is None:
                 return
-            ask = self.asker.prepare(job.number, self.dialect)
-            if not self.budget.reserve(ask.most):
+            prepared = self.builder.prepare(job.number, self.dialect)
+            if not self.budget.reserve(prepared.max_cost):
                 heapq.heappush(self.retries, (0.0, job))
                 self.blocked = True
-                self.stop_at_cap(ask)
+                self.stop_at_cap(prepared)
                 return
             self.rate.record_start()
-            self.tasks[asyncio.create_task(self.make_attempt(job, ask))] = job
+            self.tasks[asyncio.create_task(self.make_attempt(job, prepared))] = job
 
-    def stop_at_cap(self, ask: Ask) -> None:
-        """End the run if no request is in flight whose end could make room for this one under the cap."""
+    def stop_at_cap(self, prepared: PreparedRequest) -> None:
+        """End the run if the cap has no place for this request and no request in flight could free some by its end."""
         if not self.tasks:
             self.status, self.stopping = "cap reached", True
             self.progress.print_line(
                 f"stopped at the cap: {format_usd(self.budget.spent)} spent, at most "
                 f"{format_usd(self.budget.uncertain)} more for answers that were lost, and the next request can cost "
-                f"{format_usd(ask.most, 6)}; a larger --max-usd goes on from here"
+                f"{format_usd(prepared.max_cost, 6)}; a larger --max-usd goes on from here"
             )
 
     def choose_job(self) -> Job | None:
@@ -136,32 +138,32 @@ class Collector:
         while self.next_number in self.done:
             self.next_number += 1
         is_hole = self.next_number < self.highest  # later requests are done and wait for this one
-        is_wanted = self.next_number < self.folded + LOOKAHEAD and self.wants_more()
+        is_wanted = self.next_number < self.next_for_curator + LOOKAHEAD and self.wants_more()
         if not (is_hole or is_wanted or self.is_in_doubt()):
             return None
         self.next_number += 1
         return Job(self.next_number - 1, answers_seen=self.rate.answers)
 
     def wants_more(self) -> bool:
-        """Return whether the requests in flight and in wait are expected to leave the dataset short of rows."""
+        """Return whether the requests in flight and those waiting for a retry are expected to give too few rows."""
         jobs = *self.tasks.values(), *(job for _, job in self.retries)
         coming = sum(job.tries < HOPEFUL_TRIES for job in jobs) + len(self.ready)
         return len(self.curator.rows) + coming * self.estimate_yield() < self.curator.wanted
 
     def is_in_doubt(self) -> bool:
-        """Return whether only failing requests are left. One more then shows whether the server is at fault."""
+        """Return whether only failing requests are left. A new one then shows whether the server is at fault."""
         seen = [job.answers_seen for _, job in self.retries if job.tries >= HOPEFUL_TRIES]
         return not self.tasks and self.rate.answers in seen
 
     def estimate_yield(self) -> float:
-        """Return the rows that a request is expected to give, by the latest ones."""
-        recent = self.curator.kept_by_request[-RECENT:]
-        return max(0.05, sum(recent) / len(recent)) if recent else self.asker.prompter.n_tasks
+        """Return the rows that a request is expected to give: the mean of the latest ones."""
+        recent = self.curator.kept_by_request[-RECENT_REQUESTS:]
+        return max(0.05, sum(recent) / len(recent)) if recent else self.builder.prompter.n_tasks
 
     async def wait(self) -> None:
         """Wait for an answer, or until a request may start. End the run after --patience without an answer."""
         pause = 1.0  # at most, to see stop() and show progress
-        if not self.blocked and self.rate.has_room() and (self.probed or not self.tasks):
+        if not self.blocked and self.rate.is_below_limit() and (self.is_dialect_known or not self.tasks):
             pause = self.rate.wait_s() or (self.retries[0][0] - self.rate.clock() if self.retries else pause)
         pause = min(max(pause, 0.002), 1.0)
         if self.tasks:
@@ -208,48 +210,54 @@ class Collector:
 
     # ---- one attempt ---------------------------------------------------------------------------------------------
 
-    async def make_attempt(self, job: Job, ask: Ask) -> Outcome:
+    async def make_attempt(self, job: Job, prepared: PreparedRequest) -> Outcome:
         """Write the intent to the disk, send the request, and write the outcome to the disk."""
-        number, intent = self.ledger.prepare_intent(job.number, ask.body_sha256, ask.body["model"], ask.most)
+        number, intent = self.ledger.prepare_intent(
+            job.number, prepared.body_sha256, prepared.body["model"], prepared.max_cost
+        )
         dialect = self.dialect
         await self.ledger.write(intent)
-        reply = await self.client.send(ask.body)
-        if not self.probed and reply.kind == "failed" and dialect.drop_refused(reply.body):
+        reply = await self.client.send(prepared.body)
+        if not self.is_dialect_known and reply.kind == "failed" and dialect.drop_refused(reply.body):
             reply = replace(reply, kind="unsupported")  # older llama.cpp sends a 500 for a response_format
-        if reply.kind == "unsupported" and self.probed and (self.rate.answers or not dialect.drop_refused(reply.body)):
-            reply = replace(reply, kind="odd")  # the server understood others
-        kind, usage, cost = self.judge_reply(job, ask, reply)
+        if (
+            reply.kind == "unsupported"
+            and self.is_dialect_known
+            and (self.rate.answers or not dialect.drop_refused(reply.body))
+        ):
+            reply = replace(reply, kind="odd")  # the server understood other requests
+        kind, usage, cost = self.judge_reply(job, prepared, reply)
         await self.ledger.write(self.ledger.prepare_outcome(number, kind, reply.status, reply.body, usage, cost))
-        return Outcome(number, ask, dialect, reply, kind, usage, cost)
+        return Outcome(number, prepared, dialect, reply, kind, usage, cost)
 
-    def judge_reply(self, job: Job, ask: Ask, reply: Reply) -> tuple[str, Usage, int]:
+    def judge_reply(self, job: Job, prepared: PreparedRequest, reply: Reply) -> tuple[str, Usage, int]:
         """Return (kind, usage, cost) for the ledger. An answer without usage costs the most that it can."""
         if reply.kind == "answer":
             usage = read_answer(reply.body).usage
             if usage is None:
-                return "answer", (None, None), ask.most
-            return "answer", usage, self.asker.price.compute_cost(*usage)
+                return "answer", (None, None), prepared.max_cost
+            return "answer", usage, self.builder.price.compute_cost(*usage)
         most = self.limits.max_attempts if reply.kind != "odd" else min(ODD_STRIKES, self.limits.max_attempts)
         if reply.kind in ("failed", "lost", "odd") and not is_rate_limit(reply) and self.count_strikes(job) >= most:
-            return "refused", (None, None), ask.most if reply.kind == "lost" else 0
+            return "refused", (None, None), prepared.max_cost if reply.kind == "lost" else 0
         return reply.kind if reply.kind in ("lost", "refused") else "failed", (None, None), 0
 
     def count_strikes(self, job: Job) -> int:
-        """Return the failures of a request while others got through, with one that came just now."""
+        """Return the failures of a request while others got through, including the failure that came just now."""
         return job.strikes + (self.rate.answers > job.answers_seen)
 
     def handle_outcome(self, job: Job, outcome: Outcome) -> None:
         """Update budget, rate, curator and retries after an outcome, which is on the disk."""
-        ask, reply, kind, usage = outcome.ask, outcome.reply, outcome.kind, outcome.usage
+        prepared, reply, kind, usage = outcome.prepared, outcome.reply, outcome.kind, outcome.usage
         if kind == "lost":
-            self.budget.count_lost(ask.most)
+            self.budget.count_lost(prepared.max_cost)
         else:
-            self.budget.settle(ask.most, outcome.cost)
+            self.budget.settle(prepared.max_cost, outcome.cost)
             self.check_bill(job.number, usage)
         if kind in DONE:
-            model = ask.body["model"]
+            model = prepared.body["model"]
             self.settle_request(
-                Entry(job.number, outcome.attempt, kind, reply.body, ask.body_sha256, model, outcome.cost)
+                Entry(job.number, outcome.attempt, kind, reply.body, prepared.body_sha256, model, outcome.cost)
             )
         if kind == "answer":
             self.refused_in_a_row = 0
@@ -276,13 +284,13 @@ class Collector:
         if self.budget.overrun and self.budget.cap is not None:
             self.end_run(
                 f"the server billed {usage[0]} + {usage[1]} tokens, more than request {number} can use with "
-                f"{self.asker.sampling.max_output_tokens} of output, so --max-usd cannot be kept"
+                f"{self.builder.sampling.max_output_tokens} of output, so --max-usd cannot be kept"
             )
 
     def learn_dialect(self, dialect: Dialect) -> None:
         """Record the dialect of the first answer, so that no run has to find it out again."""
-        if not self.probed:
-            self.probed, self.dialect = True, dialect
+        if not self.is_dialect_known:
+            self.is_dialect_known, self.dialect = True, dialect
             self.ledger.write_settings(dialect=asdict(dialect))
             self.progress.print_line(f"the server understands {dialect.format}, {dialect.limit}")
 
@@ -296,7 +304,7 @@ class Collector:
     def lower_dialect(self, job: Job, dialect: Dialect, reply: Reply) -> None:
         """Ask again in a dialect without the part that the server does not know. End the run if none is left."""
         self.rate.release()
-        self.probed = False
+        self.is_dialect_known = False
         self.tried.add(dialect)
         candidates = (dialect.drop_refused(reply.body), dialect.lower_format())
         lower = next((candidate for candidate in candidates if candidate and candidate not in self.tried), None)
@@ -318,26 +326,26 @@ class Collector:
             job.strikes, job.answers_seen = self.count_strikes(job), self.rate.answers
         heapq.heappush(self.retries, (self.rate.clock() + self.rate.draw_backoff_s(job.tries), job))
 
-    # ---- in order ------------------------------------------------------------------------------------------------
+    # ---- outcomes, in the order of their requests ----------------------------------------------------------------
 
     def settle_request(self, entry: Entry) -> None:
-        """Hand on the outcome of a request that is done, and end a run whose answers give no rows."""
-        self.fold_entry(entry)
+        """Pass on the outcome of a request that is done, and end a run whose answers give no rows."""
+        self.pass_to_curator(entry)
         kept = self.curator.kept_by_request[self.replayed :]
-        is_first = not self.curator.rows and len(kept) >= HOPELESS_FIRST
-        if not self.curator.is_full and (is_first or len(kept) >= HOPELESS) and not any(kept[-HOPELESS:]):
+        is_first = not self.curator.rows and len(kept) >= FRUITLESS_AT_START
+        if not self.curator.is_full and (is_first or len(kept) >= FRUITLESS_LATER) and not any(kept[-FRUITLESS_LATER:]):
             most = ", ".join(f"{reason} {n}" for reason, n in self.curator.rejected.most_common(3))
-            n = min(len(kept), HOPELESS)
+            n = min(len(kept), FRUITLESS_LATER)
             self.end_run(f"the last {n} answers held nothing new that can be kept ({most}; see rejected.jsonl)")
 
-    def fold_entry(self, entry: Entry) -> None:
+    def pass_to_curator(self, entry: Entry) -> None:
         """Give an outcome to the curator as soon as all earlier requests are done."""
         self.done.add(entry.request)
         self.highest = max(self.highest, entry.request)
         self.ready[entry.request] = entry
-        while self.folded in self.ready:
-            self.curator.add_outcome(self.ready.pop(self.folded))
-            self.folded += 1
+        while self.next_for_curator in self.ready:
+            self.curator.add_outcome(self.ready.pop(self.next_for_curator))
+            self.next_for_curator += 1
 
 
 def is_rate_limit(reply: Reply) -> bool:

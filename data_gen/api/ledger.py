@@ -112,7 +112,7 @@ class Ledger:
         except sqlite3.DatabaseError as error:
             self.lock.close()
             raise DataError(f"{self.path} is not a ledger ({error}); move it away or pass another --out") from error
-        self.turn = threading.Lock()
+        self.commit_lock = threading.Lock()
         self.pending: list[tuple[tuple[Statement, ...], asyncio.Future[None]]] = []
         self.writer: asyncio.Task[None] | None = None
 
@@ -178,7 +178,7 @@ class Ledger:
 
     def commit(self, statements: Iterable[Statement]) -> None:
         """Commit statements as one synced transaction. Raise Failure if the disk will not take it."""
-        with self.turn:  # held over the roll-back too, which could else end another thread's transaction
+        with self.commit_lock:  # held during the roll-back too, or it could end another thread's transaction
             try:
                 self.db.execute("BEGIN IMMEDIATE")
                 for sql, values in statements:

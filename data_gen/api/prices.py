@@ -14,7 +14,7 @@ from data_gen.base.cli import DataError, UsageError, suggest_nearest
 
 PRICE_TABLE = Path(__file__).parent.with_name("prices.json")
 PICO = 10**12  # picodollars in a dollar
-MOST_USD = 10**6  # largest amount: the ledger's 64-bit integers hold nine million dollars
+MAX_USD = 10**6  # largest amount: the ledger's 64-bit integers hold nine million dollars
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ def parse_amount(value: Any) -> Decimal:
         amount = Decimal(str(value))
     except InvalidOperation:
         raise ValueError(f"{value!r} is not a number") from None
-    if not amount.is_finite() or not 0 <= amount <= MOST_USD:
-        raise ValueError(f"{amount} is not an amount from 0 to {MOST_USD:,}")
+    if not amount.is_finite() or not 0 <= amount <= MAX_USD:
+        raise ValueError(f"{amount} is not an amount from 0 to {MAX_USD:,}")
     return amount
 
 
@@ -122,23 +122,23 @@ class Budget:
         """Return spent + uncertain + reserved."""
         return self.spent + self.uncertain + self.reserved
 
-    def reserve(self, most: int) -> bool:
+    def reserve(self, max_cost: int) -> bool:
         """Set aside the most that one attempt can cost. Return False if the cap leaves no room."""
-        if self.cap is not None and self.committed + most > self.cap:
+        if self.cap is not None and self.committed + max_cost > self.cap:
             return False
-        self.reserved += most
+        self.reserved += max_cost
         return True
 
-    def settle(self, most: int, cost: int) -> None:
+    def settle(self, max_cost: int, cost: int) -> None:
         """Replace the amount set aside for an attempt by its bill."""
-        self.reserved -= most
+        self.reserved -= max_cost
         self.spent += cost
-        self.overrun |= cost > most
+        self.overrun |= cost > max_cost
 
-    def count_lost(self, most: int) -> None:
+    def count_lost(self, max_cost: int) -> None:
         """Count the amount set aside for an attempt as uncertain: no whole answer came, but a bill may."""
-        self.reserved -= most
-        self.uncertain += most
+        self.reserved -= max_cost
+        self.uncertain += max_cost
 
 
 def format_usd(picodollars: int, digits: int = 4) -> str:

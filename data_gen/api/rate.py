@@ -1,8 +1,8 @@
 """Rate control: how many requests may be in flight, and when the next may start.
 
-The limit follows additive increase, multiplicative decrease (Chiu and Jain, 1989), with a doubling start as in TCP. A
-server may name a pause. One that names no limits is measured by its throughput. A circuit breaker opens when nothing
-gets through.
+The limit follows additive increase, multiplicative decrease (Chiu and Jain, 1989), with a doubling start as in TCP. If
+the server asks for a pause, none starts during it. If the server names no limits, throughput shows them. A circuit
+breaker opens when nothing gets through.
 """
 
 import contextlib
@@ -25,33 +25,35 @@ HOLD_WINDOWS = 10  # windows for which a limit found by throughput stays before 
 class Rate:
     """The state of one server. Times are seconds of clock().
 
-    most is the largest number of requests in flight. backoff_s is the wait before a first retry, and all waits scale
-    with it. A caller asks can_start(), then calls record_start() and, at the end of the request, record_answer(),
-    record_failure() or release().
+    max_in_flight bounds the limit. backoff_s is the wait before a first retry, and all waits scale with it. A caller
+    asks can_start(), then calls record_start() and, at the end of the request, record_answer(), record_failure() or
+    release().
     """
 
     def __init__(
         self,
-        most: int,
+        max_in_flight: int,
         backoff_s: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ):
-        self.most, self.backoff_s, self.clock, self.rng = most, backoff_s, clock, rng or random.Random()
-        self.limit, self.slow_start = float(min(most, FIRST_LIMIT)), True
+        self.max_in_flight, self.backoff_s = max_in_flight, backoff_s
+        self.clock, self.rng = clock, rng or random.Random()
+        self.limit, self.slow_start = float(min(max_in_flight, FIRST_LIMIT)), True
         self.in_flight = self.answers = 0
-        self.paused_until = self.cut_at = self.opened_at = -math.inf
+        self.paused_until = self.halved_at = self.opened_at = -math.inf
         self.failures, self.cool_downs, self.last_answer = 0, 0, clock()
-        self.turned_away = 0  # rounds of 429 since the last answer, with one request in flight and no time to wait
+        # 429s since the last answer that came at a limit of one request and named no time to wait
+        self.n_rate_limited = 0
         self.window = Window()
 
     # ---- asking --------------------------------------------------------------------------------------------------
 
     def can_start(self) -> bool:
         """Return whether a request may start now."""
-        return self.has_room() and self.wait_s() == 0
+        return self.is_below_limit() and self.wait_s() == 0
 
-    def has_room(self) -> bool:
+    def is_below_limit(self) -> bool:
         """Return whether fewer requests are in flight than the limit allows."""
         return self.in_flight < (1 if self.is_open() else max(1, int(self.limit)))
 
@@ -68,7 +70,7 @@ class Rate:
         return self.clock() - self.last_answer
 
     def draw_backoff_s(self, tries: int) -> float:
-        """Return the seconds before the next try of a request that failed so often: full jitter on a doubling span."""
+        """Return random seconds to wait after this many tries: up to a span that doubles with each (full jitter)."""
         return self.rng.random() * min(LONGEST_BACKOFF_S, 2 ** min(tries, 30)) * self.backoff_s
 
     # ---- recording -----------------------------------------------------------------------------------------------
@@ -78,12 +80,12 @@ class Rate:
         self.in_flight += 1
 
     def record_answer(self, started_at: float, tokens: int, headers: Mapping[str, str]) -> None:
-        """Raise the limit after an answer of so many tokens. headers are {lower-case name: value}."""
+        """Raise the limit after an answer of this many tokens. headers are {lower-case name: value}."""
         self.in_flight -= 1
         self.answers += 1
-        self.failures = self.cool_downs = self.turned_away = 0
+        self.failures = self.cool_downs = self.n_rate_limited = 0
         self.last_answer = self.clock()
-        self.limit = min(self.most, self.limit + (1 if self.slow_start else 1 / self.limit))
+        self.limit = min(self.max_in_flight, self.limit + (1 if self.slow_start else 1 / self.limit))
         if "x-ratelimit-remaining-requests" in headers or "x-ratelimit-remaining-tokens" in headers:
             self.apply_headers(headers)
         else:
@@ -100,11 +102,11 @@ class Rate:
         self.in_flight -= 1
         if retry_after is not None:
             self.pause(retry_after)
-        if overloaded and started_at > self.cut_at:  # one cut for all requests in flight at the cut
-            if limited and retry_after is None and self.limit == 1:  # no limit left to cut: ask less often
-                self.turned_away += 1
-                self.pause(self.draw_backoff_s(self.turned_away))
-            self.limit, self.slow_start, self.cut_at = max(1.0, self.limit / 2), False, self.clock()
+        if overloaded and started_at > self.halved_at:  # halve once for all requests that were then in flight
+            if limited and retry_after is None and self.limit == 1:  # the limit cannot fall: ask less often
+                self.n_rate_limited += 1
+                self.pause(self.draw_backoff_s(self.n_rate_limited))
+            self.limit, self.slow_start, self.halved_at = max(1.0, self.limit / 2), False, self.clock()
             self.window.since = None
         self.failures += not limited
         if not limited and self.is_open() and (self.failures == BREAKER_FAILURES or started_at > self.opened_at):
@@ -115,11 +117,11 @@ class Rate:
             self.pause(cool_down * self.backoff_s)
 
     def release(self) -> None:
-        """Count a request out of flight whose end says nothing about the server's load."""
+        """Count the end of a request that says nothing about the server's load."""
         self.in_flight -= 1
 
     def pause(self, seconds: float) -> None:
-        """Let no request start for so many seconds."""
+        """Let no request start for this many seconds."""
         self.paused_until = max(self.paused_until, self.clock() + seconds)
 
     def apply_headers(self, headers: Mapping[str, str]) -> None:
@@ -132,14 +134,14 @@ class Rate:
 
 
 class Window:
-    """Measures tokens per second, over as many answers as may be in flight at its start or twice as many.
+    """Finds the limit of a server that names none: above it, more requests in flight bring no more tokens per second.
 
-    A server that names no limits shows its own: with more requests in flight it gets no faster.
+    A window lasts for as many answers as the limit at its start while the limit doubles, and later for twice as many.
     """
 
     def __init__(self) -> None:
-        self.best = self.best_limit = 0.0  # the highest speed, and the limit at which it was reached
-        self.hold = 0  # windows for which the best limit still stays
+        self.best = self.best_limit = 0.0  # the highest tokens per second, and the limit at which it was reached
+        self.hold = 0  # windows for which the limit still stays at best_limit
         self.since: float | None = None  # start of the window; None before a first answer
         self.limit = 0.0
         self.tokens = self.answers = 0

@@ -1,4 +1,4 @@
-"""Calls of the files and batches endpoints, retried after passing failures and ended soon after a signal."""
+"""Calls to the files and batches endpoints: retried after failures that may pass, ended soon after a signal."""
 
 import asyncio
 import itertools
@@ -18,7 +18,7 @@ GRACE_S = 5  # for the call in flight when a signal comes
 
 
 class Halted(Exception):
-    """A signal ended the wait. Batches at the server go on, and the ledger knows them."""
+    """A signal ended the wait. Batches continue at the server, and the ledger has recorded them."""
 
 
 class Calls:

@@ -1,1 +1,1 @@
-"""What every command of data_gen stands on: flags, errors, files, a guess at a text's language."""
+"""What every command of data_gen uses: flags, errors, files, a guess at a text's language."""

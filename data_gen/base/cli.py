@@ -10,7 +10,7 @@ from typing import NoReturn, TextIO
 
 
 class Failure(Exception):
-    """A failure at run time. The message says who, got, wanted and remedy in one or two lines."""
+    """A failure at run time. The message says what failed, what was wanted and what to do, in one or two lines."""
 
     exit_code = 1
 

@@ -92,16 +92,17 @@ LETTERS = {
     "fa": "پچژگیک", "ur": "پچگیکٹڈڑںےھہ", "ar": "ةيكىأإ",
 }  # fmt: skip
 
-SCAN = 1000  # characters of a text that are read
+SCAN = 1000  # only this many characters of a text are read
 MIN_LETTERS, MIN_WORDS = 4, 4
-SHARE = 0.7  # of the letters must be of one script
-KANA = 0.1  # of kana and Han letters are kana, at least, in Japanese
+SHARE = 0.7  # this share of the letters must be of one script
+KANA = 0.1  # at least this share of the kana and Han letters of a Japanese text are kana
 LINK = re.compile(r"\bhttps?://\S+")
 WORD = re.compile(r"(?<!['\u2019])[^\W\d_]+|(?<=['\u2019])(?!s\b)[^\W\d_]+")  # without the "s" of "dog's"
 
-MIN_LEAD, LEAD_SHARE = 0.8, 0.15  # votes ahead of the second language: at least, and as a share of the best
-MIN_SHARE = 0.15  # of the words must be common words of the language
-MIN_COMMON = 4  # letters in its different common words: "a" and "e" are also variables and notes
+# The best language must lead the second by this many votes, and by this share of its own votes.
+MIN_LEAD, LEAD_SHARE = 0.8, 0.15
+MIN_SHARE = 0.15  # this share of the words must be common words of the language
+MIN_COMMON = 4  # letters that the different common words found must have together: "a" is also a variable or a note
 
 
 def invert_table(table: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""Figures of a dataset: medians, bins of histograms, kinds of rows."""
+"""Statistics of a dataset: medians, bins of histograms, kinds of rows."""
 
 import math
 import re

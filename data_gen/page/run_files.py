@@ -26,7 +26,7 @@ class Row(NamedTuple):
     model: str
 
 
-class Attracted(NamedTuple):
+class DuplicateGroup(NamedTuple):
     """The number of duplicates of one kept instruction, and the first few of them."""
 
     n: int
@@ -41,7 +41,7 @@ class Rejected:
         self.examples: dict[str, list[dict[str, Any]]] = {}  # by reason
         self.unreadable = 0
         self.similarities: list[float] = []  # of duplicates
-        self.attracted: dict[str, Attracted] = {}  # by kept instruction
+        self.duplicate_groups: dict[str, DuplicateGroup] = {}  # by kept instruction
         self.requests: Counter[float] = Counter()  # rejections by request
         self.duplicates: Counter[float] = Counter()  # duplicates by request
         self.rng = random.Random(0)
@@ -66,11 +66,11 @@ class Rejected:
             self.similarities.append(similarity)
         kept = as_text(line.get("duplicate_of"))
         if kept:
-            n, likes = self.attracted.get(kept, Attracted(0, []))
+            n, likes = self.duplicate_groups.get(kept, DuplicateGroup(0, []))
             if n < EXAMPLES:
                 like = "" if similarity is None else f"similarity {similarity:.2f}"
                 likes.append((like, as_text(line.get("instruction"))))
-            self.attracted[kept] = Attracted(n + 1, likes)
+            self.duplicate_groups[kept] = DuplicateGroup(n + 1, likes)
 
 
 @dataclass(frozen=True)

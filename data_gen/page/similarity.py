@@ -11,14 +11,14 @@ from data_gen.page.blocks import EXAMPLE_CHARS, render_passage
 from data_gen.page.charts import Histogram, draw_bars
 from data_gen.page.figures import bin_evenly
 from data_gen.page.formatting import clip_text, format_count, format_rows
-from data_gen.page.run_files import Attracted, Rejected, Row
+from data_gen.page.run_files import DuplicateGroup, Rejected, Row
 from data_gen.rows.rouge import Code, TokenNumbers, encode_numbers
 from data_gen.rows.tokens import tokenize
 
 LIMIT = 0.7  # ROUGE-L at which an instruction is a duplicate
 NEAREST_ROWS = 1500  # of a sample at most; each is compared with all rows
 BLOCK_PAIRS = 4_000_000  # compared at a time, which bounds the memory: 16 MB
-PAIRS, ATTRACTORS = 12, 10  # shown at most
+PAIRS_SHOWN, IMITATED_SHOWN = 12, 10  # shown at most
 
 Pair: TypeAlias = tuple[float, int, int]  # similarity, row, row
 
@@ -94,7 +94,7 @@ def render_similarity(rows: Sequence[Row], tokens: Sequence[list[str]], rejected
     """Return the section about rejected duplicates and the closest rows that were kept."""
     best, pairs = find_nearest_rows(tokens)
     left = render_duplicates(rejected.similarities if rejected else []) + render_nearest(best)
-    right = render_most_imitated(rejected.attracted if rejected else {})
+    right = render_most_imitated(rejected.duplicate_groups if rejected else {})
     halves = "".join(f"<div>{part}</div>" for part in (left, right) if part)
     return f'<div class="halves">{halves}</div>{render_closest(rows, pairs)}' if halves else ""
 
@@ -109,9 +109,9 @@ def render_duplicates(similarities: Sequence[float]) -> str:
     return Histogram("Rejected duplicates", bins, "similarity", note=note, format_bin=format_range).draw()
 
 
-def render_most_imitated(attracted: dict[str, Attracted]) -> str:
+def render_most_imitated(duplicate_groups: dict[str, DuplicateGroup]) -> str:
     """Return bars of the instructions with the most duplicates, or "" if there are none."""
-    ranked = sorted(attracted.items(), key=lambda item: (-item[1].n, item[0]))[:ATTRACTORS]
+    ranked = sorted(duplicate_groups.items(), key=lambda item: (-item[1].n, item[0]))[:IMITATED_SHOWN]
     rows = []
     for kept, (n, examples) in ranked:
         likes = "".join(
@@ -145,7 +145,7 @@ def render_nearest(best: Sequence[float]) -> str:
 def render_closest(rows: Sequence[Row], pairs: Sequence[Pair]) -> str:
     """Return cards of the closest pairs under the limit, with the words in common marked, or "" without pairs."""
     cards = []
-    for score, a, b in pairs[:PAIRS]:
+    for score, a, b in pairs[:PAIRS_SHOWN]:
         one, two = clip_text(rows[a].instruction, EXAMPLE_CHARS), clip_text(rows[b].instruction, EXAMPLE_CHARS)
         sides = "".join(
             f'<div><span class="label">row {format_count(index + 1)}</span>'

@@ -41,7 +41,7 @@ SEEN = 120  # characters of a defect that are reported
 MIN_TOKENS, MAX_TOKENS = 2, 150
 SAMPLE = 500  # characters of an output from which its language is guessed
 MIN_OUTPUT = 8  # tokens below which the language of an output is not guessed
-SELF_CONTAINED = 120  # characters besides a link from which on an input merely mentions the link
+SELF_CONTAINED = 120  # an input with this many characters besides a link does not depend on the link
 
 # ---- tasks of any language: a check returns the defective part of a task, or None -----------------------------------
 

@@ -6,7 +6,8 @@ the answer is not parsed as a document. Every `{"` outside of an object begins o
 is a task. After a broken object, reading goes on at the next `{"` behind the object's start. JSON inside a string stays
 text, because its quotes are escaped.
 
-The time is linear: of a broken object only whole parts are read twice, and a string has one end wherever reading began.
+It takes linear time: only the complete parts of a broken object are read twice, and where a string ends does not depend
+on where reading began.
 """
 
 import re
@@ -33,7 +34,7 @@ BLANKS = re.compile(f"[{BLANK}]*")
 BETWEEN = re.compile(f"[{BLANK},\uff0c]*")  # too many or too few commas lose nothing
 START = re.compile(rf'\{{[{BLANK}]*"')
 SCALAR = re.compile(r"-?(?:[0-9][0-9.eE+-]*|Infinity)|true|false|null|True|False|None|NaN")
-MARK = re.compile(r'["{}\[\]]')  # if no such character follows a break, the answer ends there
+MARK = re.compile(r'["{}\[\]]')  # if none of these follows the place where an object breaks, the answer ends there
 NAMES_FIELD = re.compile(rf'"[{BLANK}]*(?:{"|".join(FIELDS)})\b', re.IGNORECASE)
 STRAY = re.compile(rf'"[{BLANK}]*instruction[{BLANK}]*"[{BLANK}]*[:\uff1a]', re.IGNORECASE)  # a task without its brace
 ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))", re.DOTALL)

@@ -9,7 +9,7 @@ pytest.importorskip("openai")
 pytest.importorskip("rapidfuzz")
 
 from data_gen import estimate, generate
-from data_gen.api.attempt import Asker
+from data_gen.api.attempt import RequestBuilder
 from data_gen.api.client import Sampling
 from data_gen.api.ledger import Ledger
 from data_gen.api.prices import Price, read_price_table
@@ -110,14 +110,14 @@ def test_a_language_that_is_unknown_is_told(capsys):
 
 def test_the_prompts_that_are_measured_are_those_that_are_sent():
     prompter, sampling = Prompter(read_seed_tasks()), Sampling("m", 4096, 1.0)
-    means = estimate.assume_means(Asker(prompter, sampling, Price(0, 0)))
+    means = estimate.assume_means(RequestBuilder(prompter, sampling, Price(0, 0)))
     plain = sum(len(message["content"]) for n in range(200) for message in prompter.build_messages(n)) / 200
     assert plain / 4.3 < means.input_tokens < plain / 4.3 * 1.5
 
 
 def test_an_answer_cut_off_at_its_limit_holds_fewer_rows():
-    asker = Asker(Prompter(read_seed_tasks(), n_tasks=100), Sampling("m", 4150, 1.0), Price(0, 0))
-    means = estimate.assume_means(asker)
+    builder = RequestBuilder(Prompter(read_seed_tasks(), n_tasks=100), Sampling("m", 4150, 1.0), Price(0, 0))
+    means = estimate.assume_means(builder)
     assert (means.output_tokens, means.rows) == (4150, 25)
 
 

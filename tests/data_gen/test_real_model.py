@@ -215,7 +215,7 @@ def test_a_server_without_schemas_and_a_model_that_writes_none_end_it_cleanly(
     weights, tmp_path, monkeypatch, capsys, handler, refuses
 ):
     """In eight tokens there is no task, whatever the model says."""
-    monkeypatch.setattr(collect, "HOPELESS_FIRST", 2)
+    monkeypatch.setattr(collect, "FRUITLESS_AT_START", 2)
     with Server(weights, formats=(), refuses=refuses) as server:
         limits = ("--rows", 4, "--max-output-tokens", 8, "--concurrency", 1)
         code = run_for_exit_code(module.main, flags(server, tmp_path, *limits))

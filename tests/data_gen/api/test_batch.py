@@ -18,7 +18,7 @@ pytest.importorskip("rapidfuzz")
 from data_gen import generate as command
 from data_gen.api import batch as module
 from data_gen.api import retries as calls
-from data_gen.api.attempt import Asker
+from data_gen.api.attempt import RequestBuilder
 from data_gen.api.batch import Batches, parse_line
 from data_gen.api.ledger import Ledger
 from data_gen.api.retries import Calls
@@ -224,7 +224,7 @@ def test_partial_results_errors_and_limits_change_nothing(plain, tmp_path, optio
 
 
 @pytest.mark.parametrize(
-    "name, most, option", [("MOST_REQUESTS", 7, "batch_max_lines"), ("MOST_BYTES", 31_000, "batch_max_bytes")]
+    "name, most, option", [("MAX_REQUESTS", 7, "batch_max_lines"), ("MAX_BYTES", 31_000, "batch_max_bytes")]
 )
 def test_files_are_split_at_the_limits(plain, tmp_path, monkeypatch, name, most, option):
     monkeypatch.setattr(module, name, most)
@@ -236,11 +236,11 @@ def test_files_are_split_at_the_limits(plain, tmp_path, monkeypatch, name, most,
         check_money(server, tmp_path)
     assert same(tmp_path, plain) and {status for _, status, _ in batches} <= {"completed", "cancelling"}
     assert max(len(keys) for *_, keys in batches) in (7, 8)
-    assert name == "MOST_REQUESTS" or 25_000 < largest <= most
+    assert name == "MAX_REQUESTS" or 25_000 < largest <= most
 
 
 def test_limits_are_those_of_the_api():
-    assert (module.MOST_REQUESTS, module.MOST_BYTES) == (50_000, 200_000_000)
+    assert (module.MAX_REQUESTS, module.MAX_BYTES) == (50_000, 200_000_000)
 
 
 # ---- money -----------------------------------------------------------------------------------------------------------
@@ -361,8 +361,8 @@ def small(tmp_path_factory):
 
 
 def test_killed_at_any_moment_it_is_the_same_dataset_and_nothing_is_paid_for_twice(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MOST_REQUESTS", 3)
-    monkeypatch.setattr(module, "GROUP", 2)
+    monkeypatch.setattr(module, "MAX_REQUESTS", 3)
+    monkeypatch.setattr(module, "ANSWERS_PER_COMMIT", 2)
     monkeypatch.setattr(command, "write_report", lambda rows, page: page)  # it takes a third of the time
     for n in itertools.count(1):
         out = tmp_path / str(n)
@@ -378,8 +378,8 @@ def test_killed_at_any_moment_it_is_the_same_dataset_and_nothing_is_paid_for_twi
 
 
 def test_killed_again_and_again(plain, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MOST_REQUESTS", 9)
-    monkeypatch.setattr(module, "GROUP", 3)
+    monkeypatch.setattr(module, "MAX_REQUESTS", 9)
+    monkeypatch.setattr(module, "ANSWERS_PER_COMMIT", 3)
     rng = random.Random(1)
     with serve(faults=ANSWERS | LINES, batch_polls=2, batch_fates=[None, "expired", "token_limit_exceeded"]) as server:
         codes = [
@@ -418,7 +418,7 @@ def test_batches_become_smaller_until_the_server_takes_them(plain, tmp_path, cap
 @pytest.mark.parametrize("most", [1, 3])
 def test_many_batches_at_once_are_turned_away(plain, tmp_path, monkeypatch, most):
     """This holds for a single request too: it may fit once other batches have ended."""
-    monkeypatch.setattr(module, "MOST_REQUESTS", most)
+    monkeypatch.setattr(module, "MAX_REQUESTS", most)
     with serve(batch_token_limit=LIMIT) as server:
         assert batched(server, tmp_path) == 0
         states = [status for _, status, _ in batches_of(server)]
@@ -861,7 +861,7 @@ def planner(wanted, kept=(), done=None, ready=0, rows=None):
     )
     recent = kept[-200:]
     found = Batches.__new__(Batches)
-    found.asker = SimpleNamespace(prompter=SimpleNamespace(n_tasks=20))
+    found.builder = SimpleNamespace(prompter=SimpleNamespace(n_tasks=20))
     found.collector = SimpleNamespace(
         curator=curator, done=done, highest=max(done), ready=range(ready),
         estimate_yield=lambda: max(0.05, sum(recent) / len(recent)),
@@ -890,14 +890,14 @@ def test_a_round_is_what_is_missing(about, wanted):
 def test_a_round_draws_each_prompt_once(tmp_path, monkeypatch):
     """The work for 5,000 requests in batches of a few hundred is linear."""
     drawn = []
-    prepare = Asker.prepare
+    prepare = RequestBuilder.prepare
 
-    def counted(asker, number, dialect):
+    def counted(builder, number, dialect):
         drawn.append(number)
-        return prepare(asker, number, dialect)
+        return prepare(builder, number, dialect)
 
-    monkeypatch.setattr(Asker, "prepare", counted)
-    monkeypatch.setattr(module, "MOST_REQUESTS", 10)
+    monkeypatch.setattr(RequestBuilder, "prepare", counted)
+    monkeypatch.setattr(module, "MAX_REQUESTS", 10)
     with serve(faults={}) as server:
         assert batched(server, tmp_path, "--batch-tokens", 25_000) == 0
         batches = batches_of(server)

@@ -17,7 +17,7 @@ pytest.importorskip("rapidfuzz")
 
 from data_gen.api import collector as collect
 from data_gen.api import rate
-from data_gen.api.attempt import Ask, Limits
+from data_gen.api.attempt import Limits, PreparedRequest
 from data_gen.api.client import Dialect, Reply
 from data_gen.api.collector import Collector
 from data_gen.api.ledger import Ledger
@@ -88,7 +88,7 @@ class Server:
 
 
 class OneTask:
-    """An Asker whose requests ask for one task and cost a fixed amount at most."""
+    """A RequestBuilder whose requests ask for one task and cost a fixed amount at most."""
 
     prompter = SimpleNamespace(n_tasks=1)
 
@@ -96,7 +96,7 @@ class OneTask:
         self.price, self.most, self.sampling = price, most, SimpleNamespace(max_output_tokens=most)
 
     def prepare(self, number, dialect):
-        return Ask({"model": "m", "number": number, "dialect": dialect}, "-", self.most)
+        return PreparedRequest({"model": "m", "number": number, "dialect": dialect}, "-", self.most)
 
 
 @pytest.fixture
@@ -252,7 +252,7 @@ def test_what_no_retry_can_mend_ends_the_run_at_once(make, status):
     with pytest.raises(Failure, match=f"{status}: no such thing"):
         run(collector)
     assert len(collector.client.asked) < 30
-    assert make(answer, 1000, again=True).folded >= 10, "what came before was lost"
+    assert make(answer, 1000, again=True).next_for_curator >= 10, "what came before was lost"
 
 
 def test_prompts_that_are_refused_are_holes_and_twenty_in_a_row_end_the_run(make):
@@ -317,7 +317,7 @@ def test_answers_that_hold_nothing_end_the_run_early(make):
 
 
 def test_useless_answers_after_good_ones_are_borne_longer_and_a_run_that_they_ended_goes_on(make, monkeypatch):
-    monkeypatch.setattr(collect, "HOPELESS", 40)
+    monkeypatch.setattr(collect, "FRUITLESS_LATER", 40)
     collector = make(lambda n, t, b: answer(n, t, b) if n < 9 else Reply("answer", 200, USELESS), 100, concurrency=1)
     with pytest.raises(Failure, match="last 40 answers held nothing"):
         run(collector)
@@ -379,7 +379,7 @@ def test_the_cap_is_never_passed_by_a_cent(make, data):
 def test_a_request_that_the_cap_held_back_is_asked_when_there_is_room_again(make):
     collector = run(make(answer, 10**6, cap=50 * 9 + 20 * 60, seed=3))  # 50 at most, 20 as it turns out
     assert collector.status == "cap reached" and len(collector.done) > 30
-    assert collector.folded == len(collector.done), "one was left out"
+    assert collector.next_for_curator == len(collector.done), "one was left out"
 
 
 def test_a_server_that_bills_more_than_was_asked_ends_a_capped_run(make):

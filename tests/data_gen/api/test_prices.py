@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from data_gen.api.prices import (
-    MOST_USD,
+    MAX_USD,
     PICO,
     PRICE_TABLE,
     Budget,
@@ -26,7 +26,7 @@ from data_gen.base.cli import DataError, UsageError
 
 OPENAI = "https://api.openai.com/v1"
 LOCAL = "http://localhost:8000/v1"
-AMOUNTS = st.decimals(0, MOST_USD, allow_nan=False, allow_infinity=False)
+AMOUNTS = st.decimals(0, MAX_USD, allow_nan=False, allow_infinity=False)
 
 
 def table(**models):

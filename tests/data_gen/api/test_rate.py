@@ -105,7 +105,7 @@ def test_the_limit_never_falls_below_one():
         assert started
         fail_all(rate, clock, started, overloaded=True, limited=True)
         clock.now += rate.wait_s()
-    assert rate.limit == 1 and rate.has_room()
+    assert rate.limit == 1 and rate.is_below_limit()
 
 
 def test_429s_that_name_no_time_are_asked_ever_less_often():
@@ -118,7 +118,7 @@ def test_429s_that_name_no_time_are_asked_ever_less_often():
     assert asked < 60, "it was hammered"
     rate.record_start()
     rate.record_answer(clock.now, 100, {})
-    assert rate.turned_away == 0 and rate.wait_s() == 0
+    assert rate.n_rate_limited == 0 and rate.wait_s() == 0
 
 
 def test_an_error_that_is_not_overload_leaves_the_limit():
@@ -166,7 +166,7 @@ def test_whatever_comes_the_books_are_right(most, events):
                 failures += event != "limited"
         assert 1 <= rate.limit <= most and rate.in_flight == len(flying)
         assert (rate.answers, rate.failures, rate.is_open()) == (answers, failures, failures >= BREAKER_FAILURES)
-        assert rate.can_start() == (rate.has_room() and rate.wait_s() == 0)
+        assert rate.can_start() == (rate.is_below_limit() and rate.wait_s() == 0)
     clock.now += 1000
     while flying:
         rate.release()
@@ -361,7 +361,7 @@ def test_while_some_are_in_flight_nobody_else_asks():
     for at in started[:-1]:
         rate.record_failure(at)
     clock.now += 100
-    assert not rate.can_start() and not rate.has_room()
+    assert not rate.can_start() and not rate.is_below_limit()
     rate.release()
     assert rate.can_start()
 
