@@ -2,7 +2,8 @@
 
 import os
 
-# Micro-batches differ in length from step to step. Segments that grow let the allocator give one's memory to another,
-# where fixed ones leave gaps. Read when CUDA begins; a setting of the user's own stands.
+# Micro-batches differ in length from step to step. With expandable segments the allocator can use the memory of one
+# length for another; segments of fixed size leave gaps. torch reads the variable when CUDA is initialised. A setting
+# that the user made is kept.
 if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
     os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"

@@ -33,7 +33,7 @@ from engine.training.planning_input import recipe_from_config, setting_from_conf
 
 
 def shared_flag(name: str) -> Any:
-    """Return the field of a flag with the default and the help that it has in engine.finetune."""
+    """Return a field for the flag of this name, with the default and the help that it has in engine.finetune."""
     field: Field = next(field for field in fields(FinetuneConfig) if field.name == name)
     return flag(field.default, **field.metadata)
 
@@ -112,7 +112,10 @@ SHARED_FLAGS = [f.name for f in fields(EstimateConfig) if f.name in {g.name for 
 
 
 def read_mix(config: EstimateConfig, recipe: Recipe, c: ModelConfig, model_path: Path | None) -> Mix:
-    """Return the numbers of --data under the model's tokenizer, or of Alpaca's lengths without data or tokenizer."""
+    """Return the token counts of --data under the model's tokenizer.
+
+    Without --data they are Alpaca's. Without a tokenizer each row of --data is taken to be as long as one of Alpaca's.
+    """
     if not config.data:
         return alpaca_mix(recipe)
     rows, _ = read_rows(resolve_data_paths(config.data), config.skip_bad_rows)

@@ -46,9 +46,9 @@ class ExportConfig:
 
 
 def find_tokenizer_of_state(state: TrainingState, name: str) -> Tokenizer:
-    """Return the tokenizer of that name; for "", the one of the run that wrote the state.
+    """Return the tokenizer called `name`, or, if that is "", the one of the run that wrote the state.
 
-    Raise UsageError where the run's tokenizer cannot be had.
+    Raises UsageError where the run's tokenizer cannot be found.
     """
     if name:
         return find_tokenizer(state.config, name, state.base)

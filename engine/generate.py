@@ -1,4 +1,4 @@
-"""Generate text: greedy or sampled, several prompts at once, streamed.
+"""Generate text, greedy or sampled. One prompt is streamed; the prompts of a file are answered in batches.
 
 python -m engine.generate --model out/demo --prompt "Name three uses for a paper clip."
 """
@@ -16,8 +16,6 @@ from engine.inference.generation import generate
 from engine.inference.model_loader import load_model
 from engine.output.folder import RUN
 from engine.text.templates import CHAT_STYLES, Row, encode_prompt, find_stop_ids
-
-# ---- command line ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class GenerateConfig:
 
 
 def read_prompts(config: GenerateConfig) -> list[Row]:
-    """Return the prompt, or the rows of the file of prompts. A file that is no JSON holds one instruction a line."""
+    """Return --prompt as a row, or the rows of the file --prompts. A file that is not JSON has one prompt a line."""
     if config.prompt:
         return [Row("--prompt", None, config.prompt, config.input)]
     path = Path(config.prompts)

@@ -9,7 +9,10 @@ from engine.model.llama import Transformer
 
 
 def sample(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """Return an id drawn from logits (V,): the likeliest at temperature 0, else one of the fewest that hold top_p."""
+    """Return an id drawn from logits (V,).
+
+    At temperature 0 it is the likeliest. Else it is one of the fewest ids whose probabilities add up to top_p.
+    """
     if temperature == 0:
         return int(logits.argmax())
     probs = torch.softmax(logits.float() / temperature, dim=-1)
@@ -20,7 +23,7 @@ def sample(logits: torch.Tensor, temperature: float, top_p: float, generator: to
     return int(torch.multinomial(probs, 1, generator=generator))
 
 
-@torch.no_grad()  # not inference_mode: what FSDP2 gathers within is of no use to training
+@torch.no_grad()  # not inference_mode: training could not use the tensors that FSDP2 gathers in it
 def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],

@@ -1,4 +1,4 @@
-"""Keys and values of earlier tokens, kept for the tokens to come."""
+"""The KV cache: keys and values of earlier tokens, kept for the tokens that follow."""
 
 from collections.abc import Callable
 
@@ -29,7 +29,7 @@ class KVCache:
         self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.rows = torch.arange(batch, device=device)
-        self.documents: torch.Tensor | None = None  # of the prompts, in their forward alone
+        self.documents: torch.Tensor | None = None  # of the prompts; None after the forward of the prompts
 
     def begin_prompts(self, lengths: torch.Tensor, documents: torch.Tensor) -> None:
         """Prepare for the forward of the prompts, of lengths (B,) and documents (B, 4) on the CPU."""
@@ -41,7 +41,10 @@ class KVCache:
         return self.lengths - 1
 
     def attend_in_layer(self, i: int, cos: torch.Tensor, sin: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return layer i's attend(qkv (T, H + 2K, Dh)) -> (T, H, Dh), that rotates, stores keys and values, attends."""
+        """Return layer i's attend(qkv (T, H + 2K, Dh)) -> (T, H, Dh).
+
+        It applies RoPE, stores the keys and values, and computes attention.
+        """
 
         def attend(qkv: torch.Tensor) -> torch.Tensor:
             n_kv_heads = self.k.shape[3]

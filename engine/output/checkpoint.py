@@ -5,8 +5,9 @@
     checkpoint-N/manifest.json                     step, settings and hashes of the data; size and sha256 of each file;
                                                    of several writers, which rows of which tensor each file holds
 
-engine.output.saver writes them. A folder named checkpoint-N is whole unless the disk lied; its hashes show that, and
-the folder is passed over. Any number of readers take the rows they want from whichever files hold them.
+engine.output.saver writes them. A folder named checkpoint-N is whole unless the disk changed or lost what was written.
+The hashes show such a fault, and the folder is passed over. Any number of readers can read a checkpoint: each takes the
+rows it wants from whichever files hold them.
 
 Not torch.distributed.checkpoint: its .metadata is a pickle, which runs what it holds when it is read, and nothing in it
 shows a flipped bit.
@@ -118,7 +119,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def require(holds: object, problem: str) -> None:
-    """Raise ValueError with the problem unless something holds."""
+    """Raise ValueError with the problem unless a condition holds."""
     if not holds:
         raise ValueError(problem)
 
@@ -141,7 +142,7 @@ def read_row_map(checkpoint: Checkpoint) -> RowMap:
 
 
 def load(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor | Shard], prefix: str = "") -> None:
-    """Fill the tensors in place from a checkpoint of any number of writers, each with the rows it wants.
+    """Fill the tensors in place from a checkpoint of any number of writers. A Shard gets its rows only.
 
     The tensors must be all of the checkpoint's tensors whose names begin with the prefix; no other is read. Raises
     DataError that lists the names, shapes or kinds of numbers that differ.
@@ -171,7 +172,7 @@ def rename_into_place(tmp: Path, final: Path) -> None:
 
 
 def restore_replaced(out: Path) -> None:
-    """Put back each state whose successor of the same step never got its name."""
+    """Put back each state that was renamed for another one of its step, where that one never got its name."""
     for replaced in out.glob(".tmp-was-checkpoint-*"):
         final = replaced.with_name(replaced.name.removeprefix(".tmp-was-"))
         if not final.exists():

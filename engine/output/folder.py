@@ -21,7 +21,10 @@ RUN, LOCK, METRICS = "run.json", ".lock", "metrics.jsonl"
 
 @contextlib.contextmanager
 def lock_output_folder(out: Path) -> Iterator[Path]:
-    """Make the folder, check that a run may live there, and hold its lock meanwhile. Raises UsageError otherwise."""
+    """Make the folder, and hold its lock for the length of a with block.
+
+    Raises UsageError where the folder cannot be written, has a run that is under way, or has files of something else.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         others = [path.name for path in out.iterdir() if path.name != LOCK and not path.name.startswith(".tmp-")]
@@ -54,7 +57,7 @@ def require_disk_space(out: Path, need_bytes: int, remedy: str) -> None:
         )
 
 
-# ---- run.json -------------------------------------------------------------------------------------------------------
+# ---- files of a run -------------------------------------------------------------------------------------------------
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -63,7 +66,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Return where the run happens, for run.json."""
+    """Return the device, the versions and the command of this process, for run.json."""
     root = Path(__file__).parents[2]
     commit = None
     if (root / ".git").exists():

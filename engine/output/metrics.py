@@ -10,7 +10,7 @@ from typing import Any
 from engine.base.files import make_json_safe
 
 PAGE = 4096  # bytes; a multiple of it is a page boundary on every Linux
-SPARE = 512  # bytes; a page with less room is filled with spaces: a train line (about 350) never crosses pages
+SPARE = 512  # bytes; where fewer are left in a page, spaces fill it: a train line (about 350) never crosses pages
 
 
 class Metrics:
@@ -22,7 +22,7 @@ class Metrics:
     """
 
     def __init__(self, path: Path, keep_until_step: int | None = None):
-        """Open the file: empty, or going on after step N without later lines, "end" events and a torn line."""
+        """Open the file: empty, or, for a run resumed after a step, with the lines that find_kept_lines() keeps."""
         self.path = Path(path)
         self.fd: int | None = None
         self._replace([] if keep_until_step is None else find_kept_lines(self.path, keep_until_step))
@@ -66,12 +66,15 @@ class Metrics:
 
 
 def pad_line(text: bytes, room: int) -> bytes:
-    """Return the line of a text. Spaces before its newline fill the `room` bytes left in its page when they are few."""
+    """Return a text as a line. If few bytes (`room`) are left in its page, spaces before the newline fill them."""
     return text + b" " * (room - 1 if room - 1 < SPARE else 0) + b"\n"
 
 
 def find_kept_lines(path: Path, last_step: int) -> Iterator[bytes]:
-    """Yield the lines of an interrupted run that a run resumed after last_step keeps. Lines without a step stay."""
+    """Yield the lines of an interrupted run that a run resumed after last_step keeps.
+
+    Lines without a step are kept. Lines of later steps, "end" events and torn lines are not.
+    """
     if not path.exists():
         return
     with open(path, "rb") as lines:

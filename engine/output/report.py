@@ -28,7 +28,7 @@ SAMPLES_BYTES = 400_000  # of all samples together; the page stays under 1 MB
 def write_report(out_dir: Path) -> Path:
     """Write out_dir/report.html and return its path. Parts that are missing in the folder are left out.
 
-    The bytes depend on run.json and metrics.jsonl alone. A train line counts examples and tokens of its one step.
+    The bytes depend on run.json and metrics.jsonl alone.
     """
     out_dir = Path(out_dir)
     page = render_page(read_run(out_dir / "run.json"), read_events(out_dir / "metrics.jsonl"))
@@ -52,7 +52,7 @@ def read_run(path: Path) -> dict[str, Any]:
 def read_events(path: Path) -> dict[str, list[Line]]:
     """Return {event: [lines]} of metrics.jsonl, sorted by step.
 
-    The later line of a step that was written twice counts. A torn line is left out.
+    Of an event that was written twice for a step the later line is taken. A torn line is left out.
     """
     events: dict[str, dict[tuple, Line]] = {
         name: {} for name in ("train", "eval", "sample", "save", "skip", "spike", "end")
@@ -68,7 +68,7 @@ def read_events(path: Path) -> dict[str, list[Line]]:
 
 
 def render_page(run: dict[str, Any], events: dict[str, list[Line]]) -> str:
-    """Return the page."""
+    """Return the HTML of the page."""
     train, end = events["train"], (events["end"] or [{}])[-1]
     name = str(run["model"].get("name") or run["config"].get("model") or "unnamed model")
     final = next(
@@ -120,7 +120,7 @@ def render_key_figures(
 ) -> str:
     """Return the figures atop the page. end: the line of the run's end, or {}. final: the last loss."""
 
-    def total(key):
+    def total(key):  # each train line counts its own step only
         return sum(finite_number(line.get(key)) or 0 for line in train)
 
     def row(label, value, note=""):

@@ -6,7 +6,7 @@ from html import escape
 
 from engine.output.report_numbers import Point, format_count, format_figure, format_tick
 
-POINTS = 1000  # of a curve at most; above, each stretch of steps gives its lowest and its highest
+POINTS = 1000  # of a curve at most; a longer one keeps the lowest and the highest of each stretch of steps
 
 
 def render_chart(title: str, series: dict[str, list[Point]], zero: bool = False) -> str:
@@ -117,16 +117,19 @@ def thin_points(points: list[Point]) -> list[Point]:
 
 
 def smooth_points(points: list[Point]) -> dict[str, list[Point]]:
-    """Return the points, and of more than 20 also their mean over a centred 20th of the run, shorter at the ends."""
-    half, result, known = len(points) // 40, {"each step": points}, [0.0]
+    """Return {curve: points}: "train", or, of more than 20 points, "each step" and "smoothed".
+
+    A smoothed point is the mean over a window centred on it, a 20th of the run, or less at the ends.
+    """
+    half, result, sums = len(points) // 40, {"each step": points}, [0.0]
     if len(points) <= 20:
         return {"train": points}
-    finite = [0]
+    counts = [0]
     for _, value in points:
-        known.append(known[-1] + (value or 0.0))
-        finite.append(finite[-1] + (value is not None))
+        sums.append(sums[-1] + (value or 0.0))
+        counts.append(counts[-1] + (value is not None))
     line = []
     for i, (step, value) in enumerate(points):
         a, b = max(0, i - half), min(len(points), i + half + 1)
-        line.append((step, (known[b] - known[a]) / (finite[b] - finite[a]) if value is not None else None))
+        line.append((step, (sums[b] - sums[a]) / (counts[b] - counts[a]) if value is not None else None))
     return result | {"smoothed": line}

@@ -20,7 +20,7 @@ def finite_number(value: Any) -> float | None:
 
 
 def format_figure(value: float | None) -> str:
-    """Return a number with the digits that a reader wants, and "-" for None."""
+    """Return a number with as many digits as a reader needs, and "-" for None."""
     if value is None:
         return "-"
     size = abs(value)

@@ -1,4 +1,4 @@
-"""Training states on their way to disk: written beside the training, by one process or by several.
+"""Write training states to disk while training goes on, by one process or by several.
 
 A save writes the folder .tmp-N, each writer one file, synced. Once every writer has reported its file, writer 0 adds
 the manifest, renames the folder to checkpoint-N, syncs the parent folder, and only then removes older states, each
@@ -98,12 +98,12 @@ class Saver:
         if not self.unreported:
             return None
         future, held_seconds = self.unreported[0]
-        future.exception()  # waits; a signal in it leaves the save unreported
+        future.exception()  # waits; if a signal handler raises meanwhile, the save stays unreported
         self.unreported.popleft()
         return replace(future.result(), held_seconds=held_seconds)
 
     def poll(self) -> Saved | None:
-        """Return what wait() would where it would not wait, else None. Writers see a save end at different moments."""
+        """Return what wait() would if the save is done, else None. Other writers may see it end at other moments."""
         return self.wait() if self.unreported and self.unreported[0][0].done() else None
 
     def close(self) -> None:
@@ -129,7 +129,10 @@ def raise_error(error: Exception) -> NoReturn:
 
 @dataclass(frozen=True)
 class WriterGroup:
-    """One of n writers of a state. exchange is called by all of them and waits until all have."""
+    """The writers of a state, as one of them sees them.
+
+    writer: which of the n writers this process is. All of them call exchange, which waits until all have.
+    """
 
     writer: int = 0
     n: int = 1
@@ -225,6 +228,7 @@ def write_manifest(
         files = {name: entry | {"rows": row_map.files[name]} for name, entry in written.items()}
         parts = {"format": SHARDED, "tensors": row_map.tensors, "files": files}
     with open(folder / MANIFEST, "w") as file:
+        # parts has the format; naming it here puts it first.
         json.dump({"format": None, "step": step, **facts, **parts}, file, indent=1)
         sync_file(file)
     sync_folder(folder)

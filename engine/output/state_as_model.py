@@ -29,7 +29,7 @@ class TrainingState:
     checkpoint: checkpoint.Checkpoint
     config: ModelConfig
     dtype: torch.dtype  # of the run's weights
-    base: Path | None  # the model whose tokenizer and generation_config.json its run writes; None: random weights
+    base: Path | None  # the model from which the run takes tokenizer and generation_config.json; None: random weights
     tokenizer: str | None  # the run's --tokenizer, "" where it named none; None: no run.json says
     generation_config: dict[str, Any]  # of base
 
@@ -61,7 +61,7 @@ def open_training_state(folder: Path) -> TrainingState:
     if type(settings.get("model")) is not str:
         facts.add_problem("settings do not name the model that the run began with")
     n_bytes = sum(entry["bytes"] for entry in manifest["files"].values())
-    if config and dtype and config.n_parameters * dtype.itemsize > n_bytes:  # before a table is made of them
+    if config and dtype and config.n_parameters * dtype.itemsize > n_bytes:  # before a model of that size is made
         facts.add_problem(f"{config.n_parameters} parameters by its model, but there are only {n_bytes} bytes")
     if problems or config is None or dtype is None:
         raise DataError(f"{folder}: {join_problems(problems)}")
@@ -79,7 +79,7 @@ def find_base(folder: Path, settings: dict[str, Any]) -> tuple[Path | None, str 
     """Return (base, tokenizer) of the run that wrote a state; TrainingState explains both."""
     out = folder.resolve().parent
     run = read_json(out / RUN)
-    if run.get("status") == "done" and detect_kind(out) == "hf":  # its model has both, whatever it began with
+    if run.get("status") == "done" and detect_kind(out) == "hf":  # the finished model has both
         return out, ""
     base = None if settings.get("random_init") else Path(settings["model"])
     return base, run.get("config", {}).get("tokenizer")

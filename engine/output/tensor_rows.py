@@ -1,4 +1,4 @@
-"""Rows of tensors: the ones that one process of several holds, copies, and finds again in files that others wrote."""
+"""Rows of tensors: which file of a checkpoint holds which rows, copies of them, and reading them into shards."""
 
 import errno
 from collections.abc import Callable
@@ -37,7 +37,8 @@ def describe_shards(shards: dict[str, Shard]) -> dict[str, Description]:
 def map_rows_to_files(shards_of_files: dict[str, dict[str, Description]]) -> RowMap:
     """Return the layout of files that each hold one writer's shards.
 
-    Of several files one without rows is left out. Raises ValueError when the rows do not add up to whole tensors.
+    A file without rows is left out, unless it is the only one. Raises ValueError when the rows do not add up to whole
+    tensors.
     """
     tensors: dict[str, dict[str, Any]] = {}
     files: dict[str, dict[str, list[int]]] = {}

@@ -31,10 +31,10 @@ from engine.base.flags import suggest_nearest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 GIB = 1 << 30
 
-COPY_SHARE = 0.9  # of the memory's bandwidth
-LINK_SHARE = 0.8  # of a link's rate in one direction, that NCCL moves
-MACHINE_GPUS = 8  # GPUs that NVLink joins
-PORT_GB_PER_S = 50  # of the network port that a machine has for each of its GPUs
+COPY_SHARE = 0.9  # of the memory's bandwidth, that a copy reaches
+LINK_SHARE = 0.8  # of a link's rate in one direction, that NCCL reaches
+MACHINE_GPUS = 8  # GPUs of one machine, which NVLink joins
+PORT_GB_PER_S = 50  # rate of the network port that a machine has for each of its GPUs
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Card:
         """Return the rate at which each GPU sends during an all-gather or a reduce-scatter within a replica.
 
         It receives at that rate too: this is nccl-tests' bus bandwidth. A ring across machines leaves each machine by
-        as many ports as the ring has GPUs in it.
+        as many ports as it has GPUs in that machine.
         """
         return self.link_bytes_per_s(None if is_within_machines(shards, replicas) else math.gcd(shards, MACHINE_GPUS))
 

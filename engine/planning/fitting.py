@@ -22,7 +22,7 @@ class Limits:
 
     most_tokens: int = MOST_TOKENS
     step_tokens: int | None = None  # of the largest step, if known: as one micro-batch it needs fewer gradients
-    loss_share: float = 1.0  # rows with a loss, a token
+    loss_share: float = 1.0  # rows with a loss per token
 
     def batch(self, tokens: int) -> BatchShape:
         """Return the size of a micro-batch with this number of tokens, which may be a whole step."""
@@ -93,11 +93,11 @@ def find_mesh_that_fits(
     least_tokens: int,
     counts: Collection[int] | None = None,
 ) -> tuple[Setting, int]:
-    """Return the setting with the replicas and shards that suit its GPUs, and the tokens of a micro-batch then.
+    """Return the setting with the best replicas and shards for its GPUs, and the tokens of its micro-batches.
 
-    share_tokens is one GPU's part of a step. Where the fewest replicas leave room for all of it in one micro-batch they
-    are taken: every mesh sends as many bytes then, and the smaller a shard, the sooner it is updated. Otherwise the
-    most replicas are taken that need no more micro-batches. With n micro-batches a step a GPU sends
+    share_tokens is one GPU's part of a step. If the fewest replicas can compute all of it as one micro-batch they are
+    chosen: every mesh then sends equally many bytes, and the smallest shards are updated the soonest. Otherwise the
+    most replicas are chosen that need no more micro-batches than the fewest do. With n micro-batches a step a GPU sends
     n x 8 (S - 1) / S + 8 (R - 1) / (R S) bytes a parameter (docs/ranks.md).
 
     least_tokens is the longest example. counts holds the numbers of shards that are allowed; None allows any. Raises
@@ -161,7 +161,7 @@ def apply_savings(setting: Setting, savings: Iterable[Saving]) -> Setting:
 
 
 def find_useful_savings(c: ModelConfig, setting: Setting, batch: BatchShape) -> list[Saving]:
-    """Return the changes after which a step takes less memory. An optimizer in backward is for one GPU."""
+    """Return the changes after which a step takes less memory. --optimizer-in-backward is for one GPU only."""
     now = memory(c, setting, batch).total
     known = [s for s in SAVINGS if s.field != "in_backward" or setting.n_cards == 1]
     return [s for s in known if memory(c, apply_savings(setting, [s]), batch).total < now]
@@ -172,9 +172,10 @@ def find_cheapest_fits(
 ) -> list[Fit]:
     """Return the sets of changes that fit the available memory, the cheapest first, none with a needless change.
 
-    A micro-batch of `tokens` is wished for. Fewer tokens, but at least least_tokens, are the cheapest change. Each of
-    SAVINGS is dearer than all before it together. Where memory is left, a micro-batch grows to what the limits allow.
-    Without limits.step_tokens an optimizer in backward is not proposed.
+    Micro-batches of `tokens` are wanted. The cheapest change is to have fewer tokens, but at least least_tokens. Each
+    of SAVINGS costs more than all before it together. Where memory is left, a micro-batch grows to what the limits
+    allow.
+    Without limits.step_tokens --optimizer-in-backward is not proposed.
     """
     step_tokens = limits.step_tokens
     price = {saving: 2 << i for i, saving in enumerate(SAVINGS)}

@@ -9,9 +9,9 @@ step a GPU holds:
     temporaries            what the worst moment needs besides: worst_moments()
     overhead               CUDA's context and libraries, and what the allocator cannot use: assumed
 
-With S shards, made by engine.distributed.world a block at a time and the embedding, norm and head together, the first
-two lines are of a shard: the largest shard of a parameter (n, ...) has ceil(n / S) rows. Activations and temporaries
-are those of the GPU's own micro-batch. Besides, when most is whole, it holds:
+With S shards the first two lines are those of a shard: the largest shard of a parameter (n, ...) has ceil(n / S) rows.
+Activations and temporaries are those of the GPU's own micro-batch. engine.distributed makes a group of each block, and
+one of the embedding, norm and head. When most of them are whole on the GPU, it also holds:
 
     gathered      the weights E of the embedding and the head, from a step's begin to its end; the weights of two
                   neighbouring blocks B, the one being computed and the next, which is fetched ahead; the gradients of
@@ -47,7 +47,7 @@ from kernels.ops.linear_cross_entropy import LOGITS_BYTES, PAD, ROWS
 
 CONTEXT_BYTES = 640 << 20  # CUDA's context, cuBLAS with its workspace, the kernels' code: 0.5 to 0.6 GiB on an H100
 NCCL_BYTES = 512 << 20  # buffers of NCCL's channels on each of several GPUs: assumed
-SLACK = 0.03  # of all tensors: what the allocator rounds up and cannot join
+SLACK = 0.03  # of all tensors' bytes: what the allocator loses by rounding up and by gaps
 PLAN_BYTES = 64  # a token: the attention plans of all layers but the last, and of the last
 
 Shape = tuple[int, ...]
@@ -181,7 +181,7 @@ def gathered_bytes(c: ModelConfig, setting: Setting) -> int:
     if setting.n_cards == 1:
         return 0
     block, others = whole_bytes(c, setting.dtype, setting.shards)
-    wide = 4 // setting.number_bytes
+    wide = 4 // setting.number_bytes  # F
     if setting.shards == 1:
         return max(2 * others + max(2 * block + wide * block, 3 * wide * block), 3 * wide * others)
     return 2 * others + max(3 * block + wide * block, wide * others)
@@ -283,23 +283,23 @@ def worst_moments(c: ModelConfig, setting: Setting, batch: BatchShape) -> Moment
 
     def layer(rows: int, last: bool) -> int:
         """Return what one layer's backward needs beside what is kept when it begins."""
-        again = 0
+        recomputed = 0
         if is_recomputed:
-            again = layer_bytes(c, replace(setting, recompute="cheap"), batch, last)
-            again -= layer_bytes(c, setting, batch, last)
+            recomputed = layer_bytes(c, replace(setting, recompute="cheap"), batch, last)
+            recomputed -= layer_bytes(c, setting, batch, last)
         mlp = rows * max(d + f, 4 * d) * size
-        gone = rows * (d + 2 * f) * size
+        freed = rows * (d + 2 * f) * size
         parts = 4 * c.n_heads * rows + kv_heads * t
-        attention = rows * (d + 2 * heads) * size + t * 2 * kv_heads * size + parts - gone
-        gone += (rows * 2 * heads + t * 2 * kv_heads) * size
-        way_in = rows * (heads + (2 * d if last else 0)) * size + t * (4 * d + 2 * kv_heads) * size - gone
+        attention = rows * (d + 2 * heads) * size + t * 2 * kv_heads * size + parts - freed
+        freed += (rows * 2 * heads + t * 2 * kv_heads) * size
+        qkv = rows * (heads + (2 * d if last else 0)) * size + t * (4 * d + 2 * kv_heads) * size - freed
         forward = rows * (2 * d + f) * size if is_recomputed else 0
-        return again + max(mlp, attention, way_in, forward)
+        return recomputed + max(mlp, attention, qkv, forward)
 
-    gone = loss_rows * d * size + u * (d * size + 4)  # the loss's dx and the final norm
-    moments = [layer(u, True) - gone]
+    freed = loss_rows * d * size + u * (d * size + 4)  # the loss's dx and the final norm
+    moments = [layer(u, True) - freed]
     if c.n_layers > 1:
-        moments.append(layer(t, False) - gone - layer_bytes(c, setting, batch, last=True))
+        moments.append(layer(t, False) - freed - layer_bytes(c, setting, batch, last=True))
     only = c.n_layers == 1
     first = layer_bytes(c, setting, batch, last=only) + layer(u if only else t, only) + t * (8 + 4 * c.head_dim)
     return Moments(loss_rows * (d * size + 4) + logits, max(0, *moments), first, (t + c.vocab_size) * d * size)

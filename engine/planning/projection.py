@@ -27,7 +27,7 @@ from engine.planning.step_time import (
 )
 from engine.planning.workload import Cut, Mix, cut_into_micro_batches
 
-GOOD_TOKENS = 2048  # with fewer in a micro-batch the GEMMs wait for their weights
+GOOD_TOKENS = 2048  # of a micro-batch; with fewer the GEMMs take as long as reading their weights
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Estimate:
 def project(
     c: ModelConfig, card: Card, speed: Rates, mix: Mix, cut: Cut, recipe: Recipe, setting: Setting
 ) -> Projection:
-    """Return the speed and cost of a run whose steps are cut so, at the rates that the GPU reaches."""
+    """Return the speed and cost of a run whose steps are cut into these micro-batches, at the GPU's rates."""
     cards, state = setting.n_cards, state_bytes(c, setting)
     tokens = min(mix.logical, mix.own + mix.prefix * cut.micro_batches)
     work = Work(tokens, mix.loss_rows, mix.pairs, mix.query_pairs, cut.micro_batches)
@@ -107,7 +107,7 @@ def project(
     per_step = min(recipe.global_batch_size, mix.examples)
     steps = recipe.epochs * count_steps_per_epoch(mix.examples, recipe.global_batch_size)
     steps = min(steps, recipe.max_steps or steps)
-    total_s = seconds["total"] * min(steps, recipe.epochs * mix.examples / per_step)  # an epoch's last is smaller
+    total_s = seconds["total"] * min(steps, recipe.epochs * mix.examples / per_step)  # an epoch's last step is smaller
     rate = cards * mix.logical / seconds["total"]
     dollars = None if card.price_per_hour is None else total_s / 3600 * cards * card.price_per_hour
     mfu = 6 * c.n_parameters * rate / (1e12 * card.peak_tflops * cards)

@@ -13,9 +13,9 @@ from engine.planning.cards import MACHINE_GPUS, Card, Rates, is_within_machines
 from engine.planning.memory import StateBytes, whole_bytes
 from engine.planning.setting import Setting
 
-KERNEL_SHARE = 0.9  # of the copy rate, that kernels bound by memory are built for
+KERNEL_SHARE = 0.9  # of the copy rate: what kernels bound by memory are built to reach
 ATTENTION_SHARE = 0.4  # of the GEMM rate: FlashAttention-2's 294 TFLOP/s of 750 on an H100
-MASKED_KEYS = 100  # that a query multiplies and does not see: 45% of the work is of use at Alpaca's 82 keys seen
+MASKED_KEYS = 100  # that a query multiplies and does not see: at Alpaca's 82 seen keys 45% of the work is useful
 LAUNCH_S = 8e-6  # the host's time for one launch under autograd
 LAUNCHES = 45  # of a layer, forward and backward
 COMPUTING = ("gemm", "attention", "memory", "host")  # the parts of a step that hide communication
@@ -136,9 +136,10 @@ def step_seconds(
 class Traffic:
     """The bytes that each of several GPUs sends in a step.
 
-    gather, reduce and sum hold the bytes of one collective: (of a block, of the weights outside of blocks). A
-    micro-batch gathers both kinds of group before their forward. It gathers every block except the last again before
-    its backward, and reduces all gradients. The last micro-batch of a step also sums the gradients over the replicas.
+    A group is a block, or all weights outside of blocks. gather, reduce and sum hold the bytes of one collective:
+    (of a block, of the weights outside). A micro-batch gathers each group before its forward. It gathers every block
+    except the last again before its backward, and reduces all gradients. The last micro-batch of a step also sums the
+    gradients over the replicas.
     """
 
     layers: int
@@ -157,7 +158,7 @@ class Traffic:
         return {kind: micro_batches * n for kind, n in each.items()} | {"sum": sums}
 
     def seconds(self, micro_batches: int) -> dict[str, float]:
-        """Return the seconds of a step by kind of collective, each with its links to itself."""
+        """Return the seconds of a step by kind of collective, each as if nothing else used its links."""
         sent = self.step_bytes(micro_batches)
         return {
             kind: n / (self.sum_bytes_per_s if kind == "sum" else self.bytes_per_s) for kind, n in sent.items()
@@ -182,11 +183,11 @@ class Traffic:
         return self.gather[i] / self.bytes_per_s, self.reduce[i] / self.bytes_per_s, sums
 
     def concurrent_seconds(self, gather: float, reduce: float, sums: float) -> float:
-        """Return the seconds that a gather, a reduction and a sum take which start at once."""
+        """Return the seconds until a gather, a reduction and a sum that begin together are all done."""
         return max(gather + reduce, sums) if self.apart else gather + reduce + sums
 
     def not_hidden_seconds(self, micro_batches: int, forward_s: float, backward_s: float) -> dict[str, float]:
-        """Return the seconds of a step that computing waits for communication, by where it waits.
+        """Return the seconds of a step in which computing waits for communication, by where it waits.
 
             begin     the gathers of the weights outside of blocks and of the first block, which nothing hides
             forward   L - 1 gathers, by as much as each takes longer than the block before it

@@ -113,7 +113,7 @@ def memory_rows(used: Memory, available_bytes: int, tokens: int, setting: Settin
 
 
 def time_rows(estimate: Estimate) -> list[Row]:
-    """Return (part, milliseconds of a step, the arithmetic) of each part that takes time, and of the step."""
+    """Return (part, milliseconds, how they are computed) of each part of a step that takes time, and of the step."""
     card, speed, setting, projection = (
         estimate.card,
         estimate.rates,
@@ -180,7 +180,7 @@ def alternative_row(outcome: Outcome) -> Row:
 
 
 def projection_label(n_cards: int) -> str:
-    """Return the sentence that must stand beside figures of several GPUs."""
+    """Return the sentence to print with figures of several GPUs: they are projected."""
     label = "projected: no run on several cards was measured; sharded by FSDP2, a block at a time"
     label += "; a step's tokens shared out evenly"  # the fullest of 8 GPUs has 1.01 of the mean's
     return label + (
@@ -304,7 +304,7 @@ def find_measured_steps(estimate: Estimate) -> list[dict[str, Any]]:
     wanted |= {name: getattr(setting, name) for name in ("master", "states", "recompute", "offload")}
     if setting.n_cards > 1:
         wanted |= {"cards": setting.shards, "replicas": setting.replicas}
-    figures = {"tokens_per_s", "tokens", "peak_gib"}  # which a step that failed has not
+    figures = {"tokens_per_s", "tokens", "peak_gib"}  # a step that failed lacks them
     return [
         step for step in estimate.rates.steps
         if figures <= step.keys() and all(step.get(name) == value for name, value in wanted.items())

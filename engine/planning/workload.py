@@ -1,5 +1,7 @@
-"""What a run trains on, in numbers: the tokens of a step, those computed and those with a loss, and how a step is cut
-into micro-batches. The numbers come from a tokenised dataset, or from the lengths of 9,229 of Alpaca's rows."""
+"""What a run trains on, in numbers: the tokens of a step, and how a step is cut into micro-batches.
+
+The numbers come from a tokenised dataset, or from the lengths of 9,229 of Alpaca's rows.
+"""
 
 import functools
 import math
@@ -28,7 +30,7 @@ class Mix:
     per_step: int  # examples
     logical: float  # tokens that the examples hold
     own: float  # tokens that no other example shares
-    prefix: float  # shared tokens, each once: every micro-batch computes them again
+    prefix: float  # shared tokens, each counted once; every micro-batch computes them
     loss_rows: float  # tokens whose next token has a loss
     pairs: float  # of a query and a key that it sees
     query_pairs: float  # pairs whose query has a loss
@@ -36,7 +38,7 @@ class Mix:
 
     @property
     def loss_share(self) -> float:
-        """Return the rows with a loss, a computed token, of a step that is one micro-batch."""
+        """Return the rows with a loss per computed token, of a step that is one micro-batch."""
         return min(1.0, self.loss_rows / (self.own + self.prefix))
 
 
@@ -54,11 +56,12 @@ def step_numbers(
         shared[members] = n
     prefixes = np.array([float(n) for n, _ in groups if n] or [0.0])
     pairs = lengths * (lengths + 1) / 2 - shared * (shared + 1) / 2
-    asking = loss * (2 * lengths - loss - 1) / 2  # sum of i over the loss last positions: row i - 1 predicts position i
+    # The sum of i over the positions i that have a loss, an example's last ones: row i - 1 predicts position i.
+    query_pairs = loss * (2 * lengths - loss - 1) / 2
     own = (lengths - shared).sum()
     return np.array([
         lengths.sum(), own, prefixes.sum(), min(loss.sum(), own + prefixes.sum()),
-        pairs.sum() + (prefixes * (prefixes + 1) / 2).sum(), asking.sum(),
+        pairs.sum() + (prefixes * (prefixes + 1) / 2).sum(), query_pairs.sum(),
     ])  # fmt: skip
 
 
@@ -80,7 +83,7 @@ def mean_mix(what: str, n_examples: int, steps: np.ndarray, recipe: Recipe) -> M
 
 
 def alpaca_order(max_length: int, train_on_prompt: bool, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the tokens of each of Alpaca's rows, those with a loss, and an epoch's order of the rows that have any."""
+    """Return each Alpaca row's tokens and loss tokens, and the order of an epoch of the rows that have loss tokens."""
     found = alpaca_lengths()
     lengths = np.minimum(found.prompt + found.response, max_length).astype(float)
     loss = lengths - (1 if train_on_prompt else np.minimum(found.prompt, lengths))
@@ -110,7 +113,7 @@ def alpaca_mix(recipe: Recipe, rows: int = ALPACA_ROWS, what: str = "") -> Mix:
         raise UsageError(f"--max-length {recipe.max_length} leaves no row a token of its response")
     size = examples_per_card(recipe, len(order))
     steps = alpaca_steps(recipe.max_length, recipe.train_on_prompt, recipe.seed, recipe.share_prefix, size)
-    scale = min(1, rows / recipe.n_cards / size)  # fewer rows than a step holds
+    scale = min(1, rows / recipe.n_cards / size)  # under 1 where a step holds more rows than there are
     kept_rows = round(rows * len(order) / len(lengths))
     return mean_mix(what or f"Alpaca, {kept_rows:,} rows", kept_rows, steps * scale, recipe)
 

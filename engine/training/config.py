@@ -143,7 +143,7 @@ class FinetuneConfig:
                 "--spike-rollback wants a --spike-threshold and states to go back to; pass --save-every 100"
             )
         if self.loss_norm == "micro-mean" and self.packing:
-            object.__setattr__(self, "packing", False)  # the mean of micro-batches in the order of the rows
+            object.__setattr__(self, "packing", False)  # its micro-batches hold the rows in their order
         if self.eval_data and self.eval_fraction:
             problems.append("--eval-data and --eval-fraction exclude each other")
         if self.random_init and self.model not in MODELS:
@@ -160,7 +160,7 @@ class FinetuneConfig:
             raise ValueError("\n".join(problems))
 
 
-EMBEDDED_DEFAULTS = dict(  # the run of a newcomer: real model, real rows, minutes on two cores
+EMBEDDED_DEFAULTS = dict(  # of the demo: a real model and real rows, minutes on two cores
     model=EMBEDDED_MODEL, data=("seed-tasks",), out="out/demo", epochs=1, global_batch_size=16, lr=1e-4,
     eval_fraction=0.1, eval_every="end", sample_every="end", sample_tokens=48,
 )  # fmt: skip

@@ -13,7 +13,7 @@ from engine.text.templates import Row
 from engine.text.tokenizer import Tokenizer
 from engine.training.config import FinetuneConfig
 
-SILENT_BYTES = 4_000_000  # files up to this size are read in a tenth of a second: no bar is shown
+SILENT_BYTES = 4_000_000  # of files that are read in a tenth of a second, without a progress bar
 
 
 def read_datasets(
@@ -21,13 +21,13 @@ def read_datasets(
 ) -> tuple[Dataset, Dataset | None]:
     """Return the training examples and the held-out ones, None where nothing is held out.
 
-    Tells what was read. Raises DataError for files that cannot be read or leave no example.
+    Prints what was read. Raises DataError for files that cannot be read or leave no example.
     """
 
     def read():
         return read_tables(config, tokenizer, say, show_progress=world.is_main)
 
-    # With a cache, rank 0 tokenises and fills it before the other ranks look.
+    # With a cache, rank 0 tokenises and fills it before the other ranks read it.
     tables, is_cached = read() if config.token_cache == "off" else world.on_main_first(read)
     table, skipped = tables[0]
     if config.eval_fraction:
@@ -78,7 +78,7 @@ def read_tables(
             rows, skipped = read
             table = encode_rows(rows, tokenizer, *settings, watch_blocks if show_progress else iter)
             entry = table, list(skipped)
-            if cache and table.rows["n_loss"].any() and key == key_of(paths):  # not rewritten while it was read
+            if cache and table.rows["n_loss"].any() and key == key_of(paths):  # no file changed meanwhile
                 token_cache.save_entry(cache, key, table, skipped, paths, say)
         assert entry is not None
         tables.append(entry)
@@ -88,7 +88,7 @@ def read_tables(
 def read_files(
     paths: Sequence[Path], skip_bad_rows: bool, show_progress: bool = True
 ) -> tuple[Sequence[Row], Sequence[Skipped]]:
-    """Read the rows of dataset files, under a progress bar where it takes more than a moment."""
+    """Read the rows of dataset files, with a progress bar where they are large."""
     if not show_progress or sum(len(map_file(path)) for path in paths) < SILENT_BYTES:
         return read_rows(paths, skip_bad_rows)
     with Progress(None, unit="reading MB") as bar:
@@ -101,5 +101,5 @@ def read_files(
 
 
 def watch_blocks(blocks: range) -> Iterator[int]:
-    """Return the blocks of rows to tokenise, counted by a progress bar where there are several."""
+    """Return an iterator over blocks of rows to tokenise, with a progress bar where there are several."""
     return track("tokenising", blocks) if len(blocks) > 1 else iter(blocks)

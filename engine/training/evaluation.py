@@ -1,4 +1,4 @@
-"""What is done between steps: the loss on held-out examples, and answers to sample prompts."""
+"""Between steps: the loss on held-out examples, and answers to sample prompts."""
 
 import dataclasses
 
@@ -17,7 +17,10 @@ CHUNK_EXAMPLES = 256  # held-out examples that are packed together
 
 
 def evaluate_if_due(plan: Plan, run: Run, checkpoints: Checkpoints, model: Transformer, step: int) -> None:
-    """Do what is due after a step (0: before the first) and was not done before a resume: held-out loss, samples."""
+    """Evaluate and answer the sample prompts where that is due after a step, or before the first step (0).
+
+    What metrics.jsonl holds of that step already, from before a resume, is not done again.
+    """
     config = plan.config
     if plan.held_out and plan.is_due(config.eval_every, step) and ("eval", step) not in run.reported:
         evaluate(plan, run, checkpoints, model, step)

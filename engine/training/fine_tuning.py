@@ -1,4 +1,4 @@
-"""A run from its plan to the written model: built, trained, written and recorded."""
+"""Carry out the plan of a run: build the model, train it, write it, and record how the run ended."""
 
 import dataclasses
 import os
@@ -34,9 +34,10 @@ from engine.training.step import Steps
 
 
 def fine_tune(plan: Plan, world: World, signals: Signals, start: Start) -> None:
-    """Carry a plan out, from where it starts to the written model. The caller holds the output folder's lock.
+    """Carry a plan out, from its start to the written model. The caller holds the output folder's lock.
 
-    Raises Stopped, with the state saved, on a signal; DivergedError, CriaError and OSError as the parts do.
+    Raises Stopped, with the training state saved, on a signal, and DivergedError when the loss diverges. CriaError and
+    OSError come through from the parts.
     """
     config, out, found = plan.config, plan.out, start.checkpoint
     if world.is_main:
@@ -84,9 +85,9 @@ def fine_tune(plan: Plan, world: World, signals: Signals, start: Start) -> None:
 
 
 def build_model(plan: Plan, world: World, found: Checkpoint | None) -> tuple[Transformer, AdamW]:
-    """Return the model and its optimizer, with the state of the checkpoint or that of step 0.
+    """Return the model and its optimizer, with the state of the checkpoint, or, without one, of step 0.
 
-    Each rank allocates and reads only its own rows.
+    Each rank allocates and reads only the rows of its own shard.
     """
     config = plan.config
     shard = partial(fsdp.shard_model, world=world) if world.size > 1 else None
@@ -131,7 +132,7 @@ def describe_run(plan: Plan, world: World) -> dict[str, Any]:
 def begin_run(plan: Plan, world: World, signals: Signals, found: Checkpoint | None, stack: ExitStack) -> Run:
     """Open metrics.jsonl and the progress bar, and read what a resumed run reported already.
 
-    From here on a signal is noted, not obeyed at once. Rank 0 alone writes metrics and speaks.
+    From here on a signal does not end the process at once: the loop asks for it. Only rank 0 writes metrics and prints.
     """
     metrics = Metrics(plan.out / METRICS, found.step if found else None) if world.is_main else NoMetrics()
     lines = world.on_main(lambda: read_metrics(plan.out / METRICS))
@@ -146,7 +147,10 @@ def begin_run(plan: Plan, world: World, signals: Signals, found: Checkpoint | No
 
 
 def end_run(plan: Plan, run: Run, record: dict[str, Any]) -> None:
-    """Record how the run ended, for whoever looks later. A disk too full for that must not hide how it ended."""
+    """Write to run.json, metrics.jsonl and report.html how the run ended.
+
+    A full disk only prints a warning here, so that it does not hide the error that ended the run.
+    """
     status, seconds = record["status"], record["seconds"]
     try:
         write_json(plan.out / RUN, record)

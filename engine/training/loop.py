@@ -20,6 +20,7 @@ def train(plan: Plan, run: Run, checkpoints: Checkpoints, steps: Steps, model: T
         lr = config.lr * lr_factor(config.lr_schedule, step, plan.total_steps, config.warmup_ratio)
         run.world.note_place(f"step {step}")
         was_taken = steps.take_step(step, lr)
+        # Wait for this step's own figures only where something below needs them.
         wait = not was_taken or not plan.runs_ahead or plan.must_wait_after(step) or run.is_asked_to_stop()
         for report in steps.take_reports(wait):
             report_step(plan, run, checkpoints, report)

@@ -10,7 +10,7 @@ batches since (Chowdhery et al. 2022, section 5.1).
 import statistics
 from dataclasses import dataclass
 
-WINDOW, LEAST = 64, 16  # steps that are looked back on, and the fewest with which a loss can stand out
+WINDOW, LEAST = 64, 16  # the most earlier losses that a loss is compared with, and the fewest
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class SpikeDetector:
         self.losses, self.in_spike = [(at, loss) for at, loss in self.losses if at <= step], False
 
     def replay(self, lines: list[dict]) -> None:
-        """Add the losses that metrics.jsonl holds of a resumed run, and forget where that run forgot."""
+        """Add the losses in the lines of a resumed run's metrics.jsonl, without those that the run went back from."""
         for line in lines:
             if line["event"] == "train" and line["loss"] is not None:
                 self.add_loss(line["step"], line["loss"])

@@ -29,8 +29,8 @@ from engine.training.plan import Plan
 from engine.training.planning_input import setting_from_config
 from engine.training.run_ahead import Prefetcher
 
-HALVED = "halved.json"  # in --out: micro-batches that ranks ran out of memory with, and those to take instead
-TOKENS_MULTIPLE = 64  # tokens: micro-batches on a GPU are whole rows of a GEMM's tiles
+HALVED = "halved.json"  # in --out: tells the next start which micro-batches were too large, and the size to use
+TOKENS_MULTIPLE = 64  # of which a micro-batch's tokens are a multiple on a GPU: they fill the tiles of GEMMs
 
 
 def choose_mesh_and_tokens(
@@ -130,11 +130,11 @@ class MicroBatchSize:
         return self.batches.packing.max_tokens
 
     def recover(self, reason: str, optimizer: AdamW, prefetcher: Prefetcher | None = None) -> None:
-        """Make room after a pass that ran out of memory: drop its gradients and halve the micro-batch, once in a run.
+        """Free what a pass that ran out of memory holds, and halve the micro-batch, once in a run.
 
-        prefetcher: what has prepared micro-batches of the old size, and prepares them anew. Raises CriaError with what
-        would fit where halving cannot help. Call it outside the handler of the error, whose traceback keeps what the
-        failed pass had saved.
+        prefetcher: its micro-batches of the old size are dropped. Raises CriaError, with settings that would fit, where
+        halving cannot help. Call this after the except block: inside it the traceback still holds the tensors of the
+        failed pass.
         """
         if optimizer.step_in_backward and prefetcher:
             raise CriaError(
@@ -151,8 +151,8 @@ class MicroBatchSize:
     def try_largest(self, model: Transformer, optimizer: AdamW) -> None:
         """Run the largest micro-batch that the data can make, forward and backward, with loss at every token.
 
-        Done before the first step on a GPU, beside a full set of gradients, so that no later step is the first to run
-        out of memory. Says what it takes.
+        Call it on a GPU before the first step. Memory that suffices here suffices for every later step. Prints the peak
+        of memory.
         """
         plan = self.plan
         most, step = count_largest_tokens(plan.config, plan.train, plan.packing.multiple)
@@ -162,10 +162,10 @@ class MicroBatchSize:
             batch = make_largest_micro_batch(tokens, plan.config.max_length, plan.model_config.vocab_size)
             if plan.config.optimizer_in_backward and tokens == step:
                 loss = model.loss(batch)
-                optimizer.begin_in_backward(0.0, loss * torch.nan)  # which updates nothing
+                optimizer.begin_in_backward(0.0, loss * torch.nan)  # a loss of NaN updates nothing
                 loss.backward()
             else:
-                for is_last in (False, True):
+                for is_last in (False, True):  # the second backward runs beside the gradients of the first
                     set_last_micro_batch(model, is_last)
                     model.loss(batch).backward()
             return tokens
@@ -225,9 +225,9 @@ def record_halving(out: Path, tokens: int, fewer: int) -> None:
 
 
 def read_halving(plan: Plan, tokens: int, say: Callable[[str], None]) -> int | None:
-    """Return the micro-batch tokens to use because an earlier start ran out of memory; None where none did.
+    """Return the tokens that an earlier start, which ran out of memory, left for this one, or None.
 
-    Its own size is halved now, and so is a larger one that was chosen here rather than asked for.
+    They replace `tokens` if that is the size that ran out, or a larger one that --micro-batch-tokens did not ask for.
     """
     note = read_json(plan.out / HALVED)
     is_larger = plan.config.micro_batch_tokens is None and tokens > note.get("to", tokens)

@@ -1,4 +1,4 @@
-"""Optimizer states in the host's memory, which visit the device for their update.
+"""Optimizer states that are kept in the host's memory and copied to the device for each update.
 
     upload of tensor i + 1  |  update of tensor i  |  download of tensor i - 1
 
@@ -26,14 +26,14 @@ class Offload:
             torch.cuda.synchronize(device)  # copy_to_host's copies end before another stream reads them
         largest = max(count_bytes(state) for state in self.states.values())
         self.slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
-        self.free: list[torch.cuda.Event | None] = [None] * SLOTS  # event after which a slot is downloaded
+        self.free: list[torch.cuda.Event | None] = [None] * SLOTS  # events after which a slot may be filled again
         self.up: Any = None  # streams, on a GPU
         self.down: Any = None
         if self.cuda:
             self.up, self.down = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def states_on_device(self) -> Iterator[tuple[str, AdamWState]]:
-        """Yield (name, its state on the device), one after another. What the caller writes to a state goes back."""
+        """Yield (name, its state on the device) of each parameter. What the caller writes to a state is copied back."""
         names = list(self.states)
         arrivals = [self._upload(0, self.states[names[0]])]
         for i, name in enumerate(names):

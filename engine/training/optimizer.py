@@ -67,9 +67,10 @@ class AdamW:
                 p.register_post_accumulate_grad_hook(partial(self._update_in_backward, name))
 
     def begin_in_backward(self, lr: float, loss: torch.Tensor) -> None:
-        """Announce the only backward of a step, for an optimizer made with in_backward.
+        """Begin a step whose only backward, which the caller runs next, updates the parameters.
 
-        A loss that is not finite then updates nothing. A gradient that is not finite leaves its own parameter alone.
+        For an optimizer made with in_backward. If the loss is not finite nothing is updated. A parameter whose gradient
+        is not finite is not updated.
         """
         self.step_in_backward = lr, loss.detach(), []
 
@@ -90,8 +91,8 @@ class AdamW:
         """Update every parameter once, with gradients times min(1, clip / (norm + 1e-6)), and drop the gradients.
 
         The gradients are clipped as by torch's clip_grad_norm_; clip 0 leaves them as they are. apply is a bool on the
-        device; where it is false nothing changes, and the caller who learns of that takes 1 from n_updates before the
-        next step.
+        device. If it is false no parameter or state changes. A caller who reads that must subtract 1 from n_updates
+        before the next step.
         """
         if self.step_in_backward is None:
             scale = (clip / (norm + 1e-6)).clamp(max=1.0) if clip else 1.0

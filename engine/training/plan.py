@@ -1,4 +1,4 @@
-"""What is decided about a run before its weights are loaded."""
+"""The plan of a run: what is decided before its weights are loaded."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ class Plan:
     total_steps: int
     packing: Packing  # of a step, on each rank; MicroBatchSize halves its budget once where memory runs out
     replicas: int  # of the model, over the ranks
-    facts: dict  # what a checkpoint records and a resumed run must agree with, but for max_tokens
+    facts: dict  # recorded in checkpoints and compared on resume; recorded_facts() adds max_tokens
 
     @property
     def order(self) -> Order:
@@ -51,16 +51,16 @@ class Plan:
 
     @property
     def runs_ahead(self) -> bool:
-        """Return whether the host gives the device the next step before it has read how this one went.
+        """Return whether the host queues the next step before it has read this step's loss and norm.
 
         A step whose loss is a spike may be undone, so with --spike-rollback the host waits.
         """
         return self.device.type == "cuda" and not self.config.spike_rollback
 
     def is_due(self, every: str, step: int) -> bool:
-        """Return whether something that happens every so often happens after this step.
+        """Return whether an evaluation, a sample or a save is due after this step.
 
-        every is "off", "end", "epoch" or a number of steps. Unless it is off, it happens after step 0 and the last too.
+        every is "off", "end", "epoch" or a number of steps. Unless it is "off", step 0 and the last step are due too.
         """
         if every == "off" or step in (0, self.total_steps):
             return every != "off"
@@ -79,7 +79,7 @@ class Plan:
 
 
 def describe_plan(plan: Plan, world: World) -> str:
-    """Return what is about to happen, in two lines."""
+    """Return two lines that describe the model and the plan."""
     c, config = plan.model_config, plan.config
     state = state_bytes(c, setting_from_config(config, plan.dtype))
     total_bytes = 2 * state.weights + state.master + state.states

@@ -1,4 +1,4 @@
-"""The part of a run's settings that engine.planning computes with: a Setting and a Recipe of a FinetuneConfig."""
+"""Convert a FinetuneConfig to the Setting and the Recipe that engine.planning computes with."""
 
 import torch
 
@@ -7,7 +7,7 @@ from engine.training.config import FinetuneConfig
 
 
 def setting_from_config(config: FinetuneConfig, dtype: torch.dtype, n_cards: int = 1) -> Setting:
-    """Return the choices that decide the bytes of a step on n_cards GPUs; without --replicas, of one replica."""
+    """Return the choices that decide the bytes of a step on n_cards GPUs, which are one replica without --replicas."""
     replicas = (config.replicas or 1) if n_cards > 1 else 1
     return Setting(
         dtype, config.master_weights, config.optimizer_states, config.recompute, config.offload_optimizer,

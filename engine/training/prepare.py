@@ -1,5 +1,7 @@
-"""A run made ready: settings checked, data read, the plan made. Whatever can be refused is refused here, before any
-weight is loaded."""
+"""Prepare a run: check the settings, read the data, make the plan.
+
+Whatever can be refused is refused here, before any weight is loaded.
+"""
 
 import dataclasses
 import os
@@ -29,8 +31,8 @@ SAMPLE_PROMPTS = (
     "Rewrite the sentence so that it sounds polite: Send me the report now.",
     "Write a two-line poem about rain.",
 )
-# Settings that may differ when a run goes on: they change where things go or how often, not what is computed. Data is
-# compared by the hash of its tokens, which depends on the tokenizer too, not by the names of its files.
+# Settings that may differ when a run is resumed: they change where things go or how often, not what is computed. Data
+# is compared by the hash of its tokens, which depends on the tokenizer too, not by the names of its files.
 MAY_CHANGE = {
     "tokenizer", "data", "eval_data", "token_cache", "out", "device", "micro_batch_tokens", "micro_batch_size",
     "packing", "share_prefix", "recompute", "offload_optimizer", "optimizer_in_backward",
@@ -45,7 +47,7 @@ PATHS = {"model", "tokenizer", "data", "eval_data", "token_cache", "out", "sampl
 def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) -> Plan:
     """Check the settings, read everything but the weights, and return the plan of the run.
 
-    Raises UsageError or DataError for what cannot be.
+    Raises UsageError or DataError for settings or data that cannot be used.
     """
     device = choose_device(config.device)
     dtype, kernels = choose_dtype(config.dtype, device), choose_kernels(config.kernels, device)
@@ -83,12 +85,12 @@ def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) ->
 
 
 def select_fixed_settings(config: FinetuneConfig, source: Source | None) -> dict:
-    """Return the settings that must be equal when a run goes on, because they decide what is computed."""
+    """Return the settings that must be equal when a run is resumed, because they decide what is computed."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in MAY_CHANGE}
     settings["model"] = config.model if source is None else str(source.path.resolve())
-    if config.loss_norm == "micro-mean":  # how a batch is cut is then part of the maths
+    if config.loss_norm == "micro-mean":  # the loss then depends on how a step is cut
         settings["micro_batch_size"] = config.micro_batch_size
-    if config.spike_rollback:  # so is which steps are left out
+    if config.spike_rollback:  # the model then depends on which steps are left out
         settings["spike_rollback"] = config.spike_threshold
     return settings
 
@@ -135,7 +137,7 @@ def read_prompts(name: str) -> list[str]:
 def agree_on_plan(plan: Plan, world: World) -> Plan:
     """Return the plan that all ranks follow, with the smallest micro-batches and fewest replicas that any rank chose.
 
-    Stands the ranks in replicas. Raises DataError where a rank read other data or was given other settings.
+    Also arranges the ranks in replicas. Raises DataError where a rank read other data or was given other settings.
     """
 
     def fingerprint(dataset: Dataset | None) -> str | None:

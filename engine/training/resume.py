@@ -25,7 +25,7 @@ class Start:
 def find_start(plan: Plan, say: Callable[[str], None]) -> Start:
     """Return where the run begins. Raises UsageError when a checkpoint belongs to a run with other settings.
 
-    Micro-batches are those of the checkpoint where none are asked for: equal cuts give equal sums.
+    Without --micro-batch-tokens the micro-batches are as large as before, so that sums are rounded as before.
     """
     checkpoint = find_checkpoint(plan, say)
     tokens = get_recorded_tokens(plan, checkpoint.manifest if checkpoint else {})
@@ -34,7 +34,7 @@ def find_start(plan: Plan, say: Callable[[str], None]) -> Start:
 
 
 def is_finished(plan: Plan) -> bool:
-    """Return whether --out holds this very run, done and not to be rewound.
+    """Return whether --out holds this very run, finished, and --resume names no other start.
 
     Raises UsageError when it holds another finished run.
     """

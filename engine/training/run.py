@@ -1,4 +1,4 @@
-"""A run under way, as one of its processes sees it: what it may ask, where it writes, what it counts."""
+"""What one process needs while a run is under way: its ranks, its signals, its reports and its counts."""
 
 from dataclasses import dataclass
 
@@ -24,5 +24,8 @@ class Run:
     n_spikes: int = 0  # spikes in a row
 
     def is_asked_to_stop(self) -> bool:
-        """Return whether a signal asks the run to end. Ranks agree, since each asks what the last step said to all."""
+        """Return whether a signal asks the run to end.
+
+        Ranks agree on it, because each of several goes by the count of signals that the last reported step summed.
+        """
         return self.signals.pending() if self.world.size == 1 else self.n_signals > 0

@@ -1,5 +1,7 @@
-"""The parts of a step that keep the host out of the device's way: micro-batches that are ready before they are asked
-for, and figures that are read after the device has computed them."""
+"""What lets the host run ahead of the device, so that the device never waits for it.
+
+Micro-batches are prepared in advance, and figures are read after the device has computed them.
+"""
 
 import time
 from collections.abc import Iterator
@@ -45,7 +47,7 @@ class Prefetcher:
         return batch
 
     def drop_prefetched(self) -> None:
-        """Drop what was prepared ahead, because batches would cut it differently now."""
+        """Drop what was prepared ahead, because the size of micro-batches has changed."""
         self.ahead = None
 
     def _prepare(self, step):

@@ -1,4 +1,4 @@
-"""A run's training states and its model on their way to disk: what is reported of them, and what a full disk costs."""
+"""Write a run's training states and its model, report what was written, and survive a full disk."""
 
 from pathlib import Path
 from typing import NoReturn
@@ -58,7 +58,7 @@ class Checkpoints:
         self.saver.save(step, self.optimizer.tensors() if self.run.world.writes_checkpoint else {}, facts)
 
     def report_finished_save(self, wait: bool = False) -> None:
-        """Report the state under way if it has been written. wait: wait for it."""
+        """Report the state that the thread is writing, if it is done. wait: wait until it is."""
         try:
             done = self.saver.wait() if wait else self.saver.poll()
         except OSError as error:
@@ -74,7 +74,7 @@ class Checkpoints:
             )  # fmt: skip
 
     def save_or_fail(self, step: int, why: str) -> None:
-        """Write the state of a step and wait for it, unless it is on disk already. why: the process ends.
+        """Write the state of a step and wait for it, unless it is on disk already. why: the reason that ends the run.
 
         Raises CriaError on every rank when it cannot be written.
         """
@@ -109,7 +109,7 @@ class Checkpoints:
         return found.step
 
     def close(self) -> None:
-        """Wait for the state under way."""
+        """Wait for the state that is being written."""
         self.saver.close()
 
 
@@ -135,7 +135,7 @@ def write_model(plan: Plan, run: Run, checkpoints: Checkpoints, model: Transform
 
 
 def write_files(plan: Plan, model: Transformer, out: Path) -> None:
-    """Write the model's files and its tokenizer's. Raises OSError; the folder then holds what it held."""
+    """Write the files of the model and of its tokenizer. An OSError leaves the folder as it was."""
     save_hf(
         out, model, max_shard_bytes=plan.config.max_shard_bytes, bos_id=plan.tokenizer.bos_id,
         eos_ids=sorted(plan.tokenizer.stop_ids), generation_config=plan.source.generation_config if plan.source else

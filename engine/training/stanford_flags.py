@@ -11,7 +11,7 @@ UNNEEDED = {
     "per_device_eval_batch_size": "evaluation fills its forwards by tokens",
     "tf32": "bf16 matrices run on the tensor cores already",
 }
-DEFAULT_MICRO_BATCH, DEFAULT_ACCUMULATION, DEFAULT_STEPS = 8, 1, 500  # transformers', where a flag is absent
+DEFAULT_MICRO_BATCH, DEFAULT_ACCUMULATION, DEFAULT_STEPS = 8, 1, 500  # what transformers takes for an absent flag
 
 Raw = dict[str, list[str]]  # {flag: its words}, as the command line has them
 
@@ -41,7 +41,7 @@ translate_stanford_flags.flags = (  # type: ignore[attr-defined]
 
 
 def pop_word(raw: Raw, name: str, problems: list[str]) -> str | None:
-    """Take a flag of one word out of raw. Return its word, None where the flag is absent or has another number."""
+    """Take a flag of one word out of raw. Return the word, or None where the flag is absent or has not one word."""
     words = raw.pop(name, None)
     if words is not None and len(words) != 1:
         problems.append(f"{name_to_flag(name)} wants one value, got {len(words)}")
@@ -50,7 +50,7 @@ def pop_word(raw: Raw, name: str, problems: list[str]) -> str | None:
 
 
 def pop_number(raw: Raw, name: str, problems: list[str]) -> int | None:
-    """Take a flag of one whole number from 1 out of raw. Return it, None where the flag is absent or wrong."""
+    """Take a flag whose word is a whole number from 1 out of raw. Return it, or None if it is absent or wrong."""
     word = pop_word(raw, name, problems)
     if word is None:
         return None

@@ -25,7 +25,7 @@ class StepReport:
 
     step: int
     lr: float
-    loss: float  # a loss token of the global batch, over all ranks
+    loss: float  # mean over the loss tokens of the global batch, on all ranks
     grad_norm: float  # before clipping, over all ranks
     is_finite: bool  # loss and norm are numbers, and the weights were updated
     updated_in_backward: bool  # layers were updated as backward went, whether or not the rest was finite
@@ -34,7 +34,7 @@ class StepReport:
     n_tokens: int  # of the global batch, as its examples hold them
     n_computed_tokens: int  # of all ranks
     n_loss_tokens: int  # of the global batch
-    examples: np.ndarray  # of the global batch
+    examples: np.ndarray  # of the global batch, as places in the dataset
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,8 @@ class Steps:
     ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         """Return loss, gradient norm and [computed tokens, ranks that a signal reached] of all ranks, on the device.
 
-        On one rank the list is empty: the host has these numbers. torch.full, not a copy, which would wait for the GPU.
+        On one rank the list is empty, because the host has these numbers. On several, torch.full puts them on the
+        device: a copy would wait for it.
         """
         if self.world.size == 1:
             return loss, norm, []
@@ -143,7 +144,7 @@ class Steps:
         return loss, square.sqrt().float(), shared
 
     def read_pending(self) -> None:
-        """Wait for the figures of the step under way, if there is one, and keep its report."""
+        """Wait for the figures of the pending step, if there is one, and keep its report."""
         if self.pending is None:
             return
         pending, self.pending = self.pending, None

@@ -1,4 +1,4 @@
-"""What is said of each step: to the terminal and to metrics.jsonl. Steps without a finite loss, and loss spikes."""
+"""Report each step on the terminal and in metrics.jsonl, and handle loss spikes and steps without a finite loss."""
 
 import dataclasses
 import resource
@@ -55,7 +55,7 @@ def log_step(plan: Plan, run: Run, report: StepReport) -> None:
 def report_skip(plan: Plan, run: Run, report: StepReport) -> None:
     """Report a step that updated nothing because its loss or gradient is not finite.
 
-    Too many in a row end the run. So does one whose layers were updated within backward: it cannot be left out.
+    Too many in a row end the run. So does one whose backward updated some layers: that cannot be undone.
     """
     n, loss, norm, rows = run.n_skipped, report.loss, report.grad_norm, list_sources(plan, report)
     run.metrics.write("skip", step=report.step, reason="non-finite", loss=loss, grad_norm=norm, rows=rows)
@@ -72,8 +72,8 @@ def report_skip(plan: Plan, run: Run, report: StepReport) -> None:
 def report_spike(plan: Plan, run: Run, checkpoints: Checkpoints, report: StepReport, spike: Spike) -> None:
     """Report a loss that stands out, with the rows of its step.
 
-    With --spike-rollback the run goes back to the newest state on disk and on with the next step. Too many spikes in a
-    row end it.
+    With --spike-rollback the weights go back to the newest training state on disk, and the run takes its next step from
+    there. Too many spikes in a row end it.
     """
     step, back_to = report.step, None
     text = f"step {step}: loss {spike.loss:.4f} is a spike: the median was {spike.median:.4f} +- {spike.deviation:.4f}"
