@@ -47,14 +47,14 @@ def main(argv: Sequence[str]) -> None:
         for note in notes:
             say(note)
         out = Path(config.out)
-        world.on_all_ranks(lambda: world.is_main and stack.enter_context(lock_output_folder(out)))
-        plan = agree_on_plan(world.on_all_ranks(lambda: prepare(config, world, say)), world)
-        if world.on_main(lambda: is_finished(plan)):
+        world.run_on_all_ranks(lambda: world.is_main and stack.enter_context(lock_output_folder(out)))
+        plan = agree_on_plan(world.run_on_all_ranks(lambda: prepare(config, world, say)), world)
+        if world.run_on_main(lambda: is_finished(plan)):
             say(f"{out} holds this run, finished; --resume never starts it over")
             return
-        start = world.on_main(lambda: find_start(plan, say))
+        start = world.run_on_main(lambda: find_start(plan, say))
         plan = dataclasses.replace(plan, packing=dataclasses.replace(plan.packing, max_tokens=start.max_tokens))
-        world.on_main(lambda: require_disk_space(plan))
+        world.run_on_main(lambda: require_disk_space(plan))
         if not config.dry_run:
             fine_tune(plan, world, signals, start)
             return

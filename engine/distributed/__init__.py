@@ -1,1 +1,1 @@
-"""Several GPUs as one run. The only package that imports torch.distributed."""
+"""Several GPUs as one run. No other package imports torch.distributed."""

@@ -1,4 +1,4 @@
-"""A model cut over the ranks by FSDP2, and the shards that each rank holds of it."""
+"""A model that FSDP2 shards over the ranks, and the shards that this rank holds."""
 
 from typing import Any
 
@@ -10,18 +10,18 @@ from engine.model.shard import Shard, first_row
 
 
 def shard_model(model: Transformer, world: World) -> Transformer:
-    """Cut a model's parameters over the ranks, in place. On meta nothing is allocated before the cut."""
-    # Imported here: it takes a second, which a run of one rank need not wait.
+    """Shard a model's parameters over the ranks, in place. A model on the meta device is never allocated whole."""
+    # Imported here: it takes a second, which a run of one rank does not have to wait.
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     groups: list[Any] = [*model.layers, model]
     for module in groups:
-        kept = module in (model.layers[-1], model)  # whole until backward, which begins with them
+        kept = module in (model.layers[-1], model)  # not freed after forward: backward needs them first
         fully_shard(module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=not kept)
     for name in ("loss", "logits"):
         register_fsdp_forward_method(model, name)
-    for module in groups:
+    for module in groups:  # gradients are sums over ranks, not means: see engine.distributed.world
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     return model
@@ -30,14 +30,14 @@ def shard_model(model: Transformer, world: World) -> Transformer:
 def set_last_micro_batch(model: Any, last: bool) -> None:
     """Set whether the next backward is the last one of a step.
 
-    Replicas sum their gradients in that backward alone; until then each keeps its own sums, in fp32.
+    Replicas sum their gradients only in the last one. Until then, each keeps its own sums, in fp32.
     """
     if hasattr(model, "set_requires_all_reduce"):
         model.set_requires_all_reduce(last)
 
 
 def local_shards(model: torch.nn.Module) -> dict[str, Shard]:
-    """Return the rows {name: shard} that this rank holds of each parameter: all of them where nothing is sharded."""
+    """Return {name: the rows that this rank holds} of the parameters: all rows where nothing is sharded."""
     return {name: local_shard(p) for name, p in model.named_parameters()}
 
 
@@ -53,9 +53,9 @@ def local_shard(p: Any) -> Shard:
 
 
 def gather_parameters(model: Any, world: World) -> dict[str, torch.Tensor]:
-    """Return the whole parameters in the host's memory of rank 0, {} on the others.
+    """Return the whole parameters in the host's memory on rank 0, and {} on the others.
 
-    At any moment one parameter is whole on each rank.
+    They are gathered one after the other, so that each GPU holds at most one whole parameter.
     """
     whole = {}
     for module in (*model.layers, model):

@@ -1,17 +1,17 @@
-"""Ranks: which one this process is, what all agree on, and what happens when one of them is lost.
+"""The ranks of a run: which one this process is, how they exchange values, and what happens when one is lost.
 
-torchrun starts the ranks. Each block is one FSDP2 group; embedding, norm and head are another. A group's parameters are
-gathered for forward and, but for the last block's and the other group's, again for backward; its gradients are summed
-in fp32 and scattered.
+torchrun starts the ranks. Each block of the model is one FSDP2 group; embedding, norm and head together are another. A
+group's parameters are gathered for forward and again for backward. Those of the last block and of the embedding's group
+are gathered once, because backward begins with them. A group's gradients are summed in fp32 and scattered.
 
-With R replicas the ranks stand in R rows of size / R: shards within a row, sums across rows; R = size is plain data
-parallelism. A gradient is a sum over ranks, not a mean: the weights of each micro-batch hold its share of the global
-batch.
+With R replicas the mesh is R rows of size / R ranks. The ranks of a row hold the shards of one replica; gradients are
+summed across rows. R = size is plain data parallelism. A gradient is a sum over ranks, not a mean, because the weights
+of a micro-batch's losses already divide by the loss tokens of the global batch.
 
-A thread of each rank tells the store every few seconds that the rank lives. It ends the process when another rank has
-not done so for --rank-timeout seconds: a rank that froze or died ends the run in bounded time, and is named. A rank
-that lives and is stuck is found by the others' collectives, half as long again later; the error names where each rank
-was.
+Each rank has a watchdog thread, which reports to the store every few seconds that the rank is alive. When another rank
+has not reported for --rank-timeout seconds, the watchdog names it and ends this process. So a rank that froze or died
+ends the run in bounded time. A rank that is alive but stuck is noticed when the others' collectives time out, after 1.5
+times --rank-timeout; the error says where each rank was.
 """
 
 import contextlib
@@ -34,30 +34,31 @@ from engine.base.errors import CriaError, OtherRankFailed, UsageError
 
 T = TypeVar("T")
 
-BEATS = 10  # signs of life in a --rank-timeout
-LOOK_S = 0.05  # between two looks for the others
+BEATS = 10  # reports of a watchdog within --rank-timeout
+POLL_SECONDS = 0.05  # between two looks into the store
 MAIN_FAILED = "main failed"  # a key of the store
-PATIENCE_S = 24 * 3600  # with the others' long work; the watch notices when one of them dies
+WAIT_SECONDS = 24 * 3600  # how long a rank waits for others that work; if one dies, the watchdog notices sooner
 
 
 class World:
-    """This process among the ranks of its run. Alone (size 1) it asks nobody, and every method is plain Python."""
+    """This process among the ranks of its run. With one rank (size 1), no method communicates."""
 
     def __init__(
         self, rank: int = 0, size: int = 1, store: Any = None, device: str | None = None, timeout_s: float = 600.0
     ):
         self.rank, self.size, self.replicas, self.store, self.device = rank, size, 1, store, device
-        self.watch = Watch(self, timeout_s) if size > 1 else None
+        self.watchdog = Watchdog(self, timeout_s) if size > 1 else None
         self.mesh: DeviceMesh | None = None
         self.saving_group: Any = None
         self.timeout = collective_timeout(timeout_s)
-        self.n_waits = self.n_firsts = 0  # names of keys in the store, equal on all ranks
+        self.n_waits = self.n_firsts = 0  # calls so far, which number the keys in the store; equal on all ranks
         if size > 1:
-            # The thread that writes states has a group of its own: the collectives of a group keep their order.
+            # For the thread that saves training states. The collectives of one group must come in one order on all
+            # ranks, so two threads cannot share a group.
             self.saving_group = dist.new_group(backend="gloo", timeout=self.timeout)
 
     def arrange_replicas(self, replicas: int) -> None:
-        """Arrange the ranks in rows that hold one replica's shards each. All ranks call it before sharding anything."""
+        """Make the mesh of replicas and shards. All ranks call this before anything is sharded."""
         self.replicas = replicas
         if self.size > 1:
             shape: tuple[int, ...] = (replicas, self.n_shards)
@@ -66,12 +67,12 @@ class World:
                 shape, names = shape[1:], names[1:]
             self.mesh = init_device_mesh(str(self.device), shape, mesh_dim_names=names)
             for group in self.mesh.get_all_groups():
-                _set_pg_timeout(self.timeout, group)  # else it is half an hour
+                _set_pg_timeout(self.timeout, group)  # its default is half an hour
 
     def note_place(self, place: str) -> None:
-        """Note where this rank is, for the others' error if it is lost there."""
-        if self.watch:
-            self.watch.place = place
+        """Note what this rank is doing ("step 7"), for the error of the others if it is lost there."""
+        if self.watchdog:
+            self.watchdog.place = place
 
     @property
     def is_main(self) -> bool:
@@ -79,28 +80,28 @@ class World:
 
     @property
     def n_shards(self) -> int:
-        """Return the number of shards that a parameter is cut into."""
+        """Return the number of shards of a parameter."""
         return self.size // self.replicas
 
     @property
     def writes_checkpoint(self) -> bool:
-        """Return whether this rank writes its shards into a checkpoint: those of one replica do."""
+        """Return whether this rank writes its shards into a checkpoint. Only the ranks of the first replica do."""
         return self.rank < self.n_shards
 
     # ---- run work ---------------------------------------------------------------------------------------------------
 
-    def on_main(self, work: Callable[[], T]) -> T:
+    def run_on_main(self, work: Callable[[], T]) -> T:
         """Run work() on rank 0 while the others wait, and return its value on every rank.
 
-        Where it fails, every rank fails with its exit code and rank 0 tells why.
+        If work() fails, every rank fails with the same exit code, and rank 0 prints the reason.
         """
-        result: Any = self.on_all_ranks(lambda: work() if self.is_main else None)
+        result: Any = self.run_on_all_ranks(lambda: work() if self.is_main else None)
         return self.broadcast(result)
 
-    def on_all_ranks(self, work: Callable[[], T]) -> T:
+    def run_on_all_ranks(self, work: Callable[[], T]) -> T:
         """Run work() on every rank.
 
-        Where it fails on some, all fail with the first one's exit code; that one tells why.
+        If it fails on some ranks, all fail with the exit code of the first of these, which prints the reason.
         """
         if self.size == 1:
             return work()
@@ -119,10 +120,10 @@ class World:
             raise failure if self.rank == failed[0] else OtherRankFailed(failed[0], codes[failed[0]])
         return result
 
-    def on_main_first(self, work: Callable[[], T]) -> T:
-        """Run work() on rank 0, then on the others, which find what rank 0 cached.
+    def run_on_main_first(self, work: Callable[[], T]) -> T:
+        """Run work() on rank 0, and then on the others, which can use what rank 0 put into a cache.
 
-        Call it within on_all_ranks(): where rank 0 fails before it comes here, so do the others.
+        Call it within run_on_all_ranks(), which tells the others here when rank 0 has failed before this call.
         """
         if self.size == 1:
             return work()
@@ -131,7 +132,7 @@ class World:
         while not self.is_main and not self.store.check([key]):
             if self.store.check([MAIN_FAILED]):
                 raise OtherRankFailed(0, 1)
-            time.sleep(LOOK_S)
+            time.sleep(POLL_SECONDS)
         try:
             return work()
         finally:
@@ -141,17 +142,17 @@ class World:
     def wait_for_all(self) -> None:
         """Wait until every rank has called this, however long its work takes.
 
-        The rank looks again and again. The store's own wait and a collective would end at --rank-timeout, hold up the
-        watch and handle no signal.
+        The rank polls the store. A collective, like the store's own wait(), would give up at --rank-timeout and let no
+        signal be handled; that wait() would also block the watchdog.
         """
         if self.size > 1:
             self.n_waits += 1
-            key, end = f"meet/{self.n_waits}", time.monotonic() + PATIENCE_S
+            key, end = f"meet/{self.n_waits}", time.monotonic() + WAIT_SECONDS
             self.store.add(key, 1)
             while self.store.add(key, 0) < self.size:
                 if time.monotonic() > end:
-                    raise CriaError(f"rank {self.rank}: the others are not there after {PATIENCE_S} s")
-                time.sleep(LOOK_S)
+                    raise CriaError(f"rank {self.rank}: the others are not there after {WAIT_SECONDS} s")
+                time.sleep(POLL_SECONDS)
 
     # ---- exchange values --------------------------------------------------------------------------------------------
 
@@ -164,7 +165,7 @@ class World:
         return found
 
     def gather_beside_training(self, value: T) -> list[T]:
-        """Return the values of all ranks. The thread that writes states calls this instead of gather()."""
+        """Return the values of all ranks. For the thread that saves training states."""
         return self.gather(value, self.saving_group)
 
     def broadcast(self, value: T) -> T:
@@ -174,7 +175,7 @@ class World:
         return found[0]
 
     def min_over_ranks(self, value: int) -> int:
-        """Return the least value of all ranks."""
+        """Return the smallest value of all ranks."""
         return min(self.gather(value))
 
     def any_rank(self, flag: bool) -> bool:
@@ -188,7 +189,7 @@ class World:
         return t
 
     def error_on_all_ranks(self, error: CriaError) -> CriaError:
-        """Return the exception for an error that all ranks hit: rank 0 prints it, the others exit with its code."""
+        """Return what to raise for an error that all ranks hit: rank 0 prints it, the others exit with its code."""
         return error if self.is_main else OtherRankFailed(0, error.exit_code)
 
 
@@ -197,12 +198,12 @@ class World:
 
 @contextlib.contextmanager
 def start_ranks(device: str, timeout_s: float) -> Iterator[World]:
-    """Yield the World that torchrun's environment describes. Raises UsageError for one that cannot be."""
-    if read_number("WORLD_SIZE", 1) == 1:
+    """Yield the World that torchrun's environment describes. Raise UsageError when it is wrong."""
+    if read_environment_number("WORLD_SIZE", 1) == 1:
         yield World()
         return
     cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    local = read_number("LOCAL_RANK")
+    local = read_environment_number("LOCAL_RANK")
     if cuda:
         if local >= torch.cuda.device_count():
             n = torch.cuda.device_count()
@@ -214,24 +215,24 @@ def start_ranks(device: str, timeout_s: float) -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     world = World(rank, size, dist.PrefixStore("cria", store), "cuda" if cuda else "cpu", timeout_s)
-    assert world.watch is not None
+    assert world.watchdog is not None
     try:
         yield world
     except RuntimeError as error:
         text, waited = explain_collective_error(error)
-        behind = world.watch.describe_places() if waited else ""
+        behind = world.watchdog.describe_places() if waited else ""
         raise CriaError(f"rank {rank} of {size}: {behind}{text}") from error
     finally:
-        world.watch.stop()
+        world.watchdog.stop()
     dist.destroy_process_group()
 
 
 def agree_on_name(store: Any, rank: int, size: int, timeout_s: float) -> str:
     """Return a name for this start of the ranks, new and equal on all of them.
 
-    torchrun keeps one store over restarts, which it counts on each machine by itself: a value in the store may come
-    from a rank that is gone. So each rank sets a new mark, and rank 0 answers marks until every rank has heard the
-    name.
+    torchrun keeps one store over restarts, and counts restarts on each machine separately. So a value in the store may
+    be left from an earlier start. Therefore each rank sets a new random mark, and rank 0 answers marks with the name
+    until every rank has confirmed it.
     """
     mine, end = uuid.uuid4().hex, time.monotonic() + timeout_s
     store.set(f"mark/{rank}", mine)
@@ -251,12 +252,12 @@ def agree_on_name(store: Any, rank: int, size: int, timeout_s: float) -> str:
 
 
 def collective_timeout(timeout_s: float) -> datetime.timedelta:
-    """Return the time limit of collectives. It is longer than the watch's, which knows who is missing."""
+    """Return the time limit of collectives. It is longer than the watchdog's, which can name the missing rank."""
     return datetime.timedelta(seconds=1.5 * timeout_s)
 
 
-def read_number(name: str, default: int | None = None) -> int:
-    """Return an environment variable that is a number. Raises UsageError."""
+def read_environment_number(name: str, default: int | None = None) -> int:
+    """Return an environment variable as a whole number. Raise UsageError when it is none."""
     text: Any = os.environ.get(name, default)
     try:
         return int(text)
@@ -265,9 +266,9 @@ def read_number(name: str, default: int | None = None) -> int:
 
 
 def explain_collective_error(error: RuntimeError) -> tuple[str, bool]:
-    """Return (the error in a line, whether it came of waiting for another rank).
+    """Return (the error in a line, whether its cause is another rank that is late or has ended).
 
-    A broken connection is explained by what it means: another rank ended.
+    A broken connection means that another rank has ended, and is explained so.
     """
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     if gone := re.search(r"Connection (reset|closed) by peer|Broken pipe|Socket closed", text):
@@ -275,13 +276,13 @@ def explain_collective_error(error: RuntimeError) -> tuple[str, bool]:
     return f"{type(error).__name__}: {text}", bool(re.search(r"[Tt]imed? ?out", text))
 
 
-class Watch:
-    """A thread that tells the store that this rank lives and where it is, and looks whether the others live."""
+class Watchdog:
+    """A thread that reports to the store that this rank is alive and what it is doing, and checks on the others."""
 
     def __init__(self, world: World, timeout_s: float):
         self.world, self.timeout_s, self.stopped = world, timeout_s, threading.Event()
         self.place = "the start"
-        self.seen: dict[int, tuple[str, float]] = {}  # rank -> (its last message, when that was new here)
+        self.seen: dict[int, tuple[str, float]] = {}  # rank -> (its last message, when this rank first saw it)
         self.thread = threading.Thread(target=self.run, name="watch", daemon=True)
         self.thread.start()
 
@@ -290,14 +291,14 @@ class Watch:
         self.stopped.set()
 
     def run(self) -> None:
-        """Send a sign of life at each beat and look for the others', until one is missing, which ends the process."""
+        """Report at each beat and check on the others. End the process when one of them is silent for too long."""
         beat = failures = 0
         while failures < BEATS and not self.stopped.wait(min(5.0, self.timeout_s / BEATS)):
             beat += 1
             try:
                 self.world.store.set(f"beat/{self.world.rank}", f"{beat} {self.place}")
                 silent, failures = self.find_silent(), 0
-            except (RuntimeError, ValueError):  # if the store is gone, so is the run: torchrun ends what is left
+            except (RuntimeError, ValueError):  # without a store there is no run: torchrun ends the ranks that are left
                 silent, failures = None, failures + 1
             if silent is not None and not self.stopped.is_set():
                 rank, place, seconds = silent
@@ -322,7 +323,7 @@ class Watch:
         return longest
 
     def describe_places(self) -> str:
-        """Return which ranks were elsewhere, by their last messages, which are some seconds old."""
+        """Return which ranks were doing something else, by their last reports, which may be seconds old."""
         places = {rank: message.partition(" ")[2] for rank, (message, _) in dict(self.seen).items()}
         behind = [f"rank {rank} was last at {place}" for rank, place in places.items() if place != self.place]
         return ", ".join(behind) + "; " if behind else ""

@@ -1,4 +1,4 @@
-"""Prompt templates: a row of a dataset as the texts and special tokens of its style, and as the ids of a prompt."""
+"""Prompt templates: a row of a dataset as the texts and special tokens of a style, and a prompt as ids."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ Message = tuple[str, str]  # (role, content); the role is system, user or assist
 class Row:
     """A line of a dataset file: an instruction and its answer, or a chat."""
 
-    source: str  # "file.json:17", for messages: the number of the row, in JSONL of its line, from 1
+    source: str  # "file.json:17", for messages; counts rows from 1, in JSONL lines
     messages: tuple[Message, ...] | None  # a chat, None for an instruction
     instruction: str = ""
     input: str = ""
@@ -34,7 +34,7 @@ ALPACA_NO_INPUT = (
 
 @dataclass(frozen=True)
 class Text:
-    """A string that is tokenised as a whole; the tokens of the prompt carry no loss, those of the response do."""
+    """Text that is tokenised as one string, prompt + response. Only the tokens of the response carry loss."""
 
     prompt: str
     response: str = ""
@@ -42,7 +42,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Special:
-    """A token by its name, "bos", "eos" or its text. No text can spell it."""
+    """A special token: "bos", "eos" or the token's text. The tokenizer never makes it from plain text."""
 
     name: str
     loss: bool = False
@@ -52,16 +52,16 @@ Part = Text | Special
 
 
 # ---- styles ---------------------------------------------------------------------------------------------------------
-# Each yields the parts of a chat; answer_next: they end where the model writes its answer.
+# Each function yields the parts of a chat. answer_next: add the beginning of an answer, for the model to go on from.
 
 
 def render_chatml(messages: Sequence[Message], answer_next: bool) -> Iterator[Part]:
     """Yield <|im_start|>role\\ncontent<|im_end|>\\n for each message."""
     for role, content in messages:
-        ours = role == "assistant"
+        is_answer = role == "assistant"
         yield Special("<|im_start|>")
-        yield Text(f"{role}\n", content) if ours else Text(f"{role}\n{content}")
-        yield Special("<|im_end|>", loss=ours)
+        yield Text(f"{role}\n", content) if is_answer else Text(f"{role}\n{content}")
+        yield Special("<|im_end|>", loss=is_answer)
         yield Text("\n")
     if answer_next:
         yield Special("<|im_start|>")
@@ -75,10 +75,10 @@ def render_llama3(messages: Sequence[Message], answer_next: bool) -> Iterator[Pa
     """
     yield Special("bos")
     for role, content in messages:
-        ours = role == "assistant"
+        is_answer = role == "assistant"
         yield from (Special("<|start_header_id|>"), Text(role), Special("<|end_header_id|>"))
-        yield Text("\n\n", content.strip()) if ours else Text("\n\n" + content.strip())
-        yield Special("<|eot_id|>", loss=ours)
+        yield Text("\n\n", content.strip()) if is_answer else Text("\n\n" + content.strip())
+        yield Special("<|eot_id|>", loss=is_answer)
     if answer_next:
         yield from (Special("<|start_header_id|>"), Text("assistant"), Special("<|end_header_id|>"), Text("\n\n"))
 
@@ -106,7 +106,7 @@ CHAT_STYLES: dict[str, Callable[[Sequence[Message], bool], Iterator[Part]]] = {
     "llama2": render_llama2,
     "llama3": render_llama3,
 }
-END_OF_TURN = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}  # that of llama2 is EOS
+END_OF_TURN = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}  # llama2 ends a turn with EOS
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ END_OF_TURN = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}  # that of llama2
 def render_row(row: Row, style: str, add_bos: bool, answer_next: bool = False) -> list[Part]:
     """Return the parts of a row under a template. Raise DataError for a chat under the alpaca style.
 
-    answer_next: the last answer is left out, and the parts end where the model writes it.
+    answer_next: leave the last answer out, and end where the model is to write it.
     """
     if style == "alpaca":
         return render_alpaca(row, add_bos, answer_next)

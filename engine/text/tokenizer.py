@@ -1,6 +1,6 @@
-"""Text <-> ids. A Tokenizer is made by engine.text.tokenizer_files.load_tokenizer.
+"""The Tokenizer: text to ids and back. engine.text.tokenizer_files.load_tokenizer makes one.
 
-Text is only ever text: no text spells a special token (`</s>`, `<|im_end|>`), and BOS and EOS are added by the caller.
+No text encodes to a special token, not even its own spelling (`</s>`, `<|im_end|>`). Callers add BOS and EOS.
 """
 
 import codecs
@@ -17,16 +17,16 @@ SAVED = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja",
 )  # fmt: skip
-# The files that are saved do not decide everything: config.json may name a class with a pre-tokenizer of its own. So
-# the ids of a text on which the known pre-tokenizers differ are part of a tokenizer's description.
+# A text that the known pre-tokenizers encode differently. Its ids are part of a tokenizer's description, because the
+# files above do not decide everything: config.json may name a class with a pre-tokenizer of its own.
 PROBE = " The quick  brown\nﬁx: 1234\n 56 \n\n\té ①𝔘 e\u0301don't</s>  "
-BLOCK = 4096  # texts at a time: an Encoding of the tokenizers library is far larger than its ids
+BLOCK = 4096  # texts encoded at a time, since an Encoding of the tokenizers library is far larger than its ids
 
 
 def replace_each_byte(error: UnicodeError) -> tuple[str, int]:
     """Decode each byte that is no UTF-8 as one U+FFFD, as SentencePiece does.
 
-    Python's own handler "replace" gives one U+FFFD for a whole sequence that is cut off.
+    Python's own handler "replace" gives one U+FFFD for a whole incomplete sequence.
     """
     assert isinstance(error, UnicodeDecodeError)
     return "\ufffd" * (error.end - error.start), error.end
@@ -43,7 +43,7 @@ class Vocabulary:
     pieces: dict[int, bytes]  # id -> the bytes of text that it stands for
     special_ids: dict[str, int]  # text of a special token -> id
     byte_level: bool  # bytes are spelt in GPT-2's alphabet, not as <0xNN>
-    has_space_prefix: bool  # the space before the first word is SentencePiece's, not the text's
+    has_space_prefix: bool  # SentencePiece put a space before the text; decoding removes it
 
 
 class Tokenizer:
@@ -70,17 +70,17 @@ class Tokenizer:
         self._encode = encode
         self.files = files
         self.special_ids = vocabulary.special_ids
-        hidden = set(self.special_ids.values())
-        self._pieces = {id: piece for id, piece in vocabulary.pieces.items() if id not in hidden}
+        special = set(self.special_ids.values())
+        self._pieces = {id: piece for id, piece in vocabulary.pieces.items() if id not in special}
         self._strip = vocabulary.has_space_prefix
         self._errors = "replace" if vocabulary.byte_level else "each byte"
-        self.vocab_size = max([*vocabulary.pieces, *hidden]) + 1
+        self.vocab_size = max([*vocabulary.pieces, *special]) + 1
         self.bos_id, self.eos_id = bos_id, eos_id
         self.add_bos = add_bos and bos_id is not None
         self.stop_ids = frozenset({eos_id, *stop_ids})
 
     def describe(self) -> dict[str, Any]:
-        """Return all that decides which ids a text gets, as values that JSON can hold."""
+        """Return everything that decides which ids a text gets, as JSON values."""
         return {
             "files": {name: hashlib.sha256(content).hexdigest() for name, content in self.files.items()},
             "special": self.special_ids,
@@ -114,10 +114,10 @@ class Tokenizer:
         return Decoder(self._pieces, self._strip, self._errors)
 
     def save(self, folder: Path) -> None:
-        """Write the files from which transformers and load_tokenizer make a tokenizer of equal ids.
+        """Write the files from which transformers and load_tokenizer make a tokenizer that gives the same ids.
 
-        They are the checkpoint's own, byte for byte. Hugging Face's files are added where the checkpoint has only a
-        tokenizer.model, or is a GGUF file. Tokenizer files of another model in the folder are removed.
+        They are copies of the checkpoint's files. Where the checkpoint has only a tokenizer.model, or is a GGUF file,
+        files in Hugging Face's form are added. Tokenizer files of another model in the folder are removed.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ class Tokenizer:
 
 
 class Decoder:
-    """Tokenizer.decode in instalments: the texts of every push and of the flush, joined, are decode of all ids."""
+    """Tokenizer.decode() as a stream: the joined texts of all push() calls and of flush() are what it returns."""
 
     def __init__(self, pieces: dict[int, bytes], strip: bool, errors: str):
         self._pieces, self._strip = pieces, strip

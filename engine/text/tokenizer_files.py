@@ -1,8 +1,8 @@
 """Tokenizers of checkpoints: SentencePiece (tokenizer.model), Hugging Face (tokenizer.json), and those inside a GGUF.
 
-Ids are those of transformers with add_special_tokens=False, split_special_tokens=True. As in transformers, a folder
-with both files is read by its tokenizer.json, and with the pre-tokenizer that the class LlamaTokenizer puts in. Three
-things differ:
+The ids are those that transformers gives with add_special_tokens=False and split_special_tokens=True. As there, a
+folder with both files is read by its tokenizer.json, and for the class LlamaTokenizer with the pre-tokenizer that this
+class sets. Three things differ from transformers:
 
 - A folder that has only tokenizer.model gives SentencePiece's ids, the reference of Meta and of Stanford. The class
   LlamaTokenizer of transformers 5 adds no prefix space before a leading space: " a" is ▁a with it and ▁ ▁a here. It
@@ -54,9 +54,10 @@ Files = dict[str, bytes]  # name -> content of a checkpoint's tokenizer and conf
 
 
 def find_tokenizer(config: ModelConfig, name: str, model_path: Path | None) -> Tokenizer:
-    """Load the tokenizer of that name; for "", the model's own; for a random model, the embedded one if its size fits.
+    """Load the tokenizer that --tokenizer names; for "", the model's own.
 
-    Raise UsageError when none is left to choose, and DataError when the tokenizer's ids do not fit the model.
+    A model of random weights (model_path is None) gets the embedded tokenizer, where it has as many tokens. Raise
+    UsageError when it does not, and DataError when the tokenizer's ids do not fit the model.
     """
     if name:
         path = find_model(name)
@@ -96,13 +97,13 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def load_sentencepiece(path: Path, files: Files) -> Tokenizer:
-    """Return the tokenizer of a tokenizer.model. Hugging Face's files are added to those that it saves."""
+    """Return the tokenizer of a tokenizer.model. It also saves files in Hugging Face's form, made here."""
     model, tokens = open_sentencepiece(path, files["tokenizer.model"])
     tests = {UNKNOWN: model.is_unknown, CONTROL: model.is_control, UNUSED: model.is_unused, BYTE: model.is_byte}
     types = [next((kind for kind, test in tests.items() if test(id)), NORMAL) for id in range(len(tokens))]
     config = read_json(path, files, "tokenizer_config.json")
     added = read_json(path, files, "added_tokens.json") | {
-        text_of_token(token): int(id) for id, token in config.get("added_tokens_decoder", {}).items()
+        get_token_text(token): int(id) for id, token in config.get("added_tokens_decoder", {}).items()
     }
     specials = {tokens[id]: id for id, kind in enumerate(types) if kind in (UNKNOWN, CONTROL)} | added
     role_ids = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
@@ -111,7 +112,8 @@ def load_sentencepiece(path: Path, files: Files) -> Tokenizer:
     if "tokenizer_config.json" not in files:
         scores = [model.get_score(id) for id in range(len(tokens))]
         spec = make_sentencepiece_spec(tokens, scores, types, has_prefix)
-        probe = "The quick  brown\nﬁx: 1234 ①𝔘 e\u0301"  # Unigram models, and those that normalise, fail it
+        # A model that normalises text, or is a Unigram model, cannot be converted: this text shows it.
+        probe = "The quick  brown\nﬁx: 1234 ①𝔘 e\u0301"
         converted = tokenizers.Tokenizer.from_str(json.dumps(spec)).encode(probe, add_special_tokens=False)
         if converted.ids == model.encode(probe):
             files = make_hugging_face_files(spec, specials, names, add_bos=True) | files
@@ -127,7 +129,7 @@ def load_sentencepiece(path: Path, files: Files) -> Tokenizer:
 
 
 def open_sentencepiece(path: Path, content: bytes) -> tuple[sentencepiece.SentencePieceProcessor, list[str]]:
-    """Return (model, its tokens) of the bytes of a tokenizer.model. Raise DataError when they hold no such model."""
+    """Return (model, its tokens) from the bytes of a tokenizer.model. Raise DataError when they are no such model."""
     model = sentencepiece.SentencePieceProcessor()
     try:
         model.LoadFromSerializedProto(content)
@@ -180,7 +182,7 @@ def load_tokenizer_json(path: Path, files: Files) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
     except Exception as error:  # the library raises no narrower one
         raise DataError(f"{path / 'tokenizer.json'}: the tokenizers library cannot read it: {error}") from error
-    backend.encode_special_tokens = True  # their text is encoded as any other text
+    backend.encode_special_tokens = True  # encode their spelling as any other text
 
     def encode(texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
@@ -211,7 +213,7 @@ def convert_to_llama_tokenizer(spec: dict[str, Any], config: dict[str, Any]) -> 
 
 
 def hide_specials(spec: dict[str, Any], specials: dict[str, int]) -> None:
-    """Remove what could add tokens, or make a special token of plain text, from a tokenizer.json. Ids stay."""
+    """Change a tokenizer.json so that it adds no tokens and makes no special token of plain text. Ids stay the same."""
     spec["post_processor"] = spec["padding"] = spec["truncation"] = None
     model = spec["model"]
     vocab, unknown = model["vocab"], model.get("unk_token")
@@ -243,7 +245,7 @@ def read_json(path: Path, files: Files, name: str) -> dict[str, Any]:
     return value
 
 
-def text_of_token(token: Any) -> Any:
+def get_token_text(token: Any) -> Any:
     """Return the text of a token that a config holds either as text or as an object with content."""
     return token["content"] if isinstance(token, dict) else token
 
@@ -251,8 +253,10 @@ def text_of_token(token: Any) -> Any:
 def read_named_tokens(path: Path, files: Files) -> dict[str, str | None]:
     """Return bos_token, eos_token, ... -> text, which is None where a file says that the token does not exist."""
     config, older = (read_json(path, files, name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
-    merged = older | config if "added_tokens_decoder" in config else config | older  # transformers' order
-    texts = {role: text_of_token(token) for role, token in merged.items() if role.endswith("_token")}
+    merged = (
+        older | config if "added_tokens_decoder" in config else config | older
+    )  # the later one wins, as in transformers
+    texts = {role: get_token_text(token) for role, token in merged.items() if role.endswith("_token")}
     return {role: text for role, text in texts.items() if text is None or (isinstance(text, str) and text)}
 
 
@@ -266,7 +270,7 @@ def make_tokenizer(
 ) -> Tokenizer:
     """Return the Tokenizer, after finding which tokens begin and end a text.
 
-    names: bos_token, eos_token, ... as the tokenizer itself knows them; the files that lie beside it take precedence.
+    names: {bos_token, eos_token, ...: text} by the tokenizer's main file; the config files beside it take precedence.
     """
     stated = read_named_tokens(path, files)
     from_config: dict[str, list[int]] = {"bos_token_id": [], "eos_token_id": []}

@@ -1,7 +1,7 @@
 """A tokenizer.json for tokenizers that have none: the one inside a GGUF file, and SentencePiece's BPE.
 
-The form is that of Hugging Face's tokenizers library. The tokenizer_config.json beside it makes transformers use the
-tokenizer.json unchanged.
+It is in the form of Hugging Face's tokenizers library. The tokenizer_config.json made with it names a class that makes
+transformers use the tokenizer.json unchanged.
 """
 
 import json
@@ -74,7 +74,7 @@ def read_files_from_gguf(path: Path) -> dict[str, bytes]:
 
 
 def make_decoder(has_prefix: bool) -> dict[str, Any]:
-    """Return the decoder of SentencePiece's pieces. has_prefix: the first space is not the text's and is dropped."""
+    """Return the decoder of SentencePiece's pieces. has_prefix: the space that was put before the text is removed."""
     steps: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
         {"type": "ByteFallback"},
@@ -90,8 +90,8 @@ def make_sentencepiece_spec(
 ) -> dict[str, Any]:
     """Return a tokenizer.json for SentencePiece's BPE.
 
-    Of the pairs of neighbours, it merges the one whose piece scores best; of equals, the leftmost. has_prefix: a space
-    is put before the text.
+    BPE merges the two neighbours whose joined piece has the best score, and the leftmost of equal ones. has_prefix: a
+    space is put before the text.
     """
     ids = {token: id for id, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == NORMAL}
     merges = []
@@ -121,7 +121,7 @@ def make_hugging_face_files(
     plain: dict[str, int] | None = None,
     config: dict[str, Any] | None = None,
 ) -> dict[str, bytes]:
-    """Return tokenizer.json and tokenizer_config.json, whose class makes transformers use the former unchanged.
+    """Return {file name: content} of a tokenizer.json and its tokenizer_config.json.
 
     names: bos_token, eos_token, ... -> text. plain: added tokens that are not special.
     """

@@ -28,7 +28,7 @@ def read_datasets(
         return read_tables(config, tokenizer, say, show_progress=world.is_main)
 
     # With a cache, rank 0 tokenises and fills it before the other ranks read it.
-    tables, is_cached = read() if config.token_cache == "off" else world.on_main_first(read)
+    tables, is_cached = read() if config.token_cache == "off" else world.run_on_main_first(read)
     table, skipped = tables[0]
     if config.eval_fraction:
         kept, held = hold_out(range(len(table)), config.eval_fraction, config.seed)

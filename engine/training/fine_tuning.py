@@ -135,7 +135,7 @@ def begin_run(plan: Plan, world: World, signals: Signals, found: Checkpoint | No
     From here on a signal does not end the process at once: the loop asks for it. Only rank 0 writes metrics and prints.
     """
     metrics = Metrics(plan.out / METRICS, found.step if found else None) if world.is_main else NoMetrics()
-    lines = world.on_main(lambda: read_metrics(plan.out / METRICS))
+    lines = world.run_on_main(lambda: read_metrics(plan.out / METRICS))
     spike_detector = SpikeDetector(plan.config.spike_threshold)
     spike_detector.replay(lines)
     signals.training = True

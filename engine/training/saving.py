@@ -101,7 +101,7 @@ class Checkpoints:
         """Load the newest state on disk and return its step. Without one, change nothing and return None."""
         self.report_finished_save(wait=True)
         world = self.run.world
-        found = world.on_main(lambda: checkpoint.find_newest(self.plan.out, self.run.progress.print_message))
+        found = world.run_on_main(lambda: checkpoint.find_newest(self.plan.out, self.run.progress.print_message))
         if found is None:
             return None
         load_checkpoint(found, self.optimizer)
