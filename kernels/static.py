@@ -4,9 +4,12 @@
 
 The launches are found by running the launch functions (kernels/compiled/launch_cases.py); the rules are listed
 in kernels/compiled/rules.py. The gate needs no GPU and does not run under TRITON_INTERPRET=1. Machine code depends on
-the version of Triton: --json keeps the records that other versions wrote to a file, --check fails if the records of
-this version in a file differ from what it makes. --changed compiles one launch of each kernel and those whose source,
-arguments or options differ from the file's digests (kernels/compiled/known.py); without it everything is compiled.
+the version of Triton, so a file may hold the records of several versions:
+
+    --json FILE     writes the records of this version and keeps those of other versions
+    --check FILE    fails if the file's records of this version differ from the new ones
+    --changed       with --check: compiles only one launch of each kernel, and every launch whose source, arguments or
+                    options have changed since its record was written (kernels/compiled/known.py)
 """
 
 import argparse

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kernels.compiled.launch_cases import Make, all_cases
 from kernels.compiled.machine_code import CHIPS
-from kernels.measure.candidates import find_entries, rank_candidates, without_source, write_launch_table
+from kernels.measure.candidates import drop_source, find_entries, rank_candidates, write_launch_table
 from kernels.measure.tuner import Tuner
 from kernels.ops import common
 
@@ -46,7 +46,7 @@ def print_ranks(ops: Sequence[str], chips: Sequence[str], workers: int) -> None:
                 labels = ", ".join(case.label for case in entry.cases)
                 console.print(f"{entry}, by {labels}", style="bold", markup=False)
                 for row in rank_candidates(entry, table, workers):
-                    mark = "*" if row.config == without_source(entry.config(table)) else " "
+                    mark = "*" if row.config == drop_source(entry.config(table)) else " "
                     text = f"{-row.minus_bytes_in_flight / 1024:7.1f} KB in flight, {row.programs:2} programs an SM, "
                     refused = f"refused: {row.rules}" if row.rules else ""
                     console.print(f"  {mark} {text}{row.registers:3} registers  {row.config}  {refused}", markup=False)

@@ -1,8 +1,8 @@
-"""Launches whose machine code is already known: nothing that it depends on has changed since its record was written.
+"""Finds launches whose machine code is known: nothing that it depends on has changed since its record was written.
 
-A record holds a digest of the kernel's source and constants, the types, constexprs, divisibility and options of the
-launch, and the code that reads and judges machine code. Comments, docstrings and line numbers do not count. Compiling
-is deterministic, so an equal digest under one version of Triton gives the recorded facts again.
+A record holds a digest of the kernel's source and constants, of the launch's types, constexprs, divisibility and
+options, and of the code that reads and judges machine code. Comments, docstrings and line numbers do not count.
+Compiling is deterministic, so with the same Triton an equal digest means equal machine code.
 """
 
 import ast
@@ -73,16 +73,16 @@ def digest_launch(launch: Launch) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def find_known(recorded: Iterable[Launch], made: Iterable[dict], records: Iterable[dict]) -> dict[int, dict]:
+def find_known(launches: Iterable[Launch], described: Iterable[dict], records: Iterable[dict]) -> dict[int, dict]:
     """Return the index of each known launch and its record.
 
-    recorded, made: launches, and what LAUNCH_FIELDS hold for each. records: those of a file. One launch of each kernel,
-    chip and type of its first tensor is never known, so that every run compiles every kernel.
+    described: for each launch a dict of LAUNCH_FIELDS. records: the records of a file. The first launch of each kernel,
+    chip and type of its first tensor counts as unknown, so that every run compiles every kernel.
     """
     old = {r["inputs"]: r for r in records if "inputs" in r and r["triton"] == triton.__version__}
     known: dict[int, dict] = {}
     compiled: set[tuple[str, str, str, str]] = set()
-    for i, (launch, fields) in enumerate(zip(recorded, made, strict=True)):
+    for i, (launch, fields) in enumerate(zip(launches, described, strict=True)):
         sample = (launch.case.op, launch.name, launch.chip, next(iter(launch.signature.values())))
         record = old.get(digest_launch(launch))
         if sample in compiled and record and all(record[name] == fields[name] for name in LAUNCH_FIELDS):

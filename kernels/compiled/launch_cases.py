@@ -1,7 +1,8 @@
 """The cases that the static gate compiles and the tuner times: every launch function, at the sizes of real models.
 
-A case is a launch function and its arguments, made by a Make: tensors without storage for the gate, random ones on the
-GPU for the tuner. One case exists for each combination of sizes and optional arguments that selects other machine code.
+A case is a launch function and its arguments. A Make makes the tensors: without storage for the gate, random ones on
+the GPU for the tuner. There is a case for each combination of sizes and optional arguments that gives other machine
+code.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -18,9 +19,9 @@ Call = tuple[Any, ...]  # an operator or launch function, and its arguments
 
 
 class Make:
-    """A maker of a case's tensors: without storage on "meta", with random numbers elsewhere.
+    """Makes a case's tensors: without storage on "meta", with random numbers elsewhere.
 
-    tokens: rows of a micro-batch. largest: other sizes are cut to it, for a quick try.
+    tokens: rows of a micro-batch. largest: an upper bound of all other sizes, small for a quick try.
     """
 
     def __init__(

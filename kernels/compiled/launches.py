@@ -1,4 +1,4 @@
-"""Launches of the launch functions, recorded without a GPU and compiled for chips that are not here.
+"""Records what the launch functions launch, without a GPU, and compiles it for chips that are not here.
 
 A launch function runs on tensors without storage, while Triton's launch is replaced by one that records its arguments.
 Triton's own binder derives types and divisibility from them, as it would on a GPU.
@@ -88,13 +88,13 @@ class NotingTable(dict):
 
 
 def call_case(call: Sequence) -> Any:
-    """Call the launch function in call[0] with the arguments after it; of an operator, its launch function."""
+    """Call call[0] with the arguments after it. For an operator, call its launch function directly."""
     op, *args = call
     return getattr(op, "launch", op)(*args)
 
 
 def _bind(function, args, kwargs, chip):
-    """Return (options, signature, constants, attributes, arguments by name) as Triton's JIT makes them of a launch."""
+    """Return (options, signature, constants, attributes, arguments by name), as Triton's JIT derives them."""
     backend = make_backend(GPUTarget("cuda", CHIPS[chip], 32))
     kwargs = {"debug": False, **kwargs}
     binder = create_function_from_signature(function.signature, function.params, backend)
@@ -103,7 +103,7 @@ def _bind(function, args, kwargs, chip):
 
 
 def record_launches(case: Case, chip: str, table: Callable[[str], dict] = common.launch_table) -> list[Launch]:
-    """Return the launches of one case on one chip. Of launches that compile alike, the one that moves most is kept.
+    """Return the launches of one case on one chip. Of launches that compile alike, keep the one with most elements.
 
     table: returns an op's launch table by the op's name.
     """
@@ -163,7 +163,7 @@ def _compile_one(index):
 
 
 def compile_all(launches: Sequence[Launch], workers: int = 2) -> list[Facts | str]:
-    """Return the facts of each launch, or the compiler's complaint. Launches that compile alike are compiled once."""
+    """Return the facts of each launch, or the compiler's error message. Launches that compile alike share one run."""
     unique = {launch.key(): launch for launch in launches}
     _work[:] = unique.values()
     with multiprocessing.get_context("fork").Pool(workers) as pool:

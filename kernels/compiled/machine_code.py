@@ -1,8 +1,9 @@
 """The facts of a compiled kernel: registers, spills, matrix instructions, widths of accesses. No GPU is needed.
 
-ptxas writes the machine code (SASS) and nvdisasm prints it; Triton's wheel carries both. The accesses of each
-tl.load and tl.store are read from two earlier codes that name source lines: Triton's (TTGIR), which still knows tiles,
-and PTX, whose widths ptxas keeps. SASS's own lines do not serve: in Triton 3.9 those of inline assembly drift.
+ptxas writes the machine code (SASS) and nvdisasm prints it; Triton's wheel carries both. The accesses of each tl.load
+and tl.store are read from two earlier stages, which name source lines: TTGIR (Triton's own code), which still has
+tiles, and PTX, whose access widths ptxas keeps. The source lines of SASS itself are wrong for inline assembly in
+Triton 3.9.
 """
 
 import re
@@ -40,7 +41,7 @@ class Stream:
     store: bool
     elements: int  # of the largest tile that the line moves
     element_bytes: int
-    bits: int  # that the narrowest instruction moves a thread; 0 if none was found
+    bits: int  # per thread, of the line's narrowest instruction; 0 if none was found
 
     def __str__(self) -> str:
         """Return a phrase for a message."""
@@ -64,8 +65,8 @@ class Facts:
     narrow: int = 0  # instructions that move less
     streams: list[Stream] = field(default_factory=list)
     dots: int = 0  # tl.dot
-    loaded: list[int] = field(default_factory=list)  # positions, constants not counted, of arguments it loads from
-    stored: list[int] = field(default_factory=list)  # and of arguments it stores to
+    loaded: list[int] = field(default_factory=list)  # positions (without constants) of the arguments it loads from
+    stored: list[int] = field(default_factory=list)  # positions of the arguments it stores to
 
 
 def read_facts(kernel: Any) -> Facts:
@@ -201,8 +202,8 @@ def _source_line(text, places):
 def find_touched_arguments(ttir: str) -> tuple[list[int], list[int]]:
     """Return the positions of the kernel's pointers that are loaded from, and of those stored to.
 
-    ttir is Triton's first code; positions count its arguments. Each pointer that is used is followed back through what
-    it was computed from, through loops and branches, to the arguments.
+    ttir is Triton's first intermediate code; positions count its arguments. Each pointer that is used is traced back
+    through the values that it was computed from, through loops and branches, to the arguments.
     """
     made_of: dict[str, list[str]] = {}  # a value -> the values that it comes from
     scopes: list[str | None] = []  # the results of the loops and branches around the line

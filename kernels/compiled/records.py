@@ -1,4 +1,4 @@
-"""The static gate's records: what each shipped launch became, in a file that holds one line a launch and Triton."""
+"""The static gate's records: the facts of each shipped launch, one line per launch and version of Triton."""
 
 import json
 import re
@@ -80,7 +80,7 @@ def load_records(path: Path) -> dict:
 
 
 def save_records(path: Path, records: list[dict]) -> None:
-    """Write this Triton's records, keep those of other versions, one a line, in an order that does not change."""
+    """Write this Triton's records, and keep those of other versions. One record a line, in a fixed order."""
     data, version = load_records(path), triton.__version__
     versions = data["versions"] | {version: ptxas_versions()}
     records = sorted([r for r in data["records"] if r["triton"] != version] + records, key=_order)

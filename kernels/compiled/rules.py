@@ -51,7 +51,7 @@ class Violation(NamedTuple):
 
 
 def judge(launch: Launch, facts: Facts | str) -> list[Violation]:
-    """Return the violations of one compilation. facts: a string is the compiler's complaint."""
+    """Return the violations of one compilation. facts: the facts, or the compiler's error message."""
 
     def violation(rule, got, wanted):
         return Violation(launch.case.op, launch.name, launch.case.label, launch.chip, rule, got, wanted)
@@ -132,7 +132,7 @@ def run_gate(
 ) -> GateResult:
     """Record, compile and judge the launches of the cases on every chip.
 
-    old_records: launches that these records make known are not compiled again, see kernels.compiled.known.
+    old_records: a launch that these records already describe is not compiled again, see kernels.compiled.known.
     """
     cases = list(cases)
     launches = [launch for chip in chips for case in cases for launch in record_launches(case, chip, table)]

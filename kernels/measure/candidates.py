@@ -51,7 +51,7 @@ CANDIDATES: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
         "total": dict(BLOCK=(4096, 8192, 16384), num_warps=(8, 16, 32)),
     },
 }
-# A kernel -> the kernel of its op that must have its tile, and the constants that it takes over.
+# (op, kernel) -> another kernel of the op that must have the same tile, and the constants that it copies.
 FOLLOWS = {("attention", "forward"): ("dq", ("BLOCK_M", "BLOCK_N"))}  # one plan serves both
 
 
@@ -73,8 +73,8 @@ class Entry(NamedTuple):
         return f"{self.op}.{self.kernel} {self.chip} up to {self.size}"
 
 
-def without_source(config: Config) -> Config:
-    """Return a configuration without who chose it."""
+def drop_source(config: Config) -> Config:
+    """Return a configuration without "from", which says who chose it."""
     return {name: value for name, value in config.items() if name != "from"}
 
 
@@ -82,11 +82,11 @@ def list_candidates(entry: Entry, incumbent: Config) -> list[Config]:
     """Return the incumbent, then every combination of CANDIDATES that differs from it."""
     choices = CANDIDATES.get(entry.op, {}).get(entry.kernel, {})
     combinations = (dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values()))
-    configs = [without_source(incumbent)]
+    configs = [drop_source(incumbent)]
     return configs + [c for c in (configs[0] | new for new in combinations if new) if c != configs[0]]
 
 
-def with_config(table: Table, entry: Entry, config: Config, source: str = "candidate") -> Table:
+def replace_config(table: Table, entry: Entry, config: Config, source: str = "candidate") -> Table:
     """Return a copy of the table in which the entry, and the kernel that follows it, have another configuration."""
     table = copy.deepcopy(table)
     table[entry.kernel][entry.chip][entry.size] = config | {"from": source}
@@ -96,7 +96,7 @@ def with_config(table: Table, entry: Entry, config: Config, source: str = "candi
     return table
 
 
-def using_table(table: Table, chip: str) -> contextlib.AbstractContextManager[None]:
+def use_table(table: Table, chip: str) -> contextlib.AbstractContextManager[None]:
     """Make launches read this table, whatever their op, for that chip while the context lasts."""
     return patched(common, launch_table=lambda op: table, chip_override=chip)
 
@@ -119,7 +119,7 @@ def find_entries(op: str, chip: str, make: Make, table: Table) -> list[Entry]:
         def note(path, _, read=read):
             read.append(path)
 
-        with using_table(NotingTable(table, note, (op,)), chip), _kernels_idle():
+        with use_table(NotingTable(table, note, (op,)), chip), _kernels_idle():
             call_case(case.build(make))
         for path in dict.fromkeys(read):
             readers.setdefault(path, []).append(case)
@@ -166,7 +166,7 @@ def rank_candidates(entry: Entry, table: Table, workers: int) -> list[Ranked]:
     """
     configs = list_candidates(entry, entry.config(table))
     rows = []
-    trials = try_tables(entry, [with_config(table, entry, config) for config in configs], workers)
+    trials = try_tables(entry, [replace_config(table, entry, config) for config in configs], workers)
     for config, trial in zip(configs, trials, strict=True):
         rules = {violation.rule for _, _, violations in trial for violation in violations}
         facts = [found for _, found, _ in trial if not isinstance(found, str)]

@@ -51,16 +51,13 @@ def plain(fn: Callable[[BenchCase, Inputs], Any]) -> Prepare:
     return prepare
 
 
-def import_peer(package: str, of: str | None = None) -> Any:
-    """Return the package, or its module `of`. Raise Absent if it is not installed, or there is no CUDA for it.
-
-    of: "cpu" for a package that needs no CUDA.
-    """
+def import_peer(package: str, module: str | None = None) -> Any:
+    """Return the package, or a module of it. Raise Absent if it is not installed or there is no CUDA."""
     if importlib.util.find_spec(package) is None:
         raise Absent(f"{package} is not installed")
-    if not torch.cuda.is_available() and of != "cpu":
+    if not torch.cuda.is_available():
         raise Absent(f"{package} is installed; it runs on CUDA alone")
-    return importlib.import_module(package if of is None or of == "cpu" else of)
+    return importlib.import_module(module or package)
 
 
 def require_cuda(what: str) -> None:

@@ -1,4 +1,4 @@
-"""The check before the clock: a contender is timed only if its outputs and gradients are those of the reference."""
+"""Checks that run before timing: a contender is timed only if its outputs and gradients are those of the reference."""
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace

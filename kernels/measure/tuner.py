@@ -1,4 +1,4 @@
-"""The tuner: measures candidate configurations of the launch tables on this GPU and keeps the fastest right one.
+"""The tuner: measures candidate configurations of the launch tables on this GPU and keeps the fastest correct one.
 
 A candidate that the static gate would refuse is left out. The others are checked against the operator's plain torch
 path, then timed on the cases that read the entry and compared by the geometric mean. The entry changes if one is faster
@@ -23,17 +23,17 @@ from kernels.measure.candidates import (
     Config,
     Entry,
     Table,
+    drop_source,
     find_entries,
     list_candidates,
+    replace_config,
     try_tables,
-    using_table,
-    with_config,
-    without_source,
+    use_table,
 )
 from kernels.measure.clock import count_input_sets, time_steps
 from kernels.ops import common
 
-NOISE = 0.02  # repeated measurements differ by it; a configuration must be faster by more
+NOISE = 0.02  # repeated measurements differ by this share; a configuration must be faster by more
 REPEATS = 7  # repetitions of the input sets that a median is taken over
 MAX_SETS = 8  # sets of inputs of one case
 SMOKE = 2  # candidates of an entry in a quick try
@@ -42,7 +42,7 @@ TOY: dict[str, Any] = dict(tokens=24, largest=64, dtype=torch.float32)  # the in
 Errors = list[tuple[float, float]]  # (error, allowed error) of each result
 
 
-# ---- right results --------------------------------------------------------------------------------------------------
+# ---- correct results ------------------------------------------------------------------------------------------------
 
 
 def find_tensors(*values: Any) -> list[torch.Tensor]:
@@ -100,10 +100,10 @@ def measure_errors(case: Case, make: Make, own: Sequence[torch.Tensor], truth: S
 
 
 def find_problem(errors: Errors, incumbent: Errors | None) -> str | None:
-    """Return the first error that is too large, as a message, or None.
+    """Return a message about the first error that is too large, or None.
 
-    Twice the incumbent's error is allowed too. incumbent: None if these are the incumbent's own errors; it passed its
-    op's tests, which know its arithmetic better, so that only NaN and Inf are wrong.
+    incumbent: the errors of the incumbent, of which twice as much is also allowed. None if `errors` are the incumbent's
+    own: then only NaN and Inf are too large, because it has passed the stricter tests of its op.
     """
     for i, (error, allowed) in enumerate(errors):
         limit = max(allowed, 2 * incumbent[i][0]) if incumbent else sys.float_info.max
@@ -150,7 +150,7 @@ class Tuner:
         self.chip, self.show, self.toy, self.workers = chip, show, toy, workers
         self.deadline = time.monotonic() + 60 * minutes
         self.make = Make(device, **TOY) if toy else Make(device)
-        self.small = Make(device, **TOY) if toy else Make(device, tokens=515)  # checks: not a multiple of a tile
+        self.small = Make(device, **TOY) if toy else Make(device, tokens=515)  # for checks: no multiple of a tile
         name = torch.cuda.get_device_name(device) if device == "cuda" else "no device"
         self.source = f"measured on {name}, Triton {triton.__version__}, {datetime.date.today()}"
 
@@ -173,12 +173,12 @@ class Tuner:
             if chosen is None:
                 break
             config, ratio = chosen
-            old = without_source(entry.config(table))
+            old = drop_source(entry.config(table))
             if not math.isfinite(ratio):
                 self.show(f"{entry}: {old} itself failed and nothing beat it; left as it is")
             else:
                 self.show(f"{entry}: {old} " + ("kept" if config == old else f"-> {config}, {ratio:.3f} of its time"))
-                table = with_config(table, entry, config, self.source)
+                table = replace_config(table, entry, config, self.source)
                 write(op, table)
             waiting.pop(0)
             advance()
@@ -195,7 +195,7 @@ class Tuner:
         for config in configs:
             if self.is_late():
                 return None
-            score, errors = self.score(entry, with_config(table, entry, config), cases, expected, incumbent)
+            score, errors = self.score(entry, replace_config(table, entry, config), cases, expected, incumbent)
             incumbent = incumbent or errors
             scores.append(score)
         best = min(range(len(configs)), key=lambda i: scores[i])
@@ -205,7 +205,7 @@ class Tuner:
 
     def _accepted(self, entry: Entry, table: Table, configs: list[Config]) -> list[Config]:
         """Return the incumbent and the candidates that the static gate accepts: compiling is cheaper than a crash."""
-        trials = try_tables(entry, [with_config(table, entry, config) for config in configs], self.workers)
+        trials = try_tables(entry, [replace_config(table, entry, config) for config in configs], self.workers)
         accepted = [not any(violations for _, _, violations in trial) for trial in trials]
         n_refused = len(configs) - sum(accepted)
         self.show(f"{entry}: {len(configs)} candidates, {n_refused} refused by the static gate")
@@ -225,7 +225,7 @@ class Tuner:
         """
         logs: list[float] = []
         errors: list[Errors] = []
-        with using_table(table, self.chip):
+        with use_table(table, self.chip):
             for i, case in enumerate(cases):
                 try:
                     errors.append(measure_errors(case, self.small, *expected[i]))
@@ -234,6 +234,6 @@ class Tuner:
                 except (RuntimeError, triton.TritonError) as error:
                     problem = f"{type(error).__name__}: {error}"
                 if problem:
-                    self.show(f"{entry}: {without_source(entry.config(table))} in {case.label}: {problem}")
+                    self.show(f"{entry}: {drop_source(entry.config(table))} in {case.label}: {problem}")
                     return math.inf, None
         return math.exp(sum(logs) / len(logs)), errors

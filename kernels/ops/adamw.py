@@ -3,7 +3,7 @@
     m = m + (1 - b1) (g - m)       v = b2 v + (1 - b2) g^2       g = grad * grad_scale
     p = p (1 - lr wd) - lr s m / (sqrt(v) + eps r)               r = sqrt(1 - b2^t), s = r / (1 - b1^t)
 
-p is an fp32 number, kept in one of four ways (adamw_state makes the tensors):
+p is an fp32 number, stored in one of four ways (adamw_state makes the tensors):
 
     an fp32 parameter is p itself.
     "fp32"        a bf16 parameter beside its fp32 master p; the parameter is p rounded to nearest even.
@@ -74,8 +74,8 @@ def adamw_state(
 ) -> AdamWState:
     """Return the state before the first update of param, which is fp32 or bf16.
 
-    master: how p is kept for a bf16 parameter, see the top of the file. whole: the elements of the tensor that param is
-    a shard of; param must not cut its blocks of 256. Raises ValueError for other names and dtypes.
+    master: how p is stored for a bf16 parameter, see the top of the file. whole: if param is a shard, the number of
+    elements of the whole tensor; a shard must hold whole blocks of 256. Raises ValueError for other names and dtypes.
     """
     for name, value, known in (("master", master, MASTERS), ("states", states, STATES)):
         if value not in known:
@@ -98,9 +98,9 @@ def adamw_state(
 
 
 def states_of(param: torch.Tensor, states: str) -> str:
-    """Return the kind of states that a parameter keeps: fp32 in place of 8bit for a vector, else `states`.
+    """Return the kind of states to keep for a parameter: fp32 instead of 8bit for a vector, else `states`.
 
-    Vectors are few, and blocks of 256 elements would limit into how many shards they can be divided.
+    Vectors are small, and a vector in blocks of 256 elements could be divided into few shards only.
     """
     return "fp32" if states == "8bit" and param.ndim == 1 else states
 
@@ -178,10 +178,10 @@ def adamw_ref(
     decay, rate = 1 - lr32 * weight_decay, lr32 * factor
     scratch = torch.empty(2, min(CHUNK, param.numel()), device=param.device)
     for start in range(0, param.numel(), CHUNK):
-        cut: Any = lambda t, size=1, a=start: t if t is None else t.view(-1)[a // size : (a + CHUNK) // size]  # noqa: E731
-        param_, grad_ = cut(param), cut(grad)
-        maxima = cut(m_absmax, dynamic_map.BLOCK), cut(v_absmax, dynamic_map.BLOCK)
-        state = AdamWState(cut(m), cut(v), *maxima, cut(low), cut(master))
+        chunk: Any = lambda t, size=1, a=start: t if t is None else t.view(-1)[a // size : (a + CHUNK) // size]  # noqa: E731
+        param_, grad_ = chunk(param), chunk(grad)
+        maxima = chunk(m_absmax, dynamic_map.BLOCK), chunk(v_absmax, dynamic_map.BLOCK)
+        state = AdamWState(chunk(m), chunk(v), *maxima, chunk(low), chunk(master))
         random = functools.partial(random_bits, seed, step, offset + start, len(param_), device=param.device)
         p, g, t = master_of(param_, state), *(row[: len(param_)] for row in scratch)
         m_, v_ = _read_ref(state.m, state.m_absmax, True), _read_ref(state.v, state.v_absmax, False)
@@ -332,7 +332,7 @@ def update(
     """Update contiguous tensors as adamw() does. lr_tensor and scale_tensor, if given, replace the numbers."""
     n, shift = param.numel(), 0
     states_8bit = m_absmax is not None
-    if _is_random(param, m, low, master):
+    if _rounds_at_random(param, m, low, master):
         shift = offset % 8
     config = launch_config("adamw", "update_8bit" if states_8bit else "update", param.device)
     maps = [dynamic_map.dynamic_map(signed, param.device) if states_8bit else None for signed in (True, False)]
@@ -346,7 +346,7 @@ def update(
         )  # fmt: skip
 
 
-def _is_random(param, m, low, master):
+def _rounds_at_random(param, m, low, master):
     return m.dtype == torch.bfloat16 or (param.dtype == torch.bfloat16 and low is None and master is None)
 
 
@@ -414,8 +414,8 @@ def adamw(
 
     grad: of param's shape, fp32 or bf16. step counts from 1. lr, grad_scale (the clip factor): a number, or a tensor
     with one number on param's device, which is not waited for. apply: a bool on the device; if it is false, nothing
-    changes, whatever grad and grad_scale hold. Stochastic rounding uses two more. seed: which tensor this is, under
-    2^32. offset: the place of param's first element in the whole tensor, so that a shard rounds as the whole would.
+    changes, whatever grad and grad_scale hold. Stochastic rounding uses two more arguments. seed: a number under 2^32
+    for each tensor. offset: the place of param's first element in the whole tensor, so that a shard rounds as it would.
     Raises ValueError if shapes, dtypes or devices do not fit.
     """
     _check(param, grad, state)
@@ -423,7 +423,7 @@ def adamw(
         raise ValueError(
             f"adamw: step {step}, seed {seed}, offset {offset}; wanted from 1, 0 and 0, and under 2^31, 2^32"
         )
-    if offset % 8 and state.m_absmax is not None and _is_random(param, state.m, state.low, state.master):
+    if offset % 8 and state.m_absmax is not None and _rounds_at_random(param, state.m, state.low, state.master):
         raise ValueError(f"adamw: offset is {offset}, wanted a multiple of 8 for 8-bit states of a stochastic master")
     lr_pair = _number_or_tensor("lr", lr, param)
     scale_pair = _number_or_tensor("grad_scale", grad_scale, param)

@@ -486,10 +486,10 @@ def attention(
     """softmax(q k^T / sqrt(Dh)) v within each document, causal. q: (T, H, Dh). k, v: (T, K, Dh), H a multiple of K.
 
     All three may be views. Returns (T, H, Dh) in q's dtype.
-    documents: (N, 4) integers, best on the CPU. A row is one document: start, end, prefix start, prefix end; ends are
-    exclusive, documents are in the order of their starts and do not overlap. A prefix is any range of rows before the
-    start; a document without one has (0, 0). Or the result of attention_plan, which serves all layers. If that was
-    given query_rows (L,), q and the result are (L, H, Dh), of these rows.
+    documents: (N, 4) integers, best on the CPU, or the result of attention_plan for them, which all layers can share. A
+    row is one document: start, end, prefix start, prefix end; ends are exclusive, documents are in the order of their
+    starts and do not overlap. A prefix is any range of rows before the start; a document without one has (0, 0). With a
+    plan for query_rows (L,), q and the result hold only these rows: (L, H, Dh).
     Raises ValueError if the shapes or the documents do not fit.
     """
     fits = q.ndim == k.ndim == 3 and k.shape == v.shape and k.shape[2] == q.shape[2]

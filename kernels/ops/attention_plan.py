@@ -78,8 +78,10 @@ def make_plan(
     documents: torch.Tensor, n_rows: int, head_dim: int, device: torch.device, query_rows: torch.Tensor | None = None
 ) -> AttentionPlan:
     """Return the kernels' plan of documents that are known to be valid."""
-    asking = np.arange(n_rows) if query_rows is None else query_rows.numpy()
-    lists, n_slots = build_lists(documents.numpy().astype(np.int64), n_rows, asking, tile_sizes(head_dim, device))
+    rows_with_queries = np.arange(n_rows) if query_rows is None else query_rows.numpy()
+    lists, n_slots = build_lists(
+        documents.numpy().astype(np.int64), n_rows, rows_with_queries, tile_sizes(head_dim, device)
+    )
     limits, query_items, query_blocks, seen, key_items, key_blocks, splits = copy_to_device(lists, device)
     return AttentionPlan(
         limits, query_items, query_blocks, seen, key_items, key_blocks, splits, n_slots, n_rows, head_dim
@@ -145,9 +147,14 @@ def build_lists(
         first_query < last_query
     ]  # drops documents that hold no query
     limits = np.zeros((4, len(query_rows)), np.int64)
-    asked = ranges(documents[:, 4], documents[:, 5] - documents[:, 4])
-    of = np.repeat(np.arange(len(documents)), documents[:, 5] - documents[:, 4])
-    limits[:, asked] = documents[of, 0], query_rows[asked] + 1, documents[of, 2], documents[of, 3]
+    queries_in_documents = concatenate_ranges(documents[:, 4], documents[:, 5] - documents[:, 4])
+    document_of = np.repeat(np.arange(len(documents)), documents[:, 5] - documents[:, 4])
+    limits[:, queries_in_documents] = (
+        documents[document_of, 0],
+        query_rows[queries_in_documents] + 1,
+        documents[document_of, 2],
+        documents[document_of, 3],
+    )
     queries = list_query_tiles(documents, query_rows, query_tile, key_block)
     *keys, n_slots = list_key_tiles(documents, query_rows, n_rows, query_block, key_tile, part)
     changes = np.zeros(n_rows + 1, np.int64)
@@ -156,15 +163,18 @@ def build_lists(
     return (limits, *queries, np.cumsum(changes)[:-1] > 0, *keys), n_slots
 
 
-def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return arange(start, start + length) for each pair, one after another."""
+def concatenate_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return arange(start, start + length) of each pair, joined into one array."""
     return np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
 
 
-def tiles_of_intervals(lo: np.ndarray, hi: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return every (index of an interval, tile of `size` rows that it reaches into). Intervals are not empty."""
+def find_tiles_of_intervals(lo: np.ndarray, hi: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return two arrays, an interval's index and a tile of `size` rows that it overlaps, for each such pair.
+
+    Intervals must not be empty.
+    """
     n = (hi - 1) // size - lo // size + 1
-    return np.repeat(np.arange(len(lo)), n), ranges(lo // size, n)
+    return np.repeat(np.arange(len(lo)), n), concatenate_ranges(lo // size, n)
 
 
 def merge_intervals(
@@ -187,11 +197,11 @@ def list_blocks(
     tile, lo, hi = (np.concatenate(pair) for pair in zip(own, prefix, strict=True))
     kind = np.repeat((0, 1), (len(own[0]), len(prefix[0])))
     n = -(-(hi - lo) // size)
-    of = np.repeat(np.arange(len(n)), n)
-    start = lo[of] + size * ranges(np.zeros_like(n), n)
-    order = np.argsort(tile[of], kind="stable")
-    blocks = np.column_stack((start * 2 + kind[of], np.minimum(start + size, hi[of])))[order]
-    places = np.searchsorted(tile[of][order], np.arange(n_tiles + 1))
+    interval_of = np.repeat(np.arange(len(n)), n)
+    start = lo[interval_of] + size * concatenate_ranges(np.zeros_like(n), n)
+    order = np.argsort(tile[interval_of], kind="stable")
+    blocks = np.column_stack((start * 2 + kind[interval_of], np.minimum(start + size, hi[interval_of])))[order]
+    places = np.searchsorted(tile[interval_of][order], np.arange(n_tiles + 1))
     return np.concatenate((blocks, np.zeros((1, 2), np.int64))), places
 
 
@@ -201,21 +211,23 @@ def list_query_tiles(
     """Return query_items and query_blocks: the keys each tile of `size` queries sees, in blocks of `block` keys."""
     n_queries = len(query_rows)
     n_tiles = -(-n_queries // size)
-    of, tile = tiles_of_intervals(documents[:, 4], documents[:, 5], size)
-    start, end, prefix_start, prefix_end, first_query, last_query = documents[of].T
+    document_of, tile = find_tiles_of_intervals(documents[:, 4], documents[:, 5], size)
+    start, end, prefix_start, prefix_end, first_query, last_query = documents[document_of].T
     first_query, last_query = np.maximum(first_query, tile * size), np.minimum(last_query, (tile + 1) * size)
     # Blocks that every row sees exist only if each row lies in a document: rows of no document must stay masked.
     rows = np.minimum((np.arange(n_tiles) + 1) * size, n_queries) - np.arange(n_tiles) * size
     covered = (np.bincount(tile, last_query - first_query, n_tiles) == rows)[tile]
-    alone = np.bincount(tile, minlength=n_tiles)[tile] == 1
-    n_own = np.where(covered & alone, (query_rows[first_query] + 1 - start) // block, 0)
-    same = covered.copy()
+    is_single = np.bincount(tile, minlength=n_tiles)[tile] == 1
+    n_own = np.where(covered & is_single, (query_rows[first_query] + 1 - start) // block, 0)
+    is_prefix_shared = covered.copy()
     if len(tile):
         firsts = np.flatnonzero(~continues_tile(tile))
         runs = np.diff(np.append(firsts, len(tile)))
         for bound in (prefix_start, prefix_end):
-            same &= np.repeat(np.minimum.reduceat(bound, firsts) == np.maximum.reduceat(bound, firsts), runs)
-    n_prefix = np.where(same, (prefix_end - prefix_start) // block, 0)
+            is_prefix_shared &= np.repeat(
+                np.minimum.reduceat(bound, firsts) == np.maximum.reduceat(bound, firsts), runs
+            )
+    n_prefix = np.where(is_prefix_shared, (prefix_end - prefix_start) // block, 0)
     # Own keys: neighbours are joined even across keys that no given query sees, since these belong to a document.
     own = merge_intervals(
         tile, start + n_own * block, query_rows[last_query - 1] + 1,
@@ -241,8 +253,8 @@ def list_key_tiles(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Return key_items, key_blocks, splits, n_slots: the queries that see each tile of `size` keys, in blocks."""
     n_tiles = -(-n_rows // size)
-    of, tile = tiles_of_intervals(documents[:, 0], documents[:, 1], size)
-    start, end, _, _, _, last_query = documents[of].T
+    document_of, tile = find_tiles_of_intervals(documents[:, 0], documents[:, 1], size)
+    start, end, _, _, _, last_query = documents[document_of].T
     tile_end = np.minimum((tile + 1) * size, n_rows)
     first_query = np.searchsorted(query_rows, np.maximum(start, tile * size))
     seeing_all = np.maximum(np.searchsorted(query_rows, tile_end - 1), first_query)
@@ -255,22 +267,22 @@ def list_key_tiles(
     # Blocks of queries never hold rows of no document: intervals are joined only where they touch.
     own = merge_intervals(tile, lo, hi, continues_tile(tile) & (lo == np.concatenate(([-1], hi[:-1]))[: len(hi)]))
     readers = documents[documents[:, 2] < documents[:, 3]]
-    of, tile = tiles_of_intervals(readers[:, 2], readers[:, 3], size)
-    order = np.lexsort((of, tile))
-    tile, (lo, hi) = tile[order], readers[of[order], 4:].T
+    reader_of, tile = find_tiles_of_intervals(readers[:, 2], readers[:, 3], size)
+    order = np.lexsort((reader_of, tile))
+    tile, (lo, hi) = tile[order], readers[reader_of[order], 4:].T
     prefix = merge_intervals(tile, lo, hi, continues_tile(tile) & (lo == np.concatenate(([-1], hi[:-1]))[: len(hi)]))
     blocks, places = list_blocks(own, prefix, block, n_tiles)
     n = np.diff(places)
     parts = np.maximum(1, -(-n // part))
-    of, index = np.repeat(np.arange(n_tiles), parts), ranges(np.zeros_like(parts), parts)
-    length = -(-n // parts)[of]
-    lo = places[of] + index * length
-    hi = np.minimum(lo + length, places[of + 1])
+    tile_of, index = np.repeat(np.arange(n_tiles), parts), concatenate_ranges(np.zeros_like(parts), parts)
+    length = -(-n // parts)[tile_of]
+    lo = places[tile_of] + index * length
+    hi = np.minimum(lo + length, places[tile_of + 1])
     slots = np.where(parts > 1, parts, 0)
     first_slot = np.cumsum(slots) - slots
-    slot = np.where(parts[of] > 1, first_slot[of] + index, -1)
-    full = np.where(index[:, None] == 0, full[of], 0)  # full blocks belong to the first part
-    items = np.column_stack((of, lo, hi, full, slot))
+    slot = np.where(parts[tile_of] > 1, first_slot[tile_of] + index, -1)
+    full = np.where(index[:, None] == 0, full[tile_of], 0)  # full blocks belong to the first part
+    items = np.column_stack((tile_of, lo, hi, full, slot))
     splits = np.column_stack((np.arange(n_tiles), first_slot, slots))[parts > 1]
     items = items[np.argsort(-(hi - lo + full[:, 1]), kind="stable")]  # longest first: they end together
     return items, blocks, splits, int(slots.sum())

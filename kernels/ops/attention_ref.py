@@ -36,7 +36,7 @@ def _attend_short(q, k, v, rows):
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
     """Return the attention of one document, (n, H, Dh).
 
-    k, v: (m, K, Dh), of m positions. q: (n, H, Dh), of the positions `rows` (n,), or of the last n without rows.
+    k, v: (m, K, Dh), of m positions. q: (n, H, Dh), of the positions `rows` (n,), or of the last n if rows is None.
     """
     n, m = q.shape[0], k.shape[0]
     if q.device.type == "cpu" and n * m <= SHORT and q.dtype in (torch.float32, torch.bfloat16):

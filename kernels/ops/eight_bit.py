@@ -42,7 +42,7 @@ def dynamic_map(signed: bool, device: torch.device | str = "cpu") -> torch.Tenso
 
 
 def _pieces(signed):
-    """Return ((start, slope, intercept), ...), one line a decade, which applies from x = start on.
+    """Return ((start, slope, intercept), ...), one linear piece for each decade, which applies from x = start on.
 
     floor(slope x + intercept), at most 2n - 1, is n + k where x is nearest to entry k of a decade of n entries. Before
     the first piece floor(intercept) stands for 0, from the last piece on for 1. A decade's lowest entry is nearest only

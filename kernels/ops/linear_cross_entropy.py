@@ -176,12 +176,12 @@ def _scale_kernel(x_ptr, scale_ptr, y_ptr, n, BLOCK: tl.constexpr):
 
 def chunk_rows(n_rows: int, vocab: int, itemsize: int) -> int:
     """Return the rows of a chunk: as few chunks as LOGITS_BYTES allows, all of about one size."""
-    most = max(1, LOGITS_BYTES // (_up(vocab, PAD) * itemsize) // ROWS) * ROWS
-    n_chunks = max(1, _up(n_rows, most) // most)
-    return _up(-(-n_rows // n_chunks), ROWS)
+    most = max(1, LOGITS_BYTES // (_round_up(vocab, PAD) * itemsize) // ROWS) * ROWS
+    n_chunks = max(1, _round_up(n_rows, most) // most)
+    return _round_up(-(-n_rows // n_chunks), ROWS)
 
 
-def _up(n, multiple):
+def _round_up(n, multiple):
     return -(-n // multiple) * multiple
 
 
@@ -230,7 +230,7 @@ def forward(
     targets, weights: (L,) int64 and fp32. Returns the loss, dx (L, D) and dw (V, D); an unwanted gradient has shape
     (0,). dw is in fp32, except after a single chunk of bf16. If into (V, D) is given: into = beta * into + dw.
     """
-    (n_rows, _), vocab, stride = x.shape, len(weight), _up(len(weight), PAD)
+    (n_rows, _), vocab, stride = x.shape, len(weight), _round_up(len(weight), PAD)
     dx, dw = _gradients_fake(x, weight, want_dx, want_dw, into)
     total = dw if into is None else into
     if want_dw and not n_rows and not beta:

@@ -3,8 +3,8 @@
     (a, b) -> (a cos - b sin, b cos + a sin)      a = x[..., :Dh/2], b = x[..., Dh/2:], angle = position * frequency
 
 The two halves of a head are rotated against each other, as Hugging Face lays heads out. Meta pairs neighbours, and its
-weights are permuted when they are read. Angles, sines and products are fp32: bf16 cannot represent all integers above
-256, which positions are.
+weights are permuted when they are read. Angles, sines and products are fp32: bf16 cannot represent every position above
+256.
 
 Bound by memory: one launch reads q and k once and writes them once, 4 (H + K) Dh bytes a token in bf16, in place or
 not. The tables come from HBM once a token (4 Dh bytes), and from L1 and L2 for the other heads. Backward is the

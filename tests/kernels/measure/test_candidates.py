@@ -5,7 +5,7 @@ import json
 from kernels.compiled.launch_cases import Make, all_cases
 from kernels.compiled.launches import patched
 from kernels.measure import candidates
-from kernels.measure.candidates import CANDIDATES, FOLLOWS, Entry, without_source
+from kernels.measure.candidates import CANDIDATES, FOLLOWS, Entry, drop_source
 from kernels.measure.tuner import TOY
 from kernels.ops import common
 
@@ -15,7 +15,7 @@ def test_candidates_begin_with_the_incumbent_and_differ():
         for kernel in kernels:
             for size, incumbent in common.launch_table(op)[kernel]["sm_90"].items():
                 configs = candidates.list_candidates(Entry(op, kernel, "sm_90", size, ()), incumbent)
-                assert configs[0] == without_source(incumbent) and len(configs) > 1
+                assert configs[0] == drop_source(incumbent) and len(configs) > 1
                 assert all(configs[0].keys() == config.keys() for config in configs), (
                     f"{op}.{kernel}: no such constexpr"
                 )
@@ -31,8 +31,8 @@ def test_a_kernel_that_follows_takes_the_tile_over():
     for (op, kernel), (follower, names) in FOLLOWS.items():
         table = common.launch_table(op)
         entry = Entry(op, kernel, "sm_90", next(iter(table[kernel]["sm_90"])), ())
-        config = without_source(entry.config(table)) | dict.fromkeys(names, 77)
-        new = candidates.with_config(table, entry, config)
+        config = drop_source(entry.config(table)) | dict.fromkeys(names, 77)
+        new = candidates.replace_config(table, entry, config)
         assert all(new[follower]["sm_90"][entry.size][name] == 77 for name in names)
         assert table[follower]["sm_90"][entry.size] != new[follower]["sm_90"][entry.size]
         for size, values in table[kernel]["sm_90"].items():  # as shipped, too

@@ -7,7 +7,7 @@ import pytest
 
 from kernels.compiled.launch_cases import Case, Make, all_cases
 from kernels.measure import tuner
-from kernels.measure.candidates import CANDIDATES, Entry, without_source
+from kernels.measure.candidates import CANDIDATES, Entry, drop_source
 from kernels.ops import common
 
 OP = "rms_norm"
@@ -21,7 +21,7 @@ def unmeasured(monkeypatch, times, minutes=1, chip="sm_90"):
     monkeypatch.setattr(tuner, "expected_results", lambda case, make: None)
 
     def score(entry, table, cases, answers, base):
-        return times(without_source(entry.config(table))), None
+        return times(drop_source(entry.config(table))), None
 
     monkeypatch.setattr(made, "score", score)
     return made, said
@@ -38,7 +38,7 @@ def entry_and_table(chip="interpreter"):
 )
 def test_an_entry_changes_for_more_than_noise_alone(monkeypatch, ratio, changes):
     entry, table = entry_and_table()
-    incumbent = without_source(entry.config(table))
+    incumbent = drop_source(entry.config(table))
     made, _ = unmeasured(monkeypatch, lambda config: 1.0 if config == incumbent else ratio)
     config, won = made.choose(entry, table)
     assert (config != incumbent) == changes
@@ -47,7 +47,7 @@ def test_an_entry_changes_for_more_than_noise_alone(monkeypatch, ratio, changes)
 
 def test_a_wrong_candidate_is_never_chosen_and_a_wrong_incumbent_is_replaced(monkeypatch):
     entry, table = entry_and_table()
-    incumbent = without_source(entry.config(table))
+    incumbent = drop_source(entry.config(table))
     made, _ = unmeasured(monkeypatch, lambda config: 1.0 if config == incumbent else math.inf)
     assert made.choose(entry, table)[0] == incumbent
     made, _ = unmeasured(monkeypatch, lambda config: math.inf if config == incumbent else 5.0)
