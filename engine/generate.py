@@ -63,7 +63,7 @@ def read_prompts(config: GenerateConfig) -> list[Row]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--prompts {path}: cannot be read ({error}); give a UTF-8 text, JSON or JSONL file") from None
     if text.lstrip()[:1] in ("[", "{"):
-        return read_rows([path], answers=False)[0]
+        return read_rows([path], require_answers=False)[0]
     rows = [Row(f"{path.name}:{n}", None, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not rows:
         raise DataError(f"--prompts {path}: holds no prompt; write one a line")

@@ -1,7 +1,7 @@
-"""Step N of a run -> its micro-batches.
+"""The micro-batches of each step of a run.
 
-The order of examples is a function of seed and epoch alone, so step N of a resumed run is step N, with no saved state
-of a sampler. Packing cuts a step and never changes the order.
+The order of examples depends only on seed and epoch. So step N of a resumed run has the same examples, and no state of
+a sampler is saved. Packing divides the examples of a step and never moves one to another step.
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from engine.data.packing import Packing, make_micro_batches
 
 
 def permute_examples(n: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
-    """Return the order of n examples in an epoch (from 0): a permutation that depends on nothing else."""
+    """Return the order of n examples in an epoch, counted from 0. It depends on nothing but the arguments."""
     return np.random.default_rng((seed, epoch)).permutation(n) if shuffle else np.arange(n)
 
 
 def count_steps_per_epoch(n: int, global_batch_size: int) -> int:
-    """Return the steps that take n examples once. The last one may hold fewer; none is left out or taken twice."""
+    """Return how many steps take each of n examples once. The last step may have fewer than global_batch_size."""
     return -(-n // global_batch_size)
 
 
@@ -48,19 +48,19 @@ class Order:
 class StepBatch:
     """One step: the micro-batches of this rank, and the numbers of the global batch, which all ranks share."""
 
-    micro_batches: Sequence[Any]  # MicroBatches; once they are on the device, DeviceMicroBatches
+    micro_batches: Sequence[Any]  # MicroBatch, then DeviceMicroBatch once it is copied
     examples: np.ndarray  # (N,) numbers of the global batch's examples, in order
-    n_tokens: int  # of the global batch, as its examples hold them
+    n_tokens: int  # of the global batch: the sum of its examples' lengths
     n_loss_tokens: int  # of the global batch
     n_computed_tokens: int  # of this rank's micro-batches: shared prefixes once, padding included
 
 
 class Batches:
-    """One rank's micro-batches of every step. Weights are such that the losses of all ranks add up to the step's.
+    """One rank's micro-batches of every step. They are weighted so that the losses of all ranks add up to the step's.
 
-    packing may be replaced while a run is under way; steps that are cut after that follow it. mean_of_means: the loss
-    is the mean of the micro-batches' means, as in the trainer of 2023, rather than the mean over the loss tokens of the
-    global batch.
+    packing may be replaced during a run, and then holds for the steps made after that. mean_of_means: a step's loss is
+    the mean of the micro-batches' means, as in the trainer of transformers in 2023, not the mean over the loss tokens
+    of the global batch.
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class Batches:
         self.dataset, self.order, self.packing = dataset, order, packing
         self.mean_of_means, self.ranks, self.rank = mean_of_means, ranks, rank
 
-    def of(self, step: int) -> StepBatch:
-        """Return the micro-batches of a step, counted from 1."""
+    def make_step(self, step: int) -> StepBatch:
+        """Make the micro-batches of a step, counted from 1."""
         numbers = self.order.examples_of(step)
         examples = self.dataset.get_examples(numbers)
         n_loss_tokens = sum(int(example.is_target.sum()) for example in examples)

@@ -1,6 +1,7 @@
-"""Rows -> tokens and the loss mask, in flat arrays.
+"""Tokenised rows and their loss mask, in flat arrays.
 
-A Table holds every row of some files; a Dataset is the examples of it that a run trains on, or evaluates.
+A Table holds every row of some files. A Dataset is a choice of them that a run trains on or evaluates: those rows with
+a loss token, called examples.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ class Example(NamedTuple):
     """One tokenised row that has a loss token."""
 
     tokens: np.ndarray  # (n,) int32
-    is_target: np.ndarray  # (n,) bool: this token is predicted, and carries loss; never the first
+    is_target: np.ndarray  # (n,) bool: predicting this token carries loss; never the first token
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,12 @@ class Dataset:
     """Tokenised examples, each a slice of flat arrays that several datasets may share."""
 
     tokens: np.ndarray  # (total,) int32
-    is_target: np.ndarray  # (total,) bool: this token is predicted, and carries loss
+    is_target: np.ndarray  # (total,) bool: predicting this token carries loss
     begins: np.ndarray  # (N,) int64: example i is tokens[begins[i]:ends[i]]
     ends: np.ndarray  # (N,) int64
     sources: Sequence[str]  # (N,) "file:row" of each, for messages
     counts: dict[str, int]  # rows, examples, truncated, dropped, tokens, loss_tokens
-    n_loss: np.ndarray | None = None  # (N,) int64 targets of each; None: they are counted here
+    n_loss: np.ndarray | None = None  # (N,) int64 targets of each; None: __post_init__ counts them
 
     def __post_init__(self) -> None:
         if self.n_loss is None:
@@ -68,9 +69,9 @@ class Dataset:
         return [Example(self.tokens[span], self.is_target[span]) for span in spans]
 
     def sha256(self) -> str:
-        """Return the digest of all examples' tokens, targets and starts. It does not depend on where the arrays lie."""
+        """Return a digest of all examples' tokens, targets and lengths, wherever in the arrays they lie."""
         digest = hashlib.sha256()
-        gaps = np.flatnonzero(self.begins[1:] != self.ends[:-1]) + 1  # between examples that do not touch
+        gaps = np.flatnonzero(self.begins[1:] != self.ends[:-1]) + 1  # examples that do not begin where the last ends
         runs = list(zip(self.begins[[0, *gaps]], self.ends[[*(gaps - 1), -1]], strict=True))
         for array in (self.tokens, self.is_target):
             for begin, end in runs:
@@ -80,7 +81,7 @@ class Dataset:
 
 
 class Sources(Sequence[str]):
-    """ "file:row" of each row, which is made into a string only when it is asked for."""
+    """Each row's place as "file:row". The string is made only when an element is read."""
 
     def __init__(self, paths: Sequence[str], files: np.ndarray, numbers: np.ndarray):
         self.paths, self.files, self.numbers = paths, files, numbers
@@ -92,13 +93,13 @@ class Sources(Sequence[str]):
         return f"{self.paths[self.files[i]]}:{self.numbers[i]}"
 
 
-# One row of a Table; file and number are its place, n_loss its targets.
+# The dtype of Table.rows. file and number say where the row was read, n_loss how many targets it has.
 ROW = np.dtype([("n_tokens", "<i4"), ("n_loss", "<i4"), ("file", "<i4"), ("number", "<i8"), ("truncated", "?")])
 
 
 @dataclass(frozen=True)
 class Table:
-    """Every row of some files, tokenised and cut at max_length. A row without a loss token holds no tokens."""
+    """Every row of some files, tokenised and truncated at max_length. A row without a loss token has no tokens here."""
 
     tokens: np.ndarray  # (total,) int32
     is_target: np.ndarray  # (total,) bool
@@ -110,7 +111,7 @@ class Table:
         return len(self.rows)
 
     def select(self, numbers: Sequence[int] | None = None) -> Dataset:
-        """Return the examples of the rows of these numbers, from 0, in their order; None: of all rows.
+        """Return the examples among the rows of these numbers (from 0), in this order. None: among all rows.
 
         Rows without a loss token are counted and left out. Raise DataError when no example is left.
         """
@@ -138,7 +139,7 @@ class Table:
 
 
 def encode_block(rows: Sequence[Row], tokenizer: Tokenizer, style: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (ids of all rows back to back, which of them are targets, ids of each row).
+    """Tokenise rows. Return (ids of all rows back to back, which of them are targets, number of ids of each row).
 
     Each distinct prompt is tokenised once.
     """
@@ -150,20 +151,20 @@ def encode_block(rows: Sequence[Row], tokenizer: Tokenizer, style: str) -> tuple
     encoded_texts = iter(encoded[len(prompts) :])
     ids: list[int] = []
     lengths = []
-    turns: list[int] = []  # numbers of tokens without loss, with loss, without, ...
+    run_lengths: list[int] = []  # lengths of runs of tokens: without loss, with loss, without, ...
     for row in parts:
         before = len(ids)
         for part in row:
             if isinstance(part, Special):
                 ids.append(find_special_id(tokenizer, part.name, style))
-                turns += (not part.loss, part.loss)
+                run_lengths += (not part.loss, part.loss)
             else:
                 new = next(encoded_texts)
                 masked = min(n_prompt[part.prompt], len(new))
                 ids += new
-                turns += (masked, len(new) - masked)
+                run_lengths += (masked, len(new) - masked)
         lengths.append(len(ids) - before)
-    is_target = np.repeat(np.arange(len(turns)) % 2 == 1, turns)
+    is_target = np.repeat(np.arange(len(run_lengths)) % 2 == 1, run_lengths)
     return np.fromiter(ids, np.int32, len(ids)), is_target, np.array(lengths)
 
 
@@ -173,15 +174,16 @@ def encode_rows(
     style: str = "alpaca",
     max_length: int = 512,
     train_on_prompt: bool = False,
-    watch: Callable[[range], Iterator[int]] = iter,
+    track: Callable[[range], Iterator[int]] = iter,
 ) -> Table:
-    """Return the rows as a Table, each cut at max_length tokens. Raise DataError when a token of the style is missing.
+    """Tokenise rows into a Table, each truncated at max_length tokens.
 
-    watch: wraps the loop over blocks of rows, to show progress.
+    track: wraps the loop over blocks of rows, to show progress. Raise DataError when the tokenizer lacks a token of the
+    style.
     """
     tokens, targets, table = [], [], np.zeros(len(rows), ROW)
     paths: dict[str, int] = {}
-    for first in watch(range(0, len(rows), BLOCK)):
+    for first in track(range(0, len(rows), BLOCK)):
         block, out = rows[first : first + BLOCK], table[first : first + BLOCK]
         ids, is_target, lengths = encode_block(block, tokenizer, style)
         starts = np.cumsum(lengths) - lengths
@@ -201,7 +203,7 @@ def encode_rows(
 
 
 def hold_out(rows: Sequence[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:
-    """Return (kept, held out) rows, both in file order; round(fraction n), at least one, are held out by the seed."""
+    """Split rows into (kept, held out), in file order. The seed chooses round(fraction * n) to hold out, at least 1."""
     n_held = max(1, round(fraction * len(rows)))
     held = set(np.random.default_rng((seed, 2**32)).permutation(len(rows))[:n_held].tolist())
     return [r for i, r in enumerate(rows) if i not in held], [r for i, r in enumerate(rows) if i in held]

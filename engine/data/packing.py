@@ -1,17 +1,17 @@
 """The examples of one step, packed into micro-batches that compute a common prefix once.
 
-A micro-batch is one row of tokens: documents back to back, which never see each other, with no padding but at the end.
-Examples that begin with equal tokens (a template, a repeated question) share them. The prefix stands in the row once;
-each document's queries look at its prefix's keys and then at its own, at positions that continue from the prefix. What
+A micro-batch is one sequence of tokens: documents back to back, which do not attend to each other, with padding only at
+the end. Examples that begin with equal tokens (a template, a repeated question) share them. The prefix is in the
+sequence once. Each document attends to its prefix and then to itself, at positions that continue from the prefix. What
 a prefix computes depends on nothing after it, and autograd sums the gradients that its keys and values get from every
-document. So outputs and gradients equal those of the plain rows.
+document. So outputs and gradients equal those of the examples computed one by one.
 
-Packing is bin packing: examples are the items, micro-batches the bins, tokens the size. Functions here work on row
-numbers 0, 1, ... of the step, with their lengths and their prefix groups.
+Packing is bin packing: examples are the items, micro-batches the bins, tokens the size. In this file, a row is
+an example of the step; functions take rows by number, 0, 1, ..., with their lengths and prefix groups.
 
-Which rows share a prefix is solved exactly. Sorted rows form a tree of common prefixes. At each node of it, either all
-rows below that share no longer prefix share this node's prefix, or none of them does, because each of them gains
-equally by it. So the best groups follow from one choice per node and possible sharing ancestor.
+Which rows share a prefix is solved exactly. The sorted rows form a tree of common prefixes. Take the rows below a node
+that share no longer prefix: either all of them share this node's prefix or none does, because each gains equally by it.
+So the best groups follow from one choice for each node and each depth that its nearest sharing ancestor can have.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from engine.data.dataset import Example
 from engine.model.batch import MicroBatch
 
 BUDGET_GROWTH = 1.01  # the factor by which a budget grows while micro-batches are evened out
-LEAST_SHARED_TOKENS = 8  # a shorter prefix saves less than the extra blocks that attention reads for it
+LEAST_SHARED_TOKENS = 8  # a shorter one saves less than the extra blocks cost that attention reads for it
 
 PrefixGroup = tuple[int, list[int]]  # (tokens of the shared prefix, the rows that share it); (0, [row]) shares nothing
 
@@ -37,7 +37,7 @@ class Packing:
 
     max_tokens: int  # of a micro-batch; no example is longer
     max_examples: int | None = None  # of a micro-batch
-    best_fit: bool = True  # best-fit, then evened out; off: examples keep their order
+    best_fit: bool = True  # False: examples stay in order
     share_prefix: bool = True  # compute a common prefix once
     multiple: int = 1  # T is padded to a multiple of this, with tokens that belong to no document
 
@@ -56,10 +56,10 @@ def make_micro_batches(
     scale multiplies every loss, through the weights. mean_of_means divides each micro-batch's weights by its loss
     tokens and by the number of micro-batches, so that the losses add up to the mean of the micro-batches' means.
 
-    Every rank cuts the whole step alike and keeps each ranks-th micro-batch. The i-th micro-batches of all ranks are
-    computed at one time, and the losses of all ranks add up to the step's. Where a rank would have no micro-batch while
-    others still have one, it computes the shortest example again with losses that weigh 0, because collectives need
-    every rank.
+    Every rank makes the same micro-batches of the whole step and keeps number rank, rank + ranks, ... of them. So the
+    ranks compute neighbouring micro-batches at the same time, and their losses add up to the step's. Collectives need
+    every rank: one that has no micro-batch left while others have computes the shortest example again, with weights of
+    0.
     """
     rows = [example.tokens for example in examples]
     groups = find_shared_prefixes(rows) if packing.share_prefix else [(0, [i]) for i in range(len(rows))]
@@ -125,16 +125,16 @@ def count_saved_tokens(groups: Sequence[PrefixGroup]) -> int:
 
 
 def count_common_tokens(a: np.ndarray, b: np.ndarray) -> int:
-    """Return the number of first tokens in which two rows agree."""
+    """Return the length of the common prefix of two rows."""
     n = min(len(a), len(b))
     differs = np.flatnonzero(a[:n] != b[:n])
     return int(differs[0]) if len(differs) else n
 
 
 def build_prefix_tree(common: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
-    """Build the tree of common prefixes of sorted rows, where rows i and i + 1 have common[i] first tokens in common.
+    """Build the tree of common prefixes of sorted rows. Rows i and i + 1 have common[i] tokens in common at the start.
 
-    Returns each node's depth in tokens, each node's parent, and the deepest node of each row. The root comes first; its
+    Return each node's depth in tokens, each node's parent, and the deepest node of each row. The root comes first; its
     depth is 0 and it is its own parent.
     """
     depths, parents, node_of, path = [0], [0], [], [0]  # path: from the root to the node where the last row hangs
@@ -142,7 +142,7 @@ def build_prefix_tree(common: Sequence[int]) -> tuple[list[int], list[int], list
         left, child = path[-1], None
         while depths[path[-1]] > depth:
             child = path.pop()
-        if depths[path[-1]] < depth:  # a new node, between the path's end and what was popped
+        if depths[path[-1]] < depth:  # a new node, between the end of the path and the popped child
             depths.append(depth)
             parents.append(path[-1])
             path.append(len(depths) - 1)
@@ -158,7 +158,7 @@ def build_prefix_tree(common: Sequence[int]) -> tuple[list[int], list[int], list
 def cut_in_order(
     groups: Sequence[PrefixGroup], lengths: Sequence[int], max_tokens: int, max_examples: int | None
 ) -> list[np.ndarray]:
-    """Cut the rows 0, 1, ... into bins that keep their order."""
+    """Divide the rows 0, 1, ... into bins that keep their order."""
     group_of, n_shared = index_by_row(groups)
     bins: list[list[int]] = []
     members: list[int] = []
@@ -186,7 +186,7 @@ def pack_evenly(
     fewest = pack_best_fit(groups, lengths, max_tokens, max_examples)
     if len(fewest) == 1:
         return fewest
-    budget: float = (sum(lengths) - count_saved_tokens(groups)) / len(fewest)  # no lower one can do
+    budget: float = (sum(lengths) - count_saved_tokens(groups)) / len(fewest)  # the mean: no lower budget is enough
     while (budget := int(budget * BUDGET_GROWTH) + 1) < max_tokens:
         bins = pack_best_fit(groups, lengths, int(budget), max_examples)
         if len(bins) == len(fewest):
@@ -201,7 +201,7 @@ def pack_best_fit(
     group_of, n_shared = index_by_row(groups)
     bins: list[list[int]] = []
     free_tokens: list[int] = []
-    groups_in: list[set[int]] = []  # whose prefix is in the bin already
+    groups_in: list[set[int]] = []  # the groups whose prefix is in each bin
     for row in order_longest_first(lengths, n_shared):
         group, own = group_of[row], lengths[row] - n_shared[row]
         left = {}  # bin -> the tokens that would stay free
@@ -226,9 +226,9 @@ def spread_over_ranks(
 ) -> list[np.ndarray]:
     """Pack the rows into a multiple of `ranks` bins of about equal size, the largest bin first.
 
-    The number of bins is what best-fit needs, rounded up as far as there are rows. Neighbouring bins are computed at
-    one time by different ranks, so they should be of like size. Where even bins would break a limit, best-fit's bins
-    stay.
+    The number of bins is what best-fit needs, rounded up to the multiple; there may be fewer bins where rows are few.
+    Different ranks compute neighbouring bins at the same time, so these should have similar sizes. Where bins of equal
+    size would break a limit, those of best-fit are returned.
     """
     fewest = pack_best_fit(groups, lengths, max_tokens, max_examples)
     n_bins = -(-len(fewest) // ranks) * ranks
@@ -247,10 +247,10 @@ def level_bins(
 ) -> list[np.ndarray] | None:
     """Distribute the rows over n_bins bins of about equal size. Return None where a bin would exceed max_tokens.
 
-    The longest row comes first, and each goes where the fewest tokens are with it (LPT, Graham 1969: the largest bin is
-    at most 4/3 of the least possible where no prefix is shared). Up to the mean size, rows of one prefix stay together:
-    with eight ranks a step of Alpaca then takes 1.1% fewer tokens. Where examples are limited they do not, since bins
-    of long rows would be left for the end, and one of eight be 20% larger than the mean. Empty bins are left out.
+    Rows are placed longest first, each into the bin that is then smallest (LPT, Graham 1969: without shared prefixes
+    the largest bin is at most 4/3 of the optimum). But rows of one prefix stay together until their bin has the mean
+    size: a step of Alpaca on eight ranks then computes 1.1% fewer tokens. They do not where max_examples is set: bins
+    of long rows would be left for the end, and one of eight would be 20% larger than the mean. Empty bins are left out.
     """
     group_of, n_shared = index_by_row(groups)
     mean = 0 if max_examples else (sum(lengths) - count_saved_tokens(groups)) / n_bins
@@ -281,7 +281,7 @@ def index_by_row(groups: Sequence[PrefixGroup]) -> tuple[dict[int, int], dict[in
     return group_of, {row: n_shared for n_shared, group in groups for row in group}
 
 
-# ---- laying out -----------------------------------------------------------------------------------------------------
+# ---- bins to micro-batches -------------------------------------------------------------------------------------------
 
 
 def collate(
@@ -289,8 +289,9 @@ def collate(
 ) -> MicroBatch:
     """Return the examples as one micro-batch, each shared prefix before the documents that continue from it.
 
-    Prefixes are searched for again among these examples: the best sharing of a part of a step is not a part of the
-    step's. A target that several examples share weighs as many; scale multiplies every weight.
+    Shared prefixes are searched again among these examples, because the best groups of the step need not be the best
+    within one micro-batch. A target that several examples share counts once for each, by its weight. scale multiplies
+    every weight.
     """
     rows, targets = [example.tokens for example in examples], [example.is_target for example in examples]
     groups = find_shared_prefixes(rows) if share_prefix else [(0, [i]) for i in range(len(rows))]
@@ -330,9 +331,9 @@ def collate(
 
 
 def make_largest_micro_batch(n_tokens: int, length: int, vocab_size: int) -> MicroBatch:
-    """Return n_tokens made-up tokens in documents of `length` tokens, with loss at every token but each first one.
+    """Return n_tokens made-up tokens in documents of `length` tokens, all targets but the first of each.
 
-    No micro-batch of so many tokens needs more memory or time.
+    No micro-batch of n_tokens needs more memory or time.
     """
     starts = np.arange(0, n_tokens, length)
     ends = np.minimum(starts + length, n_tokens)

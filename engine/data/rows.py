@@ -1,7 +1,7 @@
-"""Dataset files -> validated rows, one row at a time. A bad row is named by file and number and costs no other row.
+"""Validated rows of dataset files. A bad row is reported by file and number, and spoils no other row.
 
-A file is mapped, not loaded, and split into rows before any of it is parsed: a list by its quotes and brackets, JSONL
-by its newlines. Text stays exactly as it is in the file: nothing is stripped or normalised.
+A file is mapped, not loaded, and split into rows before any row is parsed: a JSON list by its quotes and brackets,
+JSONL by its newlines. Text stays exactly as it is in the file: nothing is stripped or normalised.
 """
 
 import codecs
@@ -25,8 +25,8 @@ SHOWN = 5  # bad rows that an error describes
 
 BLANKS = re.compile(rb"[ \t\r\n]*")
 SCALAR = re.compile(rb"-?(?:[0-9][0-9.eE+-]*|Infinity)|NaN|true|false|null")
-# The tokens that decide where a list's element ends. A pattern for a whole string would need memory for each of its
-# characters; a character class instead of branches that each begin with a literal would make re three times as slow.
+# What decides where an element of a list ends. There is no pattern for a whole string, since re would need memory for
+# each of its characters. Branches that begin with a literal are three times as fast as a character class.
 TOKEN = re.compile(rb'\\.|"|\n|\{|\}|\[|\]')
 KINDS: dict[type, str] = {
     str: "a string",
@@ -59,15 +59,15 @@ def read_rows(
     paths: Sequence[Path],
     skip_bad_rows: bool = False,
     progress: Callable[[int, int], None] | None = None,
-    answers: bool = True,
+    require_answers: bool = True,
 ) -> tuple[list[Row], list[Skipped]]:
-    """Return (rows, bad rows that were skipped) of Alpaca or chat files, in order. Their content tells JSON from JSONL.
+    """Return (rows, bad rows that were skipped) of Alpaca or chat files, in order. The content tells JSON from JSONL.
 
-    answers: a row must hold an answer. Else rows are prompts, which may have no output, or end with a user's message.
-    progress(done_bytes, total_bytes) is called every 1000 rows.
+    require_answers: every row must have an answer. If False, rows are prompts: they may lack output or end with a user
+    message. progress(done_bytes, total_bytes) is called every 1000 rows.
 
-    Raise DataError that names file and row: for all bad rows at once unless skip_bad_rows; in any case for a file that
-    cannot be read, a broken list, or when no row is left.
+    Raise DataError with file and row. It lists all bad rows at once, unless skip_bad_rows is set. A file that cannot be
+    read, a broken list, or having no row left is always an error.
     """
     rows: list[Row] = []
     skipped: list[Skipped] = []
@@ -77,7 +77,7 @@ def read_rows(
         for number, start, end in split_rows(data, path):
             source = f"{path}:{number}"
             try:
-                rows.append(parse_row(data, start, end, source, answers))
+                rows.append(parse_row(data, start, end, source, require_answers))
             except BadRow as bad:
                 skipped.append(Skipped(source, str(bad)))
             if progress and number % 1000 == 0:
@@ -100,7 +100,7 @@ def read_rows(
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """Return the file's bytes, which are read when touched and unmapped with the last reference. Raise DataError."""
+    """Return the file's bytes, mapped; they are unmapped with the last reference. Raise DataError."""
     try:
         info = os.stat(path)  # before open(), which waits for a writer when the path is a pipe
         if stat.S_ISREG(info.st_mode) and info.st_size:
@@ -114,7 +114,7 @@ def map_file(path: Path) -> mmap.mmap:
 
 # ---- a file -> the spans of its rows --------------------------------------------------------------------------------
 
-Span = tuple[int, int, int | None]  # number of the row, first byte, end; None: the end of the file cuts the row off
+Span = tuple[int, int, int | None]  # number of the row, first byte, end; None: the file ends inside the row
 
 
 def split_rows(data: mmap.mmap, path: Path) -> Iterator[Span]:
@@ -131,14 +131,14 @@ def split_rows(data: mmap.mmap, path: Path) -> Iterator[Span]:
 
 
 def skip_blanks(data: mmap.mmap, start: int, *end: int) -> int:
-    """Return the position of the first byte from start on that is no blank; end, or the file's, when all are."""
+    """Return the position of the first non-blank byte from start on; end, or the file's end, when there is none."""
     match = BLANKS.match(data, start, *end)
     assert match is not None  # it may be empty
     return match.end()
 
 
 def split_lines(data: mmap.mmap, start: int) -> Iterator[Span]:
-    """Yield the spans of the lines that are not blank. A row's number is that of its line."""
+    """Yield the spans of the lines that are not blank. The number of a row is its line number."""
     number = 0
     while start < len(data):
         number += 1
@@ -180,10 +180,10 @@ def split_list(data: mmap.mmap, position: int, path: Path) -> Iterator[Span]:
 
 
 def find_element_end(data: mmap.mmap, start: int) -> int | None:
-    """Return the end of the JSON value at start, None when it has none.
+    """Return the end of the JSON value at start, or None when there is no complete value.
 
-    A raw newline ends a string, since no JSON string may hold one: in an indented list a lost quote then spoils no row
-    but its own.
+    A raw newline ends a string, since no JSON string may contain one. So in an indented list, a missing quote spoils
+    only its own row.
     """
     if scalar := SCALAR.match(data, start):
         return scalar.end()
@@ -206,14 +206,15 @@ def find_element_end(data: mmap.mmap, start: int) -> int | None:
 
 
 def is_cut_off(data: mmap.mmap, start: int) -> bool:
-    """Return whether an object begins at start that lacks only its end, so that the parser finds no fault before it.
+    """Return whether the object at start is valid JSON up to the end of the file, and only its end is missing.
 
-    After a lost bracket the parser does find one. The rows behind the bracket must not be dropped as if they were one.
+    It is not if a bracket is missing in the middle. Then the rows after that must not be dropped as if they were one
+    row.
     """
     if data[start : start + 1] != b"{" or len(data) - start > MAX_ROW_BYTES:
         return False
     try:
-        text = codecs.utf_8_decode(data[start:], "strict", False)[0].rstrip()  # half a character at the end is no fault
+        text = codecs.utf_8_decode(data[start:], "strict", False)[0].rstrip()  # accepts half a character at the end
         DECODER.decode(text)
     except json.JSONDecodeError as error:
         return error.msg.startswith("Unterminated string") or error.pos >= len(text) - len("-Infinit")
@@ -225,7 +226,7 @@ def is_cut_off(data: mmap.mmap, start: int) -> bool:
 # ---- a span -> a row ------------------------------------------------------------------------------------------------
 
 
-def parse_row(data: mmap.mmap, start: int, end: int | None, source: str, answers: bool) -> Row:
+def parse_row(data: mmap.mmap, start: int, end: int | None, source: str, require_answers: bool) -> Row:
     """Return the row in data[start:end]. Raise BadRow."""
     if end is None:
         raise BadRow(f"the file is cut off inside this row, which starts at byte {start}")
@@ -235,20 +236,20 @@ def parse_row(data: mmap.mmap, start: int, end: int | None, source: str, answers
     if "messages" in row:
         if "instruction" in row:
             raise BadRow("got both messages and instruction, wanted one of them")
-        return Row(source, parse_messages(require_type(row["messages"], list, "messages"), answers))
+        return Row(source, parse_messages(require_type(row["messages"], list, "messages"), require_answers))
     instruction = get_text(row, "instruction")
-    output = get_text(row, "output") if answers or row.get("output") is not None else ""
+    output = get_text(row, "output") if require_answers or row.get("output") is not None else ""
     input = "" if row.get("input") is None else get_text(row, "input")
     if not instruction and not input:
         raise BadRow("got instruction and input both empty, wanted text in one of them")
     return Row(source, None, instruction, input, output)
 
 
-def parse_messages(messages: list[Any], answers: bool) -> tuple[Message, ...]:
+def parse_messages(messages: list[Any], require_answers: bool) -> tuple[Message, ...]:
     """Return the messages of a chat. Raise BadRow.
 
-    Wanted are a system message or none, then user and assistant in turn, and the assistant's at the end; without
-    answers, a user's message may be at the end.
+    A chat may begin with a system message. Then user and assistant alternate, and the assistant is last. Unless
+    require_answers, the user may be last.
     """
     parsed, role = [], "none"
     for i, message in enumerate(messages):
@@ -260,7 +261,7 @@ def parse_messages(messages: list[Any], answers: bool) -> tuple[Message, ...]:
             or_system = " or a system message" if i == 0 else ""
             raise BadRow(f"{name}.role: got {shorten(role)}, wanted '{wanted}'{or_system}")
         parsed.append((role, content))
-    if role != "assistant" and (answers or role != "user"):
+    if role != "assistant" and (require_answers or role != "user"):
         raise BadRow(f"messages: got {role} as the last role, wanted assistant")
     return tuple(parsed)
 
@@ -282,14 +283,14 @@ def parse_json(raw: bytes, offset: int) -> Any:
 
 
 def is_deeper(value: Any, levels: int) -> bool:
-    """Return whether a value nests lists and objects in more than this many levels."""
+    """Return whether a value nests lists and objects deeper than this many levels."""
     if isinstance(value, dict):
         value = list(value.values())
     return isinstance(value, list) and (levels == 0 or any(is_deeper(item, levels - 1) for item in value))
 
 
 def make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the object of these pairs. Raise BadRow for a key that comes twice, where json would keep the last."""
+    """Return the object of these pairs. Raise BadRow for a repeated key, where json keeps the last value."""
     row = dict(pairs)
     if len(row) < len(pairs):
         seen: set[str] = set()
@@ -300,12 +301,12 @@ def make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-# Integers become floats: no row wants one, and int() takes quadratic time where it takes millions of digits at all.
+# Integers become floats. No row needs an integer, and int() of millions of digits takes quadratic time or is refused.
 DECODER = json.JSONDecoder(object_pairs_hook=make_object, parse_int=float)
 
 
 def require_type(value: Any, kind: type, name: str) -> Any:
-    """Return the value, which a message calls by name. Raise BadRow when it is of another type."""
+    """Return the value. Raise BadRow, with this name, when it is of another type."""
     if not isinstance(value, kind):
         raise BadRow(f"{name}: got {KINDS[type(value)]}, wanted {KINDS[kind]}")
     return value

@@ -51,7 +51,7 @@ class Prefetcher:
         self.ahead = None
 
     def _prepare(self, step):
-        batch: StepBatch = self.batches.of(step)
+        batch: StepBatch = self.batches.make_step(step)
         if self.stream is None:
             return replace(batch, micro_batches=[self.model.prepare_batch(b) for b in batch.micro_batches]), None
         with torch.cuda.stream(self.stream):
