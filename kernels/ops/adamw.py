@@ -42,7 +42,7 @@ import triton
 import triton.language as tl
 
 from kernels.ops import eight_bit as dynamic_map
-from kernels.ops.common import choose, launch_config, operator
+from kernels.ops.common import choose_impl, launch_config, operator
 from kernels.ops.eight_bit import decode, decode_ref, encode, encode_ref
 
 MASTERS, STATES = ("fp32", "split", "stochastic"), ("fp32", "bf16", "8bit")
@@ -429,7 +429,7 @@ def adamw(
     scale_pair = _number_or_tensor("grad_scale", grad_scale, param)
     if apply is not None and (apply.dtype != torch.bool or apply.numel() != 1 or apply.device != param.device):
         raise ValueError(f"adamw: apply is {tuple(apply.shape)} {apply.dtype}, wanted one bool on {param.device}")
-    run: Any = adamw_ref if choose("adamw", impl, param) == "ref" else update
+    run: Any = adamw_ref if choose_impl("adamw", impl, param) == "ref" else update
     run(
         param, grad.contiguous(), state.m, state.v, state.m_absmax, state.v_absmax, state.low, state.master,
         *lr_pair, *scale_pair, apply, beta1, beta2, eps, weight_decay, step, seed, offset,

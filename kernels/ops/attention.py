@@ -28,7 +28,7 @@ import triton.language as tl
 
 from kernels.ops.attention_plan import AttentionPlan, QueryDocuments, attention_plan, check_documents
 from kernels.ops.attention_ref import attention_ref, backward_cpu, forward_cpu
-from kernels.ops.common import choose, launch_config, next_power_of_2, operator
+from kernels.ops.common import choose_impl, launch_config, next_power_of_2, operator
 from kernels.ops.rope import rope_ref, rotate
 
 MAX_HEAD_DIM = 256
@@ -449,9 +449,9 @@ class _RopeAttentionRows(torch.autograd.Function):
 # ---- public ---------------------------------------------------------------------------------------------------------
 
 
-def _check_plan(q, k, documents, impl) -> tuple[AttentionPlan | None, Any]:
+def _resolve_plan(q, k, documents, impl) -> tuple[AttentionPlan | None, Any]:
     """Return (plan, None) for the kernels, or (None, (documents, query_rows)) for the reference."""
-    if choose("attention", impl, q) == "ref":
+    if choose_impl("attention", impl, q) == "ref":
         if isinstance(documents, AttentionPlan):
             raise ValueError("attention: this plan is for the kernels, wanted one of attention_plan(..., impl='ref')")
         documents, query_rows = documents if isinstance(documents, QueryDocuments) else (documents, None)
@@ -500,7 +500,7 @@ def attention(
         )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}; wanted one dtype")
-    plan, described = _check_plan(q, k, documents, impl)
+    plan, described = _resolve_plan(q, k, documents, impl)
     if plan:
         return _Attention.apply(q, k, v, plan.n_slots, *plan[:7])
     return attention_ref(q, k, v, *described)
@@ -535,7 +535,7 @@ def rope_attention(
             f"wanted cos and sin {want}, and an even Dh"
         )
     q, k, v = _split(qkv, n_heads)
-    plan, described = _check_plan(q, k, documents, impl)
+    plan, described = _resolve_plan(q, k, documents, impl)
     if plan:
         return _RopeAttention.apply(qkv, cos, sin, n_heads, plan.n_slots, *plan[:7])
     return attention_ref(*rope_ref(q, k, cos, sin), v, *described)
@@ -564,7 +564,7 @@ def rope_attention_rows(
             f"rope_attention_rows: q {tuple(q.shape)}, kv {tuple(kv.shape)}, rows {tuple(rows.shape)}, cos "
             f"{tuple(cos.shape)}, sin {tuple(sin.shape)}; wanted contiguous (U, H, Dh), (T, 2K, Dh), (U,), (T, Dh/2)"
         )
-    plan, described = _check_plan(q, kv[:, : kv.shape[1] // 2], documents, impl)
+    plan, described = _resolve_plan(q, kv[:, : kv.shape[1] // 2], documents, impl)
     if plan:
         return _RopeAttentionRows.apply(q, kv, cos, sin, rows, plan.n_slots, *plan[:7])
     k, v = kv.chunk(2, dim=1)

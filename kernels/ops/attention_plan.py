@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from kernels.ops.common import choose, launch_config, next_power_of_2
+from kernels.ops.common import choose_impl, launch_config, next_power_of_2
 
 ALIGN = 32  # int32s: each section of the plan starts at a multiple of 128 bytes
 
@@ -69,7 +69,7 @@ def attention_plan(
         if len(query_rows) and query_rows[-1] >= n_rows:
             raise ValueError(f"attention: query_rows reach {query_rows[-1].item()}, wanted less than {n_rows} rows")
     # An empty fp32 tensor: the choice depends on the device, and dtypes without kernels (fp64) have none on CUDA too.
-    if choose("attention", impl, torch.empty(0, device=device)) == "ref":
+    if choose_impl("attention", impl, torch.empty(0, device=device)) == "ref":
         return documents if query_rows is None else QueryDocuments(documents, query_rows)
     return make_plan(documents, n_rows, head_dim, device, query_rows)
 

@@ -15,7 +15,7 @@ INTERPRETED = knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on 
 LAUNCH = Path(__file__).parent.parent / "launch"
 
 
-def choose(op: str, impl: str, x: torch.Tensor) -> str:
+def choose_impl(op: str, impl: str, x: torch.Tensor) -> str:
     """Return the implementation to run on tensors like x: "triton" or "ref".
 
     impl: "auto" chooses "triton" on CUDA, and "ref" on a CPU and for fp64; any other name is taken as it is.
@@ -35,7 +35,7 @@ def choose(op: str, impl: str, x: torch.Tensor) -> str:
     return impl
 
 
-def wide(x: torch.Tensor) -> torch.Tensor:
+def widen(x: torch.Tensor) -> torch.Tensor:
     """Return x in fp32, or unchanged if it is wider. Statistics and losses are never summed in bf16."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.ops.common import DTYPES, choose, launch_config, operator
+from kernels.ops.common import DTYPES, choose_impl, launch_config, operator
 
 # ---- reference: the specification, and the path on CPU --------------------------------------------------------------
 
@@ -92,6 +92,6 @@ def grad_norm(grads: Sequence[torch.Tensor], impl: str = "auto") -> torch.Tensor
     if others := {g.device for g in grads} - {grads[0].device}:
         raise ValueError(f"grad_norm: gradients on {grads[0].device} and {others.pop()}, wanted one device")
     impl = "ref" if impl == "auto" and any(g.dtype not in DTYPES for g in grads) else impl
-    if choose("grad_norm", impl, grads[0]) == "ref":
+    if choose_impl("grad_norm", impl, grads[0]) == "ref":
         return grad_norm_ref(grads)
     return norm([g.contiguous() for g in grads])

@@ -9,7 +9,7 @@ forward GEMM, and weight's gradients of several micro-batches are summed in the 
 import torch
 import torch.nn.functional as F
 
-from kernels.ops.common import accumulator, choose, weight_gradient
+from kernels.ops.common import accumulator, choose_impl, weight_gradient
 
 # ---- reference: the specification, and the path on CPU --------------------------------------------------------------
 
@@ -55,6 +55,6 @@ def linear_add(
             f"linear_add: x {tuple(x.shape)}, weight {tuple(weight.shape)}, residual {tuple(residual.shape)}; "
             f"wanted (T, N), (D, N), (T, D)"
         )
-    if choose("linear_add", impl, x) == "ref":
+    if choose_impl("linear_add", impl, x) == "ref":
         return linear_add_ref(x, weight, residual)
     return _LinearAdd.apply(x, weight, residual, accumulate)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.ops.common import accumulator, choose, launch_config, operator, wide
+from kernels.ops.common import accumulator, choose_impl, launch_config, operator, widen
 
 LOGITS_BYTES = 512 << 20  # of the one buffer: 8,320 rows of V=32000 in bf16, 2,048 of V=128256
 ROWS = 128  # chunks are multiples of a GEMM's tile
@@ -54,10 +54,10 @@ def linear_cross_entropy_ref(
 
 def _losses_ref(logits, targets, ignore_index, z_loss, smoothing):
     """Return each row's loss and lse. Chunks fit a cache: fp32 copies of all logits cost a CPU as much as a GEMM."""
-    losses, lse = wide(logits.new_empty(len(logits))), wide(logits.new_empty(len(logits)))
+    losses, lse = widen(logits.new_empty(len(logits))), widen(logits.new_empty(len(logits)))
     for start in range(0, len(logits), REF_ROWS):
         rows = slice(start, start + REF_ROWS)
-        x, target = wide(logits[rows]), targets[rows]
+        x, target = widen(logits[rows]), targets[rows]
         losses[rows] = F.cross_entropy(
             x, target, reduction="none", ignore_index=ignore_index, label_smoothing=smoothing
         )
@@ -73,7 +73,7 @@ def _dlogits_ref(dlosses, logits, targets, lse, ignore_index, z_loss, smoothing)
     dlosses, targets = dlosses.masked_fill(ignored, 0), targets.masked_fill(ignored, 0)
     for start in range(0, len(logits), REF_ROWS):
         rows = slice(start, start + REF_ROWS)
-        p = wide(logits[rows]).sub(lse[rows, None]).exp_()
+        p = widen(logits[rows]).sub(lse[rows, None]).exp_()
         if z_loss:
             p *= 1 + 2 * z_loss * lse[rows, None]
         if smoothing:
@@ -274,7 +274,7 @@ def _scaled_fake(x, scale, dtype):
     return x.new_empty(x.shape, dtype=dtype)
 
 
-@operator("scaled", cpu=lambda x, scale, dtype: (wide(x) * scale).to(dtype), fake=_scaled_fake)
+@operator("scaled", cpu=lambda x, scale, dtype: (widen(x) * scale).to(dtype), fake=_scaled_fake)
 def scaled(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """x * scale, rounded once, in a new tensor. x: contiguous. scale: a scalar in fp32, read on the device."""
     y = _scaled_fake(x, scale, dtype)
@@ -346,18 +346,18 @@ def linear_cross_entropy(
 
     x: (L, D). weight: (V, D), in x's dtype and on its device. targets: (L,) int64 in [0, V), or ignore_index for a row
     without loss and gradient. weights: (L,) fp32, or None for ones; they get no gradient. z_loss: z. label_smoothing:
-    s, 0 to 1. impl: see kernels.ops.common.choose. Returns a scalar in fp32 (fp64 for fp64 inputs); 0 if no row has a
-    loss.
+    s, 0 to 1. impl: see kernels.ops.common.choose_impl. Returns a scalar in fp32 (fp64 for fp64 inputs), which is 0 if
+    no row has a loss.
     accumulate: forward adds dW to weight.grad in its dtype, and keeps none for backward. The loss must then be
-    differentiated once, with an upstream gradient of 1; any other factor belongs into weights. The reference leaves the
+    differentiated once, with an upstream gradient of 1; put any other factor into weights. The reference leaves the
     addition to autograd.
     A target that is no id makes loss and gradients NaN in the kernels, which never wait for the device to check it; the
     reference raises what F.cross_entropy raises. An upstream gradient that is not a power of two rounds dx a second
-    time (and dW after a single chunk): a 1 / N that is known beforehand belongs into weights.
+    time (and dW after a single chunk): put a 1 / N that is known beforehand into weights.
     Raises ValueError if the shapes or dtypes do not fit.
     """
     _check(x, weight, targets, weights, label_smoothing)
-    if choose("linear_cross_entropy", impl, x) == "ref":
+    if choose_impl("linear_cross_entropy", impl, x) == "ref":
         return linear_cross_entropy_ref(x, weight, targets, weights, ignore_index, z_loss, label_smoothing)
     weights = weights if weights is None else weights.float().contiguous()
     settings = targets.contiguous(), weights, ignore_index, float(z_loss), float(label_smoothing)

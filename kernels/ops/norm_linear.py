@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from kernels.ops.common import accumulator, weight_gradient
 from kernels.ops.rms_norm import backward as norm_backward
-from kernels.ops.rms_norm import choose_norm, rms_norm_ref
+from kernels.ops.rms_norm import choose_norm_impl, rms_norm_ref
 from kernels.ops.rms_norm import forward as norm_forward
 
 # ---- reference: the specification, and the path on CPU --------------------------------------------------------------
@@ -157,4 +157,4 @@ def _check(op, impl, x, norm_weight, weight):
             f"{op}: x is {tuple(x.shape)}, norm_weight is {tuple(norm_weight.shape)}, "
             f"weight is {tuple(weight.shape)}; wanted (T, D), (D,), (N, D)"
         )
-    return choose_norm(op, impl, x, norm_weight)
+    return choose_norm_impl(op, impl, x, norm_weight)

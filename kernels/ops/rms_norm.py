@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.ops.common import choose, launch_config, n_sms, next_power_of_2, operator, wide
+from kernels.ops.common import choose_impl, launch_config, n_sms, next_power_of_2, operator, widen
 
 MAX_DIM = 8192  # of the kernels: at 16384 a row, its gradient and its part of dw exceed an SM's registers
 
@@ -26,7 +26,7 @@ MAX_DIM = 8192  # of the kernels: at 16384 a row, its gradient and its part of d
 
 def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x * rsqrt(mean(x^2) + eps) * weight over the last axis, in plain torch."""
-    s = wide(x)
+    s = widen(x)
     return (s * torch.rsqrt(s.square().mean(-1, keepdim=True) + eps)).type_as(x) * weight
 
 
@@ -92,7 +92,7 @@ def _backward_kernel(
 
 def _forward_cpu(x, residual, weight, eps):
     s = x if residual is None else x + residual
-    rstd = torch.rsqrt(wide(s).pow(2).mean(-1) + eps)
+    rstd = torch.rsqrt(widen(s).pow(2).mean(-1) + eps)
     return rms_norm_ref(s, weight, eps), s.new_empty(0) if residual is None else s, rstd
 
 
@@ -117,10 +117,10 @@ def forward(
 
 
 def _backward_cpu(dy, x, weight, rstd, ds, want_y):
-    x_hat, g = wide(x) * rstd[:, None], wide(dy) * wide(weight)
-    dx = rstd[:, None] * (g - x_hat * (g * x_hat).mean(-1, keepdim=True)) + (0 if ds is None else wide(ds))
+    x_hat, g = widen(x) * rstd[:, None], widen(dy) * widen(weight)
+    dx = rstd[:, None] * (g - x_hat * (g * x_hat).mean(-1, keepdim=True)) + (0 if ds is None else widen(ds))
     y = x_hat.type_as(x) * weight if want_y else x.new_empty(0)
-    return dx.type_as(x), (wide(dy) * x_hat).sum(0).type_as(weight), y
+    return dx.type_as(x), (widen(dy) * x_hat).sum(0).type_as(weight), y
 
 
 def _backward_fake(dy, x, weight, rstd, ds, want_y):
@@ -172,13 +172,13 @@ class _RMSNorm(torch.autograd.Function):
 # ---- public ---------------------------------------------------------------------------------------------------------
 
 
-def choose_norm(op: str, impl: str, x: torch.Tensor, weight: torch.Tensor) -> str:
+def choose_norm_impl(op: str, impl: str, x: torch.Tensor, weight: torch.Tensor) -> str:
     """Return the implementation to run. Raises ValueError if weight does not fit x, or x the implementation."""
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"{op}: weight is {tuple(weight.shape)}, x ends in {x.shape[-1]}")
     if weight.dtype != x.dtype:
         raise ValueError(f"{op}: weight is {weight.dtype}, x is {x.dtype}")
-    impl = choose(op, impl, x)
+    impl = choose_impl(op, impl, x)
     if impl == "triton" and x.shape[-1] > MAX_DIM:
         raise ValueError(f"{op}: D={x.shape[-1]} is over {MAX_DIM}; pass impl='ref'")
     return impl
@@ -194,10 +194,10 @@ def rms_norm(
     """Normalise the last axis of x, or of x + residual, by its root mean square and scale it by weight.
 
     x, residual: (..., D). weight: (D,), in x's dtype and on its device. Returns y in x's shape and dtype; with a
-    residual, y and the sum. impl: see kernels.ops.common.choose.
+    residual, y and the sum. impl: see kernels.ops.common.choose_impl.
     Raises ValueError if the shapes or dtypes do not fit.
     """
-    impl = choose_norm("rms_norm", impl, x, weight)
+    impl = choose_norm_impl("rms_norm", impl, x, weight)
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
             f"rms_norm: residual is {tuple(residual.shape)} {residual.dtype}, x is {tuple(x.shape)} {x.dtype}"

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.ops.common import choose, launch_config, next_power_of_2, operator, wide
+from kernels.ops.common import choose_impl, launch_config, next_power_of_2, operator, widen
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: Any = None) -> torch.Tensor:
@@ -47,7 +47,7 @@ def rope_cos_sin(positions: torch.Tensor, frequencies: torch.Tensor) -> tuple[to
 
 
 def _rotate_ref(x, cos, sin):
-    a, b = wide(x).chunk(2, dim=-1)
+    a, b = widen(x).chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]  # (T, 1, Dh/2): every head uses a token's angles
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
@@ -185,6 +185,6 @@ def rope(
             f"rope: q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype}, cos {tuple(cos.shape)}, sin "
             f"{tuple(sin.shape)}; wanted cos and sin {want}, Dh even, and k with q's T, Dh and dtype"
         )
-    if choose("rope", impl, q) == "ref":
+    if choose_impl("rope", impl, q) == "ref":
         return rope_ref(q, k, cos, sin)
     return _Rope.apply(q, k, cos, sin)

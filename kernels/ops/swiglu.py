@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.ops.common import accumulator, choose, launch_config, operator, weight_gradient, wide
+from kernels.ops.common import accumulator, choose_impl, launch_config, operator, weight_gradient, widen
 
 # ---- reference: the specification, and the path on CPU --------------------------------------------------------------
 
@@ -89,10 +89,10 @@ def forward(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def _backward_cpu(dh, gate_up, want_h):
-    (gate, up), dh_ = gate_up.chunk(2, dim=-1), wide(dh)
-    sigmoid = wide(gate).sigmoid()
-    silu = wide(gate) * sigmoid
-    dgate_up = torch.cat((dh_ * wide(up) * (sigmoid + silu * (1 - sigmoid)), dh_ * silu), dim=-1).type_as(gate_up)
+    (gate, up), dh_ = gate_up.chunk(2, dim=-1), widen(dh)
+    sigmoid = widen(gate).sigmoid()
+    silu = widen(gate) * sigmoid
+    dgate_up = torch.cat((dh_ * widen(up) * (sigmoid + silu * (1 - sigmoid)), dh_ * silu), dim=-1).type_as(gate_up)
     return dgate_up, swiglu_ref(gate_up) if want_h else dh.new_empty(0)
 
 
@@ -172,7 +172,7 @@ def swiglu(gate_up: torch.Tensor, impl: str = "auto") -> torch.Tensor:
         raise ValueError(
             f"swiglu: gate_up is {tuple(gate_up.shape)}, wanted an even number of columns: gate and up side by side"
         )
-    return swiglu_ref(gate_up) if choose("swiglu", impl, gate_up) == "ref" else _SwiGLU.apply(gate_up)
+    return swiglu_ref(gate_up) if choose_impl("swiglu", impl, gate_up) == "ref" else _SwiGLU.apply(gate_up)
 
 
 def swiglu_linear(
@@ -198,6 +198,6 @@ def swiglu_linear(
             f"swiglu_linear: gate_up {tuple(gate_up.shape)}, weight {tuple(weight.shape)}, residual "
             f"{tuple(residual.shape)}; wanted (T, 2F), (D, F), (T, D)"
         )
-    if choose("swiglu_linear", impl, gate_up) == "ref":
+    if choose_impl("swiglu_linear", impl, gate_up) == "ref":
         return swiglu_linear_ref(gate_up, weight, residual)
     return _SwiGLULinear.apply(gate_up, weight, residual, consume, keep, accumulate)
