@@ -42,7 +42,7 @@ def test_variants_fit_an_h100_by_what_engine_memory_says():
     for name, v in bench.VARIANTS.items():
         batches = [
             b for step in (1, 2) for b in packing.make_micro_batches(
-                dataset, step_rows.examples_of_step(step, False),
+                dataset.get_examples(step_rows.examples_of_step(step, False)),
                 packing.Packing(v.tokens, share_prefix=v.sharing, multiple=64))
         ]  # fmt: skip
         largest = max(batches, key=lambda b: len(b.tokens))
