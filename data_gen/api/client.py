@@ -101,7 +101,7 @@ class Client:
 
         self.openai, self.timeout_s = openai, timeout_s
         self.secret = key if len(key) >= MIN_KEY_CHARS and not key.isalpha() else ""
-        # An older server knows max_tokens alone, ignores the newer name and may then write for ever.
+        # An older server knows only max_tokens, ignores the newer name and may then write for ever.
         official = parse_host(base_url) == OPENAI_HOST
         self.dialect = Dialect(limit="max_completion_tokens" if official else "max_tokens")
         timeout = openai.Timeout(timeout_s, connect=min(CONNECT_S, timeout_s))

@@ -1,4 +1,4 @@
-"""Prompts: each request has a number N, and (--seed, N) alone decides its prompt.
+"""Prompts: each request has a number N, and its prompt depends only on (--seed, N) and the settings of the prompts.
 
 A prompt shows a few seed tasks and names a few subjects and kinds of task. It never depends on an earlier answer, so
 that any number of requests can be in flight, and a batch can hold all of them.
@@ -114,7 +114,7 @@ class Prompter:
 
 
 def pick_items(rng: random.Random, items: Iterable[Item], n: int) -> list[Item]:
-    """Return n different items in random order, by rng.random() alone, which no version of Python changes."""
+    """Return n different items in random order. It uses only rng.random(), which is equal in all versions of Python."""
     return [item for _, _, item in sorted((rng.random(), i, item) for i, item in enumerate(items))[:n]]
 
 

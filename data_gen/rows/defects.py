@@ -1,7 +1,7 @@
 """Defects of generated tasks, each with its reason: the defects of the original 52K data, and a check for each.
 
-A check must be sure of its defect: a task that may be good passes. Checks of English phrases apply to English data
-alone. Every check takes linear time and sees the first SCAN characters of a field.
+A check must be sure of its defect: a task that may be good passes. Checks of English phrases apply only to English
+data. Every check takes linear time and sees the first SCAN characters of a field.
 """
 
 import re

@@ -11,8 +11,9 @@ texts share, they share at most m - p and n - q tokens. Duplicates share 7 (m + 
 
     7 n <= 13 m - 20 p    and    7 m <= 13 n - 20 q,
 
-Each right side depends on one text alone: it is the reach of that text at that place. A text is posted under the
-tokens at which its reach is at least 7 times the shortest length that could match: about its 46% (6/13) rarest tokens.
+Each right side depends on one text only and is called the reach of that text at that place. The index lists a text
+under the tokens at which its reach is at least 7 times the shortest length that could match: about its 46% (6/13)
+rarest tokens.
 """
 
 from array import array

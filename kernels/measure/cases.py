@@ -132,7 +132,7 @@ def attention_case(
 def rope_attention_case(
     label: str, documents: Sequence[Document], n_rows: int, heads: int, kv_heads: int, dim: int
 ) -> BenchCase:
-    """Return a case of RoPE and attention as one op. Its work is attention's alone."""
+    """Return a case of RoPE and attention as one op. Its work counts only attention."""
 
     def inputs(device, dtype):
         qkv = torch.randn(n_rows, heads + 2 * kv_heads, dim, device=device, dtype=dtype)
