@@ -26,7 +26,9 @@ SETTINGS = dict(beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
 
 def feeder_of(make, model):
     """Return a Prefetcher of the micro-batches that make(step) returns, for steps up to 4."""
-    return Prefetcher(SimpleNamespace(of=lambda step: StepBatch(make(step), np.arange(1), 0, 0, 0)), model, last_step=4)
+    return Prefetcher(
+        SimpleNamespace(make_step=lambda step: StepBatch(make(step), np.arange(1), 0, 0, 0)), model, last_step=4
+    )
 
 
 def model_of(device, dtype=torch.bfloat16, impl="auto", **options):
