@@ -3,16 +3,17 @@
 import json
 
 import pytest
+import tokenizers
 import torch
 import transformers
 
 from engine import finetune as command
 from engine.base.errors import run_main
-from engine.text.tokenizer_files import load_tokenizer
 from scripts.parity.transformers_loop import TransformersLoop, encode_rows
 from tests.helpers.run import ROOT, SHARED, events, finetune
 
-STEPS, BATCH, MAX_LENGTH, LR = 20, 8, 192, 1e-3
+STEPS, BATCH, MAX_LENGTH, LR = 20, 8, 256, 1e-3  # no row is cut so far that it has no response
+VOCAB_SIZE = 3000
 DATA = {"alpaca": SHARED / "alpaca_en_demo.json", "seed tasks": ROOT / "data_gen" / "seed_tasks.jsonl"}
 
 
@@ -23,21 +24,28 @@ def run(*args):
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory, smollm2):
-    """A small LLaMA with grouped queries, llama3 RoPE scaling and an untied head, as transformers writes it, under
-    SmolLM2's tokenizer."""
+def small(tmp_path_factory):
+    """Make a small LLaMA with grouped queries, llama3 RoPE scaling and an untied head, as transformers writes it.
+
+    Its tokenizer is byte-level BPE, as SmolLM2's, learnt from the seed tasks: with 3,000 tokens instead of 49,152 the
+    head is no longer nearly all of a step's work.
+    """
     folder = tmp_path_factory.mktemp("small")
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train([str(DATA["seed tasks"])], vocab_size=VOCAB_SIZE, special_tokens=["<s>", "</s>"], show_progress=False)
+    assert bpe.get_vocab_size() == VOCAB_SIZE
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **names).save_pretrained(folder)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
-        vocab_size=49152, max_position_embeddings=512, tie_word_embeddings=False,
+        vocab_size=VOCAB_SIZE, max_position_embeddings=512, tie_word_embeddings=False,
         rope_parameters={
             "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
         },
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    load_tokenizer(smollm2).save(folder)
     return folder
 
 
@@ -78,10 +86,10 @@ def read(name):
             "seed tasks",
             [  # each pair of packing, sharing and size once
                 ("--micro-batch-size", 4),
-                ("--micro-batch-tokens", 250),
+                ("--micro-batch-tokens", 260),
                 ("--micro-batch-tokens", 2048, "--no-share-prefix"),
                 ("--micro-batch-tokens", 2048, "--no-packing"),
-                ("--micro-batch-tokens", 250, "--no-packing", "--no-share-prefix"),
+                ("--micro-batch-tokens", 260, "--no-packing", "--no-share-prefix"),
             ],
         ),
     ],
@@ -112,9 +120,9 @@ def test_micro_mean_is_the_2023_trainer(small, tmp_path):
 
 def test_bf16_follows_fp32(small, tmp_path):
     path, _ = read("seed tasks")
-    fp32 = our_curve(small, path, tmp_path / "fp32")
+    fp32 = our_curve(small, path, tmp_path / "fp32", steps=8)
     run(
-        "--model", small, "--data", path, "--out", tmp_path / "bf16", "--max-steps", STEPS, "--bf16", "True",
+        "--model", small, "--data", path, "--out", tmp_path / "bf16", "--max-steps", 8, "--bf16", "True",
         "--global-batch-size", BATCH, "--no-shuffle", "--device", "cpu", "--lr", LR, "--max-length", MAX_LENGTH,
     )  # fmt: skip
     bf16 = [line["loss"] for line in events(tmp_path / "bf16")]
@@ -127,7 +135,7 @@ def test_the_output_folder_is_complete_and_loads_elsewhere(small, tmp_path):
     out = tmp_path / "out"
     our_curve(
         small, path, out, "--eval-fraction", 0.1, "--eval-every", 10, "--sample-every", 10, "--sample-tokens", 8,
-        "--save-every", 10, "--max-shard-bytes", 10_000_000,
+        "--save-every", 10, "--max-shard-bytes", 1_000_000,
     )  # fmt: skip
     names = {p.name for p in out.iterdir()}
     assert {
@@ -185,10 +193,10 @@ def test_a_dry_run_trains_nothing(tmp_path, rows_file):
     assert "plan: 3 steps" in done.stdout and not (tmp_path / "out").exists()
 
 
-def test_one_batch_is_learnt_by_heart(tmp_path, rows_file):
+def test_one_batch_is_learnt_by_heart(small, tmp_path, rows_file):
     run(
-        "--model", "tiny", "--random-init", "--data", rows_file, "--out", tmp_path / "out", "--epochs", 120,
+        "--model", small, "--data", rows_file, "--out", tmp_path / "out", "--epochs", 150,
         "--global-batch-size", 24, "--lr", 1e-2, "--device", "cpu",
     )  # fmt: skip
     losses = [line["loss"] for line in events(tmp_path / "out")]
-    assert losses[0] > 9 and losses[-1] < 0.2
+    assert losses[0] > 7 and losses[-1] < 0.2
