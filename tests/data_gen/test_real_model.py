@@ -157,6 +157,7 @@ def test_a_dataset_from_a_model_killed_halfway_and_a_model_trained_on_it(weights
     with Server(weights, items=3, at_least=2, string_tokens=9) as server:
         process = Started(RUN, *flags(server, out, *limits), env=environment())
         until(lambda: ended(process, server) or (len(server.log) >= 2 and received(out)))  # others are on their way
+        assert server.decoder.is_alive(), "the model's thread has ended"
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL

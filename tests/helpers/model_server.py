@@ -266,7 +266,7 @@ class Step:
     def __init__(self, sequences):
         self.sequences = sequences
 
-    def layer(self, i, cos, sin):
+    def attend_in_layer(self, i, cos, sin):
         def attend(qkv):
             n_kv_heads, at, out = self.sequences[0].k.shape[2], 0, []
             q, k, v = qkv.split((qkv.shape[1] - 2 * n_kv_heads, n_kv_heads, n_kv_heads), dim=1)
