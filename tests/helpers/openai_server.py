@@ -2,7 +2,7 @@
 
     with Server(seed=1, faults={"429": 0.1, "reset_body": 0.05}) as server:       # a thread of this process
         client = openai.AsyncOpenAI(base_url=server.base_url, api_key="x", max_retries=0)
-    python tests/helpers/openai_server.py --port 0 --seed 1 --faults '{"429": 0.1}'    # a process; prints {"port": ...}
+    python -m tests.helpers.openai_server --port 0 --seed 1 --faults '{"429": 0.1}'    # a process; prints {"port": ...}
 
 The fields of Options are the flags (values are JSON) and what POST /config changes. A request is known by the sha256 of
 its messages: its answer depends on (seed, that key) alone, and a fault on (seed, key, how often the key was seen), so

@@ -11,6 +11,7 @@ import pytest
 
 from tests.helpers import openai_server, task_pool
 from tests.helpers.openai_server import Server, request_key
+from tests.helpers.run import ROOT
 
 openai = pytest.importorskip("openai")
 
@@ -600,8 +601,8 @@ def test_a_batch_whose_creation_was_not_heard_of_is_there(serve):
 
 
 def process(*flags):
-    command = [sys.executable, openai_server.__file__, *map(str, flags)]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "tests.helpers.openai_server", *map(str, flags)]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     return running, json.loads(running.stdout.readline())
 
 

@@ -146,7 +146,7 @@ def test_a_signal_saves_once_and_exits_143_and_the_run_goes_on_bit_equal(unbroke
 
 
 def test_a_signal_while_data_is_prepared_exits_143_at_once(unbroken, tmp_path):
-    patch = BEFORE_CALL + "before(datasets, 'encode', 1, term)"
+    patch = BEFORE_CALL + "before(datasets, 'encode_rows', 1, term)"
     code, _, err = end(start(*arguments(tmp_path / "out", unbroken[0], "--token-cache", "off"), patch=patch))
     assert code == 143 and "before the first step; there is nothing to save" in err
     finetune(*arguments(tmp_path / "out", unbroken[0]))
@@ -569,13 +569,13 @@ def test_out_of_memory_after_updates_within_backward_ends_the_run(unbroken, tmp_
 def fail(grad):
     if grad is not None and len(calls) == 2:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has no more.")
-calls, real_begin = [], AdamW.begin
+calls, real_begin = [], AdamW.begin_in_backward
 def begin(optimizer, lr, loss):
     calls.append(1)
     if len(calls) == 2:
         optimizer.params["layers.0.wo"].register_hook(fail)
     real_begin(optimizer, lr, loss)
-AdamW.begin = begin
+AdamW.begin_in_backward = begin
 """
     args = "--micro-batch-tokens", 2000, "--optimizer-in-backward", "--grad-clip", 0
     code, _, err = on_a_small_card(unbroken, tmp_path / "out", 10**9, *args, patch=patch)

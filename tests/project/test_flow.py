@@ -14,7 +14,7 @@ STEPS = 6
 HAND_OVERS = [
     ("training/loop.py", "training/step.py", "take_step"),
     ("training/step.py", "training/run_ahead.py", "take"),
-    ("training/run_ahead.py", "data/batches.py", "of"),
+    ("training/run_ahead.py", "data/batches.py", "make_step"),
     ("data/batches.py", "data/dataset.py", "get_examples"),
     ("data/batches.py", "data/packing.py", "make_micro_batches"),
     ("training/run_ahead.py", "model/llama.py", "prepare_batch"),
