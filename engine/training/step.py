@@ -5,7 +5,7 @@ of the next one, just before that step's update, whose bias corrections need to 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ class PendingStep:
 
     step: int
     lr: float
-    batch: StepBatch
+    batch: StepBatch  # without its micro-batches
     began: Mark
     updated_in_backward: bool
     figures: Figures  # loss, norm, is finite; on several ranks also computed tokens and signals
@@ -86,7 +86,9 @@ class Steps:
         loss, norm, shared = self.sum_over_ranks(loss, self.optimizer.grad_norm(), batch.n_computed_tokens)
         is_finite = torch.isfinite(loss + norm)
         self.optimizer.step(lr, norm, self.grad_clip, apply=is_finite)
-        self.pending = PendingStep(step, lr, batch, began, in_backward, Figures(loss, norm, is_finite, *shared))
+        figures = Figures(loss, norm, is_finite, *shared)
+        counts = replace(batch, micro_batches=())  # else their device memory would be held during the next step
+        self.pending = PendingStep(step, lr, counts, began, in_backward, figures)
         return True
 
     def take_reports(self, wait: bool) -> list[StepReport]:
