@@ -6,7 +6,7 @@ The launches are found by running the launch functions (kernels/compiled/launch_
 in kernels/compiled/rules.py. The gate needs no GPU and does not run under TRITON_INTERPRET=1. Machine code depends on
 the version of Triton, so a file may hold the records of several versions:
 
-    --json FILE     writes the records of this version and keeps those of other versions
+    --json FILE     writes the records of this version, of the ops and chips that were compiled, and keeps all others
     --check FILE    fails if the file's records of this version differ from the new ones
     --changed       with --check: compiles only one launch of each kernel, and every launch whose source, arguments or
                     options have changed since its record was written (kernels/compiled/known.py)
@@ -63,7 +63,7 @@ def main() -> None:
     if n_known:
         print(f"{n_known} of them as {args.check} has them: nothing that they depend on has changed")
     if args.json:
-        save_records(args.json, records)
+        save_records(args.json, records, args.op, args.chip)
     differences: list[str] = []
     if args.check and triton.__version__ in load_records(args.check)["versions"]:
         differences = find_differences(args.check, records, args.op, args.chip)

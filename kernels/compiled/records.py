@@ -79,13 +79,21 @@ def load_records(path: Path) -> dict:
     return json.loads(path.read_text()) if path.exists() else {"versions": {}, "records": []}
 
 
-def save_records(path: Path, records: list[dict]) -> None:
-    """Write this Triton's records, and keep those of other versions. One record a line, in a fixed order."""
-    data, version = load_records(path), triton.__version__
-    versions = data["versions"] | {version: ptxas_versions()}
-    records = sorted([r for r in data["records"] if r["triton"] != version] + records, key=_order)
+def save_records(path: Path, records: list[dict], ops: Collection[str], chips: Collection[str]) -> None:
+    """Write this Triton's records of the given ops (all if there are none) and chips, and keep all others.
+
+    The file has one record a line, in a fixed order.
+    """
+    data = load_records(path)
+    versions = data["versions"] | {triton.__version__: ptxas_versions()}
+    records = sorted([r for r in data["records"] if not _is_among(r, ops, chips)] + records, key=_order)
     lines = ",\n".join(json.dumps(r) for r in records)
     path.write_text(f'{{"versions": {json.dumps(versions, sort_keys=True)},\n"records": [\n{lines}\n]}}\n')
+
+
+def _is_among(record, ops, chips):
+    """Return whether a record is of this Triton, of one of the ops (of any if there are none) and of the chips."""
+    return record["triton"] == triton.__version__ and (not ops or record["op"] in ops) and record["chip"] in chips
 
 
 def _without_inputs(record):
@@ -109,10 +117,6 @@ def find_differences(path: Path, records: list[dict], ops: Collection[str], chip
     Of the file's records only those of the given ops (all if there are none) and chips are compared. Digests of inputs
     may differ: other inputs can give equal machine code.
     """
-
-    def is_compared(record):
-        return record["triton"] == triton.__version__ and (not ops or record["op"] in ops) and record["chip"] in chips
-
-    old = {_without_inputs(r) for r in load_records(path)["records"] if is_compared(r)}
+    old = {_without_inputs(r) for r in load_records(path)["records"] if _is_among(r, ops, chips)}
     new = {_without_inputs(r) for r in records}
     return [f"- {line}" for line in sorted(old - new)] + [f"+ {line}" for line in sorted(new - old)]

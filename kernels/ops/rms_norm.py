@@ -33,7 +33,9 @@ def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Ten
 # ---- kernels --------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+# Counts of rows differ from micro-batch to micro-batch: specialised on 1 and on multiples of 16, they would compile the
+# kernels again in the midst of training. No access is narrower for it, because rows are whole.
+@triton.jit(do_not_specialize=["n_rows"])
 def _forward_kernel(
     x_ptr, res_ptr, w_ptr, y_ptr, sum_ptr, rstd_ptr, n_rows, eps,
     DIM: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
@@ -57,7 +59,7 @@ def _forward_kernel(
     tl.store(y_ptr + at, x_hat * w.to(tl.float32), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "rows_per_program"])
 def _backward_kernel(
     dy_ptr, x_ptr, w_ptr, rstd_ptr, ds_ptr, dx_ptr, y_ptr, dw_ptr, n_rows, rows_per_program,
     DIM: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,

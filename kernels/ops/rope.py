@@ -62,7 +62,7 @@ def rope_ref(
 # ---- kernel ---------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens", "n_q_programs"])  # they change from micro-batch to micro-batch
 def _rotate_kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, n_tokens, n_heads, n_kv_heads, n_q_programs,
     q_row, q_head, k_row, k_head, q_out_row, q_out_head, k_out_row, k_out_head,
