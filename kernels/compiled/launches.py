@@ -93,7 +93,7 @@ def call_case(call: Sequence) -> Any:
     return getattr(op, "launch", op)(*args)
 
 
-def _bind(function, args, kwargs, chip):
+def bind_arguments(function: JITFunction, args: tuple, kwargs: dict, chip: str) -> tuple[Any, dict, dict, dict, dict]:
     """Return (options, signature, constants, attributes, arguments by name), as Triton's JIT derives them."""
     backend = make_backend(GPUTarget("cuda", CHIPS[chip], 32))
     kwargs = {"debug": False, **kwargs}
@@ -111,7 +111,7 @@ def record_launches(case: Case, chip: str, table: Callable[[str], dict] = common
     read: list[tuple[EntryPath, dict]] = []
 
     def record(function, *args, grid, warmup, **kwargs):
-        options, signature, constants, attributes, bound = _bind(function, args, kwargs, chip)
+        options, signature, constants, attributes, bound = bind_arguments(function, args, kwargs, chip)
         launch = Launch(case, chip, function, signature, constants, attributes, options, bound)
         launch.entry = _entry_of(launch, read)
         launches.append(launch)

@@ -1,0 +1,118 @@
+"""Runs the kernels' launches on the PTX machine: compiled for a chip that is not here, executed over CPU tensors.
+
+with on_machine("sm_90") as results:  # not under TRITON_INTERPRET=1
+    y = kernels.rms_norm(x, weight, impl="triton")
+print(results[0].kernel, results[0].findings, results[0].counters)
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import triton
+from torch._library.custom_ops import OPDEFS
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from kernels.compiled.launches import bind_arguments, patched
+from kernels.compiled.machine_code import CHIPS
+from kernels.compiled.ptx import Module, Options, PtxError, Result
+from kernels.compiled.rules import operator_names
+from kernels.ops import common
+
+Edit = Callable[[str], str]  # PTX -> PTX
+
+_modules: dict[tuple, tuple[Module, Any]] = {}  # what was compiled, with Triton's metadata
+
+
+@contextlib.contextmanager
+def on_machine(
+    chip: str,
+    edit: Edit | None = None,
+    strict: bool = False,
+    table: str | None = None,
+    late: bool = False,
+    reverse: bool = False,
+    check: bool = True,
+) -> Iterator[list[Result]]:
+    """Inside, kernels given CPU tensors are compiled for the chip and run on the machine. Yields the launches' results.
+
+    edit: changes what was compiled before it runs. strict: a launch with findings raises AssertionError.
+    table: the chip whose launch tables are used, "interpreter" for those of Triton's interpreter; the chip's own for
+    None. late, reverse, check: see kernels.compiled.ptx.Options.
+    Raises PtxError under TRITON_INTERPRET=1, where nothing is compiled.
+    """
+    if knobs.runtime.interpret:
+        raise PtxError(
+            "on_machine: TRITON_INTERPRET is set, wanted compiled kernels; unset it before kernels is imported"
+        )
+    options = Options(late=late, reverse=reverse, check=check)
+    results: list[Result] = []
+
+    def run(function, *args, grid, warmup, **kwargs):
+        results.append(_launch((function, args, kwargs), grid, chip, edit, options))
+        if strict and results[-1].findings:
+            raise AssertionError("\n".join(map(str, results[-1].findings)))
+
+    override = None if table == "interpreter" else table or chip
+    with (
+        patched(common, chip_override=override, INTERPRETED=True),
+        patched(JITFunction, run=run),
+        _launched_on_cpu(),
+    ):
+        yield results
+
+
+@contextlib.contextmanager
+def _launched_on_cpu() -> Iterator[None]:
+    """Let every operator of ours launch its kernels for CPU tensors too, as long as the context lasts."""
+    operator_names()  # imports every op
+    ours = [op for name, op in OPDEFS.items() if name.startswith("cria::") and hasattr(op, "launch")]
+    before = [op._backend_fns.get("cpu") for op in ours]
+    try:
+        for op in ours:
+            op._backend_fns["cpu"] = op.launch  # type: ignore[attr-defined]
+        yield
+    finally:
+        for op, old in zip(ours, before, strict=True):
+            op._backend_fns["cpu"] = old  # type: ignore[assignment]
+
+
+def _launch(call: tuple[JITFunction, tuple, dict], grid: Any, chip: str, edit: Edit | None, options: Options) -> Result:
+    """Compile the function of a launch for its arguments and run the grid."""
+    function, args, kwargs = call
+    parsed, signature, constants, attributes, bound = bind_arguments(function, args, kwargs, chip)
+    compiled = (signature, constants, attributes, parsed)
+    key = (function.fn.__module__, function.fn.__qualname__, chip, edit, *map(str, compiled))
+    if key not in _modules:
+        _modules[key] = _compile(ASTSource(function, signature, constants, attributes), chip, parsed, edit)
+    module, metadata = _modules[key]
+    given = [(name, _typed(bound[name], kind)) for name, kind in signature.items() if kind != "constexpr"]
+    (sizes,) = module.params.values()
+    given += [("scratch", None)] * (len(sizes) - len(given))  # pointers that Triton appends, null where none is used
+    return module.launch(
+        None,
+        grid(bound) if callable(grid) else grid,
+        [value for _, value in given],
+        num_warps=metadata.num_warps,
+        shared_bytes=metadata.shared,
+        tensors={name: value for name, value in given if isinstance(value, torch.Tensor)},
+        options=options,
+    )
+
+
+def _compile(source: ASTSource, chip: str, options: Any, edit: Edit | None) -> tuple[Module, Any]:
+    made = triton.compile(source, target=GPUTarget("cuda", CHIPS[chip], 32), options=options.__dict__)
+    if made.metadata.global_scratch_size or made.metadata.profile_scratch_size:
+        raise PtxError(f"{made.metadata.name}: wants scratch memory in global memory, which the machine does not make")
+    return Module(edit(made.asm["ptx"]) if edit else made.asm["ptx"]), made.metadata
+
+
+def _typed(value: Any, kind: str) -> Any:
+    """Return an argument as its type in Triton's signature: an int given for fp32 is a float."""
+    if isinstance(value, torch.Tensor) or kind.startswith("*"):
+        return value
+    return float(value) if kind.startswith(("fp", "bf")) else int(value)

@@ -1,0 +1,93 @@
+"""The PTX machine's checks, counters and errors, by kernels written by hand."""
+
+import pytest
+import torch
+
+from kernels.compiled import machine_library
+from kernels.compiled.ptx import Module, PtxError, find_unfenced_registers
+from tests.helpers.hand_ptx import find_kinds, make_kernel
+
+OWN_WORD = "shl.b32 %r1, %t, 2; mov.u32 %r2, memory; add.s32 %r1, %r1, %r2;\n"  # %r1: the thread's, in shared memory
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("shared", OWN_WORD + "st.shared.b32 [%r1+192], %t;"),
+        ("misaligned", OWN_WORD + "st.shared.b32 [%r2+2], 7;"),
+        ("uninitialised", OWN_WORD + "ld.shared.b32 %r3, [%r1];"),
+        ("race", OWN_WORD + "st.shared.b32 [%r2], %t;"),
+        ("converged", "setp.lt.u32 %p1, %t, 5; @%p1 shfl.sync.bfly.b32 %r3, %t, 1, 31, -1;"),
+        ("global", "st.global.b32 [%a0+256], %t;"),
+        ("barrier", "setp.lt.u32 %p1, %t, 32; @%p1 bar.sync 0;"),
+        ("barrier", "setp.lt.u32 %p1, %t, 16; @%p1 bar.sync 0;"),
+    ],
+)
+def test_what_a_kernel_must_not_do_is_found(kind, body):
+    result = make_kernel(body, params=1, shared=256).launch("k", 1, (torch.zeros(64),), num_warps=2)
+    assert find_kinds(result) == {kind}
+
+
+def test_accesses_that_barriers_order_are_no_finding():
+    body = OWN_WORD + "st.shared.b32 [%r1], %t; bar.sync 0; ld.shared.b32 %r3, [%r2+128]; bar.sync 0;"
+    body += "st.shared.b32 [%r2+128], %r3;"
+    result = make_kernel(body, params=1, shared=256).launch("k", 1, (torch.zeros(64),), num_warps=2)
+    assert not result.findings and result.counters["barriers"] == 2
+
+
+@pytest.mark.parametrize(("stride", "cycles"), [(4, 1), (8, 2), (128, 32), (132, 1), (0, 1)])
+def test_bank_conflicts_are_counted(stride, cycles):
+    body = f"mul.lo.s32 %r1, %t, {stride}; mov.u32 %r2, memory; add.s32 %r1, %r1, %r2; st.shared.b32 [%r1], 7;"
+    result = make_kernel(body, params=1, shared=8192).launch("k", 1, (torch.zeros(1),), num_warps=1)
+    assert (result.counters["shared_cycles"], result.counters["shared_ideal_cycles"]) == (cycles, 1)
+    assert [access.cycles for access in result.slow] == [cycles] * (cycles > 1)
+
+
+@pytest.mark.parametrize(("stride", "sectors"), [(4, 4), (16, 16), (32, 32), (0, 1)])
+def test_sectors_are_counted(stride, sectors):
+    x = torch.zeros(1024)
+    body = f"mad.wide.u32 %d1, %t, {stride}, %a0; ld.global.b32 %r1, [%d1];"
+    aligned = x[-x.data_ptr() % 32 // 4 :]
+    result = make_kernel(body, params=1).launch("k", 1, (aligned,), num_warps=1)
+    assert result.counters["load_sectors"] == sectors
+    assert [access.sectors for access in result.slow] == [sectors] * (stride != 4)
+
+
+@pytest.mark.parametrize(
+    "text", ["tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1], 32;", "add.rz.f32 %r1, %r1, %r2;"]
+)
+def test_an_unknown_instruction_is_named(text):
+    with pytest.raises(PtxError, match=f"{text.split()[0]}"):
+        make_kernel(text)
+
+
+def test_a_register_of_wgmma_that_is_written_after_the_fence_is_found():
+    ptx = "wgmma.fence.sync.aligned;\nmov.b32 %r5, 0;\nadd.s32 %r9, %r1, %r2;\n"
+    ptx += "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r0,%r1,%r2,%r3}, {%r4,%r5,%r6,%r7}, %rd1, 1, 1, 1, 0;"
+    assert [(f.kind, f.line) for f in find_unfenced_registers(ptx)] == [("registers", 4)]
+
+
+def test_a_launch_that_does_not_fit_is_refused():
+    module = make_kernel("", params=1)
+    with pytest.raises(PtxError, match="k: 2 arguments, wanted 1 of"):
+        module.launch("k", 1, (None, None))
+    with pytest.raises(PtxError, match="other: no such kernel, wanted one of k"):
+        module.launch("other", 1, ())
+    with pytest.raises(PtxError, match="a tensor on meta, wanted one on the CPU"):
+        module.launch("k", 1, (torch.empty(1, device="meta"),))
+
+
+def test_an_installation_without_the_library_says_what_is_missing(tmp_path):
+    with pytest.raises(PtxError, match="install g\\+\\+ and run pip install again"):
+        machine_library.build_if_stale(tmp_path, tmp_path / "ptx_machine.so")
+
+
+def test_a_library_of_another_version_is_refused(monkeypatch):
+    monkeypatch.setattr(machine_library, "ABI_VERSION", 0)
+    with pytest.raises(PtxError, match=r"has ABI \d+, wanted 0"):
+        machine_library.load_library.__wrapped__()
+
+
+def test_text_that_is_no_ptx_is_refused():
+    with pytest.raises(PtxError, match="line 1"):
+        Module("hello")
