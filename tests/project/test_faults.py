@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 
 from tests.helpers.forks import Started
 from tests.helpers.run import BEFORE_CALL, PARTS_OF_A_RUN, environment, events, finetune
+from tests.helpers.small_model import small_model
 
 STEPS = 12
 
 
 def arguments(out, data, *more):
     return [
-        "--model", "tiny", "--random-init", "--data", str(data), "--out", str(out), "--epochs", "4", "--lr", "1e-3",
+        "--model", str(small_model()), "--data", str(data), "--out", str(out), "--epochs", "4", "--lr", "1e-3",
         "--global-batch-size", "8", "--micro-batch-size", "2", "--save-every", "2", "--keep", "2", "--device", "cpu",
         "--eval-fraction", "0.1", "--eval-every", "3", *map(str, more),
     ]  # fmt: skip
@@ -155,7 +156,21 @@ def test_a_signal_while_data_is_prepared_exits_143_at_once(unbroken, tmp_path):
 
 def test_a_second_signal_leaves_at_once_with_the_old_state_whole(unbroken, tmp_path):
     patch = (
-        BEFORE_CALL + "before(saver, 'write_safetensors', 3, lambda: (term(), time.sleep(2), term(), time.sleep(60)))"
+        BEFORE_CALL
+        + """
+from engine.base.signals import Signals
+def handle(self, *args, real=Signals.handle):
+    real(self, *args)
+    handled.append(1)
+def term_twice():
+    term()
+    while not handled:
+        time.sleep(0.01)
+    term()
+    time.sleep(60)
+handled, Signals.handle = [], handle
+before(saver, 'write_safetensors', 3, term_twice)
+"""
     )
     began = time.monotonic()
     code, _, err = end(start(*arguments(tmp_path / "out", unbroken[0]), patch=patch))
@@ -195,7 +210,9 @@ def test_a_full_disk_at_the_last_save_exits_1_with_the_state_intact(unbroken, tm
 
 def test_too_little_disk_is_said_before_the_first_step(unbroken, tmp_path):
     patch = "from engine.output import folder; folder.shutil.disk_usage = lambda p: type('D', (), {'free': 10**6})"
-    code, _, err = end(start(*arguments(tmp_path / "out", unbroken[0]), patch=patch))
+    args = ["--random-init", *arguments(tmp_path / "out", unbroken[0])]
+    args[args.index("--model") + 1] = "tiny"  # whose head alone is 12.6 MB
+    code, _, err = end(start(*args, patch=patch))
     assert code == 2 and "about 0.1 GB are to be written and 0.0 GB are free there" in err
 
 
@@ -427,9 +444,7 @@ def test_spikes_in_a_row_that_going_back_does_not_end_end_the_run_with_4(unbroke
 )
 def test_bad_data_exits_3(tmp_path, rows, message):
     (tmp_path / "rows.json").write_text(rows)
-    done = finetune(
-        "--model", "tiny", "--random-init", "--data", tmp_path / "rows.json", "--out", tmp_path / "o", check=False
-    )
+    done = finetune("--model", small_model(), "--data", tmp_path / "rows.json", "--out", tmp_path / "o", check=False)
     assert done.returncode == 3 and message in done.stderr and "Traceback" not in done.stderr
 
 
@@ -438,23 +453,21 @@ def test_bad_rows_can_be_skipped_and_are_counted(tmp_path, rows_file):
     rows[5]["output"] = None
     rows_file.write_text(json.dumps(rows))
     done = finetune(
-        "--model", "tiny", "--random-init", "--data", rows_file, "--out", tmp_path / "o", "--skip-bad-rows",
-        "--max-steps", 1,
+        "--model", small_model(), "--data", rows_file, "--out", tmp_path / "o", "--skip-bad-rows", "--max-steps", 1,
     )  # fmt: skip
     assert "1 bad rows skipped" in done.stdout and "rows.json:6: output: got null" in done.stdout
     assert json.loads((tmp_path / "o" / "run.json").read_text())["data"]["skipped"] == 1
 
 
 def test_the_reference_path_is_said_once(tmp_path, rows_file):
-    done = finetune("--model", "tiny", "--random-init", "--data", rows_file, "--out", tmp_path / "o", "--max-steps", 2)
+    done = finetune("--model", small_model(), "--data", rows_file, "--out", tmp_path / "o", "--max-steps", 2)
     assert done.stdout.count("kernels: ref") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_is_not_silently_the_cpu(tmp_path, rows_file):
     done = finetune(
-        "--model", "tiny", "--random-init", "--data", rows_file, "--out", tmp_path / "o", "--device", "cuda",
-        check=False,
+        "--model", small_model(), "--data", rows_file, "--out", tmp_path / "o", "--device", "cuda", check=False,
     )  # fmt: skip
     assert done.returncode == 2 and "torch sees no GPU" in done.stderr
 
@@ -469,7 +482,7 @@ def test_a_tokenizer_of_another_model_is_refused_before_anything_is_allocated(sm
 
 def test_several_ranks_that_nobody_started_are_refused(tmp_path, rows_file, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    done = finetune("--model", "tiny", "--random-init", "--data", rows_file, "--out", tmp_path / "o", check=False)
+    done = finetune("--model", small_model(), "--data", rows_file, "--out", tmp_path / "o", check=False)
     assert (
         done.returncode == 2 and "LOCAL_RANK is None, wanted a number: start several ranks by torchrun" in done.stderr
     )
@@ -478,11 +491,12 @@ def test_several_ranks_that_nobody_started_are_refused(tmp_path, rows_file, monk
 def test_another_model_of_the_same_shape_is_another_run(tmp_path, rows_file):
     """A finished run in --out is neither taken for this one nor overwritten."""
     settings = "--data", rows_file, "--out", tmp_path / "o", "--max-steps", 1, "--device", "cpu"
-    finetune("--model", "tiny", "--random-init", *settings)
-    finetune("--model", "tiny", "--random-init", "--data", rows_file, "--out", tmp_path / "base", "--max-steps", 2)
+    finetune("--model", small_model(), *settings)
+    finetune("--model", small_model(), "--data", rows_file, "--out", tmp_path / "base", "--max-steps", 2)
     for more in ((), ("--allow-changed",)):
         done = finetune("--model", tmp_path / "base", *settings, *more, check=False)
-        assert done.returncode == 2 and "holds a finished run with other settings (model: tiny -> " in done.stderr
+        assert done.returncode == 2
+        assert f"holds a finished run with other settings (model: {small_model()} -> " in done.stderr
 
 
 def test_a_model_that_is_not_there(tmp_path, rows_file):
@@ -506,7 +520,7 @@ Transformer.loss = loss
 
 def on_a_small_card(unbroken, out, limit, *more, patch=""):
     args = [
-        "--model", "tiny", "--random-init", "--data", unbroken[0], "--out", out, "--epochs", 3, "--lr", "1e-3",
+        "--model", small_model(), "--data", unbroken[0], "--out", out, "--epochs", 3, "--lr", "1e-3",
         "--global-batch-size", 26, "--device", "cpu", "--max-length", 128, *more,
     ]  # fmt: skip
     return end(start(*args, patch=SMALL_CARD.replace("LIMIT", str(limit)) + patch))
