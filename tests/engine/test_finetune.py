@@ -3,18 +3,17 @@
 import json
 
 import pytest
-import tokenizers
 import torch
 import transformers
 
 from engine import finetune as command
 from engine.base.errors import run_main
 from scripts.parity.transformers_loop import TransformersLoop, encode_rows
-from tests.helpers.run import ROOT, SHARED, events, finetune
+from tests.helpers.run import SHARED, events, finetune
+from tests.helpers.small_model import SEED_TASKS, VOCAB_SIZE, write_tokenizer
 
 STEPS, BATCH, MAX_LENGTH, LR = 20, 8, 256, 1e-3  # no row is cut so far that it has no response
-VOCAB_SIZE = 3000
-DATA = {"alpaca": SHARED / "alpaca_en_demo.json", "seed tasks": ROOT / "data_gen" / "seed_tasks.jsonl"}
+DATA = {"alpaca": SHARED / "alpaca_en_demo.json", "seed tasks": SEED_TASKS}
 
 
 def run(*args):
@@ -25,17 +24,9 @@ def run(*args):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """Make a small LLaMA with grouped queries, llama3 RoPE scaling and an untied head, as transformers writes it.
-
-    Its tokenizer is byte-level BPE, as SmolLM2's, learnt from the seed tasks: with 3,000 tokens instead of 49,152 the
-    head is no longer nearly all of a step's work.
-    """
+    """Make a small LLaMA with grouped queries, llama3 RoPE scaling and an untied head, as transformers writes it."""
     folder = tmp_path_factory.mktemp("small")
-    bpe = tokenizers.ByteLevelBPETokenizer()
-    bpe.train([str(DATA["seed tasks"])], vocab_size=VOCAB_SIZE, special_tokens=["<s>", "</s>"], show_progress=False)
-    assert bpe.get_vocab_size() == VOCAB_SIZE
-    names = {"bos_token": "<s>", "eos_token": "</s>"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **names).save_pretrained(folder)
+    write_tokenizer(folder)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,

@@ -13,6 +13,7 @@ import torch
 from engine.formats.save import save_hf
 from engine.model.config import MODELS
 from engine.model.llama import new_model
+from engine.text.templates import ALPACA_INPUT, ALPACA_NO_INPUT
 from engine.text.tokenizer_files import load_tokenizer
 from tests.helpers.run import ROOT
 
@@ -21,9 +22,13 @@ SEED_TASKS = ROOT / "data_gen" / "seed_tasks.jsonl"
 
 
 def write_tokenizer(folder):
-    """Write a byte-level BPE tokenizer, as SmolLM2's, learnt from the seed tasks."""
+    """Write a byte-level BPE tokenizer, as SmolLM2's, learnt from the seed tasks.
+
+    The templates are among what it learns from, so that a row has about as many tokens as under SmolLM2's.
+    """
+    texts = SEED_TASKS.read_text().splitlines() + 30 * [ALPACA_INPUT, ALPACA_NO_INPUT]
     bpe = tokenizers.ByteLevelBPETokenizer()
-    bpe.train([str(SEED_TASKS)], vocab_size=VOCAB_SIZE, special_tokens=["<s>", "</s>"], show_progress=False)
+    bpe.train_from_iterator(texts, vocab_size=VOCAB_SIZE, special_tokens=["<s>", "</s>"], show_progress=False)
     assert bpe.get_vocab_size() == VOCAB_SIZE
     bpe.save(str(folder / "tokenizer.json"))
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
