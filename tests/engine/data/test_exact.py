@@ -18,8 +18,9 @@ from engine.model.llama import new_model
 from engine.text.tokenizer_files import load_tokenizer
 from tests.helpers.datasets import dataset
 from tests.helpers.run import ROOT, shared
+from tests.helpers.small_model import VOCAB_SIZE, small_model
 
-CONFIG = dict(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=49152, head_dim=8, tied=False)
+CONFIG = dict(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=VOCAB_SIZE, head_dim=8, tied=False)
 
 
 def model_of(**changes):
@@ -99,13 +100,13 @@ def assert_equal(found, truth):
 
 
 @pytest.fixture(scope="module")
-def alpaca(smollm2):
-    """13 real rows with SmolLM2's tokens, two of them the same question."""
+def alpaca():
+    """13 real rows, two of them the same question."""
     path = ROOT.parent / "shared" / "data" / "alpaca_en_demo.json"
     path = path if path.exists() else ROOT / "data_gen" / "seed_tasks.jsonl"
     rows = [row for row in read_rows([path])[0] if len(row.output) < 200][:11]
     again = [type(row)(row.source, None, row.instruction, row.input, "Not the same.") for row in rows[:2]]
-    return rows + again, load_tokenizer(smollm2)
+    return rows + again, load_tokenizer(small_model())
 
 
 @pytest.mark.parametrize(("train_on_prompt", "tied"), [(False, True), (True, False)])

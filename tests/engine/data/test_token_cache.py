@@ -19,6 +19,7 @@ from engine.training import datasets
 from engine.training.config import FinetuneConfig
 from tests.helpers.forks import Started
 from tests.helpers.run import environment, finetune
+from tests.helpers.small_model import small_model
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
 
@@ -121,7 +122,7 @@ def test_messages_name_the_files_of_this_run(files, cache, smol, tmp_path):
 
 
 def test_a_run_says_that_its_data_was_cached_and_trains_on_the_same(rows_file, tmp_path):
-    args = ["--model", "tiny", "--random-init", "--data", rows_file, "--max-steps", 1, "--global-batch-size", 4,
+    args = ["--model", small_model(), "--data", rows_file, "--max-steps", 1, "--global-batch-size", 4,
             "--eval-fraction", 0.2, "--token-cache", tmp_path / "cache"]  # fmt: skip
     first, second = (finetune(*args, "--out", tmp_path / name).stdout for name in "ab")
     line = next(line for line in first.splitlines() if line.startswith("data: "))

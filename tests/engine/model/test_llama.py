@@ -9,6 +9,7 @@ from engine.model.batch import MicroBatch
 from engine.model.config import ModelConfig
 from engine.model.llama import Transformer, new_model
 from tests.helpers.run import command, events, finetune, worst
+from tests.helpers.small_model import small_model
 
 CONFIG = dict(
     dim=48, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=80, vocab_size=301, max_seq_len=128, head_dim=16, tied=False
@@ -164,7 +165,7 @@ def test_one_curve_with_kernels_and_with_references(tmp_path, rows_file):
     curves = {}
     for impl in ("triton", "ref"):
         finetune(
-            "--model", "tiny", "--random-init", "--data", rows_file, "--out", tmp_path / impl, "--kernels", impl,
+            "--model", small_model(), "--data", rows_file, "--out", tmp_path / impl, "--kernels", impl,
             "--dtype", "fp32", "--global-batch-size", 2, "--max-steps", 6, "--max-length", 64, "--lr", 1e-3,
         )  # fmt: skip
         curves[impl] = [(line["loss"], line["grad_norm"]) for line in events(tmp_path / impl)]
