@@ -67,10 +67,20 @@ def largest_error(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 class Truth:
-    """A case's outputs and gradients in fp32 (fp64 for fp32 inputs), and torch's error in the inputs' dtype."""
+    """A case's outputs and gradients in a wider dtype, and torch's error in the inputs' dtype.
 
-    def __init__(self, case: BenchCase, inputs: Inputs, upstream: tuple[torch.Tensor, ...], dtype: torch.dtype) -> None:
-        wide = torch.float64 if dtype == torch.float32 else torch.float32
+    wide: the wider dtype; None is fp32, or fp64 for fp32 inputs.
+    """
+
+    def __init__(
+        self,
+        case: BenchCase,
+        inputs: Inputs,
+        upstream: tuple[torch.Tensor, ...],
+        dtype: torch.dtype,
+        wide: torch.dtype | None = None,
+    ) -> None:
+        wide = wide or (torch.float64 if dtype == torch.float32 else torch.float32)
         self.names = [f"output {i}" for i in range(len(upstream))] + [f"d{name}" for name in case.grads]
         truth = plain(lambda case, i: (case.truth or case.reference)(i))
         exact = copy_as_leaves(case, inputs, None if case.truth else wide)

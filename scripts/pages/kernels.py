@@ -1,4 +1,4 @@
-"""Writes docs/kernels.md from benchmarks/static.json and the ops' docstrings.
+"""Writes docs/kernels.md from benchmarks/static.json, benchmarks/simulated.json and the ops' docstrings.
 
 python -m scripts.pages.kernels            writes the page
 python -m scripts.pages.kernels --check    exits with 1 if the page differs
@@ -10,17 +10,26 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from kernels.measure.simulated_records import add_counters, share_of_banks, share_of_sectors
+
 ROOT = Path(__file__).parents[2]
-RECORDS, DOC = ROOT / "benchmarks" / "static.json", ROOT / "docs" / "kernels.md"
+RECORDS, SIMULATED = ROOT / "benchmarks" / "static.json", ROOT / "benchmarks" / "simulated.json"
+DOC = ROOT / "docs" / "kernels.md"
 CHIPS = ("sm_80", "sm_90", "sm_100")
+OPS_OF_FILE = {  # kernels/ops/<file>.py -> ops of benchmarks/simulated.json; where it is not named, the file's own name
+    "attention": ("attention", "rope_attention", "rope_attention_rows"),
+    "rms_norm": ("rms_norm", "norm_linear", "norm_linear_rows"),
+    "swiglu": ("swiglu", "swiglu_linear"),
+}
 
 HEAD = """# The kernels and their machine code on each chip
 
-Made by `python -m scripts.pages.kernels`; do not edit. The static gate (`python -m kernels.static`) compiles every
-configuration that ships for {chips}, without a GPU, and reads the machine code. This page holds no times:
-`python -m kernels.bench` measures them.
+Made by `python -m scripts.pages.kernels`; do not edit. Each op has two tables. For the first, the static gate
+(`python -m kernels.static`) compiles every configuration that ships for {chips}, without a GPU, and reads the machine
+code. For the second, `python -m kernels.simulate` executes the compiled kernels on CPU tensors, forward and backward,
+and checks every access. This page holds no times: `python -m kernels.bench` measures them.
 
-How to read the tables: three numbers in a cell are for {chips}; one number holds for all three.
+How to read the first tables: three numbers in a cell are for {chips}; one number holds for all three.
 
 - **tile**: the sizes that one program (thread block) works on. **warps**: per program. **stages**: of pipelined loads.
 - **registers**: per thread, at most 255, for each version of Triton. **spills**: instructions that move registers to
@@ -32,6 +41,15 @@ How to read the tables: three numbers in a cell are for {chips}; one number hold
   row statistics and indices; the gate refuses any other narrow access.
 - **bytes**: how many must move for each element of the largest tensor of the launch.
 - **from**: how the configuration was chosen: *static*, by the figures here, or *measured* on a GPU (`kernels.tune`).
+
+How to read the second tables: two numbers in a cell are for sm_80, sm_90; one number holds for both.
+
+- **error, ours / torch**: the largest error of an output or gradient against fp64, of our kernels and of torch's own
+  path in the same dtype; of all results, the one that is worst beside torch's. Ours may be at most twice torch's.
+- **findings**: accesses out of bounds, races, reads of memory that was not written, missing waits and fences, over all
+  chips and versions of Triton.
+- **instructions**: that all warps execute, in thousands. **sectors**: the bytes asked for, as a share of the 32-byte
+  sectors of global memory they touch. **banks**: cycles of shared memory without bank conflicts, as a share of all.
 
 """
 
@@ -80,9 +98,47 @@ def format_row(group: dict[str, dict[str, dict]], versions: Sequence[str]) -> st
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def render(data: dict) -> str:
-    """Return the page for the gate's records."""
-    versions = sorted(data["versions"], key=lambda v: [int(n) for n in v.split(".")])
+def format_simulated_row(name: str, records: Sequence[dict], newest: str) -> str:
+    """Return a line of the second table: one case in one dtype. records: of all chips and versions of Triton."""
+    worst = max(records, key=lambda r: r["ratio"])
+    shown = {r["chip"]: add_counters(r["kernels"]) for r in records if r["triton"] == newest}
+    totals = [shown[chip] for chip in sorted(shown)]
+    cells = [
+        name,
+        worst["dtype"],
+        f"{worst['error']:.2g} / {worst['torch_error']:.2g}",
+        sum(r["n_findings"] for r in records),
+        format_per_chip(f"{total['instructions'] / 1e3:.0f}" for total in totals),
+        format_per_chip(map(share_of_sectors, totals)),
+        format_per_chip(map(share_of_banks, totals)),
+    ]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def render_simulated(file: str, simulated: dict) -> list[str]:
+    """Return the lines of the second table of kernels/ops/<file>.py."""
+    newest = max(simulated["versions"], key=order_of_version)
+    groups: dict[tuple[str, ...], list[dict]] = {}
+    for op in OPS_OF_FILE.get(file, (file,)):
+        for r in simulated["records"]:
+            if r["op"] == op:
+                groups.setdefault((op, r["case"], r["dtype"]), []).append(r)
+    names = ["executed", "dtype", "error, ours / torch", "findings", "instructions", "sectors", "banks"]
+    rows = [
+        format_simulated_row(case if op == file else f"{op} {case}", records, newest)
+        for (op, case, _), records in groups.items()
+    ]
+    return ["", f"| {' | '.join(names)} |", "|---" * len(names) + "|", *rows]
+
+
+def order_of_version(version: str) -> list[int]:
+    """Return a version's numbers, by which versions are ordered."""
+    return [int(n) for n in version.split(".")]
+
+
+def render(data: dict, simulated: dict) -> str:
+    """Return the page for the gate's records and those of kernels.simulate."""
+    versions = sorted(data["versions"], key=order_of_version)
     groups: dict[str, dict] = {}
     for r in data["records"]:
         key = (r["kernel"], r["case"], tuple(r["tile"]))
@@ -91,7 +147,8 @@ def render(data: dict) -> str:
     names = ["kernel", "case", "tile", "warps", "stages", *registers, "spills", "shared", "programs", "matrix", "wide"]
     names += ["bytes", "from"]
     lines = [HEAD.format(chips=", ".join(CHIPS), shared="163, 227 and 227"), "Compiled by "]
-    lines[-1] += "; ".join(f"Triton {v} (ptxas {', '.join(data['versions'][v].values())})" for v in versions) + ".\n"
+    lines[-1] += "; ".join(f"Triton {v} (ptxas {', '.join(data['versions'][v].values())})" for v in versions) + "."
+    lines.append(f"Executed as compiled by Triton {', '.join(sorted(simulated['versions'], key=order_of_version))}.\n")
     for op, kernels in sorted(groups.items()):
         first, formula, bound = read_docstring(op)
         lines += [f"\n## {op}\n", f"{first}\n"]
@@ -99,17 +156,18 @@ def render(data: dict) -> str:
         lines += [f"{bound}\n"] if bound else []
         lines += [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
         lines += [format_row(group, versions) for _, group in sorted(kernels.items())]
+        lines += render_simulated(op, simulated)
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Write the page; with --check, exit with 1 if the file differs from it."""
-    new = render(json.loads(RECORDS.read_text()))
+    new = render(json.loads(RECORDS.read_text()), json.loads(SIMULATED.read_text()))
     if "--check" not in sys.argv:
         DOC.parent.mkdir(exist_ok=True)
         DOC.write_text(new)
     elif not DOC.exists() or DOC.read_text() != new:
-        sys.exit("docs/kernels.md is not what benchmarks/static.json says; run python -m scripts.pages.kernels")
+        sys.exit("docs/kernels.md is not what benchmarks/*.json say; run python -m scripts.pages.kernels")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,94 @@
+"""Execute every compiled kernel without a GPU, and check it as a sanitizer would.
+
+    python -m kernels.simulate [--op NAME ...] [--chip sm_90 ...] [--json FILE]       exits 1 if anything is wrong
+
+Every op runs forward and backward, in the dtypes that ship, as this version of Triton compiles it for the chip. The
+cases are in kernels/measure/simulated_cases.py, and kernels/measure/simulated_records.py says how one is judged. A run
+of all cases also fails if an entry of the launch tables is used by none. It does not run under TRITON_INTERPRET=1. The
+kernels are executed by the PTX machine (csrc/ptx, kernels/compiled/ptx.py); it has no clock, and says nothing of time.
+
+    --json FILE     writes the records of this version of Triton, and keeps those of others
+    --check FILE    fails if the file lacks a case, or if an error or a counter in it differs
+"""
+
+import argparse
+import multiprocessing
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import triton
+from rich.progress import track
+from triton import knobs
+
+from kernels.compiled.rules import find_unused
+from kernels.measure.simulated_cases import simulated_cases
+from kernels.measure.simulated_records import find_differences, format_record, format_summary, save_records, simulate
+from kernels.ops import common
+
+CHIPS = ("sm_80", "sm_90")  # that the machine executes
+
+
+def parse_arguments(argv: Sequence[str] | None, ops: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line. ops: the names that --op takes."""
+    parser = argparse.ArgumentParser(prog="python -m kernels.simulate", description=__doc__.split("\n")[0])
+    parser.add_argument("--op", nargs="+", metavar="NAME", choices=ops, default=[], help=f"of {', '.join(ops)} (all)")
+    parser.add_argument("--chip", nargs="+", choices=CHIPS, default=list(CHIPS))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
+    parser.add_argument("--check", type=Path, metavar="FILE", help="fail when this Triton's records there differ")
+    parser.add_argument("--workers", type=int, default=2, help="processes that compile and execute")
+    return parser.parse_args(argv)
+
+
+def _simulate_one(job: tuple[int, str]) -> tuple[dict, set]:
+    index, chip = job
+    return simulate(simulated_cases()[index], chip)
+
+
+def _prepare_worker() -> None:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # new tensors then hold NaN until they are written
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Simulate the cases that the command line asks for. Exit with 1 if one is wrong."""
+    cases = simulated_cases()
+    args = parse_arguments(argv, list(dict.fromkeys(case.case.op for case in cases)))
+    if knobs.runtime.interpret:
+        sys.exit("kernels.simulate: TRITON_INTERPRET is set, and the interpreter breaks triton.compile; unset it")
+    chosen = [i for i, case in enumerate(cases) if not args.op or case.case.op in args.op]
+    jobs = [(i, chip) for chip in args.chip for i in chosen]
+    started, records, used = time.monotonic(), [], set()
+    with multiprocessing.get_context("fork").Pool(args.workers, _prepare_worker) as pool:
+        done = pool.imap(_simulate_one, jobs)
+        for record, entries in track(done, "simulating", len(jobs), disable=not sys.stderr.isatty()):
+            print(format_record(record), flush=True)
+            records.append(record)
+            used |= entries
+    failed = [r for r in records if r["wrong"] or r["n_findings"]]
+    violations: list = []
+    if not args.op:
+        tables = {path.stem: common.launch_table(path.stem) for path in sorted(common.LAUNCH.glob("*.json"))}
+        violations = find_unused(used, tables, args.chip)
+    print(format_summary(records))
+    print(*(f"VIOLATION {violation}" for violation in violations), sep="\n", file=sys.stderr)
+    seconds = time.monotonic() - started
+    print(
+        f"{len(records)} cases, {len(failed)} with something wrong, {sum(r['n_findings'] for r in records)} findings, "
+        f"Triton {triton.__version__}, {seconds:.0f} s"
+    )
+    if args.json:
+        save_records(args.json, records, seconds)
+    differences = find_differences(args.check, records) if args.check else []
+    if differences:
+        print(*differences[:20], sep="\n", file=sys.stderr)
+        print(f"{args.check} is stale; run python -m kernels.simulate --json {args.check}", file=sys.stderr)
+    sys.exit(bool(failed or violations or differences))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""Runs kernels.simulate on compiled kernels with a fault in them: python -m tests.helpers.wrong_kernels FAULT ARGS."""
+
+import re
+import sys
+
+from kernels import simulate
+from kernels.measure import simulated_records
+
+FAULTS = {
+    "wrong result": lambda ptx: re.sub(r"rsqrt\.approx", "sqrt.approx", ptx),
+    "no barrier": lambda ptx: re.sub(r"\n\s*bar\.sync[^;]*;", "", ptx),
+}
+
+
+def main() -> None:
+    """Run kernels.simulate with the fault that the first argument names."""
+    edit, on_machine = FAULTS[sys.argv[1]], simulated_records.on_machine
+    simulated_records.on_machine = lambda chip, **mode: on_machine(chip, edit=edit, **mode)
+    simulate.main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

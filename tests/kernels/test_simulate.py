@@ -1,0 +1,61 @@
+"""The command kernels.simulate: every kernel that ships, executed as compiled for each chip."""
+
+import sys
+
+import pytest
+import triton
+from triton import knobs
+
+from kernels import simulate
+from kernels.measure.simulated_records import find_differences, save_records
+from tests.helpers.run import ROOT, start_compiler
+
+RECORDS = ROOT / "benchmarks" / "simulated.json"
+
+
+@pytest.mark.parametrize("chip", simulate.CHIPS)
+def test_every_kernel_is_right_and_breaks_no_rule(chip):
+    process = start_compiler("kernels.simulate", "--chip", chip, "--workers", "1", "--check", str(RECORDS))
+    out, err = process.communicate()
+    assert process.returncode == 0, out[-2000:] + err[-4000:]
+    assert ", 0 with something wrong, 0 findings" in out
+
+
+def test_it_does_not_run_in_the_interpreter(monkeypatch):
+    monkeypatch.setattr(knobs.runtime, "interpret", True)
+    monkeypatch.setattr(sys, "argv", ["simulate"])
+    with pytest.raises(SystemExit, match="TRITON_INTERPRET is set"):
+        simulate.main()
+
+
+@pytest.mark.parametrize(("fault", "said"), [("wrong result", "output 0 is off by"), ("no barrier", "race")])
+def test_a_fault_in_a_kernel_is_told(fault, said):
+    command = (fault, "--op", "rms_norm", "--chip", "sm_90", "--workers", "1")
+    process = start_compiler("tests.helpers.wrong_kernels", *command)
+    out, err = process.communicate()
+    assert said in out and process.returncode == 1, out[-3000:] + err[-2000:]
+
+
+def test_records_of_other_cases_are_kept_and_a_difference_is_told(tmp_path):
+    kernels = [{"kernel": "_forward_kernel", "instructions": 100}]
+    first, second = (
+        {
+            "op": op,
+            "case": "T=1",
+            "dtype": "bfloat16",
+            "chip": "sm_90",
+            "triton": triton.__version__,
+            "kernels": kernels,
+        }
+        for op in ("rope", "swiglu")
+    )
+    path = tmp_path / "simulated.json"
+    assert find_differences(path, [first]) == []  # nothing of this Triton to compare with
+    save_records(path, [first], 2.4)
+    save_records(path, [second], 3.4)
+    assert find_differences(path, [first, second]) == []
+    changed = first | {"kernels": [kernels[0] | {"instructions": 101}]}
+    (line,) = find_differences(path, [changed, second])
+    assert line.startswith("rope T=1 bfloat16 sm_90") and "100" in line and "101" in line
+    (line,) = find_differences(path, [first | {"case": "T=2"}])
+    assert "null" in line
