@@ -185,6 +185,36 @@ def static(figures):
     ]
 
 
+def simulated(figures):
+    records = figures["records"]
+    worst = {}
+    for r in sorted(records, key=lambda r: r["ratio"]):
+        worst[r["op"]] = r
+    return [
+        paragraph(
+            "Every op is executed without a GPU, forward and backward, as the oldest and the newest supported Triton "
+            "compile it, on a machine that checks each access. An error is against fp64; ours may be at most twice "
+            "torch's in the same dtype. [kernels.md](kernels.md) has every case, and its memory traffic."
+        ),
+        "",
+        "| | |",
+        "|---|---|",
+        f"| chips | {', '.join(sorted({r['chip'] for r in records}))} |",
+        f"| Triton | {', '.join(sorted(figures['versions']))} |",
+        f"| executed cases, each twice | {len(records)} |",
+        f"| results beyond that | {sum(len(r['wrong']) for r in records)} |",
+        f"| findings: races, missing waits, accesses out of bounds | {sum(r['n_findings'] for r in records)} |",
+        "",
+        "| op | cases | largest error beside torch's: ours | torch | of |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {op} | {sum(r['op'] == op for r in records)} | {r['error']:.2g} | {r['torch_error']:.2g} | "
+            f"{r['worst']} of {r['case']}, {r['dtype']} |"
+            for op, r in sorted(worst.items())
+        ),
+    ]  # fmt: skip
+
+
 # ---- speed on a CPU -------------------------------------------------------------------------------------------------
 
 
@@ -334,6 +364,7 @@ MEASUREMENTS = (
         script("scripts.speed.data", "data_speed", "--rows alpaca.json --tokenizer FOLDER"), data_speed,
     ),
     Measurement("static", "Machine code without a GPU", script("kernels.static", "static"), static),
+    Measurement("simulated", "Kernels executed without a GPU", script("kernels.simulate", "simulated"), simulated),
 )  # fmt: skip
 
 
