@@ -63,7 +63,7 @@ def _visible(documents: Sequence[Document], n_rows: int) -> torch.Tensor:
     return seen
 
 
-def _attend_densely(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+def _attend_densely(seen: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Return attention from one matrix of scores. Rows that see nothing give 0; rows that nobody sees are not read."""
     q = torch.where(seen.any(1)[:, None, None], q, 0)
     k, v = (torch.where(seen.any(0)[:, None, None], t, 0) for t in (k, v))
@@ -84,18 +84,17 @@ def attention_case(kind: str, heads: int, kv_heads: int, dim: int) -> BenchCase:
         qkv = torch.randn(n_rows, heads + 2 * kv_heads, dim, device=device).to(dtype)
         return SimpleNamespace(qkv=qkv.masked_fill(padding[:, None, None], math.nan))
 
-    def split(qkv):
+    def split(qkv: torch.Tensor) -> Any:  # q, k, v
         return qkv.split((heads, kv_heads, kv_heads), 1)
 
     def ours(i, impl):
-        out = attention.attention(*split(i.qkv), torch.tensor(documents, dtype=torch.int32), impl)
+        q, k, v = split(i.qkv)
+        out = attention.attention(q, k, v, torch.tensor(documents, dtype=torch.int32), impl)
         out.register_hook(lambda gradient: gradient.masked_fill(padding[:, None, None], math.nan))
         return out
 
     label = f"{kind} T={n_rows} H={heads} K={kv_heads} Dh={dim}"
-    return BenchCase(
-        "attention", label, inputs, lambda i: _attend_densely(*split(i.qkv), seen), ours, ("qkv",), {}
-    )  # fmt: skip
+    return BenchCase("attention", label, inputs, lambda i: _attend_densely(seen, *split(i.qkv)), ours, ("qkv",), {})
 
 
 def rope_attention_rows_case(heads: int, kv_heads: int, dim: int) -> BenchCase:
@@ -113,10 +112,10 @@ def rope_attention_rows_case(heads: int, kv_heads: int, dim: int) -> BenchCase:
     def reference(i):
         k, v = i.kv.chunk(2, dim=1)
         q = rope.rope_ref(i.q, i.q[:, :0], i.cos[rows], i.sin[rows])[0]
-        return _attend_densely(q, rope.rope_ref(k, k[:, :0], i.cos, i.sin)[0], v, seen)
+        return _attend_densely(seen, q, rope.rope_ref(k, k[:, :0], i.cos, i.sin)[0], v)
 
     def ours(i, impl):
-        plan = attention.attention_plan(table, n_rows, dim, i.q.device, impl, rows)
+        plan: Any = attention.attention_plan(table, n_rows, dim, i.q.device, impl, rows)
         return attention.rope_attention_rows(i.q * 1, i.kv * 1, i.cos, i.sin, rows, plan, impl)  # it consumes them
 
     label = f"packed T={n_rows} U={len(rows)} H={heads} K={kv_heads} Dh={dim}"
@@ -189,7 +188,7 @@ def row_cases() -> Iterator[SimulatedCase]:
 # ---- the head and its loss ------------------------------------------------------------------------------------------
 
 
-def linear_cross_entropy_case(rows: int, dim: int, vocab: int, **settings: float) -> BenchCase:
+def linear_cross_entropy_case(rows: int, dim: int, vocab: int, **settings: Any) -> BenchCase:
     """Return a case of the head and its loss: rows ignored or weighted with 0, targets at both ends."""
 
     def inputs(device, dtype):

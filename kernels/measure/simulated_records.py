@@ -39,10 +39,10 @@ COUNTERS = {  # of a record -> of the machine
 MAX_FINDINGS = 5  # of a case, in its record; their number is always there
 
 
-def _run_on(chip: str, case: SimulatedCase, inputs: Inputs, upstream: tuple, **mode: bool) -> tuple[list, list]:
-    """Return our outputs and gradients on the machine, and the machine's result of each launch."""
+def _run_on(chip: str, case: SimulatedCase, inputs: Inputs, upstream: tuple, late: bool) -> tuple[list, list]:
+    """Return our outputs and gradients on the machine, and its result of each launch. late: see simulate."""
     ready = plain(lambda bench, i: bench.ours(i, "triton"))(case.case, copy_as_leaves(case.case, inputs), upstream)
-    with on_machine(chip, **mode) as launches:
+    with on_machine(chip, late=late, reverse=not late) as launches:
         return run_once(ready), list(launches)
 
 
@@ -78,7 +78,7 @@ def simulate(case: SimulatedCase, chip: str) -> tuple[dict, set[EntryPath]]:
 
     with patched(common, launch_table=noting_table):
         ours, late = _run_on(chip, case, inputs, upstream, late=True)
-        again, early = _run_on(chip, case, inputs, upstream, late=False, reverse=True)
+        again, early = _run_on(chip, case, inputs, upstream, late=False)
     ratio, wrong = truth.check(ours)
     wrong += [
         f"{name} differs between late and early"
