@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,7 +27,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 
 class BuildMachine(build_ext):
-    """Compile the sources of an extension to a plain shared library, two or more at a time."""
+    """Compile an extension's sources, those that have changed and as many at a time as there are cores."""
 
     def get_ext_filename(self, fullname):
         """Return the library's path without a version of Python in its name."""
@@ -35,20 +36,25 @@ class BuildMachine(build_ext):
     def build_extension(self, ext):
         """Compile each source and link them. Raises CompileError if the compiler is missing or complains."""
         library = Path(self.get_ext_fullpath(ext.name))
-        objects = Path(self.build_temp) / ext.name
+        compiler = [os.environ.get("CXX", "g++"), *FLAGS, *os.environ.get("CXXFLAGS", "").split()]
+        objects = Path(self.build_temp) / f"{ext.name}-{zlib.crc32(repr(compiler).encode())}"
         for folder in (library.parent, objects):
             folder.mkdir(parents=True, exist_ok=True)
-        compiler = os.environ.get("CXX", "g++")
+        newest_header = max(Path(path).stat().st_mtime for path in ext.depends)
 
         def compile_source(source):
             target = objects / f"{Path(source).stem}.o"
-            run_compiler([compiler, *FLAGS, *os.environ.get("CXXFLAGS", "").split(), "-c", source, "-o", str(target)])
+            newest = max(newest_header, Path(source).stat().st_mtime)
+            if not target.exists() or target.stat().st_mtime < newest:
+                draft = target.with_suffix(".draft")
+                run_compiler([*compiler, "-c", source, "-o", str(draft)])
+                draft.replace(target)
             return str(target)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             made = list(pool.map(compile_source, ext.sources))
         draft = library.with_suffix(f".{os.getpid()}.draft")  # whoever has loaded the old library keeps it
-        run_compiler([compiler, "-shared", *made, "-o", str(draft)])
+        run_compiler([*compiler, "-shared", *made, "-o", str(draft)])
         draft.replace(library)
 
 

@@ -17,7 +17,7 @@ import torch
 
 LIBRARY = Path(__file__).with_name("ptx_machine.so")
 ROOT = Path(__file__).parents[2]  # of a checkout; an installed package has no csrc there
-ABI_VERSION = 1  # of csrc/ptx/api.cpp
+ABI_VERSION = 2  # of csrc/ptx/api.h
 REMEDY = "install g++ and run pip install again; only running compiled kernels without a GPU needs it"
 
 
