@@ -8,8 +8,8 @@ the version of Triton, so a file may hold the records of several versions:
 
     --json FILE     writes the records of this version, of the ops and chips that were compiled, and keeps all others
     --check FILE    fails if the file's records of this version differ from the new ones
-    --changed       with --check: compiles only one launch of each kernel, and every launch whose source, arguments or
-                    options have changed since its record was written (kernels/compiled/known.py)
+    --changed       with --check: compiles only one launch of each kernel, each for another chip, and every launch whose
+                    source, arguments or options have changed since its record was written (kernels/compiled/known.py)
 """
 
 import argparse

@@ -19,6 +19,7 @@ import triton.language as tl
 from triton.runtime.jit import JITFunction
 
 from kernels.compiled.launches import Launch
+from kernels.compiled.machine_code import CHIPS
 
 LAUNCH_FIELDS = ("op", "kernel", "case", "chip", "triton", "tile", "num_warps", "num_stages", "from")
 
@@ -76,16 +77,20 @@ def digest_launch(launch: Launch) -> str:
 def find_known(launches: Iterable[Launch], described: Iterable[dict], records: Iterable[dict]) -> dict[int, dict]:
     """Return the index of each known launch and its record.
 
-    described: for each launch a dict of LAUNCH_FIELDS. records: the records of a file. The first launch of each kernel,
-    chip and type of its first tensor counts as unknown, so that every run compiles every kernel.
+    described: for each launch a dict of LAUNCH_FIELDS. records: the records of a file. The first launch of each kernel
+    and type of its first tensor counts as unknown on one chip, so that a run over all chips compiles every kernel. The
+    chips take turns: the nth such pair is compiled for the nth chip, counted round.
     """
     old = {r["inputs"]: r for r in records if "inputs" in r and r["triton"] == triton.__version__}
     known: dict[int, dict] = {}
-    compiled: set[tuple[str, str, str, str]] = set()
+    samples: dict[str, list[tuple[str, str, str]]] = {chip: [] for chip in CHIPS}  # by chip, in order
     for i, (launch, fields) in enumerate(zip(launches, described, strict=True)):
-        sample = (launch.case.op, launch.name, launch.chip, next(iter(launch.signature.values())))
+        sample, seen = (launch.case.op, launch.name, next(iter(launch.signature.values()))), samples[launch.chip]
+        is_first = sample not in seen
+        if is_first:
+            seen.append(sample)
+        must_compile = is_first and list(CHIPS)[(len(seen) - 1) % len(CHIPS)] == launch.chip
         record = old.get(digest_launch(launch))
-        if sample in compiled and record and all(record[name] == fields[name] for name in LAUNCH_FIELDS):
+        if not must_compile and record and all(record[name] == fields[name] for name in LAUNCH_FIELDS):
             known[i] = record
-        compiled.add(sample)
     return known

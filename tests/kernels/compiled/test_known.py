@@ -11,6 +11,7 @@ from triton.runtime.jit import JITFunction
 from kernels.compiled import known, records
 from kernels.compiled.launch_cases import Case
 from kernels.compiled.launches import Launch
+from kernels.compiled.machine_code import CHIPS
 from tests.helpers.run import ROOT
 
 SCALE = 2
@@ -72,16 +73,33 @@ def test_the_code_that_judges_counts(monkeypatch):
     known._digest_of_reader.cache_clear()
 
 
-def test_only_a_launch_with_an_equal_record_is_known_and_one_of_each_kernel_never():
-    fields = dict.fromkeys(known.LAUNCH_FIELDS, "same") | {"triton": triton.__version__}
-    launches = [launch(), launch(constants={(1,): 1}), launch(constants={(1,): 2}), launch(constants={(1,): 3})]
-    old = [fields | {"inputs": known.digest_launch(x), "registers": i} for i, x in enumerate(launches)]
-    assert known.find_known(launches, [fields] * 4, old) == {1: old[1], 2: old[2], 3: old[3]}  # the first is compiled
-    old[1] |= {"num_warps": 8}
-    old[2] |= {"triton": "0.1"}
-    old[3] |= {"inputs": "another"}
-    assert known.find_known(launches, [fields] * 4, old) == {}
-    assert known.find_known([launch(), launch(signature={"x": "*fp32", "y": "i32"})], [fields] * 2, old) == {}
+FIELDS = dict.fromkeys(known.LAUNCH_FIELDS, "same") | {"triton": triton.__version__}
+
+
+def with_records(*launches):
+    """Return find_known's arguments for launches that all have a record."""
+    old = [FIELDS | {"inputs": known.digest_launch(x), "registers": i} for i, x in enumerate(launches)]
+    return launches, [FIELDS] * len(launches), old
+
+
+def test_only_a_launch_with_an_equal_record_is_known():
+    launches, described, old = with_records(*(launch(constants={(1,): i}) for i in range(3)))
+    assert known.find_known(launches, described, old) == dict(enumerate(old))
+    old[0] |= {"num_warps": 8}
+    old[1] |= {"triton": "0.1"}
+    old[2] |= {"inputs": "another"}
+    assert known.find_known(launches, described, old) == {}
+
+
+def test_one_launch_of_each_kernel_and_type_is_never_known_each_on_another_chip():
+    """Four types, in two launches each, on three chips: the first launch of one type a chip, then round again."""
+    pairs = [(chip, kind) for chip in CHIPS for kind in ("*bf16", "*fp32", "*fp16", "*fp64")]
+    launches = [launch(chip=chip, signature={"x": kind}, constants={(1,): i}) for chip, kind in pairs for i in range(2)]
+    compiled = set(range(len(launches))) - known.find_known(*with_records(*launches)).keys()
+    assert [pairs[i // 2] for i in sorted(compiled)] == [
+        ("sm_80", "*bf16"), ("sm_80", "*fp64"), ("sm_90", "*fp32"), ("sm_100", "*fp16"),
+    ]  # fmt: skip
+    assert all(i % 2 == 0 for i in compiled)
 
 
 def test_records_of_what_ships_hold_digests():
