@@ -14,7 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FORKS = multiprocessing.get_context("forkserver")
 COMMANDS = ["engine.finetune", "engine.export", "engine.generate", "data_gen.generate"]
-FORKS.set_forkserver_preload([*COMMANDS, "openai", "tests.helpers.forks"])
+LATE = ["torch._dynamo", "torch.distributed.fsdp", "numpy.random"]  # what a rank imports when it shards a model: 1 s
+FORKS.set_forkserver_preload([*COMMANDS, *LATE, "openai", "tests.helpers.forks"])
 
 
 class Started:
@@ -49,12 +50,15 @@ FINETUNE = "import sys; from engine import finetune; from engine.base.errors imp
 FINETUNE += "sys.exit(run_main(finetune.main))"
 
 
+def start_ranks(n, *args, code=FINETUNE):
+    """Start n ranks, of engine.finetune or of other code, without torchrun."""
+    shared = os.environ | {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [Started(code, *args, env=shared | {"RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(n)]
+
+
 def ranks(n, *args, code=FINETUNE):
     """Run n ranks, of engine.finetune or of other code, without torchrun: return (exit codes, what all printed)."""
-    started = []
-    shared = os.environ | {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    for i in range(n):
-        started.append(Started(code, *args, env=shared | {"RANK": str(i), "LOCAL_RANK": str(i)}))
+    started = start_ranks(n, *args, code=code)
     said = [text for process in started for text in process.communicate(timeout=200)]
     return [process.returncode for process in started], "".join(said)
 

@@ -2,14 +2,11 @@
 
 import dataclasses
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,23 +18,12 @@ from engine.base.errors import UsageError, run_main
 from engine.model.config import MODELS
 from engine.training.config import FinetuneConfig
 from engine.training.prepare import check_ranks
-from tests.helpers.forks import Started, ranks
+from tests.helpers.forks import Started, ranks, start_ranks
 from tests.helpers.run import BEFORE_CALL, PARTS_OF_A_RUN, ROOT, environment, events
+from tests.helpers.small_model import small_model
 
 STEPS = 6
-COMMON = (
-    "--model",
-    "tiny",
-    "--random-init",
-    "--device",
-    "cpu",
-    "--dtype",
-    "fp32",
-    "--lr",
-    "1e-3",
-    "--max-length",
-    "64",
-)
+COMMON = ("--device", "cpu", "--dtype", "fp32", "--lr", "1e-3", "--max-length", 64)
 
 
 def several(n, *args):
@@ -51,7 +37,8 @@ def alone(*args):
 
 
 def flags(rows, out, *more):
-    return (*COMMON, "--data", rows, "--out", out, "--global-batch-size", 8, "--max-steps", STEPS, *more)
+    data = "--data", rows, "--out", out, "--global-batch-size", 8, "--max-steps", STEPS
+    return ("--model", small_model(), *COMMON, *data, *more)
 
 
 def curve(out):
@@ -146,6 +133,13 @@ def steps_of(out):
     return [line["step"] for line in events(out)]
 
 
+def test_ranks_begin_with_the_random_weights_of_one_process(rows, tmp_path):
+    named = "--model", "tiny", "--random-init", *COMMON, "--data", rows, "--global-batch-size", 2, "--max-steps", 1
+    alone(*named, "--out", tmp_path / "one")
+    several(2, *named, "--out", tmp_path / "two")
+    same(tmp_path / "two", tmp_path / "one")
+
+
 def test_two_ranks_then_one_then_four_are_one_run(rows, reference, tmp_path):
     """Stopped twice by a signal to one rank, and resumed on another number of ranks: one curve of the same rows."""
     out = tmp_path / "out"
@@ -169,10 +163,10 @@ def test_two_ranks_then_one_then_four_are_one_run(rows, reference, tmp_path):
     ],
 )
 def test_a_rank_that_is_killed_ends_the_run_which_resumes(rows, reference, tmp_path, where):
+    """No torchrun ends rank 0 here: it must see for itself that rank 1 is gone."""
     out = tmp_path / "out"
-    code, said = driven(tmp_path, 2, f"if RANK == 1: {where}", *flags(rows, out, *SAVES))
-    assert code == 1 and "rank      : 1" in said and "exitcode  : -9" in said, said
-    assert "error: rank 0 of 2" not in said or "another rank ended" in said, said
+    codes, said = patched(2, f"if RANK == 1: {where}", *flags(rows, out, *SAVES))
+    assert codes == [1, -signal.SIGKILL] and "another rank ended" in said, said
     assert "going on after step" in several(2, *flags(rows, out, *SAVES))
     same(out, reference)
     assert not list(out.glob(".tmp-*"))
@@ -190,24 +184,18 @@ def test_a_restart_by_torchrun_resumes_by_itself(rows, reference, tmp_path):
 
 
 def test_a_rank_that_hangs_is_named_and_ends_the_run(rows, tmp_path):
-    """torchrun waits half a minute before it kills a process that takes no signal; here the test does, when rank 0, who
-    told, has ended."""
+    """A frozen process takes no signal but SIGKILL, which it gets here once rank 0, who told, has ended."""
     out = tmp_path / "out"
-    patch = "pids = Path(sys.argv[0]).parent / f'pid{RANK}'\npids.write_text(str(os.getpid()))\n"
-    patch += "if RANK == 1: before(step.Steps, 'compute_gradients', 4, freeze)"
-
-    def alive(rank):
-        path = tmp_path / f"pid{rank}"
-        return not path.exists() or Path("/proc", path.read_text()).exists()
-
-    with ThreadPoolExecutor(1) as pool:
-        run = pool.submit(driven, tmp_path, 2, patch, *flags(rows, out, *SAVES, "--rank-timeout", 10))
-        while alive(0) and not run.done():
-            time.sleep(0.1)
-        if alive(1) and not run.done():
-            os.kill(int((tmp_path / "pid1").read_text()), signal.SIGKILL)
-        code, said = run.result()
-    assert code == 1 and re.search(r"rank 1 has not been heard of for \d+ s, last at (step|the [a-z]+)", said), said
+    patch = "if RANK == 1: before(step.Steps, 'compute_gradients', 4, freeze)"
+    args = flags(rows, out, *SAVES, "--rank-timeout", 10)
+    first, frozen = start_ranks(2, *args, code=DRIVER + BEFORE_CALL + patch + RUN)
+    try:
+        said = "".join(first.communicate(240))
+    finally:
+        frozen.kill()
+    assert first.returncode == 1, said
+    assert re.search(r"rank 1 has not been heard of for \d+ s, last at (step|the [a-z]+)", said), said
+    assert frozen.communicate(240) and frozen.returncode == -signal.SIGKILL
     names = {path.name for path in out.iterdir()}
     assert names & {"checkpoint-2", "checkpoint-3"}, "the third was being written when its writer froze"
 
@@ -257,10 +245,11 @@ Transformer.loss = loss
 """
     out = tmp_path / "out"
     more = (*SAVES[:4], "--micro-batch-tokens", 128)
-    code, said = driven(tmp_path, 2, small, *flags(rows, out, *more), more=("--max-restarts", "1"))
-    assert code == 0, said
+    codes, said = patched(2, small, *flags(rows, out, *more))
+    assert codes == [1, 1], said
     assert said.count("out of memory with micro-batches of 128 tokens") == 1 and "goes on with 64" in said, said
-    assert "micro-batches of 64 tokens: those of 128 ran out of memory" in said
+    codes, said = patched(2, small, *flags(rows, out, *more))
+    assert codes == [0, 0] and "micro-batches of 64 tokens: those of 128 ran out of memory" in said, said
     same(out, reference)
     assert not (out / "halved.json").exists()
 
@@ -296,7 +285,8 @@ def test_a_failure_of_one_rank_is_told_once_by_that_rank(rows, tmp_path):
 
 
 def test_a_dry_run_of_ranks_is_of_as_many_cards(rows, tmp_path):
-    said = several(2, *flags(rows, tmp_path / "out", "--dry-run"))
+    args = flags(rows, tmp_path / "out", "--dry-run")
+    said = several(2, "--random-init", *(arg if arg != small_model() else "tiny" for arg in args))  # a named model
     assert "on each of 2 H100, sharded over 2" in said and "reduce-scatter" in said and not (tmp_path / "out").exists()
 
 
