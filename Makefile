@@ -8,7 +8,7 @@ demo: $(READY)
 	$(BIN)/python -m engine.finetune --resume never
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -143,7 +143,18 @@ def run_named_tests() -> Outcomes:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "junit.xml")
         nodes = [f"tests/{file}::{test}" for file, test in named]
-        command = [sys.executable, "-m", "pytest", "-q", "-n", "auto", f"--junitxml={report}", *nodes]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-n",
+            "auto",
+            "--dist",
+            "worksteal",
+            f"--junitxml={report}",
+            *nodes,
+        ]
         subprocess.run(command, cwd=ROOT, check=False)
         return read_outcomes(report)
 

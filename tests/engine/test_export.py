@@ -22,6 +22,7 @@ from engine.output import checkpoint
 from engine.text.tokenizer_files import load_tokenizer
 from engine.training import fine_tuning
 from tests.helpers.run import ROOT, export
+from tests.helpers.small_model import VOCAB_SIZE, small_model
 from tests.helpers.training_states import cut, flip, save_checkpoint, save_together
 
 
@@ -78,8 +79,8 @@ def test_bad_requests(args, code, message):
 
 OF_A_RUN = {"run.json", "metrics.jsonl", "report.html", ".lock"}
 SHAPE = ModelConfig(
-    dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=49152, norm_eps=1e-5, rope_theta=500000.0,
-    rope_scaling=RopeScaling(factor=32.0),
+    dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=VOCAB_SIZE, norm_eps=1e-5,
+    rope_theta=500000.0, rope_scaling=RopeScaling(factor=32.0),
 )  # fmt: skip
 
 
@@ -94,9 +95,9 @@ def exported(folder, out, *more):
 
 
 @pytest.fixture
-def base(smollm2, tmp_path):
+def base(tmp_path):
     """A model with all that a state must not lose: scaled RoPE, a head of its own, settings of generation."""
-    model, tokenizer = new_model(SHAPE, "cpu", torch.float32), load_tokenizer(smollm2)
+    model, tokenizer = new_model(SHAPE, "cpu", torch.float32), load_tokenizer(small_model())
     model.init_weights(0)
     sampled = {"do_sample": True, "temperature": 0.6}
     save_hf(tmp_path / "base", model, bos_id=1, eos_ids=(2, 0), generation_config=sampled)
@@ -104,10 +105,10 @@ def base(smollm2, tmp_path):
     return tmp_path / "base"
 
 
-def begun_with(base, kind, smollm2):
+def begun_with(base, kind):
     if kind == "random":
         return "--model", "tiny", "--random-init"
-    return "--model", base, "--tokenizer", smollm2, "--dtype", "bf16", "--master-weights", "fp32"
+    return "--model", base, "--tokenizer", small_model(), "--dtype", "bf16", "--master-weights", "fp32"
 
 
 def of_two_writers(state, out):
@@ -122,10 +123,10 @@ def of_two_writers(state, out):
 
 
 @pytest.mark.parametrize("kind", ["random", "base"])
-def test_a_state_gives_the_model_that_its_run_writes(kind, base, smollm2, rows_file, tmp_path, monkeypatch):
+def test_a_state_gives_the_model_that_its_run_writes(kind, base, rows_file, tmp_path, monkeypatch):
     """From what the run began with while it is under way, and from what it wrote when it is done."""
     out, state = tmp_path / "out", tmp_path / "out" / "checkpoint-2"
-    settings = *begun_with(base, kind, smollm2), "--data", rows_file, "--out", out, "--max-steps", 2, "--save-every", 1
+    settings = *begun_with(base, kind), "--data", rows_file, "--out", out, "--max-steps", 2, "--save-every", 1
     settings = *settings, "--global-batch-size", 4, "--lr", "1e-2", "--warmup-ratio", 0
 
     def killed(*args):
@@ -165,7 +166,7 @@ def broken(path, *keys, **changes):
 
 
 @pytest.fixture
-def state(tmp_path, smollm2):
+def state(tmp_path):
     """A training state of a run that was stopped, with the least of an optimizer."""
     model = new_model(SHAPE, "cpu", torch.bfloat16)
     model.init_weights(0)
@@ -175,7 +176,7 @@ def state(tmp_path, smollm2):
         "dtype": "bfloat16",
         "model": dataclasses.asdict(SHAPE),
     }
-    run = {"status": "stopped", "config": {"tokenizer": str(smollm2)}}
+    run = {"status": "stopped", "config": {"tokenizer": str(small_model())}}
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "run.json").write_text(json.dumps(run))
     return save_checkpoint(tmp_path / "out", 40, tensors, facts, keep=1)
@@ -219,7 +220,7 @@ def test_a_state_that_gives_no_model_is_refused(how, state, tmp_path, capsys):
     assert (code == 2) == ("pass --tokenizer" in error)
 
 
-def test_where_the_tokenizer_is_from(state, smollm2, tmp_path, monkeypatch):
+def test_where_the_tokenizer_is_from(state, tmp_path, monkeypatch):
     """The one named, else the run's: as run.json says, though the state is called by another name, or its model is
     gone. A state that was moved away has none."""
     given = exported(state, tmp_path / "given")
@@ -231,10 +232,12 @@ def test_where_the_tokenizer_is_from(state, smollm2, tmp_path, monkeypatch):
     here("--model", tmp_path / "alone", "--out", tmp_path / "new", code=2)
     here("--model", tmp_path / "alone", "--out", tmp_path / "new", "--tokenizer", "/no", code=3)
     assert not (tmp_path / "new").exists()
-    assert exported(tmp_path / "alone", tmp_path / "named", "--tokenizer", smollm2) == given
+    assert exported(tmp_path / "alone", tmp_path / "named", "--tokenizer", small_model()) == given
     for path in (tmp_path / "named").glob("tokenizer*"):
         path.unlink()
-    assert exported(tmp_path / "named", tmp_path / "again", "--tokenizer", smollm2) == given  # a model without one
+    assert (
+        exported(tmp_path / "named", tmp_path / "again", "--tokenizer", small_model()) == given
+    )  # a model without one
 
 
 def test_who_wants_a_model_is_told_how_to_make_one(state, tmp_path):
