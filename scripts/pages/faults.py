@@ -143,19 +143,8 @@ def run_named_tests() -> Outcomes:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "junit.xml")
         nodes = [f"tests/{file}::{test}" for file, test in named]
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-n",
-            "auto",
-            "--dist",
-            "worksteal",
-            f"--junitxml={report}",
-            *nodes,
-        ]
-        subprocess.run(command, cwd=ROOT, check=False)
+        pytest = [sys.executable, "-m", "pytest", "-q", "-n", "auto", "--dist", "worksteal"]
+        subprocess.run([*pytest, f"--junitxml={report}", *nodes], cwd=ROOT, check=False)
         return read_outcomes(report)
 
 

@@ -22,7 +22,8 @@ class Started:
     """`python -c CODE ARGS` in ROOT, with the parts of subprocess.Popen that tests use."""
 
     def __init__(self, code, *args, env=None):
-        self.folder = tempfile.TemporaryDirectory(prefix="cria-process-")
+        session = os.environ.get("XDG_CACHE_HOME")  # conftest.py removes it, also after a test that failed
+        self.folder = tempfile.TemporaryDirectory(prefix="process-", dir=session)
         files = [str(Path(self.folder.name, name)) for name in ("out", "err")]
         arguments = code, ["-c", *map(str, args)], dict(os.environ if env is None else env), files
         self.process = FORKS.Process(target=run, args=arguments)
