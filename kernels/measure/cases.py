@@ -63,6 +63,7 @@ class BenchCase:
     work: dict[str, Work]  # by pass: "fwd", "bwd"
     main: bool = False  # the one shape of its op that torch.compile is tried at
     passes: tuple[str, ...] = ("fwd", "bwd", "fwd+bwd")
+    results: Callable[[Inputs, Any], Any] = lambda inputs, out: out  # what is checked; it is not timed
     truth: Callable[[Inputs], Any] | None = None  # the right outputs, if the reference cannot take wider inputs
     sizes: dict[str, Any] = field(default_factory=dict)  # sizes that peers must know
     memo: dict[str, Any] = field(default_factory=dict)  # what a peer makes once for all sets of inputs
@@ -304,15 +305,19 @@ def adamw_case(shape: tuple[int, ...], master: str | None, states: str, main: bo
     def update(i, impl):
         state = adamw.AdamWState(**i.state)
         adamw.adamw(i.param, i.grad, state, step=2, impl=impl, **settings)
+        return i.param
+
+    def results(i, _):
         kept = (t for name, t in i.state.items() if name not in ("master", "low"))  # those are in master_of
-        return adamw.master_of(i.param, state), *kept
+        return adamw.master_of(i.param, adamw.AdamWState(**i.state)), *kept
 
     reference = partial(update, impl="ref")
     moved = ADAMW[master][STATES.index(states)] * math.prod(shape)
     label = f"{master or 'fp32 parameter'}, {states}"
     return BenchCase(
         "adamw", label, inputs, reference, update, (), {"fwd": Work(0, 0, moved)}, main, passes=("fwd",),
-        truth=reference, sizes=dict(settings=settings, bytes_a_parameter=ADAMW[master][STATES.index(states)]),
+        results=results, truth=reference,
+        sizes=dict(settings=settings, bytes_a_parameter=ADAMW[master][STATES.index(states)]),
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The clock of every kernel measurement: device time between CUDA events, or host time where no GPU is.
 
-The device spins before each repetition, so that all its launches are queued and the host's time is not measured.
+The device spins before each repetition for longer than the host needs to queue its launches, so that the host's time is
+not measured.
 """
 
 import statistics
@@ -14,7 +15,9 @@ from kernels.measure.machine import DEVICE, GPU
 from kernels.ops.common import INTERPRETED
 
 WARMUP = 5  # repetitions before the first that counts
-SPIN_CYCLES = 2_000_000  # about a millisecond: longer than the host needs to queue one repetition
+CYCLES_PER_MS = 2_000_000  # of the fastest SM clock
+LEAST_SPIN_MS, MOST_SPIN_MS = 1.0, 50.0  # a repetition that takes the host longer overflows the queue of launches
+SPARE = 1.5  # times the host's time: it varies from repetition to repetition
 
 Step = Callable[[Any], Any]  # takes what the step before returned
 
@@ -50,23 +53,34 @@ def time_steps(
     """
     if not GPU:
         return time_steps_on_host(sets, repeats, 0 if INTERPRETED else 1)
+    spin_ms = LEAST_SPIN_MS
+    for r in range(warmup):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        queue_steps(sets[r % len(sets)], flush)
+        host_ms = 1e3 * (time.perf_counter() - began)  # of the last one, because the first ones may compile
+        spin_ms = max(LEAST_SPIN_MS, min(MOST_SPIN_MS, SPARE * host_ms))
     recorded = []
-    for r in range(warmup + repeats):
-        torch.cuda._sleep(SPIN_CYCLES)
-        events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        value = None
-        for step in sets[r % len(sets)]:
-            if events:
-                flush()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            value = step(value)
-            end.record()
-            events.append((start, end))
-        del value
-        recorded.append(events)
+    for r in range(warmup, warmup + repeats):
+        torch.cuda._sleep(int(spin_ms * CYCLES_PER_MS))
+        recorded.append(queue_steps(sets[r % len(sets)], flush))
     torch.cuda.synchronize()
-    return list(zip(*([a.elapsed_time(b) for a, b in events] for events in recorded[warmup:]), strict=True))
+    return list(zip(*([a.elapsed_time(b) for a, b in events] for events in recorded), strict=True))
+
+
+def queue_steps(steps: Sequence[Step], flush: Callable[[], Any]) -> list[tuple[torch.cuda.Event, torch.cuda.Event]]:
+    """Give the device one repetition of the steps, and return the events before and after each."""
+    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+    value = None
+    for step in steps:
+        if events:
+            flush()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        value = step(value)
+        end.record()
+        events.append((start, end))
+    return events
 
 
 def time_steps_on_host(sets: Sequence[Sequence[Step]], repeats: int, warmup: int) -> list[tuple[float, ...]]:

@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ class Absent(Exception):
     """The reason why a peer takes no part."""
 
 
-def _as_is(t):
-    return t
+def _as_is(value):
+    return value
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Ready:
     leaves: tuple[torch.Tensor, ...] = ()  # tensors that backward makes gradients of
     upstream: tuple[torch.Tensor, ...] = ()  # gradients of what run returns, in its layout
     back: Callable[[], Sequence[torch.Tensor]] | None = None  # backward, if autograd does not run it
+    results: Callable[[Any], Any] = _as_is  # takes what run returns; returns the outputs, and is not timed
     canonical: Callable[[torch.Tensor], torch.Tensor] = _as_is  # brings an output or gradient into the case's layout
 
 
@@ -46,7 +48,7 @@ def plain(fn: Callable[[BenchCase, Inputs], Any]) -> Prepare:
 
     def prepare(case, inputs, upstream):
         leaves = tuple(getattr(inputs, name) for name in case.grads)
-        return Ready(lambda: fn(case, inputs), leaves, upstream)
+        return Ready(lambda: fn(case, inputs), leaves, upstream, results=partial(case.results, inputs))
 
     return prepare
 

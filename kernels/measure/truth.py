@@ -50,7 +50,7 @@ def as_tuple(out: Any) -> tuple[torch.Tensor, ...]:
 
 def run_once(ready: Ready) -> list[torch.Tensor | None]:
     """Return the outputs and gradients of one run, in the case's own layout; None for a gradient that is missing."""
-    out = as_tuple(ready.run())
+    out = as_tuple(ready.results(ready.run()))
     found: list[torch.Tensor | None] = [ready.canonical(t).detach().clone() for t in out]
     if ready.back:
         return [*found, *ready.back()]

@@ -42,7 +42,7 @@ import triton
 import triton.language as tl
 
 from kernels.ops import eight_bit as dynamic_map
-from kernels.ops.common import choose_impl, launch_config, operator
+from kernels.ops.common import choose_impl, chunk_size, launch_config, operator
 from kernels.ops.eight_bit import decode, decode_ref, encode, encode_ref
 
 MASTERS, STATES = ("fp32", "split", "stochastic"), ("fp32", "bf16", "8bit")
@@ -176,9 +176,10 @@ def adamw_ref(
     factor32 = scale if scale_tensor is None else scale_tensor.float()
     eps, factor = _corrected(beta1, beta2, eps, step)
     decay, rate = 1 - lr32 * weight_decay, lr32 * factor
-    scratch = torch.empty(2, min(CHUNK, param.numel()), device=param.device)
-    for start in range(0, param.numel(), CHUNK):
-        chunk: Any = lambda t, size=1, a=start: t if t is None else t.view(-1)[a // size : (a + CHUNK) // size]  # noqa: E731
+    n = chunk_size(CHUNK, param.device)
+    scratch = torch.empty(2, min(n, param.numel()), device=param.device)
+    for start in range(0, param.numel(), n):
+        chunk: Any = lambda t, size=1, a=start: t if t is None else t.view(-1)[a // size : (a + n) // size]  # noqa: E731
         param_, grad_ = chunk(param), chunk(grad)
         maxima = chunk(m_absmax, dynamic_map.BLOCK), chunk(v_absmax, dynamic_map.BLOCK)
         state = AdamWState(chunk(m), chunk(v), *maxima, chunk(low), chunk(master))

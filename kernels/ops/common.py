@@ -40,6 +40,14 @@ def widen(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def chunk_size(on_cpu: int, device: torch.device) -> int:
+    """Return how many elements or rows a reference takes at a time: on_cpu of them on a CPU, whose cache they fit.
+
+    A GPU takes 256 times as many: there, a launch for each chunk of a CPU would cost more than the chunk.
+    """
+    return on_cpu if device.type == "cpu" else 256 * on_cpu
+
+
 def weight_gradient(dy: torch.Tensor, x: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor | None:
     """Return dy.T @ x, the gradient of weight in y = x @ weight.T; or add it to into.grad and return None.
 

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.ops.common import DTYPES, choose_impl, launch_config, operator
+from kernels.ops.common import DTYPES, choose_impl, chunk_size, launch_config, operator
 
 # ---- reference: the specification, and the path on CPU --------------------------------------------------------------
 
@@ -26,7 +26,7 @@ CHUNK = 1 << 18  # elements: their squares are a megabyte, which a cache holds
 def grad_norm_ref(grads: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the global L2 norm, a scalar in fp32, computed in plain torch."""
     # torch's vector_norm on a CPU adds squares one by one and is off by 6e-5 over 3M elements. Its sum is exact enough.
-    chunks = (chunk for g in grads for chunk in g.reshape(-1).split(CHUNK))
+    chunks = (chunk for g in grads for chunk in g.reshape(-1).split(chunk_size(CHUNK, g.device)))
     return torch.stack([chunk.float().square().sum() for chunk in chunks]).double().sum().sqrt().float()
 
 

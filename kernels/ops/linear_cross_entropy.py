@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.ops.common import accumulator, choose_impl, launch_config, operator, widen
+from kernels.ops.common import accumulator, choose_impl, chunk_size, launch_config, operator, widen
 
 LOGITS_BYTES = 512 << 20  # of the one buffer: 8,320 rows of V=32000 in bf16, 2,048 of V=128256
 ROWS = 128  # chunks are multiples of a GEMM's tile
@@ -55,8 +55,9 @@ def linear_cross_entropy_ref(
 def _losses_ref(logits, targets, ignore_index, z_loss, smoothing):
     """Return each row's loss and lse. Chunks fit a cache: fp32 copies of all logits cost a CPU as much as a GEMM."""
     losses, lse = widen(logits.new_empty(len(logits))), widen(logits.new_empty(len(logits)))
-    for start in range(0, len(logits), REF_ROWS):
-        rows = slice(start, start + REF_ROWS)
+    n_rows = chunk_size(REF_ROWS, logits.device)
+    for start in range(0, len(logits), n_rows):
+        rows = slice(start, start + n_rows)
         x, target = widen(logits[rows]), targets[rows]
         losses[rows] = F.cross_entropy(
             x, target, reduction="none", ignore_index=ignore_index, label_smoothing=smoothing
@@ -71,8 +72,9 @@ def _dlogits_ref(dlosses, logits, targets, lse, ignore_index, z_loss, smoothing)
     """Return d loss / d logits of the formula above, in the dtype of logits. dlosses: (L,), weight_t of each row."""
     dlogits, ignored = torch.empty_like(logits), targets == ignore_index
     dlosses, targets = dlosses.masked_fill(ignored, 0), targets.masked_fill(ignored, 0)
-    for start in range(0, len(logits), REF_ROWS):
-        rows = slice(start, start + REF_ROWS)
+    n_rows = chunk_size(REF_ROWS, logits.device)
+    for start in range(0, len(logits), n_rows):
+        rows = slice(start, start + n_rows)
         p = widen(logits[rows]).sub(lse[rows, None]).exp_()
         if z_loss:
             p *= 1 + 2 * z_loss * lse[rows, None]

@@ -16,3 +16,35 @@ def test_times_of_steps():
     assert clock.summarize_ms([4.0, 1.0, 2.0, 3.0, 5.0]) == {
         "ms": 3.0, "q1": 2.0, "q3": 4.0, "min": 1.0, "max": 5.0, "repeats": 5,
     }  # fmt: skip
+
+
+class Event:
+    """A CUDA event that was reached as long after the first as the device was busy."""
+
+    def __init__(self, enable_timing):
+        pass
+
+    def record(self):
+        pass
+
+    def elapsed_time(self, other):
+        return 1.0
+
+
+def test_the_device_spins_for_longer_than_the_host_queues(monkeypatch):
+    """On a GPU that is not there, with a clock of its own: the first repetition compiles, the others take 8 ms."""
+    now, spun, calls = [0.0], [], []
+
+    def step(_):
+        now[0] += 0.008 if calls else 30.0
+        calls.append(1)
+
+    monkeypatch.setattr(clock, "GPU", True)
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+    for name, fake in (("_sleep", spun.append), ("Event", Event), ("synchronize", lambda: None)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    assert clock.time_steps([[step]], 3, lambda: None) == [(1.0, 1.0, 1.0)]
+    assert len(calls) == 3 + clock.WARMUP and len(spun) == 3
+    assert all(1.2 * 8 < cycles / clock.CYCLES_PER_MS < 3 * 8 for cycles in spun)
+    clock.time_steps([[lambda _: None]], 1, lambda: None)
+    assert spun[-1] == clock.LEAST_SPIN_MS * clock.CYCLES_PER_MS
