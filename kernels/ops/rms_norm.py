@@ -113,8 +113,11 @@ def forward(
     cols = next_power_of_2(dim)
     config = launch_config("rms_norm", "forward", x.device, cols)
     if n_rows:
-        grid = triton.cdiv(n_rows, config["ROWS"])
-        _forward_kernel[(grid,)](x, residual, weight, y, s, rstd, n_rows, eps, DIM=dim, COLS=cols, **config)
+        # Without fusion, lanes agree on a row's sum of squares, and y is what backward makes of the stored rstd: in
+        # fma(x, x, neighbour's square) each lane leaves its own square unrounded, so its y would have its own rstd.
+        _forward_kernel[(triton.cdiv(n_rows, config["ROWS"]),)](
+            x, residual, weight, y, s, rstd, n_rows, eps, DIM=dim, COLS=cols, enable_fp_fusion=False, **config
+        )
     return y, s, rstd
 
 
