@@ -5,7 +5,7 @@ from kernels.ops.attention import attention, attention_plan, rope_attention, rop
 from kernels.ops.attention_ref import attend
 from kernels.ops.common import INTERPRETED, chip
 from kernels.ops.grad_norm import grad_norm
-from kernels.ops.linear_add import linear_add
+from kernels.ops.linear import linear
 from kernels.ops.linear_cross_entropy import linear_cross_entropy
 from kernels.ops.norm_linear import norm_linear, norm_linear_rows
 from kernels.ops.rms_norm import rms_norm
@@ -21,7 +21,7 @@ __all__ = [
     "attention_plan",
     "chip",
     "grad_norm",
-    "linear_add",
+    "linear",
     "linear_cross_entropy",
     "master_of",
     "norm_linear",

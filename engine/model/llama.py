@@ -16,7 +16,7 @@ Source: arXiv:2302.13971, arXiv:2407.21783.
 import functools
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,8 +49,9 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, impl: str, keep: bool, accumulate: bool):
         super().__init__()
         dim, heads, kv_heads, head_dim = config.dim, config.n_heads, config.n_kv_heads, config.head_dim
-        self.config, self.keep = config, keep
+        self.config = config
         self.options: dict[str, Any] = {"impl": impl, "accumulate": accumulate}
+        self.keeping: dict[str, Any] = self.options | {"keep": keep}
         self.attention_norm = new_parameter(dim)
         self.wqkv = new_parameter((heads + 2 * kv_heads) * head_dim, dim)
         self.wo = new_parameter(dim, heads * head_dim)
@@ -59,27 +60,32 @@ class Block(nn.Module):
         self.w2 = new_parameter(dim, config.hidden_dim)
 
     def forward(
-        self, x: torch.Tensor, attend: Callable[..., torch.Tensor], rows: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return the layer's output (T, D) of x (T, D).
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        attend: Callable[..., torch.Tensor],
+        rows: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return two tensors (T, D), the sum of which is the layer's output. The next norm adds them.
 
-        attend(qkv (T, H + 2K, Dh)) -> (T, H, Dh) rotates and masks. rows (U,): the only rows whose output (U, D) is
-        wanted; attend then takes q (U, H, Dh) and kv (T, 2K, Dh).
+        x, residual: (T, D), the sum of which is the layer's input; without a residual it is x. attend(qkv (T, H + 2K,
+        Dh)) -> (T, H, Dh) rotates and masks. rows (U,): the only rows whose output (U, D) is wanted; attend then takes
+        q (U, H, Dh) and kv (T, 2K, Dh), and there is no residual.
         """
-        c, options, keep = self.config, self.options, self.keep
+        c, eps, keeping = self.config, self.config.norm_eps, self.keeping
 
         if rows is None:
-            qkv, x = kernels.norm_linear(x, self.attention_norm, self.wqkv, c.norm_eps, keep=keep, **options)
+            qkv, residual = kernels.norm_linear(x, self.attention_norm, self.wqkv, eps, residual=residual, **keeping)
             o = attend(qkv.unflatten(1, (-1, c.head_dim)))  # (T, (H + 2K) Dh) -> (T, H, Dh)
         else:
-            q, kv, x = kernels.norm_linear_rows(
-                x, self.attention_norm, self.wqkv, rows, c.n_heads * c.head_dim, c.norm_eps, keep=keep, **options
+            q, kv, residual = kernels.norm_linear_rows(
+                x, self.attention_norm, self.wqkv, rows, c.n_heads * c.head_dim, eps, **keeping
             )
             o = attend(q.unflatten(1, (-1, c.head_dim)), kv.unflatten(1, (-1, c.head_dim)))
-        x = kernels.linear_add(o.flatten(1), self.wo, x, **options)
+        x = kernels.linear(o.flatten(1), self.wo, **self.options)
 
-        gate_up, x = kernels.norm_linear(x, self.ffn_norm, self.w13, c.norm_eps, keep=keep, **options)  # (T, 2F), and x
-        return kernels.swiglu_linear(gate_up, self.w2, x, consume=True, keep=keep, **options)
+        x, residual = kernels.norm_linear(x, self.ffn_norm, self.w13, eps, residual=residual, **keeping)  # x: (T, 2F)
+        return kernels.swiglu_linear(x, self.w2, consume=True, **keeping), residual
 
 
 class Transformer(nn.Module):
@@ -119,7 +125,7 @@ class Transformer(nn.Module):
         rows: torch.Tensor | None = None,
         plans: tuple[Any, Any] | None = None,
     ) -> torch.Tensor:
-        """Return the last layer's output (T, D), before the final norm, of tokens and positions (T,) int64.
+        """Return the final norm (T, D) of the last layer's output, of tokens and positions (T,) int64.
 
         One of three says which rows attend to which: documents (N, 4) int32 on the CPU, see kernels.attention; plans,
         which plan_attention() made from documents; cache, an engine.inference.kv_cache.KVCache of earlier tokens. rows
@@ -130,21 +136,27 @@ class Transformer(nn.Module):
         frequencies = rope_frequencies_on(positions.device, config.head_dim, config.rope_theta, config.rope_scaling)
         cos, sin = kernels.rope_cos_sin(positions, frequencies)  # shared by all layers
         x = F.embedding(tokens, self.tok_embeddings)
+        residual: torch.Tensor | None = None
         if cache is None:
             plan, last_plan = plans or self.plan_attention(documents, len(tokens), x.device, rows)
             rope: dict[str, Any] = {"cos": cos, "sin": sin, "impl": self.impl}
             attend = partial(kernels.rope_attention, documents=plan, n_heads=config.n_heads, **rope)
             rope_rows: dict[str, Any] = rope | {"documents": last_plan, "rows": rows}
             attend_rows = partial(kernels.rope_attention_rows, **rope_rows)
+        recomputed = self.recompute == "block" and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
-            arguments: tuple[Any, ...] = x, attend if cache is None else cache.attend_in_layer(i, cos, sin)
-            if rows is not None and layer is self.layers[-1]:
-                arguments = x, attend_rows, rows
-            if self.recompute == "block" and torch.is_grad_enabled():
-                x = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
+            arguments: tuple[Any, ...] = (attend if cache is None else cache.attend_in_layer(i, cos, sin),)
+            is_last = layer is self.layers[-1]
+            if rows is not None and is_last:
+                arguments = attend_rows, rows
+            if residual is not None and (recomputed or is_last):
+                # A checkpoint would keep both, and both would live in the last layer's forward, when memory is fullest.
+                x, residual = x + residual, None
+            if recomputed:
+                x, residual = checkpoint(layer, x, None, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(*arguments)
-        return x
+                x, residual = layer(x, residual, *arguments)
+        return kernels.rms_norm(x, self.norm, config.norm_eps, self.impl, residual)[0]
 
     def plan_attention(
         self, documents: torch.Tensor | None, n_rows: int, device: torch.device, rows: torch.Tensor | None = None
@@ -154,12 +166,9 @@ class Transformer(nn.Module):
         make = partial(kernels.attention_plan, documents, n_rows, self.config.head_dim, device, self.impl)
         return make(), None if rows is None else make(rows)
 
-    def _normalize(self, x):
-        return cast(torch.Tensor, kernels.rms_norm(x, self.norm, self.config.norm_eps, self.impl))
-
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (..., V), in the dtype of the weights, of rows (..., D) of forward's output."""
-        return F.linear(self._normalize(x), self.head)
+        return F.linear(x, self.head)
 
     def prepare_batch(self, batch: MicroBatch) -> DeviceMicroBatch:
         """Plan a micro-batch's attention and copy it to the model's device. The host does not wait for the copies."""
@@ -181,7 +190,6 @@ class Transformer(nn.Module):
         batch = self.prepare_batch(batch) if isinstance(batch, MicroBatch) else batch
         # Not self(...): FSDP2 hooks both loss and forward, and would reshard the weights between forward and the head.
         x = self.forward(batch.tokens, batch.positions, rows=batch.rows, plans=batch.plans)
-        x = self._normalize(x)
         x = x if batch.row_of_target is None else x[batch.row_of_target]
         return kernels.linear_cross_entropy(x, self.head, batch.targets, batch.weights, self.impl, self.accumulate)
 

@@ -53,7 +53,7 @@ def on_machine(
     results: list[Result] = []
 
     def run(function, *args, grid, warmup, **kwargs):
-        results.append(_launch((function, args, kwargs), grid, chip, edit, options))
+        results.append(run_launch((function, args, kwargs), grid, chip, edit, options))
         if strict and results[-1].findings:
             raise AssertionError("\n".join(map(str, results[-1].findings)))
 
@@ -81,8 +81,10 @@ def _launched_on_cpu() -> Iterator[None]:
             op._backend_fns["cpu"] = old  # type: ignore[assignment]
 
 
-def _launch(call: tuple[JITFunction, tuple, dict], grid: Any, chip: str, edit: Edit | None, options: Options) -> Result:
-    """Compile the function of a launch for its arguments and run the grid."""
+def run_launch(
+    call: tuple[JITFunction, tuple, dict], grid: Any, chip: str, edit: Edit | None, options: Options
+) -> Result:
+    """Compile a kernel for its arguments, given as (kernel, arguments, named arguments), and run the grid."""
     function, args, kwargs = call
     parsed, signature, constants, attributes, bound = bind_arguments(function, args, kwargs, chip)
     compiled = (signature, constants, attributes, parsed)

@@ -26,6 +26,7 @@ CANDIDATES: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
     "rms_norm": {
         "forward": dict(ROWS=(1, 2, 4), num_warps=(2, 4, 8, 16)),
         "backward": dict(ROWS=(1, 2), STAGES=(2, 3), programs_per_sm=(1, 2, 4), num_warps=(4, 8, 16)),
+        "dw": dict(COLS=(32, 64), ROWS=(32, 64, 128), num_warps=(4, 8)),
     },
     "rope": {"rotate": dict(ROWS=(8, 16, 32, 64, 128), num_warps=(2, 4, 8))},
     "attention": {

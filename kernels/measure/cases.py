@@ -184,25 +184,26 @@ def rms_norm_case(tokens: int, dim: int, residual: bool = False, main: bool = Fa
     )  # fmt: skip
 
 
-def norm_linear_case(tokens: int, dim: int, n_out: int, main: bool = False) -> BenchCase:
-    """Return a case of RMSNorm followed by a projection."""
+def norm_linear_case(tokens: int, dim: int, n_out: int, main: bool = False, residual: bool = False) -> BenchCase:
+    """Return a case of RMSNorm, of a sum if residual, followed by a projection."""
     eps = 1e-5
 
     def inputs(device, dtype):
-        x, norm = (
-            torch.randn(tokens, dim, device=device, dtype=dtype),
-            torch.rand(dim, device=device, dtype=dtype) + 0.5,
-        )
-        return SimpleNamespace(x=x, norm=norm, weight=torch.randn(n_out, dim, device=device, dtype=dtype) * dim**-0.5)
+        x, r = (torch.randn(tokens, dim, device=device, dtype=dtype) for _ in range(2))
+        norm = torch.rand(dim, device=device, dtype=dtype) + 0.5
+        weight = torch.randn(n_out, dim, device=device, dtype=dtype) * dim**-0.5
+        return SimpleNamespace(x=x, residual=r if residual else None, norm=norm, weight=weight)
 
-    def ours(i, impl):
-        out = norm_linear.norm_linear(i.x, i.norm, i.weight, eps, impl)
-        return out[0] if isinstance(out, tuple) else out  # out[1] is x, for the residual
+    def both(y, s):
+        return (y, s) if residual else y  # without a residual s is x
 
+    work = linear_work(tokens, dim, n_out, 2 * tokens * dim * residual, tokens * dim * residual)
     return BenchCase(
-        "norm_linear", f"T={tokens} D={dim} N={n_out}", inputs,
-        lambda i: torch.nn.functional.linear(rms_norm.rms_norm_ref(i.x, i.norm, eps), i.weight), ours,
-        ("x", "norm", "weight"), linear_work(tokens, dim, n_out), main, sizes=dict(bare=("x", "weight")),
+        "norm_linear", f"T={tokens} D={dim} N={n_out}{' + residual' * residual}", inputs,
+        lambda i: both(*norm_linear.norm_linear_ref(i.x, i.norm, i.weight, eps, i.residual)),
+        lambda i, impl: both(*norm_linear.norm_linear(i.x, i.norm, i.weight, eps, impl, i.residual)),
+        ("x", "residual", "norm", "weight") if residual else ("x", "norm", "weight"), work, main,
+        sizes=dict(bare=("x", "weight")),
     )  # fmt: skip
 
 
@@ -237,21 +238,20 @@ def swiglu_case(tokens: int, hidden: int, main: bool = False) -> BenchCase:
 
 
 def swiglu_linear_case(tokens: int, hidden: int, dim: int, main: bool = False) -> BenchCase:
-    """Return a case of SwiGLU followed by a projection to the residual stream."""
+    """Return a case of SwiGLU followed by a projection."""
 
     def inputs(device, dtype):
         gate_up = torch.randn(tokens, 2 * hidden, device=device, dtype=dtype)
         weight = torch.randn(dim, hidden, device=device, dtype=dtype) * hidden**-0.5
-        residual = torch.randn(tokens, dim, device=device, dtype=dtype)
         product = torch.randn(tokens, hidden, device=device, dtype=dtype)  # what the bare GEMM multiplies
-        return SimpleNamespace(gate_up=gate_up, weight=weight, residual=residual, product=product)
+        return SimpleNamespace(gate_up=gate_up, weight=weight, product=product)
 
-    n, out = tokens * hidden, tokens * dim  # beside the product of F: gate_up of 2F in and out, the residual in
+    n = tokens * hidden  # beside the product of F: gate_up of 2F in and out
     return BenchCase(
         "swiglu_linear", f"T={tokens} F={hidden} D={dim}", inputs,
-        lambda i: swiglu.swiglu_linear_ref(i.gate_up, i.weight, i.residual),
-        lambda i, impl: swiglu.swiglu_linear(i.gate_up, i.weight, i.residual, impl),
-        ("gate_up", "weight", "residual"), linear_work(tokens, hidden, dim, n + out, 2 * n), main,
+        lambda i: swiglu.swiglu_linear_ref(i.gate_up, i.weight),
+        lambda i, impl: swiglu.swiglu_linear(i.gate_up, i.weight, impl), ("gate_up", "weight"),
+        linear_work(tokens, hidden, dim, n, 2 * n), main,
         sizes=dict(bare=("product", "weight")),
     )  # fmt: skip
 

@@ -156,7 +156,7 @@ def swiglu_consumed_case(tokens: int, hidden: int, dim: int) -> BenchCase:
     case = swiglu_linear_case(tokens, hidden, dim)
 
     def ours(i, impl):
-        return swiglu.swiglu_linear(i.gate_up * 1, i.weight, i.residual, impl, consume=True)
+        return swiglu.swiglu_linear(i.gate_up * 1, i.weight, impl, consume=True)
 
     return replace(case, shape=f"{case.shape} consumed", ours=ours)
 
@@ -171,6 +171,7 @@ def row_cases() -> Iterator[SimulatedCase]:
         yield SimulatedCase(rms_norm_case(tokens, dim, residual=True), dtype)
     for tokens, dim, n_out in ((37, 576, 130), (11, 2048, 66)):
         yield SimulatedCase(norm_linear_case(tokens, dim, n_out))
+        yield SimulatedCase(norm_linear_case(tokens, dim, n_out, residual=True))
         yield SimulatedCase(norm_linear_rows_case(tokens, dim, n_out))
     for tokens, heads, kv_heads, dim, dtype in (
         (70, 9, 3, 64, BF16), (37, 4, 4, 128, BF16), (20, 2, 1, 80, BF16), (9, 2, 2, 256, FP16), (9, 2, 1, 512, BF16),

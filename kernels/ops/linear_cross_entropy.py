@@ -250,7 +250,7 @@ def forward(
             logits, targets[chunk], None if weights is None else weights[chunk], losses[chunk], vocab, stride,
             ignore_index, z_loss, label_smoothing,
             SMOOTH=label_smoothing != 0, GRADIENT=want_dx or want_dw, PADDED=stride != vocab,
-            VECTOR=16 // x.element_size(), **config,
+            VECTOR=16 // x.element_size(), enable_fp_fusion=True, **config,
         )  # fmt: skip
         if want_dx:  # the kernel has written the gradient over the logits
             torch.mm(logits, weight, out=dx[chunk])
@@ -282,7 +282,9 @@ def scaled(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Te
     y = _scaled_fake(x, scale, dtype)
     config = launch_config("linear_cross_entropy", "scale", x.device)
     if x.numel():
-        _scale_kernel[(triton.cdiv(x.numel(), config["BLOCK"]),)](x, scale, y, x.numel(), **config)
+        _scale_kernel[(triton.cdiv(x.numel(), config["BLOCK"]),)](
+            x, scale, y, x.numel(), enable_fp_fusion=True, **config
+        )
     return y
 
 

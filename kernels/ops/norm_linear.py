@@ -1,14 +1,14 @@
 """RMSNorm, then a linear map: the way into attention and into the feed-forward.
 
-    norm_linear        y = rms_norm(x, norm_weight) @ weight.T          returned beside x
-    norm_linear_rows   the first n columns of y at chosen rows only, the other columns at all rows, and x at the chosen
-                       rows: the way into the last layer, where only rows with a loss need queries
+    norm_linear        s = x + residual (or x), y = rms_norm(s, norm_weight) @ weight.T; both are returned
+    norm_linear_rows   without a residual: the first n columns of y at chosen rows only, the other columns at all rows,
+                       and x at the chosen rows: the way into the last layer, where only rows with a loss need queries
 
-Saved for backward: x, rstd (4 bytes a row) and the weights; the norm's output only with keep. Without it, the pass that
-takes the gradient through the norm writes the output again for weight's gradient. That pass also adds the gradient of
-the residual stream, if the caller goes on from the x that is returned. Bound by its GEMMs, which are cuBLAS. The norm
-moves 4 bytes an element forward and 10 backward in bf16 (8 with keep); adding the residual stream's gradient in a pass
-of its own would move 6 more.
+Saved for backward: s, rstd (4 bytes a row) and the weights; the norm's output only with
+keep. Without it, the pass that takes the gradient through the norm writes the output again for weight's gradient. That
+pass also adds the gradient of the residual stream, if the caller goes on from the s that is returned. Bound by its
+GEMMs, which are cuBLAS. The norm moves 8 bytes an element forward (4 without a residual) and 10 backward in bf16 (8
+with keep); adding the residual and its gradient in passes of their own would move 4 and 6 more.
 """
 
 import torch
@@ -16,21 +16,31 @@ import torch.nn.functional as F
 
 from kernels.ops.common import accumulator, weight_gradient
 from kernels.ops.rms_norm import backward as norm_backward
-from kernels.ops.rms_norm import choose_norm_impl, rms_norm_ref
+from kernels.ops.rms_norm import check_residual, choose_norm_impl, rms_norm_ref
 from kernels.ops.rms_norm import forward as norm_forward
 
 # ---- reference: the specification, and the path on CPU --------------------------------------------------------------
 
 
 def norm_linear_ref(
-    x: torch.Tensor, norm_weight: torch.Tensor, weight: torch.Tensor, eps: float
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute norm_linear in plain torch."""
-    return F.linear(rms_norm_ref(x, norm_weight, eps), weight), x
+    s = x if residual is None else x + residual
+    return F.linear(rms_norm_ref(s, norm_weight, eps), weight), s
 
 
 def norm_linear_rows_ref(
-    x: torch.Tensor, norm_weight: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor, n: int, eps: float
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    weight: torch.Tensor,
+    rows: torch.Tensor,
+    n: int,
+    eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute norm_linear_rows in plain torch."""
     h = rms_norm_ref(x, norm_weight, eps)
@@ -43,30 +53,28 @@ def norm_linear_rows_ref(
 
 class _NormLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, norm_weight, weight, eps, keep, accumulate):
+    def forward(ctx, x, residual, norm_weight, weight, eps, keep, accumulate):
         ctx.set_materialize_grads(False)  # a missing gradient stays None, instead of zeros to read
         ctx.eps, ctx.into = eps, accumulator("norm_linear", weight, accumulate)
-        rows = x.contiguous()
-        h, _, rstd = norm_forward(rows, None, norm_weight, eps)
-        ctx.save_for_backward(rows, norm_weight, weight, rstd, h if keep else None)
-        return F.linear(h, weight), x
+        rows, residual = x.contiguous(), residual if residual is None else residual.contiguous()
+        h, s, rstd = norm_forward(rows, residual, norm_weight, eps)
+        ctx.save_for_backward(rows if residual is None else s, norm_weight, weight, rstd, h if keep else None)
+        return F.linear(h, weight), x if residual is None else s
 
     @staticmethod
     def backward(ctx, dy, ds):
-        x, norm_weight, weight, rstd, h = ctx.saved_tensors
-        want_x, want_norm_weight, want_weight, *_ = ctx.needs_input_grad
-        if dy is None:
-            return ds, *[None] * 5
-        dx = dnorm_weight = dweight = None
-        if want_x or want_norm_weight:
+        s, norm_weight, weight, rstd, h = ctx.saved_tensors
+        want_x, want_residual, want_norm_weight, want_weight, *_ = ctx.needs_input_grad
+        dx, dnorm_weight, dweight = ds, None, None
+        if dy is not None and (want_x or want_residual or want_norm_weight):
             ds = ds if ds is None else ds.contiguous()
-            dx, dnorm_weight, made = norm_backward(dy @ weight, x, norm_weight, rstd, ds, want_weight and h is None)
+            dx, dnorm_weight, made = norm_backward(dy @ weight, s, norm_weight, rstd, ds, want_weight and h is None)
             h = made if h is None else h
-        elif want_weight and h is None:
-            h = norm_forward(x, None, norm_weight, ctx.eps)[0]
-        if want_weight:
+        elif dy is not None and want_weight and h is None:
+            h = norm_forward(s, None, norm_weight, ctx.eps)[0]
+        if dy is not None and want_weight:
             dweight = weight_gradient(dy, h, ctx.into)
-        return dx, dnorm_weight, dweight, None, None, None
+        return dx, dx if want_residual else None, dnorm_weight, dweight, None, None, None
 
 
 class _NormLinearRows(torch.autograd.Function):
@@ -114,18 +122,20 @@ def norm_linear(
     weight: torch.Tensor,
     eps: float = 1e-5,
     impl: str = "auto",
+    residual: torch.Tensor | None = None,
     keep: bool = False,
     accumulate: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """rms_norm(x, norm_weight) @ weight.T. x: (T, D). norm_weight: (D,). weight: (N, D). Returns y (T, N), and x.
+    """rms_norm(s, norm_weight) @ weight.T of s = x + residual. Returns y (T, N), and s, which is x without a residual.
 
-    Use the returned x as the residual: its gradient is then added in the norm's own backward pass. keep: keep the
-    norm's output, which backward would otherwise compute again. accumulate: see kernels.ops.common.weight_gradient. The
-    reference leaves both to autograd. Raises ValueError if the shapes or dtypes do not fit.
+    x, residual: (T, D). norm_weight: (D,). weight: (N, D). Use the returned s as the next residual: its gradient is
+    then added in the norm's own backward pass. keep: keep the norm's output, which backward would otherwise compute
+    again. accumulate: see kernels.ops.common.weight_gradient. The reference leaves both to autograd. Raises ValueError
+    if the shapes or dtypes do not fit.
     """
-    if _check("norm_linear", impl, x, norm_weight, weight) == "ref":
-        return norm_linear_ref(x, norm_weight, weight, eps)
-    return _NormLinear.apply(x, norm_weight, weight, eps, keep, accumulate)
+    if _check("norm_linear", impl, x, norm_weight, weight, residual) == "ref":
+        return norm_linear_ref(x, norm_weight, weight, eps, residual)
+    return _NormLinear.apply(x, residual, norm_weight, weight, eps, keep, accumulate)
 
 
 def norm_linear_rows(
@@ -151,10 +161,11 @@ def norm_linear_rows(
     return _NormLinearRows.apply(x, norm_weight, weight, rows, n, eps, keep, accumulate)
 
 
-def _check(op, impl, x, norm_weight, weight):
+def _check(op, impl, x, norm_weight, weight, residual=None):
     if x.ndim != 2 or norm_weight.shape != x.shape[-1:] or weight.ndim != 2 or weight.shape[1:] != x.shape[-1:]:
         raise ValueError(
             f"{op}: x is {tuple(x.shape)}, norm_weight is {tuple(norm_weight.shape)}, "
             f"weight is {tuple(weight.shape)}; wanted (T, D), (D,), (N, D)"
         )
+    check_residual(op, x, residual)
     return choose_norm_impl(op, impl, x, norm_weight)

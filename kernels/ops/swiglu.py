@@ -1,12 +1,11 @@
-"""SwiGLU, and SwiGLU followed by the projection back to the residual stream.
+"""SwiGLU, and SwiGLU followed by the projection whose output the next norm adds to the residual stream.
 
     swiglu(gate_up) = silu(gate) * up                  gate_up = [gate, up] side by side; in fp32
-    swiglu_linear   = swiglu(gate_up) @ weight.T + residual
+    swiglu_linear   = swiglu(gate_up) @ weight.T
 
 The element-wise passes are bound by memory. Forward reads gate_up and writes the product h, 6 bytes an element of h in
 bf16. Backward reads gate_up and dh and writes d(gate_up), and h again for weight's gradient, 12 bytes. Saved for
-backward: gate_up and weight, and h only with keep. The GEMMs are cuBLAS; the residual is added in the epilogue of the
-forward GEMM.
+backward: gate_up and weight, and h only with keep. The GEMMs are cuBLAS.
 Source: arXiv:2002.05202.
 """
 
@@ -26,9 +25,9 @@ def swiglu_ref(gate_up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up  # silu computes in fp32 and rounds
 
 
-def swiglu_linear_ref(gate_up: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """swiglu(gate_up) @ weight.T + residual in plain torch."""
-    return residual + F.linear(swiglu_ref(gate_up), weight)
+def swiglu_linear_ref(gate_up: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """swiglu(gate_up) @ weight.T in plain torch."""
+    return F.linear(swiglu_ref(gate_up), weight)
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------
@@ -73,7 +72,8 @@ def _launch(name, kernel, gate_up, *others):
     rows, dim = gate_up.shape[0], gate_up.shape[1] // 2
     config = launch_config("swiglu", name, gate_up.device, dim)
     if rows * dim:
-        kernel[(rows * triton.cdiv(dim, config["COLS"]),)](gate_up, *others, DIM=dim, **config)
+        grid = rows * triton.cdiv(dim, config["COLS"])
+        kernel[(grid,)](gate_up, *others, DIM=dim, enable_fp_fusion=True, **config)
 
 
 def _forward_fake(gate_up):
@@ -137,17 +137,17 @@ class _SwiGLU(torch.autograd.Function):
 
 class _SwiGLULinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate_up, weight, residual, consume, keep, accumulate):
+    def forward(ctx, gate_up, weight, consume, keep, accumulate):
         ctx.consume, ctx.into = consume, accumulator("swiglu_linear", weight, accumulate)
         gate_up = gate_up.contiguous()
         h = forward(gate_up)
         ctx.save_for_backward(gate_up, weight, h if keep else None)
-        return torch.addmm(residual, h, weight.T)
+        return F.linear(h, weight)
 
     @staticmethod
     def backward(ctx, dy):
         gate_up, weight, h = ctx.saved_tensors
-        want_gate_up, want_weight, want_residual, *_ = ctx.needs_input_grad
+        want_gate_up, want_weight, *_ = ctx.needs_input_grad
         dgate_up = dweight = None
         if want_gate_up and ctx.consume:
             dh = dy @ weight
@@ -160,7 +160,7 @@ class _SwiGLULinear(torch.autograd.Function):
             h = forward(gate_up)
         if want_weight:
             dweight = weight_gradient(dy, h, ctx.into)
-        return dgate_up, dweight, dy if want_residual else None, None, None, None
+        return dgate_up, dweight, None, None, None
 
 
 # ---- public ---------------------------------------------------------------------------------------------------------
@@ -178,13 +178,12 @@ def swiglu(gate_up: torch.Tensor, impl: str = "auto") -> torch.Tensor:
 def swiglu_linear(
     gate_up: torch.Tensor,
     weight: torch.Tensor,
-    residual: torch.Tensor,
     impl: str = "auto",
     consume: bool = False,
     keep: bool = False,
     accumulate: bool = False,
 ) -> torch.Tensor:
-    """swiglu(gate_up) @ weight.T + residual. gate_up: (T, 2F). weight: (D, F). residual: (T, D). Returns (T, D).
+    """swiglu(gate_up) @ weight.T. gate_up: (T, 2F). weight: (D, F). Returns (T, D).
 
     consume: backward writes gate_up's gradient over gate_up, which saves 4F bytes a token in bf16, for a caller that
     uses gate_up nowhere else. Autograd then refuses a second backward, and the backward of any other op that saved
@@ -192,12 +191,10 @@ def swiglu_linear(
     kernels.ops.common.weight_gradient. The reference leaves all three to autograd.
     Raises ValueError if the shapes do not fit.
     """
-    fits = gate_up.ndim == residual.ndim == weight.ndim == 2
-    if not fits or gate_up.shape != (len(residual), 2 * weight.shape[1]) or residual.shape[1] != weight.shape[0]:
+    if gate_up.ndim != 2 or weight.ndim != 2 or gate_up.shape[1] != 2 * weight.shape[1]:
         raise ValueError(
-            f"swiglu_linear: gate_up {tuple(gate_up.shape)}, weight {tuple(weight.shape)}, residual "
-            f"{tuple(residual.shape)}; wanted (T, 2F), (D, F), (T, D)"
+            f"swiglu_linear: gate_up {tuple(gate_up.shape)}, weight {tuple(weight.shape)}; wanted (T, 2F), (D, F)"
         )
     if choose_impl("swiglu_linear", impl, gate_up) == "ref":
-        return swiglu_linear_ref(gate_up, weight, residual)
-    return _SwiGLULinear.apply(gate_up, weight, residual, consume, keep, accumulate)
+        return swiglu_linear_ref(gate_up, weight)
+    return _SwiGLULinear.apply(gate_up, weight, consume, keep, accumulate)

@@ -29,7 +29,7 @@ from engine.model.llama import new_model
 from engine.text.tokenizer_files import load_tokenizer
 from scripts.base.results import new_json_parser, today, write_json
 
-OPS = ("attention", "attention_plan", "linear_add", "linear_cross_entropy", "rms_norm", "swiglu")  # have CPU twins
+OPS = ("attention", "attention_plan", "linear", "linear_cross_entropy", "rms_norm", "swiglu")  # have CPU twins
 
 
 class Sums:
@@ -59,7 +59,7 @@ def run_kernels_on_cpu():
 
 def watch_products(sums):
     """Make every weight gradient also add its product to sums[0]."""
-    for name in ("linear_add", "norm_linear", "swiglu"):
+    for name in ("linear", "norm_linear", "swiglu"):
         module = import_module(f"kernels.ops.{name}")
         real = module.weight_gradient
 

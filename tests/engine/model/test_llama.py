@@ -1,5 +1,7 @@
 """The whole model through the kernels against the whole model through the references."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -91,21 +93,21 @@ def test_only_rows_with_a_loss_pass_the_last_layer(device):
     for impl in ("triton", "ref"):
         model, one = model_of(impl, device), batch()
         ready, seen = model.prepare_batch(one), []
-        model.layers[-1].register_forward_hook(lambda block, args, out, seen=seen: seen.append(out))
-        everywhere = model(ready.tokens, ready.positions, one.documents)[ready.rows]
+        model.layers[-1].register_forward_hook(lambda block, args, out, seen=seen: seen.append(sum(out)))
+        model(ready.tokens, ready.positions, one.documents)
         model.loss(one)
-        assert len(seen[1]) == len(ready.rows) < len(seen[0]) and worst(seen[1] - everywhere) < 1e-5
+        assert len(seen[1]) == len(ready.rows) < len(seen[0]) and worst(seen[1] - seen[0][ready.rows]) < 1e-5
         assert ready.rows[ready.row_of_target].equal(one.loss_rows.to(device))
 
 
 def test_a_gradient_that_is_added_to_nothing_is_refused(device):
     x, weight = torch.randn(3, 8, device=device), torch.randn(4, 8, device=device, requires_grad=True)
-    with pytest.raises(ValueError, match="linear_add: accumulate=True wants a parameter"):
-        kernels.linear_add(x, weight * 2, torch.randn(3, 4, device=device), "triton", accumulate=True)
+    with pytest.raises(ValueError, match="linear: accumulate=True wants a parameter"):
+        kernels.linear(x, weight * 2, "triton", accumulate=True)
 
 
 def test_what_a_layer_keeps_for_backward(device):
-    """Its input and the residual after attention, q k v, attention's output, gate and up, and per-row statistics."""
+    """The residual stream before and after attention, q k v, attention's output, gate and up, per-row statistics."""
     model, one, kept = model_of("triton", device), batch(), {}
 
     def keep(t):
@@ -116,9 +118,9 @@ def test_what_a_layer_keeps_for_backward(device):
         return t
 
     n, c = len(one.tokens), model.config
-    x = torch.randn(n, c.dim, device=device, requires_grad=True)
+    x, residual = (torch.randn(n, c.dim, device=device, requires_grad=True) for _ in range(2))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        y = model.layers[0](x, attend_of(model, one))
+        y, _ = model.layers[0](x, residual, attend_of(model, one))
     kept.pop(y.untyped_storage().data_ptr(), None)
     numbers = 2 * c.dim + (c.n_heads + 2 * c.n_kv_heads) * c.head_dim + c.n_heads * c.head_dim + 2 * c.hidden_dim
     statistics = 2 + c.n_heads  # rstd of two norms, logsumexp of each head
@@ -147,12 +149,12 @@ def attend_of(model, one):
 def test_torch_compile_traces_a_layer_whole(device):
     model, one = model_of("triton", device), batch()
     attend = attend_of(model, one)
-    x = torch.randn(len(one.tokens), model.config.dim, device=device, requires_grad=True)
-    eager = model.layers[0](x, attend)
-    wanted = torch.autograd.grad(eager.square().sum(), [x, *model.layers[0].parameters()])
-    compiled = torch.compile(model.layers[0], fullgraph=True, backend="aot_eager")(x, attend)
-    found = torch.autograd.grad(compiled.square().sum(), [x, *model.layers[0].parameters()])
-    assert compiled.equal(eager) and all(a.equal(b) for a, b in zip(found, wanted, strict=True))
+    inputs = [torch.randn(len(one.tokens), model.config.dim, device=device, requires_grad=True) for _ in range(2)]
+    compile_ = partial(torch.compile, fullgraph=True, backend="aot_eager")
+    eager, compiled = (layer(*inputs, attend) for layer in (model.layers[0], compile_(model.layers[0])))
+    leaves = [*inputs, *model.layers[0].parameters()]
+    wanted, found = (torch.autograd.grad(sum(out).square().sum(), leaves) for out in (eager, compiled))
+    assert all(a.equal(b) for a, b in zip((*eager, *wanted), (*compiled, *found), strict=True))
 
 
 def test_the_same_text(device):

@@ -35,8 +35,8 @@ def test_attention_counts_what_a_query_sees():
         (bench_cases.rope_case(3, 2, 1, 4), (0, 2 * 36, 48), (0, 2 * 36, 48)),
         (bench_cases.swiglu_case(3, 5), (0, 45, 0), (0, 75, 0)),
         (bench_cases.norm_linear_case(3, 5, 7), (210, 15 + 35 + 21, 0), (420, 30 + 70 + 21, 0)),
-        # gate_up 30, weight 35, residual and output 21 each; dy 21, gate_up and its gradient 30 each, weight twice
-        (bench_cases.swiglu_linear_case(3, 5, 7), (210, 30 + 35 + 42, 0), (420, 21 + 60 + 70, 0)),
+        # gate_up 30, weight 35, output 21; dy 21, gate_up and its gradient 30 each, weight twice
+        (bench_cases.swiglu_linear_case(3, 5, 7), (210, 30 + 35 + 21, 0), (420, 21 + 60 + 70, 0)),
         (bench_cases.linear_cross_entropy_case(3, 5, 7), (210, 15 + 35, 0), (420, 30 + 70, 0)),
     ],
     ids=lambda x: x.op if isinstance(x, bench_cases.BenchCase) else "",

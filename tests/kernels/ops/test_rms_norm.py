@@ -10,13 +10,13 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 from kernels.ops import rms_norm as op
 from kernels.ops.common import INTERPRETED
-from tests.helpers.run import worst
+from tests.helpers.run import start_compiler, worst
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="bf16 and full sizes need a GPU")
 runs = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or Triton's interpreter")
 pytestmark = runs
 
-TILES = {"rms_norm": {"forward": {"ROWS": 2}, "backward": {"ROWS": 2}}}
+TILES = {"rms_norm": {"forward": {"ROWS": 2}, "backward": {"ROWS": 2}, "dw": {"COLS": 16, "ROWS": 2}}}
 EPS = 1e-5
 DTYPES = [torch.float32, torch.float16]
 
@@ -25,8 +25,8 @@ def norm(x, weight, residual=None, impl="triton"):
     return kernels.rms_norm(x, weight, EPS, impl, residual)
 
 
-def linear(x, norm_weight, weight, impl="triton"):
-    return kernels.norm_linear(x, norm_weight, weight, EPS, impl)
+def linear(x, norm_weight, weight, residual=None, impl="triton"):
+    return kernels.norm_linear(x, norm_weight, weight, EPS, impl, residual)
 
 
 def with_gradients(f, inputs, upstream):
@@ -81,6 +81,12 @@ def test_rounds_where_the_reference_rounds(device):
     assert (y == norm(s, weight, impl="ref")).float().mean() > 0.99  # x_hat is rounded before the weight
     _, _, rstd = op.forward(s, None, weight, EPS)
     assert op.backward(x, s, weight, rstd, None, True)[2].equal(y)  # backward's output is forward's
+
+
+def test_backward_computes_the_output_that_forward_had_in_every_dtype_and_tile():
+    process = start_compiler("tests.helpers.recomputed_norm", "sm_90")
+    out, err = process.communicate()
+    assert process.returncode == 0 and out.count(": 0 of") == out.count("\n") > 20, out + err[-2000:]
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 300.0, 3e4])
@@ -148,14 +154,16 @@ def test_operators_tell_torch_the_truth(extra, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("t", "d", "n"), [(0, 8, 4), (1, 2, 1), (5, 24, 40), (7, 576, 30)])
 def test_norm_linear(t, d, n, dtype, device, poison):
-    x, weight, norm_weight, dy, ds = random(device, (t, d), (n, d), (d,), (t, n), (t, d), dtype=dtype)
+    x, residual, weight, norm_weight, dy, ds = random(device, (t, d), (t, d), (n, d), (d,), (t, n), (t, d), dtype=dtype)
     _, same, *_ = compare(linear, (x, norm_weight, weight / d**0.5), (dy, ds))
-    assert same.equal(x)
+    _, added, *_ = compare(linear, (x, norm_weight, weight / d**0.5, residual), (dy, ds))
+    assert same.equal(x) and added.equal(x + residual)
 
 
+@pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("used", [0, 1])
-def test_norm_linear_of_which_one_output_is_used(used, device):
-    inputs = random(device, (5, 24), (24,), (40, 24))
+def test_norm_linear_of_which_one_output_is_used(used, with_residual, device):
+    inputs = random(device, (5, 24), (24,), (40, 24), *[(5, 24)] * with_residual)
     upstream = random(device, [(5, 40), (5, 24)][used])
     compare(
         lambda *inputs, impl="triton": linear(*inputs, impl=impl)[used] + 0 * (inputs[1].sum() + inputs[2].sum()),
@@ -167,8 +175,8 @@ def test_x_is_used_before_the_norm_and_after_it_in_any_strides(device):
     x, norm_weight, weight, dy = random(device, (24, 5), (24,), (24, 24), (1, 1))
 
     def twice(x, norm_weight, weight, impl="triton"):
-        y, same = linear(x.T, norm_weight, weight, impl)
-        y, same = linear(same * 2 + y, norm_weight, weight, impl)
+        y, same = linear(x.T, norm_weight, weight, impl=impl)
+        y, same = linear(same * 2 + y, norm_weight, weight, x.T, impl)
         return y + same + x.T
 
     compare(twice, (x, norm_weight, weight.T), (dy.expand(5, 24),))
@@ -187,9 +195,13 @@ class _Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("asked", "products"), [("x", 1), ("norm", 1), ("weight", 1), ("x weight", 2), ("x norm", 1)])
+@pytest.mark.parametrize(
+    ("asked", "products"),
+    [("x", 1), ("residual", 1), ("norm", 1), ("weight", 1), ("x weight", 2), ("x norm", 1), ("x residual", 1)],
+)
 def test_norm_linear_multiplies_for_what_is_asked_alone(asked, products, device):
-    inputs = dict(zip(("x", "norm", "weight"), random(device, (5, 24), (24,), (40, 24)), strict=True))
+    names = "x", "norm", "weight", "residual"
+    inputs = dict(zip(names, random(device, (5, 24), (24,), (40, 24), (5, 24)), strict=True))
     upstream = random(device, (5, 40), (5, 24))
     whole = dict(zip(inputs, with_gradients(linear, inputs.values(), upstream)[2:], strict=True))
     leaves = {name: t.clone().requires_grad_(name in asked.split()) for name, t in inputs.items()}
@@ -201,8 +213,10 @@ def test_norm_linear_multiplies_for_what_is_asked_alone(asked, products, device)
     assert all(grad.equal(whole[name]) for name, grad in zip(asked.split(), grads, strict=True))
 
 
-def test_norm_linear_saves_x_and_a_number_a_row(device):
-    x, norm_weight, weight = (t.requires_grad_() for t in random(device, (64, 24), (24,), (40, 24)))
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_norm_linear_saves_its_input_and_a_number_a_row(with_residual, device):
+    shapes = (64, 24), (24,), (40, 24), *[(64, 24)] * with_residual
+    x, norm_weight, weight, *residual = (t.requires_grad_() for t in random(device, *shapes))
     saved = {}
 
     def note(t):
@@ -210,17 +224,17 @@ def test_norm_linear_saves_x_and_a_number_a_row(device):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        _, same = linear(x, norm_weight, weight)
+        _, s = linear(x, norm_weight, weight, *residual)
     assert sum(saved.values()) == x.numel() + norm_weight.numel() + weight.numel() + len(x)
-    assert same.data_ptr() == x.data_ptr()  # handed back, not copied
+    assert s.data_ptr() in saved and (s.data_ptr() == x.data_ptr()) != with_residual  # x is handed back, not copied
 
 
 def test_norm_linear_writes_nothing_that_it_reads(device):
-    inputs, upstream = random(device, (5, 24), (24,), (40, 24)), random(device, (5, 40), (5, 24))
+    inputs, upstream = random(device, (5, 24), (24,), (40, 24), (5, 24)), random(device, (5, 40), (5, 24))
     before = [t.clone() for t in (*inputs, *upstream)]
-    *_, dx, dnorm, dweight = with_gradients(linear, inputs, upstream)
+    made = with_gradients(linear, inputs, upstream)
     assert all(a.equal(b) for a, b in zip(before, (*inputs, *upstream), strict=True))
-    assert not {t.data_ptr() for t in (*inputs, *upstream)} & {t.data_ptr() for t in (dx, dnorm, dweight)}
+    assert not {t.data_ptr() for t in (*inputs, *upstream)} & {t.data_ptr() for t in made}
 
 
 @pytest.mark.parametrize(
@@ -231,6 +245,10 @@ def test_norm_linear_writes_nothing_that_it_reads(device):
         (lambda: norm(torch.zeros(2, 8), torch.zeros(8), torch.zeros(3, 8)), r"residual is \(3, 8\)"),
         (lambda: linear(torch.zeros(2, 3, 8), torch.zeros(8), torch.zeros(4, 8)), r"x is \(2, 3, 8\).*wanted \(T, D\)"),
         (lambda: linear(torch.zeros(2, 8), torch.zeros(8).half(), torch.zeros(4, 8)), "weight is torch.float16"),
+        (
+            lambda: linear(torch.zeros(2, 8), torch.zeros(8), torch.zeros(4, 8), torch.zeros(2, 1)),
+            r"residual is \(2, 1\)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said(call, message):
@@ -250,6 +268,7 @@ def test_bf16_at_real_sizes(d):
     compare(norm, (x, norm_weight), (dy,))
     compare(norm, (x, norm_weight, residual), (dy, ds))
     compare(linear, (x, norm_weight, weight / d**0.5), (dout, ds))
+    compare(linear, (x, norm_weight, weight / d**0.5, residual), (dout, ds))
 
 
 @gpu

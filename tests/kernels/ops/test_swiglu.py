@@ -25,9 +25,9 @@ def glu(gate_up, impl="triton"):
     return kernels.swiglu(gate_up, impl)
 
 
-def linear(gate_up, weight, residual, impl="triton", consume=False):
+def linear(gate_up, weight, impl="triton", consume=False):
     """consume takes a copy: its caller has no other use for gate_up."""
-    return kernels.swiglu_linear(gate_up * 1 if consume else gate_up, weight, residual, impl, consume)
+    return kernels.swiglu_linear(gate_up * 1 if consume else gate_up, weight, impl, consume)
 
 
 def with_gradients(f, inputs, upstream):
@@ -56,8 +56,8 @@ def random(device, *shapes, dtype=torch.float32):
 
 def inputs_of(t, f, d, device, dtype=torch.float32):
     """gate_up, weight, residual and an upstream gradient."""
-    gate_up, weight, residual, dy = random(device, (t, 2 * f), (d, f), (t, d), (t, d), dtype=dtype)
-    return [gate_up, weight / f**0.5, residual], dy
+    gate_up, weight, dy = random(device, (t, 2 * f), (d, f), (t, d), dtype=dtype)
+    return [gate_up, weight / f**0.5], dy
 
 
 @pytest.fixture
@@ -91,10 +91,10 @@ def test_far_from_zero_and_at_it(device):
 
 
 def test_any_strides_and_an_upstream_gradient_of_stride_0(device):
-    gate_up, weight, residual, dy = random(device, (34, 5), (17, 9), (9, 10), (1, 1))
+    gate_up, weight, dy = random(device, (34, 5), (17, 9), (1, 1))
     compare(glu, [gate_up.T], dy.expand(5, 17))
     for consume in (False, True):
-        compare(partial(linear, consume=consume), [gate_up.T, weight.T, residual[:, ::2].T], dy.expand(5, 9))
+        compare(partial(linear, consume=consume), [gate_up.T, weight.T], dy.expand(5, 9))
 
 
 @pytest.mark.parametrize("consume", [False, True])
@@ -103,7 +103,7 @@ def test_nothing_that_is_read_is_written_and_two_runs_are_bit_equal(consume, dev
     before = [t.clone() for t in (*inputs, dy)]
     first = with_gradients(partial(linear, consume=consume), inputs, dy)
     assert all(a.equal(b) for a, b in zip(before, (*inputs, dy), strict=True))
-    _, dgate_up, dweight, _ = first  # the residual's gradient is the upstream one itself
+    _, dgate_up, dweight = first
     assert not {t.data_ptr() for t in (*inputs, dy)} & {t.data_ptr() for t in (dgate_up, dweight)}
     again = with_gradients(partial(linear, consume=consume), inputs, dy)
     assert all(a.equal(b) for a, b in zip(first, again, strict=True))
@@ -117,29 +117,29 @@ def test_nothing_that_is_read_is_written_and_two_runs_are_bit_equal(consume, dev
 
 
 def test_consume_writes_the_gradient_over_gate_up(device):
-    (gate_up, weight, residual), dy = inputs_of(5, 20, 12, device)
-    _, dgate_up, *_ = with_gradients(linear, (gate_up, weight, residual), dy)
+    (gate_up, weight), dy = inputs_of(5, 20, 12, device)
+    _, dgate_up, _ = with_gradients(linear, (gate_up, weight), dy)
     gate_up = gate_up.requires_grad_()
-    ours = kernels.swiglu_linear(gate_up, weight, residual, "triton", consume=True)
+    ours = kernels.swiglu_linear(gate_up, weight, "triton", consume=True)
     (grad,) = torch.autograd.grad(ours, gate_up, dy)
     assert grad.data_ptr() == gate_up.data_ptr() and not grad.requires_grad
     assert grad.equal(dgate_up)
 
 
 def test_without_consume_a_second_backward_gives_the_same(device):
-    (gate_up, weight, residual), dy = inputs_of(5, 20, 12, device)
+    (gate_up, weight), dy = inputs_of(5, 20, 12, device)
     gate_up = gate_up.requires_grad_()
-    y = kernels.swiglu_linear(gate_up, weight, residual, "triton")
+    y = kernels.swiglu_linear(gate_up, weight, "triton")
     first, again = (torch.autograd.grad(y, gate_up, dy, retain_graph=True)[0] for _ in range(2))
     assert first.equal(again)
 
 
 def test_autograd_refuses_what_would_read_a_consumed_gate_up(device):
-    (gate_up, weight, residual), dy = inputs_of(5, 20, 12, device)
+    (gate_up, weight), dy = inputs_of(5, 20, 12, device)
     gate_up = gate_up.requires_grad_()
     consumed = gate_up * 1
     other = consumed.square()  # saves it too
-    y = kernels.swiglu_linear(consumed, weight, residual, "triton", consume=True)
+    y = kernels.swiglu_linear(consumed, weight, "triton", consume=True)
     torch.autograd.grad(y, gate_up, dy, retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(other.sum(), gate_up)
@@ -161,13 +161,10 @@ class _Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("consume", [False, True])
-@pytest.mark.parametrize(
-    ("asked", "products"),
-    [("gate_up", 1), ("weight", 1), ("residual", 0), ("gate_up weight", 2), ("weight residual", 1)],
-)
+@pytest.mark.parametrize(("asked", "products"), [("gate_up", 1), ("weight", 1), ("gate_up weight", 2)])
 def test_multiplies_for_what_is_asked_alone(asked, products, consume, device):
     tensors, dy = inputs_of(5, 20, 12, device)
-    inputs = dict(zip(("gate_up", "weight", "residual"), tensors, strict=True))
+    inputs = dict(zip(("gate_up", "weight"), tensors, strict=True))
     whole = dict(zip(inputs, with_gradients(linear, tensors, dy)[1:], strict=True))
     leaves = {name: t.clone().requires_grad_(name in asked.split()) for name, t in inputs.items()}
     y = linear(*leaves.values(), consume=consume)
@@ -192,14 +189,15 @@ def test_saves_gate_up_and_weight_alone(device):
 
 @pytest.mark.parametrize("consume", [False, True])
 def test_a_feed_forward_recomputed_and_compiled(consume, device):
-    """The layer's second half, as the model writes it: x goes round the norm and the product and is added."""
-    x, norm_weight, w13, w2, dy = random(device, (5, 24), (24,), (40, 24), (24, 20), (5, 24))
+    """A layer's second half and the next norm, which adds what goes round the first norm and the products."""
+    x, residual, norm_weight, w13, w2, dy = random(device, (5, 24), (5, 24), (24,), (40, 24), (24, 20), (5, 24))
 
-    def feed_forward(x, norm_weight, w13, w2, impl="triton"):
-        gate_up, x = kernels.norm_linear(x, norm_weight, w13, 1e-5, impl)
-        return kernels.swiglu_linear(gate_up, w2, x, impl, consume)
+    def feed_forward(x, residual, norm_weight, w13, w2, impl="triton"):
+        gate_up, residual = kernels.norm_linear(x, norm_weight, w13, 1e-5, impl, residual)
+        down = kernels.swiglu_linear(gate_up, w2, impl, consume)
+        return kernels.rms_norm(down, norm_weight, 1e-5, impl, residual)[0]
 
-    inputs = (x, norm_weight, w13 / 5, w2 / 5)
+    inputs = (x, residual, norm_weight, w13 / 5, w2 / 5)
     ours = compare(feed_forward, inputs, dy)
     compiled = torch.compile(feed_forward, fullgraph=True, backend="aot_eager")
     for other in (partial(checkpoint, feed_forward, use_reentrant=False), compiled):
@@ -210,7 +208,7 @@ def test_a_feed_forward_recomputed_and_compiled(consume, device):
 
 
 def test_operators_without_kernels_are_autograds():
-    (gate_up, _, _), _ = inputs_of(5, 9, 4, "cpu", torch.float64)
+    (gate_up, _), _ = inputs_of(5, 9, 4, "cpu", torch.float64)
     (dh,) = random("cpu", (5, 9), dtype=torch.float64)
     gate, up = gate_up.chunk(2, -1)
     sigmoid = 1 / (1 + (-gate).exp())
@@ -238,9 +236,8 @@ def test_operators_tell_torch_the_truth(device):
     [
         (lambda t: glu(t(2, 3, 4)), r"gate_up is \(2, 3, 4\)"),
         (lambda t: glu(t(2, 3)), "wanted an even number"),
-        (lambda t: linear(t(2, 8), t(5, 3), t(2, 5)), r"wanted \(T, 2F\), \(D, F\), \(T, D\)"),
-        (lambda t: linear(t(2, 8), t(5, 4), t(2, 6)), r"wanted \(T, 2F\), \(D, F\), \(T, D\)"),
-        (lambda t: linear(t(2, 8), t(5, 4), t(1, 5)), r"wanted \(T, 2F\), \(D, F\), \(T, D\)"),
+        (lambda t: linear(t(2, 8), t(5, 3)), r"wanted \(T, 2F\), \(D, F\)"),
+        (lambda t: linear(t(2, 8), t(4)), r"wanted \(T, 2F\), \(D, F\)"),
     ],
 )
 def test_what_does_not_fit_is_said(call, message):
