@@ -17,10 +17,11 @@ if "cria-cache-" not in os.environ.get("XDG_CACHE_HOME", ""):  # workers of pyte
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available() and not os.environ.get("CRIA_TEST_CHIP"):
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on CPU tensors; before any of them is imported
 
 from kernels.ops.common import launch_table
+from tests.helpers.kernels import CHIP
 
 
 def pytest_collection_modifyitems(items):
@@ -87,3 +88,16 @@ def small_tiles(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_findings():
+    """With CRIA_TEST_CHIP, run the kernels on the PTX machine, and fail if it finds anything."""
+    if not CHIP:
+        yield
+        return
+    from kernels.compiled.simulation import on_machine
+
+    with on_machine(CHIP, late=True) as launches:
+        yield
+    assert not [f"{launch.kernel}: {finding}" for launch in launches for finding in launch.findings]

@@ -14,14 +14,11 @@ from engine.training.optimizer import AdamW
 from kernels.ops import adamw as op
 from kernels.ops import eight_bit as dynamic_map
 from kernels.ops import grad_norm as norm_op
-from kernels.ops.common import INTERPRETED, launch_table
+from kernels.ops.common import launch_table
+from tests.helpers.kernels import needs_gpu, needs_kernels
 from tests.helpers.run import finetune, worst
 from tests.helpers.training_states import save_checkpoint
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="full sizes need a GPU")
-needs_kernels = pytest.mark.skipif(
-    not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or Triton's interpreter"
-)
 both = pytest.mark.parametrize("impl", [pytest.param("triton", marks=needs_kernels), "ref"])
 
 TILES = {
@@ -566,7 +563,7 @@ def test_grad_norm_is_registered(device):
 # ---- full sizes -----------------------------------------------------------------------------------------------------
 
 
-@gpu
+@needs_gpu
 def test_a_tensor_of_more_than_2_to_the_31_elements():
     """The last elements of one are updated as those of a small one."""
     if torch.cuda.mem_get_info()[0] < 30e9:

@@ -16,12 +16,11 @@ from kernels.ops import attention_plan as plans
 from kernels.ops import attention_ref as ref
 from kernels.ops.common import INTERPRETED, LAUNCH
 from kernels.ops.rope import rope_ref
+from tests.helpers.kernels import DEVICE, needs_compiler, needs_gpu, needs_kernels, sized
 from tests.helpers.run import worst
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="bf16 and full sizes need a GPU")
-runs = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or Triton's interpreter")
 # The interpreter reckons with what is in the padding, as a GPU does silently.
-pytestmark = [runs, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+pytestmark = [needs_kernels, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 # On a GPU what ships comes first, and fp32 only for heads of up to 16: its exact products unroll into FMAs, and one
 # shape of Dh=128 takes 46 s to compile. The interpreter computes bf16 wrongly.
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16, torch.float32]
@@ -111,12 +110,12 @@ def compare(ours, inputs, upstream, seen):
         assert worst(a.double() - true) <= limit, name
 
 
-def random_qkv(n, heads, kv_heads, dh, device, dtype=torch.float32, n_queries=None):
+def random_qkv(n, heads, kv_heads, dh, device, dtype=DTYPES[0], n_queries=None):
     shapes = ((n if n_queries is None else n_queries, heads), (n, kv_heads), (n, kv_heads))
     return [torch.randn(rows, h, dh, device=device).to(dtype) for rows, h in shapes]
 
 
-def check(documents, n, heads=(2, 2), dh=16, device="cpu", dtype=torch.float32):
+def check(documents, n, heads=(2, 2), dh=16, device="cpu", dtype=DTYPES[0]):
     q, k, v = random_qkv(n, *heads, dh, device, dtype)
     upstream = torch.randn_like(q)
     ours = with_gradients(partial(op.attention, documents=table(documents), impl="triton"), (q, k, v), upstream)
@@ -684,26 +683,28 @@ def alpaca(n_rows):
         row += int(length)
 
 
-@gpu
+@needs_compiler
 @pytest.mark.parametrize("layout", ["alpaca", "one"])
 @pytest.mark.parametrize(
     ("heads", "dh", "dtype"), crossed(((8, 8), 128), ((8, 2), 64), ((4, 2), 80), ((2, 2), 256)), ids=str
 )
 def test_full_size(layout, heads, dh, dtype):
-    n = 4096
-    check(alpaca(n) if layout == "alpaca" else [[0, n, 0, 0]], n, heads, dh, "cuda", dtype)
+    n = sized(4096, 200)
+    heads = sized(heads, (heads[0] // heads[1], 1))
+    check(alpaca(n) if layout == "alpaca" else [[0, n, 0, 0]], n, heads, dh, DEVICE, dtype)
 
 
-@gpu
+@needs_compiler
 def test_same_bits_every_time_at_full_size():
-    q, k, v = random_qkv(8192, 8, 8, 128, "cuda", torch.bfloat16)
-    attend = partial(op.attention, documents=table(alpaca(8192)), impl="triton")
+    n, heads = sized(8192, 300), sized(8, 1)
+    q, k, v = random_qkv(n, heads, heads, 128, DEVICE, torch.bfloat16)
+    attend = partial(op.attention, documents=table(alpaca(n)), impl="triton")
     first = with_gradients(attend, (q, k, v), q)
-    for _ in range(20):
+    for _ in range(sized(20, 2)):
         assert all(a.equal(b) for a, b in zip(with_gradients(attend, (q, k, v), q), first, strict=True))
 
 
-@gpu
+@needs_gpu
 def test_offsets_beyond_2_to_the_31():
     n, h, dh = 2**19 + 300, 32, 128  # rows x stride of q alone passes 2^31
     last = [[n - 300, n - 100, 0, 0], [n - 100, n, n - 300, n - 290]]

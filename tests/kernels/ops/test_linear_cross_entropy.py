@@ -9,11 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import linear_cross_entropy
 from kernels.ops import linear_cross_entropy as module
+from tests.helpers.kernels import CHIP, CUDA, DEVICE, needs_compiler, needs_gpu, sized
 from tests.helpers.run import worst
 
-CUDA = torch.cuda.is_available()
-gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * CUDA
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * bool(CUDA or CHIP)
 TILES = {"linear_cross_entropy": {"rows": {"VECTORS": 16}, "scale": {"BLOCK": 256}}}
 TILE = 128  # columns of a 16-bit tile in the interpreter, 64 in fp32
 V = 203  # odd, over one tile
@@ -448,26 +447,27 @@ def test_what_does_not_fit_is_said():
 # ---- at the sizes of real models ------------------------------------------------------------------------------------
 
 
-@gpu
+@needs_compiler
 @pytest.mark.parametrize("vocab", [32000, 32003, 128256])
 def test_full_size_in_bf16(vocab):
-    n_rows, dim = 8192, 4096
-    x, weight, targets, weights = inputs("cuda", torch.bfloat16, n_rows, dim, vocab)
+    n_rows, dim = sized(8192, 6), sized(4096, 32)
+    x, weight, targets, weights = inputs(DEVICE, torch.bfloat16, n_rows, dim, vocab)
     with torch.no_grad():
         weight *= dim**-0.5
     exact = [t.detach().float().requires_grad_() for t in (x, weight)]
     truth = grads(linear_cross_entropy(*exact, targets, weights, "ref"), *exact)
     theirs = grads(linear_cross_entropy(x, weight, targets, weights, "ref"), x, weight)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_allocated() if CUDA else 0
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
     ours = grads(linear_cross_entropy(x, weight, targets, weights, "triton"), x, weight)
-    peak = torch.cuda.max_memory_allocated() - before
+    peak = torch.cuda.max_memory_allocated() - before if CUDA else 0
     assert peak < module.LOGITS_BYTES + 6 * vocab * dim + 8 * n_rows * dim + (64 << 20)
     for name, a, b, t in zip(("loss", "dx", "dw"), ours, theirs, truth, strict=True):
         assert worst(a - t) <= 2 * worst(b - t) + 1e-6 * worst(t), name
 
 
-@gpu
+@needs_gpu
 def test_more_than_2_to_the_31_logits_in_a_chunk(monkeypatch):
     x, weight, targets, weights = inputs("cuda", torch.bfloat16, 70_000, 64, 32003)
     in_chunks = grads(linear_cross_entropy(x, weight, targets, weights, "triton"), x, weight)

@@ -9,12 +9,10 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels.ops import rms_norm as op
-from kernels.ops.common import INTERPRETED
+from tests.helpers.kernels import DEVICE, needs_compiler, needs_gpu, needs_kernels, sized
 from tests.helpers.run import start_compiler, worst
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="bf16 and full sizes need a GPU")
-runs = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or Triton's interpreter")
-pytestmark = runs
+pytestmark = needs_kernels
 
 TILES = {"rms_norm": {"forward": {"ROWS": 2}, "backward": {"ROWS": 2}, "dw": {"COLS": 16, "ROWS": 2}}}
 EPS = 1e-5
@@ -260,18 +258,19 @@ def test_what_does_not_fit_is_said(call, message):
 # ---- on a GPU -------------------------------------------------------------------------------------------------------
 
 
-@gpu
+@needs_compiler
 @pytest.mark.parametrize("d", [576, 2048, 4096, 5120, 8192])
 def test_bf16_at_real_sizes(d):
-    x, residual, dy, ds = random("cuda", *[(4099, d)] * 4, dtype=torch.bfloat16)
-    norm_weight, weight, dout = random("cuda", (d,), (256, d), (4099, 256), dtype=torch.bfloat16)
+    rows, out = sized(4099, 9), sized(256, 16)
+    x, residual, dy, ds = random(DEVICE, *[(rows, d)] * 4, dtype=torch.bfloat16)
+    norm_weight, weight, dout = random(DEVICE, (d,), (out, d), (rows, out), dtype=torch.bfloat16)
     compare(norm, (x, norm_weight), (dy,))
     compare(norm, (x, norm_weight, residual), (dy, ds))
     compare(linear, (x, norm_weight, weight / d**0.5), (dout, ds))
     compare(linear, (x, norm_weight, weight / d**0.5, residual), (dout, ds))
 
 
-@gpu
+@needs_gpu
 def test_more_than_2_to_the_31_elements():
     rows, d = 2**31 // 4096 + 5, 4096
     x = torch.empty(rows, d, dtype=torch.bfloat16, device="cuda").normal_()

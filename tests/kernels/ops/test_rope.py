@@ -8,12 +8,10 @@ import torch
 import kernels
 from engine.model.config import RopeScaling
 from kernels.ops import rope as op
-from kernels.ops.common import INTERPRETED
+from tests.helpers.kernels import DEVICE, needs_compiler, needs_gpu, needs_kernels, sized
 from tests.helpers.run import worst
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="bf16 and full sizes need a GPU")
-runs = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or Triton's interpreter")
-pytestmark = runs
+pytestmark = needs_kernels
 
 TILES = {"rope": {"rotate": {"ROWS": 4}}}
 DTYPES = [torch.float32, torch.float16]
@@ -192,14 +190,15 @@ def test_what_does_not_fit_is_said(q, k, message):
         kernels.rope(torch.zeros(3, 2, 8), torch.zeros(3, 2, 8).half(), torch.zeros(3, 4), torch.zeros(3, 4))
 
 
-@gpu
+@needs_compiler
 @pytest.mark.parametrize(("h", "kv", "dh"), [(32, 32, 128), (32, 8, 128), (9, 3, 64), (32, 32, 80), (8, 1, 256)])
 def test_bf16_at_real_sizes(h, kv, dh):
-    q, k, dq, dk = random("cuda", *[(4099, h, dh), (4099, kv, dh)] * 2, dtype=torch.bfloat16)
-    compare(q, k, *tables(4099, dh, "cuda"), (dq, dk))
+    rows = sized(4099, 9)
+    q, k, dq, dk = random(DEVICE, *[(rows, h, dh), (rows, kv, dh)] * 2, dtype=torch.bfloat16)
+    compare(q, k, *tables(rows, dh, DEVICE), (dq, dk))
 
 
-@gpu
+@needs_gpu
 def test_more_than_2_to_the_31_elements():
     t, dh = 2**31 // (96 * 128) + 9, 128
     qkv = torch.empty(t, 96, dh, dtype=torch.bfloat16, device="cuda").normal_()

@@ -9,12 +9,10 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels.ops import swiglu as op
-from kernels.ops.common import INTERPRETED
+from tests.helpers.kernels import DEVICE, needs_compiler, needs_gpu, needs_kernels, sized
 from tests.helpers.run import worst
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="bf16 and full sizes need a GPU")
-runs = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or Triton's interpreter")
-pytestmark = runs
+pytestmark = needs_kernels
 
 TILES = {"swiglu": {"forward": {"COLS": 16}, "backward": {"COLS": 16}}}
 DTYPES = [torch.float32, torch.float16]
@@ -248,16 +246,17 @@ def test_what_does_not_fit_is_said(call, message):
 # ---- on a GPU -------------------------------------------------------------------------------------------------------
 
 
-@gpu
+@needs_compiler
 @pytest.mark.parametrize("f", [1536, 5632, 11008, 14336])
 def test_bf16_at_real_sizes(f):
-    inputs, dy = inputs_of(1027, f, 512, "cuda", torch.bfloat16)
+    rows, out = sized(1027, 5), sized(512, 32)
+    inputs, dy = inputs_of(rows, f, out, DEVICE, torch.bfloat16)
     for consume in (False, True):
         compare(partial(linear, consume=consume), inputs, dy)
-    compare(glu, inputs[:1], torch.randn(1027, f, device="cuda").bfloat16())
+    compare(glu, inputs[:1], torch.randn(rows, f, device=DEVICE).bfloat16())
 
 
-@gpu
+@needs_gpu
 def test_more_than_2_to_the_31_elements():
     rows, f = 2**31 // (2 * 11008) + 5, 11008
     gate_up = torch.empty(rows, 2 * f, dtype=torch.bfloat16, device="cuda").normal_()

@@ -1,0 +1,25 @@
+"""Where the kernels of a test run: on a GPU, compiled on the PTX machine, or in Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+from kernels.ops.common import INTERPRETED
+
+CUDA = torch.cuda.is_available()
+CHIP = "" if CUDA else os.environ.get("CRIA_TEST_CHIP", "")  # sm_80 or sm_90: compiled for it, on the PTX machine
+DEVICE = "cuda" if CUDA else "cpu"
+
+needs_kernels = pytest.mark.skipif(
+    not (CUDA or CHIP or INTERPRETED), reason="needs a GPU, CRIA_TEST_CHIP or Triton's interpreter"
+)
+needs_compiler = pytest.mark.skipif(
+    not (CUDA or CHIP), reason="compiled: on a GPU, and on the PTX machine by tests/kernels/test_on_machine.py"
+)
+needs_gpu = pytest.mark.skipif(not CUDA, reason="needs the memory of a GPU")
+
+
+def sized(on_gpu, on_machine):
+    """Return a size for a GPU, or the smaller one for the PTX machine."""
+    return on_gpu if CUDA else on_machine

@@ -1,0 +1,12 @@
+"""The ops run compiled: on a GPU, else on the PTX machine in the processes of tests/kernels/test_on_machine.py.
+
+Asked for by name without a GPU, they run in Triton's interpreter, which takes no time to compile.
+"""
+
+from tests.helpers.kernels import CHIP, CUDA
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leave these tests to test_on_machine.py, unless the command line names them. It runs few of attention's."""
+    is_named = any("ops" in argument for argument in config.args)
+    return None if CUDA or CHIP or is_named or collection_path.name == "test_attention.py" else True
