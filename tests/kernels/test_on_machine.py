@@ -10,7 +10,6 @@ from tests.helpers.kernels import CUDA
 from tests.helpers.run import ROOT
 
 FILES = sorted(path.name for path in (ROOT / "tests" / "kernels" / "ops").glob("test_*.py"))
-CHOSEN = {"test_attention.py": ["-k", "full_size"]}  # the others multiply fp32 exactly: minutes of compiling
 
 
 @pytest.mark.skipif(CUDA, reason="they run on the GPU")
@@ -18,9 +17,8 @@ CHOSEN = {"test_attention.py": ["-k", "full_size"]}  # the others multiply fp32 
 def test_compiled_for_sm_90(file):
     env = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
     env = {name: value for name, value in env.items() if not name.startswith("PYTEST_XDIST")}
-    options = CHOSEN.get(file, ())
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/kernels/ops/{file}", *options],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/kernels/ops/{file}"],
         cwd=ROOT, env=env | {"CRIA_TEST_CHIP": "sm_90"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -280,7 +280,7 @@ def test_padding_is_never_read(layout, device):
     upstream = torch.randn_like(q)
     attend = partial(op.attention, documents=table(documents), impl="triton")
     clean = with_gradients(attend, (q, k, v), upstream)
-    poison = torch.tensor([math.nan, math.inf, -math.inf, 1e38], device=device).repeat(4)
+    poison = torch.tensor([math.nan, math.inf, -math.inf, 1e38], device=device).repeat(4).to(q.dtype)
     for t in (q, k, v, upstream):
         t[padding] = poison
     poisoned = with_gradients(attend, (q, k, v), upstream)
@@ -304,7 +304,7 @@ def test_same_bits_every_time(device, monkeypatch):
     documents, n = LAYOUTS["all kinds"]
     q, k, v = (t.requires_grad_() for t in random_qkv(n, 2, 1, 16, device))
     upstream, plan = torch.randn_like(q), op.attention_plan(table(documents), n, 16, device, "triton")
-    assert q.is_cuda or plan.n_slots
+    assert not INTERPRETED or plan.n_slots  # small tiles are the interpreter's
     given = [t.detach().clone() for t in (q, k, v, upstream, *plan[:7])]
     out = op.attention(q, k, v, plan, "triton")
     gradients = torch.autograd.grad(out, (q, k, v), upstream, retain_graph=True)
@@ -329,7 +329,7 @@ def test_operators_and_their_twins(layout, share, device):
     documents, n = LAYOUTS[layout]
     seen = visible(documents, n)
     rows = torch.from_numpy(some_rows(n, 0, share))
-    q, k, v = random_qkv(n, 4, 2, 8, device)
+    q, k, v = random_qkv(n, 4, 2, 8, device, torch.float32)
     do = torch.randn_like(q)
     for t in (q, k, v, do):
         t[~(seen.any(0) | seen.any(1)).to(device)] = math.nan
