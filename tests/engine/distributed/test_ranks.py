@@ -157,8 +157,8 @@ def test_two_ranks_then_one_then_four_are_one_run(rows, reference, tmp_path):
 @pytest.mark.parametrize(
     "where",
     [
-        "before(Transformer, 'loss', 4, die)",  # in a step
-        "before(evaluation, 'evaluate', 2, die)",  # the other one is in the evaluation
+        "before(Transformer, 'loss', 6, die)",  # in step 4, when the state of step 2 is whole
+        "before(evaluation, 'evaluate', 3, die)",  # after step 4; the other one is in the evaluation
         "before(saver, 'write_safetensors', 3, die)",  # in the writing of its shard
     ],
 )
