@@ -85,6 +85,9 @@ def with_records(*launches):
 def test_only_a_launch_with_an_equal_record_is_known():
     launches, described, old = with_records(*(launch(constants={(1,): i}) for i in range(3)))
     assert known.find_known(launches, described, old) == dict(enumerate(old))
+    alike = [FIELDS | {"case": case} for case in "ab"]  # two cases that launch it with the same arguments
+    recorded = [fields | {"inputs": old[0]["inputs"]} for fields in alike]
+    assert known.find_known([launches[0]] * 2, alike, recorded) == dict(enumerate(recorded))
     old[0] |= {"num_warps": 8}
     old[1] |= {"triton": "0.1"}
     old[2] |= {"inputs": "another"}
