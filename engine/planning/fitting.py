@@ -51,6 +51,23 @@ def find_largest_micro_batch(c: ModelConfig, setting: Setting, available_bytes: 
     return low
 
 
+def resolve_recompute(
+    c: ModelConfig, setting: Setting, available_bytes: int, limits: Limits, *, share_tokens: int, tokens: int
+) -> tuple[Setting, int]:
+    """Return the setting with what recompute="auto" stands for, and the tokens of its micro-batches.
+
+    It is "none" if one GPU's part of a step, share_tokens, then needs no more micro-batches than with "cheap", whose
+    micro-batches have `tokens`. A setting with another recompute is returned as it is.
+    """
+    if setting.recompute != "auto":
+        return setting, tokens
+    cheap, none = replace(setting, recompute="cheap"), replace(setting, recompute="none")
+    fewer = min(tokens, find_largest_micro_batch(c, none, available_bytes, limits))
+    if fewer and math.ceil(share_tokens / fewer) <= math.ceil(share_tokens / tokens):
+        return none, fewer
+    return cheap, tokens
+
+
 # ---- meshes ---------------------------------------------------------------------------------------------------------
 
 

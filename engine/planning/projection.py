@@ -13,6 +13,7 @@ from engine.planning.fitting import (
     find_cheapest_fits,
     find_largest_micro_batch,
     find_mesh_that_fits,
+    resolve_recompute,
 )
 from engine.planning.memory import Memory, memory, state_bytes
 from engine.planning.setting import Recipe, Setting
@@ -155,6 +156,7 @@ def estimate_run(c: ModelConfig, card: Card, mix: Mix, recipe: Recipe, setting: 
         return Outcome(setting, cut, memory(c, setting, cut.largest), projection, flags)
 
     fitting = find_largest_micro_batch(c, setting, available_bytes, limits)
+    setting, fitting = resolve_recompute(c, setting, available_bytes, limits, share_tokens=whole.tokens, tokens=fitting)
     found = outcome(recipe.micro_batch_tokens or max(fitting, recipe.max_length), setting)  # what fits, or the least
     estimate = Estimate(recipe, c, card, speed, mix, available_bytes, found, ())
     if estimate.fits:

@@ -18,7 +18,7 @@ class Setting:
     dtype: torch.dtype = torch.bfloat16
     master: str = "split"  # --master-weights
     states: str = "fp32"  # --optimizer-states
-    recompute: str = "cheap"  # --recompute
+    recompute: str = "cheap"  # --recompute; "auto" takes as much as "cheap" until it is resolved
     offload: bool = False  # --offload-optimizer
     in_backward: bool = False  # --optimizer-in-backward
     shards: int = 1  # GPUs over which one replica of the model is sharded

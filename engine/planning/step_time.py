@@ -101,7 +101,7 @@ def step_seconds(
     """
     t, u, size = work.tokens, work.loss_rows, setting.number_bytes
     heads, kv_heads, full = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_layers - 1
-    again = 1 if setting.recompute == "block" else 0
+    again, kept = int(setting.recompute == "block"), int(setting.recompute == "none")
     weights = c.n_layers * sum(count_layer_weights(c)) + c.dim * c.vocab_size
     gemm_bytes = (4 + again) * weights * size * work.micro_batches
     pairs = full * (work.pairs + MASKED_KEYS * t) + work.query_pairs + MASKED_KEYS * u
@@ -109,7 +109,7 @@ def step_seconds(
     rows = full * t + u
     moved = size * (
         rows * (1 + again) * (8 * c.dim + 3 * c.hidden_dim + 4 * (heads + kv_heads))  # forward
-        + rows * (10 * c.dim + 6 * c.hidden_dim + 8 * (heads + kv_heads))  # backward
+        + rows * ((10 - 2 * kept) * c.dim + (6 - kept) * c.hidden_dim + 8 * (heads + kv_heads))  # backward
         + 2 * u * c.vocab_size + 4 * t * c.dim  # logits; the embedding
         + 3 * c.vocab_size * c.dim * work.micro_batches  # the embedding's gradient: zeroed, and added
     )  # fmt: skip

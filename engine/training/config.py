@@ -78,8 +78,8 @@ class FinetuneConfig:
     recompute: str = flag(
         "cheap",
         "what backward computes again instead of keeping: none; cheap, the outputs of norms and activations; block, "
-        "all of a layer but its input",
-        ("none", "cheap", "block"),
+        "all of a layer but its input; auto is none on a GPU where a step then has no more micro-batches, else cheap",
+        ("auto", "none", "cheap", "block"),
     )
     eval_data: tuple[str, ...] = flag((), "files of held-out examples")
     eval_fraction: float = flag(0.0, "share of --data held out, chosen by the seed")

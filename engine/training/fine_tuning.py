@@ -92,7 +92,7 @@ def build_model(plan: Plan, world: World, found: Checkpoint | None) -> tuple[Tra
     config = plan.config
     shard = partial(fsdp.shard_model, world=world) if world.size > 1 else None
     model = new_model(
-        plan.model_config, plan.device, plan.dtype, plan.kernels, config.recompute,
+        plan.model_config, plan.device, plan.dtype, plan.kernels, plan.recompute,
         accumulate=not config.optimizer_in_backward, shard=shard,
     )  # fmt: skip
     if found is None:

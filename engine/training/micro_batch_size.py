@@ -20,7 +20,14 @@ from engine.distributed.fsdp import set_last_micro_batch
 from engine.distributed.world import World
 from engine.model.config import ModelConfig
 from engine.model.llama import Transformer
-from engine.planning.fitting import MOST_TOKENS, Limits, find_cheapest_fits, find_mesh_that_fits, find_shard_counts
+from engine.planning.fitting import (
+    MOST_TOKENS,
+    Limits,
+    find_cheapest_fits,
+    find_mesh_that_fits,
+    find_shard_counts,
+    resolve_recompute,
+)
 from engine.planning.memory import CONTEXT_BYTES
 from engine.planning.setting import Setting
 from engine.training.config import FinetuneConfig
@@ -35,37 +42,40 @@ TOKENS_MULTIPLE = 64  # of which a micro-batch's tokens are a multiple on a GPU:
 
 def choose_mesh_and_tokens(
     c: ModelConfig, config: FinetuneConfig, train: Dataset, device: torch.device, dtype: torch.dtype, ranks: int = 1
-) -> tuple[int, int]:
-    """Return the replicas of the model over the ranks, and the tokens of a micro-batch.
+) -> tuple[Setting, int]:
+    """Return the setting, with the replicas of the model over the ranks and --recompute decided, and the tokens of a
+    micro-batch.
 
     On a CPU there is one replica unless --replicas says otherwise, and a micro-batch has 2048 tokens: more gains
     nothing. On CUDA find_mesh_that_fits() chooses the replicas. A micro-batch then gets as many tokens as fit into the
     free memory beside a shard, even with a loss at every token, but no more than a step holds. Raises UsageError, with
     settings that would fit, where not even one example fits.
     """
+    setting = setting_from_config(config, dtype, ranks)
     counts = find_shard_counts(c, config.optimizer_states, ranks)
     if config.replicas:
         counts = [ranks // config.replicas]
     if device.type == "cpu":
-        return ranks // max(counts), max(2048, config.max_length)
+        recompute = "cheap" if config.recompute == "auto" else config.recompute
+        setting = dataclasses.replace(setting.with_replicas(ranks // max(counts)), recompute=recompute)
+        return setting, max(2048, config.max_length)
     available_bytes = torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES  # the context is in use already
     most, step = count_largest_tokens(config, train, TOKENS_MULTIPLE)
     least = round_up(config.max_length, TOKENS_MULTIPLE)
     most = min(MOST_TOKENS, most, config.micro_batch_tokens or most)
-    limits = Limits(max(least, most), step if config.optimizer_in_backward else None)
+    limits, share = Limits(max(least, most), step if config.optimizer_in_backward else None), -(-step // ranks)
     setting, tokens = find_mesh_that_fits(
-        c, setting_from_config(config, dtype, ranks), available_bytes, limits, share_tokens=-(-step // ranks),
-        least_tokens=least, counts=counts,
-    )  # fmt: skip
+        c, setting, available_bytes, limits, share_tokens=share, least_tokens=least, counts=counts
+    )
+    setting, tokens = resolve_recompute(c, setting, available_bytes, limits, share_tokens=share, tokens=tokens)
     tokens = tokens // TOKENS_MULTIPLE * TOKENS_MULTIPLE
     if tokens < config.max_length and not config.micro_batch_tokens:
-        setting = setting_from_config(config, dtype, ranks).with_replicas(setting.replicas)
         advice = advise_settings(c, setting, available_bytes, config.max_length, config.max_length, config.max_length)
         raise UsageError(
             f"{config.model}: an example of {config.max_length} tokens and what training keeps do not fit the "
             f"{available_bytes / 1e9:.1f} GB that are free; {advice}"
         )
-    return setting.replicas, tokens
+    return setting, tokens
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -207,6 +217,7 @@ class MicroBatchSize:
             return "lower --micro-batch-tokens"
         peak, total = torch.cuda.max_memory_allocated(plan.device), torch.cuda.mem_get_info(plan.device)[1]
         setting = setting_from_config(plan.config, plan.dtype, self.world.size).with_replicas(self.world.replicas)
+        setting = dataclasses.replace(setting, recompute=plan.recompute)
         ways = advise_settings(
             plan.model_config, setting, int(0.9 * total), self.max_tokens, most_tokens, plan.config.max_length
         )

@@ -38,6 +38,7 @@ class Plan:
     total_steps: int
     packing: Packing  # of a step, on each rank; MicroBatchSize halves its budget once where memory runs out
     replicas: int  # of the model, over the ranks
+    recompute: str  # "none", "cheap" or "block"
     facts: dict  # recorded in checkpoints and compared on resume; recorded_facts() adds max_tokens
 
     @property
@@ -87,6 +88,7 @@ def describe_plan(plan: Plan, world: World) -> str:
     slow = ""
     if plan.device.type == "cpu" and plan.dtype == torch.bfloat16 and not cpu_multiplies_bf16():
         slow = " (this CPU has no bf16 instructions: --dtype fp32 is faster)"
+    recompute = f"; --recompute auto is {plan.recompute}" if config.recompute == "auto" else ""
     examples = f" and {config.micro_batch_size} examples" if config.micro_batch_size else ""
     return (
         f"model: {config.model}, {c.n_parameters / 1e6:.1f}M parameters, {plan.facts['dtype']} on {plan.device}, "
@@ -94,4 +96,5 @@ def describe_plan(plan: Plan, world: World) -> str:
         f"plan: {plan.total_steps} steps of {config.global_batch_size} examples in micro-batches of at most "
         f"{plan.packing.max_tokens} tokens{examples}; "
         f"{len(plan.train)} examples, {plural(config.epochs, 'epoch')}{' at most' if config.max_steps else ''}"
+        f"{recompute}"
     )

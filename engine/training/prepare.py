@@ -67,7 +67,7 @@ def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) ->
     total_steps = min(total_steps, config.max_steps or total_steps)
 
     multiple = TOKENS_MULTIPLE if device.type == "cuda" else 1
-    replicas, max_tokens = choose_mesh_and_tokens(model_config, config, train, device, dtype, world.size)
+    setting, max_tokens = choose_mesh_and_tokens(model_config, config, train, device, dtype, world.size)
     max_tokens = round_up(config.micro_batch_tokens or max_tokens, multiple)
     packing = Packing(max_tokens, config.micro_batch_size, config.packing, config.share_prefix, multiple)
     facts = {
@@ -80,7 +80,7 @@ def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) ->
     }
     return Plan(
         config, Path(config.out), device, dtype, kernels, model_config, source, tokenizer, train, held_out,
-        read_prompts(config.sample_prompts), total_steps, packing, replicas, facts,
+        read_prompts(config.sample_prompts), total_steps, packing, setting.replicas, setting.recompute, facts,
     )  # fmt: skip
 
 
@@ -137,6 +137,8 @@ def read_prompts(name: str) -> list[str]:
 def agree_on_plan(plan: Plan, world: World) -> Plan:
     """Return the plan that all ranks follow, with the smallest micro-batches and fewest replicas that any rank chose.
 
+    Where --recompute auto is "none" on some ranks only, it is "cheap" on all.
+
     Also arranges the ranks in replicas. Raises DataError where a rank read other data or was given other settings.
     """
 
@@ -157,6 +159,8 @@ def agree_on_plan(plan: Plan, world: World) -> Plan:
             ))  # fmt: skip
     max_tokens, replicas = world.min_over_ranks(plan.packing.max_tokens), world.min_over_ranks(plan.replicas)
     world.arrange_replicas(replicas)
+    if plan.config.recompute == "auto" and not world.min_over_ranks(int(plan.recompute == "none")):
+        plan = dataclasses.replace(plan, recompute="cheap")
     return dataclasses.replace(
         plan, packing=dataclasses.replace(plan.packing, max_tokens=max_tokens), replicas=replicas
     )

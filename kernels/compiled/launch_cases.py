@@ -208,7 +208,7 @@ def swiglu_cases() -> Iterator[Case]:
         return build
 
     def backward_over(dim):
-        return lambda make: (swiglu.backward_over, *backward(dim, True)(make)[1:3])
+        return lambda make: (swiglu.backward_over, *backward(dim, True)(make)[1:])
 
     for dim in (1536, 11008):  # SmolLM2-135M, LLaMA-7B
         yield Case("swiglu", f"forward F={dim}", forward(dim))

@@ -151,14 +151,14 @@ def norm_linear_rows_case(tokens: int, dim: int, n_out: int) -> BenchCase:
     return replace(case, op="norm_linear_rows", reference=lambda i: run(i, "ref"), ours=run)
 
 
-def swiglu_consumed_case(tokens: int, hidden: int, dim: int) -> BenchCase:
-    """Return a case of SwiGLU and a projection that writes its gradient over its input."""
+def swiglu_consumed_case(tokens: int, hidden: int, dim: int, keep: bool = False) -> BenchCase:
+    """Return a case of SwiGLU and a projection that writes its gradient over its input. keep: backward has h."""
     case = swiglu_linear_case(tokens, hidden, dim)
 
     def ours(i, impl):
-        return swiglu.swiglu_linear(i.gate_up * 1, i.weight, impl, consume=True)
+        return swiglu.swiglu_linear(i.gate_up * 1, i.weight, impl, consume=True, keep=keep)
 
-    return replace(case, shape=f"{case.shape} consumed", ours=ours)
+    return replace(case, shape=f"{case.shape} consumed{', kept' * keep}", ours=ours)
 
 
 def row_cases() -> Iterator[SimulatedCase]:
@@ -184,6 +184,7 @@ def row_cases() -> Iterator[SimulatedCase]:
         yield SimulatedCase(swiglu_case(tokens, hidden), dtype)
         yield SimulatedCase(swiglu_linear_case(tokens, hidden, dim), dtype)
         yield SimulatedCase(swiglu_consumed_case(tokens, hidden, dim), dtype)
+    yield SimulatedCase(swiglu_consumed_case(9, 1000, 48, keep=True))
 
 
 # ---- the head and its loss ------------------------------------------------------------------------------------------

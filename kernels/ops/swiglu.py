@@ -4,8 +4,8 @@
     swiglu_linear   = swiglu(gate_up) @ weight.T
 
 The element-wise passes are bound by memory. Forward reads gate_up and writes the product h, 6 bytes an element of h in
-bf16. Backward reads gate_up and dh and writes d(gate_up), and h again for weight's gradient, 12 bytes. Saved for
-backward: gate_up and weight, and h only with keep. The GEMMs are cuBLAS.
+bf16. Backward reads gate_up and dh and writes d(gate_up), and h again for weight's gradient, 12 bytes, or 10 with keep.
+Saved for backward: gate_up and weight, and h only with keep. The GEMMs are cuBLAS.
 Source: arXiv:2002.05202.
 """
 
@@ -108,16 +108,17 @@ def backward(dh: torch.Tensor, gate_up: torch.Tensor, want_h: bool) -> tuple[tor
     return dgate_up, h
 
 
-def _backward_over_cpu(dh, gate_up):
-    dgate_up, h = _backward_cpu(dh, gate_up, True)
+def _backward_over_cpu(dh, gate_up, want_h):
+    dgate_up, h = _backward_cpu(dh, gate_up, want_h)
     gate_up.copy_(dgate_up)
-    dh.copy_(h)
+    if want_h:
+        dh.copy_(h)
 
 
-@operator("swiglu_backward_over", mutates=("dh", "gate_up"), cpu=_backward_over_cpu, fake=lambda *tensors: None)
-def backward_over(dh: torch.Tensor, gate_up: torch.Tensor) -> None:
-    """Write d(gate_up) over gate_up (T, 2F) and h over dh (T, F): backward without memory of its own."""
-    _launch("backward", _backward_kernel, gate_up, dh, gate_up, dh)
+@operator("swiglu_backward_over", mutates=("dh", "gate_up"), cpu=_backward_over_cpu, fake=lambda *arguments: None)
+def backward_over(dh: torch.Tensor, gate_up: torch.Tensor, want_h: bool) -> None:
+    """Write d(gate_up) over gate_up (T, 2F), and h over dh (T, F) if wanted: backward without memory of its own."""
+    _launch("backward", _backward_kernel, gate_up, dh, gate_up, dh if want_h else None)
 
 
 # ---- autograd -------------------------------------------------------------------------------------------------------
@@ -151,8 +152,8 @@ class _SwiGLULinear(torch.autograd.Function):
         dgate_up = dweight = None
         if want_gate_up and ctx.consume:
             dh = dy @ weight
-            backward_over(dh, gate_up)  # and h over dh
-            dgate_up, h = gate_up.detach(), dh
+            backward_over(dh, gate_up, h is None)
+            dgate_up, h = gate_up.detach(), dh if h is None else h
         elif want_gate_up:
             dgate_up, made = backward(dy @ weight, gate_up, want_weight and h is None)
             h = made if h is None else h

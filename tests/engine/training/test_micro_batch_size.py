@@ -1,6 +1,8 @@
 """The largest micro-batch that fits, on cards that are not here."""
 
 import dataclasses
+import functools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -55,14 +57,25 @@ def test_where_no_example_fits_what_does_is_said(monkeypatch):
 
 
 def test_on_a_cpu_2048(monkeypatch):
-    assert fit.choose_mesh_and_tokens(MODELS["llama-7b"], config_of(), LENGTHS, torch.device("cpu"), BF16, 4) == (
-        1,
-        2048,
+    setting, tokens = fit.choose_mesh_and_tokens(
+        MODELS["llama-7b"], config_of(recompute="auto"), LENGTHS, torch.device("cpu"), BF16, 4
     )
+    assert (setting.replicas, setting.recompute, tokens) == (1, "cheap", 2048)
 
 
 def test_no_more_than_micro_batch_size_rows(monkeypatch):
     assert tokens_with(78, monkeypatch, micro_batch_size=8) == 1024
+
+
+@pytest.mark.parametrize(("free_gb", "recompute"), [(76, "cheap"), (92, "cheap"), (104, "none")])
+def test_nothing_is_recomputed_where_a_step_has_no_more_micro_batches_then(free_gb, recompute, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_gb * GB, 150 * GB))
+    choose = functools.partial(fit.choose_mesh_and_tokens, MODELS["llama-7b"], train=LENGTHS, device=CUDA, dtype=BF16)
+    found, tokens = choose(config_of(recompute="auto"))
+    assert found.recompute == recompute
+    sizes = [choose(config_of(recompute=asked))[1] for asked in ("cheap", "none")]
+    n_cheap, n_none = (math.ceil(128 * 128 / size) for size in sizes)
+    assert (n_none <= n_cheap) == (recompute == "none") and tokens in sizes
 
 
 def test_an_optimizer_in_backward_needs_no_gradients_where_a_step_is_one_micro_batch(monkeypatch):
@@ -86,7 +99,7 @@ def size_of(say, tokens=9024, multiple=64, out=None, ranks=1, device=CPU, **chan
     packing = Packing(tokens, multiple=multiple)
     plan = SimpleNamespace(
         config=dataclasses.replace(config_of(), **changes), device=device, dtype=BF16,
-        model_config=MODELS["llama-7b"], packing=packing, out=out,
+        model_config=MODELS["llama-7b"], packing=packing, out=out, recompute="cheap",
     )  # fmt: skip
     return fit.MicroBatchSize(plan, SimpleNamespace(packing=packing), SimpleNamespace(size=ranks, replicas=1), say)
 
@@ -118,7 +131,8 @@ def test_a_rank_halves_nothing_without_the_others_but_at_the_next_start(tmp_path
 
 def layout(model, ranks, free_gb, monkeypatch, **changes):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gb * GB), 85 * GB))
-    return fit.choose_mesh_and_tokens(MODELS[model], config_of(**changes), LENGTHS, CUDA, BF16, ranks)
+    setting, tokens = fit.choose_mesh_and_tokens(MODELS[model], config_of(**changes), LENGTHS, CUDA, BF16, ranks)
+    return setting.replicas, tokens
 
 
 def test_a_shard_of_a_model_leaves_more_room(monkeypatch):

@@ -23,9 +23,9 @@ def glu(gate_up, impl="triton"):
     return kernels.swiglu(gate_up, impl)
 
 
-def linear(gate_up, weight, impl="triton", consume=False):
+def linear(gate_up, weight, impl="triton", consume=False, keep=False):
     """consume takes a copy: its caller has no other use for gate_up."""
-    return kernels.swiglu_linear(gate_up * 1 if consume else gate_up, weight, impl, consume)
+    return kernels.swiglu_linear(gate_up * 1 if consume else gate_up, weight, impl, consume, keep)
 
 
 def with_gradients(f, inputs, upstream):
@@ -78,7 +78,9 @@ def test_swiglu(t, f, dtype, device, poison):
 @pytest.mark.parametrize(("t", "f", "d"), SIZES)
 def test_swiglu_linear(t, f, d, dtype, consume, device, poison):
     inputs, dy = inputs_of(t, f, d, device, dtype)
-    compare(partial(linear, consume=consume), inputs, dy)
+    ours = compare(partial(linear, consume=consume), inputs, dy)
+    kept = with_gradients(partial(linear, consume=consume, keep=True), inputs, dy)
+    assert all(a.equal(b) for a, b in zip(ours, kept, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
@@ -122,6 +124,13 @@ def test_consume_writes_the_gradient_over_gate_up(device):
     (grad,) = torch.autograd.grad(ours, gate_up, dy)
     assert grad.data_ptr() == gate_up.data_ptr() and not grad.requires_grad
     assert grad.equal(dgate_up)
+
+
+def test_what_is_kept_is_not_written_again(device):
+    gate_up, dh = random(device, (5, 40), (5, 20))
+    over, kept = gate_up.clone(), dh.clone()
+    op.backward_over(kept, over, False)
+    assert kept.equal(dh) and over.equal(op.backward(dh, gate_up, False)[0])
 
 
 def test_without_consume_a_second_backward_gives_the_same(device):
@@ -217,8 +226,10 @@ def test_operators_without_kernels_are_autograds():
         dgate_up, again = op._backward_cpu(dh, gate_up, want_h)
         assert worst(dgate_up - truth) < 1e-12 and again.numel() == want_h * h.numel()
     assert worst(again - h) < 1e-12
-    op._backward_over_cpu(dh, gate_up)
-    assert worst(gate_up - truth) < 1e-12 and worst(dh - h) < 1e-12
+    for want_h in (False, True):
+        over, made = gate_up.clone(), dh.clone()
+        op._backward_over_cpu(made, over, want_h)
+        assert worst(over - truth) < 1e-12 and worst(made - (h if want_h else dh)) < 1e-12
 
 
 def test_operators_tell_torch_the_truth(device):
@@ -226,7 +237,7 @@ def test_operators_tell_torch_the_truth(device):
     torch.library.opcheck(op.forward, (gate_up,))
     for want_h in (False, True):
         torch.library.opcheck(op.backward, (dh, gate_up, want_h))
-    torch.library.opcheck(op.backward_over, (dh, gate_up))
+        torch.library.opcheck(op.backward_over, (dh.clone(), gate_up.clone(), want_h))
 
 
 @pytest.mark.parametrize(
@@ -256,6 +267,14 @@ def test_bf16_at_real_sizes(f):
     compare(glu, inputs[:1], torch.randn(rows, f, device=DEVICE).bfloat16())
 
 
+@needs_compiler
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("f", [333, 1536])
+def test_backward_computes_the_output_that_forward_had(f, dtype):
+    gate_up, dh = random(DEVICE, (37, 2 * f), (37, f), dtype=dtype)
+    assert op.backward(dh, gate_up, True)[1].equal(op.forward(gate_up))
+
+
 @needs_gpu
 def test_more_than_2_to_the_31_elements():
     rows, f = 2**31 // (2 * 11008) + 5, 11008
@@ -263,5 +282,5 @@ def test_more_than_2_to_the_31_elements():
     h = op.forward(gate_up)
     tail, tail_h = op.backward(h[-9:].clone(), gate_up[-9:].clone(), True)
     assert h[-9:].equal(tail_h)
-    op.backward_over(h, gate_up)
+    op.backward_over(h, gate_up, True)
     assert gate_up[-9:].equal(tail) and h[-9:].equal(tail_h)
