@@ -59,7 +59,9 @@ def _digest_of_function(function: JITFunction) -> str:
 @cache
 def _digest_of_reader() -> str:
     """Return a digest of the code that turns launches into facts and judges them."""
-    files = [Path(__file__).with_name(name) for name in ("launches.py", "machine_code.py", "rules.py")]
+    files = [
+        Path(__file__).with_name(name) for name in ("launches.py", "machine_code.py", "async_order.py", "rules.py")
+    ]
     sources = [_bare_syntax(file.read_text()) for file in files]
     return hashlib.sha256("".join(sources).encode()).hexdigest()
 

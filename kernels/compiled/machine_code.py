@@ -16,6 +16,8 @@ from typing import Any
 
 from triton import knobs
 
+from kernels.compiled.async_order import find_unordered
+
 CHIPS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 SHARED_BLOCK = {"sm_80": 163, "sm_90": 227, "sm_100": 227}  # KB a block may ask for
 SHARED_SM = {"sm_80": 164, "sm_90": 228, "sm_100": 228}  # KB an SM has; 1 KB of it is reserved a block
@@ -67,6 +69,7 @@ class Facts:
     dots: int = 0  # tl.dot
     loaded: list[int] = field(default_factory=list)  # positions (without constants) of the arguments it loads from
     stored: list[int] = field(default_factory=list)  # positions of the arguments it stores to
+    unordered: list[str] = field(default_factory=list)  # what matrix instructions read without a fence after its write
 
 
 def read_facts(kernel: Any) -> Facts:
@@ -87,6 +90,7 @@ def read_facts(kernel: Any) -> Facts:
     facts.dots = len(re.findall(r"\b(?:tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma)\b", kernel.asm["ttgir"]))
     facts.loaded, facts.stored = find_touched_arguments(kernel.asm["ttir"])
     facts.streams = find_streams(kernel.asm["ttgir"], kernel.asm["ptx"])
+    facts.unordered = find_unordered(kernel.asm["ptx"])
     _count(parse_instructions(sass), facts)
     return facts
 

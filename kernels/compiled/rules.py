@@ -9,6 +9,7 @@ Rules for each compilation:
   wide      every stream moves 128 bits a thread and instruction. A stream is a tl.load or tl.store of a tile with over
             1/8 of the elements of the largest that the kernel moves, which leaves out row statistics, indices and small
             tables. Streams of one byte an element may move 64 bits.
+  order     a matrix instruction reads shared memory and registers after the fences that PTX wants (async_order.py)
 and for all together:
   unused    every entry of kernels/launch/*.json is launched by some case
   unplayed  every operator of torch.ops.cria is launched by some case
@@ -28,6 +29,7 @@ from kernels.compiled.launches import EntryPath, Launch, compile_all, patched, r
 from kernels.compiled.machine_code import CHIPS, SHARED_BLOCK, TENSOR_COLUMNS, Facts
 from kernels.compiled.records import describe_launch, make_record
 from kernels.ops import common
+from kernels.ops.async_proxy import is_refused
 
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 CASES_FILE = "kernels/compiled/launch_cases.py"
@@ -79,6 +81,8 @@ def judge(launch: Launch, facts: Facts | str) -> list[Violation]:
     ]
     if narrow:
         found.append(violation("wide", "; ".join(narrow), "128 bits"))
+    if facts.unordered and not is_refused(launch.chip):
+        found.append(violation("order", f"{len(facts.unordered)} times, first {facts.unordered[0]}", "a fence between"))
     return found
 
 

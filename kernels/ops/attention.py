@@ -26,6 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.ops.async_proxy import adds_orders, fence_shared, settle
 from kernels.ops.attention_plan import AttentionPlan, QueryDocuments, attention_plan, check_documents
 from kernels.ops.attention_ref import attention_ref, backward_cpu, forward_cpu
 from kernels.ops.common import choose_impl, launch_config, next_power_of_2, operator
@@ -84,8 +85,16 @@ def _listed_visible(code, end, limits, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _softmax_step(q, k, v, o, top, total, scale, visible, MASKED: tl.constexpr):
+def _narrow(x, dtype: tl.constexpr, ORDERS: tl.constexpr):
+    """Return x in dtype, as a left operand of tl.dot."""
+    return settle(x.to(dtype)) if ORDERS else x.to(dtype)
+
+
+@triton.jit
+def _softmax_step(q, k, v, o, top, total, scale, visible, MASKED: tl.constexpr, ORDERS: tl.constexpr):
     """Add one block of keys to the running softmax: o, and each row's largest score and sum of exponentials."""
+    if ORDERS:
+        fence_shared()
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MASKED:
         s = tl.where(visible, s, float("-inf"))
@@ -93,7 +102,7 @@ def _softmax_step(q, k, v, o, top, total, scale, visible, MASKED: tl.constexpr):
     p = tl.exp2(s * scale - (new * scale)[:, None])
     shrink = tl.exp2((top - new) * scale)
     total = total * shrink + tl.sum(p, 1)
-    o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision="ieee")
+    o = tl.dot(_narrow(p, v.dtype, ORDERS), v, o * shrink[:, None], input_precision="ieee")
     return o, new, total
 
 
@@ -103,7 +112,7 @@ def _softmax_step(q, k, v, o, top, total, scale, visible, MASKED: tl.constexpr):
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, limits_ptr, items_ptr, blocks_ptr, n_queries, scale,
     strides: tl.constexpr, n_heads: tl.constexpr, group: tl.constexpr, dim: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ORDERS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     head = (pid % n_heads).to(tl.int64)
@@ -124,14 +133,14 @@ def _forward_kernel(
         k = _load(k_ptr + start * strides[2], strides[2], end - start, dim, BLOCK_N, BLOCK_D, False)
         v = _load(v_ptr + start * strides[4], strides[4], end - start, dim, BLOCK_N, BLOCK_D, False)
         visible = _listed_visible(code, end, limits, BLOCK_N)
-        o, top, total = _softmax_step(q, k, v, o, top, total, scale, visible, True)
+        o, top, total = _softmax_step(q, k, v, o, top, total, scale, visible, True, ORDERS)
         code, end = tl.load(blocks_ptr + 2 * i + 2), tl.load(blocks_ptr + 2 * i + 3)  # ahead of the loads that use it
     prefix0, n_prefix, own0, n_own = tl.load(item + 3), tl.load(item + 4), tl.load(item + 5), tl.load(item + 6)
     for i in range(n_prefix + n_own):
         start = tl.where(i < n_prefix, prefix0 + i * BLOCK_N, own0 + (i - n_prefix) * BLOCK_N).to(tl.int64)
         k = _load(k_ptr + start * strides[2], strides[2], BLOCK_N, dim, BLOCK_N, BLOCK_D, True)
         v = _load(v_ptr + start * strides[4], strides[4], BLOCK_N, dim, BLOCK_N, BLOCK_D, True)
-        o, top, total = _softmax_step(q, k, v, o, top, total, scale, None, False)
+        o, top, total = _softmax_step(q, k, v, o, top, total, scale, None, False, ORDERS)
     sees = total != 0  # a NaN too
     o = tl.where(sees[:, None], o / tl.where(sees, total, 1.0)[:, None], 0.0)
     _store(o_ptr + row64 * strides[6] + head * strides[7], strides[6], n, dim, o, BLOCK_M, BLOCK_D)
@@ -140,19 +149,21 @@ def _forward_kernel(
 
 
 @triton.jit
-def _dq_step(q, k, v, do, dq, lse, delta, scale, visible, MASKED: tl.constexpr):
+def _dq_step(q, k, v, do, dq, lse, delta, scale, visible, MASKED: tl.constexpr, ORDERS: tl.constexpr):
+    if ORDERS:
+        fence_shared()
     p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])
     ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
     if MASKED:
         ds = tl.where(visible, ds, 0.0)
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    return tl.dot(_narrow(ds, k.dtype, ORDERS), k, dq, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["n_queries"])
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, limits_ptr, items_ptr, blocks_ptr, n_queries, scale,
     softmax_scale, strides: tl.constexpr, n_heads: tl.constexpr, group: tl.constexpr, dim: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ORDERS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     head = (pid % n_heads).to(tl.int64)
@@ -176,14 +187,14 @@ def _dq_kernel(
         k = _load(k_ptr + start * strides[2], strides[2], end - start, dim, BLOCK_N, BLOCK_D, False)
         v = _load(v_ptr + start * strides[4], strides[4], end - start, dim, BLOCK_N, BLOCK_D, False)
         visible = _listed_visible(code, end, limits, BLOCK_N)
-        dq = _dq_step(q, k, v, do, dq, lse, delta, scale, visible, True)
+        dq = _dq_step(q, k, v, do, dq, lse, delta, scale, visible, True, ORDERS)
         code, end = tl.load(blocks_ptr + 2 * i + 2), tl.load(blocks_ptr + 2 * i + 3)
     prefix0, n_prefix, own0, n_own = tl.load(item + 3), tl.load(item + 4), tl.load(item + 5), tl.load(item + 6)
     for i in range(n_prefix + n_own):
         start = tl.where(i < n_prefix, prefix0 + i * BLOCK_N, own0 + (i - n_prefix) * BLOCK_N).to(tl.int64)
         k = _load(k_ptr + start * strides[2], strides[2], BLOCK_N, dim, BLOCK_N, BLOCK_D, True)
         v = _load(v_ptr + start * strides[4], strides[4], BLOCK_N, dim, BLOCK_N, BLOCK_D, True)
-        dq = _dq_step(q, k, v, do, dq, lse, delta, scale, None, False)
+        dq = _dq_step(q, k, v, do, dq, lse, delta, scale, None, False, ORDERS)
     dq *= softmax_scale
     _store(dq_ptr + row64 * strides[10] + head * strides[11], strides[10], n, dim, dq, BLOCK_M, BLOCK_D)
 
@@ -202,6 +213,7 @@ def _dkdv_kernel(
     blocks_ptr, n_queries, n_rows, scale, softmax_scale,
     strides: tl.constexpr, n_kv_heads: tl.constexpr, group: tl.constexpr, dim: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    ORDERS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     kv_head = (pid % n_kv_heads).to(tl.int64)
@@ -226,6 +238,8 @@ def _dkdv_kernel(
         mask = block < m
         q = _load(q_ptr + start * strides[0] + head * strides[1], strides[0], m, dim, BLOCK_M, BLOCK_D, False)
         do = _load(do_ptr + start * strides[6] + head * strides[7], strides[6], m, dim, BLOCK_M, BLOCK_D, False)
+        if ORDERS:
+            fence_shared()
         s = tl.dot(k, tl.trans(q), input_precision="ieee")
         lse = tl.load(lse_ptr + head * n_queries + start + block, mask=mask, other=0.0)
         p = tl.exp2(s * scale - lse[None, :])
@@ -233,11 +247,11 @@ def _dkdv_kernel(
         from_key, to_key = tl.load(limits, mask=mask, other=0), tl.load(limits + n_queries, mask=mask, other=0)
         p = tl.where(_visible(keys[:, None], from_key[None, :], to_key[None, :]), p, 0.0)
         if DV:
-            dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+            dv = tl.dot(_narrow(p, do.dtype, ORDERS), do, dv, input_precision="ieee")
         if DK:
             dp = tl.dot(v, tl.trans(do), input_precision="ieee")
             delta = tl.load(delta_ptr + head * n_queries + start + block, mask=mask, other=0.0)
-            dk = tl.dot((p * (dp - delta[None, :])).to(q.dtype), q, dk, input_precision="ieee")
+            dk = tl.dot(_narrow(p * (dp - delta[None, :]), q.dtype, ORDERS), q, dk, input_precision="ieee")
         code, end = _block(blocks_ptr, lo, (i + 1) % n_blocks, listed, full, BLOCK_M)  # ahead of the loads that use it
     work_ptr += (slot * n_kv_heads + kv_head) * (2 * BLOCK_N * BLOCK_D)  # int64, as kv_head is
     if DK:
@@ -285,6 +299,8 @@ def _config(kernel, x):
     config = launch_config("attention", kernel, x.device, block)
     if x.dtype == torch.float32:  # no matrix unit multiplies it exactly, and its tiles take twice the shared memory
         config |= {"num_stages": 1}
+    if kernel != "sum":
+        config["ORDERS"] = x.dtype != torch.float32 and adds_orders("attention", x.device)
     return config | {"BLOCK_D": block}
 
 
