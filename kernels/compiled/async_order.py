@@ -2,9 +2,9 @@
 
 wgmma (sm_90) and tcgen05.mma (sm_100) read shared memory by the async proxy, a path of their own: between a write of
 that memory (a store, or the wait for cp.async) and the read, PTX wants a fence.proxy.async. wgmma also reads registers
-while the program goes on: between the last write of each and the wgmma, PTX wants a wgmma.fence. No execution shows
-that an order is missing, because hardware may, but need not, use the freedom. Here the paths through a kernel are
-followed from label to label, and a write counts if it reaches the matrix instruction on any of them without a fence.
+while the program goes on: between the last write of each and the wgmma, PTX wants a wgmma.fence. A GPU need not show
+that an order is missing: it may give right results for years. Here the paths through a kernel are followed from label
+to label, and a write counts if it reaches the matrix instruction on any of them without a fence.
 Source: PTX ISA, "Async proxy" and "wgmma.fence".
 """
 
