@@ -6,7 +6,6 @@ CXX names another compiler than g++, CXXFLAGS further flags.
 """
 
 import os
-import platform
 import subprocess
 import sys
 import zlib
@@ -19,15 +18,13 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 MACHINE = "kernels.compiled.ptx_machine"
-# No contraction: an addition and a multiplication of PTX round one by one. AVX2 and FMA (x86-64-v3) make it 5 times as
-# fast as plain x86-64, where std::fma is a call; a processor without them is refused when the library is loaded.
+# No contraction: an addition and a multiplication of PTX round one by one. No -march: a wheel runs on every processor,
+# and the one loop that gains by newer instructions chooses among them itself (csrc/ptx/product.cpp).
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-if platform.machine() in ("x86_64", "AMD64"):
-    FLAGS.append("-march=x86-64-v3")
 
 
 class BuildMachine(build_ext):
-    """Compile an extension's sources, those that have changed and as many at a time as there are cores."""
+    """Compile an extension's sources, those whose contents have changed and as many at a time as there are cores."""
 
     def get_ext_filename(self, fullname):
         """Return the library's path without a version of Python in its name."""
@@ -37,15 +34,19 @@ class BuildMachine(build_ext):
         """Compile each source and link them. Raises CompileError if the compiler is missing or complains."""
         library = Path(self.get_ext_fullpath(ext.name))
         compiler = [os.environ.get("CXX", "g++"), *FLAGS, *os.environ.get("CXXFLAGS", "").split()]
-        objects = Path(self.build_temp) / f"{ext.name}-{zlib.crc32(repr(compiler).encode())}"
+        objects = Path(self.build_temp) / ext.name
         for folder in (library.parent, objects):
             folder.mkdir(parents=True, exist_ok=True)
-        newest_header = max(Path(path).stat().st_mtime for path in ext.depends)
+        headers = zlib.crc32(
+            b"".join(Path(path).read_bytes() for path in ext.depends), zlib.crc32(repr(compiler).encode())
+        )
 
         def compile_source(source):
-            target = objects / f"{Path(source).stem}.o"
-            newest = max(newest_header, Path(source).stat().st_mtime)
-            if not target.exists() or target.stat().st_mtime < newest:
+            contents = zlib.crc32(Path(source).read_bytes(), headers)
+            target = objects / f"{Path(source).stem}-{contents:08x}.o"
+            if not target.exists():
+                for old in objects.glob(f"{Path(source).stem}-*"):
+                    old.unlink()
                 draft = target.with_suffix(".draft")
                 run_compiler([*compiler, "-c", source, "-o", str(draft)])
                 draft.replace(target)

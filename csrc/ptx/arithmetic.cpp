@@ -40,6 +40,32 @@ template <class W, class T> struct MadHi {
 template <class H> struct Fma16 { static u16 f(u16 a, u16 b, u16 c) { return fma_once(H{a}, H{b}, H{c}).b; } };
 struct CopySign { static float f(float a, float b) { return std::copysign(b, a); } };
 
+// .rz, .rm, .rp of fp32: a sum, and what fp64 lost of it, rounded toward zero, down or up.
+template <char MODE> static float round_toward(double sum, double lost) {
+    float f = float(sum);
+    double over = double(f) - sum;  // by how much f is above the exact result
+    if (over == 0) over = -lost;
+    bool wrong = MODE == 'z' ? (std::signbit(f) ? over < 0 : over > 0) : MODE == 'm' ? over > 0 : over < 0;
+    return wrong ? std::nextafterf(f, MODE == 'z' ? 0.0f : MODE == 'm' ? -INFINITY : INFINITY) : f;
+}
+template <char MODE> struct FmaToward {
+    static float f(float a, float b, float c) {
+        double product = double(a) * double(b), z = c, sum = product + z, part = sum - product;
+        return round_toward<MODE>(sum, std::isfinite(sum) ? (product - (sum - part)) + (z - part) : 0.0);
+    }
+};
+template <char MODE> struct AddToward { static float f(float a, float b) { return FmaToward<MODE>::f(a, 1, b); } };
+template <char MODE> struct SubToward { static float f(float a, float b) { return FmaToward<MODE>::f(a, 1, -b); } };
+template <char MODE> struct MulToward {
+    static float f(float a, float b) { return round_toward<MODE>(double(a) * double(b), 0); }
+};
+template <char MODE> static Run toward(const string& what) {
+    if (what == "add") return each<AddToward<MODE>, float, float, float>;
+    if (what == "sub") return each<SubToward<MODE>, float, float, float>;
+    if (what == "mul") return each<MulToward<MODE>, float, float, float>;
+    return what == "fma" ? Run(each<FmaToward<MODE>, float, float, float, float>) : nullptr;
+}
+
 static Run fused(const string& type, bool ftz) {
     if (type == "bf16") return each<Fma16<bf16>, u16, u16, u16, u16>;
     if (type == "f16") return each<Fma16<f16>, u16, u16, u16, u16>;
@@ -115,8 +141,13 @@ static void read_arithmetic(Builder& b, Opcode op, Operands a) {
     };
     if (type.find('f') != string::npos) {
         bool ftz = op.take("ftz"), nan = op.take("NaN");
-        op.take_any({"rn", "approx", "full"});
+        string rounding = op.take_any({"rn", "approx", "full", "rz", "rm", "rp"});
         op.end();
+        if (rounding == "rz" || rounding == "rm" || rounding == "rp") {
+            if (type != "f32" || ftz) throw op.unknown();
+            Run run = rounding == "rz" ? toward<'z'>(what) : rounding == "rm" ? toward<'m'>(what) : toward<'p'>(what);
+            return emit(run, Class::floating);
+        }
         Run run = plain_float(what, type, ftz, nan);
         if (run) return emit(run, Class::floating);
         return emit(special_float(what, type, ftz), Class::special);

@@ -27,11 +27,12 @@ template <class T> struct Bfe {  // a field of `len` bits from `pos` on, its sig
         return T((field & mask) | (sign ? U(~mask) : U(0)));
     }
 };
-struct Bfi {
-    static u32 f(u32 a, u32 b, u32 pos, u32 len) {
+template <class T> struct Bfi {
+    static T f(T a, T b, u32 pos, u32 len) {
+        constexpr u32 B = sizeof(T) * 8;
         pos &= 255, len &= 255;
-        u32 mask = len >= 32 ? FULL : (1u << len) - 1;
-        return pos > 31 ? b : (b & ~(mask << pos)) | (a & mask) << pos;
+        T mask = len >= B ? T(~T(0)) : T((T(1) << len) - 1);
+        return pos >= B ? b : T((b & ~(mask << pos)) | (a & mask) << pos);
     }
 };
 struct Prmt {
@@ -132,7 +133,9 @@ static void read_fixed(Builder& b, Opcode op, Operands a) {  // of one type each
     const string& s = op.whole;
     if (s == "prmt.b32") emit(each<Prmt, u32, u32, u32, u32>, {4, 4, 4});
     else if (s == "lop3.b32") emit(each<Lop3, u32, u32, u32, u32, u32>, {4, 4, 4, 4});
-    else if (s == "bfi.b32") emit(each<Bfi, u32, u32, u32, u32, u32>, {4, 4, 4, 4});
+    else if (s == "bfi.b32") emit(each<Bfi<u32>, u32, u32, u32, u32, u32>, {4, 4, 4, 4});
+    else if (s == "bfi.b64")
+        b.emit_simple(each<Bfi<u64>, u64, u64, u64, u32, u32>, Class::integer, a, 8, {8, 8, 4, 4});
     else if (s == "shf.l.wrap.b32") emit(each<ShfL, u32, u32, u32, u32>, {4, 4, 4});
     else if (s == "shf.r.wrap.b32") emit(each<ShfR, u32, u32, u32, u32>, {4, 4, 4});
     else if (s == "popc.b32") emit(each<Popc, u32, u32>, {4});

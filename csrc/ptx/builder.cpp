@@ -119,6 +119,12 @@ Address Builder::address(const string& operand, Space space) {
     return a;
 }
 
+s64 Builder::number(const string& s) const {
+    u64 x;
+    if (!parse_number(s, false, false, x)) throw fail("operand " + s + " is no number");
+    return s64(x);
+}
+
 Instruction& Builder::emit(Run run, Class cls) {
     if (!run) throw Opcode(name, line).unknown();
     Instruction in;

@@ -34,6 +34,7 @@ class Builder {
     int immediate(int width, u64 value);
     int temporary(int width);
     Address address(const string& operand, Space space);
+    s64 number(const string& operand) const;  // that the instruction itself holds
 
     Instruction& emit(Run run, Class cls);  // run: null makes it unknown
     // A result and sources of these widths, in o.

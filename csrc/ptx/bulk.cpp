@@ -236,6 +236,39 @@ void Warp::finish_bulk_stores(size_t left) {
     }
 }
 
+// [map, {coordinates}] as an address and the registers of the coordinates.
+static void read_tile(Builder& b, const Opcode& op, const string& operand, Address& map, vector<int>& at) {
+    string s = trim(operand);
+    vector<string> parts = split(s.substr(1, s.size() - 2), ',');
+    if (parts.size() != 2) throw op.unknown();
+    map = b.address("[" + parts[0] + "]", Space::generic);
+    for (const string& r : braces(parts[1])) at.push_back(b.source(r, 4));
+}
+
+static void read_copy(Builder& b, Opcode& op, Operands a, bool reduces) {
+    bool hint = op.take("L2::cache_hint"), loads = op.take("mbarrier::complete_tx::bytes"), tile = op.take("tensor");
+    if (loads == op.take("bulk_group")) throw op.unknown();
+    op.drop({"shared::cta", "shared::cluster", "global", "noftz", "tile", "1d", "2d", "3d", "4d", "5d"});
+    Combine combine = reduces ? take_combine(op) : Combine::add;
+    int type = reduces && !tile ? take_type(op) : 0;
+    op.end();
+    if (hint) a.pop_back();
+    if (a.size() != 2u + loads + !tile) throw op.unknown();
+    Address shared = b.address(a[loads ? 0 : 1], Space::shared), global, mbarrier;
+    if (loads) mbarrier = b.address(a.back(), Space::shared);
+    vector<int> coordinates;
+    int bytes = -1;
+    if (tile) read_tile(b, op, a[loads ? 1 : 0], global, coordinates);
+    else {
+        global = b.address(a[loads ? 1 : 0], Space::global);
+        bytes = b.source(a[2], 4);
+    }
+    Instruction& in = b.emit(tile ? copy_tile : copy_run, Class::async);
+    in.kind = loads ? 'l' : reduces ? 'r' : 's', in.combine = combine, in.space = Space::generic;
+    in.list = coordinates, in.o[0] = bytes, in.immediate = type;
+    in.address[0] = shared, in.address[1] = global, in.address[2] = mbarrier;
+}
+
 // cp.async.bulk and cp.reduce.async.bulk, without "cp" and "bulk".
 void read_bulk(Builder& b, Opcode op, Operands a) {
     bool reduces = op.take("reduce");
@@ -243,46 +276,10 @@ void read_bulk(Builder& b, Opcode op, Operands a) {
     if (op.take("commit_group")) {
         op.end();
         b.emit(commit_stores, Class::async);
-        return;
-    }
-    if (op.take("wait_group")) {
+    } else if (op.take("wait_group")) {
         op.take("read");
         op.end();
-        b.emit(wait_stores, Class::async).immediate = atoi(a.at(0).c_str());
-        return;
-    }
-    if (op.take("prefetch")) {
-        b.emit([](Warp&, const Instruction&, u32) {}, Class::async);
-        return;
-    }
-    bool hint = op.take("L2::cache_hint"), loads = op.take("mbarrier::complete_tx::bytes");
-    if (loads == op.take("bulk_group")) throw op.unknown();
-    op.drop({"shared::cta", "shared::cluster", "global", "noftz"});
-    if (hint) a.pop_back();
-    Combine combine = reduces ? take_combine(op) : Combine::add;
-    Instruction proto;
-    proto.kind = loads ? 'l' : reduces ? 'r' : 's';
-    bool tile = op.take("tensor");
-    size_t shared = loads ? 0 : 1, global = loads ? 1 : 0;
-    if (tile) {
-        op.drop({"tile", "1d", "2d", "3d", "4d", "5d"});
-        op.end();
-        if (a.size() != (loads ? 3 : 2)) throw op.unknown();
-        vector<string> map = split(trim(a[global]).substr(1, trim(a[global]).size() - 2), ',');
-        if (map.size() != 2) throw op.unknown();
-        for (const string& r : braces(map[1])) proto.list.push_back(b.source(r, 4));
-        proto.address[1] = b.address("[" + map[0] + "]", Space::generic);
-    } else {
-        if (reduces) proto.immediate = take_type(op);
-        op.end();
-        if (a.size() != (loads ? 4 : 3)) throw op.unknown();
-        proto.o[0] = b.source(a[2], 4);
-        proto.address[1] = b.address(a[global], Space::global);
-    }
-    proto.address[0] = b.address(a[shared], Space::shared);
-    if (loads) proto.address[2] = b.address(a.back(), Space::shared);
-    Instruction& in = b.emit(tile ? copy_tile : copy_run, Class::async);
-    in.kind = proto.kind, in.list = proto.list, in.immediate = proto.immediate, in.o[0] = proto.o[0];
-    in.combine = combine, in.space = Space::generic;
-    std::copy(proto.address, proto.address + 3, in.address);
+        b.emit(wait_stores, Class::async).immediate = b.number(a.at(0));
+    } else if (op.take("prefetch")) b.emit([](Warp&, const Instruction&, u32) {}, Class::async);
+    else read_copy(b, op, a, reduces);
 }

@@ -79,7 +79,7 @@ static void read_cp_async(Builder& b, Opcode op, Operands a) {
     int given = a.size() > 3 ? b.source(a[3], 4) : -1;
     Address to = b.address(a[0], Space::shared), from = b.address(a[1], Space::global);
     Instruction& in = b.emit(copy_async, Class::async);
-    in.size = int(strtol(a[2].c_str(), nullptr, 0)), in.o[0] = given, in.address[0] = to, in.address[1] = from;
+    in.size = int(b.number(a[2])), in.o[0] = given, in.address[0] = to, in.address[1] = from;
     b.kernel.grain = std::min(b.kernel.grain, in.size);
 }
 
@@ -97,7 +97,7 @@ static void read_cp(Builder& b, Opcode op, Operands a) {
         b.emit(wait_copies, Class::async).immediate = -1;
     } else if (op.take("wait_group")) {
         op.end();
-        b.emit(wait_copies, Class::async).immediate = atoi(a.at(0).c_str());
+        b.emit(wait_copies, Class::async).immediate = b.number(a.at(0));
     } else if (op.take("mbarrier") && op.take("arrive")) {
         bool counted = op.take("noinc");
         op.drop({"shared", "shared::cta", "b64"});

@@ -103,6 +103,36 @@ static void read_vote(Builder& b, Opcode op, Operands a) {
     in.negated = negated, in.kind = kind == "ballot" ? 'b' : kind == "all" ? 'l' : kind == "uni" ? 'u' : 'y';
 }
 
+// o: the lanes with this lane's value, that value, members. size: its bytes. kind: any, or all with a predicate in o[3].
+static void match(Warp& w, const Instruction& in, u32 mask) {
+    check_members(w, in, mask, in.o[2]);
+    u32 result[32], same = mask;
+    for (int i : Lanes(mask)) {
+        result[i] = 0;
+        for (int j : Lanes(mask)) result[i] |= u32(w.get(in.o[1], in.size, i) == w.get(in.o[1], in.size, j)) << j;
+        same &= result[i];
+    }
+    for (int i : Lanes(mask)) w.reg<u32>(in.o[0])[i] = in.kind == 'n' ? result[i] : same == mask ? mask : 0;
+    if (in.o[3] < 0) return;
+    u32& p = w.pred(in.o[3]);
+    p = (p & ~mask) | (same == mask ? mask : 0);
+}
+
+static void read_match(Builder& b, Opcode op, Operands a) {
+    op.take_first();
+    op.take("sync");
+    bool any = op.take("any");
+    if (!any && !op.take("all")) throw op.unknown();
+    int width = bytes_of(op.take_last());
+    op.end();
+    vector<string> d = split(a.at(0), '|');
+    int o[4] = {b.result(trim(d[0]), 4), b.source(a.at(1), width), b.source(a.at(2), 4),
+                d.size() > 1 ? b.predicate(trim(d[1])) : -1};
+    Instruction& in = b.emit(match, Class::shuffle);
+    std::copy(o, o + 4, in.o);
+    in.size = width, in.kind = any ? 'n' : 'l';
+}
+
 static void active_mask(Warp& w, const Instruction& in, u32 mask) {
     for (int i : Lanes(mask)) w.reg<u32>(in.o[0])[i] = mask;
 }
@@ -131,6 +161,7 @@ void add_exchange(ReadTable& t) {
     t["shfl"] = read_shuffle;
     t["redux"] = read_reduce;
     t["vote"] = read_vote;
+    t["match"] = read_match;
     t["activemask"] = read_active_mask;
     t["elect"] = read_elect;
 }

@@ -56,7 +56,6 @@ struct Launch {
 
 using Agent = int;
 enum class Worker : u8 { warp, wgmma, bulk_store, cp_async };  // of each warp; mbarriers' agents come after all of them
-constexpr int N_READERS = 3;                                   // the first three read shared memory
 constexpr Agent NOBODY = 0xffff;
 
 // Time up to which each agent is known.
@@ -66,12 +65,14 @@ struct Clock {
     void join(const Clock& other);
 };
 
+enum class Access : u8 { load, store, atomic };
+constexpr int N_USERS = 4;  // that may follow a write: warps, wgmmas and bulk stores that read, atomic instructions
+
 struct Cell {  // what happened last to some bytes of shared memory
-    u32 serial = 0;      // of the block that wrote or read them; of another block, nothing has happened
+    u32 serial = 0;           // of the block that used them; of another block, nothing has happened
     u16 writer = NOBODY;
-    bool atomic = false;  // written by an atomic instruction
     u32 write_time = 0;
-    u32 readers[N_READERS] = {};  // warps, since the write; Block::read_times has when
+    u32 users[N_USERS] = {};  // warps, since the write; Block::use_times has when
 };
 
 template <class Work> struct Groups {  // of asynchronous work of a warp, committed together and waited for in order
@@ -102,7 +103,8 @@ struct Mbarrier {
     Agent agent = 0;             // bulk copies write as this agent, at time `time`
     u32 time = 1;
     Clock arriving, completed;   // what those knew who arrived in this phase, and in earlier ones
-    vector<Action> late;         // that takes effect when somebody waits
+    vector<Action> late;         // that takes effect when a warp asks for the second time
+    u32 asked = 0;               // warps
 };
 
 struct Barrier {
@@ -120,7 +122,7 @@ struct Block {
     u32 serial = 0;
     vector<u8> shared;
     vector<Cell> cells;
-    vector<u32> read_times;  // of each cell, by reading agents
+    vector<u32> use_times;   // of each cell, by user and warp
     vector<Warp> warps;
     Barrier barriers[16];
     std::map<u32, Mbarrier> mbarriers;  // by address
@@ -140,7 +142,6 @@ struct Block {
 // ---- a warp ----
 
 struct Entry { int pc, join; u32 mask; };
-enum class Access : u8 { load, store, atomic };
 
 struct Warp {
     Block* block = nullptr;
@@ -188,7 +189,7 @@ struct Warp {
     bool fits_shared(const Instruction& in, u64 address, unsigned size, unsigned alignment, int lane, bool write);
 
     // order.cpp
-    void touch(const Instruction& in, u32 address, unsigned size, int lane, bool write, bool same);
+    void touch(const Instruction& in, u32 address, unsigned size, int lane, Access access, bool same);
     void touch_async(const Instruction& in, u32 address, unsigned size, Agent agent, u32 time, bool write);
     void fence_proxy();
 
@@ -198,7 +199,7 @@ struct Warp {
     void check_registers(const Instruction& in);  // wgmma.cpp
 
   private:
-    void doubt(const Cell& c, size_t cell, const Instruction& in, u32 address, int lane, bool write, bool same);
+    void doubt(const Cell& c, const Instruction& in, u32 address, int lane, Access access);
 };
 
 // Lanes of a mask: for (int lane : Lanes(mask)).

@@ -1,19 +1,7 @@
 // mma, ldmatrix and stmatrix: matrices that a warp multiplies and moves.
 #include "fragments.h"
 #include "instructions.h"
-
-// c (16, 8) += a (16, k) b (k, 8)
-static void multiply(float* c, const float* a, const float* b, int k) {
-    for (int i = 0; i < 16; i++) {
-        float row[8];
-        for (int j = 0; j < 8; j++) row[j] = c[i * 8 + j];
-        for (int l = 0; l < k; l++) {
-            float x = a[i * k + l];
-            for (int j = 0; j < 8; j++) row[j] = std::fma(x, b[l * 8 + j], row[j]);
-        }
-        for (int j = 0; j < 8; j++) c[i * 8 + j] = row[j];
-    }
-}
+#include "product.h"
 
 // o: the result (16, 8), a (16, K) of A registers, b (K, 8) of half as many, c (16, 8).
 template <class H, int A> static void mma(Warp& w, const Instruction& in, u32) {
@@ -34,7 +22,7 @@ template <class H, int A> static void mma(Warp& w, const Instruction& in, u32) {
     }
     for (int q = 0; q < 4; q++)
         for (int lane = 0; lane < 32; lane++) c[accumulator(q, lane, 8)] = w.reg<float>(rc[q])[lane];
-    multiply(c, a, b, K);
+    add_product(c, a, b, 8, K);
     for (int q = 0; q < 4; q++)
         for (int lane = 0; lane < 32; lane++) w.reg<float>(in.o[q])[lane] = c[accumulator(q, lane, 8)];
     w.launch->macs += 16 * 8 * K;

@@ -91,22 +91,25 @@ static void arrive_or_expect(Warp& w, const Instruction& in, u32 mask) {
 static void test_wait(Warp& w, const Instruction& in, u32 mask) {
     u64 a[32];
     find_addresses(w, in.address[0], a);
-    u32 done = 0;
+    u32 done = 0, me = 1u << w.id;
+    vector<Mbarrier*> asked;
     for (int lane : Lanes(mask)) {
         Mbarrier* m = find_mbarrier(w, in, a[lane], lane);
         if (!m) { done |= 1u << lane; continue; }
         auto complete = [&] {
             return in.kind == 'p' ? (m->phase & 1) != (w.reg<u32>(in.o[1])[lane] & 1) : m->phase > w.reg<u64>(in.o[1])[lane];
         };
-        while (!complete() && !m->late.empty()) {
+        for (; !complete() && !m->late.empty() && m->asked & me; m->asked = 0) {
             Action act = std::move(m->late.front());
             m->late.erase(m->late.begin());
             act();
         }
+        asked.push_back(m);
         if (!complete()) continue;
         done |= 1u << lane;
         w.clock.join(m->completed);
     }
+    for (Mbarrier* m : asked) m->asked |= m->late.empty() ? 0 : me;
     u32& p = w.pred(in.o[0]);
     p = (p & ~mask) | done;
     if (done != mask) w.yielded = true;

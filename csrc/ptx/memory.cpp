@@ -57,18 +57,7 @@ u8* Warp::shared(const Instruction& in, u64 a, unsigned size, int lane, Access a
     if (!fits_shared(in, a, size, size, lane, write)) return nullptr;
     u8* p = block->shared.data() + a;
     if (!launch->check) return p;
-    if (access != Access::atomic) {
-        touch(in, u32(a), size, lane, write, made && !std::memcmp(made, p, size));
-        return p;
-    }
-    unsigned shift = launch->grain_shift;
-    for (size_t i = a >> shift; i <= (a + size - 1) >> shift; i++) {
-        Cell& c = block->cells[i];
-        bool again = c.serial == block->serial && c.atomic;  // no order is needed between atomic instructions
-        if (!again) touch(in, u32(i << shift), 1, lane, false, false);
-        touch(in, u32(i << shift), 1, lane, true, again);
-        c.atomic = true;
-    }
+    touch(in, u32(a), size, lane, access, made && !std::memcmp(made, p, size));
     return p;
 }
 

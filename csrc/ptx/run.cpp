@@ -78,7 +78,7 @@ Block::Block(Launch& l) : launch(l) {
     warps.resize((threads + 31) / 32);
     if (l.check) {
         cells.resize(l.shared_bytes / u64(k.grain) + 1);
-        read_times.resize(cells.size() * N_READERS * warps.size());
+        use_times.resize(cells.size() * N_USERS * warps.size());
     }
     for (size_t i = 0; i < warps.size(); i++) {
         Warp& w = warps[i];

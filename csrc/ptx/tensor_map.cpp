@@ -48,7 +48,7 @@ static void read_replace(Builder& b, Opcode& op, const Operands& a) {
     Address address = b.address(a[0], space);
     Instruction& in = b.emit(replace, is_shared ? Class::shared : Class::global);
     in.space = space, in.size = size, in.o[0] = value, in.width[0] = w, in.address[0] = address;
-    in.immediate = s64(at) + (step ? atoi(a[1].c_str()) * step : 0);
+    in.immediate = s64(at) + (step ? b.number(a[1]) * step : 0);
     if (is_shared) b.kernel.grain = std::min(b.kernel.grain, size);
 }
 
@@ -65,7 +65,9 @@ static void publish(Warp& w, const Instruction& in, u32 mask) {  // address: to 
 static void read_tensor_map(Builder& b, Opcode op, Operands a) {
     op.take_first();
     if (op.take("replace")) return read_replace(b, op, a);
-    if (!op.take("cp_fenceproxy") || a.size() != 3 || a[2] != "128") throw op.unknown();
+    u64 bytes = 0;
+    if (!op.take("cp_fenceproxy") || a.size() != 3 || !parse_number(a[2], false, false, bytes) || bytes != 128)
+        throw op.unknown();
     op.drop({"global", "shared::cta", "tensormap::generic", "release", "gpu", "cta", "sys", "cluster", "sync", "aligned"});
     op.end();
     Address to = b.address(a[0], Space::global), from = b.address(a[1], Space::shared);

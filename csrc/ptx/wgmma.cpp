@@ -1,6 +1,7 @@
 // wgmma: products that four warps start together, of matrices in shared memory, and wait for.
 #include "fragments.h"
 #include "instructions.h"
+#include "product.h"
 
 // A matrix in shared memory as a wgmma descriptor tells: in chunks of 16 bytes, which a swizzle moves about.
 struct Described {
@@ -73,11 +74,7 @@ template <class H> static void multiply(Warp& w, const Product& p) {
         const float* x = w.reg<float>(in.list[size_t(i)]);
         for (int lane = 0; lane < 32; lane++) c[accumulator(i, lane, n)] = p.add ? x[lane] : 0.0f;
     }
-    for (int i = 0; i < 16; i++)
-        for (int l = 0; l < K; l++) {
-            float x = a[i * K + l];
-            for (int j = 0; j < n; j++) c[i * n + j] = std::fma(x, b[l * n + j], c[i * n + j]);
-        }
+    add_product(c, a, b, n, K);
     for (int i = 0; i < n / 2; i++) {
         float* x = w.reg<float>(in.list[size_t(i)]);
         for (int lane = 0; lane < 32; lane++) x[lane] = c[accumulator(i, lane, n)];
@@ -155,7 +152,7 @@ static void read_product(Builder& b, Opcode& op, const Operands& a) {
     else da = b.source(a[1], 8);
     u64 add = 0;
     if (!parse_number(a[3], false, false, add)) p = b.predicate(a[3]);
-    auto flag = [&](size_t i) { return i < a.size() ? atoi(a[i].c_str()) : 0; };
+    auto flag = [&](size_t i) { return i < a.size() ? b.number(a[i]) : 0; };
     Instruction& in = b.emit(wgmma, Class::matrix);
     in.converged = true, in.list = list, in.n = n, in.size = size, in.sign = t[2] == "bf16";
     in.o[0] = da, in.o[1] = db, in.o[2] = p, in.immediate = s64(add);
@@ -172,7 +169,7 @@ static void read_wgmma(Builder& b, Opcode op, Operands a) {
     if (what.empty()) throw op.unknown();
     Instruction& in = b.emit(what == "fence" ? nothing : what == "commit_group" ? commit : wait, Class::sync);
     in.converged = true;
-    if (what == "wait_group") in.immediate = atoi(a.at(0).c_str());
+    if (what == "wait_group") in.immediate = b.number(a.at(0));
 }
 
 void add_wgmma(ReadTable& t) { t["wgmma"] = read_wgmma; }

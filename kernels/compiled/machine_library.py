@@ -5,15 +5,12 @@ setup.py compiles csrc/ptx into it. An installed package carries it; a checkout 
 
 import ctypes
 import fcntl
-import platform
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-
-import torch
 
 LIBRARY = Path(__file__).with_name("ptx_machine.so")
 ROOT = Path(__file__).parents[2]  # of a checkout; an installed package has no csrc there
@@ -77,10 +74,8 @@ def build_if_stale(root: Path = ROOT, library: Path = LIBRARY) -> None:
 def load_library() -> ctypes.CDLL:
     """Return the library with the types of its functions declared.
 
-    Raises PtxError if it cannot be built, is of another version, or if this processor lacks AVX2 and FMA.
+    Raises PtxError if it cannot be built or is of another version.
     """
-    if platform.machine() == "x86_64" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
-        raise PtxError("PTX machine: this processor has no AVX2 and FMA, wanted both; run it on another machine")
     build_if_stale()
     library = ctypes.CDLL(str(LIBRARY))
     found = library.ptx_abi_version()

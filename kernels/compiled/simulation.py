@@ -6,6 +6,7 @@ print(results[0].kernel, results[0].findings, results[0].counters)
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from kernels.compiled.launches import bind_arguments, patched
 from kernels.compiled.machine_code import CHIPS
 from kernels.compiled.ptx import Module, Options, PtxError, Result
 from kernels.compiled.rules import operator_names
+from kernels.compiled.tensor_map import encode_tensor_map
 from kernels.ops import common
 
 Edit = Callable[[str], str]  # PTX -> PTX
@@ -92,29 +94,50 @@ def run_launch(
     if key not in _modules:
         _modules[key] = _compile(ASTSource(function, signature, constants, attributes), chip, parsed, edit)
     module, metadata = _modules[key]
-    given = [(name, _typed(bound[name], kind)) for name, kind in signature.items() if kind != "constexpr"]
-    (sizes,) = module.params.values()
-    given += [("scratch", None)] * (len(sizes) - len(given))  # pointers that Triton appends, null where none is used
+    shape = grid(bound) if callable(grid) else grid
+    reach, values = _as_parameters(signature, bound, metadata)
+    reach["scratch"] = _allocate(math.prod(shape) * metadata.global_scratch_size, metadata.global_scratch_align)
     return module.launch(
         None,
-        grid(bound) if callable(grid) else grid,
-        [value for _, value in given],
+        shape,
+        [*values, reach["scratch"], None],  # Triton appends them: memory for its own use, and that of its profiler
         num_warps=metadata.num_warps,
         shared_bytes=metadata.shared,
-        tensors={name: value for name, value in given if isinstance(value, torch.Tensor)},
+        tensors=reach,
         options=options,
     )
 
 
 def _compile(source: ASTSource, chip: str, options: Any, edit: Edit | None) -> tuple[Module, Any]:
     made = triton.compile(source, target=GPUTarget("cuda", CHIPS[chip], 32), options=options.__dict__)
-    if made.metadata.global_scratch_size or made.metadata.profile_scratch_size:
-        raise PtxError(f"{made.metadata.name}: wants scratch memory in global memory, which the machine does not make")
     return Module(edit(made.asm["ptx"]) if edit else made.asm["ptx"]), made.metadata
 
 
-def _typed(value: Any, kind: str) -> Any:
-    """Return an argument as its type in Triton's signature: an int given for fp32 is a float."""
-    if isinstance(value, torch.Tensor) or kind.startswith("*"):
-        return value
-    return float(value) if kind.startswith(("fp", "bf")) else int(value)
+def _allocate(n_bytes: int, alignment: int) -> torch.Tensor:
+    """Return memory whose address is a multiple of alignment."""
+    memory = torch.empty(n_bytes + alignment, dtype=torch.uint8)
+    first = -memory.data_ptr() % alignment
+    return memory[first : first + n_bytes]
+
+
+def _as_parameters(signature: dict, bound: dict, metadata: Any) -> tuple[dict[str, torch.Tensor], list[Any]]:
+    """Return the tensors a kernel may touch by name, and its parameters in order, as Triton's launcher passes them."""
+    reach: dict[str, torch.Tensor] = {}
+    values: list[Any] = []
+    maps = iter(metadata.tensordesc_meta or ())
+    for name, kind in signature.items():
+        value = bound[name]
+        if isinstance(value, torch.Tensor):
+            reach[name] = value
+            values.append(value)
+        elif kind.startswith("tensordesc"):
+            layout = next(maps, None)
+            if layout is None:
+                raise PtxError(f"{metadata.name}: {name} is a tensor descriptor, which the machine runs on sm_90 only")
+            reach[name] = value.base.as_strided(value.shape, value.strides)
+            swizzle_bytes = (0, 32, 64, 128)[layout["swizzle"]]
+            tensor_map = encode_tensor_map(reach[name], layout["block_size"], swizzle_bytes, value.padding == "nan")
+            values += [tensor_map, *value.shape, *value.strides]
+        elif kind != "constexpr":
+            values.append(float(value) if kind.startswith(("fp", "bf")) else value)
+    return reach, values

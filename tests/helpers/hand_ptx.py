@@ -9,16 +9,19 @@ from kernels.compiled.ptx import Module
 REGISTERS = ".reg .b64 %a<9>, %d<20>; .reg .b32 %r<99>; .reg .b32 %t; .reg .b16 %h<9>; .reg .pred %p<9>;"
 
 
-def make_kernel(body, params=2, shared=0, target="sm_80"):
+def make_kernel(body, params=2, shared=0, target="sm_80", maps=0):
     """Return a module with one kernel k of `params` pointers, in %a0 and up, its thread in %t, and `shared` bytes.
+
+    maps: tensor maps, parameters m0 and up after the pointers.
 
     Registers: %a (64 bits) for pointers, %d (64), %r (32), %h (16) and %p (predicates) for the body.
     """
-    names = ", ".join(f".param .u64 p{i}" for i in range(params))
+    names = [f".param .u64 p{i}" for i in range(params)] + [f".param .align 64 .b8 m{i}[128]" for i in range(maps)]
     loads = "".join(f"ld.param.b64 %a{i}, [p{i}]; cvta.to.global.u64 %a{i}, %a{i};\n" for i in range(params))
     memory = f".shared .align 1024 .b8 memory[{shared}];" if shared else ""
     return Module(
-        f".version 8.7\n.target {target}\n.address_size 64\n{memory}.visible .entry k({names}) {{ {REGISTERS}\n"
+        f".version 8.7\n.target {target}\n.address_size 64\n{memory}\n"
+        f".visible .entry k({', '.join(names)}) {{ {REGISTERS}\n"
         f"{loads}mov.u32 %t, %tid.x;\n{body}\nret; }}"
     )
 

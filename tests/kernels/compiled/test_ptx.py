@@ -54,7 +54,7 @@ def test_sectors_are_counted(stride, sectors):
 
 
 @pytest.mark.parametrize(
-    "text", ["tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1], 32;", "add.rz.f32 %r1, %r1, %r2;"]
+    "text", ["tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1], 32;", "add.rz.f64 %d1, %d1, %d2;"]
 )
 def test_an_unknown_instruction_is_named(text):
     with pytest.raises(PtxError, match=f"{text.split()[0]}"):

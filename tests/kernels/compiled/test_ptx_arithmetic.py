@@ -95,3 +95,58 @@ def test_fields_of_bits_and_permuted_bytes():
     both = np.stack([t.to(torch.int32).numpy().view(np.uint8).reshape(-1, 4) for t in (a, b)], 1).reshape(-1, 8)
     got = np.array(run_int32("prmt.b32 D, A, B, 0x7610;", a, b), np.int32).view(np.uint8).reshape(-1, 4)
     assert np.array_equal(got, both[:, [0, 1, 6, 7]])
+
+
+# ---- fp8 ------------------------------------------------------------------------------------------------------------
+
+FP8 = [("e4m3", torch.float8_e4m3fn, 448.0), ("e5m2", torch.float8_e5m2, 57344.0)]
+
+
+@pytest.mark.parametrize(("name", "dtype", "most"), FP8)
+def test_rounding_to_fp8_is_torchs_and_saturates(name, dtype, most):
+    x = torch.cat((make_floats(), torch.linspace(-1.2 * most, 1.2 * most, 4096), torch.linspace(-0.1, 0.1, 4096)))
+    y = x.flip(0)
+    want = torch.stack(
+        [t.clamp(-most, most).to(dtype).view(torch.uint8) for t in (y, x)], 1
+    )  # the second is the low byte
+    pairs = run_elementwise(f"cvt.rn.satfinite.{name}x2.f32 D, A, B;", x, y, out=torch.empty(len(x), dtype=torch.int16))
+    assert pairs.view(torch.uint8).view(-1, 2).equal(want)
+    positive = run_elementwise(f"cvt.rn.satfinite.relu.{name}x2.f32 D, A, B;", x, y, out=torch.empty_like(pairs))
+    relu = torch.stack([t.clamp(0, most).to(dtype).view(torch.uint8) for t in (y + 0.0, x + 0.0)], 1)
+    assert (positive.view(torch.uint8).view(-1, 2) & 0x7F).equal(relu & 0x7F)
+    nan = run_elementwise(
+        f"cvt.rn.satfinite.{name}x2.f32 D, A, B;", *torch.full((2, 1), torch.nan), out=torch.empty(1, dtype=torch.int16)
+    )
+    assert nan.item() == 0x7F7F
+
+
+@pytest.mark.parametrize(("name", "dtype", "most"), FP8)
+def test_fp8_from_and_to_fp16(name, dtype, most):
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
+    pairs = torch.stack((codes, codes.flip(0)), 1).contiguous().view(torch.int16).view(-1)
+    wide = run_elementwise(f"cvt.rn.f16x2.{name}x2 D, A;", pairs, out=torch.empty(256, dtype=torch.int32))
+    want = torch.stack((codes, codes.flip(0)), 1).view(dtype).half()
+    assert torch.equal(wide.view(torch.float16).view(-1, 2).nan_to_num(7), want.nan_to_num(7))
+    halves = make_floats().half()
+    got = run_elementwise(
+        f"cvt.rn.satfinite.{name}x2.f16x2 D, A;", halves.view(torch.int32), out=torch.empty(2048, dtype=torch.int16)
+    )
+    assert got.view(torch.uint8).equal(halves.float().clamp(-most, most).to(dtype).view(torch.uint8))
+
+
+@pytest.mark.parametrize("rounding", ["rz", "rm", "rp"])
+@pytest.mark.parametrize(
+    "text", [*(f"{op}.{{}}.f32 D, A, B;" for op in ("add", "sub", "mul")), "fma.{}.f32 D, A, B, C;"]
+)
+def test_directed_rounding(text, rounding):
+    a, b, c = (make_floats(800, seed)[:500] for seed in (1, 2, 3))
+    got = run_elementwise(text.format(rounding), *([a, b, c] if "fma" in text else [a, b]), out=torch.empty(500))
+    x, y, z, near = (list(map(Fraction, t.double().tolist())) for t in (a, b, c, got))
+    exact = {"add": lambda i: x[i] + y[i], "sub": lambda i: x[i] - y[i], "mul": lambda i: x[i] * y[i]}
+    exact["fma"] = lambda i: x[i] * y[i] + z[i]
+    step_up, step_down = (torch.nextafter(got, torch.full_like(got, s * torch.inf)).double().tolist() for s in (1, -1))
+    for i in range(500):
+        true = exact[text[:3]](i)
+        down = rounding == "rm" or (rounding == "rz" and true > 0)
+        between = (near[i], Fraction(step_up[i])) if down else (Fraction(step_down[i]), near[i])
+        assert near[i] == true or between[0] < true < between[1], i
