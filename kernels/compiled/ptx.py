@@ -10,7 +10,6 @@ each tensor it is given, and the padding of rows. What is checked and counted is
 
 import ctypes
 import json
-import re
 import struct
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -90,28 +89,6 @@ def find_extent(tensor: torch.Tensor) -> tuple[int, int]:
     return start, min(start + max(last, padded) * tensor.element_size(), storage.data_ptr() + storage.nbytes())
 
 
-def find_unfenced_registers(ptx: str) -> list[Finding]:
-    """Return a finding for each register of a wgmma that is written after the last wgmma.fence above it.
-
-    No order holds between the two: ptxas may, but need not, put the write first. It is read from the text because no
-    execution shows it.
-    """
-    written: dict[str, int] | None = None
-    found = []
-    for number, line in enumerate(ptx.splitlines(), 1):
-        text = line.strip()
-        if text.startswith("wgmma.fence"):
-            written = {}
-        elif text.startswith("wgmma.mma_async"):
-            used = set(re.findall(r"%r\d+", " ".join(re.findall(r"\{[^}]*\}", text))))
-            for register in sorted(used & set(written or ())):
-                what = f"{register} is written on line {(written or {})[register]}, after the fence"
-                found.append(Finding("registers", what, text.split()[0], number, "", (0, 0, 0), 0, 0, 1))
-        elif written is not None and (made := re.match(r"(?:@!?%p\d+ )?[a-z][\w.:]*\s+(\{[^}]*\}|%\w+)", text)):
-            written |= dict.fromkeys(re.findall(r"%r\d+", made[1]), number)
-    return found
-
-
 class Module:
     """PTX that the machine has read. `params` maps each kernel's name to the bytes of its parameters."""
 
@@ -123,7 +100,6 @@ class Module:
         self._module = self._library.ptx_load(ptx.encode(), ctypes.byref(error))
         if error.value:
             raise PtxError(take_text(error.value))
-        self._found = find_unfenced_registers(ptx)
         lines = take_text(self._library.ptx_kernels(self._module)).splitlines()
         self.params = {name: list(map(int, sizes)) for name, *sizes in map(str.split, lines)}
 
@@ -175,7 +151,7 @@ class Module:
         seconds = time.thread_time() - started
         if "error" in answer:
             raise PtxError(f"{kernel}: {answer['error']}")
-        findings = self._found + [Finding(**f | {"block": tuple(f["block"])}) for f in answer["findings"]]
+        findings = [Finding(**f | {"block": tuple(f["block"])}) for f in answer["findings"]]
         slow = [SlowAccess(**access) for access in answer["slow"]]
         return Result(kernel, findings, answer["counters"], seconds, slow, self.ptx)
 

@@ -16,10 +16,10 @@ from kernels.compiled.simulation import on_machine
 
 
 @triton.jit
-def _multiply(x, w, y, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def _multiply(x, w, y, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPECIALISE: tl.constexpr = False):
     i, j = tl.program_id(0) * BM, tl.program_id(1) * BN
     sums = tl.zeros([BM, BN], tl.float32)
-    for k in tl.range(0, K, BK, num_stages=3):
+    for k in tl.range(0, K, BK, num_stages=3, warp_specialize=SPECIALISE):
         sums = tl.dot(x.load([i, k]), w.load([j, k]).T, sums)
     y.store([i, j], sums.to(tl.bfloat16))
 
@@ -33,8 +33,8 @@ def by_device(x_ptr, w_ptr, y_ptr, M, N, K, BM: tl.constexpr, BN: tl.constexpr, 
 
 
 @triton.jit
-def by_host(x, w, y, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    _multiply(x, w, y, K, BM, BN, BK)
+def by_host(x, w, y, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPECIALISE: tl.constexpr):
+    _multiply(x, w, y, K, BM, BN, BK, SPECIALISE)
 
 
 @triton.jit
@@ -49,14 +49,18 @@ def make_operands():
     return torch.randn(100, 200).bfloat16(), torch.randn(136, 200).bfloat16()
 
 
-def run_product(edit=None, late=False, tiles=(64, 64, 64)):
-    """Return x @ w.T by descriptors that the host makes, and the launch's results."""
+def run_product(edit=None, late=False, tiles=(64, 64, 64), specialise=False):
+    """Return x @ w.T by descriptors that the host makes, and the launch's results.
+
+    specialise: some warps load, others multiply.
+    """
     x, w = make_operands()
     y = torch.zeros(len(x), len(w), dtype=torch.bfloat16)
     bm, bn, bk = tiles
     descriptors = [TensorDescriptor.from_tensor(t, block) for t, block in ((x, [bm, bk]), (w, [bn, bk]), (y, [bm, bn]))]
     with on_machine("sm_90", edit, late=late) as results:
-        by_host[triton.cdiv(len(x), bm), triton.cdiv(len(w), bn)](*descriptors, x.shape[1], BM=bm, BN=bn, BK=bk)
+        grid = triton.cdiv(len(x), bm), triton.cdiv(len(w), bn)
+        by_host[grid](*descriptors, x.shape[1], BM=bm, BN=bn, BK=bk, SPECIALISE=specialise)
     return y, results
 
 
@@ -84,6 +88,7 @@ if __name__ == "__main__":
     cases = {
         "by host": (run_product, left @ right.T),
         "by host, small tiles": (partial(run_product, tiles=(64, 32, 32)), left @ right.T),
+        "by host, specialised warps": (partial(run_product, specialise=True), left @ right.T),
         "by device": (run_product_by_device, left @ right.T),
         "sum": (run_sum, 2 * left),
     }
@@ -96,6 +101,7 @@ if __name__ == "__main__":
                 "error": ((got - want).abs() / want.abs().clamp(min=1)).max().item(),
                 "findings": [str(finding) for launch in launches for finding in launch.findings],
                 "bulk copies": launches[0].ptx.count("async.bulk.tensor"),
+                "setmaxnreg": launches[0].ptx.count("setmaxnreg"),
                 "wgmma": launches[0].ptx.count("wgmma.mma_async"),
             }
             print(json.dumps(case), flush=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.compiled import machine_library
-from kernels.compiled.ptx import Module, PtxError, find_unfenced_registers
+from kernels.compiled.ptx import Module, PtxError
 from tests.helpers.hand_ptx import find_kinds, make_kernel
 
 OWN_WORD = "shl.b32 %r1, %t, 2; mov.u32 %r2, memory; add.s32 %r1, %r1, %r2;\n"  # %r1: the thread's, in shared memory
@@ -61,10 +61,32 @@ def test_an_unknown_instruction_is_named(text):
         make_kernel(text)
 
 
-def test_a_register_of_wgmma_that_is_written_after_the_fence_is_found():
-    ptx = "wgmma.fence.sync.aligned;\nmov.b32 %r5, 0;\nadd.s32 %r9, %r1, %r2;\n"
-    ptx += "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r0,%r1,%r2,%r3}, {%r4,%r5,%r6,%r7}, %rd1, 1, 1, 1, 0;"
-    assert [(f.kind, f.line) for f in find_unfenced_registers(ptx)] == [("registers", 4)]
+WGMMA = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r10,%r11,%r12,%r13}, {%r14,%r15,%r16,%r17}, %d1, "
+WGMMA += "1, 1, 1, 0;\n"
+FENCE, DONE = "wgmma.fence.sync.aligned;\n", "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (FENCE + WGMMA + DONE + "mov.b32 %r15, 0; mov.b32 %r5, %r10;", None),
+        ("mov.b32 %r15, 0;" + FENCE + WGMMA + WGMMA + DONE, None),
+        (FENCE + "add.s32 %r9, %r1, %r2; mov.b32 %r15, 0;" + WGMMA + DONE, "after the wgmma.fence"),
+        (FENCE + "mov.b32 %r12, 0;" + WGMMA + DONE, "after the wgmma.fence"),
+        (
+            FENCE + "LOOP: " + WGMMA + DONE + "mov.b32 %r15, 0; @%p1 bra LOOP;",
+            "after the wgmma.fence",
+        ),  # from turn to turn
+        (FENCE + WGMMA + "mov.b32 %r5, %r12;" + DONE, "reads: the result of a wgmma that no wait has finished"),
+        (FENCE + WGMMA + "mov.b32 %r12, 0;" + DONE, "writes: an operand of a wgmma that no wait has finished"),
+        (FENCE + WGMMA + "mov.b32 %r15, 0;" + DONE, "writes: an operand of a wgmma that no wait has finished"),
+    ],
+)
+def test_registers_of_wgmma_are_left_alone_between_its_fence_and_its_wait(body, text):
+    start = "setp.lt.u32 %p1, %t, 0; mul.wide.u32 %d1, %t, 0; shl.b32 %r1, %t, 2; mov.u32 %r2, memory;\n"
+    start += "add.s32 %r1, %r1, %r2; st.shared.b32 [%r1], 0; fence.proxy.async; bar.sync 0;\n"
+    result = make_kernel(start + body, params=0, shared=512, target="sm_90a").launch("k", 1, ())
+    assert [text is not None and text in finding.text for finding in result.findings] == [True] * bool(text)
 
 
 def test_a_launch_that_does_not_fit_is_refused():

@@ -22,10 +22,17 @@ def test_tiles_by_tensor_descriptors(version):
     out, err = process.communicate()
     assert process.returncode == 0, err
     cases = [json.loads(line) for line in out.splitlines()]
-    assert len(cases) == 8
+    assert len(cases) == 10
     for case in cases:
-        assert case["findings"] == [] and case["bulk copies"] >= 1, case
-        assert case["error"] < 2**-7 and (case["wgmma"] >= 2 or case["case"] == "sum"), case
+        specialised = "specialised" in case["case"]
+        assert case["error"] < 2**-7 and case["bulk copies"] >= 1 and (case["wgmma"] >= 2 or case["case"] == "sum"), (
+            case
+        )
+        assert bool(case["setmaxnreg"]) is specialised
+        if specialised and version == "3.6":  # a tile overwrites what stores passed to the warps, without a fence
+            assert case["findings"] and all(text.startswith("proxy: overwrites") for text in case["findings"])
+        else:
+            assert case["findings"] == []
 
 
 def test_it_does_not_run_in_the_interpreter(monkeypatch):
