@@ -1,6 +1,6 @@
 """Finds launch configurations by measuring them on the GPU at hand, and writes kernels/launch/<op>.json.
 
-    python -m kernels.tune [--op NAME ...] [--minutes M] [--dry-run]
+    python -m kernels.tune [--op NAME ...] [--minutes M] [--out DIR] [--dry-run]
     python -m kernels.tune --static [--op NAME ...] [--chip sm_90]    no GPU: ranks by what the machine code shows
     TRITON_INTERPRET=1 python -m kernels.tune --smoke                 no GPU: the whole flow at toy size, writes nothing
 
@@ -16,6 +16,8 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -52,8 +54,8 @@ def print_ranks(ops: Sequence[str], chips: Sequence[str], workers: int) -> None:
                     console.print(f"  {mark} {text}{row.registers:3} registers  {row.config}  {refused}", markup=False)
 
 
-def tune(ops: Sequence[str], minutes: float, smoke: bool, dry_run: bool, workers: int) -> None:
-    """Measure the ops' entries under a progress bar, and write the tables unless this is a try."""
+def tune(ops: Sequence[str], minutes: float, smoke: bool, out: Path | None, workers: int) -> None:
+    """Measure the ops' entries under a progress bar, and write the tables into a folder, if one is given."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     columns = (
         TextColumn("{task.description}"),
@@ -72,7 +74,7 @@ def tune(ops: Sequence[str], minutes: float, smoke: bool, dry_run: bool, workers
         tuner = Tuner(device, chip, minutes, show, smoke, workers)
         n_entries = sum(len(by_chip.get(chip, ())) for op in ops for by_chip in common.launch_table(op).values())
         task = progress.add_task(f"tuning {chip}", total=n_entries)
-        write = (lambda op, table: None) if dry_run or smoke else write_launch_table
+        write = partial(write_launch_table, folder=out) if out else (lambda op, table: None)
         waiting = []
         for op in ops:
             progress.update(task, description=f"tuning {op} {chip}")
@@ -86,6 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m kernels.tune", description=__doc__.split("\n")[0])
     parser.add_argument("--op", nargs="+", default=[], help="only these")
     parser.add_argument("--minutes", type=float, default=10, help="stop after this long (default 10)")
+    parser.add_argument("--out", type=Path, metavar="DIR", default=common.LAUNCH, help="for tables (kernels/launch)")
     parser.add_argument("--dry-run", action="store_true", help="measure, write nothing")
     parser.add_argument("--static", action="store_true", help="without a GPU: rank by the machine code")
     parser.add_argument("--chip", nargs="+", choices=CHIPS, default=list(CHIPS), help="for --static")
@@ -100,7 +103,7 @@ def main() -> None:
     if args.static:
         print_ranks(ops, args.chip, workers)
     elif args.smoke or torch.cuda.is_available():
-        tune(ops, args.minutes, args.smoke, args.dry_run, workers)
+        tune(ops, args.minutes, args.smoke, None if args.dry_run or args.smoke else args.out, workers)
     else:
         print(
             "kernels.tune: no GPU here, and only a GPU can be measured; --static ranks by the machine code",

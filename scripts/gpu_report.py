@@ -1,19 +1,29 @@
-"""Everything worth measuring on a GPU machine, in one command and one file, within minutes and without a network.
+"""Everything worth measuring on a GPU machine, in three runs of at most ten minutes and without a network.
 
-    python -m scripts.gpu_report [--minutes 10] [--only machine,ceilings,...] [--json benchmarks/<device>.json]
+    python -m scripts.gpu_report --out DIR [--minutes 8] [--only machine,ceilings,...] [--again]
 
-The parts are: the machine; its ceilings (copies, and GEMMs at the shapes of LLaMA-7B); the kernels' tests on the
-device; whole training steps at the shapes of LLaMA-7B and of a 1.1B model, where their time goes, and peers' steps on
-the same rows; the cost of FSDP2 and of states that are saved meanwhile; kernels.bench with every installed peer. The
-JSON file is replaced whole after each measurement, so an interruption costs one measurement at most. A part that fails
-is recorded with its error, and the rest goes on. No measurement begins when the time is up, and the report names what
-was left out. Tests and benchmarks run in processes of their own, one for each test file and each op: a kernel that
-breaks the CUDA context takes no other down.
+The same command is given until nothing is missing: a run goes on where the runs before it ended. --out is the folder of
+everything that is written, and may be carried from machine to machine:
+
+    report.json     every figure; replaced whole after each measurement, so an interruption costs one at most
+    log.txt         what was printed
+    launch/         launch tables that kernels.tune has improved
+    triton.tar.gz   Triton's cache: what is compiled once is compiled for all runs
+
+The parts, in order: the machine; compiling every kernel; the kernels' tests on the device; its ceilings (copies, and
+GEMMs as LLaMA-7B's layers use them); training steps as a user of this card gets them; where their time goes;
+kernels.bench of the main ops; checks of FSDP2; peers' steps on the same rows; steps in other modes; the cost of FSDP2
+and of saves; kernels.bench of all other ops; kernels.tune. The first run is made for all before "profile".
+
+A part that fails is recorded with its error, and the rest goes on. No measurement begins when the time is up, one that
+has begun may take another minute, and the report names what was left out. Tests, steps and benchmarks run in processes
+of their own: a kernel that breaks the CUDA context takes no other down.
 
 --smoke runs every part at toy size on a CPU, the kernels in Triton's interpreter. scripts/pages/benchmarks.py turns
 the JSON into README's table.
 """
 
+import argparse
 import importlib
 import os
 import re
@@ -22,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -31,11 +42,14 @@ if not torch.cuda.is_available():
 
 from kernels.measure.machine import DEVICE, GPU, query_nvidia_smi
 from scripts.base.results import ROOT, new_parser
-from scripts.report import kernel_parts as kernels
-from scripts.report.processes import unpack_wheels
+from scripts.report import kernel_parts, kernel_tests
+from scripts.report.processes import copy_output, unpack_wheels
 from scripts.report.report import Report
+from scripts.report.triton_cache import carry_cache
 
 STEP_PARTS = {"step": "step.bench", "profile": "step.breakdown", "peers": "step.peers", "ranks": "step.ranks"}
+
+Measure = Callable[[Report], None]
 
 
 def step_module(name: str):
@@ -43,25 +57,35 @@ def step_module(name: str):
     return importlib.import_module(f"scripts.{STEP_PARTS[name]}")
 
 
-def measure_step_part(name: str):
-    """Return the function that measures a part of STEP_PARTS."""
-    return lambda report: step_module(name).measure_part(report)
+def step_part(name: str, function: str = "measure_part") -> Measure:
+    """Return the function of a module of STEP_PARTS that measures a part."""
+    return lambda report: getattr(step_module(name), function)(report)
 
 
-PARTS = {  # name: what measures it, and the share of the time then left that it may take; the last part has all of it
-    "machine": (kernels.measure_machine, 1.0),
-    "ceilings": (kernels.measure_ceilings, 0.2),
-    "tests": (kernels.run_kernel_tests, 0.4),
-    "step": (measure_step_part("step"), 0.5),
-    "profile": (measure_step_part("profile"), 0.4),
-    "peers": (measure_step_part("peers"), 0.6),
-    "ranks": (measure_step_part("ranks"), 0.5),
-    "kernels": (kernels.run_kernel_benchmarks, 1.0),
+def tune(report: Report) -> None:
+    """Tune the kernels into the folder launch/ beside the report."""
+    kernel_parts.tune_kernels(report, report.out / "launch")
+
+
+PARTS: dict[str, tuple[Measure, float]] = {  # name: what measures it, and the share of the time left that it may take
+    "machine": (kernel_parts.measure_machine, 1.0),
+    "warm_up": (kernel_parts.warm_up, 0.3),
+    "tests": (kernel_tests.run_kernel_tests, 0.45),
+    "ceilings": (kernel_parts.measure_ceilings, 0.3),
+    "step": (step_part("step"), 0.9),
+    "profile": (step_part("profile"), 0.4),
+    "kernels": (kernel_parts.run_main_benchmarks, 0.7),
+    "checks": (step_part("ranks", "measure_checks"), 0.7),
+    "peers": (step_part("peers"), 0.7),
+    "variants": (step_part("step", "measure_other_variants"), 0.5),
+    "ranks": (step_part("ranks"), 0.5),
+    "other_kernels": (kernel_parts.run_other_benchmarks, 0.6),
+    "tune": (tune, 1.0),
 }
 
 
-def measure_parts(report: Report, names: list[str]) -> None:
-    """Measure parts in this order."""
+def measure_parts(report: Report, names: Sequence[str]) -> None:
+    """Measure what is missing of parts in this order. The last one may take all the time that is left."""
     for name in names:
         measure, share = PARTS[name]
         report.measure_part(name, measure, 1.0 if name == names[-1] else share)
@@ -72,9 +96,9 @@ def format_report(result: dict) -> str:
     parts = result["parts"]
     facts = parts.get("machine", {})
     lines = [f"{facts.get('device', DEVICE)}, commit {result.get('commit')}, {facts.get('date', '')}"]
-    lines += kernels.format_ceilings(parts.get("ceilings", {}))
-    lines += kernels.format_tests(parts.get("tests", {}))
-    lines += kernels.format_benchmarks(parts.get("kernels", {}))
+    lines += kernel_parts.format_ceilings(parts.get("ceilings", {}))
+    lines += kernel_tests.format_tests(parts.get("tests", {}))
+    lines += kernel_parts.format_benchmarks(parts.get("kernels", {}))
     for name in STEP_PARTS:
         if "records" in parts.get(name, {}):
             lines += step_module(name).format_part(parts[name])
@@ -95,11 +119,14 @@ def find_commit() -> str | None:
         return None
 
 
-def parse_arguments(argv: list[str] | None):
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = new_parser(__doc__, "python -m scripts.gpu_report")
-    parser.add_argument("--minutes", type=float, default=10.0, help="begin nothing after this long (10)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="everything that is written (out/<device>)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="begin nothing after this long (8)")
     parser.add_argument("--only", help=f"parts, comma-separated, of {', '.join(PARTS)} (all)")
-    parser.add_argument("--json", help="where the report goes (benchmarks/<device>.json; with --smoke out/smoke.json)")
+    parser.add_argument("--again", action="store_true", help="measure what failed in earlier runs once more")
+    parser.add_argument("--json", type=Path, help="another place for the report (report.json in --out)")
     parser.add_argument("--commit", help="what is measured, where there is no git to ask (git's HEAD)")
     parser.add_argument("--wheels", metavar="DIR", help="put the wheels of this folder on the path: peers (none)")
     parser.add_argument("--smoke", action="store_true", help="every part at toy size, on a CPU too")
@@ -112,24 +139,33 @@ def parse_arguments(argv: list[str] | None):
         parser.error("no GPU is visible to torch; --smoke tries every part at toy size on the CPU")
     if args.wheels and not list(Path(args.wheels).glob("*.whl")):
         parser.error(f"--wheels: no *.whl in {args.wheels}")
-    slug = re.sub(r"\W+", "_", torch.cuda.get_device_name().lower()) if GPU else "cpu"
-    args.json = args.json or ("out/smoke.json" if args.smoke else ROOT / "benchmarks" / f"{slug}.json")
+    args.device = torch.cuda.get_device_name() if GPU else "CPU"
+    args.out = args.out or Path("out", "smoke" if args.smoke else re.sub(r"\W+", "_", args.device.lower()))
+    args.json = args.json or args.out / "report.json"
     return args
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what is missing until the time is up, and print every figure."""
     args = parse_arguments(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that child processes end too
-    with tempfile.TemporaryDirectory() as folder:
+    args.out.mkdir(parents=True, exist_ok=True)
+    facts = {"commit": args.commit or find_commit(), "date": time.strftime("%Y-%m-%d %H:%M")}
+    try:
+        report = Report(args.json, args.minutes, args.smoke, device=args.device, out=args.out, **facts)
+    except ValueError as error:
+        sys.exit(f"scripts.gpu_report: {error}")
+    if args.again:
+        report.drop_failures()
+    with copy_output(args.out / "log.txt"), tempfile.TemporaryDirectory() as folder:
         if args.wheels:
-            unpack_wheels(args.wheels, folder)
-        date = time.strftime("%Y-%m-%d %H:%M")
-        report = Report(args.json, args.minutes, args.smoke, commit=args.commit or find_commit(), date=date)
-        measure_parts(report, args.only)
-    if GPU:
-        report.add("machine", clocks_at_the_end=query_nvidia_smi(*kernels.CLOCKS))
-    print(format_report(report.result))
-    print(f"written to {report.path}")
+            unpack_wheels(args.wheels, Path(folder, "wheels"))
+        with carry_cache(args.out, Path(folder, "triton")):
+            measure_parts(report, args.only)
+        if GPU:
+            report.add("machine", clocks_at_the_end=query_nvidia_smi(*kernel_parts.CLOCKS))
+        print(format_report(report.result))
+        print(f"written to {args.out}", flush=True)
 
 
 if __name__ == "__main__":

@@ -198,6 +198,7 @@ def format_table(table: Table) -> str:
 
 def write_launch_table(op: str, table: Table, folder: Path = common.LAUNCH) -> None:
     """Replace launch/<op>.json. A reader finds the old table or the whole new one."""
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{op}.json"
     new = path.with_suffix(".new")
     new.write_text(format_table(table))

@@ -6,7 +6,7 @@ not measured.
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -117,6 +117,52 @@ def measure_gemm_rate(
     """Return the TFLOP/s of a (m, k) x (k, n) product of random numbers: zeros take less power and run faster."""
     x, w = (torch.randn(*shape, device=DEVICE, dtype=dtype) for shape in ((m, k), (n, k)))
     return 2 * m * n * k / statistics.median(time_steps([[lambda _: x @ w.T]], repeats, flush)[0]) / 1e9
+
+
+# The products of a linear map, as a step computes them: y = x W^T, dx = dy W, dW += dy^T x in the GEMM's epilogue.
+PRODUCTS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "fwd": lambda x, w, dy, dw: torch.nn.functional.linear(x, w),
+    "dgrad": lambda x, w, dy, dw: dy @ w,
+    "wgrad": lambda x, w, dy, dw: dw.addmm_(dy.T, x),
+}
+
+
+def make_map(rows: int, n_in: int, n_out: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Return random x (rows, n_in), w (n_out, n_in), dy (rows, n_out) and dw (n_out, n_in) of a linear map."""
+    shapes = (rows, n_in), (n_out, n_in), (rows, n_out), (n_out, n_in)
+    return [torch.randn(*shape, device=DEVICE, dtype=dtype) for shape in shapes]
+
+
+def measure_product_rate(
+    repeats: int, flush: Callable[[], Any], product: str, rows: int, n_in: int, n_out: int, dtype: torch.dtype
+) -> float:
+    """Return the TFLOP/s of one of PRODUCTS, in short bursts."""
+    tensors = make_map(rows, n_in, n_out, dtype)
+    ms = time_steps([[lambda _: PRODUCTS[product](*tensors)]], repeats, flush)[0]
+    return 2 * rows * n_in * n_out / statistics.median(ms) / 1e9
+
+
+def measure_sustained(product: str, maps: Iterable[tuple[int, int, int]], seconds: float, dtype: torch.dtype) -> float:
+    """Return the TFLOP/s of one of PRODUCTS over linear maps (rows, inputs, outputs) in turn, for so many seconds.
+
+    A GPU lowers its clocks under a load that lasts, which bursts do not show.
+    """
+    sizes = list(maps)
+    tensors = [make_map(*size, dtype) for size in sizes]
+
+    def run_all(_):
+        for each in tensors:
+            PRODUCTS[product](*each)
+
+    pass_ms = statistics.median(time_steps([[run_all]], 3, lambda: None)[0])
+    n_passes = max(1, round(1e3 * seconds / pass_ms))
+
+    def run_long(_):
+        for _ in range(n_passes):
+            run_all(None)
+
+    ms = time_steps([[run_long]], 1, lambda: None, warmup=0)[0][0]
+    return n_passes * sum(2 * rows * n_in * n_out for rows, n_in, n_out in sizes) / ms / 1e9
 
 
 def measure_peak_rates(repeats: int, flush: Callable[[], Any]) -> dict[str, float]:

@@ -6,13 +6,31 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
+import triton
 from triton import knobs
 
 IMPLS = ("auto", "triton", "ref")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the kernels; the references take fp64 too
 INTERPRETED = knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, slowly
 LAUNCH = Path(__file__).parent.parent / "launch"
+
+
+@triton.jit
+def _loop_kernel(n):
+    for _ in range(0, n):
+        pass
+
+
+if INTERPRETED:
+    try:
+        _loop_kernel[(1,)](1)
+    except Exception as error:  # Triton 3.6 makes an int of an array (1,), which NumPy refuses from 2.4 on
+        raise ImportError(
+            f"the interpreter of Triton {triton.__version__} does not run under NumPy {numpy.__version__} ({error}); "
+            f"install numpy<2.4 or a newer Triton, or unset TRITON_INTERPRET"
+        ) from error
 
 
 def choose_impl(op: str, impl: str, x: torch.Tensor) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.pages.gpu_table import format_report, read_reports
+from scripts.pages.gpu_table import format_report, format_targets, read_reports
 from scripts.pages.without_gpu import paragraph, simulated, static
 
 ROOT = Path(__file__).parents[2]
@@ -330,13 +330,17 @@ def rendered_page(folder: Path = ROOT / "benchmarks") -> str:
         lines += [f"## {m.title}", "", *m.about(figures), "", command, "", *machine(figures)]
     lines += ["## On a GPU", ""]
     reports = read_reports(folder)
+    targets = json.loads((ROOT / "benchmarks" / "targets.json").read_text())
     if not reports:
-        lines.append("Not measured yet. Projections: [ranks.md](ranks.md) and `python -m engine.estimate`.")
+        lines += [
+            "Not measured yet. Projections: [ranks.md](ranks.md) and `python -m engine.estimate`. The targets:",
+            "",
+        ]
+        lines += format_targets(targets)
     else:
-        targets = json.loads((ROOT / "benchmarks" / "targets.json").read_text())
         for report in reports:
             lines += [*format_report(report, targets), ""]
-        lines.append("```sh\npython -m scripts.gpu_report --json benchmarks/DEVICE.json\n```")
+        lines.append("```sh\npython -m scripts.gpu_report --out out/DEVICE --json benchmarks/DEVICE.json\n```")
     return "\n".join([*lines, ""])
 
 

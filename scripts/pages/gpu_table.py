@@ -10,6 +10,31 @@ def read_reports(folder):
     return [r for r in found if r.get("what") == "scripts.gpu_report" and not r["smoke"]]
 
 
+def find_card(device: str, targets: dict) -> str:
+    """Return the card of targets.json that a device is, or the first one for a device that is none of them."""
+    return next((card for card in targets["cards"] if card in device), targets["cards"][0])
+
+
+def rows_for_card(card: str, targets: dict) -> list[dict]:
+    """Return the targets that hold for a card."""
+    return [row for row in targets["rows"] if row.get("card", card) == card]
+
+
+def format_goal(row: dict) -> str:
+    """Return the target of a row."""
+    return f"{'≥' if 'at_least' in row else '≤'} {row.get('at_least', row.get('at_most')):,g}"
+
+
+def format_targets(targets: dict) -> list[str]:
+    """Return the lines of a table of all targets, by card, beside which nothing has been measured yet."""
+    cards = targets["cards"]
+    lines = [f"| target on one | {' | '.join(cards)} |", f"|---|{'---|' * len(cards)}"]
+    for row in targets["rows"]:
+        goals = [format_goal(row) if row in rows_for_card(card, targets) else "" for card in cards]
+        lines.append(f"| {row['what']} | {' | '.join(goals)} |")
+    return lines
+
+
 def find_figure(parts, row):
     """Return the figure of a report for one row of targets.json: a number, "wrong result", "failed", or None."""
     records = parts.get(row.get("part", "kernels"), {}).get("records", [])
@@ -43,8 +68,7 @@ def find_figure(parts, row):
 def format_target(parts, row):
     """Return the line of one target: the figure measured, bold where the target is reached, and the target."""
     value = find_figure(parts, row)
-    goal = row.get("at_least", row.get("at_most"))
-    target = f"{'≥' if 'at_least' in row else '≤'} {goal:,g}"
+    target = format_goal(row)
     if not isinstance(value, float | int):
         return f"| {row['what']} | {value or 'not measured'} | {target} |"
     met = value >= row["at_least"] if "at_least" in row else value <= row["at_most"]
@@ -60,7 +84,8 @@ def format_report(report, targets):
         facts.get("device", "GPU"), f"driver {facts.get('driver')}", f"torch {facts.get('torch')}",
         f"triton {facts.get('triton')}", f"commit {(report.get('commit') or 'unknown')[:12]}", report.get("date", ""),
     ]  # fmt: skip
-    lines = [f"| {', '.join(about)} | measured | target on one {targets['device']} |", "|---|---|---|"]
+    card = find_card(facts.get("device", ""), targets)
+    lines = [f"| {', '.join(about)} | measured | target on one {card} |", "|---|---|---|"]
     if "copy_gb_per_s" in ceilings:
         rates = f"{ceilings['copy_gb_per_s']:,.0f} GB/s, {ceilings['gemm_tflops']:,.0f} TFLOP/s"
         lines.append(f"| device copy; bf16 GEMM of {ceilings['gemm_side']} cubed | {rates} | |")
@@ -72,7 +97,7 @@ def format_report(report, targets):
         if cut:
             counts += f"; {cut} files did not finish"
         lines.append(f"| kernel tests on the device | {counts} | none failed |")
-    return [*lines, *(format_target(parts, row) for row in targets["rows"]), *format_steps(parts)]
+    return [*lines, *(format_target(parts, row) for row in rows_for_card(card, targets)), *format_steps(parts)]
 
 
 def format_steps(parts):

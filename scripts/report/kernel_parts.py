@@ -1,62 +1,71 @@
-"""Parts of scripts.gpu_report about kernels: the machine, its ceilings, the kernels' tests and their benchmarks."""
+"""Parts of scripts.gpu_report about kernels: the machine, its ceilings, compiling, benchmarks and tuning."""
 
 import os
 import re
 import subprocess
 import sys
 import tempfile
-import time
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from kernels.measure.cases import full_cases, toy_cases
-from kernels.measure.clock import make_l2_flush, measure_gemm_rate, measure_peak_rates
+from kernels.measure.clock import PRODUCTS, make_l2_flush, measure_peak_rates, measure_product_rate, measure_sustained
 from kernels.measure.machine import GPU, describe_machine, query_nvidia_smi
 from kernels.measure.results import find_absent, format_record
+from kernels.ops.common import chip
 from scripts.report.processes import GRACE_S, describe_exit, read_records, run_command
 from scripts.report.report import Report
 
-TESTS = {  # name in the report: file
-    **{name: f"tests/kernels/ops/test_{name}.py" for name in (
-        "references", "attention", "rms_norm", "rope", "swiglu", "linear_cross_entropy", "adamw"
-    )},
-    "llama": "tests/engine/model/test_llama.py", "run_ahead": "tests/engine/training/test_run_ahead.py",
-}  # fmt: skip
-TOKENS = (4096, 8192, 16384)  # of a micro-batch
+TOKENS = (16384, 8192, 4096)  # of a micro-batch
+SUSTAINED_S = 5.0
 CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu", "power.draw", "power.limit")
-TEST_LIMIT_S = 180  # of one test file
-MOST_WORKERS = 14  # pytest-xdist processes; compiling a test's kernels takes far longer than running them
+MAIN_OPS = ("attention", "adamw", "rms_norm", "swiglu")
+WARM_UP_LIMIT_S = 120
 
 
 # ---- machine and ceilings -------------------------------------------------------------------------------------------
 
 
 def measure_machine(report: Report) -> None:
-    """Add what the machine is and its clocks."""
-    report.add("machine", **describe_machine(), clocks=query_nvidia_smi(*CLOCKS))
+    """Add what the machine is and its clocks. Raises ValueError if an earlier run was on another device."""
+    found, old = describe_machine(), report.result["parts"].get("machine", {})
+    if old.get("device", found["device"]) != found["device"]:
+        raise ValueError(f"{report.path} is a report of {old['device']}, this is {found['device']}")
+    report.add("machine", **found, clocks=query_nvidia_smi(*CLOCKS))
+
+
+def linear_maps(tokens: int, smoke: bool) -> dict[str, tuple[int, int, int]]:
+    """Return (rows, inputs, outputs) of one LLaMA-7B layer's linear maps, and of the head, whose rows carry loss."""
+    dim, hidden, vocab = (32, 88, 128) if smoke else (4096, 11008, 32000)
+    return {
+        "qkv": (tokens, dim, 3 * dim), "o": (tokens, dim, dim), "gate_up": (tokens, dim, 2 * hidden),
+        "down": (tokens, hidden, dim), "head": (tokens // 2, dim, vocab),
+    }  # fmt: skip
 
 
 def measure_ceilings(report: Report) -> None:
-    """Add the rates of copies and GEMMs, and of one layer's linear maps and the head: forward, dgrad, wgrad."""
-    repeats = 2 if report.smoke else 10
-    flush = make_l2_flush()
-    report.add("ceilings", **measure_peak_rates(repeats, flush))
-    dim, hidden, vocab = (32, 88, 128) if report.smoke else (4096, 11008, 32000)
+    """Add the rates of copies and of GEMMs: as one cube, in each layout of a step at 7B's shapes, and sustained."""
+    repeats, flush = 2 if report.smoke else 10, make_l2_flush()
+    done = report.result["parts"].get("ceilings", {})
+    if "copy_gb_per_s" not in done:
+        report.add("ceilings", **measure_peak_rates(repeats, flush))
     dtype = torch.bfloat16 if GPU else torch.float32
-    for tokens in (64,) if report.smoke else TOKENS:
-        if not report.may_begin(f"GEMMs at T={tokens}"):
-            continue
-        rates = {}
-        for name, n_in, n_out, rows in (
-            ("qkv", dim, 3 * dim, tokens), ("o", dim, dim, tokens), ("gate_up", dim, 2 * hidden, tokens),
-            ("down", hidden, dim, tokens), ("head", dim, vocab, tokens // 2),
-        ):  # fmt: skip
-            shapes = {"fwd": (rows, n_out, n_in), "dgrad": (rows, n_in, n_out), "wgrad": (n_out, n_in, rows)}
-            for kind, shape in shapes.items():
-                rates[f"{name}_{kind}"] = measure_gemm_rate(repeats, flush, *shape, dtype)
-        report.add("ceilings", **{f"gemm_tflops_T{tokens}": rates})
+    sizes = (64,) if report.smoke else TOKENS
+    for tokens in sizes:
+        name, maps = f"gemm_tflops_T{tokens}", linear_maps(tokens, report.smoke)
+        if name not in done and report.may_begin(f"GEMMs at T={tokens}"):
+            rates = {
+                f"{name}_{product}": measure_product_rate(repeats, flush, product, *sizes, dtype)
+                for name, sizes in maps.items() for product in PRODUCTS
+            }  # fmt: skip
+            report.add("ceilings", **{name: rates})
+        if tokens == sizes[0] and "gemm_tflops_sustained" not in done and report.may_begin("sustained GEMMs"):
+            seconds = 0.01 if report.smoke else SUSTAINED_S
+            rates = {product: measure_sustained(product, maps.values(), seconds, dtype) for product in PRODUCTS}
+            report.add("ceilings", gemm_tflops_sustained=rates, sustained_s=seconds, sustained_tokens=tokens)
+            report.add("ceilings", clocks_after=query_nvidia_smi(*CLOCKS))
 
 
 def format_ceilings(figures: dict) -> list[str]:
@@ -68,84 +77,66 @@ def format_ceilings(figures: dict) -> list[str]:
     return lines
 
 
-# ---- tests ----------------------------------------------------------------------------------------------------------
+# ---- compiling ------------------------------------------------------------------------------------------------------
 
 
-def run_kernel_tests(report: Report) -> None:
-    """Add each test file's counts and the first line of every failure. Each file runs in a process of its own."""
-    names = list(TESTS)
-    only = ["-k", "rms_norm"] if report.smoke else []
-    for name in names[:1] if report.smoke else names:
-        if report.may_begin(TESTS[name]):
-            limit_s = min(TEST_LIMIT_S, max(20, report.seconds_left()))
-            report.add("tests", **{name: run_test_file(TESTS[name], only, limit_s)})
-
-
-def run_test_file(path: str, only: list[str], limit_s: float) -> dict:
-    """Return the counts of a test file, its seconds, and how it ended if its process did not end by itself."""
-    # The project's own addopts are for its CI; a plugin that this machine lacks must not matter.
-    command = [sys.executable, "-m", "pytest", "-v", "-rfE", "-o", "addopts=", "-p", "no:cacheprovider", path, *only]
-    if GPU and find_spec("xdist"):
-        command += ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1))]
+def warm_up(report: Report) -> None:
+    """Add how long the static gate took to fill Triton's cache with the kernels of this chip, on all but two cores."""
+    workers, name = max(1, (os.cpu_count() or 1) - 2), chip(torch.device("cuda")) if GPU else "sm_90"
+    command = [sys.executable, "-m", "kernels.static", "--chip", name, "--workers", str(workers)]
+    command += ["--op", "grad_norm"] if report.smoke else []
+    began = report.clock()
     with tempfile.TemporaryFile("w+") as output:
-        began = time.monotonic()
-        code = run_command(command, limit_s, stdout=output, stderr=subprocess.STDOUT)
+        environment = {"TRITON_INTERPRET": "0"}  # which the gate does not run under
+        code = run_command(command, WARM_UP_LIMIT_S, environment=environment, stdout=output, stderr=subprocess.STDOUT)
         output.seek(0)
-        figures = count_outcomes(output.read())
-    if code is None:
-        figures["ended"] = f"after its limit of {limit_s:.0f} s"
-    elif code not in (0, 1):
-        figures["ended"] = f"with exit code {code}: {figures['last_line']}"
-    return {**figures, "seconds": time.monotonic() - began}
+        text = output.read()
+    print(text, flush=True)
+    counts = re.search(r"^(\d+) launches, (\d+) violations", text, re.M)
+    figures = {"seconds": report.clock() - began, "workers": workers, "violations": None, "launches": None}
+    if counts:
+        figures |= {"launches": int(counts[1]), "violations": int(counts[2])}
+    elif code != 0:
+        figures["failed"] = f"kernels.static ended {describe_exit(code)}"
+    report.add("warm_up", **figures)
 
 
-OUTCOMES = "PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS"
-SERIAL = re.compile(rf"^(\S+::.*?) ({OUTCOMES})\b", re.M)
-PARALLEL = re.compile(rf"^\[gw\d+\] \[ *\d+%\] ({OUTCOMES}) (\S+::.*?) *$", re.M)  # as pytest-xdist writes it
+# ---- benchmarks and tuning ------------------------------------------------------------------------------------------
 
 
-def count_outcomes(output: str) -> dict:
-    """Return the counts and failures in the output of `pytest -v -rfE`, which may be cut short."""
-    outcomes = SERIAL.findall(output) + [(name, word) for word, name in PARALLEL.findall(output)]
-    words = [word for _, word in outcomes]
-    reasons = dict(re.findall(r"^(?:FAILED|ERROR) (\S+(?: collecting)?.*?)(?: - (.*))?$", output, re.M))
-    bad = {name: reasons.get(name, "") for name, word in outcomes if word in ("FAILED", "ERROR")}
-    lines = output.strip().splitlines() or [""]
-    return {
-        "passed": words.count("PASSED"), "failed": words.count("FAILED"), "skipped": words.count("SKIPPED"),
-        "failures": {**bad, **reasons}, "last_line": lines[-1].strip("= "),
-    }  # fmt: skip
+def bench_ops(smoke: bool) -> list[str]:
+    """Return the ops of kernels.bench, the main ones first."""
+    ops = dict.fromkeys(case.op for case in (toy_cases() if smoke else full_cases()))
+    return [*MAIN_OPS, *(op for op in ops if op not in MAIN_OPS)]
 
 
-def format_tests(tests: dict) -> list[str]:
-    """Return a line for each test file, and one for each failure."""
-    lines = []
-    for name, figures in tests.items():
-        if not isinstance(figures, dict):
-            continue
-        ended = f"; ended {figures['ended']}" if "ended" in figures else ""
-        lines.append(
-            f"{TESTS[name]}: {figures['passed']} passed, {figures['failed']} failed, "
-            f"{figures['skipped']} skipped in {figures['seconds']:.0f} s{ended}"
-        )
-        lines += [f"    {test}: {reason}" for test, reason in figures["failures"].items()]
-    return lines
+def run_main_benchmarks(report: Report) -> None:
+    """Add the records of kernels.bench for the ops that take most of a step."""
+    run_benchmarks(report, list(MAIN_OPS))
 
 
-# ---- benchmarks -----------------------------------------------------------------------------------------------------
+def run_other_benchmarks(report: Report) -> None:
+    """Add the records of kernels.bench for all other ops."""
+    run_benchmarks(report, bench_ops(report.smoke)[len(MAIN_OPS) :])
 
 
-def run_kernel_benchmarks(report: Report) -> None:
-    """Add the records of kernels.bench, with one process for each op. A smoke run has one process for all."""
-    ops = list(dict.fromkeys(case.op for case in (toy_cases() if report.smoke else full_cases())))
-    for group in [ops] if report.smoke else [[op] for op in ops]:
-        if report.may_begin(f"kernels.bench --op {' '.join(group)}"):
+def run_benchmarks(report: Report, ops: Sequence[str]) -> None:
+    """Add the records of the ops that have none yet, one process for each op. A smoke run has one process for all."""
+    part = report.result["parts"].setdefault("kernels", {"records": [], "absent": [], "left_out": [], "ended": {}})
+    cut = {line.split()[0] for line in part["left_out"]}
+    done = ({r["op"] for r in part["records"]} | part["ended"].keys()) - cut
+    waiting = [op for op in ops if op not in done]
+    for group in [waiting] if report.smoke else [[op] for op in waiting]:
+        if group and report.may_begin(f"kernels.bench --op {' '.join(group)}"):
             run_bench(report, group)
 
 
-def run_bench(report: Report, ops: list[str]) -> None:
+def run_bench(report: Report, ops: Sequence[str]) -> None:
     """Add the records of one kernels.bench process while it makes them, and how it ended if it failed."""
     part = report.result["parts"].setdefault("kernels", {"records": [], "absent": [], "left_out": [], "ended": {}})
+    for name in ("records", "absent"):  # of an earlier run that was cut short
+        part[name] = [r for r in part[name] if r["op"] not in ops]
+    part["left_out"] = [line for line in part["left_out"] if line.split()[0] not in ops]
     before = {name: list(part[name]) for name in ("records", "absent", "left_out")}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bench.json"
@@ -176,3 +167,13 @@ def format_benchmarks(part: dict) -> list[str]:
         lines.append(f"{op}: without {who}{where}: {reason}")
     lines += [f"kernels.bench {op} ended {how}" for op, how in part["ended"].items()]
     return lines + [f"left out for time: {name}" for name in part["left_out"]]
+
+
+def tune_kernels(report: Report, folder: Path) -> None:
+    """Measure launch configurations in the time that is left, and write the tables that change into a folder."""
+    left_s = max(report.seconds_left(), 1)
+    command = [sys.executable, "-m", "kernels.tune", "--minutes", f"{left_s / 60:.3f}", "--out", str(folder)]
+    code = run_command([*command, *(["--smoke"] if report.smoke else [])], left_s + GRACE_S)
+    if code != 0:
+        raise RuntimeError(f"kernels.tune ended {describe_exit(code)}")
+    report.add("tune", tables=sorted(path.name for path in folder.glob("*.json")))

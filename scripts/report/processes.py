@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from kernels.measure.machine import free_memory
@@ -35,10 +35,19 @@ def unpack_wheels(wheels: str | Path, folder: str | Path) -> None:
     importlib.invalidate_caches()
 
 
-def run_command(command: list[str], limit_s: float, every: Callable[[], None] = lambda: None, **options) -> int | None:
-    """Return the exit code of a command, or None if it ran past its limit. Call `every` twice a second meanwhile."""
-    environment = os.environ | {"COLUMNS": "240", "PYTHONPATH": python_path()}
-    child = subprocess.Popen(command, cwd=ROOT, env=environment, **options)
+def run_command(
+    command: list[str],
+    limit_s: float,
+    every: Callable[[], None] = lambda: None,
+    environment: Mapping[str, str] | None = None,
+    **options,
+) -> int | None:
+    """Return the exit code of a command, or None if it ran past its limit. Call `every` twice a second meanwhile.
+
+    environment: variables besides this process's own.
+    """
+    variables = os.environ | {"COLUMNS": "240", "PYTHONPATH": python_path()} | (environment or {})
+    child = subprocess.Popen(command, cwd=ROOT, env=variables, **options)
     try:
         end = time.monotonic() + limit_s
         while time.monotonic() < end:
@@ -52,6 +61,26 @@ def run_command(command: list[str], limit_s: float, every: Callable[[], None] = 
             child.wait()
 
 
+@contextlib.contextmanager
+def copy_output(path: Path) -> Iterator[None]:
+    """Append to a file what this process and its children print while the context lasts, besides printing it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    own = [os.dup(fd) for fd in (1, 2)]
+    with subprocess.Popen(["tee", "-a", str(path)], stdin=subprocess.PIPE) as tee:
+        for fd in (1, 2):
+            os.dup2(tee.stdin.fileno(), fd)
+        tee.stdin.close()
+        try:
+            yield
+        finally:  # tee ends when nobody holds its input
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for fd, saved in zip((1, 2), own, strict=True):
+                os.dup2(saved, fd)
+                os.close(saved)
+
+
 def describe_exit(code: int | None) -> str:
     """Return how a process ended that did not end well, in words."""
     return "after its limit" if code is None else f"with exit code {code}"
@@ -63,14 +92,14 @@ def read_records(path: Path) -> dict | None:
 
 
 def measure_in_processes(report: Report, part: str, module: str, names: Iterable[str]) -> None:
-    """Add the records of `python -m module --only names...` to a part while they are made.
+    """Add the records of `python -m module --only names...` that the part lacks, while they are made.
 
     If the process dies, the measurement it was at is recorded as failed and another process goes on with the rest.
     """
     found = report.result["parts"].setdefault(part, {"records": []})["records"]
+    waiting = [name for name in names if name not in {record["name"] for record in found}]
     with contextlib.suppress(Exception):  # after a CUDA error this process cannot free memory; the child needs no less
         free_memory()
-    waiting = list(names)
     while waiting and report.may_begin(f"{part}: {', '.join(waiting)}"):
         code, left_out = measure_in_one_process(report, found, module, waiting)
         report.result["left_out"] += [f"{part}: {name}" for name in left_out]

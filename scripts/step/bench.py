@@ -11,6 +11,7 @@ half the micro-batch. This is a part of scripts.gpu_report.
 import itertools
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -61,20 +62,29 @@ class Variant:
     impl: str = IMPL
     steps: int = 10  # timed
     warmup: int = 3
+    least_gib: int = 0  # of the smallest card that it is for
 
     def describe(self, smoke: bool) -> dict:
         """Return the settings for a record."""
         return {**asdict(self), "dtype": DTYPE_NAME, **({"model": "toy"} if smoke else {})}
 
 
+GIB = 2**30
+LARGE = {"tokens": 16640, "least_gib": 130}  # a step at once on a card of 141 GB
 SMALL = {"model": "tinyllama-1.1b", "tokens": 16640}
-VARIANTS = {  # the most wanted first; names are unique, and targets.json selects by them
+HEADLINE = {  # names are unique, and targets.json selects by them
+    "llama-7b, fp32 states": Variant(**LARGE, states="fp32", steps=30),
+    "llama-7b, bf16 states": Variant(**LARGE, states="bf16", steps=30),
+    "llama-7b, no sharing, bf16 states": Variant(**LARGE | {"tokens": 19200}, sharing=False, states="bf16", steps=20),
     "llama-7b": Variant(steps=30),
-    "llama-7b, no sharing": Variant(sharing=False, steps=30),
+    "llama-7b, no sharing": Variant(sharing=False, steps=20),
+}
+VARIANTS = HEADLINE | {  # the most wanted first
     "llama-7b, low memory: offload, recompute block": Variant(offload=True, recompute="block", steps=5, warmup=2),
     "llama-7b, recompute block": Variant(recompute="block"),
     "tinyllama-1.1b": Variant(**SMALL, steps=30),
     "tinyllama-1.1b, no sharing": Variant(**SMALL, sharing=False),
+    "llama-7b, recompute none, bf16 states": Variant(**LARGE, recompute="none", states="bf16"),
     "llama-7b, stochastic master": Variant(master="stochastic"),
     "llama-7b, stochastic master, a step at once": Variant(tokens=16640, master="stochastic"),
     "llama-7b, recompute block, a step at once": Variant(tokens=16640, recompute="block"),
@@ -86,9 +96,8 @@ VARIANTS = {  # the most wanted first; names are unique, and targets.json select
     "tinyllama-1.1b, references": Variant(
         "tinyllama-1.1b", tokens=2048, impl="ref", recompute="block", steps=3, warmup=1
     ),
-    "llama-7b, references": Variant(tokens=2048, impl="ref", recompute="block", steps=2, warmup=1),
 }
-MAIN, UNSHARED = "llama-7b", "llama-7b, no sharing"
+MAIN = "llama-7b"
 
 
 # ---- steps ----------------------------------------------------------------------------------------------------------
@@ -229,12 +238,29 @@ def compare_with_estimate(variant: Variant, steps: Steps) -> dict:
 SMOKE = (MAIN, "tinyllama-1.1b, references")
 
 
+def names_for_card(variants: Iterable[str], smoke: bool) -> list[str]:
+    """Return the names of the variants that are for a card as large as this one."""
+    if smoke:
+        return [name for name in variants if name in SMOKE]
+    gib = torch.cuda.get_device_properties(0).total_memory / GIB
+    return [name for name in variants if VARIANTS[name].least_gib <= gib]
+
+
 def measure_part(report) -> None:
-    """Add every variant's record, and the whole fine-tune at the speed of the main variants."""
-    measure_in_processes(report, "step", "scripts.step.bench", SMOKE if report.smoke else VARIANTS)
-    measured = {r["name"]: r for r in report.result["parts"]["step"]["records"] if "tokens_per_s" in r}
-    projections = [project_finetune(measured[name], card_here()) for name in (MAIN, UNSHARED) if name in measured]
-    report.add("step", projections=projections)
+    """Add the records of the settings that a user of this card gets, and the whole fine-tune at their speed."""
+    measure_variants(report, HEADLINE)
+
+
+def measure_other_variants(report) -> None:
+    """Add the records of all other settings."""
+    measure_variants(report, [name for name in VARIANTS if name not in HEADLINE])
+
+
+def measure_variants(report, variants: Iterable[str]) -> None:
+    """Add the records of variants, and the projection of the whole fine-tune."""
+    measure_in_processes(report, "step", "scripts.step.bench", names_for_card(variants, report.smoke))
+    measured = [r for r in report.result["parts"]["step"]["records"] if r["name"] in HEADLINE and "tokens_per_s" in r]
+    report.add("step", projections=[project_finetune(record, card_here()) for record in measured])
 
 
 def format_part(part: dict) -> list[str]:

@@ -22,11 +22,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from kernels.measure.machine import GPU
 from scripts.report.processes import measure_in_processes
-from scripts.step.bench import VARIANTS, Steps
+from scripts.step.bench import MAIN, VARIANTS, Steps, names_for_card
 from scripts.step.records import Records, halve_until_it_fits, parse_arguments
 from scripts.step.rows import TOY_TOKENS
 
-PROFILED = ("llama-7b", "tinyllama-1.1b")
+PROFILED = ("llama-7b, fp32 states", "llama-7b", "tinyllama-1.1b")
 TOP = 15  # kernels that are listed
 STEP = "training step "  # begins the name of each step's range in the trace; its number follows
 WARMUP = 4  # steps
@@ -278,7 +278,7 @@ def measure_breakdown(name: str, smoke: bool) -> dict:
 
 def measure_part(report) -> None:
     """Add the breakdown of every profiled variant."""
-    names = PROFILED[:1] if report.smoke else PROFILED
+    names = [MAIN] if report.smoke else names_for_card(PROFILED, smoke=False)
     measure_in_processes(report, "profile", "scripts.step.breakdown", names)
 
 

@@ -35,10 +35,14 @@ def mfu(n_parameters: int, tokens_per_s: float, card) -> dict:
 
 
 def summarize_speed(n_parameters: int, tokens: list[int], computed: list[int], seconds: list[float], card) -> dict:
-    """Return the speed of steps from each one's logical tokens, computed tokens (with padding) and seconds."""
-    rate = sum(tokens) / sum(seconds)
+    """Return the speed of steps from each one's logical tokens, computed tokens (with padding) and seconds.
+
+    tokens_per_s is the median over the steps: one that waits for something else does not lower it.
+    """
+    rate = statistics.median(n / s for n, s in zip(tokens, seconds, strict=True))
     return {
-        "tokens_per_s": rate, "computed_tokens_per_s": sum(computed) / sum(seconds),
+        "tokens_per_s": rate, "tokens_per_s_mean": sum(tokens) / sum(seconds),
+        "computed_tokens_per_s": sum(computed) / sum(seconds),
         "computed_over_logical": sum(computed) / sum(tokens), "tokens_a_step": sum(tokens) / len(tokens),
         **mfu(n_parameters, rate, card), "steps": len(seconds), "step_s_median": statistics.median(seconds),
         "step_s_min": min(seconds), "step_s_max": max(seconds),

@@ -221,14 +221,18 @@ def measure_part(report) -> None:
 
 
 def add_ratios(parts: dict) -> None:
-    """Add our logical tokens/s over the peer's to each peer's record, on equal rows with and without sharing."""
+    """Add our logical tokens/s over the peer's to each peer's record, on equal rows with and without sharing.
+
+    Ours has bf16 states where that was measured, as peers have.
+    """
     ours = {r["name"]: r["tokens_per_s"] for r in parts.get("step", {}).get("records", []) if "tokens_per_s" in r}
     for record in parts.get("peers", {}).get("records", []):
         if "tokens_per_s" in record:
             model = record["name"].split(", ")[0]
             for figure, name in (("ours_over_peer", model), ("ours_without_sharing_over_peer", f"{model}, no sharing")):
-                if name in ours:
-                    record[figure] = ours[name] / record["tokens_per_s"]
+                of = next((found for found in (f"{name}, bf16 states", name) if found in ours), None)
+                if of:
+                    record[figure] = ours[of] / record["tokens_per_s"]
 
 
 def format_part(part: dict) -> list[str]:

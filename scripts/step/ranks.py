@@ -224,6 +224,15 @@ VARIANTS = {  # first what shows most in a second; names are unique, and targets
 SMOKE = ("checks, one rank", "tinyllama-1.1b, one rank", "tinyllama-1.1b, saves")
 
 
+CHECKS = [name for name in VARIANTS if name.startswith("checks")]
+
+
+def measure_checks(report) -> None:
+    """Add the records of the checks that FSDP2 is right."""
+    names = [name for name in CHECKS if name in SMOKE or not report.smoke]
+    measure_in_processes(report, "ranks", "scripts.step.ranks", names)
+
+
 def measure_part(report) -> None:
     """Add the record of every variant."""
     measure_in_processes(report, "ranks", "scripts.step.ranks", SMOKE if report.smoke else VARIANTS)

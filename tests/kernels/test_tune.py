@@ -42,6 +42,23 @@ def ended(monkeypatch, interpreted):
     return end.value.code
 
 
+@pytest.mark.parametrize("out", ["launch", None])
+def test_tables_go_into_the_folder_that_is_named(out, tmp_path, monkeypatch):
+    class Tuner:
+        def __init__(self, *_):
+            pass
+
+        def tune(self, op, write, advance):
+            write(op, common.launch_table(op))
+            return []
+
+    monkeypatch.setattr(tune, "Tuner", Tuner)
+    before = tables()
+    tune.tune(["rope"], 1.0, True, out and tmp_path / out, 1)
+    written = [path.name for path in tmp_path.glob("launch/*")]
+    assert written == (["rope.json"] if out else []) and tables() == before
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     assert ended(monkeypatch, interpreted=False) == 2

@@ -48,18 +48,19 @@ def run_here(command, limit_s, every=lambda: None, **options):
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     """The report of every part that measures, and its printed table."""
-    path = tmp_path_factory.mktemp("smoke") / "report.json"
-    parts = [name for name in gpu_report.PARTS if name != "tests"]
+    out = tmp_path_factory.mktemp("smoke")
+    parts = [name for name in gpu_report.PARTS if name not in ("tests", "warm_up", "tune")]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         patch.setattr(processes, "run_command", run_here)
         patch.setattr(kernel_parts, "run_command", run_here)
         patch.setattr(gpu_report.signal, "signal", lambda *_: None)
-        flags = ["--smoke", "--json", str(path), "--commit", "abc", "--minutes", "600", "--only", ",".join(parts)]
+        flags = ["--smoke", "--out", str(out), "--commit", "abc", "--minutes", "600", "--only", ",".join(parts)]
         gpu_report.main(flags)
-    result = json.loads(path.read_text(), parse_constant=pytest.fail)  # NaN is not JSON
-    assert list(result["parts"]) == parts and set(result["seconds"]) == set(parts)
-    assert result["smoke"] and result["commit"] == "abc" and not result["left_out"]
-    assert f"written to {path}" in printed.getvalue().splitlines()[-1]
+    result = json.loads((out / "report.json").read_text(), parse_constant=pytest.fail)  # NaN is not JSON
+    (run,) = result["runs"]
+    assert set(run["seconds"]) == set(parts) and run["commit"] == result["commit"] == "abc"
+    assert result["smoke"] and not result["left_out"]
+    assert f"written to {out}" in printed.getvalue().splitlines()[-1]
     return result["parts"], printed.getvalue().split("commit abc")[-1]  # the table comes last
 
 
@@ -100,7 +101,7 @@ def test_steps_at_toy_size(smoke):
 def test_a_report_that_stops_half_way_is_on_disk(tmp_path):
     """Processes of their own: the report's, which ends the tests it has begun when it is told to end, and theirs."""
     path = tmp_path / "report.json"
-    flags = ["--smoke", "--only", "machine,tests,second,third", "--json", str(path), "--minutes", "600"]
+    flags = ["--smoke", "--only", "machine,tests,second,third", "--out", str(tmp_path), "--minutes", "600"]
     code = f"""
 import os, signal
 from scripts import gpu_report
@@ -116,7 +117,8 @@ gpu_report.main({flags})
     parts = json.loads(path.read_text())["parts"]
     assert list(parts) == ["machine", "tests", "second"] and "device" in parts["machine"]
     assert parts["tests"]["references"]["passed"] > 0 and "ended" not in parts["tests"]["references"], parts["tests"]
-    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.txt", "report.json"]
+    assert "test_references.py" in (tmp_path / "log.txt").read_text()
 
 
 # ---- parts that fail, and time --------------------------------------------------------------------------------------
@@ -192,4 +194,4 @@ def test_mistakes_on_the_command_line(capsys, tmp_path):
         with pytest.raises(SystemExit) as stop:
             gpu_report.parse_arguments(["--smoke", *flags])
         assert stop.value.code == 2 and said in capsys.readouterr().err
-    assert gpu_report.parse_arguments(["--smoke"]).json == "out/smoke.json"  # never among the figures of README
+    assert str(gpu_report.parse_arguments(["--smoke"]).json) == "out/smoke/report.json"  # not among README's figures

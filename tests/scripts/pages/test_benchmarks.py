@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from scripts.pages import benchmarks
+from scripts.pages import benchmarks, gpu_table
 from tests.helpers.run import ROOT
 
 TARGETS = json.loads((ROOT / "benchmarks" / "targets.json").read_text())
@@ -93,7 +93,8 @@ def test_the_table_holds_measured_beside_target(synthetic, tmp_path):
     )
     assert rows["device copy; bf16 GEMM of 8192 cubed"] == ["3,000 GB/s, 700 TFLOP/s", ""]
     assert rows["kernel tests on the device"][0] == "7 passed, 1 failed, 1 skipped; 1 files did not finish"
-    found = {row["what"]: rows[row["what"]] for row in TARGETS["rows"]}
+    wanted = gpu_table.rows_for_card("H100", TARGETS)  # of a card that has no rows of its own
+    found = {row["what"]: rows[row["what"]] for row in wanted}
     values = [cells[0] for cells in found.values()]
     assert values[:6] == ["15,000", "**22,500**", "**70.06**", "76.00", "failed", "**0**"]
     assert values[6:10] == ["1.08", "**1.02**", "**1.00**", "not measured"]
@@ -101,7 +102,7 @@ def test_the_table_holds_measured_beside_target(synthetic, tmp_path):
         "**0.91**", "**0.97**", "0.50", "wrong result", "not measured", "not measured", "**1.25**", "0.75", "**312**",
         "not measured", "not measured", "1.20",
     ]  # fmt: skip
-    assert [cells[1] for cells in found.values()][-1] == "≤ 1.15" and found[TARGETS["rows"][10]["what"]][1] == "≥ 0.9"
+    assert [cells[1] for cells in found.values()][-1] == "≤ 1.15" and found[wanted[10]["what"]][1] == "≥ 0.9"
     assert [cells[1] for cells in found.values()][:6] == ["≥ 16,000", "≥ 22,000", "≤ 75", "≤ 75", "≤ 40", "≤ 0"]
     assert [cells[1] for cells in found.values()][6:10] == ["≤ 1.03", "≤ 1.03", "≤ 1.02", "≤ 1.02"]
     assert rows["FSDP2 over the plain step, llama-7b, one rank: 3 pairs of blocks"][0] == (
@@ -121,6 +122,20 @@ def test_without_a_report_of_a_gpu_nothing_is_claimed(synthetic, tmp_path):
     (tmp_path / "smoke.json").write_text(json.dumps({**synthetic, "smoke": True}))
     assert "Not measured yet" in benchmarks.rendered_page(tmp_path)
     assert "Synthetic" not in benchmarks.rendered_page(tmp_path)
+    assert "| target on one | H100 | H200 |" in benchmarks.rendered_page(tmp_path)
+
+
+def test_an_h200_is_held_to_its_own_targets(synthetic, tmp_path):
+    synthetic["parts"]["machine"]["device"] = "NVIDIA H200"
+    synthetic["parts"]["step"]["records"].append(
+        {"name": "llama-7b, fp32 states", "tokens_per_s": 22600.0, "peak_gib": 131.0}
+    )
+    (tmp_path / "h200.json").write_text(json.dumps(synthetic))
+    text = benchmarks.rendered_page(tmp_path)
+    assert "| measured | target on one H200 |" in text
+    assert "| the same with prefix sharing, fp32 states | **22,600** | ≥ 22,000 |" in text
+    assert "s=8192, forward: TFLOP/s (cuDNN on an H200) | not measured | ≥ 644 |" in text
+    assert "FlashAttention-3 on an H100" not in text and "| its peak memory, GiB | " not in text
 
 
 def test_targets_name_what_is_measured():
@@ -134,5 +149,6 @@ def test_targets_name_what_is_measured():
         if "part" in row:
             assert row["name"] in names[row["part"]], row
             continue
+        assert row.get("card", "H200") in TARGETS["cards"]
         chosen = [c for c in cases if c.op == row["op"] and c.shape == row.get("shape", c.shape)]
         assert chosen and all(row.get("pass", c.passes[0]) in c.passes for c in chosen), row

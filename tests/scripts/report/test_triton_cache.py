@@ -1,0 +1,40 @@
+"""Triton's cache, filled by one run and carried to the next."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+from scripts.report import kernel_parts
+from scripts.report.report import Report
+from scripts.report.triton_cache import ARCHIVE, carry_cache
+from tests.helpers.run import ROOT, environment
+
+COMPILE_AGAIN = """
+import triton
+from kernels.compiled import launch_cases, launches
+hits = []
+triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+for case in launch_cases.all_cases(["grad_norm"]):
+    for launch in launches.record_launches(case, "sm_90"):
+        launches.compile_source(*launches._source_of(launch))
+print(hits)
+"""
+
+
+def test_what_the_first_run_compiles_the_next_one_finds(tmp_path, monkeypatch):
+    """On another machine, where the cache lies in another folder."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", "before")
+    with carry_cache(tmp_path, tmp_path / "one"):
+        report = Report(tmp_path / "report.json", minutes=600, smoke=True)
+        kernel_parts.warm_up(report)
+    found = report.result["parts"]["warm_up"]
+    assert found["launches"] == 4 and found["violations"] == 0 and "failed" not in found
+    shutil.rmtree(tmp_path / "one")
+    assert (tmp_path / ARCHIVE).stat().st_size < 2e6 and os.environ["TRITON_CACHE_DIR"] == "before"
+    with carry_cache(tmp_path, tmp_path / "two"):
+        env = {name: value for name, value in environment().items() if name != "TRITON_INTERPRET"}
+        done = subprocess.run(
+            [sys.executable, "-c", COMPILE_AGAIN], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+        )
+    assert done.stdout == "[True, True, True, True]\n", done.stderr[-2000:]
