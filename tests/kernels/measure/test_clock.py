@@ -48,3 +48,24 @@ def test_the_device_spins_for_longer_than_the_host_queues(monkeypatch):
     assert all(1.2 * 8 < cycles / clock.CYCLES_PER_MS < 3 * 8 for cycles in spun)
     clock.time_steps([[lambda _: None]], 1, lambda: None)
     assert spun[-1] == clock.LEAST_SPIN_MS * clock.CYCLES_PER_MS
+
+
+def test_ceilings_are_of_the_products_of_a_step():
+    x, w, dy, dw = clock.make_map(8, 4, 6, torch.float32)
+    leaf, weight = x.clone().requires_grad_(), w.clone().requires_grad_()
+    y = torch.nn.functional.linear(leaf, weight)
+    dx, dweight = torch.autograd.grad(y, (leaf, weight), dy)
+    assert clock.PRODUCTS["fwd"](x, w, dy, dw).equal(y)
+    assert clock.PRODUCTS["dgrad"](x, w, dy, dw).allclose(dx, atol=1e-5)
+    before = dw.clone()
+    assert clock.PRODUCTS["wgrad"](x, w, dy, dw) is dw and dw.allclose(
+        before + dweight, atol=1e-5
+    )  # beta = 1, in place
+
+
+def test_a_sustained_rate_is_of_as_many_passes_as_fill_the_time(monkeypatch):
+    calls = []
+    monkeypatch.setitem(clock.PRODUCTS, "fwd", lambda *_: calls.append(1))
+    monkeypatch.setattr(clock, "time_steps", lambda sets, *_, **__: (sets[0][0](None), [(2.0,)])[1])
+    rate = clock.measure_sustained("fwd", [(8, 4, 6), (16, 4, 6)], 0.1, torch.float32)
+    assert len(calls) == 2 + 2 * 50 and rate == 50 * 2 * (8 + 16) * 4 * 6 / 2.0 / 1e9  # 100 ms at 2 ms a pass
