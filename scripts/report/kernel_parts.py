@@ -173,7 +173,9 @@ def tune_kernels(report: Report, folder: Path) -> None:
     """Measure launch configurations in the time that is left, and write the tables that change into a folder."""
     left_s = max(report.seconds_left(), 1)
     command = [sys.executable, "-m", "kernels.tune", "--minutes", f"{left_s / 60:.3f}", "--out", str(folder)]
-    code = run_command([*command, *(["--smoke"] if report.smoke else [])], left_s + GRACE_S)
+    command += ["--smoke"] if report.smoke else []
+    with tempfile.TemporaryDirectory() as cache:  # of its own: candidates that lose are not worth carrying
+        code = run_command(command, left_s + GRACE_S, environment={"TRITON_CACHE_DIR": cache})
     if code != 0:
         raise RuntimeError(f"kernels.tune ended {describe_exit(code)}")
     report.add("tune", tables=sorted(path.name for path in folder.glob("*.json")))

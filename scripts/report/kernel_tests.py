@@ -51,8 +51,8 @@ def is_missing(figures: dict | None) -> bool:
 
 
 def has_cuda_error(figures: dict) -> bool:
-    """Return whether a failure says that its process could use the GPU no more, and the file may try again."""
-    return figures["tries"] < TRIES and any("CUDA error" in reason for reason in figures["failures"].values())
+    """Return whether a failure may be another test's, which broke the process's GPU or took its memory."""
+    return figures["tries"] < TRIES and any("CUDA" in reason for reason in figures["failures"].values())
 
 
 def run_test_files(paths: Sequence[str], report: Report, limit_s: float, only: Sequence[str] = ()) -> dict[str, dict]:
@@ -62,9 +62,11 @@ def run_test_files(paths: Sequence[str], report: Report, limit_s: float, only: S
     if GPU and find_spec("xdist"):
         flags += ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1))]
     began = report.clock()
-    with tempfile.TemporaryFile("w+") as output:
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-m", "pytest", *flags, *paths, *only]
-        code = run_command(command, limit_s, stdout=output, stderr=subprocess.STDOUT)
+        # The hundreds of small kernels that tests compile are not worth carrying.
+        environment = {"TRITON_CACHE_DIR": cache}
+        code = run_command(command, limit_s, environment=environment, stdout=output, stderr=subprocess.STDOUT)
         output.seek(0)
         text = output.read()
     print(text, flush=True)

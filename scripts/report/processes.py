@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from kernels.measure.machine import free_memory
 from scripts.base.results import ROOT
 from scripts.report.report import Report
 
+TEE_S = 5  # for the last output to arrive
 GRACE_S = 60  # a measurement that has begun when the time is up may take as long
 UNPACKED = []  # folders of --wheels, which come first on the path
 
@@ -44,10 +46,10 @@ def run_command(
 ) -> int | None:
     """Return the exit code of a command, or None if it ran past its limit. Call `every` twice a second meanwhile.
 
-    environment: variables besides this process's own.
+    A command that is ended takes the processes it has started along. environment: variables besides this process's own.
     """
     variables = os.environ | {"COLUMNS": "240", "PYTHONPATH": python_path()} | (environment or {})
-    child = subprocess.Popen(command, cwd=ROOT, env=variables, **options)
+    child = subprocess.Popen(command, cwd=ROOT, env=variables, start_new_session=True, **options)
     try:
         end = time.monotonic() + limit_s
         while time.monotonic() < end:
@@ -57,7 +59,7 @@ def run_command(
         return None
     finally:
         if child.poll() is None:
-            child.kill()
+            os.killpg(child.pid, signal.SIGKILL)
             child.wait()
 
 
@@ -73,12 +75,16 @@ def copy_output(path: Path) -> Iterator[None]:
         tee.stdin.close()
         try:
             yield
-        finally:  # tee ends when nobody holds its input
+        finally:
             sys.stdout.flush()
             sys.stderr.flush()
             for fd, saved in zip((1, 2), own, strict=True):
                 os.dup2(saved, fd)
                 os.close(saved)
+            try:
+                tee.wait(TEE_S)  # it ends when nobody holds its input
+            except subprocess.TimeoutExpired:  # a process that has outlived its parent does
+                tee.kill()
 
 
 def describe_exit(code: int | None) -> str:

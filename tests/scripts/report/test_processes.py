@@ -4,13 +4,46 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zipfile
+from pathlib import Path
 
 import pytest
 
 from scripts.base.results import write_json
 from scripts.report import processes
 from scripts.report.report import Report
+
+
+def has_ended(pid):
+    """Wait for a process that nobody of ours can wait for, and return whether it is gone."""
+    for _ in range(500):
+        path = Path(f"/proc/{pid}/stat")
+        try:
+            if path.read_text().rpartition(")")[2].split()[0] == "Z":  # nobody has read its exit code yet
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_what_is_printed_is_in_a_file_too(tmp_path, capfd):
+    """By this process and its children."""
+    log = tmp_path / "log.txt"
+    log.write_text("before\n")
+    with processes.copy_output(log):
+        os.write(1, b"own\n")
+        subprocess.run([sys.executable, "-c", "print('a child')"], check=True)
+    assert log.read_text() == "before\nown\na child\n" and capfd.readouterr().out == "own\na child\n"
+
+
+def test_a_process_that_outlives_its_parent_does_not_keep_the_report_from_ending(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "TEE_S", 0.1)
+    with processes.copy_output(tmp_path / "log.txt"):
+        orphan = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert orphan.poll() is None
+    orphan.communicate(b"\n")
 
 
 def test_a_command_ends_at_its_limit_and_with_the_report(tmp_path):
@@ -27,11 +60,15 @@ def test_a_command_ends_at_its_limit_and_with_the_report(tmp_path):
         if path.exists() and path.read_text():
             raise KeyboardInterrupt
 
-    script = f"import os, time, pathlib; pathlib.Path({str(path)!r}).write_text(str(os.getpid())); time.sleep(250)"
+    # The process notes a child of its own, and waits; both must end.
+    script = (
+        "import pathlib, subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(250)'])\n"
+        f"pathlib.Path({str(path)!r}).write_text(str(child.pid)); child.wait()"
+    )
     with pytest.raises(KeyboardInterrupt):
         processes.run_command([sys.executable, "-c", script], 200, every=stopped)
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(path.read_text()), 0)
+    assert has_ended(int(path.read_text()))
 
 
 def test_wheels_come_first_on_the_path_as_files(tmp_path, monkeypatch):
