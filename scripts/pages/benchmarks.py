@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.pages.gpu_table import format_report, format_targets, read_reports
-from scripts.pages.without_gpu import paragraph, simulated, static
+from scripts.pages.without_gpu import paragraph, simulated, static, step_launches
 
 ROOT = Path(__file__).parents[2]
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "measurements.md"
@@ -310,6 +310,10 @@ MEASUREMENTS = (
     ),
     Measurement("static", "Machine code without a GPU", script("kernels.static", "static"), static),
     Measurement("simulated", "Kernels executed without a GPU", script("kernels.simulate", "simulated"), simulated),
+    Measurement(
+        "step_launches", "What a step launches",
+        script("scripts.step.launches", "step_launches", "--tokens 16640 --instructions"), step_launches,
+    ),
 )  # fmt: skip
 
 
