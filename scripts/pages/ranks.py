@@ -26,7 +26,7 @@ from engine.training.config import FinetuneConfig
 from engine.training.planning_input import recipe_from_config, setting_from_config
 
 DOC = Path(__file__).parents[2] / "docs" / "ranks.md"
-GPUS, CARDS, SHAPES, STATES = 8, ("A100-80", "H100"), ("llama-7b", "llama-13b"), ("fp32", "8bit")
+GPUS, CARDS, SHAPES, STATES = 8, ("A100-80", "H100", "H200"), ("llama-7b", "llama-13b"), ("fp32", "8bit")
 LAYOUTS = (1, 2, 4, 8)  # replicas
 ROWS = FinetuneConfig.global_batch_size
 
