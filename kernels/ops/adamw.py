@@ -39,11 +39,11 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 
 from kernels.ops import eight_bit as dynamic_map
+from kernels.ops.adamw_kernels import update_kernel
 from kernels.ops.common import choose_impl, chunk_size, launch_config, operator
-from kernels.ops.eight_bit import decode, decode_ref, encode, encode_ref
+from kernels.ops.eight_bit import decode_ref, encode_ref
 
 MASTERS, STATES = ("fp32", "split", "stochastic"), ("fp32", "bf16", "8bit")
 LEAST_8BIT = 4096  # elements: smaller tensors keep fp32 states
@@ -201,117 +201,6 @@ def adamw_ref(
             _round_ref(p, param_, low=state.low, random=None if state.low is not None else random(0))
 
 
-# ---- kernel ---------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _float(bits):
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _random(key, group, STREAM: tl.constexpr):
-    """Return 16 random bits for each element of the groups of eight, in order."""
-    low, high = group.to(tl.int32), (group >> 32).to(tl.int32)
-    stream = tl.full(low.shape, STREAM, tl.int32)
-    r0, r1, r2, r3 = tl.philox(key, low, high, stream, stream * 0)
-    words = tl.interleave(tl.interleave(r0, r2), tl.interleave(r1, r3))
-    return tl.interleave(words & 0xFFFF, words >> 16).to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _quiet_bits(x):
-    """Return the bits of x, with one quiet NaN for all NaNs: the upper half of others may be Inf's, or wrap to -0."""
-    return tl.where(x != x, 0x7FC00000, x.to(tl.int32, bitcast=True))
-
-
-@triton.jit
-def _upper(bits, extra):
-    """Return the upper 16 bits of an fp32 number after adding extra to its bits; Inf and NaN stay as they are."""
-    return ((bits + tl.where((bits & 0x7F800000) == 0x7F800000, 0, extra)) >> 16).to(tl.int16)
-
-
-@triton.jit
-def _read(ptr, absmax_ptr, map_ptr, at, mask, block, block_mask, ZERO: tl.constexpr, BLOCK: tl.constexpr):
-    if ptr.dtype.element_ty == tl.float32:
-        return tl.load(ptr + at, mask=mask, other=0.0)
-    elif ptr.dtype.element_ty == tl.int16:
-        return _float(tl.load(ptr + at, mask=mask, other=0).to(tl.int32) << 16)
-    else:
-        code = tl.load(ptr + at, mask=mask, other=ZERO)
-        return decode(code, tl.load(absmax_ptr + block, mask=block_mask, other=0.0), map_ptr, BLOCK)
-
-
-@triton.jit
-def _write(
-    x, ptr, absmax_ptr, at, mask, block, block_mask, key, group, SIGNED: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    if ptr.dtype.element_ty == tl.float32:
-        tl.store(ptr + at, x, mask=mask)
-    elif ptr.dtype.element_ty == tl.int16:
-        random = _random(key, group, 1 if SIGNED else 2)
-        tl.store(ptr + at, _upper(_quiet_bits(x), random), mask=mask)
-    else:
-        code, absmax = encode(x, SIGNED, BLOCK)
-        tl.store(absmax_ptr + block, absmax, mask=block_mask)
-        tl.store(ptr + at, code, mask=mask)
-
-
-@triton.jit(do_not_specialize=["key", "group0"])  # they change from step to step, shard to shard
-def _update_kernel(
-    param_ptr, grad_ptr, m_ptr, v_ptr, m_absmax_ptr, v_absmax_ptr, low_ptr, master_ptr, m_map_ptr, v_map_ptr,
-    lr, lr_ptr, scale, scale_ptr, apply_ptr, rest1, beta2, rest2, eps, factor, weight_decay, key, group0, n, n_blocks,
-    SHIFT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    if apply_ptr is not None and tl.load(apply_ptr) == 0:
-        return
-    program = tl.program_id(0).to(tl.int64)  # int64: bytes of a tensor pass 2^31
-    at = program * BLOCK + tl.arange(0, BLOCK) - SHIFT
-    mask = at < n
-    if SHIFT:
-        mask &= at >= 0
-    group = group0 + program * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
-    block = program * (BLOCK // 256) + tl.arange(0, BLOCK // 256)
-    block_mask = block < n_blocks
-    if lr_ptr is not None:
-        lr = tl.load(lr_ptr).to(tl.float32)  # fp32 also from fp64, which would widen everything after it
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr).to(tl.float32)
-
-    g = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32) * scale
-    m = _read(m_ptr, m_absmax_ptr, m_map_ptr, at, mask, block, block_mask, 127, BLOCK)
-    v = _read(v_ptr, v_absmax_ptr, v_map_ptr, at, mask, block, block_mask, 0, BLOCK)
-    if master_ptr is not None:
-        p = tl.load(master_ptr + at, mask=mask, other=0.0)
-    elif param_ptr.dtype.element_ty == tl.float32:
-        p = tl.load(param_ptr + at, mask=mask, other=0.0)
-    else:
-        bits = tl.load(param_ptr + at, mask=mask, other=0).to(tl.int32) << 16
-        if low_ptr is not None:
-            bits += tl.load(low_ptr + at, mask=mask, other=0).to(tl.int32)  # a negative one: half up took one too many
-        p = _float(bits)
-
-    m += (g - m) * rest1
-    v = v * beta2 + g * g * rest2
-    p = p * (1.0 - lr * weight_decay) - m / (tl.sqrt(v) + eps) * (lr * factor)
-
-    _write(m, m_ptr, m_absmax_ptr, at, mask, block, block_mask, key, group, True, BLOCK)
-    _write(v, v_ptr, v_absmax_ptr, at, mask, block, block_mask, key, group, False, BLOCK)
-    if param_ptr.dtype.element_ty == tl.float32:
-        tl.store(param_ptr + at, p, mask=mask)
-    else:
-        bits = _quiet_bits(p)
-        if master_ptr is not None:
-            tl.store(master_ptr + at, p, mask=mask)
-            extra = 0x7FFF + ((bits >> 16) & 1)  # to nearest even
-        elif low_ptr is not None:
-            tl.store(low_ptr + at, bits.to(tl.int16), mask=mask)
-            extra = 0x8000
-        else:
-            extra = _random(key, group, 0)
-        tl.store(param_ptr + at, _upper(bits, extra), mask=mask)
-
-
 # ---- launch: torch.ops.cria.* ---------------------------------------------------------------------------------------
 
 
@@ -336,13 +225,13 @@ def update(
     if _rounds_at_random(param, m, low, master):
         shift = offset % 8
     config = launch_config("adamw", "update_8bit" if states_8bit else "update", param.device)
-    maps = [dynamic_map.dynamic_map(signed, param.device) if states_8bit else None for signed in (True, False)]
+    maps = dynamic_map.tables(param.device) if states_8bit else (None, None)
     eps, factor = _corrected(beta1, beta2, eps, step)
     if n:
-        _update_kernel[(triton.cdiv(n + shift, config["BLOCK"]),)](
+        update_kernel[(triton.cdiv(n + shift, config["BLOCK"]),)](
             _bits16(param), grad, _bits16(m), _bits16(v), m_absmax, v_absmax, low, master, *maps,
             lr, lr_tensor, scale, scale_tensor, apply, 1 - beta1, beta2, 1 - beta2, eps, factor, weight_decay,
-            step << 32 | seed, offset // 8, n, triton.cdiv(n, dynamic_map.BLOCK), SHIFT=shift, enable_fp_fusion=False,
+            step << 32 | seed, offset // 8, n, SHIFT=shift, enable_fp_fusion=False,
             **config,
         )  # fmt: skip
 

@@ -9,11 +9,13 @@ from typing import Any
 import numpy
 import torch
 import triton
+import triton.language as tl
 from triton import knobs
 
 IMPLS = ("auto", "triton", "ref")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the kernels; the references take fp64 too
 INTERPRETED = knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, slowly
+COMPILED = tl.constexpr(not INTERPRETED)  # in a kernel: whether inline assembly can run
 LAUNCH = Path(__file__).parent.parent / "launch"
 
 
