@@ -5,17 +5,20 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 import kernels
 from engine.model.config import ModelConfig
 from engine.model.llama import new_model
 from engine.output import checkpoint
 from engine.training.optimizer import AdamW
+from kernels.compiled.simulation import on_machine
 from kernels.ops import adamw as op
 from kernels.ops import eight_bit as dynamic_map
 from kernels.ops import grad_norm as norm_op
 from kernels.ops.common import launch_table
-from tests.helpers.kernels import needs_gpu, needs_kernels
+from tests.helpers.kernels import CHIP, needs_gpu, needs_kernels
 from tests.helpers.run import finetune, worst
 from tests.helpers.training_states import save_checkpoint
 
@@ -117,6 +120,18 @@ def test_kernel_and_reference_agree(dtype, master, states, device):
         else:
             assert ((wide - their_wide).abs() <= 2 * step * unit).all(), step
     assert {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}[states] == state.m.dtype
+
+
+@pytest.mark.skipif(not CHIP, reason="counted on the PTX machine")
+@modes
+def test_streams_move_in_whole_sectors(dtype, master, states):
+    """Of the sectors that loads and stores ask for, 95% are used, in sizes that tiles divide."""
+    param, state, gradient = start(2 * op.LEAST_8BIT, dtype, master, states, "cpu")
+    with on_machine(CHIP) as launches:
+        run(param, state, [gradient()], "triton")
+    counters = launches[0].counters
+    for kind in ("load", "store"):
+        assert counters[f"{kind}_bytes"] >= 0.95 * 32 * counters[f"{kind}_sectors"] > 0
 
 
 @both
@@ -362,6 +377,55 @@ def test_a_code_is_the_nearest_entry(signed):
     chosen = away.gather(1, code.long()[:, None])[:, 0]
     assert ((chosen - nearest) <= 1e-6 * ratio.abs()).all()
     assert worst(dynamic_map.decode_ref(code, absmax, signed).double() - 3.7 * entries[code.long()]) < 1e-6
+
+
+@triton.jit
+def _encode_kernel(x_ptr, cells_ptr, code_ptr, absmax_ptr, SIGNED: tl.constexpr):
+    at = tl.program_id(0) * 2048 + tl.arange(0, 2048)
+    code, absmax = dynamic_map.encode(tl.load(x_ptr + at), cells_ptr, SIGNED, 2048)
+    tl.store(code_ptr + at, code)
+    tl.store(absmax_ptr + tl.program_id(0) * 8 + tl.arange(0, 8), absmax)
+
+
+def awkward_ratios(signed):
+    """Return three numbers on each side of every change of code and of every bound of a cell, and random ones.
+
+    Both codes rise with the ratio within a cell, so these show any difference that there is.
+    """
+
+    def place(bits):  # is another after a change or a bound
+        x = bits.view(torch.float32)
+        return dynamic_map._rank_ref(x, signed) * 1000 + dynamic_map._cell(x)
+
+    every = torch.arange(0x00800000, 0x3F800000, 4096, dtype=torch.int32)
+    here = (place(every).diff() != 0).nonzero()[:, 0]
+    low, high = every[here], every[here + 1]
+    for _ in range(12):
+        middle = (low + high) // 2
+        is_low = place(middle) == place(low)
+        low, high = torch.where(is_low, middle, low), torch.where(is_low, high, middle)
+    near = (low[:, None] + torch.arange(-2, 4, dtype=torch.int32)).flatten().view(torch.float32)
+    special = torch.tensor([0, 1e-45, 1.1e-38, 2.0**-126, 2.0**-22, 1])
+    return torch.cat([near, torch.rand(4000), 10 ** (-50 * torch.rand(4000)), special])
+
+
+@needs_kernels
+@pytest.mark.parametrize("maximum", [1.0, 3.7, 2.0**-126, 1.5 * 2.0**127, 2.0**-127, math.inf, math.nan])
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_kernels_codes_are_the_references(signed, maximum, device):
+    """Wherever a code could differ: with the maximum 1, the numbers are the ratios themselves."""
+    x = awkward_ratios(signed)
+    x = torch.nn.functional.pad(x, (0, -len(x) % (8 * 255))).view(-1, 255)
+    x = torch.cat([x, torch.ones(len(x), 1)], 1) * (maximum if math.isfinite(maximum) else 1)  # whole programs
+    x[:, 7] = maximum
+    if signed:
+        x *= torch.where(torch.rand(x.shape) < 0.5, -1, 1)
+    x = x.flatten().to(device)
+    code, absmax = x.new_empty(len(x), dtype=torch.uint8), x.new_empty(len(x) // 256)
+    cells = dynamic_map.tables(x.device)[1]
+    _encode_kernel[(len(x) // 2048,)](x, cells, code, absmax, signed, enable_fp_fusion=False)
+    code_ref, absmax_ref = dynamic_map.encode_ref(x, signed)
+    assert code.equal(code_ref) and same(absmax.nan_to_num(7), absmax_ref.nan_to_num(7))
 
 
 @both
