@@ -23,6 +23,10 @@ SHARED_BLOCK = {"sm_80": 163, "sm_90": 227, "sm_100": 227}  # KB a block may ask
 SHARED_SM = {"sm_80": 164, "sm_90": 228, "sm_100": 228}  # KB an SM has; 1 KB of it is reserved a block
 TENSOR_COLUMNS = 512  # of tensor memory on an SM of sm_100
 BULK = ("UBLKCP", "UTMALDG", "UTMASTG", "UTMAREDG")  # whole tiles, by the copy engine
+ALU = frozenset(  # integers, logic, comparisons, selections: half of the instructions that an SM can issue
+    "BMSK FLO FMNMX FSEL FSET FSETP IABS IADD3 IMNMX ISETP LEA LOP3 MOV P2R PLOP3 POPC PRMT R2P SEL SGXT SHF VABSDIFF "
+    "VIADD VIADDMNMX VIMNMX VIMNMX3".split()
+)
 MOVES = ("LDG", "LDGSTS", "STG", *BULK)  # between global memory and an SM
 
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)")
@@ -59,6 +63,8 @@ class Facts:
     shared_bytes: int  # a program
     warps: int  # a program
     tensor_columns: int = 0  # of tensor memory (sm_100), a program
+    instructions: int = 0  # of the whole kernel, each counted once, loops too
+    alu: int = 0  # of these, those of the pipe for integers, logic, comparisons and selections
     spills: int = 0  # LDL and STL instructions
     spills_in_loops: int = 0
     matrix: dict[str, int] = field(default_factory=dict)  # opcode -> instructions
@@ -130,6 +136,8 @@ def access_bits(opcode: str) -> int:
 def _count(code: Iterable[tuple[str, bool]], facts: Facts) -> None:
     for opcode, is_in_loop in code:
         name = opcode.split(".")[0]
+        facts.instructions += name != "NOP"
+        facts.alu += name in ALU
         if name in ("LDL", "STL"):
             facts.spills += 1
             facts.spills_in_loops += is_in_loop

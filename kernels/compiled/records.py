@@ -36,6 +36,8 @@ def describe_launch(launch: Launch, table: Callable[[str], dict]) -> dict:
 def make_record(launch: Launch, facts: Facts, table: Callable[[str], dict]) -> dict:
     """Return one launch's record. table: see describe_launch."""
     return describe_launch(launch, table) | {
+        "instructions": facts.instructions,
+        "alu": facts.alu,
         "registers": facts.registers,
         "stack_bytes": facts.stack_bytes,
         "spills": facts.spills,
@@ -65,7 +67,7 @@ def format_record(record: dict) -> str:
     return (
         f"{record['chip']:6} {record['op']}.{record['kernel']} ({record['case']}) {tile} "
         f"warps {record['num_warps']} stages {record['num_stages']}: "
-        f"{record['registers']} registers, {record['spills']} spills, {record['shared_bytes'] / 1024:.1f} KB shared, "
+        f"{record['instructions']} instructions, {record['registers']} registers, {record['spills']} spills, {record['shared_bytes'] / 1024:.1f} KB shared, "
         f"{record['programs_per_sm']} programs an SM, {'+'.join(record['matrix']) or 'no matrix'}, "
         f"{record['wide']} of {accesses} accesses wide, {record['bytes_per_element']} bytes an element"
     )

@@ -8,7 +8,8 @@ Rules for each compilation:
             sm_80, HGMMA on sm_90, UTCHMMA on sm_100), and no older one in that loop
   wide      every stream moves 128 bits a thread and instruction. A stream is a tl.load or tl.store of a tile with over
             1/8 of the elements of the largest that the kernel moves, which leaves out row statistics, indices and small
-            tables. Streams of one byte an element may move 64 bits.
+            tables. Beside a stream of wider elements, it moves as many elements as 128 bits hold of those: bf16 beside
+            fp32 moves 64 bits, whole sectors still.
   order     a matrix instruction reads shared memory and registers after the fences that PTX wants (async_order.py)
 and for all together:
   unused    every entry of kernels/launch/*.json is launched by some case
@@ -74,10 +75,10 @@ def judge(launch: Launch, facts: Facts | str) -> list[Violation]:
         got = ", ".join(f"{n} {name}" for name, n in facts.matrix_in_loops.items())
         found.append(violation("matrix", f"{got or 'none'} in loops", f"{best} alone"))
     largest = max((stream.elements for stream in facts.streams), default=0)
+    streams = [stream for stream in facts.streams if 8 * stream.elements > largest]
+    widest = max((stream.element_bytes for stream in streams), default=1)
     narrow = [
-        f"{stream.bits} bits in {stream}"
-        for stream in facts.streams
-        if 8 * stream.elements > largest and stream.bits < (64 if stream.element_bytes == 1 else 128)
+        f"{stream.bits} bits in {stream}" for stream in streams if stream.bits < 128 * stream.element_bytes // widest
     ]
     if narrow:
         found.append(violation("wide", "; ".join(narrow), "128 bits"))

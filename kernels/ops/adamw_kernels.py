@@ -77,28 +77,28 @@ def _inverse(x):
 
 
 @triton.jit
-def _load(ptr, at, mask, left, STRETCH: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the elements `at` (BLOCK,) of a stream; 0 where mask is false, which is from `left` on at least.
+def _load_fp32(ptr, at, mask, left, STRETCH: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the elements `at` (BLOCK,) of an fp32 stream; 0 where mask is false, which is from `left` on at least.
 
-    A thread holds STRETCH neighbours. Eight fp32 neighbours would be two loads, each of half of every sector. They are
+    A thread holds STRETCH neighbours. Eight neighbours would be two loads, each of half of every sector. They are
     loaded four by four instead, and change threads within their warp.
     """
-    if ptr.dtype.element_ty == tl.float32 and STRETCH == 8:
+    if STRETCH == 8:
         half, block, place = tl.arange(0, 2), tl.arange(0, BLOCK // 256), tl.arange(0, 128)
         by_four = half[:, None, None] * 128 + block[None, :, None] * 256 + place[None, None, :]
         x = tl.load(ptr + by_four, mask=by_four < left, other=0.0)
         return tl.reshape(tl.permute(x, (1, 0, 2)), (BLOCK,))
     else:
-        return tl.load(ptr + at, mask=mask, other=0)
+        return tl.load(ptr + at, mask=mask, other=0.0)
 
 
 @triton.jit
 def _read(ptr, absmax_ptr, map_ptr, at, mask, left, SIGNED: tl.constexpr, STRETCH: tl.constexpr, BLOCK: tl.constexpr):
     """Return a state in fp32."""
     if ptr.dtype.element_ty == tl.float32:
-        return _load(ptr, at, mask, left, STRETCH, BLOCK)
+        return _load_fp32(ptr, at, mask, left, STRETCH, BLOCK)
     elif ptr.dtype.element_ty == tl.int16:
-        return _widen(_load(ptr, at, mask, left, STRETCH, BLOCK))
+        return _widen(tl.load(ptr + at, mask=mask, other=0))
     else:
         code = tl.load(ptr + at, mask=mask, other=127 if SIGNED else 0)
         block = tl.arange(0, BLOCK // 256)
@@ -140,19 +140,19 @@ def _update_tile(
         mask &= at >= -first
     group = group + tl.arange(0, BLOCK // 8)
 
-    g = _load(grad_ptr + first, at, mask, left, STRETCH, BLOCK)
-    if grad_ptr.dtype.element_ty == tl.bfloat16:
-        g = _widen(g)
-    g *= scale
+    if grad_ptr.dtype.element_ty == tl.float32:
+        g = _load_fp32(grad_ptr + first, at, mask, left, STRETCH, BLOCK) * scale
+    else:
+        g = _widen(tl.load(grad_ptr + first + at, mask=mask, other=0.0)) * scale
     if m_absmax_ptr is not None:
         m_absmax_ptr += first // 256
         v_absmax_ptr += first // 256
     m = _read(m_ptr + first, m_absmax_ptr, map_ptr, at, mask, left, True, STRETCH, BLOCK)
     v = _read(v_ptr + first, v_absmax_ptr, map_ptr, at, mask, left, False, STRETCH, BLOCK)
     if master_ptr is not None:
-        p = _load(master_ptr + first, at, mask, left, STRETCH, BLOCK)
+        p = _load_fp32(master_ptr + first, at, mask, left, STRETCH, BLOCK)
     elif param_ptr.dtype.element_ty == tl.float32:
-        p = _load(param_ptr + first, at, mask, left, STRETCH, BLOCK)
+        p = _load_fp32(param_ptr + first, at, mask, left, STRETCH, BLOCK)
     else:
         p = _widen(tl.load(param_ptr + first + at, mask=mask, other=0))
         if low_ptr is not None:  # a negative one where rounding half up took one too many
