@@ -23,10 +23,10 @@ SHARED_BLOCK = {"sm_80": 163, "sm_90": 227, "sm_100": 227}  # KB a block may ask
 SHARED_SM = {"sm_80": 164, "sm_90": 228, "sm_100": 228}  # KB an SM has; 1 KB of it is reserved a block
 TENSOR_COLUMNS = 512  # of tensor memory on an SM of sm_100
 BULK = ("UBLKCP", "UTMALDG", "UTMASTG", "UTMAREDG")  # whole tiles, by the copy engine
-ALU = frozenset(  # integers, logic, comparisons, selections: half of the instructions that an SM can issue
-    "BMSK FLO FMNMX FSEL FSET FSETP IABS IADD3 IMNMX ISETP LEA LOP3 MOV P2R PLOP3 POPC PRMT R2P SEL SGXT SHF VABSDIFF "
-    "VIADD VIADDMNMX VIMNMX VIMNMX3".split()
-)
+ALU = {  # integers, logic, comparisons, selections: an SM takes one of them for two that it can issue
+    "BMSK", "FLO", "FMNMX", "FSEL", "FSET", "FSETP", "IABS", "IADD3", "IMNMX", "ISETP", "LEA", "LOP3", "MOV", "P2R",
+    "PLOP3", "POPC", "PRMT", "R2P", "SEL", "SGXT", "SHF", "VABSDIFF", "VIADD", "VIADDMNMX", "VIMNMX", "VIMNMX3",
+}  # fmt: skip
 MOVES = ("LDG", "LDGSTS", "STG", *BULK)  # between global memory and an SM
 
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)")

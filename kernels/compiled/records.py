@@ -67,9 +67,10 @@ def format_record(record: dict) -> str:
     return (
         f"{record['chip']:6} {record['op']}.{record['kernel']} ({record['case']}) {tile} "
         f"warps {record['num_warps']} stages {record['num_stages']}: "
-        f"{record['instructions']} instructions, {record['registers']} registers, {record['spills']} spills, {record['shared_bytes'] / 1024:.1f} KB shared, "
-        f"{record['programs_per_sm']} programs an SM, {'+'.join(record['matrix']) or 'no matrix'}, "
-        f"{record['wide']} of {accesses} accesses wide, {record['bytes_per_element']} bytes an element"
+        f"{record['instructions']} instructions, {record['registers']} registers, {record['spills']} spills, "
+        f"{record['shared_bytes'] / 1024:.1f} KB shared, {record['programs_per_sm']} programs an SM, "
+        f"{'+'.join(record['matrix']) or 'no matrix'}, {record['wide']} of {accesses} accesses wide, "
+        f"{record['bytes_per_element']} bytes an element"
     )
 
 

@@ -10,7 +10,6 @@ import triton.language as tl
 from kernels.ops.common import COMPILED
 from kernels.ops.eight_bit import decode, encode
 
-
 # ---- numbers --------------------------------------------------------------------------------------------------------
 
 

@@ -32,6 +32,8 @@ and checks every access. This page holds no times: `python -m kernels.bench` mea
 How to read the first tables: three numbers in a cell are for {chips}; one number holds for all three.
 
 - **tile**: the sizes that one program (thread block) works on. **warps**: per program. **stages**: of pipelined loads.
+- **instructions**: of the whole kernel, and in brackets those for integers, logic, comparisons and selections, of which
+  an SM takes one for two that it can issue.
 - **registers**: per thread, at most 255, for each version of Triton. **spills**: instructions that move registers to
   memory and back; the gate refuses any.
 - **shared**: KB of shared memory per program. The chips allow {shared}.
@@ -86,6 +88,7 @@ def format_row(group: dict[str, dict[str, dict]], versions: Sequence[str]) -> st
         cell(lambda r: " ".join(f"{k}={v}" for k, v in r["tile"].items())),
         cell(lambda r: r["num_warps"]),
         cell(lambda r: r["num_stages"]),
+        cell(lambda r: f"{r['instructions']} ({r['alu']})"),
         *(cell(lambda r: r["registers"], version) if version in group else "-" for version in versions),
         spills,
         cell(lambda r: f"{r['shared_bytes'] / 1024:.0f}"),
@@ -144,8 +147,20 @@ def render(data: dict, simulated: dict) -> str:
         key = (r["kernel"], r["case"], tuple(r["tile"]))
         groups.setdefault(r["op"], {}).setdefault(key, {}).setdefault(r["triton"], {})[r["chip"]] = r
     registers = [f"registers, Triton {v}" for v in versions]
-    names = ["kernel", "case", "tile", "warps", "stages", *registers, "spills", "shared", "programs", "matrix", "wide"]
-    names += ["bytes", "from"]
+    names = [
+        "kernel",
+        "case",
+        "tile",
+        "warps",
+        "stages",
+        "instructions",
+        *registers,
+        "spills",
+        "shared",
+        "programs",
+        "matrix",
+    ]
+    names += ["wide", "bytes", "from"]
     lines = [HEAD.format(chips=", ".join(CHIPS), shared="163, 227 and 227"), "Compiled by "]
     lines[-1] += "; ".join(f"Triton {v} (ptxas {', '.join(data['versions'][v].values())})" for v in versions) + "."
     lines.append(f"Executed as compiled by Triton {', '.join(sorted(simulated['versions'], key=order_of_version))}.\n")
