@@ -16,8 +16,8 @@ than half a unit, so rounding to nearest would never move it. 8-bit states are b
 absolute maximum and a byte an element, the nearest entry of the dynamic map (signed for m, unsigned for v). A v that is
 not 0 is never rounded to 0, because m / sqrt(v) would then leap. Tensors under 4096 elements keep fp32 states.
 
-Bound by memory: 24 to 35 machine instructions an element with fp32 states, 51 to 62 with bf16 ones, which are rounded at
-random, 66 to 80 with 8-bit ones, which are looked up. Bytes moved a parameter, with bf16 gradients:
+Bound by memory: 24 to 43 machine instructions an element with fp32 states, 53 to 61 with bf16 states, which are rounded
+at random, 64 to 80 with 8-bit states, which are looked up. Bytes moved a parameter, with bf16 gradients:
 
               m, v: fp32     bf16     8bit          kept besides parameter and gradient: fp32  bf16  8bit
     fp32 p          26        18       14.1                                                8     4     2.03
