@@ -272,7 +272,6 @@ def test_every_public_function_has_types(folder):
 OPERATOR = "torch.library's operators and autograd's functions take tensors and numbers one by one, no dataclass"
 ADAMW = "AdamW's hyper-parameters, each a keyword with the name that every optimizer gives it"
 LONG_FILES = {
-    "kernels/ops/adamw.py": "one op, one file: formula, reference, kernels, launch, public function",
     "kernels/ops/attention.py": "one op, one file: three kernels, and what joins them with RoPE",
 }
 LONG_FUNCTIONS = {
