@@ -83,6 +83,7 @@ def machine(monkeypatch):
     machine = Machine()
     for module in (processes, kernel_parts, kernel_tests):
         monkeypatch.setattr(module, "run_command", machine.run_command)
+    monkeypatch.setattr(processes, "free_memory", lambda: None)  # there is much garbage to look through in a test
     rates = {"copy_gb_per_s": 4300.0, "gemm_tflops": 790.0}
     monkeypatch.setattr(kernel_parts, "measure_peak_rates", lambda *_: machine.spend("peak") and rates)
     monkeypatch.setattr(kernel_parts, "measure_product_rate", lambda *_: machine.spend("product") and 700.0)
