@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"Triton {triton.__version__}, {seconds:.0f} s"
     )
     if args.json:
-        save_records(args.json, records, seconds)
+        save_records(args.json, records, None if args.op or len(args.chip) < len(CHIPS) else seconds)
     differences = find_differences(args.check, records) if args.check else []
     if differences:
         print(*differences[:20], sep="\n", file=sys.stderr)

@@ -179,11 +179,15 @@ def _key(record: dict) -> tuple[str, ...]:
     return tuple(record[name] for name in ("op", "case", "dtype", "chip", "triton"))
 
 
-def save_records(path: Path, records: Sequence[dict], seconds: float) -> None:
-    """Write these records over those of equal cases, and keep all others. One record a line, in a fixed order."""
+def save_records(path: Path, records: Sequence[dict], seconds: float | None) -> None:
+    """Write these records over those of equal cases, and keep all others. One record a line, in a fixed order.
+
+    seconds: of a run of all cases, None for a run of some.
+    """
     data = load_records(path)
     kept = {_key(r): r for r in data["records"]} | {_key(r): r for r in records}
-    versions = data["versions"] | {triton.__version__: {"seconds": round(seconds)}}
+    old = data["versions"].get(triton.__version__, {})
+    versions = data["versions"] | {triton.__version__: old if seconds is None else {"seconds": round(seconds)}}
     lines = ",\n".join(json.dumps(kept[key]) for key in sorted(kept))
     path.write_text(f'{{"versions": {json.dumps(versions, sort_keys=True)},\n"records": [\n{lines}\n]}}\n')
 
