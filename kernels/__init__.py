@@ -1,6 +1,7 @@
 """The ops of a training step, except the GEMMs: their public functions. Each op is one file of kernels/ops."""
 
 from kernels.ops.adamw import adamw, adamw_state, master_of
+from kernels.ops.adamw_many import adamw_many
 from kernels.ops.attention import attention, attention_plan, rope_attention, rope_attention_rows
 from kernels.ops.attention_ref import attend
 from kernels.ops.common import INTERPRETED, chip
@@ -15,6 +16,7 @@ from kernels.ops.swiglu import swiglu, swiglu_linear
 __all__ = [
     "INTERPRETED",
     "adamw",
+    "adamw_many",
     "adamw_state",
     "attend",
     "attention",

@@ -57,8 +57,11 @@ class AdamW:
         self.offload = Offload(self.states, device) if offload else None
         first = random.Random(seed).getrandbits(32)
         self.seeds = {name: (first + i) % 2**32 for i, name in enumerate(self.params)}  # each tensor its own
+        # The place of each shard's first element in its whole tensor.
+        self.offsets = {name: shard.first * math.prod(shard.shape[1:]) for name, shard in self.local.items()}
+        self.decays = {name: weight_decay if p.ndim > 1 else 0.0 for name, p in self.params.items()}
         self.settings: dict[str, Any] = {"beta1": beta1, "beta2": beta2, "eps": eps, "impl": impl}
-        self.weight_decay, self.impl, self.n_updates = weight_decay, impl, 0
+        self.impl, self.n_updates = impl, 0
         self.in_backward = in_backward
         # (lr, loss, norms so far) of a step whose updates happen in backward
         self.step_in_backward: tuple[float, torch.Tensor, list[torch.Tensor]] | None = None
@@ -96,20 +99,31 @@ class AdamW:
         """
         if self.step_in_backward is None:
             scale = (clip / (norm + 1e-6)).clamp(max=1.0) if clip else 1.0
-            for name, state in self.offload.states_on_device() if self.offload else self.states.items():
-                self._update(name, state, lr, scale, apply)
+            if self.offload:
+                for name, state in self.offload.states_on_device():
+                    self._update(name, state, lr, scale, apply)
+            else:
+                self._update_all(lr, scale, apply)
         self.n_updates += 1
         self.zero_grad()
 
     def _update(self, name, state, lr, scale, apply):
-        p, shard = self.params[name], self.local[name]
-        decay = self.weight_decay if p.ndim > 1 else 0.0
+        shard = self.local[name]
         if shard.tensor.numel():
             kernels.adamw(
-                shard.tensor, local_part(p.grad), state, lr=lr, weight_decay=decay, step=self.n_updates + 1,
-                grad_scale=scale, apply=apply, seed=self.seeds[name],
-                offset=shard.first * shard.tensor[0].numel(), **self.settings,
+                shard.tensor, local_part(self.params[name].grad), state, lr=lr, weight_decay=self.decays[name],
+                step=self.n_updates + 1, grad_scale=scale, apply=apply, seed=self.seeds[name],
+                offset=self.offsets[name], **self.settings,
             )  # fmt: skip
+
+    def _update_all(self, lr, scale, apply):
+        tensors = [shard.tensor for shard in self.local.values()]
+        grads = [local_part(p.grad) for p in self.params.values()]
+        kernels.adamw_many(
+            tensors, grads, list(self.states.values()), lr=lr, weight_decays=list(self.decays.values()),
+            step=self.n_updates + 1, grad_scale=scale, apply=apply, seeds=list(self.seeds.values()),
+            offsets=list(self.offsets.values()), **self.settings,
+        )  # fmt: skip
 
     def zero_grad(self) -> None:
         """Drop every gradient, and a step that was begun."""

@@ -10,7 +10,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kernels.ops import adamw, attention, attention_plan, grad_norm, linear_cross_entropy, rms_norm, rope, swiglu
+from kernels.ops import (
+    adamw,
+    adamw_many,
+    attention,
+    attention_plan,
+    grad_norm,
+    linear_cross_entropy,
+    rms_norm,
+    rope,
+    swiglu,
+)
 
 BF16, FP32 = torch.bfloat16, torch.float32
 DIMS = (576, 2048, 4096, 5120)  # SmolLM2-135M, TinyLlama-1.1B, LLaMA-7B and Llama-3-8B, LLaMA-13B
@@ -233,10 +243,20 @@ def adamw_cases() -> Iterator[Case]:
 
         return build
 
+    def update_many(master, states):
+        def build(make):
+            _, *arguments = update(master, states, BF16, BF16)(make)
+            lists = [[] if t is None else [t, t.clone()] for t in arguments[:8]]
+            *numbers, decay, step, seed, offset = arguments[8:]
+            return adamw_many.update_many, *lists, *numbers, [decay, 0.0], step, [seed, seed + 1], [offset, 0]
+
+        return build
+
     for states in adamw.STATES:
         for master in adamw.MASTERS:
             yield Case("adamw", f"{master}, states {states}", update(master, states, BF16, BF16))
         yield Case("adamw", f"fp32 parameter, states {states}", update("fp32", states, FP32, FP32))
+        yield Case("adamw", f"split, states {states}, many tensors", update_many("split", states))
     yield Case("adamw", "split, states bf16, fp32 gradient", update("split", "bf16", BF16, FP32))
 
 

@@ -97,6 +97,8 @@ def run_launch(
     shape = grid(bound) if callable(grid) else grid
     reach, values = _as_parameters(signature, bound, metadata)
     reach["scratch"] = _allocate(math.prod(shape) * metadata.global_scratch_size, metadata.global_scratch_align)
+    reached = [t for table in reach.values() for t in getattr(table, "reached", ())]  # see kernels.ops.tensor_table
+    reach |= {f"reached {i}": t for i, t in enumerate(reached)}
     return module.launch(
         None,
         shape,

@@ -26,7 +26,7 @@ from kernels.measure.cases import (
     swiglu_linear_case,
 )
 from kernels.measure.documents import Document
-from kernels.ops import adamw, attention, linear_cross_entropy, norm_linear, rope, swiglu
+from kernels.ops import adamw, adamw_many, attention, linear_cross_entropy, norm_linear, rope, swiglu
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -226,14 +226,15 @@ def loss_cases() -> Iterator[SimulatedCase]:
 # ---- the optimizer --------------------------------------------------------------------------------------------------
 
 
-def adamw_steps_case(n: int, master: str | None, states: str) -> BenchCase:
+def adamw_steps_case(n: int, master: str | None, states: str, tensors: int = 1) -> BenchCase:
     """Return a case of three steps of AdamW on gradients of many sizes, some of them 0.
 
-    The truth for p is the formula in fp64, or the reference where p or the states are rounded on purpose. m, v and
-    their codes must be those of the reference.
+    n elements in one tensor are updated by adamw, in several by adamw_many. The truth for p is the formula in fp64, or
+    the reference where p or the states are rounded on purpose. m, v and their codes must be those of the reference.
     """
     exact = states == "fp32" and master != "stochastic"
-    settings: dict[str, Any] = dict(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
+    settings: dict[str, Any] = dict(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8)
+    decay = 0.1
 
     def inputs(device, dtype):
         dtype = FP32 if master is None else BF16
@@ -243,18 +244,24 @@ def adamw_steps_case(n: int, master: str | None, states: str) -> BenchCase:
         return SimpleNamespace(param=torch.randn(n).to(dtype), grads=[g.to(dtype) for g in grads])
 
     def update(i, impl):
-        param = i.param.clone()
-        state = adamw.adamw_state(param, master or "fp32", states)
+        params = [part.clone() for part in i.param.split(n // tensors)]
+        made = [adamw.adamw_state(param, master or "fp32", states) for param in params]
         for step, grad in enumerate(i.grads, 1):
-            adamw.adamw(param, grad, state, step=step, impl=impl, seed=5, apply=torch.tensor(True), **settings)
-        kept = (t for name, t in state.tensors().items() if name not in ("low", "master"))
-        return adamw.master_of(param, state).clone(), *kept
+            numbers: dict[str, Any] = dict(step=step, impl=impl, apply=torch.tensor(True), **settings)
+            if tensors == 1:
+                adamw.adamw(params[0], grad, made[0], seed=5, weight_decay=decay, **numbers)
+            else:
+                each: dict[str, Any] = {"seeds": [5] * tensors, "weight_decays": [decay] * tensors}
+                adamw_many.adamw_many(params, grad.split(n // tensors), made, **each, **numbers)
+        kept = ([getattr(state, name) for state in made] for name in made[0].tensors() if name not in ("low", "master"))
+        return torch.cat(list(map(adamw.master_of, params, made))).clone(), *map(torch.cat, kept)
 
     def truth(i):
         p, *kept = update(i, "ref")
-        return _update_exactly(i, settings) if exact else p.double(), *kept
+        return _update_exactly(i, settings | {"weight_decay": decay}) if exact else p.double(), *kept
 
     shape = f"n={n} {'parameter' if master is None else 'master'} {master or 'fp32'}, states {states}"
+    shape += f", {tensors} tensors" if tensors > 1 else ""
     case = adamw_case((n,), master, states)
     return replace(
         case, shape=shape, inputs=inputs, reference=lambda i: update(i, "ref"), ours=update, truth=truth,
@@ -280,6 +287,8 @@ def optimizer_cases() -> Iterator[SimulatedCase]:
         for states in adamw.STATES:
             for n in (adamw.LEAST_8BIT + 517, 3 * adamw.LEAST_8BIT + 512):
                 yield SimulatedCase(adamw_steps_case(n, master, states), FP32 if master is None else BF16)
+    for states in adamw.STATES:
+        yield SimulatedCase(adamw_steps_case(4 * adamw.LEAST_8BIT + 512, "split", states, tensors=2), BF16)
     for dtype in (BF16, FP32):
         for n in (40001, 65536 + 48):
             case = grad_norm_case([(3, n), (n % 2 + 512,), (7, 4096)], f"3 tensors, {3 * n}")

@@ -157,7 +157,7 @@ def _write_ref(x, t, absmax, signed, random):
             out.copy_(value)
 
 
-def _corrected(beta1, beta2, eps, step):
+def bias_corrections(beta1: float, beta2: float, eps: float, step: int) -> tuple[float, float]:
     """Return eps r and s of the formula, in fp64."""
     r = math.sqrt(1 - beta2**step)
     return eps * r, r / (1 - beta1**step)
@@ -174,7 +174,7 @@ def adamw_ref(
         return
     lr32 = torch.full((), lr, dtype=torch.float32, device=param.device) if lr_tensor is None else lr_tensor.float()
     factor32 = scale if scale_tensor is None else scale_tensor.float()
-    eps, factor = _corrected(beta1, beta2, eps, step)
+    eps, factor = bias_corrections(beta1, beta2, eps, step)
     decay, rate = 1 - lr32 * weight_decay, lr32 * factor
     n = chunk_size(CHUNK, param.device)
     scratch = torch.empty(2, min(n, param.numel()), device=param.device)
@@ -204,8 +204,8 @@ def adamw_ref(
 # ---- launch: torch.ops.cria.* ---------------------------------------------------------------------------------------
 
 
-def _bits16(t):
-    """Return bf16 as int16: the kernel rounds on bits, which every machine does alike."""
+def bits16(t: torch.Tensor | None) -> torch.Tensor | None:
+    """Return bf16 as int16: the kernels widen and round bits, which every machine does alike."""
     return t.view(torch.int16) if t is not None and t.dtype == torch.bfloat16 else t
 
 
@@ -222,21 +222,25 @@ def update(
     """Update contiguous tensors as adamw() does. lr_tensor and scale_tensor, if given, replace the numbers."""
     n, shift = param.numel(), 0
     states_8bit = m_absmax is not None
-    if _rounds_at_random(param, m, low, master):
+    if rounds_at_random(param, m, low, master):
         shift = offset % 8
     config = launch_config("adamw", "update_8bit" if states_8bit else "update", param.device)
+    del config["TILES"]  # of update_many
     maps = dynamic_map.tables(param.device) if states_8bit else (None, None)
-    eps, factor = _corrected(beta1, beta2, eps, step)
+    eps, factor = bias_corrections(beta1, beta2, eps, step)
     if n:
         update_kernel[(triton.cdiv(n + shift, config["BLOCK"]),)](
-            _bits16(param), grad, _bits16(m), _bits16(v), m_absmax, v_absmax, low, master, *maps,
+            bits16(param), bits16(grad), bits16(m), bits16(v), m_absmax, v_absmax, low, master, *maps,
             lr, lr_tensor, scale, scale_tensor, apply, 1 - beta1, beta2, 1 - beta2, eps, factor, weight_decay,
             step << 32 | seed, offset // 8, n, SHIFT=shift, enable_fp_fusion=False,
             **config,
         )  # fmt: skip
 
 
-def _rounds_at_random(param, m, low, master):
+def rounds_at_random(
+    param: torch.Tensor, m: torch.Tensor, low: torch.Tensor | None, master: torch.Tensor | None
+) -> bool:
+    """Return whether an update of these tensors draws random bits."""
     return m.dtype == torch.bfloat16 or (param.dtype == torch.bfloat16 and low is None and master is None)
 
 
@@ -248,7 +252,7 @@ def _check_param(param):
         raise ValueError(f"adamw: param is {param.dtype}, wanted torch.float32 or torch.bfloat16")
 
 
-def _check(param, grad, state):
+def check_tensors(param: torch.Tensor, grad: torch.Tensor, state: AdamWState) -> None:
     """Raise ValueError if adamw_state makes no such state for this parameter, or grad does not fit it."""
     _check_param(param)
     if grad.shape != param.shape or grad.dtype not in (torch.float32, torch.bfloat16):
@@ -257,9 +261,10 @@ def _check(param, grad, state):
         )
     kinds = {torch.float32, torch.bfloat16} if state.m_absmax is None else {torch.uint8}
     wanted = {"m": kinds, "v": {state.m.dtype}, "low": {torch.int16}, "master": {torch.float32}}
+    blocks = torch.Size([-(-param.numel() // dynamic_map.BLOCK)])
     for name, t in {"param": param, **state.tensors()}.items():
         if name in ("m_absmax", "v_absmax"):
-            shape, dtypes = (triton.cdiv(param.numel(), dynamic_map.BLOCK),), {torch.float32}
+            shape, dtypes = blocks, {torch.float32}
         else:
             shape, dtypes = param.shape, wanted.get(name, {param.dtype})
         if t.shape != shape or t.dtype not in dtypes or t.device != param.device or not t.is_contiguous():
@@ -280,6 +285,25 @@ def _number_or_tensor(name, x, param):
     if x.numel() != 1 or x.device != param.device:
         raise ValueError(f"adamw: {name} is {tuple(x.shape)} on {x.device}, wanted one number on {param.device}")
     return 0.0, x
+
+
+def check_numbers(
+    param: torch.Tensor, state: AdamWState, lr: torch.Tensor | float, grad_scale: torch.Tensor | float,
+    apply: torch.Tensor | None, step: int, seed: int, offset: int,
+) -> tuple:  # fmt: skip
+    """Return (lr, its tensor, grad_scale, its tensor) as operators take them: a number and None, or 0 and a tensor.
+
+    The arguments are adamw()'s. Raises ValueError if they do not fit.
+    """
+    if not 1 <= step < 2**31 or not 0 <= seed < 2**32 or offset < 0:
+        raise ValueError(
+            f"adamw: step {step}, seed {seed}, offset {offset}; wanted from 1, 0 and 0, and under 2^31, 2^32"
+        )
+    if offset % 8 and state.m_absmax is not None and rounds_at_random(param, state.m, state.low, state.master):
+        raise ValueError(f"adamw: offset is {offset}, wanted a multiple of 8 for 8-bit states of a stochastic master")
+    if apply is not None and (apply.dtype != torch.bool or apply.numel() != 1 or apply.device != param.device):
+        raise ValueError(f"adamw: apply is {tuple(apply.shape)} {apply.dtype}, wanted one bool on {param.device}")
+    return *_number_or_tensor("lr", lr, param), *_number_or_tensor("grad_scale", grad_scale, param)
 
 
 @torch.no_grad()
@@ -308,19 +332,10 @@ def adamw(
     for each tensor. offset: the place of param's first element in the whole tensor, so that a shard rounds as it would.
     Raises ValueError if shapes, dtypes or devices do not fit.
     """
-    _check(param, grad, state)
-    if not 1 <= step < 2**31 or not 0 <= seed < 2**32 or offset < 0:
-        raise ValueError(
-            f"adamw: step {step}, seed {seed}, offset {offset}; wanted from 1, 0 and 0, and under 2^31, 2^32"
-        )
-    if offset % 8 and state.m_absmax is not None and _rounds_at_random(param, state.m, state.low, state.master):
-        raise ValueError(f"adamw: offset is {offset}, wanted a multiple of 8 for 8-bit states of a stochastic master")
-    lr_pair = _number_or_tensor("lr", lr, param)
-    scale_pair = _number_or_tensor("grad_scale", grad_scale, param)
-    if apply is not None and (apply.dtype != torch.bool or apply.numel() != 1 or apply.device != param.device):
-        raise ValueError(f"adamw: apply is {tuple(apply.shape)} {apply.dtype}, wanted one bool on {param.device}")
+    check_tensors(param, grad, state)
+    numbers = check_numbers(param, state, lr, grad_scale, apply, step, seed, offset)
     run: Any = adamw_ref if choose_impl("adamw", impl, param) == "ref" else update
     run(
         param, grad.contiguous(), state.m, state.v, state.m_absmax, state.v_absmax, state.low, state.master,
-        *lr_pair, *scale_pair, apply, beta1, beta2, eps, weight_decay, step, seed, offset,
+        *numbers, apply, beta1, beta2, eps, weight_decay, step, seed, offset,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""AdamW's kernels: one tile of a tensor, and launches over one tensor.
+"""AdamW's kernels: one tile of a tensor, and launches over one tensor or many.
 
 Formula, states and masters: see kernels.ops.adamw, whose reference these kernels follow bit for bit, except for p's
 square root and division.
@@ -9,6 +9,7 @@ import triton.language as tl
 
 from kernels.ops.common import COMPILED
 from kernels.ops.eight_bit import decode, encode
+from kernels.ops.tensor_table import find_tensor, move_pointer
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
 
@@ -201,8 +202,47 @@ def update_kernel(
         return
     program = tl.program_id(0).to(tl.int64)  # int64: bytes of a tensor pass 2^31
     lr = _number(lr, lr_ptr)
+    scale = _number(scale, scale_ptr)
     _update_tile(
         param_ptr, grad_ptr, m_ptr, v_ptr, m_absmax_ptr, v_absmax_ptr, low_ptr, master_ptr, map_ptr, cells_ptr,
-        _number(scale, scale_ptr), 1.0 - lr * weight_decay, lr * factor, rest1, beta2, rest2, eps,
+        scale, 1.0 - lr * weight_decay, lr * factor, rest1, beta2, rest2, eps,
         key, group0 + program * (BLOCK // 8), program * BLOCK - SHIFT, n, SHIFT, BLOCK,
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["step"])
+def update_many_kernel(
+    param_ptr, grad_ptr, m_ptr, v_ptr, m_absmax_ptr, v_absmax_ptr, low_ptr, master_ptr, map_ptr, cells_ptr, table_ptr,
+    lr, lr_ptr, scale, scale_ptr, apply_ptr, rest1, beta2, rest2, eps, factor, step,
+    N: tl.constexpr, ALIGNED: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Update TILES tiles of one of many tensors. table_ptr: what kernels.ops.adamw_many makes."""
+    if apply_ptr is not None and tl.load(apply_ptr) == 0:
+        return
+    chunk = tl.program_id(0).to(tl.int64)
+    row_ptr = table_ptr + find_tensor(table_ptr, chunk, N)
+    first = (chunk - tl.load(row_ptr)) * (TILES * BLOCK)
+    n = tl.load(row_ptr + N) * (16 if ALIGNED else 1)
+    param_ptr = move_pointer(param_ptr, row_ptr + 2 * N, ALIGNED)
+    grad_ptr = move_pointer(grad_ptr, row_ptr + 3 * N, ALIGNED)
+    m_ptr = move_pointer(m_ptr, row_ptr + 4 * N, ALIGNED)
+    v_ptr = move_pointer(v_ptr, row_ptr + 5 * N, ALIGNED)
+    if low_ptr is not None:
+        low_ptr = move_pointer(low_ptr, row_ptr + 6 * N, ALIGNED)
+    if master_ptr is not None:
+        master_ptr = move_pointer(master_ptr, row_ptr + 7 * N, ALIGNED)
+    if m_absmax_ptr is not None:
+        m_absmax_ptr = move_pointer(m_absmax_ptr, row_ptr + 8 * N, False)
+        v_absmax_ptr = move_pointer(v_absmax_ptr, row_ptr + 9 * N, False)
+    key = (step.to(tl.int64) << 32) | tl.load(row_ptr + 10 * N)
+    group0 = tl.load(row_ptr + 11 * N)
+    weight_decay = tl.load(row_ptr + 12 * N).to(tl.int32).to(tl.float32, bitcast=True)
+
+    lr = _number(lr, lr_ptr)
+    scale = _number(scale, scale_ptr)
+    for at in range(0, tl.minimum(n - first, TILES * BLOCK).to(tl.int32), BLOCK):
+        _update_tile(
+            param_ptr, grad_ptr, m_ptr, v_ptr, m_absmax_ptr, v_absmax_ptr, low_ptr, master_ptr, map_ptr, cells_ptr,
+            scale, 1.0 - lr * weight_decay, lr * factor, rest1, beta2, rest2, eps,
+            key, group0 + (first + at) // 8, first + at, n, 0, BLOCK,
+        )  # fmt: skip

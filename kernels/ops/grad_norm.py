@@ -2,11 +2,11 @@
 
     norm = sqrt(sum over tensors of sum(g^2))
 
-Squares and sums are fp32. Each program sums one stretch of one tensor into its own place, and one last program adds
-these partial sums in order. No atomics are used, so equal gradients give equal bits. NaN and Inf propagate. A magnitude
+Squares and sums are fp32. Each program sums one chunk of one tensor into its own place, and one last program adds these
+partial sums in order. No atomics are used, so equal gradients give equal bits. NaN and Inf propagate. A magnitude
 over 1.8e19, whose square exceeds fp32, counts as Inf: the training loop skips such a step.
 
-Bound by memory: each gradient is read once, 2 bytes an element in bf16, and 4 bytes are written a stretch.
+Bound by memory: each gradient is read once, 2 bytes an element in bf16, and 4 bytes are written a chunk.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from kernels.ops.common import DTYPES, choose_impl, chunk_size, launch_config, operator
+from kernels.ops.tensor_table import count_chunks, find_tensor, is_aligned, make_table, measure_distances, move_pointer
 
 # ---- reference: the specification, and the path on CPU --------------------------------------------------------------
 
@@ -33,16 +34,23 @@ def grad_norm_ref(grads: Sequence[torch.Tensor]) -> torch.Tensor:
 # ---- kernels --------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["first"])
-def _partial_kernel(g_ptr, partial_ptr, first, n, TILES: tl.constexpr, BLOCK: tl.constexpr):
-    program = tl.program_id(0).to(tl.int64)  # int64: elements of a tensor pass 2^31
-    at = program * (TILES * BLOCK) + tl.arange(0, BLOCK)
+@triton.jit
+def _partial_kernel(
+    g_ptr, table_ptr, partial_ptr, N: tl.constexpr, ALIGNED: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Sum the squares of one chunk of one of many tensors. The table's rows: see _launch_partial."""
+    chunk = tl.program_id(0).to(tl.int64)  # int64: elements of a tensor pass 2^31
+    row_ptr = table_ptr + find_tensor(table_ptr, chunk, N)
+    chunk -= tl.load(row_ptr)
+    n = tl.load(row_ptr + N) * (16 if ALIGNED else 1)
+    g_ptr = move_pointer(g_ptr, row_ptr + 2 * N, ALIGNED)
+    at = chunk * (TILES * BLOCK) + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for _ in range(TILES):
         g = tl.load(g_ptr + at, mask=at < n, other=0.0).to(tl.float32)
         total += g * g
         at += BLOCK
-    tl.store(partial_ptr + first + program, tl.sum(total, axis=0))
+    tl.store(partial_ptr + tl.load(row_ptr + 3 * N) + chunk, tl.sum(total, axis=0))
 
 
 @triton.jit
@@ -64,18 +72,28 @@ def _norm_fake(grads):
 
 @operator("grad_norm", cpu=grad_norm_ref, fake=_norm_fake)
 def norm(grads: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the norm, a scalar in fp32, of at least one contiguous tensor."""
+    """Return the norm, a scalar in fp32, of at least one contiguous tensor. Tensors of one dtype share a launch."""
     device, total = grads[0].device, _norm_fake(grads)
     config, last = launch_config("grad_norm", "partial", device), launch_config("grad_norm", "total", device)
-    programs = [triton.cdiv(g.numel(), config["TILES"] * config["BLOCK"]) for g in grads]
-    partial = total.new_zeros(triton.cdiv(sum(programs), 16) * 16)  # Triton sees that this length allows 128-bit loads
-    first = 0
-    for g, n_programs in zip(grads, programs, strict=True):
-        if n_programs:
-            _partial_kernel[(n_programs,)](g, partial, first, g.numel(), **config)
-        first += n_programs
+    *places, n_partials = count_chunks([g.numel() for g in grads], config["TILES"] * config["BLOCK"])
+    partial = total.new_zeros(triton.cdiv(n_partials, 16) * 16)  # Triton sees that this length allows 128-bit loads
+    kinds: dict[tuple[torch.dtype, bool], list[int]] = {}
+    for i, g in enumerate(grads):
+        if g.numel():
+            kinds.setdefault((g.dtype, is_aligned([g])), []).append(i)
+    for (_, aligned), members in kinds.items():
+        _launch_partial([grads[i] for i in members], [places[i] for i in members], partial, aligned, config)
     _total_kernel[(1,)](partial, total, len(partial), **last)
     return total
+
+
+def _launch_partial(grads, places, partial, aligned, config):
+    """Sum the squares of each chunk of tensors of one dtype into partial, from each tensor's place on."""
+    sizes = [g.numel() for g in grads]
+    *first_chunks, n_chunks = count_chunks(sizes, config["TILES"] * config["BLOCK"])
+    rows = [first_chunks, [n // 16 if aligned else n for n in sizes], measure_distances(grads, aligned), places]
+    table = make_table(rows, grads, partial.device)
+    _partial_kernel[(n_chunks,)](grads[0], table, partial, N=table.shape[1], ALIGNED=aligned, **config)
 
 
 # ---- public ---------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ KINDS = {  # kind: operators; torch.ops.cria.* are ours
     "rope": ("cria::rope_rotate", "cria::rope_rotated"),
     "swiglu": ("cria::swiglu_forward", "cria::swiglu_backward", "cria::swiglu_backward_over"),
     "cross entropy": ("cria::linear_cross_entropy_forward", "cria::scaled"),
-    "optimizer": ("cria::adamw_update",),
+    "optimizer": ("cria::adamw_update", "cria::adamw_update_many"),
     "gradient norm": ("cria::grad_norm",),
     "embedding": ("aten::embedding", "aten::embedding_dense_backward"),
     "copies and fills": (
@@ -52,7 +52,7 @@ NAMES = (  # kind, pattern in a kernel's name
     # For kernels without a known operator. _forward_kernel and _backward_kernel are names in several files.
     ("rope", re.compile(r"^_rotate_kernel")),
     ("cross entropy", re.compile(r"^_(rows|scale)_kernel")),
-    ("optimizer", re.compile(r"^_update_kernel|FusedAdam|fused_adam", re.I)),
+    ("optimizer", re.compile(r"^update_(many_)?kernel|FusedAdam|fused_adam", re.I)),
     ("gradient norm", re.compile(r"^_(partial|total)_kernel")),
     ("embedding", re.compile(r"embedding", re.I)),
     ("copies and fills", re.compile(r"Memcpy|Memset|FillFunctor|copy_kernel|CatArray|index", re.I)),

@@ -37,7 +37,8 @@ from engine.training.optimizer import AdamW
 from kernels.compiled.launches import patched
 from kernels.compiled.ptx import Options
 from kernels.compiled.simulation import run_launch
-from kernels.ops import common
+from kernels.ops import common, eight_bit
+from kernels.ops.adamw_kernels import update_kernel
 from scripts.base.results import new_parser, write_json
 from scripts.step.bench import CLIP, LR, VARIANTS, Variant
 from scripts.step.breakdown import KINDS, kind_of
@@ -99,6 +100,7 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.counts = counts
         self.within: list[str] = []  # the operator of ours whose launch function runs
+        self.written: set[int] = set()  # the storages that it writes, of its arguments
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -107,6 +109,8 @@ class Watch(TorchDispatchMode):
             self.count_torch(func, args, kwargs, out)
             return out
         self.within.append(func._schema.name)
+        written = [arg for arg, of in zip(args, func._schema.arguments, strict=False) if of.is_write]
+        self.written = {storage_of(t) for t in tree_leaves(written) if isinstance(t, torch.Tensor)}
         with self:
             out = OPDEFS[func._schema.name].launch(*args, **kwargs)
         self.within.pop()
@@ -127,16 +131,30 @@ class Watch(TorchDispatchMode):
         self.counts.add(name, operators, n_read + n_written)
 
     def count_triton(self, function: JITFunction, *args: Any, grid: tuple, warmup: bool, **options: Any) -> None:
-        """Count a launch of ours. A tensor counts once if it is loaded from, and once more if it is stored to."""
+        """Count a launch of ours. A tensor counts once if it is loaded from, and once more if it is stored to.
+
+        Of a launch over many tensors all count that its table reaches, see kernels.ops.tensor_table: twice, if they are
+        arguments that the operator writes.
+        """
         given = dict(zip(function.arg_names, args, strict=False)) | options
         tensors = {name: t for name, t in given.items() if isinstance(t, torch.Tensor)}
-        n_bytes = 0
+        reached = [t for table in tensors.values() for t in getattr(table, "reached", ())]
+        n_bytes = sum((1 + (storage_of(t) in self.written)) * t.nbytes for t in reached)
         for name, t in tensors.items():
+            if any(t.data_ptr() == one.data_ptr() and storage_of(t) == storage_of(one) for one in reached):
+                continue
             uses = sum(bool(re.search(rf"tl\.{use}\(\s*{name}\b", function.src)) for use in ("load", "store"))
+            if function is update_kernel:  # which hands its pointers on
+                uses = 1 + (storage_of(t) in self.written)
             n_bytes += max(1, uses) * t.nbytes
         kind = self.counts.add(function.fn.__name__, self.within, n_bytes)
         key = (function.fn.__module__, function.fn.__name__, grid, str(options), *map(describe_argument, args))
         self.counts.calls.setdefault(key, Call(function, args, options, grid, kind)).times += 1
+
+
+def storage_of(t: torch.Tensor) -> int:
+    """Return what tensors of one storage have in common."""
+    return t.untyped_storage()._cdata
 
 
 def describe_argument(argument: Any) -> Any:
@@ -166,6 +184,7 @@ def count_step(variant: Variant, chip: str, smoke: bool = False) -> StepCounts:
     def run(function, *args, **kwargs):
         watch.count_triton(function, *args, **kwargs)
 
+    eight_bit.tables(torch.device("meta"))  # made once in a process
     with patched(common, chip_override=chip, INTERPRETED=True), patched(JITFunction, run=run):
         model = new_model(config, "meta", torch.bfloat16, "triton", variant.recompute, accumulate=True)
         optimizer = AdamW(
@@ -187,7 +206,8 @@ def count_step(variant: Variant, chip: str, smoke: bool = False) -> StepCounts:
 def count_instructions(counts: StepCounts, chip: str) -> None:
     """Execute our kernels on the PTX machine, and add the instructions of their warps to the counts."""
     for call in counts.calls.values():
-        has_lists = any(isinstance(t, torch.Tensor) and t.device.type == "cpu" for t in call.arguments)
+        on_host = [t for t in call.arguments if isinstance(t, torch.Tensor) and t.device.type == "cpu"]
+        has_lists = any(not hasattr(t, "reached") for t in on_host)
         grid = call.grid if has_lists else (min(call.grid[0], SAMPLED_PROGRAMS), *call.grid[1:])
         # Memory that nothing has written is zero and takes no place: a weight of 7B's size can be had for its address.
         arguments = tuple(

@@ -20,7 +20,7 @@ NAMES = {  # names of kernels as traces of H100s have them, outside any operator
     "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128_4x1x1_kernel0_0": "attention",
     "_dq_kernel": "attention", "_dkdv_kernel": "attention", "_sum_kernel": "attention",
     "_rotate_kernel": "rope", "_rows_kernel": "cross entropy", "_scale_kernel": "cross entropy",
-    "_update_kernel": "optimizer", "_partial_kernel": "gradient norm", "_total_kernel": "gradient norm",
+    "update_kernel": "optimizer", "_partial_kernel": "gradient norm", "_total_kernel": "gradient norm",
     "_forward_kernel": "other", "_backward_kernel": "other",  # several files have one: the operator tells
     "Memcpy DtoD (Device -> Device)": "copies and fills", "Memset (Device)": "copies and fills",
     "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>, ...>": "copies and fills",
@@ -91,7 +91,7 @@ def trace():
         t.launch(["_NormLinear", "aten::linear", "aten::mm"], "nvjet_tst_1", began + 20, began + 600, 400)
         # backward runs in a thread of its own; without the call, the id of the operator says who launched it
         t.launch(["Backward", "cria::swiglu_backward_over"], "_backward_kernel", began + 30, began + 1050, 200, tid=2)
-        t.launch(["cria::adamw_update"], "_update_kernel", began + 40, began + 1250, 100, call=False)
+        t.launch(["cria::adamw_update"], "update_kernel", began + 40, began + 1250, 100, call=False)
         t.launch(["aten::copy_"], "Memcpy HtoD (Pinned -> Device)", began + 50, began + 510, 30, stream=13, tid=3,
                  cat="gpu_memcpy")  # fmt: skip
         t.add("cuda_runtime", "cudaEventSynchronize", began + 60, 5, 1, correlation=10**6 + step)
