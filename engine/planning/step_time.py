@@ -109,7 +109,7 @@ def step_seconds(
     rows = full * t + u
     moved = size * (
         rows * (1 + again) * (8 * c.dim + 3 * c.hidden_dim + 4 * (heads + kv_heads))  # forward
-        + rows * ((10 - 2 * kept) * c.dim + (6 - kept) * c.hidden_dim + 8 * (heads + kv_heads))  # backward
+        + rows * ((10 - 2 * kept) * c.dim + (6 - kept) * c.hidden_dim + 6 * (heads + kv_heads))  # backward
         + 2 * u * c.vocab_size + 4 * t * c.dim  # logits; the embedding
         + 3 * c.vocab_size * c.dim * work.micro_batches  # the embedding's gradient: zeroed, and added
     )  # fmt: skip

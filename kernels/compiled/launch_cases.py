@@ -151,7 +151,8 @@ def attention_cases() -> Iterator[Case]:
             o, lse = attention.forward(q, k, v, *plan[:3]) if make.device.type != "meta" else (make(*q.shape), None)
             lse = make(q.shape[1], len(q), dtype=FP32) if lse is None else lse
             gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-            return attention.backward, q, k, v, o, lse, make(*q.shape), *gradients, *plan[:-2]
+            angles = [make(make.tokens, q.shape[2] // 2, dtype=FP32) for _ in range(2)]
+            return attention.backward, q, k, v, o, lse, make(*q.shape), *gradients, *plan[:-2], angles
 
         return build
 

@@ -28,7 +28,7 @@ CANDIDATES: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
         "backward": dict(ROWS=(1, 2), STAGES=(2, 3), programs_per_sm=(1, 2, 4), num_warps=(4, 8, 16)),
         "dw": dict(COLS=(32, 64), ROWS=(32, 64, 128), num_warps=(4, 8)),
     },
-    "rope": {"rotate": dict(ROWS=(8, 16, 32, 64, 128), num_warps=(2, 4, 8))},
+    "rope": {"rotate": dict(TOKENS=(4, 8, 16, 32), HEADS=(4, 8, 16), num_warps=(2, 4, 8))},
     "attention": {
         "forward": dict(BLOCK_M=(64, 128), BLOCK_N=(32, 64, 128), num_warps=(4, 8), num_stages=(2, 3)),
         "dq": dict(num_warps=(4, 8), num_stages=(1, 2, 3)),

@@ -15,11 +15,13 @@ Forward reads q, writes o, and reads k and v once for each tile of queries that 
 backward: q, k, v, o and lse (fp32, 4 bytes a row and head). Backward runs one pass over tiles of queries for dq and
 delta = rowsum(o do), and one over tiles of keys for dk and dv, which loops over the query heads of a group. No atomics
 are used, so results are bit-equal from run to run. Keys that many documents read as their prefix get dk and dv in
-several fp32 parts, which a last kernel sums in order.
+several fp32 parts, which a last kernel sums in order. Where RoPE went before, dq and dk are rotated back in registers,
+in fp32, before they are written.
 Source: arXiv:2205.14135, arXiv:2307.08691; GQA as arXiv:2305.13245.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ from kernels.ops.async_proxy import adds_orders, fence_shared, settle
 from kernels.ops.attention_plan import AttentionPlan, QueryDocuments, attention_plan, check_documents
 from kernels.ops.attention_ref import attention_ref, backward_cpu, forward_cpu
 from kernels.ops.common import choose_impl, launch_config, next_power_of_2, operator
-from kernels.ops.rope import rope_ref, rotate
+from kernels.ops.rope import load_angles, rope_ref, rotate, unrotate
 
 MAX_HEAD_DIM = 256
 LOG2_E = 1.4426950408889634
@@ -56,10 +58,31 @@ def _load(
 
 
 @triton.jit
-def _store(ptr, stride: tl.constexpr, n, dim: tl.constexpr, tile, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    rows, cols = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    mask = (rows < n)[:, None] if dim == BLOCK_D else (rows < n)[:, None] & (cols < dim)[None, :]
-    tl.store(ptr + rows[:, None] * stride + cols[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
+def _store(
+    ptr, stride: tl.constexpr, row, n_rows, dim: tl.constexpr, tile, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Store a tile (ROWS, BLOCK_D) in rows from `row` on, up to n_rows, and dim columns."""
+    # The address starts from the row's number, so that no part of it is an expression that loading a tile has too: the
+    # compiler would compute that once, before the loop, and keep it in 2 to 9 registers too many.
+    rows, cols = row + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    mask = (rows < n_rows)[:, None] if dim == BLOCK_D else (rows < n_rows)[:, None] & (cols < dim)[None, :]
+    tl.store(ptr + (rows.to(tl.int64) * stride)[:, None] + cols[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_gradient(
+    ptr, stride: tl.constexpr, row, n_rows, dim: tl.constexpr, tile, cos_ptr, sin_ptr, ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr, ROTATED: tl.constexpr,
+):  # fmt: skip
+    """Store dq or dk as _store does; turned back by the rows' angles if ROTATED."""
+    if ROTATED:
+        HALF: tl.constexpr = BLOCK_D // 2
+        a, b = tl.split(tl.trans(tl.reshape(tile, (ROWS, 2, HALF)), 0, 2, 1))
+        cos = load_angles(cos_ptr, row, n_rows, ROWS, HALF, HALF)
+        sin = load_angles(sin_ptr, row, n_rows, ROWS, HALF, HALF)
+        tile = tl.join(a * cos + b * sin, b * cos - a * sin)
+        tile = tl.reshape(tl.trans(tile, 0, 2, 1), (ROWS, BLOCK_D))
+    _store(ptr, stride, row, n_rows, dim, tile, ROWS, BLOCK_D)
 
 
 @triton.jit
@@ -111,12 +134,10 @@ def _softmax_step(q, k, v, o, top, total, scale, visible, MASKED: tl.constexpr, 
 @triton.jit(do_not_specialize=["n_queries"])
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, limits_ptr, items_ptr, blocks_ptr, n_queries, scale,
-    strides: tl.constexpr, n_heads: tl.constexpr, group: tl.constexpr, dim: tl.constexpr,
+    strides: tl.constexpr, group: tl.constexpr, dim: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ORDERS: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    head = (pid % n_heads).to(tl.int64)
-    item = items_ptr + pid // n_heads * 7
+    head, item = tl.program_id(0).to(tl.int64), items_ptr + tl.program_id(1) * 7
     row0 = tl.load(item) * BLOCK_M
     row64, n, lo, hi = row0.to(tl.int64), n_queries - row0, tl.load(item + 1), tl.load(item + 2)
     q = _load(q_ptr + row64 * strides[0] + head * strides[1], strides[0], n, dim, BLOCK_M, BLOCK_D, False)
@@ -143,7 +164,7 @@ def _forward_kernel(
         o, top, total = _softmax_step(q, k, v, o, top, total, scale, None, False, ORDERS)
     sees = total != 0  # a NaN too
     o = tl.where(sees[:, None], o / tl.where(sees, total, 1.0)[:, None], 0.0)
-    _store(o_ptr + row64 * strides[6] + head * strides[7], strides[6], n, dim, o, BLOCK_M, BLOCK_D)
+    _store(o_ptr + head * strides[7], strides[6], row0, n_queries, dim, o, BLOCK_M, BLOCK_D)
     lse = tl.where(sees, top * scale + tl.log2(tl.where(sees, total, 1.0)), float("inf"))
     tl.store(lse_ptr + head * n_queries + rows, lse, mask=rows < n_queries)
 
@@ -161,13 +182,12 @@ def _dq_step(q, k, v, do, dq, lse, delta, scale, visible, MASKED: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["n_queries"])
 def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, limits_ptr, items_ptr, blocks_ptr, n_queries, scale,
-    softmax_scale, strides: tl.constexpr, n_heads: tl.constexpr, group: tl.constexpr, dim: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ORDERS: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, dq_ptr, cos_ptr, sin_ptr, lse_ptr, delta_ptr, limits_ptr, items_ptr, blocks_ptr,
+    n_queries, scale, softmax_scale, strides: tl.constexpr, group: tl.constexpr,
+    dim: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ORDERS: tl.constexpr,
+    ROTATED: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    head = (pid % n_heads).to(tl.int64)
-    item = items_ptr + pid // n_heads * 7
+    head, item = tl.program_id(0).to(tl.int64), items_ptr + tl.program_id(1) * 7
     row0 = tl.load(item) * BLOCK_M
     row64, n, lo, hi = row0.to(tl.int64), n_queries - row0, tl.load(item + 1), tl.load(item + 2)
     rows = row0 + tl.arange(0, BLOCK_M)
@@ -196,7 +216,9 @@ def _dq_kernel(
         v = _load(v_ptr + start * strides[4], strides[4], BLOCK_N, dim, BLOCK_N, BLOCK_D, True)
         dq = _dq_step(q, k, v, do, dq, lse, delta, scale, None, False, ORDERS)
     dq *= softmax_scale
-    _store(dq_ptr + row64 * strides[10] + head * strides[11], strides[10], n, dim, dq, BLOCK_M, BLOCK_D)
+    row0 = tl.load(item, volatile=True) * BLOCK_M  # again, for the registers of the loops, see _dkdv_kernel
+    dq_ptr += head * strides[11]
+    _store_gradient(dq_ptr, strides[10], row0, n_queries, dim, dq, cos_ptr, sin_ptr, BLOCK_M, BLOCK_D, ROTATED)
 
 
 @triton.jit
@@ -209,15 +231,13 @@ def _block(blocks_ptr, lo, i, listed, full, SIZE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_queries", "n_rows"])
 def _dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, work_ptr, lse_ptr, delta_ptr, limits_ptr, seen_ptr, items_ptr,
-    blocks_ptr, n_queries, n_rows, scale, softmax_scale,
+    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, work_ptr, cos_ptr, sin_ptr, lse_ptr, delta_ptr, limits_ptr, seen_ptr,
+    items_ptr, blocks_ptr, n_queries, n_rows, scale, softmax_scale,
     strides: tl.constexpr, n_kv_heads: tl.constexpr, group: tl.constexpr, dim: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    ORDERS: tl.constexpr,
+    ORDERS: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    kv_head = (pid % n_kv_heads).to(tl.int64)
-    item = items_ptr + pid // n_kv_heads * 6
+    kv_head, item = tl.program_id(0).to(tl.int64), items_ptr + tl.program_id(1) * 6
     row0 = tl.load(item) * BLOCK_N
     row64, n = row0.to(tl.int64), n_rows - row0
     k = _load(k_ptr + row64 * strides[2] + kv_head * strides[3], strides[2], n, dim, BLOCK_N, BLOCK_D, False)
@@ -228,7 +248,7 @@ def _dkdv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     lo, listed = tl.load(item + 1), tl.load(item + 2) - tl.load(item + 1)
-    full, n_blocks, slot = tl.load(item + 3), listed + tl.load(item + 4), tl.load(item + 5)
+    full, n_blocks = tl.load(item + 3), listed + tl.load(item + 4)
     code, end = _block(blocks_ptr, lo, 0, listed, full, BLOCK_M)
     # One loop over heads and blocks, listed or full: two would spill. Scores lie as (keys, queries), so that p and ds
     # are left operands. A number of each query takes BLOCK_M / 4 registers, so it is loaded where it is used.
@@ -253,41 +273,44 @@ def _dkdv_kernel(
             delta = tl.load(delta_ptr + head * n_queries + start + block, mask=mask, other=0.0)
             dk = tl.dot(_narrow(p * (dp - delta[None, :]), q.dtype, ORDERS), q, dk, input_precision="ieee")
         code, end = _block(blocks_ptr, lo, (i + 1) % n_blocks, listed, full, BLOCK_M)  # ahead of the loads that use it
-    work_ptr += (slot * n_kv_heads + kv_head) * (2 * BLOCK_N * BLOCK_D)  # int64, as kv_head is
+    # Loaded here, row0 once more, as the loop lacks registers. What a load that is not volatile gave would be kept.
+    row0, slot = tl.load(item, volatile=True) * BLOCK_N, tl.load(item + 5, volatile=True)
+    part = (slot * n_kv_heads + kv_head) * (2 * BLOCK_N)  # its first row in work; int64, as kv_head is
+    if DV:
+        if slot < 0:
+            _store(dv_ptr + kv_head * strides[11], strides[10], row0, n_rows, dim, dv, BLOCK_N, BLOCK_D)
+        else:
+            _store(work_ptr, BLOCK_D, part + BLOCK_N, part + 2 * BLOCK_N, BLOCK_D, dv, BLOCK_N, BLOCK_D)
     if DK:
         dk *= softmax_scale
         if slot < 0:
-            _store(dk_ptr + row64 * strides[8] + kv_head * strides[9], strides[8], n, dim, dk, BLOCK_N, BLOCK_D)
+            dk_ptr += kv_head * strides[9]
+            _store_gradient(dk_ptr, strides[8], row0, n_rows, dim, dk, cos_ptr, sin_ptr, BLOCK_N, BLOCK_D, ROTATED)
         else:
-            _store(work_ptr, BLOCK_D, BLOCK_N, BLOCK_D, dk, BLOCK_N, BLOCK_D)
-    if DV:
-        if slot < 0:
-            _store(dv_ptr + row64 * strides[10] + kv_head * strides[11], strides[10], n, dim, dv, BLOCK_N, BLOCK_D)
-        else:
-            _store(work_ptr + BLOCK_N * BLOCK_D, BLOCK_D, BLOCK_N, BLOCK_D, dv, BLOCK_N, BLOCK_D)
+            _store(work_ptr, BLOCK_D, part, part + BLOCK_N, BLOCK_D, dk, BLOCK_N, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _sum_kernel(
-    work_ptr, dk_ptr, dv_ptr, splits_ptr, n_rows, strides: tl.constexpr, n_kv_heads: tl.constexpr, dim: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    work_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, splits_ptr, n_rows, strides: tl.constexpr, n_kv_heads: tl.constexpr,
+    dim: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
     """Sum the parts of dk (axis 2 of the grid even) or dv (odd) in order, for ROWS rows of a tile in parts."""
     split, kv_head, which = splits_ptr + tl.program_id(0) * 3, tl.program_id(1).to(tl.int64), tl.program_id(2)
     tile, first, n = tl.load(split), tl.load(split + 1).to(tl.int64), tl.load(split + 2)
     which, row = which % 2, which // 2 * ROWS
     part = work_ptr + ((first * n_kv_heads + kv_head) * 2 + which) * (BLOCK_N * BLOCK_D) + row * BLOCK_D
-    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    total = tl.zeros([ROWS * BLOCK_D], tl.float32)  # one-dimensional for whole sectors, see load_angles
     for _ in range(n):
-        total += _load(part, BLOCK_D, ROWS, BLOCK_D, ROWS, BLOCK_D, True)
+        total += tl.load(part + tl.arange(0, ROWS * BLOCK_D))
         part += n_kv_heads * (2 * BLOCK_N * BLOCK_D)
+    total = tl.reshape(total, (ROWS, BLOCK_D))
     row += tile * BLOCK_N
     if which == 0:
-        dk_ptr += row.to(tl.int64) * strides[0] + kv_head * strides[1]
-        _store(dk_ptr, strides[0], n_rows - row, dim, total, ROWS, BLOCK_D)
+        dk_ptr += kv_head * strides[1]
+        _store_gradient(dk_ptr, strides[0], row, n_rows, dim, total, cos_ptr, sin_ptr, ROWS, BLOCK_D, ROTATED)
     else:
-        dv_ptr += row.to(tl.int64) * strides[2] + kv_head * strides[3]
-        _store(dv_ptr, strides[2], n_rows - row, dim, total, ROWS, BLOCK_D)
+        _store(dv_ptr + kv_head * strides[3], strides[2], row, n_rows, dim, total, ROWS, BLOCK_D)
 
 
 # ---- launch: shapes, allocation, grid; torch.ops.cria.* -------------------------------------------------------------
@@ -330,8 +353,8 @@ def forward(
     n_queries, n_heads, head_dim = q.shape
     o, lse = _forward_fake(q, k, v, limits, query_items, query_blocks)
     if o.numel():
-        _forward_kernel[(len(query_items) * n_heads,)](
-            q, k, v, o, lse, limits, query_items, query_blocks, n_queries, _scales(q)[0], _strides(q, k, v, o), n_heads,
+        _forward_kernel[n_heads, len(query_items)](
+            q, k, v, o, lse, limits, query_items, query_blocks, n_queries, _scales(q)[0], _strides(q, k, v, o),
             n_heads // k.shape[1], head_dim, **_config("forward", q),
         )  # fmt: skip
     return o, lse
@@ -360,14 +383,21 @@ def backward(
     key_blocks: torch.Tensor,
     splits: torch.Tensor,
     n_slots: int,
+    angles: Sequence[torch.Tensor],
 ) -> None:
-    """Write dq (Q, H, Dh), dk and dv (T, K, Dh). All tensors may be views with contiguous last axes."""
+    """Write dq (Q, H, Dh), dk and dv (T, K, Dh). All tensors may be views with contiguous last axes.
+
+    angles: by which q and k were rotated, see unrotate(); dq and dk are then the gradients of what was rotated.
+    """
     (n_queries, n_heads, head_dim), (n_rows, n_kv_heads, _) = q.shape, k.shape
     scales, group, delta = _scales(q), n_heads // n_kv_heads, torch.empty_like(lse)
+    # A tile is cut into halves only where they are all of it; else rotating back is a launch of its own.
+    rotated = bool(angles) and head_dim == _config("dq", q)["BLOCK_D"]
+    q_angles, k_angles = (angles[:2], angles[-2:]) if rotated else ((None, None), (None, None))
     if dq.numel():
-        _dq_kernel[(len(query_items) * n_heads,)](
-            q, k, v, o, do, dq, lse, delta, limits, query_items, query_blocks, n_queries, *scales,
-            _strides(q, k, v, o, do, dq), n_heads, group, head_dim, **_config("dq", q),
+        _dq_kernel[n_heads, len(query_items)](
+            q, k, v, o, do, dq, *q_angles, lse, delta, limits, query_items, query_blocks, n_queries, *scales,
+            _strides(q, k, v, o, do, dq), group, head_dim, ROTATED=rotated, **_config("dq", q),
         )  # fmt: skip
     if not dk.numel():
         return
@@ -377,14 +407,18 @@ def backward(
     block_n, block_d = config["BLOCK_N"], config["BLOCK_D"]
     work = q.new_empty(n_slots, n_kv_heads, 2, block_n, block_d, dtype=torch.float32)
     for dk_too, dv_too in passes:
-        _dkdv_kernel[(len(key_items) * n_kv_heads,)](
-            q, k, v, do, dk, dv, work, lse, delta, limits, seen, key_items, key_blocks, n_queries, n_rows, *scales,
-            _strides(q, k, v, do, dk, dv), n_kv_heads, group, head_dim, DK=dk_too, DV=dv_too, **config,
+        _dkdv_kernel[n_kv_heads, len(key_items)](
+            q, k, v, do, dk, dv, work, *k_angles, lse, delta, limits, seen, key_items, key_blocks, n_queries, n_rows,
+            *scales, _strides(q, k, v, do, dk, dv), n_kv_heads, group, head_dim, DK=dk_too, DV=dv_too, ROTATED=rotated,
+            **config,
         )  # fmt: skip
     if n_slots:
         _sum_kernel[(len(splits), n_kv_heads, 2 * block_n // sum_config["ROWS"])](
-            work, dk, dv, splits, n_rows, _strides(dk, dv), n_kv_heads, head_dim, BLOCK_N=block_n, **sum_config
-        )
+            work, dk, dv, *k_angles, splits, n_rows, _strides(dk, dv), n_kv_heads, head_dim, BLOCK_N=block_n,
+            ROTATED=rotated, **sum_config,
+        )  # fmt: skip
+    if not rotated:
+        unrotate(dq, dk, angles)
 
 
 # ---- autograd -------------------------------------------------------------------------------------------------------
@@ -408,7 +442,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, o, lse, *plan = ctx.saved_tensors
         (do,) = _rows_contiguous(do)
         dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
-        backward(q, k, v, o, lse, do, dq, dk, dv, *plan, ctx.n_slots)
+        backward(q, k, v, o, lse, do, dq, dk, dv, *plan, ctx.n_slots, [])
         return dq, dk, dv, None, *[None] * len(plan)
 
 
@@ -434,8 +468,7 @@ class _RopeAttention(torch.autograd.Function):
         (do,) = _rows_contiguous(do)
         dqkv = torch.empty_like(qkv)
         dq, dk, dv = _split(dqkv, ctx.n_heads)
-        backward(*_split(qkv, ctx.n_heads), o, lse, do, dq, dk, dv, *plan, ctx.n_slots)
-        rotate(dq, dk, cos, sin, True)
+        backward(*_split(qkv, ctx.n_heads), o, lse, do, dq, dk, dv, *plan, ctx.n_slots, [cos, sin])
         return dqkv, None, None, None, None, *[None] * len(plan)
 
 
@@ -456,9 +489,8 @@ class _RopeAttentionRows(torch.autograd.Function):
         (do,) = _rows_contiguous(do)
         dq, dkv = torch.empty_like(q), torch.empty_like(kv)
         (k, v), (dk, dv) = kv.chunk(2, dim=1), dkv.chunk(2, dim=1)
-        backward(q, k, v, o, lse, do, dq, dk, dv, *plan, ctx.n_slots)
-        rotate(dq, dq[:, :0], cos[rows], sin[rows], True)
-        rotate(dk, dk[:, :0], cos, sin, True)
+        angles = [cos[rows], sin[rows], cos, sin]
+        backward(q, k, v, o, lse, do, dq, dk, dv, *plan, ctx.n_slots, angles)
         return dq, dkv, None, None, None, None, *[None] * len(plan)
 
 

@@ -6,9 +6,12 @@ signatures of the operators: they take a plan and compute whole matrices of scor
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+
+from kernels.ops.rope import unrotate
 
 # ---- reference: the specification, and the path on CPU --------------------------------------------------------------
 
@@ -151,6 +154,7 @@ def backward_cpu(
     key_blocks: torch.Tensor,
     splits: torch.Tensor,
     n_slots: int,
+    angles: Sequence[torch.Tensor],
 ) -> None:
     """Compute the operator attention_backward in plain torch: write dq, dk and dv."""
     seen = _seen(limits, len(k))
@@ -162,3 +166,4 @@ def backward_cpu(
     by_group = (len(k), k.shape[1], -1, k.shape[2])
     dk.copy_(torch.einsum("hij,ihd->jhd", ds, _queries(q, seen)).reshape(by_group).sum(2))
     dv.copy_(torch.einsum("hij,ihd->jhd", p, do).reshape(by_group).sum(2))
+    unrotate(dq, dk, angles)

@@ -7,12 +7,13 @@ weights are permuted when they are read. Angles, sines and products are fp32: bf
 256.
 
 Bound by memory: one launch reads q and k once and writes them once, 4 (H + K) Dh bytes a token in bf16, in place or
-not. The tables come from HBM once a token (4 Dh bytes), and from L1 and L2 for the other heads. Backward is the
+not. The tables come from HBM once a token (4 Dh bytes) and from L2 once for every 16 heads. Backward is the
 rotation by the opposite angle. Saved for backward: the tables.
 Source: arXiv:2104.09864; llama3 scaling as meta-llama/llama-models llama3/model.py apply_scaling.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,17 +63,28 @@ def rope_ref(
 # ---- kernel ---------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["n_tokens", "n_q_programs"])  # they change from micro-batch to micro-batch
+@triton.jit
+def load_angles(ptr, first, n_tokens, ROWS: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr):
+    """Return ROWS rows of an fp32 table (n_tokens, HALF) from `first` on, as a tile (ROWS, COLS); zeros beyond it."""
+    # One-dimensional, so that a thread loads 4 numbers at once: in the shape of a tile of 16-bit numbers it would load
+    # 8 by two instructions, and each would use half of the sectors it asks for.
+    i = tl.arange(0, ROWS * COLS)
+    row, col = first + i // COLS, i % COLS
+    values = tl.load(ptr + row.to(tl.int64) * HALF + col, mask=(row < n_tokens) & (col < HALF), other=0.0)
+    return tl.reshape(values, (ROWS, COLS))
+
+
+@triton.jit(do_not_specialize=["n_tokens"])  # it changes from micro-batch to micro-batch
 def _rotate_kernel(
-    q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, n_tokens, n_heads, n_kv_heads, n_q_programs,
+    q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, n_tokens, n_heads, n_kv_heads,
     q_row, q_head, k_row, k_head, q_out_row, q_out_head, k_out_row, k_out_head,
-    INVERSE: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
+    INVERSE: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    # A row is one head of one token. The first programs take the query heads, the others the key heads: the compiler
-    # keeps 16-byte accesses where a whole program chooses its tensor, not where each row does. HALF is a constant so
-    # that 40, of heads of 80, is seen to be a multiple of 8.
-    program = tl.program_id(0)
-    if program < n_q_programs:
+    # A program rotates up to HEADS heads of TOKENS tokens by one load of their angles. The first along axis 1 take the
+    # query heads, the others the key heads: the compiler keeps 16-byte accesses where a whole program chooses its
+    # tensor. HALF is a constant so that 40, of heads of 80, is seen to be a multiple of 8.
+    head = tl.program_id(1) * HEADS
+    if head < n_heads:
         src_ptr, src_row, src_head = q_ptr, q_row, q_head
         dst_ptr, dst_row, dst_head = q_out_ptr, q_out_row, q_out_head
         heads = n_heads
@@ -80,23 +92,24 @@ def _rotate_kernel(
         src_ptr, src_row, src_head = k_ptr, k_row, k_head
         dst_ptr, dst_row, dst_head = k_out_ptr, k_out_row, k_out_head
         heads = n_kv_heads
-        program -= n_q_programs
-    row = program * ROWS + tl.arange(0, ROWS)
-    token = (row // heads).to(tl.int64)  # int64: token * src_row passes 2^31
-    head = row % heads
-    cols = tl.arange(0, COLS)[None, :]
-    mask = (token < n_tokens)[:, None] & (cols < HALF)
-    src = (src_ptr + token * src_row + head * src_head)[:, None] + cols
-    dst = (dst_ptr + token * dst_row + head * dst_head)[:, None] + cols
-    table = token[:, None] * HALF + cols
-    a = tl.load(src, mask=mask).to(tl.float32)
-    b = tl.load(src + HALF, mask=mask).to(tl.float32)
-    cos = tl.load(cos_ptr + table, mask=mask)
-    sin = tl.load(sin_ptr + table, mask=mask)
+        head -= tl.cdiv(n_heads, HEADS) * HEADS
+    first = tl.program_id(0) * TOKENS
+    cos = load_angles(cos_ptr, first, n_tokens, TOKENS, HALF, COLS)
+    sin = load_angles(sin_ptr, first, n_tokens, TOKENS, HALF, COLS)
     if INVERSE:
         sin = -sin
-    tl.store(dst, a * cos - b * sin, mask=mask)
-    tl.store(dst + HALF, b * cos + a * sin, mask=mask)
+    token, cols = first + tl.arange(0, TOKENS), tl.arange(0, COLS)[None, :]
+    mask = (token < n_tokens)[:, None] & (cols < HALF)
+    token = token.to(tl.int64)  # token * src_row passes 2^31
+    src = (src_ptr + token * src_row + head * src_head)[:, None] + cols
+    dst = (dst_ptr + token * dst_row + head * dst_head)[:, None] + cols
+    for _ in range(head, min(head + HEADS, heads)):
+        a = tl.load(src, mask=mask).to(tl.float32)
+        b = tl.load(src + HALF, mask=mask).to(tl.float32)
+        tl.store(dst, a * cos - b * sin, mask=mask)
+        tl.store(dst + HALF, b * cos + a * sin, mask=mask)
+        src += src_head
+        dst += dst_head
 
 
 # ---- launch: shapes, allocation, grid; torch.ops.cria.* -------------------------------------------------------------
@@ -105,11 +118,11 @@ def _rotate_kernel(
 def _launch(q, k, q_out, k_out, cos, sin, inverse):
     (tokens, heads, head_dim), kv_heads = q.shape, k.shape[1]
     config = launch_config("rope", "rotate", q.device, head_dim // 2)
-    q_programs, k_programs = (triton.cdiv(tokens * n, config["ROWS"]) for n in (heads, kv_heads))
-    if (q_programs + k_programs) * head_dim == 0:
+    grid = triton.cdiv(tokens, config["TOKENS"]), sum(triton.cdiv(n, config["HEADS"]) for n in (heads, kv_heads))
+    if grid[0] * grid[1] * head_dim == 0:
         return
-    _rotate_kernel[(q_programs + k_programs,)](
-        q, k, q_out, k_out, cos, sin, tokens, heads, kv_heads, q_programs,
+    _rotate_kernel[grid](
+        q, k, q_out, k_out, cos, sin, tokens, heads, kv_heads,
         *q.stride()[:2], *k.stride()[:2], *q_out.stride()[:2], *k_out.stride()[:2],
         INVERSE=inverse, HALF=head_dim // 2, COLS=next_power_of_2(head_dim // 2), **config,
     )  # fmt: skip
@@ -128,6 +141,18 @@ def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
     not overlap. cos, sin: (T, Dh/2) fp32 contiguous.
     """
     _launch(q, k, q, k, cos, sin, inverse)
+
+
+def unrotate(dq: torch.Tensor, dk: torch.Tensor, angles: Sequence[torch.Tensor]) -> None:
+    """Rotate gradients of rotated q and k back, in place.
+
+    angles: [] if nothing was rotated, [cos, sin] of the rows of both, or cos and sin of q's rows, then of k's.
+    """
+    if len(angles) == 2:
+        rotate(dq, dk, *angles, True)
+    elif angles:
+        rotate(dq, dq[:, :0], *angles[:2], True)
+        rotate(dk, dk[:, :0], *angles[2:], True)
 
 
 def _rotated_cpu(q, k, cos, sin, inverse):

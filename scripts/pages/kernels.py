@@ -42,7 +42,8 @@ How to read the first tables: three numbers in a cell are for {chips}; one numbe
 - **wide**: the share of instructions that move 128 bits or more, among those that access global memory. The others move
   row statistics and indices; the gate refuses any other narrow access.
 - **bytes**: how many must move for each element of the largest tensor of the launch.
-- **from**: how the configuration was chosen: *static*, by the figures here, or *measured* on a GPU (`kernels.tune`).
+- **from**: how the configuration was chosen: *static*, by the figures here; *simulated*, by the counters below, which
+  disagreed (no GPU has measured it); or *measured* on a GPU (`kernels.tune`).
 
 How to read the second tables: two numbers in a cell are for sm_80, sm_90; one number holds for both.
 

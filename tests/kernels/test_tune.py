@@ -73,7 +73,7 @@ def test_the_interpreter_is_for_smoke_alone(monkeypatch):
 def test_static_ranks_candidates_and_shows_refusals(tmp_path):
     code = (  # few candidates, as each is compiled for every case
         "from kernels import tune\nfrom kernels.measure import candidates\n"
-        "candidates.CANDIDATES['rope'] = {'rotate': {'ROWS': (8, 32), 'num_warps': (8,)}}\ntune.main()"
+        "candidates.CANDIDATES['rope'] = {'rotate': {'TOKENS': (8, 32), 'num_warps': (8,)}}\ntune.main()"
     )
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(

@@ -16,7 +16,7 @@ from kernels.ops import attention_plan as plans
 from kernels.ops import attention_ref as ref
 from kernels.ops.common import INTERPRETED, LAUNCH
 from kernels.ops.rope import rope_ref
-from tests.helpers.kernels import DEVICE, needs_compiler, needs_gpu, needs_kernels, sized
+from tests.helpers.kernels import DEVICE, check_sectors, needs_compiler, needs_counters, needs_gpu, needs_kernels, sized
 from tests.helpers.run import worst
 
 # The interpreter reckons with what is in the padding, as a GPU does silently.
@@ -219,12 +219,12 @@ def test_views_are_taken_as_they_are_and_nothing_around_them_is_touched(device):
     plan, do = op.attention_plan(table(documents), n, 5, device, "triton"), torch.randn_like(q)
     o, lse = op.forward(q, k, v, *plan[:3])
     wanted = [torch.empty_like(t) for t in (q, k, v)]
-    op.backward(q, k, v, o, lse, do, *wanted, *plan[:8])
+    op.backward(q, k, v, o, lse, do, *wanted, *plan[:8], [])
     (q, k, v, do), _ = zip(*map(framed, (q, k, v, do)), strict=True)
     views, frames = zip(*(framed(torch.zeros_like(t), 7.0) for t in (q, k, v)), strict=True)
     again, lse_again = op.forward(q, k, v, *plan[:3])
     assert again.equal(o) and lse_again.equal(lse)
-    op.backward(q, k, v, framed(o)[0], lse, do, *views, *plan[:8])
+    op.backward(q, k, v, framed(o)[0], lse, do, *views, *plan[:8], [])
     for view, frame, want in zip(views, frames, wanted, strict=True):
         assert view.equal(want)
         view.fill_(7)
@@ -265,7 +265,7 @@ def test_offsets_are_64_bit(far):
     plan = op.attention_plan(table(documents), n, 8, "cpu", "triton", rows)
     assert (plan.n_slots > 0) == (rows is None) and plan.query_items[:, 6].any() == (rows is not None)
     out, lse = op.forward(q, k, v, *plan[:3])
-    op.backward(q, k, v, o.copy_(out), lse, do, *gradients, *plan[:8])
+    op.backward(q, k, v, o.copy_(out), lse, do, *gradients, *plan[:8], [])
     seen = visible(documents, n)
     compare((out, *gradients), (q, k, v), do, seen if rows is None else seen[rows])
 
@@ -331,6 +331,8 @@ def test_operators_and_their_twins(layout, share, device):
     rows = torch.from_numpy(some_rows(n, 0, share))
     q, k, v = random_qkv(n, 4, 2, 8, device, torch.float32)
     do = torch.randn_like(q)
+    cos, sin = rotation(n, 8, device)
+    angles = [cos[rows], sin[rows], cos, sin] if share < 1 else []
     for t in (q, k, v, do):
         t[~(seen.any(0) | seen.any(1)).to(device)] = math.nan
     q, do, seen = q[rows], do[rows], seen[rows].to(device)
@@ -344,8 +346,8 @@ def test_operators_and_their_twins(layout, share, device):
         assert got.isinf().equal(true_lse.isinf()) and worst((got - true_lse).nan_to_num(0)) < 2e-6
     assert worst(o_twin - o) < 1e-6
     ours, twins = ([torch.empty_like(t) for t in (q, k, v)] for _ in range(2))
-    op.backward(q, k, v, o, lse, do, *ours, *plan[:8])
-    ref.backward_cpu(q, k, v, o, lse, do, *twins, *plan[:8])
+    op.backward(q, k, v, o, lse, do, *ours, *plan[:8], angles)
+    ref.backward_cpu(q, k, v, o, lse, do, *twins, *plan[:8], angles)
     for a, b in zip(ours, twins, strict=True):
         assert worst(a - b) <= 2e-6 * max(1, worst(b))
 
@@ -356,7 +358,8 @@ def test_operators_are_registered(device):
     q, k, v = random_qkv(n, 2, 1, 8, device)
     torch.library.opcheck(op.forward, (q, k, v, *plan[:3]))
     args = q, k, v, *op.forward(q, k, v, *plan[:3]), torch.randn_like(q), *(torch.empty_like(t) for t in (q, k, v))
-    torch.library.opcheck(op.backward, (*args, *plan[:8]))
+    torch.library.opcheck(op.backward, (*args, *plan[:8], []))
+    torch.library.opcheck(op.backward, (*args, *plan[:8], rotation(n, 8, device)))
 
 
 # ---- rope and attention in one --------------------------------------------------------------------------------------
@@ -392,6 +395,44 @@ def test_rope_attention(heads, dh, dtype, impl, device):
     theirs = with_gradients(reference, [qkv], upstream)
     for a, b, true in zip(with_gradients(ours, [qkv], upstream), theirs, truth, strict=True):
         assert a.dtype == dtype and worst(a - true) <= 2 * worst(b - true) + 1e-6 * worst(true)
+
+
+@pytest.mark.parametrize(("dh", "share"), [(16, 1.0), (16, 0.9), (64, 0.9), (24, 0.9)])
+def test_rope_attention_of_some_rows_behind_a_prefix_in_parts(dh, share, device):
+    """Gradients of q, of keys in one part and of keys in several are rotated back; half a head of 24 is no tile."""
+    documents, n = LAYOUTS["shared"]
+    rows = torch.from_numpy(some_rows(n, 1, share))
+    plan = op.attention_plan(table(documents), n, dh, device, "triton", rows)
+    assert plan.n_slots or not INTERPRETED  # small tiles are the interpreter's
+    dtype = DTYPES[1]
+    q, k, v = random_qkv(n, 4, 2, dh, device, dtype, len(rows))
+    (cos, sin), seen, upstream = rotation(n, dh, device), visible(documents, n)[rows], torch.randn_like(q)
+
+    def ours(q, kv):
+        return op.rope_attention_rows(q.clone(), kv.clone(), cos, sin, rows.to(device), plan, "triton")
+
+    def reference(q, kv):
+        k, v = kv.chunk(2, dim=1)
+        q = rope_ref(q, q, cos[rows].to(q.dtype), sin[rows].to(q.dtype))[0]
+        return dense(q, rope_ref(k, k, cos.to(k.dtype), sin.to(k.dtype))[0], v, seen)
+
+    inputs = [q, torch.cat((k, v), 1)]
+    truth = with_gradients(reference, [t.double() for t in inputs], upstream)
+    theirs = with_gradients(reference, inputs, upstream)
+    for a, b, true in zip(with_gradients(ours, inputs, upstream), theirs, truth, strict=True):
+        assert a.dtype == dtype and worst(a - true) <= 2 * worst(b - true) + 1e-6 * worst(true)
+
+
+@needs_counters
+@pytest.mark.parametrize("dh", [64, 128])
+def test_partial_sums_and_tables_are_moved_in_whole_sectors(dh):
+    documents = table([[0, 64, 0, 0], *([64 + 32 * i, 96 + 32 * i, 0, 64] for i in range(38))])  # a prefix in parts
+    qkv, (cos, sin) = torch.randn(1280, 3, dh).bfloat16().requires_grad_(), rotation(1280, dh, "cpu")
+
+    def run():
+        op.rope_attention(qkv * 1, cos, sin, documents, 1, "triton").sum().backward()
+
+    check_sectors(run, "_rotate_kernel", "_forward_kernel", "_dq_kernel", "_sum_kernel")
 
 
 def test_rope_attention_consumes_its_input(device):

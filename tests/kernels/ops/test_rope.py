@@ -8,12 +8,12 @@ import torch
 import kernels
 from engine.model.config import RopeScaling
 from kernels.ops import rope as op
-from tests.helpers.kernels import DEVICE, needs_compiler, needs_gpu, needs_kernels, sized
+from tests.helpers.kernels import DEVICE, check_sectors, needs_compiler, needs_counters, needs_gpu, needs_kernels, sized
 from tests.helpers.run import worst
 
 pytestmark = needs_kernels
 
-TILES = {"rope": {"rotate": {"ROWS": 4}}}
+TILES = {"rope": {"rotate": {"TOKENS": 4, "HEADS": 2}}}
 DTYPES = [torch.float32, torch.float16]
 SIZES = [(0, 2, 1, 8), (1, 1, 1, 2), (3, 2, 2, 6), (7, 9, 3, 64), (5, 4, 4, 80), (2, 1, 5, 128)]  # T, H, K, Dh
 
@@ -196,6 +196,13 @@ def test_bf16_at_real_sizes(h, kv, dh):
     rows = sized(4099, 9)
     q, k, dq, dk = random(DEVICE, *[(rows, h, dh), (rows, kv, dh)] * 2, dtype=torch.bfloat16)
     compare(q, k, *tables(rows, dh, DEVICE), (dq, dk))
+
+
+@needs_counters
+@pytest.mark.parametrize(("h", "kv", "dh"), [(32, 32, 128), (9, 3, 64), (8, 1, 256)])
+def test_tables_are_loaded_in_whole_sectors(h, kv, dh):
+    q, k, _ = torch.randn(64, h + 2 * kv, dh).bfloat16().split((h, kv, kv), 1)
+    check_sectors(lambda: op.rotate(q, k, *tables(64, dh, "cpu"), False), "_rotate_kernel")
 
 
 @needs_gpu
