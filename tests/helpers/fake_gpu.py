@@ -120,7 +120,8 @@ def install(compiled: list[tuple[str, str]]) -> None:
     """Let kernels run on CPU tensors as on a GPU, appending (kernel, cache key) for each compilation."""
 
     def compile_nothing(source, target, options):
-        compiled.append((source.name, cache_key(source, target, options)))
+        module = source.fn.fn.__module__.rpartition(".")[2]
+        compiled.append((f"{module}.{source.name}", cache_key(source, target, options)))
         return FakeKernel()
 
     triton.compiler.compile = compile_nothing  # which a kernel's binder looks up at the first launch
