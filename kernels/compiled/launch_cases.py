@@ -127,16 +127,22 @@ def rope_cases() -> Iterator[Case]:
 
 
 def attention_cases() -> Iterator[Case]:
-    """Yield the cases of forward and backward of attention over short documents behind a shared prefix."""
+    """Yield the cases of attention over short documents behind a shared prefix, as a layer and as the last one."""
 
-    def inputs(make, heads, kv_heads, head_dim):
-        """Return q, k, v (views of one tensor) and a plan: documents of 127 tokens, most behind one prefix of 40."""
+    def views(make, some, heads, kv_heads, head_dim):
+        """Return q, k and v, or their gradients: views of one tensor, or of two where q has some rows alone."""
         n, d = make.tokens, make.size(head_dim)
+        if some:
+            return make(n // 2, heads, d), *make(n, 2 * kv_heads, d).chunk(2, 1)
+        return make(n, heads + 2 * kv_heads, d).split((heads, kv_heads, kv_heads), 1)
+
+    def inputs(make, some, *sizes):
+        """Return q, k, v and a plan: documents of 127 tokens, most behind one prefix of 40."""
+        n, d = make.tokens, make.size(sizes[-1])
         starts = [0, *range(40, n, 87)]
         table = [(a, b, 0, 40 if a else 0) for a, b in zip(starts, [*starts[1:], n], strict=True)]
-        qkv = make(n, heads + 2 * kv_heads, d)
-        plan = attention_plan.make_plan(torch.tensor(table), n, d, make.device)
-        return (*qkv.split((heads, kv_heads, kv_heads), 1), plan)
+        rows = torch.arange(0, n - 1, 2) if some else None
+        return *views(make, some, *sizes), attention_plan.make_plan(torch.tensor(table), n, d, make.device, rows)
 
     def forward(*sizes):
         def build(make):
@@ -145,21 +151,23 @@ def attention_cases() -> Iterator[Case]:
 
         return build
 
-    def backward(*sizes):
+    def backward(some, *sizes):
         def build(make):
-            q, k, v, plan = inputs(make, *sizes)
+            q, k, v, plan = inputs(make, some, *sizes)
             o, lse = attention.forward(q, k, v, *plan[:3]) if make.device.type != "meta" else (make(*q.shape), None)
             lse = make(q.shape[1], len(q), dtype=FP32) if lse is None else lse
-            gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-            angles = [make(make.tokens, q.shape[2] // 2, dtype=FP32) for _ in range(2)]
+            rows = [len(q)] * 2 + [len(k)] * 2 if some else [len(k)] * 2
+            angles = [make(n, q.shape[2] // 2, dtype=FP32) for n in rows]
+            gradients = views(make, some, *sizes)
             return attention.backward, q, k, v, o, lse, make(*q.shape), *gradients, *plan[:-2], angles
 
         return build
 
-    for sizes in ((32, 32, 128), (32, 8, 128), (9, 3, 64), (32, 32, 80), (8, 1, 256)):
-        label = "H={} K={} Dh={}".format(*sizes)
-        yield Case("attention", f"forward {label}", forward(*sizes))
-        yield Case("attention", f"backward {label}", backward(*sizes))
+    layers = [(False, *sizes) for sizes in ((32, 32, 128), (32, 8, 128), (9, 3, 64), (32, 32, 80), (8, 1, 256))]
+    for some, *sizes in (*layers, (True, 32, 32, 128)):
+        label = "H={} K={} Dh={}".format(*sizes) + (" some rows" if some else "")
+        yield Case("attention", f"forward {label}", forward(some, *sizes))
+        yield Case("attention", f"backward {label}", backward(some, *sizes))
 
 
 def linear_cross_entropy_cases() -> Iterator[Case]:

@@ -17,7 +17,8 @@ import triton.language as tl
 
 from kernels.ops.common import next_power_of_2
 
-NO_CHUNK = 1 << 62  # fills the first row up to a power of two
+NO_CHUNK = 1 << 62  # fills the first row
+LEAST_ROW = 256  # numbers of a row: models up to 13B have fewer tensors, and so share what is compiled
 
 
 def is_aligned(tensors: Iterable[torch.Tensor]) -> bool:
@@ -37,12 +38,13 @@ def count_chunks(sizes: Iterable[int], chunk: int) -> list[int]:
 
 
 def make_table(rows: Sequence[Sequence[int]], tensors: Iterable[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Return rows of n numbers as a table (rows, the next power of two) int64 on the device, without waiting for it.
+    """Return rows of n numbers as a table (rows, N) int64 on the device, without waiting for it.
 
-    The first row is that of count_chunks. tensors: all that a kernel reaches by the table, for what checks accesses.
-    Beside tensors without storage (the meta device) the table is real, and lies on the CPU.
+    N is LEAST_ROW, or the next power of two that n numbers need beyond it. The first row is that of count_chunks.
+    tensors: all that a kernel reaches by the table, for what checks accesses. Beside tensors without storage (the meta
+    device) the table is real, and lies on the CPU.
     """
-    padding = [NO_CHUNK] * (next_power_of_2(len(rows[0])) - len(rows[0]))
+    padding = [NO_CHUNK] * (max(LEAST_ROW, next_power_of_2(len(rows[0]))) - len(rows[0]))
     table = torch.tensor([[*row, *padding] for row in rows], pin_memory=device.type == "cuda")
     if device.type == "cuda":
         table = table.to(device, non_blocking=True)

@@ -39,7 +39,7 @@ SMALL = dataclasses.replace(
     MODELS["llama-7b"], dim=64, n_layers=2, n_heads=2, n_kv_heads=2, head_dim=32, hidden_dim=96, vocab_size=512
 )
 FRESH_BYTES = 1 << 26  # glibc maps every allocation over 32 MB anew, and the system clears what it maps
-OPS = ("adamw", "attention", "grad_norm", "linear_cross_entropy", "rms_norm", "rope", "swiglu")
+OPS = ("adamw", "adamw_many", "attention", "grad_norm", "linear_cross_entropy", "rms_norm", "rope", "swiglu")
 
 
 class FakeDriver:
