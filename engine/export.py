@@ -17,8 +17,9 @@ from engine.formats.find import detect_kind, find_model
 from engine.formats.save import save_hf, save_meta
 from engine.formats.source import Source, open_source
 from engine.model.llama import new_model
-from engine.output.folder import RUN, require_disk_space
+from engine.output.folder import RUN, read_prompt_style, require_disk_space
 from engine.output.state_as_model import TrainingState, open_training_state
+from engine.text.chat_templates import adopt_style
 from engine.text.tokenizer import Tokenizer
 from engine.text.tokenizer_files import find_tokenizer
 
@@ -73,9 +74,13 @@ def main(argv: list[str]) -> None:
     if detect_kind(path) == "state":
         source = open_training_state(path)
         tokenizer = find_tokenizer_of_state(source, config.tokenizer)
+        style = source.prompt_style
     else:
         source = open_source(path)
         tokenizer = find_tokenizer(source.config, config.tokenizer, path)
+        style = read_prompt_style(path)
+    if style is not None:
+        tokenizer = adopt_style(tokenizer, style)
     dtype = source.dtype if config.dtype == "auto" else DTYPES[config.dtype]
     out.mkdir(parents=True, exist_ok=True)
     require_disk_space(

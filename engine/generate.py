@@ -9,12 +9,12 @@ from pathlib import Path
 
 from engine.base.device import choose_device, choose_dtype, choose_kernels
 from engine.base.errors import DataError, UsageError, run_main
-from engine.base.files import read_json
 from engine.base.flags import KERNELS, KERNELS_HELP, flag, parse_flags
 from engine.data.rows import read_rows
 from engine.inference.generation import generate
 from engine.inference.model_loader import load_model
-from engine.output.folder import RUN
+from engine.output.folder import read_prompt_style
+from engine.text.chat_templates import find_carried_style
 from engine.text.templates import CHAT_STYLES, Row, encode_prompt, find_stop_ids
 
 
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     model, tokenizer, source = load_model(config.model, device, choose_dtype(config.dtype, device), impl)
     style = config.prompt_style
     if style == "auto":
-        style = read_json(source.path / RUN).get("config", {}).get("prompt_style", "alpaca")
+        style = read_prompt_style(source.path) or find_carried_style(tokenizer) or "alpaca"
     stops = find_stop_ids(tokenizer, style)
 
     def encode(row: Row) -> list[int]:

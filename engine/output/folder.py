@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from engine.base.errors import UsageError
+from engine.base.files import read_json
 
 RUN, LOCK, METRICS = "run.json", ".lock", "metrics.jsonl"
 
@@ -63,6 +64,11 @@ def require_disk_space(out: Path, need_bytes: int, remedy: str) -> None:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a metrics.jsonl."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read_prompt_style(folder: Path) -> str | None:
+    """Return the --prompt-style of the run that wrote a folder, None where it has no run.json of ours."""
+    return read_json(folder / RUN).get("config", {}).get("prompt_style")
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:

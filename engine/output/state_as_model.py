@@ -32,6 +32,7 @@ class TrainingState:
     base: Path | None  # the model from which the run takes tokenizer and generation_config.json; None: random weights
     tokenizer: str | None  # the run's --tokenizer, "" where it named none; None: no run.json says
     generation_config: dict[str, Any]  # of base
+    prompt_style: str | None  # of the run
 
     def read_into(self, model: Transformer) -> None:
         """Fill every parameter of a model of this config, converted to its dtype. No optimizer state is read."""
@@ -72,7 +73,7 @@ def open_training_state(folder: Path) -> TrainingState:
     generation_config = {}
     if base is not None and detect_kind(base) == "hf":
         generation_config = read_json(base / "generation_config.json")
-    return TrainingState(found, config, dtype, base, tokenizer, generation_config)
+    return TrainingState(found, config, dtype, base, tokenizer, generation_config, settings.get("prompt_style"))
 
 
 def find_base(folder: Path, settings: dict[str, Any]) -> tuple[Path | None, str | None]:

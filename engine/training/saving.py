@@ -13,6 +13,7 @@ from engine.output import checkpoint, folder
 from engine.output.checkpoint import Checkpoint
 from engine.output.saver import Saver
 from engine.planning.memory import state_bytes
+from engine.text.chat_templates import adopt_style
 from engine.training.micro_batch_size import HALVED
 from engine.training.optimizer import AdamW
 from engine.training.plan import Plan
@@ -136,12 +137,12 @@ def write_model(plan: Plan, run: Run, checkpoints: Checkpoints, model: Transform
 
 def write_files(plan: Plan, model: Transformer, out: Path) -> None:
     """Write the files of the model and of its tokenizer. An OSError leaves the folder as it was."""
+    tokenizer = adopt_style(plan.tokenizer, plan.config.prompt_style)
     save_hf(
-        out, model, max_shard_bytes=plan.config.max_shard_bytes, bos_id=plan.tokenizer.bos_id,
-        eos_ids=sorted(plan.tokenizer.stop_ids), generation_config=plan.source.generation_config if plan.source else
-        None,
+        out, model, max_shard_bytes=plan.config.max_shard_bytes, bos_id=tokenizer.bos_id,
+        eos_ids=sorted(tokenizer.stop_ids), generation_config=plan.source.generation_config if plan.source else None,
     )  # fmt: skip
-    plan.tokenizer.save(out)
+    tokenizer.save(out)
     (out / HALVED).unlink(missing_ok=True)
 
 

@@ -1,0 +1,157 @@
+"""The template of training as other programs use it: a chat template in Jinja that travels with the tokenizer.
+
+transformers, vLLM and llama.cpp make a prompt by the chat template of the tokenizer's files. A style's template gives
+the very text that training encodes, so that their ids are those of engine.text.templates.
+"""
+
+import copy
+import json
+import re
+from typing import Any
+
+from engine.text.templates import ALPACA_NO_INPUT, END_OF_TURN, find_stop_ids
+from engine.text.tokenizer import Tokenizer
+
+CONFIG, TOKENS_MAP, JINJA_FILE = "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
+
+# ---- templates ------------------------------------------------------------------------------------------------------
+# BOS and EOS stand for the tokens' texts, since programs differ in which token they call bos_token. No template raises
+# an exception: llama.cpp tries one on a chat of its own, and takes ChatML where that fails.
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+LLAMA3 = (
+    "{{ BOS }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
+    "{{ (message['content'] | trim) + '<|eot_id|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+LLAMA2 = (  # every turn begins with BOS; the system message is part of the next user's
+    "{% set system = namespace(text='') %}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}"
+    "{% set system.text = '<<SYS>>\\n' + (message['content'] | trim) + '\\n<</SYS>>\\n\\n' %}"
+    "{% elif message['role'] == 'user' %}"
+    "{{ BOS + '[INST] ' + system.text + (message['content'] | trim) + ' [/INST]' }}{% set system.text = '' %}"
+    "{% else %}{{ ' ' + (message['content'] | trim) + ' ' + EOS }}{% endif %}"
+    "{% endfor %}"
+)
+# Stanford's was trained on one question and one answer. Of a longer chat each turn is such a pair, and a system message
+# takes the place of the first sentences.
+ALPACA = (
+    "{% set system = namespace(text=PREAMBLE) %}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{% set system.text = message['content'] %}"
+    "{% elif message['role'] == 'user' %}{{ BOS + system.text + BEFORE + message['content'] + AFTER }}"
+    "{% else %}{{ message['content'] + EOS }}{% endif %}"
+    "{% endfor %}"
+)
+TEMPLATES = {"alpaca": ALPACA, "chatml": CHATML, "llama2": LLAMA2, "llama3": LLAMA3}
+
+
+def write_chat_template(style: str, tokenizer: Tokenizer) -> str:
+    """Return the chat template of a style in Jinja."""
+    preamble, rest = ALPACA_NO_INPUT.split("\n\n", 1)
+    before, after = f"\n\n{rest}".split("{instruction}")
+    has_bos = style != "alpaca" or tokenizer.add_bos
+    texts = {
+        "BOS": find_token_text(tokenizer, tokenizer.bos_id) if has_bos else "",
+        "EOS": find_token_text(tokenizer, tokenizer.eos_id),
+        "PREAMBLE": preamble, "BEFORE": before, "AFTER": after,
+    }  # fmt: skip
+    return re.sub("|".join(texts), lambda match: quote(texts[match[0]]), TEMPLATES[style])
+
+
+def find_token_text(tokenizer: Tokenizer, id: int | None) -> str:
+    """Return the text of a special token, "" where it has none."""
+    return next((text for text, known in tokenizer.special_ids.items() if known == id), "")
+
+
+def quote(text: str) -> str:
+    """Return the text as a string of Jinja."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
+
+
+# ---- the tokenizer's files ------------------------------------------------------------------------------------------
+
+
+def read_chat_template(tokenizer: Tokenizer) -> str | None:
+    """Return the chat template that transformers takes from the tokenizer's files, None where they have none.
+
+    chat_template.jinja goes before tokenizer_config.json. Of several named ones it is the default.
+    """
+    if JINJA_FILE in tokenizer.files:
+        return tokenizer.files[JINJA_FILE].decode()
+    template = read_object(tokenizer.files, CONFIG).get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template if isinstance(template, str) and template else None
+
+
+def read_object(files: dict[str, bytes], name: str) -> dict[str, Any]:
+    """Return the object in a JSON file, {} without the file. The tokenizer's reader has checked that it is one."""
+    return json.loads(files.get(name, b"{}"))
+
+
+def find_carried_style(tokenizer: Tokenizer) -> str | None:
+    """Return the style whose template the tokenizer's files carry, None where they carry another or none."""
+    carried = read_chat_template(tokenizer)
+    return next((style for style in TEMPLATES if carried == write_chat_template(style, tokenizer)), None)
+
+
+def adopt_style(tokenizer: Tokenizer, style: str) -> Tokenizer:
+    """Return the tokenizer with files that say how a model of this style is asked and where its answers end.
+
+    chat_template is the style's, in tokenizer_config.json alone, where old and new programs look. eos_token is what
+    ended an answer in training. Under a style without BOS the tokenizer adds none to a text, since llama.cpp adds to a
+    chat what is added to a text.
+    """
+    adopted = copy.copy(tokenizer)
+    end = END_OF_TURN.get(style)
+    adopted.stop_ids = find_stop_ids(tokenizer, style)
+    if end is not None:
+        adopted.eos_id = tokenizer.special_ids[end]
+    adopted.add_bos = tokenizer.add_bos and style != "chatml"
+    files = {name: content for name, content in tokenizer.files.items() if name != JINJA_FILE}
+    names = {"bos_token": tokenizer.bos_id, "eos_token": adopted.eos_id}
+    texts = {role: text for role, id in names.items() if (text := find_token_text(tokenizer, id))}
+    config = read_object(files, CONFIG) | {"chat_template": write_chat_template(style, tokenizer)}
+    if tokenizer.add_bos and not adopted.add_bos:
+        config["add_bos_token"] = False
+        files |= without_template_bos(files, find_token_text(tokenizer, tokenizer.bos_id))
+    files[CONFIG] = dump_object(name_tokens(config, texts))
+    if TOKENS_MAP in files:
+        files[TOKENS_MAP] = dump_object(name_tokens(read_object(files, TOKENS_MAP), texts))
+    adopted.files = files
+    return adopted
+
+
+def name_tokens(config: dict[str, Any], texts: dict[str, str]) -> dict[str, Any]:
+    """Return the settings with these named tokens. A token that is there with its flags, as an object, keeps them."""
+    stated = {role: config.get(role) for role in texts}
+    kept = {
+        role: token for role, token in stated.items() if isinstance(token, dict) and token["content"] == texts[role]
+    }
+    return config | texts | kept
+
+
+def without_template_bos(files: dict[str, bytes], bos: str) -> dict[str, bytes]:
+    """Return {"tokenizer.json": one that does not begin a text with BOS}, {} without such a file."""
+    if "tokenizer.json" not in files:
+        return {}
+    spec = read_object(files, "tokenizer.json")
+    steps = spec.get("post_processor") or {}
+    for step in steps.get("processors", [steps]):
+        if step.get("type") == "TemplateProcessing":
+            for name in ("single", "pair"):
+                step[name] = [piece for piece in step[name] if piece.get("SpecialToken", {}).get("id") != bos]
+            step["special_tokens"].pop(bos, None)
+    return {"tokenizer.json": dump_object(spec)}
+
+
+def dump_object(value: dict[str, Any]) -> bytes:
+    """Return a JSON file of the object."""
+    return json.dumps(value, ensure_ascii=False, indent=2).encode() + b"\n"

@@ -1,0 +1,104 @@
+"""The chat template that travels with a model, against transformers on the written folder."""
+
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from engine.data.dataset import encode_rows
+from engine.text.chat_templates import adopt_style, find_carried_style, read_chat_template, write_chat_template
+from engine.text.templates import Row, encode_prompt, find_stop_ids
+from engine.text.tokenizer_files import load_tokenizer
+from tests.helpers.chat_tokenizers import CHATML, LLAMA3, SPECIALS, write_byte_level
+
+OWN = "{{ bos_token }}You are Tim. {% for m in messages %}{{ m.content }}{% endfor %}"
+QUESTION = " It's \\n a 'test' {{ x }} of\n\n\"quotes\" and é 漢 \n"
+CHAT = (("system", " Be brief.\n"), ("user", QUESTION), ("assistant", " Yes. "), ("user", "Why?"), ("assistant", "So."))
+styles = pytest.mark.parametrize("style", SPECIALS)
+
+
+def adopted(folder, style, specials=None, **options):
+    tokenizer = load_tokenizer(write_byte_level(folder / "base", specials or SPECIALS[style], **options))
+    adopt_style(tokenizer, style).save(folder / "out")
+    return tokenizer, AutoTokenizer.from_pretrained(folder / "out")
+
+
+def their_ids(theirs, messages, answer_next=False):
+    messages = [{"role": role, "content": content} for role, content in messages]
+    return theirs.apply_chat_template(messages, add_generation_prompt=answer_next)["input_ids"]
+
+
+@styles
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_transformers_makes_the_prompt_of_training(style, adds_bos, tmp_path):
+    ours, theirs = adopted(tmp_path, style, adds_bos=adds_bos, chat_template=OWN)
+    for question in ("Name a colour.", QUESTION):
+        row = Row("f:1", None, question, "", "Red.")
+        assert their_ids(theirs, (("user", question),), True) == encode_prompt(row, ours, style)
+        trained = encode_rows([row], ours, style).tokens.tolist()
+        assert their_ids(theirs, (("user", question), ("assistant", "Red."))) == trained
+    if style != "alpaca":
+        assert their_ids(theirs, CHAT) == encode_rows([Row("f:1", CHAT)], ours, style).tokens.tolist()
+        assert their_ids(theirs, CHAT[:-1], True) == encode_prompt(Row("f:1", CHAT), ours, style)
+
+
+@styles
+def test_what_ends_an_answer_is_said(style, tmp_path):
+    ours, theirs = adopted(tmp_path, style)
+    again = load_tokenizer(tmp_path / "out")
+    ends = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}.get(style, SPECIALS[style][1])
+    assert theirs.eos_token == ends and again.eos_id == ours.special_ids[ends]
+    changed = adopt_style(ours, style)
+    assert changed.stop_ids == find_stop_ids(ours, style) == ours.stop_ids | {again.eos_id}
+    assert (changed.eos_id, changed.add_bos, changed.bos_id) == (again.eos_id, again.add_bos, again.bos_id)
+    assert theirs("hi")["input_ids"] == [ours.bos_id] * again.add_bos + ours.encode("hi")
+    assert again.add_bos == (style != "chatml")  # llama.cpp adds BOS to a chat where it adds it to a text
+
+
+@styles
+def test_the_style_is_found_again(style, tmp_path):
+    ours, _ = adopted(tmp_path, style)
+    assert find_carried_style(ours) is None
+    again = load_tokenizer(tmp_path / "out")
+    assert find_carried_style(again) == style
+    assert adopt_style(again, style).files == again.files
+
+
+@styles
+def test_a_chat_that_a_style_does_not_know_gives_a_prompt(style, tmp_path):
+    """llama.cpp tries a template on a system message and three turns, and takes ChatML where it fails."""
+    _, theirs = adopted(tmp_path, style)
+    text = theirs.decode(their_ids(theirs, CHAT[:-1], True))
+    places = [text.index(content.strip()) for _, content in CHAT[:-1]]
+    assert places == sorted(places)
+
+
+def test_one_template_is_left_where_a_base_has_two(tmp_path):
+    base = write_byte_level(tmp_path / "base", CHATML, chat_template=OWN)
+    (base / "chat_template.jinja").write_text("other" + OWN)
+    tokenizer = load_tokenizer(base)
+    assert read_chat_template(tokenizer) == "other" + OWN == AutoTokenizer.from_pretrained(base).chat_template
+    adopt_style(tokenizer, "chatml").save(base)
+    assert not (base / "chat_template.jinja").exists()
+    assert AutoTokenizer.from_pretrained(base).chat_template == write_chat_template("chatml", tokenizer)
+
+
+def test_named_templates(tmp_path):
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": OWN}]
+    assert read_chat_template(load_tokenizer(write_byte_level(tmp_path, CHATML, chat_template=named))) == OWN
+
+
+def test_tokens_keep_their_flags_and_an_older_map_agrees(tmp_path):
+    bos = {"content": LLAMA3[0], "__type": "AddedToken", **FLAGS_OF_A_TOKEN}
+    base = write_byte_level(tmp_path / "base", LLAMA3, bos_token=bos)
+    (base / "special_tokens_map.json").write_text(json.dumps({"bos_token": LLAMA3[0], "eos_token": LLAMA3[1]}))
+    adopt_style(load_tokenizer(base), "llama3").save(tmp_path / "out")
+    config, older = (
+        json.loads((tmp_path / "out" / name).read_text())
+        for name in ("tokenizer_config.json", "special_tokens_map.json")
+    )
+    assert config["bos_token"] == bos and config["eos_token"] == older["eos_token"] == "<|eot_id|>"
+    assert load_tokenizer(tmp_path / "out").eos_id == 256 + 4
+
+
+FLAGS_OF_A_TOKEN = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
