@@ -1,8 +1,9 @@
 """The GPUs that are known here: memory, peak rates, links, prices, and the rates that a report measured.
 
 Memory is torch's total_memory, as the out-of-memory messages of each GPU print it ("a total capacity of 79.11 GiB").
-Peaks are dense bf16 with fp32 sums. Peaks and bandwidths come from NVIDIA's data sheets (A100, H100, H200, L40S, HGX
-B200) and whitepapers (GA102, AD102, RTX Blackwell). GeForce cards sum in fp32 at half the rate of their fp16 headline.
+Peaks are dense bf16 with fp32 sums. Peaks, bandwidths, numbers of SMs and clocks come from NVIDIA's data sheets (A100,
+H100, H200, L40S, HGX B200) and whitepapers (GA102, AD102, RTX Blackwell). GeForce cards sum in fp32 at half the rate of
+their fp16 headline.
 
 A large GEMM reaches 271 of 312 TFLOP/s on an A100 and 750 of 989 on an H100, whose power limit sets the clock. B200 and
 L40S (the 4090's chip at the full rate, on 350 W) are assumed to be bound by power too, at 0.75 and 0.7 of the peak.
@@ -48,8 +49,15 @@ class Card:
     bandwidth_gb_per_s: float
     gemm_share: float  # of the peak, in a large GEMM
     pcie_gb_per_s: float  # in one direction, pinned: 25 of gen4's 32, 50 of gen5's 64
+    sms: int  # streaming multiprocessors, of four schedulers each
+    clock_ghz: float  # boost clock, at which the peak rate holds
     price_per_hour: float | None  # dollars
     nvlink_gb_per_s: float = 0  # in one direction, to all other GPUs together; 0: they communicate over PCIe
+
+    @property
+    def instructions_per_s(self) -> float:
+        """Return the most instructions of threads that a second executes: each scheduler begins a warp's a cycle."""
+        return 1e9 * self.clock_ghz * self.sms * 4 * 32
 
     def bus_bytes_per_s(self, shards: int, replicas: int = 1) -> float:
         """Return the rate at which each GPU sends during an all-gather or a reduce-scatter within a replica.
@@ -82,15 +90,15 @@ PRICES_DATE = "March 2026"
 CARDS = {
     card.name: card
     for card in (
-        Card("A100-40", "A100-SXM4-40GB", 39.39, 312, 1555, 0.869, 25, 1.48, 300),
-        Card("A100-80", "A100-SXM4-80GB", 79.15, 312, 2039, 0.869, 25, 1.39, 300),
-        Card("H100", "H100 80GB HBM3", 79.11, 989, 3350, 0.758, 50, 2.69, 450),
-        Card("H200", "NVIDIA H200", 139.80, 989, 4800, 0.758, 50, 3.59, 450),
-        Card("B200", "NVIDIA B200", 178.35, 2250, 7700, 0.75, 50, 5.98, 900),
-        Card("L40S", "L40S", 44.39, 362, 864, 0.7, 25, 0.79),
-        Card("RTX-3090", "RTX 3090", 23.69, 71, 936, 0.85, 25, 0.22),
-        Card("RTX-4090", "RTX 4090", 23.64, 165, 1008, 0.85, 25, 0.34),
-        Card("RTX-5090", "RTX 5090", 31.36, 209, 1792, 0.85, 50, 0.69),
+        Card("A100-40", "A100-SXM4-40GB", 39.39, 312, 1555, 0.869, 25, 108, 1.41, 1.48, 300),
+        Card("A100-80", "A100-SXM4-80GB", 79.15, 312, 2039, 0.869, 25, 108, 1.41, 1.39, 300),
+        Card("H100", "H100 80GB HBM3", 79.11, 989, 3350, 0.758, 50, 132, 1.83, 2.69, 450),
+        Card("H200", "NVIDIA H200", 139.80, 989, 4800, 0.758, 50, 132, 1.83, 3.59, 450),
+        Card("B200", "NVIDIA B200", 178.35, 2250, 7700, 0.75, 50, 148, 1.86, 5.98, 900),
+        Card("L40S", "L40S", 44.39, 362, 864, 0.7, 25, 142, 2.49, 0.79),
+        Card("RTX-3090", "RTX 3090", 23.69, 71, 936, 0.85, 25, 82, 1.70, 0.22),
+        Card("RTX-4090", "RTX 4090", 23.64, 165, 1008, 0.85, 25, 128, 2.52, 0.34),
+        Card("RTX-5090", "RTX 5090", 31.36, 209, 1792, 0.85, 50, 170, 2.41, 0.69),
     )
 }
 
@@ -121,12 +129,13 @@ def change_card(
     """Return the GPU with the given memory (GiB), peak (TFLOP/s), bandwidth (GB/s) and price ($ an hour).
 
     None leaves a figure as it is. A GPU with another memory, peak or bandwidth has no report, and no price unless one
-    is given.
+    is given. Its clock is taken to be as much higher as its peak.
     """
     figures = {"memory_gib": memory_gib, "peak_tflops": tflops, "bandwidth_gb_per_s": bandwidth}
     changes: dict[str, Any] = {name: value for name, value in figures.items() if value is not None}
     if changes:
-        card = replace(card, **changes, name=f"like {card.name}", device="none", price_per_hour=None)
+        clock = card.clock_ghz * changes.get("peak_tflops", card.peak_tflops) / card.peak_tflops
+        card = replace(card, **changes, clock_ghz=clock, name=f"like {card.name}", device="none", price_per_hour=None)
     return card if price is None else replace(card, price_per_hour=price)
 
 

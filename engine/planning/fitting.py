@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 
 from engine.model.config import ModelConfig
@@ -14,6 +14,7 @@ from kernels.ops.adamw import LEAST_8BIT
 from kernels.ops.eight_bit import BLOCK
 
 MOST_TOKENS = 32768  # of a micro-batch that is chosen here: more gains nothing
+GOOD_TOKENS = 2048  # of a micro-batch; with fewer the GEMMs take as long as reading their weights
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,48 @@ def resolve_recompute(
     if fewer and math.ceil(share_tokens / fewer) <= math.ceil(share_tokens / tokens):
         return none, fewer
     return cheap, tokens
+
+
+# ---- optimizer states -----------------------------------------------------------------------------------------------
+
+
+def resolve_states(
+    c: ModelConfig,
+    setting: Setting,
+    available_bytes: int,
+    limits: Limits,
+    *,
+    least_tokens: int,
+    replicas: int | None,
+    update_s: Callable[[Setting], float],
+) -> Setting:
+    """Return the setting with the optimizer states that states="auto" stands for.
+
+    They are fp32 where a micro-batch of GOOD_TOKENS, or of the most tokens allowed, fits beside them. Otherwise they
+    are bf16 or 8 bits: what fits so, and of both what is updated in fewer seconds. Where no such micro-batch fits, one
+    of least_tokens does; where nothing fits, they are fp32.
+
+    Several GPUs keep as many replicas, or, with None, one over as many shards as the states allow. update_s returns the
+    seconds of an update. A setting with other states is returned as it is.
+    """
+    if setting.states != "auto":
+        return setting
+    ways = [replace(setting, states=states) for states in ("fp32", "bf16", "8bit")]
+    ways[1:] = sorted(ways[1:], key=update_s)
+
+    def count_tokens(way: Setting) -> int:
+        counts = find_shard_counts(c, way.states, way.n_cards)
+        if replicas and way.n_cards // replicas not in counts:
+            return 0
+        sharded = way.with_replicas(replicas or way.n_cards // max(counts))
+        return find_largest_micro_batch(c, sharded, available_bytes, limits)
+
+    tokens = [count_tokens(way) for way in ways]
+    for wanted in (min(GOOD_TOKENS, limits.most_tokens), least_tokens):
+        for way, fitting in zip(ways, tokens, strict=True):
+            if fitting >= wanted:
+                return way
+    return ways[0]
 
 
 # ---- meshes ---------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from engine.data.batches import count_steps_per_epoch
 from engine.model.config import ModelConfig
 from engine.planning.cards import GIB, Card, Rates, find_rates
 from engine.planning.fitting import (
+    GOOD_TOKENS,
     MOST_TOKENS,
     Limits,
     find_8bit_shard_counts,
@@ -14,6 +15,7 @@ from engine.planning.fitting import (
     find_largest_micro_batch,
     find_mesh_that_fits,
     resolve_recompute,
+    resolve_states,
 )
 from engine.planning.memory import Memory, memory, state_bytes
 from engine.planning.setting import Recipe, Setting
@@ -22,13 +24,11 @@ from engine.planning.step_time import (
     Traffic,
     Work,
     block_seconds,
-    bytes_of_update,
     step_seconds,
     step_traffic,
+    update_seconds,
 )
 from engine.planning.workload import Cut, Mix, cut_into_micro_batches
-
-GOOD_TOKENS = 2048  # of a micro-batch; with fewer the GEMMs take as long as reading their weights
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def project(
     sent = step_traffic(c, card, setting.dtype, setting.shards, setting.replicas)
     seconds = step_seconds(
         c, card, speed, work, setting,
-        update_bytes=bytes_of_update(state, setting.master) + state.weights,  # the norm reads all gradients once more
+        update_s=update_seconds(card, speed, state, setting),
         offload_bytes=state.master + state.states if setting.offload else 0, traffic=sent,
     )  # fmt: skip
     blocks = block_seconds(c, work, setting.recompute, sum(seconds[kind] for kind in COMPUTING))
@@ -148,6 +148,10 @@ def estimate_run(c: ModelConfig, card: Card, mix: Mix, recipe: Recipe, setting: 
     step_tokens = whole.tokens if whole.one_micro_batch else None
     most = min(recipe.micro_batch_tokens or MOST_TOKENS, step_tokens or MOST_TOKENS)
     limits = Limits(most, step_tokens, mix.loss_share)
+    setting = resolve_states(
+        c, setting, available_bytes, limits, least_tokens=min(recipe.max_length, most), replicas=recipe.replicas,
+        update_s=lambda way: update_seconds(card, speed, state_bytes(c, way), way),
+    )  # fmt: skip
     setting = choose_mesh(c, setting, recipe, available_bytes, limits, whole.tokens)
 
     def outcome(most_tokens: int, setting: Setting, flags: tuple[str, ...] = ()) -> Outcome:

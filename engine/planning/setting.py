@@ -17,7 +17,7 @@ class Setting:
 
     dtype: torch.dtype = torch.bfloat16
     master: str = "split"  # --master-weights
-    states: str = "fp32"  # --optimizer-states
+    states: str = "fp32"  # --optimizer-states; "auto" is resolved before bytes are counted
     recompute: str = "cheap"  # --recompute; "auto" takes as much as "cheap" until it is resolved
     offload: bool = False  # --offload-optimizer
     in_backward: bool = False  # --optimizer-in-backward

@@ -16,6 +16,7 @@ from engine.planning.setting import Setting
 KERNEL_SHARE = 0.9  # of the copy rate: what kernels bound by memory are built to reach
 ATTENTION_SHARE = 0.4  # of the GEMM rate: FlashAttention-2's 294 TFLOP/s of 750 on an H100
 MASKED_KEYS = 100  # that a query multiplies and does not see: at Alpaca's 82 seen keys 45% of the work is useful
+UPDATE_INSTRUCTIONS = {"fp32": 44.4, "bf16": 66.0, "8bit": 80.1}  # of AdamW, a parameter: benchmarks/static.json
 LAUNCH_S = 8e-6  # the host's time for one launch under autograd
 LAUNCHES = 45  # of a layer, forward and backward
 COMPUTING = ("gemm", "attention", "memory", "host")  # the parts of a step that hide communication
@@ -77,6 +78,17 @@ def bytes_of_update(state: StateBytes, master: str) -> int:
     return state.weights * passes + 2 * (state.master + state.states)
 
 
+def update_seconds(card: Card, speed: Rates, state: StateBytes, setting: Setting) -> float:
+    """Return the seconds of the gradient norm, which reads all gradients, and of AdamW.
+
+    AdamW takes as long as its memory traffic or as its instructions, whichever takes longer.
+    """
+    kernels_per_s = KERNEL_SHARE * speed.copy_bytes_per_s
+    instructions = UPDATE_INSTRUCTIONS[setting.states] * state.weights / setting.number_bytes
+    moved_s = bytes_of_update(state, setting.master) / kernels_per_s
+    return state.weights / kernels_per_s + max(moved_s, instructions / card.instructions_per_s)
+
+
 def step_seconds(
     c: ModelConfig,
     card: Card,
@@ -84,7 +96,7 @@ def step_seconds(
     work: Work,
     setting: Setting,
     *,
-    update_bytes: float,
+    update_s: float,
     offload_bytes: float = 0.0,
     traffic: "Traffic | None" = None,
 ) -> dict[str, float]:
@@ -94,7 +106,7 @@ def step_seconds(
                their gradients are read and written once
     attention  4 H Dh operations a pair in forward, 14 in backward (two passes, seven products)
     memory     the bytes that norms, RoPE, SwiGLU, attention, the loss and the embedding move
-    update     update_bytes: moved by the gradient norm and AdamW
+    update     update_s: see update_seconds
     offload    offload_bytes: optimizer states that cross PCIe in each direction, which nothing else hides
     host       the time by which launching exceeds all computing
     communication  the part of `traffic` between several GPUs that computing does not hide: Traffic.not_hidden_seconds()
@@ -119,7 +131,7 @@ def step_seconds(
         "gemm": max(flops / speed.gemm_flops_per_s, gemm_bytes / speed.copy_bytes_per_s),
         "attention": attention_flops / (ATTENTION_SHARE * speed.gemm_flops_per_s),
         "memory": moved / kernels_per_s,
-        "update": update_bytes / kernels_per_s,
+        "update": update_s,
     }
     launching = work.micro_batches * (c.n_layers + 2) * LAUNCHES * LAUNCH_S
     seconds["host"] = max(0.0, launching - sum(seconds.values()))

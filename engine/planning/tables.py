@@ -126,7 +126,7 @@ def time_rows(estimate: Estimate) -> list[Row]:
         "gemm": f"{flops:.3g} FLOP at {speed.gemm_flops_per_s / 1e12:.0f} of {card.peak_tflops:g} TFLOP/s",
         "attention": f"at {ATTENTION_SHARE} of that, masked tiles and all",
         "memory": f"norms, RoPE, SwiGLU, loss: {KERNEL_SHARE} of a copy's {speed.copy_bytes_per_s / 1e9:,.0f} GB/s",
-        "update": "gradient norm and AdamW, at the same rate",
+        "update": "gradient norm, AdamW: that rate, or instructions",
         "host": "launches that the card waits for",
         "offload": f"master and states over PCIe, {card.pcie_gb_per_s:g} GB/s each way",
     }

@@ -65,7 +65,10 @@ class FinetuneConfig:
         ("split", "fp32", "stochastic"),
     )
     optimizer_states: str = flag(
-        "fp32", "AdamW's m and v; 8bit is blockwise, 2 bytes a parameter in all", ("fp32", "bf16", "8bit")
+        "auto",
+        "AdamW's m and v; 8bit is blockwise, 2 bytes a parameter in all; auto is fp32 where they fit, else what is "
+        "updated sooner of bf16 and 8bit that fit",
+        ("auto", "fp32", "bf16", "8bit"),
     )
     offload_optimizer: bool = flag(
         False, "keep master and states in the host's memory, for small cards: the same numbers, slower updates"

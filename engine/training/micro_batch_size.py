@@ -20,6 +20,7 @@ from engine.distributed.fsdp import set_last_micro_batch
 from engine.distributed.world import World
 from engine.model.config import ModelConfig
 from engine.model.llama import Transformer
+from engine.planning.cards import CARDS, detect_card, find_rates
 from engine.planning.fitting import (
     MOST_TOKENS,
     Limits,
@@ -27,9 +28,11 @@ from engine.planning.fitting import (
     find_mesh_that_fits,
     find_shard_counts,
     resolve_recompute,
+    resolve_states,
 )
-from engine.planning.memory import CONTEXT_BYTES
+from engine.planning.memory import CONTEXT_BYTES, state_bytes
 from engine.planning.setting import Setting
+from engine.planning.step_time import update_seconds
 from engine.training.config import FinetuneConfig
 from engine.training.optimizer import AdamW
 from engine.training.plan import Plan
@@ -43,27 +46,32 @@ TOKENS_MULTIPLE = 64  # of which a micro-batch's tokens are a multiple on a GPU:
 def choose_mesh_and_tokens(
     c: ModelConfig, config: FinetuneConfig, train: Dataset, device: torch.device, dtype: torch.dtype, ranks: int = 1
 ) -> tuple[Setting, int]:
-    """Return the setting, with the replicas of the model over the ranks and --recompute decided, and the tokens of a
-    micro-batch.
+    """Return the setting, with optimizer states, replicas of the model over the ranks and --recompute decided, and the
+    tokens of a micro-batch.
 
-    On a CPU there is one replica unless --replicas says otherwise, and a micro-batch has 2048 tokens: more gains
-    nothing. On CUDA find_mesh_that_fits() chooses the replicas. A micro-batch then gets as many tokens as fit into the
-    free memory beside a shard, even with a loss at every token, but no more than a step holds. Raises UsageError, with
-    settings that would fit, where not even one example fits.
+    On a CPU there is one replica unless --replicas says otherwise, states are fp32 unless --optimizer-states does, and
+    a micro-batch has 2048 tokens: more gains nothing. On CUDA resolve_states() chooses the states and
+    find_mesh_that_fits() the replicas. A micro-batch then gets as many tokens as fit into the free memory beside a
+    shard, even with a loss at every token, but no more than a step holds. Raises UsageError, with settings that would
+    fit, where not even one example fits.
     """
     setting = setting_from_config(config, dtype, ranks)
-    counts = find_shard_counts(c, config.optimizer_states, ranks)
-    if config.replicas:
-        counts = [ranks // config.replicas]
     if device.type == "cpu":
         recompute = "cheap" if config.recompute == "auto" else config.recompute
-        setting = dataclasses.replace(setting.with_replicas(ranks // max(counts)), recompute=recompute)
+        states = "fp32" if config.optimizer_states == "auto" else config.optimizer_states
+        replicas = config.replicas or ranks // max(find_shard_counts(c, states, ranks))
+        setting = dataclasses.replace(setting.with_replicas(replicas), recompute=recompute, states=states)
         return setting, max(2048, config.max_length)
     available_bytes = torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES  # the context is in use already
     most, step = count_largest_tokens(config, train, TOKENS_MULTIPLE)
     least = round_up(config.max_length, TOKENS_MULTIPLE)
     most = min(MOST_TOKENS, most, config.micro_batch_tokens or most)
     limits, share = Limits(max(least, most), step if config.optimizer_in_backward else None), -(-step // ranks)
+    setting = resolve_states(
+        c, setting, available_bytes, limits, least_tokens=least, replicas=config.replicas,
+        update_s=lambda way: project_update(c, way, device),
+    )  # fmt: skip
+    counts = [ranks // config.replicas] if config.replicas else find_shard_counts(c, setting.states, ranks)
     setting, tokens = find_mesh_that_fits(
         c, setting, available_bytes, limits, share_tokens=share, least_tokens=least, counts=counts
     )
@@ -76,6 +84,12 @@ def choose_mesh_and_tokens(
             f"{available_bytes / 1e9:.1f} GB that are free; {advice}"
         )
     return setting, tokens
+
+
+def project_update(c: ModelConfig, setting: Setting, device: torch.device) -> float:
+    """Return the projected seconds of an update on this GPU, or on an H100 where its figures are not known."""
+    card = detect_card(device) or CARDS["H100"]
+    return update_seconds(card, find_rates(card), state_bytes(c, setting), setting)
 
 
 def round_up(n: int, multiple: int) -> int:

@@ -85,6 +85,7 @@ def describe_plan(plan: Plan, world: World) -> str:
     state = state_bytes(c, setting_from_config(config, plan.dtype))
     total_bytes = 2 * state.weights + state.master + state.states
     ranks = f", on {world.size} ranks: {describe_mesh(world.n_shards, world.replicas)}" if world.size > 1 else ""
+    states = "8 bits" if config.optimizer_states == "8bit" else config.optimizer_states
     slow = ""
     if plan.device.type == "cpu" and plan.dtype == torch.bfloat16 and not cpu_multiplies_bf16():
         slow = " (this CPU has no bf16 instructions: --dtype fp32 is faster)"
@@ -92,7 +93,8 @@ def describe_plan(plan: Plan, world: World) -> str:
     examples = f" and {config.micro_batch_size} examples" if config.micro_batch_size else ""
     return (
         f"model: {config.model}, {c.n_parameters / 1e6:.1f}M parameters, {plan.facts['dtype']} on {plan.device}, "
-        f"kernels: {plan.kernels}{slow}; weights, gradients and optimizer {total_bytes / 1e9:.2f} GB{ranks}\n"
+        f"kernels: {plan.kernels}{slow}; weights, gradients and optimizer (states in {states}) "
+        f"{total_bytes / 1e9:.2f} GB{ranks}\n"
         f"plan: {plan.total_steps} steps of {config.global_batch_size} examples in micro-batches of at most "
         f"{plan.packing.max_tokens} tokens{examples}; "
         f"{len(plan.train)} examples, {plural(config.epochs, 'epoch')}{' at most' if config.max_steps else ''}"

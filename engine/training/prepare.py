@@ -12,6 +12,7 @@ import torch
 
 from engine.base.device import choose_device, choose_dtype, choose_kernels
 from engine.base.errors import DataError, UsageError
+from engine.base.files import read_json
 from engine.data.batches import Order
 from engine.data.dataset import Dataset
 from engine.data.packing import Packing
@@ -19,6 +20,8 @@ from engine.distributed.world import World
 from engine.formats.find import find_model
 from engine.formats.source import Source, open_source
 from engine.model.config import MODELS, ModelConfig
+from engine.output.checkpoint import read_manifest
+from engine.output.folder import RUN
 from engine.planning.fitting import find_shard_counts
 from engine.text.tokenizer_files import find_tokenizer
 from engine.training.config import FinetuneConfig
@@ -59,6 +62,7 @@ def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) ->
     tokenizer = find_tokenizer(model_config, config.tokenizer, None if source is None else source.path)
     if config.max_length > model_config.max_seq_len:
         raise UsageError(f"--max-length {config.max_length} is over the model's {model_config.max_seq_len} positions")
+    config = take_recorded_states(config)
     check_ranks(config, model_config, world)
 
     train, held_out = read_datasets(config, tokenizer, world, say)
@@ -68,6 +72,7 @@ def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) ->
 
     multiple = TOKENS_MULTIPLE if device.type == "cuda" else 1
     setting, max_tokens = choose_mesh_and_tokens(model_config, config, train, device, dtype, world.size)
+    config = dataclasses.replace(config, optimizer_states=setting.states)
     max_tokens = round_up(config.micro_batch_tokens or max_tokens, multiple)
     packing = Packing(max_tokens, config.micro_batch_size, config.packing, config.share_prefix, multiple)
     facts = {
@@ -82,6 +87,21 @@ def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) ->
         config, Path(config.out), device, dtype, kernels, model_config, source, tokenizer, train, held_out,
         read_prompts(config.sample_prompts), total_steps, packing, setting.replicas, setting.recompute, facts,
     )  # fmt: skip
+
+
+def take_recorded_states(config: FinetuneConfig) -> FinetuneConfig:
+    """Return the settings with the optimizer states of the run that they may go on with, if they leave the choice.
+
+    A GPU with other free memory would otherwise choose others, which the training state does not hold.
+    """
+    if config.optimizer_states != "auto" or config.resume == "never":
+        return config
+    if config.resume == "auto":
+        recorded = read_json(Path(config.out) / RUN).get("facts", {})
+    else:
+        recorded = read_manifest(Path(config.resume))
+    states = recorded.get("settings", {}).get("optimizer_states")
+    return dataclasses.replace(config, optimizer_states=states) if states else config
 
 
 def select_fixed_settings(config: FinetuneConfig, source: Source | None) -> dict:
@@ -148,7 +168,8 @@ def agree_on_plan(plan: Plan, world: World) -> Plan:
     mine = {
         "data": plan.facts["data_sha256"], "held-out data": fingerprint(plan.held_out),
         "sample prompts": plan.sample_prompts,
-        "settings": {k: v for k, v in dataclasses.asdict(plan.config).items() if k not in PATHS},
+        "settings": {k: v for k, v in dataclasses.asdict(plan.config).items() if k not in PATHS | {"optimizer_states"}},
+        "optimizer states (choose them by --optimizer-states)": plan.config.optimizer_states,
         "model": plan.facts["model"], "dtype": plan.facts["dtype"], "kernels": plan.kernels,
     }  # fmt: skip
     first, *rest = world.gather(mine)

@@ -215,7 +215,7 @@ def tokens_that_hide(card_name: str, model: str, replicas: int) -> int:
     def waits(tokens: int) -> bool:
         part = tokens / whole
         work = Work(tokens, part * mix.loss_rows, part * mix.pairs, part * mix.query_pairs, micro_batches=1)
-        seconds = step_seconds(c, card, speed, work, Setting(), update_bytes=0)
+        seconds = step_seconds(c, card, speed, work, Setting(), update_s=0.0)
         late = sent.not_hidden_seconds(1, *block_seconds(c, work, "cheap", sum(seconds[kind] for kind in COMPUTING)))
         return late["forward"] + late["backward"] > 0
 

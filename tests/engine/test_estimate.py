@@ -96,7 +96,7 @@ def test_json_says_what_is_printed(tmp_path, capsys):
     assert run("--model", "llama-7b", "--gpu", "rtx 4090", "--json", path) == 0
     found, out = strict_json(path), capsys.readouterr().out
     assert not found["fits"] and "does not fit" in out and "Nothing fits" in out and found["alternatives"] == []
-    assert run("--json", path, "--price-per-hour", 3.6) == 0
+    assert run("--json", path, "--price-per-hour", 3.6, "--optimizer-states", "fp32") == 0
     found, out = strict_json(path), capsys.readouterr().out
     kinds = found["memory_bytes"]
     total = kinds["total"] - max(kinds["head"], kinds["backward"])
@@ -191,7 +191,7 @@ def test_several_cards_print_and_say_that_they_are_projected(card, model, gpus, 
     sent = found["collectives"]
     assert sum(sent["bytes"].values()) == found["communication_bytes"] and sent["layers"] == MODELS[model].n_layers
     for kind, name in COLLECTIVES.items():
-        blocks = sent["layers"] - (kind == "gather_backward")
+        blocks = found["micro_batches"] * (sent["layers"] - (kind == "gather_backward"))
         row = rf"{name} +{sent['bytes'][kind] / 1e9:.1f} +{1e3 * sent['seconds'][kind]:.1f} +{blocks} of "
         assert bool(re.search(row, out)) == (sent["bytes"][kind] > 0)
     assert f"{128 // gpus} examples a card of Alpaca" in out and f"at {gpus} x $" in out

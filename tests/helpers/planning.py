@@ -30,8 +30,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def config_of(model: str = "llama-7b", **changes: Any) -> FinetuneConfig:
-    """Return engine.finetune's default settings for a named shape, with changes."""
-    return FinetuneConfig(model, random_init=True, data=("alpaca",), **changes)
+    """Return engine.finetune's default settings for a named shape, but for fp32 states, with changes."""
+    return FinetuneConfig(model, random_init=True, data=("alpaca",), **{"optimizer_states": "fp32"} | changes)
 
 
 def recipe_of(n_cards: int = 1, **changes: Any) -> Recipe:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from engine.model.config import MODELS
 from engine.planning.cards import GIB
 from engine.planning.fitting import (
+    GOOD_TOKENS,
     SAVINGS,
     Limits,
     find_cheapest_fits,
@@ -18,6 +19,7 @@ from engine.planning.fitting import (
     find_mesh_that_fits,
     find_shard_counts,
     find_uncut_counts,
+    resolve_states,
 )
 from engine.planning.memory import BatchShape, memory
 from engine.planning.setting import Setting
@@ -44,6 +46,41 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not(setting, available, 
     assert found == 0 or total(found) <= available
     assert found == 9000 or total(found + 1) > available
     assert found <= find_largest_micro_batch(MODEL, setting, available + more, limits)
+
+
+def auto_states(available_gb, sooner="8bit", n_cards=1, replicas=None, model=MODEL):
+    """Return the states of a model that are chosen where one of bf16 and 8 bits is updated sooner."""
+    setting = Setting(states="auto", shards=n_cards)
+    found = resolve_states(
+        model, setting, int(available_gb * 1e9), Limits(), least_tokens=512, replicas=replicas,
+        update_s=lambda way: float(way.states != sooner),
+    )  # fmt: skip
+    assert dataclasses.replace(found, states="auto") == setting
+    return found.states
+
+
+def bytes_of(states, tokens, **changes):
+    return memory(MODEL, Setting(states=states, **changes), BatchShape(tokens, tokens)).total / 1e9
+
+
+def test_states_are_exact_where_they_fit_and_else_what_is_updated_sooner():
+    assert auto_states(bytes_of("fp32", GOOD_TOKENS)) == "fp32"
+    short = bytes_of("fp32", GOOD_TOKENS) - 1e-9
+    assert auto_states(short, "8bit") == "8bit" and auto_states(short, "bf16") == "bf16"
+    assert auto_states(bytes_of("bf16", GOOD_TOKENS) - 1e-9, "bf16") == "8bit", "bf16 states do not fit"
+    assert auto_states(bytes_of("8bit", 512), "bf16") == "8bit", "a small micro-batch beside 8 bits alone"
+    assert auto_states(1) == "fp32", "nothing fits"
+    one = Setting(states="bf16", shards=2)
+    assert resolve_states(MODEL, one, 1, Limits(), least_tokens=1, replicas=None, update_s=lambda _: 0.0) == one
+
+
+def test_states_of_several_gpus_are_those_of_their_shards():
+    whole, half = bytes_of("fp32", GOOD_TOKENS), bytes_of("fp32", GOOD_TOKENS, shards=2)
+    assert half < whole - 1
+    assert auto_states(whole - 1, n_cards=2) == "fp32" and auto_states(whole - 1, n_cards=2, replicas=2) == "8bit"
+    small = MODELS["smollm2-135m"]  # whose blocks 5 shards would cut
+    short = memory(small, Setting(shards=5), BatchShape(GOOD_TOKENS, GOOD_TOKENS)).total / 1e9 - 1e-9
+    assert auto_states(short, n_cards=5, replicas=1, model=small) == "bf16"
 
 
 def test_a_step_of_one_micro_batch_holds_fewer_gradients():

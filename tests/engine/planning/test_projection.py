@@ -8,7 +8,7 @@ from engine.model.config import MODELS
 from engine.planning.cards import find_rates
 from engine.planning.memory import CONTEXT_BYTES, PLAN_BYTES, activation_bytes, state_bytes, worst_moments
 from engine.planning.setting import Setting
-from engine.planning.step_time import COMPUTING, block_seconds, bytes_of_update, step_seconds, step_traffic
+from engine.planning.step_time import COMPUTING, block_seconds, step_seconds, step_traffic, update_seconds
 from engine.planning.workload import alpaca_mix
 from tests.helpers.planning import estimate_of, recipe_of
 
@@ -50,7 +50,7 @@ def test_one_gpu_has_no_communication(states, recompute, offload):
     projection = outcome.projection
     seconds = step_seconds(
         c, card, find_rates(card), projection.work, setting,
-        update_bytes=bytes_of_update(state, "split") + state.weights,
+        update_s=update_seconds(card, find_rates(card), state, setting),
         offload_bytes=state.master + state.states if offload else 0,
     )  # fmt: skip
     assert projection.seconds == seconds and seconds["communication"] == 0 and projection.communication_bytes == 0
@@ -88,9 +88,8 @@ def test_a_step_waits_for_communication_that_is_not_hidden(card, offload, replic
     )
     assert (seconds["offload"] > 0) == offload
     state = state_bytes(c, Setting(states="8bit"))
-    assert shards * seconds["update"] * 0.81 * 1e9 * found.card.bandwidth_gb_per_s == pytest.approx(
-        bytes_of_update(state, "split") + state.weights, rel=0.001
-    )
+    whole = update_seconds(found.card, find_rates(found.card), state, Setting(states="8bit"))
+    assert shards * seconds["update"] == pytest.approx(whole, rel=0.001)
     assert projection.tokens_per_s == 8 * mix.logical / seconds["total"]
     assert projection.mfu == pytest.approx(
         projection.tokens_per_s * 6 * c.n_parameters / (8e12 * found.card.peak_tflops)

@@ -1,6 +1,7 @@
 """The seconds of a step, and what GPUs send each other: by hand, and as FSDP2 does."""
 
 import dataclasses
+import json
 import re
 import sys
 
@@ -10,10 +11,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from engine.model.config import MODELS, ModelConfig
-from engine.planning.cards import CARDS
+from engine.planning.cards import BENCHMARKS, CARDS, find_rates
 from engine.planning.memory import state_bytes, whole_bytes
 from engine.planning.setting import Setting
-from engine.planning.step_time import Traffic, Work, block_seconds, bytes_of_update, gemm_flops, step_traffic
+from engine.planning.step_time import (
+    UPDATE_INSTRUCTIONS,
+    Traffic,
+    Work,
+    block_seconds,
+    bytes_of_update,
+    gemm_flops,
+    step_traffic,
+    update_seconds,
+)
 from kernels.ops.adamw import adamw_state, states_of
 from tests.helpers.planning import SHAPES, SMALL, TINY, sharded_model
 
@@ -30,6 +40,27 @@ def test_adamw_moves_what_its_table_says():
             gradients = c.n_parameters * (dtype.itemsize - 2)  # the table's are bf16
             found = (bytes_of_update(state, master) - gradients) / c.n_parameters
             assert found == pytest.approx(float(moved), abs=0.05), (name, states)
+
+
+def test_an_update_takes_as_long_as_its_bytes_or_its_instructions():
+    """Instructions are those of the largest record for many tensors, in which a thread updates BLOCK / threads."""
+    for states, wanted in UPDATE_INSTRUCTIONS.items():
+        case = f"split, states {states}, many tensors"
+        records = [
+            r
+            for r in json.loads((BENCHMARKS / "static.json").read_text())["records"]
+            if (r["case"], r["chip"]) == (case, "sm_90")
+        ]
+        each = [r["instructions"] * 32 * r["num_warps"] / r["tile"]["BLOCK"] for r in records]
+        assert len(each) == 2 and wanted == pytest.approx(max(each), abs=0.05)
+    card = CARDS["H200"]
+    slow, speed = dataclasses.replace(card, sms=13), find_rates(card)
+    setting = Setting(states="8bit")
+    state = state_bytes(MODELS["llama-7b"], setting)
+    n, bytes_per_s = MODELS["llama-7b"].n_parameters, 0.9 * speed.copy_bytes_per_s
+    norm_s = 2 * n / bytes_per_s
+    assert update_seconds(card, speed, state, setting) == pytest.approx(norm_s + 14 * n / bytes_per_s, rel=0.02)
+    assert update_seconds(slow, speed, state, setting) == pytest.approx(norm_s + 80.1 * n / (13 * 128 * 1.83e9))
 
 
 @pytest.mark.parametrize(("recompute", "forward"), [("cheap", 1 / 3), ("block", 1 / 4)])

@@ -1,6 +1,7 @@
 """What several ranks agree on before a run."""
 
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from engine.data.packing import Packing
 from engine.model.config import MODELS
 from engine.training.config import FinetuneConfig
 from engine.training.plan import Plan
-from engine.training.prepare import agree_on_plan
+from engine.training.prepare import agree_on_plan, take_recorded_states
 
 
 @pytest.mark.parametrize("asked", ["auto", "none"])
@@ -34,3 +35,23 @@ def test_one_rank_that_must_recompute_makes_all_do_so_unless_a_flag_says_none(as
     assert (agreed.packing.max_tokens, agreed.replicas) == (384, 1)
     assert agreed.recompute == (theirs if asked == "auto" else "none")
     assert dataclasses.replace(agreed, recompute="none", packing=plan.packing, replicas=2) == plan
+
+
+MANIFEST = {"format": 1, "step": 3, "files": {"state.safetensors": {"bytes": 1, "sha256": "0"}}}
+
+
+def test_a_run_goes_on_with_the_states_that_it_recorded(tmp_path):
+    """A GPU with other memory would choose others; a flag insists, and --resume never starts anew."""
+    config = FinetuneConfig(model="tiny", random_init=True, data=("rows.json",), out=str(tmp_path))
+    assert take_recorded_states(config) is config
+    recorded = {"settings": {"optimizer_states": "8bit"}}
+    (tmp_path / "run.json").write_text(json.dumps({"facts": recorded}))
+    assert take_recorded_states(config).optimizer_states == "8bit"
+    for changes in ({"resume": "never"}, {"optimizer_states": "fp32"}):
+        changed = dataclasses.replace(config, **changes)
+        assert take_recorded_states(changed) is changed
+    named = tmp_path / "elsewhere" / "checkpoint-3"
+    named.mkdir(parents=True)
+    recorded["settings"]["optimizer_states"] = "bf16"
+    (named / "manifest.json").write_text(json.dumps(recorded | MANIFEST))
+    assert take_recorded_states(dataclasses.replace(config, resume=str(named))).optimizer_states == "bf16"
