@@ -60,7 +60,9 @@ def test_an_update_takes_as_long_as_its_bytes_or_its_instructions():
     n, bytes_per_s = MODELS["llama-7b"].n_parameters, 0.9 * speed.copy_bytes_per_s
     norm_s = 2 * n / bytes_per_s
     assert update_seconds(card, speed, state, setting) == pytest.approx(norm_s + 14 * n / bytes_per_s, rel=0.02)
-    assert update_seconds(slow, speed, state, setting) == pytest.approx(norm_s + 80.1 * n / (13 * 128 * 1.83e9))
+    assert update_seconds(slow, speed, state, setting) == pytest.approx(
+        norm_s + UPDATE_INSTRUCTIONS["8bit"] * n / (13 * 128 * 1.83e9)
+    )
 
 
 @pytest.mark.parametrize(("recompute", "forward"), [("cheap", 1 / 3), ("block", 1 / 4)])
