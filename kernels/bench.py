@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 from kernels.measure.benchmark import REPEATS, Benchmark
 from kernels.measure.cases import full_cases, toy_cases
+from kernels.measure.clock import parse_finite
 from kernels.measure.machine import GPU, free_memory
 from kernels.measure.results import format_summary
 from kernels.ops.common import INTERPRETED
@@ -34,7 +35,7 @@ def parse_arguments(argv: Sequence[str] | None, ops: Sequence[str]) -> argparse.
         "--json", metavar="FILE", help="where the figures go; written after every measurement (nowhere)"
     )
     parser.add_argument("--plot", metavar="DIR", help="draw rooflines there; needs matplotlib (no pictures)")
-    parser.add_argument("--minutes", type=float, help="begin no measurement after this long (no limit)")
+    parser.add_argument("--minutes", type=parse_finite, help="begin no measurement after this long (no limit)")
     parser.add_argument("--repeats", type=int, default=REPEATS, help=f"of each measurement ({REPEATS})")
     parser.add_argument("--no-peers", action="store_true", help="ours and torch eager alone (all that are installed)")
     parser.add_argument("--smoke", action="store_true", help="toy sizes, each measured once, to see that it works")

@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kernels.compiled.launch_cases import Make, all_cases
 from kernels.compiled.machine_code import CHIPS
 from kernels.measure.candidates import drop_source, find_entries, rank_candidates, write_launch_table
+from kernels.measure.clock import parse_finite
 from kernels.measure.tuner import Tuner
 from kernels.ops import common
 
@@ -87,7 +88,7 @@ def main() -> None:
     """Tune, or rank by the machine code, as the command line says."""
     parser = argparse.ArgumentParser(prog="python -m kernels.tune", description=__doc__.split("\n")[0])
     parser.add_argument("--op", nargs="+", default=[], help="only these")
-    parser.add_argument("--minutes", type=float, default=10, help="stop after this long (default 10)")
+    parser.add_argument("--minutes", type=parse_finite, default=10, help="stop after this long (default 10)")
     parser.add_argument("--out", type=Path, metavar="DIR", default=common.LAUNCH, help="for tables (kernels/launch)")
     parser.add_argument("--dry-run", action="store_true", help="measure, write nothing")
     parser.add_argument("--static", action="store_true", help="without a GPU: rank by the machine code")

@@ -40,6 +40,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported, here and in child processes
 
+from kernels.measure.clock import parse_finite
 from kernels.measure.machine import DEVICE, GPU, query_nvidia_smi
 from scripts.base.results import ROOT, new_parser
 from scripts.report import kernel_parts, kernel_tests
@@ -123,7 +124,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = new_parser(__doc__, "python -m scripts.gpu_report")
     parser.add_argument("--out", type=Path, metavar="DIR", help="everything that is written (out/<device>)")
-    parser.add_argument("--minutes", type=float, default=8.0, help="begin nothing after this long (8)")
+    parser.add_argument("--minutes", type=parse_finite, default=8.0, help="begin nothing after this long (8)")
     parser.add_argument("--only", help=f"parts, comma-separated, of {', '.join(PARTS)} (all)")
     parser.add_argument("--again", action="store_true", help="measure what failed in earlier runs once more")
     parser.add_argument("--json", type=Path, help="another place for the report (report.json in --out)")

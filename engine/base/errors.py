@@ -33,6 +33,12 @@ class DivergedError(CriaError):
     exit_code = 4
 
 
+class NotFiniteError(CriaError):
+    """A tensor that was to be written holds NaN or an infinity. Nothing of it is on the disk."""
+
+    exit_code = 4
+
+
 class OtherRankFailed(CriaError):
     """Another rank failed. That rank prints the reason; this one exits with the same code and prints nothing."""
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import sys
 import types
 import typing
@@ -136,9 +137,12 @@ def convert_words(field: Any, words: list[str], problems: list[str]) -> Any:
             if value != float(word):
                 raise ValueError
             return value
-        return kind(word)
+        value = kind(word)
+        if kind is float and not math.isfinite(value):  # also a number too large for a float: 1e999 is inf
+            raise ValueError
+        return value
     except (ValueError, OverflowError):
-        problems.append(f"{name} is {word!r}, wanted {'a whole number' if kind is int else 'a number'}")
+        problems.append(f"{name} is {word!r}, wanted {'a whole number' if kind is int else 'a finite number'}")
         return INVALID
 
 

@@ -24,7 +24,7 @@ from engine.formats.find import detect_kind, is_training_state, list_checkpoints
 from engine.formats.folders import find_member, read_json_member
 from engine.formats.gguf import open_gguf
 from engine.formats.names import GLOBAL_NAMES, PROGRAMS, Piece, list_pieces, pairs_to_halves
-from engine.formats.tensor_files import Block, Stored, open_pth, open_safetensors
+from engine.formats.tensor_files import Block, Stored, is_finite, open_pth, open_safetensors
 from engine.model.config import ModelConfig
 from engine.model.llama import Transformer
 from engine.model.shard import Shard
@@ -59,7 +59,7 @@ class Source:
         """Fill every parameter of a model of this config, converted to its dtype and device.
 
         shards: {parameter: the rows that this rank holds} of a sharded model.
-        Each tensor is then read whole, one at a time.
+        Each tensor is then read whole, one at a time. Raise DataError for one that is not finite.
         """
         if model.config != self.config:
             raise ValueError(f"read_into: the model is {model.config}, {self.path} holds {self.config}")
@@ -78,12 +78,18 @@ class Source:
                 shard.tensor[first - shard.first : end - shard.first] = wanted
 
     def read_piece(self, name: str, piece: Piece, rows: torch.Tensor) -> None:
-        """Read a tensor into all the rows of its piece."""
+        """Read a tensor into all the rows of its piece. Raise DataError when they then hold NaN or an infinity."""
         for row, column, part in self.stored[name].blocks():
             target = rows[row : row + len(part)]
             if part.ndim == 2:
                 target = target[:, column : column + part.shape[1]]
             target.copy_(part)
+        if not is_finite(rows):
+            stored = self.stored[name]
+            problem = "holds NaN or an infinity; copy the model anew from where it comes from"
+            if all(is_finite(part) for _, _, part in stored.blocks()):
+                problem = f"has values beyond {str(rows.dtype).removeprefix('torch.')}; choose another --dtype"
+            raise DataError(f"{self.path}: {stored.file}: {name} {problem}")
         if piece.paired_heads:
             rows.copy_(pairs_to_halves(rows, piece.paired_heads))
 

@@ -1,7 +1,8 @@
 """Files of tensors: safetensors and torch's .pth, read and written one tensor at a time.
 
 open_* checks a file's header against its size and returns {name: Stored} without reading any tensor. write_* takes
-functions that make the tensors and holds one tensor at a time, so a model is written without a second copy of it.
+functions that make the tensors and holds one tensor at a time, so a model is written without a second copy of it. It
+writes no NaN and no infinity.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from engine.base.errors import DataError, summarize_error
+from engine.base.errors import DataError, NotFiniteError, summarize_error
 from engine.base.files import sync_file
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
@@ -50,6 +51,17 @@ class Stored:
 def as_one_block(load: Callable[[], torch.Tensor]) -> Callable[[], Iterator[Block]]:
     """Return a function for Stored.blocks that yields the whole tensor at once."""
     return lambda: iter([(0, 0, load())])
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor holds no NaN and no infinity.
+
+    It is read once and not copied: 6 GB/s of bf16 on two CPU cores, where torch.isfinite takes 0.2 and a sum of fp16
+    overflows. A NaN anywhere is both the smallest and the largest.
+    """
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(math.isfinite(value) for value in torch.aminmax(tensor.detach()))
 
 
 # ---- safetensors ----------------------------------------------------------------------------------------------------
@@ -84,7 +96,8 @@ def write_safetensors(
     """Write tensors in the given order, one in memory at a time, and fsync. Return the sha256 when it is asked for.
 
     Tensors lie in the file in this order. When those of wide dtypes come first, every tensor is aligned. Raise OSError,
-    which leaves the file incomplete, and ValueError when a load() returns another shape or dtype than announced.
+    which leaves the file incomplete, as does NotFiniteError, and ValueError when a load() returns another shape or
+    dtype than announced.
 
     safetensors.torch.save_file is not used. It takes all tensors at once, so that converted tensors would be a second
     model in memory. It refuses views of one storage, such as wq, wk and wv of wqkv. Before 0.8 it copies everything to
@@ -209,11 +222,13 @@ def write_pth(path: Path, tensors: Iterable[TensorToWrite]) -> None:
 def load_bytes(name: str, shape: tuple[int, ...], dtype: torch.dtype, load: Callable[[], torch.Tensor]) -> memoryview:
     """Load a TensorToWrite and return its bytes, without a copy when it is contiguous on the CPU.
 
-    Raise ValueError when it has another shape or dtype than announced.
+    Raise ValueError when it has another shape or dtype than announced, and NotFiniteError.
     """
     tensor = load()
     if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
         raise ValueError(
             f"{name}: loaded {tuple(tensor.shape)} {tensor.dtype}, wanted {tuple(shape)} {dtype} as announced"
         )
+    if not is_finite(tensor):
+        raise NotFiniteError(f"{name} holds NaN or an infinity as {str(dtype).removeprefix('torch.')}")
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
+from engine.base.errors import NotFiniteError
 from engine.base.files import sync_file, sync_folder
 from engine.formats.tensor_files import write_safetensors
 from engine.model.shard import Shard, as_shards
@@ -93,7 +94,8 @@ class Saver:
         """Wait for the oldest save that has not been reported and return it; None when all have been.
 
         Raises OSError where the save failed, on every writer alike; older states are then intact and no temporary is
-        left. An error of exchange comes through as it is: the writers then know nothing of each other.
+        left. Raises NotFiniteError, likewise, for a state that holds NaN or an infinity. An error of exchange comes
+        through as it is: the writers then know nothing of each other.
         """
         if not self.unreported:
             return None
@@ -141,28 +143,30 @@ class WriterGroup:
     def run_stage(self, stage: tuple[int, str], work: Callable[[], T]) -> list[T]:
         """Run work() on every writer and return each one's result. Where it fails on one, raise on all, naming it.
 
-        stage must be equal on all writers. The error is an OSError where that is what failed (a full disk), else a
-        RuntimeError.
+        stage must be equal on all writers. The error is an OSError (a full disk) or a NotFiniteError where that is what
+        failed, else a RuntimeError.
         """
         if self.n == 1 or self.exchange is None:
             return [work()]
         result: T | None = None
-        failure: tuple[bool, int | None, str] | None = None  # is it an OSError, its errno, its text
+        failure: tuple[type[Exception], tuple[Any, ...]] | None = None  # what to raise, its arguments: (..., text)
         cause: Exception | None = None
         try:
             result = work()
         except OSError as error:
-            failure, cause = (True, error.errno, error.strerror or f"{type(error).__name__}: {error}"), error
+            text = error.strerror or f"{type(error).__name__}: {error}"
+            failure, cause = (OSError, (error.errno, text)), error
+        except NotFiniteError as error:
+            failure, cause = (NotFiniteError, (str(error),)), error
         except Exception as error:
-            failure, cause = (False, None, f"{type(error).__name__}: {error}"), error
+            failure, cause = (RuntimeError, (f"{type(error).__name__}: {error}",)), error
         stages, results, failures = zip(*self.exchange((stage, result, failure)), strict=True)
         if set(stages) != {stage}:
             raise RuntimeError(f"writer {self.writer}: at {stage}, the others at {list(stages)}")
         for writer, failed in enumerate(failures):
             if failed:
-                is_os, number, text = failed
-                text = f"writer {writer}: {text}"
-                raise (OSError(number, text) if is_os else RuntimeError(text)) from cause
+                kind, (*others, text) = failed
+                raise kind(*others, f"writer {writer}: {text}") from cause
         return list(results)
 
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from engine.base.errors import DataError, summarize_error
 from engine.base.host_memory import COPY_ARENA_BYTES, HostMemory
-from engine.formats.tensor_files import DTYPE_NAMES, DTYPES
+from engine.formats.tensor_files import DTYPE_NAMES, DTYPES, is_finite
 from engine.model.shard import Shard, n_rows
 
 T = TypeVar("T")
@@ -148,7 +148,7 @@ def fill_shards(
 ) -> None:
     """Copy the wanted rows {tensor: (first, end)} of one file's tensors into the shards.
 
-    Raises DataError for a file whose tensors are not those of the row map.
+    Raises DataError for a file whose tensors are not those of the row map, or not finite.
     """
     rows = row_map.files[path.name]
     expected = {}
@@ -162,7 +162,10 @@ def fill_shards(
         if target.ndim == 0:
             target.copy_(slices[name][...])
         else:
-            target[first - target_first : end - target_first].copy_(slices[name][first - file_first : end - file_first])
+            target = target[first - target_first : end - target_first]
+            target.copy_(slices[name][first - file_first : end - file_first])
+        if not is_finite(target):
+            raise DataError(f"{path}: {name} holds NaN or an infinity; choose another checkpoint")
 
 
 def read_slices(path: Path, read: Callable[[dict[str, Any]], T]) -> T:

@@ -31,6 +31,7 @@ from engine.training.run import Run
 from engine.training.run_ahead import Prefetcher
 from engine.training.saving import Checkpoints, load_checkpoint, write_model
 from engine.training.step import Steps
+from engine.training.step_report import count_skipped, require_finite_end
 
 
 def fine_tune(plan: Plan, world: World, signals: Signals, start: Start) -> None:
@@ -69,6 +70,7 @@ def fine_tune(plan: Plan, world: World, signals: Signals, start: Start) -> None:
             with Prefetcher(batches, model, plan.total_steps) as prefetcher:
                 steps = Steps(model, optimizer, prefetcher, config.grad_clip, world, signals.pending, size)
                 train(plan, run, checkpoints, steps, model, start_step + 1)
+            require_finite_end(plan, run, checkpoints)
             write_model(plan, run, checkpoints, model)
             status = "done"
         except Stopped:
@@ -98,7 +100,7 @@ def build_model(plan: Plan, world: World, found: Checkpoint | None) -> tuple[Tra
     if found is None:
         local = fsdp.local_shards(model)
         if plan.source:
-            plan.source.read_into(model, local)
+            world.run_on_all_ranks(partial(plan.source.read_into, model, local))
         else:
             model.init_weights(config.seed, local)
     optimizer = AdamW(
@@ -107,7 +109,7 @@ def build_model(plan: Plan, world: World, found: Checkpoint | None) -> tuple[Tra
         offload=config.offload_optimizer, in_backward=config.optimizer_in_backward,
     )  # fmt: skip
     if found:
-        load_checkpoint(found, optimizer)
+        world.run_on_all_ranks(partial(load_checkpoint, found, optimizer))
     return model, optimizer
 
 
@@ -143,7 +145,7 @@ def begin_run(plan: Plan, world: World, signals: Signals, found: Checkpoint | No
     progress = Progress(plan.total_steps, found.step if found else 0, every=plan.config.log_every, file=file)
     stack.enter_context(progress)
     reported = frozenset((line["event"], line.get("step")) for line in lines)
-    return Run(world, signals, progress, metrics, spike_detector, reported)
+    return Run(world, signals, progress, metrics, spike_detector, reported, n_skipped=count_skipped(lines))
 
 
 def end_run(plan: Plan, run: Run, record: dict[str, Any]) -> None:

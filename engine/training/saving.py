@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NoReturn
 
-from engine.base.errors import CriaError, Stopped
+from engine.base.errors import CriaError, NotFiniteError, Stopped
 from engine.data.batches import Batches
 from engine.distributed import fsdp
 from engine.formats.find import list_checkpoints
@@ -59,7 +59,10 @@ class Checkpoints:
         self.saver.save(step, self.optimizer.tensors() if self.run.world.writes_checkpoint else {}, facts)
 
     def report_finished_save(self, wait: bool = False) -> None:
-        """Report the state that the thread is writing, if it is done. wait: wait until it is."""
+        """Report the state that the thread is writing, if it is done. wait: wait until it is.
+
+        Raises NotFiniteError on every rank for a state that holds NaN or an infinity: no later step mends it.
+        """
         try:
             done = self.saver.wait() if wait else self.saver.poll()
         except OSError as error:
@@ -67,6 +70,8 @@ class Checkpoints:
             self.run.progress.print_message(f"warning: step {self.writing_step}: {reason}")
             self.run.metrics.write("skip", step=self.writing_step, reason=reason)
             return
+        except NotFiniteError as error:
+            raise self.describe_not_finite(error) from None
         if done:
             self.saved_step = done.step
             self.run.metrics.write(
@@ -77,7 +82,7 @@ class Checkpoints:
     def save_or_fail(self, step: int, why: str) -> None:
         """Write the state of a step and wait for it, unless it is on disk already. why: the reason that ends the run.
 
-        Raises CriaError on every rank when it cannot be written.
+        Raises CriaError on every rank when it cannot be written, NotFiniteError when it holds NaN or an infinity.
         """
         self.report_finished_save(wait=True)
         if self.saved_step == step:
@@ -89,8 +94,15 @@ class Checkpoints:
         except OSError as error:
             text = f"{why}; step {step}: the state could not be saved ({error.strerror or error})"
             raise self.run.world.error_on_all_ranks(CriaError(text)) from None
+        except NotFiniteError as error:
+            raise self.describe_not_finite(error) from None
         self.saved_step = done.step
         self.run.metrics.write("save", step=step, path=done.folder.name, seconds=done.seconds, bytes=done.bytes)
+
+    def describe_not_finite(self, error: NotFiniteError) -> CriaError:
+        """Return what every rank raises for a state that is not finite."""
+        text = f"step {self.writing_step}: the state is not saved: {error}; lower --lr, older states are intact"
+        return self.run.world.error_on_all_ranks(NotFiniteError(text))
 
     def stop_run(self, step: int) -> NoReturn:
         """Save the state of a step because a signal came, and raise Stopped."""
@@ -117,18 +129,24 @@ class Checkpoints:
 def write_model(plan: Plan, run: Run, checkpoints: Checkpoints, model: Transformer) -> None:
     """Write the model as a complete Hugging Face folder. On a full disk save the training state, if that fits.
 
-    Raises CriaError on every rank where the model could not be written.
+    Raises CriaError on every rank where the model could not be written, NotFiniteError where it holds NaN or an
+    infinity.
     """
     checkpoints.report_finished_save(wait=True)
     whole = model if run.world.size == 1 else gather_model(plan, run, model)
-    problem = None
+    problem = not_finite = None
     try:
         if run.world.is_main:
             assert whole is not None, "rank 0 has the whole model"
             write_files(plan, whole, plan.out)
     except OSError as error:
         problem = error.strerror or str(error)
-    if problem := run.world.broadcast(problem):
+    except NotFiniteError as error:
+        not_finite = f"the model is not written: {error}; lower --lr"
+    problem, not_finite = run.world.broadcast((problem, not_finite))
+    if not_finite:
+        raise run.world.error_on_all_ranks(NotFiniteError(not_finite))
+    if problem:
         why = f"the model could not be written ({problem})"
         checkpoints.save_or_fail(plan.total_steps, why)
         text = f"{why}; the training state is saved: make room and run the same command again"
@@ -136,7 +154,7 @@ def write_model(plan: Plan, run: Run, checkpoints: Checkpoints, model: Transform
 
 
 def write_files(plan: Plan, model: Transformer, out: Path) -> None:
-    """Write the files of the model and of its tokenizer. An OSError leaves the folder as it was."""
+    """Write the files of the model and of its tokenizer. An OSError or NotFiniteError leaves the folder as it was."""
     tokenizer = adopt_style(plan.tokenizer, plan.config.prompt_style)
     save_hf(
         out, model, max_shard_bytes=plan.config.max_shard_bytes, bos_id=tokenizer.bos_id,

@@ -5,7 +5,7 @@ import resource
 
 import torch
 
-from engine.base.errors import DivergedError
+from engine.base.errors import CriaError, DivergedError
 from engine.base.terminal import plural
 from engine.planning.cards import detect_card
 from engine.training.loss_spikes import Spike
@@ -30,6 +30,31 @@ def report_step(plan: Plan, run: Run, checkpoints: Checkpoints, report: StepRepo
         run.n_spikes = run.n_spikes + 1 if spike else 0
         if spike:
             report_spike(plan, run, checkpoints, report, spike)
+
+
+def require_finite_end(plan: Plan, run: Run, checkpoints: Checkpoints) -> None:
+    """Raise DivergedError on every rank when the last steps of a run had no finite loss or gradient.
+
+    The state of the last update is saved, if there was one: those steps changed nothing of it.
+    """
+    if not run.n_skipped:
+        return
+    step = plan.total_steps
+    text = f"the last {plural(run.n_skipped, 'step')} of {step} had no finite loss or gradient, so no model is written"
+    if checkpoints.optimizer.n_updates:
+        try:
+            checkpoints.save_or_fail(step, text)
+            text += f"; checkpoint-{step} holds the last update, which engine.export makes a model of"
+        except CriaError as error:
+            text = str(error)
+    raise run.world.error_on_all_ranks(DivergedError(f"{text}; lower --lr, or look at the rows of these steps"))
+
+
+def count_skipped(lines: list[dict]) -> int:
+    """Return how many steps in a row had no finite loss or gradient at the end of a metrics.jsonl."""
+    steps = [line for line in lines if line["event"] == "train"]
+    finite = [i for i, line in enumerate(steps, 1) if None not in (line["loss"], line["grad_norm"])]
+    return len(steps) - max(finite, default=0)
 
 
 def log_step(plan: Plan, run: Run, report: StepReport) -> None:

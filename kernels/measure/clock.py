@@ -4,6 +4,7 @@ The device spins before each repetition for longer than the host needs to queue 
 not measured.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,14 @@ LEAST_SPIN_MS, MOST_SPIN_MS = 1.0, 50.0  # a repetition that takes the host long
 SPARE = 1.5  # times the host's time: it varies from repetition to repetition
 
 Step = Callable[[Any], Any]  # takes what the step before returned
+
+
+def parse_finite(text: str) -> float:
+    """Return the number of a flag's text. Raise ValueError for a text that is none, NaN or an infinity."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
 
 
 def l2_bytes() -> int:

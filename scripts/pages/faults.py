@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "faults.md"
 WAITS = "the server is not built yet"  # for faults of engine.serve, which does not exist yet
-F, C, S, T, R, W, D = (
+F, C, S, T, R, W, D, N = (
     "project/test_faults.py",
     "engine/output/test_checkpoint.py",
     "engine/output/test_saver.py",
@@ -26,6 +26,7 @@ F, C, S, T, R, W, D = (
     "engine/data/test_rows.py",
     "engine/formats/test_source_faults.py",
     "engine/distributed/test_ranks.py",
+    "project/test_not_finite.py",
 )
 G, A = "data_gen/test_generate.py", "engine/data/test_dataset.py"
 FAULTS = [  # fault, expected, tests
@@ -76,8 +77,12 @@ FAULTS = [  # fault, expected, tests
         (D, "test_a_rank_that_is_killed_ends_the_run_which_resumes"),
         (D, "test_a_rank_that_hangs_is_named_and_ends_the_run"), (D, "test_a_restart_by_torchrun_resumes_by_itself"),
         ("engine/distributed/test_launch.py", "test_two_machines_lose_one_and_then_a_rank")]),
-    ("NaN or Inf", "no rank updates; at most N skipped, then exit 4 with rows", [
+    ("NaN or Inf", "no rank updates; at most N skipped, then exit 4 with rows; none is read or written", [
         (F, "test_a_loss_that_is_no_number_changes_nothing_and_ends_the_run_with_4"),
+        (N, "test_a_run_that_ends_in_steps_without_a_loss_ends_with_4_and_loses_nothing"),
+        (N, "test_a_base_that_is_not_finite_is_named_by_every_command"),
+        (N, "test_no_model_that_is_not_finite_is_written"),
+        (S, "test_a_state_that_is_not_finite_is_written_by_no_writer"),
         (D, "test_a_loss_that_is_no_number_on_one_rank_updates_none")]),
     ("a loss spike", "a warning; opt-in rollback", [
         (F, "test_a_loss_spike_is_told_with_its_rows_and_changes_nothing"),

@@ -10,6 +10,7 @@ import torch
 
 from engine.base.files import make_json_safe
 from engine.training.micro_batch_size import is_out_of_memory
+from kernels.measure.clock import parse_finite
 from kernels.measure.machine import GPU, free_memory
 from scripts.base.record_file import RecordFile
 from scripts.step.figures import format_record
@@ -78,7 +79,7 @@ def parse_arguments(prog: str, doc: str, names: list[str], argv: list[str] | Non
         "--only", nargs="+", choices=names, default=names, metavar="NAME", help=f"of {'; '.join(names)}"
     )
     parser.add_argument("--json", metavar="FILE", help="where the records go (nowhere)")
-    parser.add_argument("--minutes", type=float, help="begin nothing after this long (no limit)")
+    parser.add_argument("--minutes", type=parse_finite, help="begin nothing after this long (no limit)")
     parser.add_argument("--smoke", action="store_true", help="at toy size, on a CPU too")
     args = parser.parse_args(argv)
     if not GPU and not args.smoke:

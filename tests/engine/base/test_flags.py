@@ -101,7 +101,7 @@ def test_every_problem_is_told_at_once(capsys):
         ("--save_strategy sometimes", "--save-strategy is 'sometimes', wanted no, steps or epoch"),
         ("--save-every 5 --save_strategy no", "--save-every and --save-strategy say the same thing; give one"),
         ("--kernels magic", "--kernels is 'magic', wanted one of auto, triton, ref"),
-        ("--lr nan", "--lr is nan, wanted 0 or more"),
+        ("--lr nan", "--lr is 'nan', wanted a finite number"),
     ],
 )
 def test_bad_flags(text, problem, capsys):

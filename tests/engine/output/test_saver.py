@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 import torch
 
+from engine.base.errors import NotFiniteError
 from engine.formats import tensor_files
 from engine.formats.find import list_checkpoints
 from engine.output import checkpoint
@@ -341,3 +342,17 @@ def test_a_kill_of_any_writer_at_any_point_leaves_a_whole_state(tmp_path, victim
         assert same_bytes(read_by(again[0].folder, tensors(4), 1), tensors(4))
         assert [p.name for p in out.iterdir()] == ["checkpoint-3"]
     assert point > (15, 6)[victim] and seen == {2, 3}
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_state_that_is_not_finite_is_written_by_no_writer(tmp_path, bad):
+    """Whichever writer holds it, all are told which tensor of whom; the older state stays and no temporary."""
+    whole = tensors(1)
+    save_together(tmp_path, 1, cut(whole, 2))
+    name = next(name for name, t in whole.items() if t.is_floating_point() and t.dim() and len(t) > 2)
+    whole[name] = whole[name].clone()
+    whole[name][0 if bad == 0 else -1] = float("inf")
+    for outcome in save_together(tmp_path, 2, cut(whole, 2)):
+        assert isinstance(outcome, NotFiniteError)
+        assert str(outcome).startswith(f"writer {bad}: {name} holds NaN or an infinity")
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [1] and not list(tmp_path.glob(".tmp-*"))
