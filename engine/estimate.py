@@ -137,8 +137,8 @@ def estimate(config: EstimateConfig) -> Estimate:
     card = change_card(
         find_card(config.gpu), config.gpu_memory, config.gpu_tflops, config.gpu_bandwidth, config.price_per_hour
     )
-    if config.max_length > c.max_seq_len:
-        raise UsageError(f"--max-length {config.max_length} is over the model's {c.max_seq_len} positions")
+    if config.max_length > c.max_positions:
+        raise UsageError(f"--max-length {config.max_length} is over the model's {c.max_positions} positions")
     finetuning, dtype = config.to_finetune_config(), DTYPES["bf16" if config.dtype == "auto" else config.dtype]
     recipe = recipe_from_config(finetuning, config.gpus)
     mix = read_mix(config, recipe, c, None if source is None else source.path)

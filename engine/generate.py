@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
 
     prompts = [encode(row) for row in rows]
     longest = max(map(len, prompts)) + config.max_new_tokens
-    if longest > (most := model.config.max_seq_len):
+    if longest > (most := model.config.max_positions):
         raise UsageError(f"prompt and answer may take {longest} tokens, the model has {most}; lower --max-new-tokens")
     settings = config.max_new_tokens, config.temperature, config.top_p, config.seed
     if config.prompt:

@@ -5,73 +5,17 @@ from typing import Any
 
 import torch
 
-import kernels
+from engine.formats.rope import (
+    meta_rope_factor,
+    rope_from_gguf,
+    rope_from_hf,
+    rope_from_meta,
+    rope_to_hf,
+    scaling_from_factors,
+)
+from engine.formats.settings import Settings
 from engine.formats.tensor_files import Stored
 from engine.model.config import ModelConfig, RopeScaling
-
-REQUIRED = object()  # the default of a key that must be there
-MAX_PROBLEMS = 1000  # lines of one error
-
-
-class Settings:
-    """The settings in another program's file, read with a check of their type.
-
-    Every fault is added to problems, with the name of the file. So one error can list them all.
-    """
-
-    def __init__(self, raw: dict[str, Any], file: str, problems: list[str]):
-        self.raw, self.file, self.problems = raw, file, problems
-
-    def add_problem(self, text: str) -> None:
-        """Add a fault of these settings to the problems."""
-        self.problems.append(f"{self.file}: {text}")
-
-    def get(self, key: str, kind: type, default: Any = REQUIRED) -> Any:
-        """Return the value of a key: a positive int or float, a bool or a dict.
-
-        When it is missing and has no default, or is not of this kind, add a problem and return None.
-        """
-        value = self.raw.get(key)
-        if value is None:
-            if default is REQUIRED:
-                self.add_problem(f"{key} is missing")
-                return None
-            return default
-        number = type(value) in (int, float) and 0 < value < 2**63  # so neither NaN nor infinite
-        if kind is float and number:
-            return float(value)
-        if kind is int and number and value == int(value):
-            return int(value)
-        if kind in (bool, dict) and type(value) is kind:
-            return value
-        wanted = {int: "a positive whole number", float: "a positive number", bool: "true or false", dict: "an object"}
-        self.add_problem(f"{key} is {str(value)[:80]!r}, wanted {wanted[kind]}")
-        return None
-
-    def refuse(self, key: str, *harmless: Any, why: str = "") -> None:
-        """Add a problem unless the key is absent, None or one of the harmless values."""
-        value = self.raw.get(key)
-        if value is not None and value not in harmless:
-            self.add_problem(f"{key} is {str(value)[:80]}, which is not supported{why}")
-
-    def make_config(self, n_problems_before: int, **fields: Any) -> ModelConfig | None:
-        """Return the ModelConfig of these fields, or None when problems were found since n_problems_before."""
-        if len(self.problems) > n_problems_before:
-            return None
-        try:
-            return ModelConfig(**fields)
-        except ValueError as error:
-            self.add_problem(str(error))
-            return None
-
-
-def join_problems(problems: list[str]) -> str:
-    """Return the text of an error that names every problem, each on a line of its own when there are several."""
-    if len(problems) == 1:
-        return problems[0]
-    more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
-    return "\n  ".join([f"{len(problems)} problems", *problems[:MAX_PROBLEMS], *more])
-
 
 # ---- Hugging Face ---------------------------------------------------------------------------------------------------
 
@@ -94,7 +38,8 @@ def config_from_hf(raw: dict[str, Any], problems: list[str]) -> ModelConfig | No
     settings.refuse("sliding_window")
     settings.refuse("partial_rotary_factor", 1)
     n_heads = settings.get("num_attention_heads", int)
-    theta, scaling = rope_from_hf(settings)
+    max_seq_len = settings.get("max_position_embeddings", int, 2048)  # 2023 conversions leave it out
+    theta, scaling = rope_from_hf(settings, max_seq_len)
     return settings.make_config(
         before,
         dim=settings.get("hidden_size", int),
@@ -103,7 +48,7 @@ def config_from_hf(raw: dict[str, Any], problems: list[str]) -> ModelConfig | No
         n_kv_heads=settings.get("num_key_value_heads", int, n_heads),
         hidden_dim=settings.get("intermediate_size", int),
         vocab_size=settings.get("vocab_size", int),
-        max_seq_len=settings.get("max_position_embeddings", int, 2048),  # 2023 conversions leave it out
+        max_seq_len=max_seq_len,
         norm_eps=settings.get("rms_norm_eps", float, 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
@@ -112,39 +57,8 @@ def config_from_hf(raw: dict[str, Any], problems: list[str]) -> ModelConfig | No
     )
 
 
-def rope_from_hf(settings: Settings) -> tuple[float | None, RopeScaling | None]:
-    """Return (theta, scaling) of a config.json; theta is None after a fault, scaling None for plain RoPE."""
-    theta = settings.get("rope_theta", float, 10000.0)
-    key = "rope_parameters" if settings.raw.get("rope_parameters") else "rope_scaling"
-    raw = settings.get(key, dict, {})
-    if not raw:
-        return theta, None
-    rope = Settings(raw, f"config.json, {key}", settings.problems)
-    theta = rope.get("rope_theta", float, theta)
-    rope.refuse("partial_rotary_factor", 1)
-    kind = rope.raw.get("rope_type") or rope.raw.get("type") or "default"
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        rope.add_problem(f"RoPE of type {str(kind)[:80]!r} is not supported; wanted default or llama3")
-        return theta, None
-    factor, low, high = (rope.get(key, float) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    original = rope.get("original_max_position_embeddings", int)
-    if low and high and low >= high:
-        rope.add_problem(f"low_freq_factor {low} must be under high_freq_factor {high}")
-    return theta, RopeScaling(factor, low, high, original)
-
-
 def config_to_hf(config: ModelConfig, dtype: torch.dtype, bos_id: int | None, eos_ids: Sequence[int]) -> dict[str, Any]:
     """Return a config.json in the words of transformers 4, which transformers 5 and vLLM read too."""
-    scaling = config.rope_scaling
-    rope_scaling = scaling and {
-        "factor": scaling.factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "original_max_position_embeddings": scaling.original_max_seq_len,
-        "rope_type": "llama3",
-    }
     return {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
@@ -163,8 +77,7 @@ def config_to_hf(config: ModelConfig, dtype: torch.dtype, bos_id: int | None, eo
         "num_key_value_heads": config.n_kv_heads,
         "pretraining_tp": 1,
         "rms_norm_eps": config.norm_eps,
-        "rope_scaling": rope_scaling,
-        "rope_theta": config.rope_theta,
+        **rope_to_hf(config),
         "tie_word_embeddings": config.tied,
         "torch_dtype": str(dtype).removeprefix("torch."),  # transformers 5 writes "dtype" and reads both
         "use_cache": True,
@@ -195,9 +108,7 @@ def config_from_meta(
         settings.refuse(key)
     dim, n_heads = settings.get("dim", int), settings.get("n_heads", int)
     theta = settings.get("rope_theta", float, 10000.0)
-    scaling = None
-    if settings.get("use_scaled_rope", bool, False):
-        scaling = RopeScaling(factor=settings.get("rope_scale_factor", float, 8.0))
+    scaling = rope_from_meta(settings) if settings.get("use_scaled_rope", bool, False) else None
     embedding, gate = shapes.get("tok_embeddings.weight"), shapes.get("layers.0.feed_forward.w1.weight")
     if raw.get("vocab_size", -1) == -1:
         vocab_size = embedding[0] if embedding else None
@@ -255,7 +166,7 @@ def config_to_meta(config: ModelConfig) -> dict[str, Any]:
         params["rope_theta"] = config.rope_theta
     if scaling:
         params["use_scaled_rope"] = True
-        if scaling.factor != 8:
+        if scaling.factor != meta_rope_factor(config.dim, config.n_layers):
             params["rope_scale_factor"] = scaling.factor
     return params
 
@@ -299,15 +210,17 @@ def config_from_gguf(raw: dict[str, Any], stored: dict[str, Stored], problems: l
         return None
     settings.refuse("llama.expert_count", 0, why=": mixtures of experts are no LLaMA")
     settings.refuse("split.count", 0, 1, why="; merge the files with llama-gguf-split --merge")
-    settings.refuse("llama.rope.scaling.type", "none")
     dim, n_heads = settings.get("llama.embedding_length", int), settings.get("llama.attention.head_count", int)
     head_dim = settings.get("llama.attention.key_length", int, dim // n_heads if dim and n_heads else None)
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         settings.refuse(key, head_dim, why=f": it must be the head_dim {head_dim}")
     theta = settings.get("llama.rope.freq_base", float, 10000.0)
     embedding = stored.get("token_embd.weight")
-    scaling = None
+    max_seq_len = settings.get("llama.context_length", int)
+    scaling = rope_from_gguf(settings, max_seq_len)
     if (factors := stored.pop("rope_freqs.weight", None)) and head_dim and theta:
+        if scaling:
+            settings.add_problem(f"llama.rope.scaling is {scaling.kind}, but rope_freqs.weight scales RoPE too")
         scaling = scaling_from_factors(factors, head_dim, theta, settings)
     return settings.make_config(
         before,
@@ -317,33 +230,10 @@ def config_from_gguf(raw: dict[str, Any], stored: dict[str, Stored], problems: l
         n_kv_heads=settings.get("llama.attention.head_count_kv", int, n_heads),
         hidden_dim=settings.get("llama.feed_forward_length", int),
         vocab_size=settings.get("llama.vocab_size", int, embedding.shape[0] if embedding else 1),
-        max_seq_len=settings.get("llama.context_length", int),
+        max_seq_len=max_seq_len,
         norm_eps=settings.get("llama.attention.layer_norm_rms_epsilon", float),
         rope_theta=theta,
         rope_scaling=scaling,
         head_dim=head_dim,
         tied="output.weight" not in stored,
     )
-
-
-def scaling_from_factors(stored: Stored, head_dim: int, theta: float, settings: Settings) -> RopeScaling | None:
-    """Return the RopeScaling whose frequencies are the unscaled ones divided by the stored (Dh/2,) factors.
-
-    Return None when there is no scaling (all factors are 1). Add a problem and return None when the factors are not
-    those of LLaMA 3.1's scaling.
-    """
-    if stored.shape != (head_dim / 2,) or isinstance(stored.dtype, str):
-        settings.add_problem(f"rope_freqs.weight is {stored.shape} {stored.dtype}, wanted fp32 {(head_dim / 2,)}")
-        return None
-    factors = torch.cat([part for _, _, part in stored.blocks()]).float()
-    if torch.all(factors == 1):
-        return None
-    plain = kernels.rope_frequencies(head_dim, theta)
-    # LLaMA 3.1 to 3.3 differ only in the factor, by which the slowest pairs are divided.
-    scaling = RopeScaling(factor=round(float(factors.max()), 3)) if torch.isfinite(factors).all() else RopeScaling()
-    if scaling.factor > 0:
-        wanted = plain / kernels.rope_frequencies(head_dim, theta, scaling)
-        if torch.allclose(factors, wanted, rtol=1e-4):
-            return scaling
-    settings.add_problem("rope_freqs.weight holds factors that are not those of LLaMA 3.1's RoPE scaling")
-    return None

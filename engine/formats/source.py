@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from engine.base.errors import DataError
-from engine.formats.configs import config_from_gguf, config_from_hf, config_from_meta, join_problems
+from engine.formats.configs import config_from_gguf, config_from_hf, config_from_meta
 from engine.formats.find import detect_kind, is_training_state, list_checkpoints
 from engine.formats.folders import find_member, read_json_member
 from engine.formats.gguf import open_gguf
 from engine.formats.names import GLOBAL_NAMES, PROGRAMS, Piece, list_pieces, pairs_to_halves
+from engine.formats.settings import join_problems
 from engine.formats.tensor_files import Block, Stored, is_finite, open_pth, open_safetensors
 from engine.model.config import ModelConfig
 from engine.model.llama import Transformer

@@ -2,15 +2,22 @@
 
 from dataclasses import dataclass
 
+ROPE_KINDS = ("linear", "dynamic", "yarn", "llama3")  # by their names at Hugging Face
+
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """LLaMA 3.1's stretching of slow rotary frequencies; kernels.rope has the formula."""
+    """RoPE for texts that are longer than those of pretraining; engine.model.rope has the formulas."""
 
     factor: float = 8.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_seq_len: int = 8192  # tokens
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    original_max_seq_len: int = 8192  # tokens; llama3, yarn
+    kind: str = "llama3"  # one of ROPE_KINDS
+    attention_factor: float = 1.0  # yarn: what cosines and sines are multiplied by
+    beta_fast: float = 32.0  # yarn: pairs of more turns in the original length are kept
+    beta_slow: float = 1.0  # yarn: pairs of fewer turns are slowed by the factor
+    truncate: bool = True  # yarn: the range between the two begins and ends at a whole pair
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,11 @@ class ModelConfig:
             problems.append(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}")
         if not problems and (self.head_dim < 2 or self.head_dim % 2):
             problems.append(f"head_dim is {self.head_dim}, wanted an even number: RoPE turns pairs")
+        kind = self.rope_scaling.kind if self.rope_scaling else None
+        if not problems and kind == "dynamic" and self.head_dim < 4:
+            problems.append(f"head_dim is {self.head_dim}, wanted 4 or more with dynamic RoPE")
+        if kind == "yarn" and self.rope_theta <= 1:
+            problems.append(f"rope_theta is {self.rope_theta}, wanted more than 1 with yarn")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -53,6 +65,22 @@ class ModelConfig:
         attention = self.dim * self.head_dim * (2 * self.n_heads + 2 * self.n_kv_heads)
         layer = attention + 3 * self.dim * self.hidden_dim + 2 * self.dim
         return self.vocab_size * self.dim * (1 if self.tied else 2) + self.n_layers * layer + self.dim
+
+    @property
+    def max_positions(self) -> int:
+        """Return the longest text, in tokens, that the model is made for. A scaled RoPE goes beyond max_seq_len."""
+        scaling = self.rope_scaling
+        if scaling is None:
+            return self.max_seq_len
+        original = scaling.original_max_seq_len if scaling.kind in ("llama3", "yarn") else self.max_seq_len
+        return max(self.max_seq_len, int(scaling.factor * original))
+
+    def turns_by_text_length(self, max_length: int) -> bool:
+        """Return whether RoPE turns a token of a text of up to max_length tokens by the length of that text too.
+
+        Texts then cannot share the keys of a common prefix.
+        """
+        return self.rope_scaling is not None and self.rope_scaling.kind == "dynamic" and max_length > self.max_seq_len
 
 
 MODELS = {  # exact names, no fuzzy match

@@ -13,7 +13,6 @@ kernels.attention.
 Source: arXiv:2302.13971, arXiv:2407.21783.
 """
 
-import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -25,14 +24,9 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from engine.model.batch import DeviceMicroBatch, MicroBatch
-from engine.model.config import ModelConfig, RopeScaling
+from engine.model.config import ModelConfig
+from engine.model.rope import rope_tables
 from engine.model.shard import Shard
-
-
-@functools.cache
-def rope_frequencies_on(device: torch.device, head_dim: int, theta: float, scaling: RopeScaling | None) -> torch.Tensor:
-    """Return kernels.rope_frequencies on a device. It is cached: a copy in each forward would wait for the device."""
-    return kernels.rope_frequencies(head_dim, theta, scaling).to(device)
 
 
 def new_parameter(*shape: int) -> nn.Parameter:
@@ -133,8 +127,8 @@ class Transformer(nn.Module):
         the feed-forward of these rows only.
         """
         config = self.config
-        frequencies = rope_frequencies_on(positions.device, config.head_dim, config.rope_theta, config.rope_scaling)
-        cos, sin = kernels.rope_cos_sin(positions, frequencies)  # shared by all layers
+        # Shared by all layers. A cache without documents takes one token of each sequence.
+        cos, sin = rope_tables(config, positions, cache is not None and cache.documents is None)
         x = F.embedding(tokens, self.tok_embeddings)
         residual: torch.Tensor | None = None
         if cache is None:

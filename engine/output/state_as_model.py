@@ -10,15 +10,16 @@ import torch
 from engine.base.device import DTYPES
 from engine.base.errors import DataError
 from engine.base.files import read_json
-from engine.formats.configs import Settings, join_problems
 from engine.formats.find import detect_kind
-from engine.model.config import ModelConfig, RopeScaling
+from engine.formats.settings import REQUIRED, Settings, join_problems
+from engine.model.config import ROPE_KINDS, ModelConfig, RopeScaling
 from engine.model.llama import Transformer, new_model
 from engine.model.shard import Shard, as_shards
 from engine.output import checkpoint
 from engine.output.folder import RUN
 from engine.output.tensor_rows import check_fit
 
+ADDED = {"attention_factor", "beta_fast", "beta_slow", "truncate"}  # fields that the first version's states lack
 PARAMETERS = "param."  # begins the names of a state's tensors that are the model's, not the optimizer's
 
 
@@ -92,13 +93,20 @@ def config_from_state(raw: dict[str, Any], problems: list[str]) -> ModelConfig |
     scaling = model.get("rope_scaling", dict, None)
     if scaling is not None:
         scaling = Settings(scaling, f"{checkpoint.MANIFEST}, rope_scaling", problems)
-        scaling = RopeScaling(**read_fields(RopeScaling, scaling))
+        kind = scaling.raw.get("kind", "llama3")
+        if kind not in ROPE_KINDS:
+            scaling.add_problem(f"kind is {str(kind)[:80]!r}, wanted one of {', '.join(ROPE_KINDS)}")
+        scaling = RopeScaling(kind=kind, **read_fields(RopeScaling, scaling))
     return model.make_config(before, **read_fields(ModelConfig, model), rope_scaling=scaling)
 
 
 def read_fields(kind: type[ModelConfig] | type[RopeScaling], settings: Settings) -> dict[str, Any]:
-    """Return {field: value} for the numbers and bools of a dataclass."""
-    types = {field.name: field.type for field in dataclasses.fields(kind)}
-    for name in settings.raw.keys() - types.keys():
+    """Return {field: value} for the numbers and bools of a dataclass. Those in ADDED may be missing."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name in settings.raw.keys() - fields.keys():
         settings.add_problem(f"{name[:80]} is not known to this version")
-    return {name: settings.get(name, kind) for name, kind in types.items() if kind in (int, float, bool)}
+    return {
+        name: settings.get(name, field.type, field.default if name in ADDED else REQUIRED)  # type: ignore[arg-type]
+        for name, field in fields.items()
+        if field.type in (int, float, bool)
+    }

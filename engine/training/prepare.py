@@ -60,8 +60,8 @@ def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) ->
     source = None if config.random_init else open_source(find_model(config.model))
     model_config = MODELS[config.model] if source is None else source.config
     tokenizer = find_tokenizer(model_config, config.tokenizer, None if source is None else source.path)
-    if config.max_length > model_config.max_seq_len:
-        raise UsageError(f"--max-length {config.max_length} is over the model's {model_config.max_seq_len} positions")
+    if config.max_length > model_config.max_positions:
+        raise UsageError(f"--max-length {config.max_length} is over the model's {model_config.max_positions} positions")
     config = take_recorded_states(config)
     check_ranks(config, model_config, world)
 
@@ -74,7 +74,8 @@ def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) ->
     setting, max_tokens = choose_mesh_and_tokens(model_config, config, train, device, dtype, world.size)
     config = dataclasses.replace(config, optimizer_states=setting.states)
     max_tokens = round_up(config.micro_batch_tokens or max_tokens, multiple)
-    packing = Packing(max_tokens, config.micro_batch_size, config.packing, config.share_prefix, multiple)
+    share_prefix = config.share_prefix and not model_config.turns_by_text_length(config.max_length)
+    packing = Packing(max_tokens, config.micro_batch_size, config.packing, share_prefix, multiple)
     facts = {
         "settings": select_fixed_settings(config, source),
         "dtype": str(dtype).removeprefix("torch."),

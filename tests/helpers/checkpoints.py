@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import math
 import os
 import sys
 from dataclasses import replace
@@ -25,6 +26,9 @@ transformers.utils.logging.disable_progress_bar()
 
 TOLERANCE = 1e-4  # on fp32 logits
 LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=16)
+YARN = RopeScaling(
+    kind="yarn", factor=4.0, original_max_seq_len=32, attention_factor=0.1 * math.log(4.0) + 1.0, beta_fast=16.0
+)
 BASE = ModelConfig(
     dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=64, max_seq_len=128, norm_eps=1e-5
 )
@@ -32,6 +36,9 @@ META = replace(BASE, n_heads=8, n_kv_heads=4, head_dim=4, max_seq_len=4096)
 SHAPES = {
     "grouped": BASE,
     "llama3-rope": replace(BASE, rope_theta=5000.0, rope_scaling=LLAMA3),
+    "linear-rope": replace(BASE, rope_scaling=RopeScaling(kind="linear", factor=4.0)),
+    "dynamic-rope": replace(BASE, rope_scaling=RopeScaling(kind="dynamic", factor=2.0), max_seq_len=32),
+    "yarn-rope": replace(BASE, rope_scaling=YARN),
     "tied": replace(BASE, tied=True),
     "wide-heads": replace(BASE, head_dim=16),  # not dim / n_heads
     "one-kv-head": replace(BASE, n_kv_heads=1),
@@ -55,13 +62,11 @@ def make_theirs(config):
     scaling = config.rope_scaling
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if scaling:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_seq_len,
-        }
+        rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
+        if scaling.kind in ("llama3", "yarn"):
+            rope["original_max_position_embeddings"] = scaling.original_max_seq_len
+        fields = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("attention_factor", "beta_fast")}
+        rope |= {name: getattr(scaling, name) for name in fields.get(scaling.kind, ())}
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             hidden_size=config.dim, num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
@@ -198,6 +203,14 @@ def write_gguf(path, theirs, config, *, quantise=None, add=None, drop=(), arch="
             )
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", config.norm_eps)
     writer.add_float32("llama.rope.freq_base", config.rope_theta)
+    scaling = config.rope_scaling
+    if scaling and scaling.kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling.kind))
+        writer.add_rope_scaling_factor(scaling.factor)
+    if scaling and scaling.kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(scaling.original_max_seq_len)
+        writer.add_rope_scaling_yarn_attn_factor(scaling.attention_factor)
+        writer.add_rope_scaling_yarn_beta_fast(scaling.beta_fast)
     for name, new in zip(list_pieces(config, "hf"), list_pieces(config, "gguf"), strict=True):
         tensor = theirs.state_dict()[name]
         if "attn_q" in new or "attn_k" in new:

@@ -121,7 +121,7 @@ def test_the_page_of_faults_is_of_tests_that_are_there():
     told = [(row[1], [name.strip("`") for name in row[3].split("<br>") if name.strip()]) for row in rows]
     assert told == [
         (render_faults.escape_cell(fault), [f"{file.removesuffix('.py')}::{test}" for file, test in tests])
-        for fault, _, tests in render_faults.FAULTS
+        for _, (fault, _, tests) in render_faults.ROWS
     ]
     assert not [row for row in rows if re.search("failure|error|not run", row[4])]
 
