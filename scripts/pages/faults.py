@@ -129,7 +129,7 @@ FAULTS = [  # fault, expected, tests
     ("XSS in prompt or output, a foreign Origin", "text only, CSP, loopback, Origin and Host checked", []),
 ]  # fmt: skip
 LATER = {  # number: found since, by trying public reports of other projects' users
-    44: ("keys or files that contradict each other (RoPE)", "the format's own reader's reading, or refused naming both", [
+    44: ("keys or files that contradict each other (RoPE)", "the format's own reader's reading, or refused by name", [
           ("engine/formats/test_rope.py", "test_contradictions_are_read_as_transformers_reads_them_or_refused"),
           ("engine/formats/test_rope.py", "test_rope_scaling_goes_before_rope_parameters_with_the_theta_beside_it"),
           ("engine/formats/test_rope.py", "test_factor_of_meta_models"),
