@@ -19,7 +19,7 @@ from engine.formats.source import Source, open_source
 from engine.model.llama import new_model
 from engine.output.folder import RUN, read_prompt_style, require_disk_space
 from engine.output.state_as_model import TrainingState, open_training_state
-from engine.text.chat_templates import adopt_style
+from engine.text.chat_templates import adopt_style, pin_date
 from engine.text.tokenizer import Tokenizer
 from engine.text.tokenizer_files import find_tokenizer
 
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
         tokenizer = find_tokenizer(source.config, config.tokenizer, path)
         style = read_prompt_style(path)
     if style is not None:
-        tokenizer = adopt_style(tokenizer, style)
+        tokenizer = adopt_style(pin_date(tokenizer) if style == "template" else tokenizer, style)
     dtype = source.dtype if config.dtype == "auto" else DTYPES[config.dtype]
     out.mkdir(parents=True, exist_ok=True)
     require_disk_space(

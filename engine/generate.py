@@ -15,7 +15,7 @@ from engine.inference.generation import generate
 from engine.inference.model_loader import load_model
 from engine.output.folder import read_prompt_style
 from engine.text.chat_templates import find_carried_style
-from engine.text.templates import CHAT_STYLES, Row, encode_prompt, find_stop_ids
+from engine.text.templates import STYLES, Row, encode_prompt, find_stop_ids
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,10 @@ class GenerateConfig:
     input: str = flag("", "the input that goes with --prompt, in the alpaca template")
     prompts: str = flag("", "a file: one instruction a line, or Alpaca/chat JSON or JSONL rows")
     prompt_style: str = flag(
-        "auto", "the template; auto is the one the model was fine-tuned with here, else alpaca",
-        ("auto", "alpaca", *CHAT_STYLES),
-    )  # fmt: skip
+        "auto",
+        "the template; auto is the one the model was fine-tuned with here, else its own chat template, else alpaca",
+        ("auto", *STYLES),
+    )
     raw: bool = flag(False, "continue the prompt as it is, under no template")
     max_new_tokens: int = flag(256, "longest answer")
     temperature: float = flag(0.0, "0 is greedy; 1 samples the model's own distribution")
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> None:
     model, tokenizer, source = load_model(config.model, device, choose_dtype(config.dtype, device), impl)
     style = config.prompt_style
     if style == "auto":
-        style = read_prompt_style(source.path) or find_carried_style(tokenizer) or "alpaca"
+        style = read_prompt_style(source.path) or find_carried_style(tokenizer)
     stops = find_stop_ids(tokenizer, style)
 
     def encode(row: Row) -> list[int]:

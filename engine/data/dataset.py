@@ -7,12 +7,14 @@ a loss token, called examples.
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from engine.base.errors import DataError
-from engine.text.templates import Row, Special, Text, find_special_id, render_row
+from engine.text.parts import Special, Text
+from engine.text.templates import Row, find_special_id, render_row
 from engine.text.tokenizer import Tokenizer
 
 BLOCK = 1024  # rows tokenised at a time
@@ -141,14 +143,12 @@ class Table:
 def encode_block(rows: Sequence[Row], tokenizer: Tokenizer, style: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokenise rows. Return (ids of all rows back to back, which of them are targets, number of ids of each row).
 
-    Each distinct prompt is tokenised once.
+    Each distinct text is tokenised once. The ids without loss are as many as the prompt alone has, as in Stanford's
+    train.py: where a token spans the boundary, it carries none.
     """
-    parts = [render_row(row, style, tokenizer.add_bos) for row in rows]
-    texts = [part for row in parts for part in row if isinstance(part, Text)]
-    prompts = list(dict.fromkeys(text.prompt for text in texts))
-    encoded = tokenizer.encode_batch(prompts + [text.prompt + text.response for text in texts])
-    n_prompt = {prompt: len(ids) for prompt, ids in zip(prompts, encoded, strict=False)}
-    encoded_texts = iter(encoded[len(prompts) :])
+    parts = [render_row(row, style, tokenizer) for row in rows]
+    texts = list(dict.fromkeys(end for row in parts for part in row if isinstance(part, Text) for end in part.ends()))
+    ids_of = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
     ids: list[int] = []
     lengths = []
     run_lengths: list[int] = []  # lengths of runs of tokens: without loss, with loss, without, ...
@@ -159,13 +159,22 @@ def encode_block(rows: Sequence[Row], tokenizer: Tokenizer, style: str) -> tuple
                 ids.append(find_special_id(tokenizer, part.name, style))
                 run_lengths += (not part.loss, part.loss)
             else:
-                new = next(encoded_texts)
-                masked = min(n_prompt[part.prompt], len(new))
+                new = ids_of[part.whole()]
                 ids += new
-                run_lengths += (masked, len(new) - masked)
+                run_lengths += count_by_turns([len(ids_of[end]) for end in part.ends()])
         lengths.append(len(ids) - before)
     is_target = np.repeat(np.arange(len(run_lengths)) % 2 == 1, run_lengths)
     return np.fromiter(ids, np.int32, len(ids)), is_target, np.array(lengths)
+
+
+def count_by_turns(n_ids: Sequence[int]) -> list[int]:
+    """Return how many ids are without loss, with loss, without, ..., an even number, from how many end with each.
+
+    The whole text may have fewer ids than its beginning.
+    """
+    ends = [0, *accumulate((min(n, n_ids[-1]) for n in n_ids), max)]
+    counts = [end - before for before, end in pairwise(ends)]
+    return counts + [0] * (len(counts) % 2)
 
 
 def encode_rows(

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import sentencepiece
 import tokenizers
@@ -28,12 +29,12 @@ from engine.base.files import sync_file, sync_folder
 from engine.data import dataset as data
 from engine.data import rows
 from engine.data.rows import Skipped, map_file
-from engine.text import templates, tokenizer, tokenizer_files, tokenizer_json
+from engine.text import own_template, parts, templates, tokenizer, tokenizer_files, tokenizer_json
 from engine.text.tokenizer import Tokenizer
 
 FORMAT = 1  # of an entry
 # The modules that turn bytes into ids. Their code is part of the key: a changed template makes another entry.
-CODE = (data, rows, templates, tokenizer, tokenizer_files, tokenizer_json)
+CODE = (data, rows, parts, templates, own_template, tokenizer, tokenizer_files, tokenizer_json)
 ARRAYS, MANIFEST = ("tokens", "is_target", "rows"), "manifest.json"
 NAME = re.compile("[0-9a-f]{64}")  # of an entry; no other folder is removed
 MAX_ENTRIES, MAX_BYTES = 20, 4 << 30  # that are kept; 52,000 Alpaca rows take 35 MB
@@ -69,7 +70,7 @@ def compute_key(
         "tokenizer": tokenizer.describe(),
         "settings": [style, max_length, train_on_prompt, skip_bad_rows],
         "code": [hash_bytes(Path(str(module.__file__)).read_bytes()) for module in CODE],
-        "versions": [sentencepiece.__version__, tokenizers.__version__],
+        "versions": [sentencepiece.__version__, tokenizers.__version__, jinja2.__version__],
     }
     return hash_bytes(json.dumps(ingredients, sort_keys=True).encode())
 

@@ -7,12 +7,18 @@ the very text that training encodes, so that their ids are those of engine.text.
 import copy
 import json
 import re
+from datetime import datetime
 from typing import Any
 
-from engine.text.templates import ALPACA_NO_INPUT, END_OF_TURN, find_stop_ids
+from engine.text.own_template import CONFIG, JINJA_FILE, read_chat_templates
+from engine.text.parts import Special
+from engine.text.templates import ALPACA_NO_INPUT, Row, find_end_of_turn, find_stop_ids, render_row
 from engine.text.tokenizer import Tokenizer
 
-CONFIG, TOKENS_MAP, JINJA_FILE = "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
+TOKENS_MAP = "special_tokens_map.json"
+DAY = datetime(2024, 7, 26)  # which the templates of Llama 3 name where there is no clock
+STRFTIME = re.compile(r"strftime_now\(\s*(\"[^\"]*\"|'[^']*')\s*\)")
+MACRO = "{%- macro strftime_now(format) -%}"  # begins a template that asks no clock
 
 # ---- templates ------------------------------------------------------------------------------------------------------
 # BOS and EOS stand for the tokens' texts, since programs differ in which token they call bos_token. No template raises
@@ -78,28 +84,24 @@ def quote(text: str) -> str:
 # ---- the tokenizer's files ------------------------------------------------------------------------------------------
 
 
-def read_chat_template(tokenizer: Tokenizer) -> str | None:
-    """Return the chat template that transformers takes from the tokenizer's files, None where they have none.
-
-    chat_template.jinja goes before tokenizer_config.json. Of several named ones it is the default.
-    """
-    if JINJA_FILE in tokenizer.files:
-        return tokenizer.files[JINJA_FILE].decode()
-    template = read_object(tokenizer.files, CONFIG).get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template if isinstance(template, str) and template else None
-
-
 def read_object(files: dict[str, bytes], name: str) -> dict[str, Any]:
     """Return the object in a JSON file, {} without the file. The tokenizer's reader has checked that it is one."""
     return json.loads(files.get(name, b"{}"))
 
 
-def find_carried_style(tokenizer: Tokenizer) -> str | None:
-    """Return the style whose template the tokenizer's files carry, None where they carry another or none."""
-    carried = read_chat_template(tokenizer)
-    return next((style for style in TEMPLATES if carried == write_chat_template(style, tokenizer)), None)
+def find_carried_style(tokenizer: Tokenizer) -> str:
+    """Return the style whose template the tokenizer's files carry: "template" for another, "alpaca" for none."""
+    carried = read_chat_templates(tokenizer)
+    if not carried:
+        return "alpaca"
+    written = {style: {"default": write_chat_template(style, tokenizer)} for style in TEMPLATES}
+    return next((style for style in TEMPLATES if carried == written[style]), "template")
+
+
+def begins_with_bos(tokenizer: Tokenizer, style: str) -> bool:
+    """Return whether a prompt of the style begins with BOS."""
+    first, *_ = render_row(Row("a question of one word", None, "Hello"), style, tokenizer, answer_next=True)
+    return isinstance(first, Special) and first.name in ("bos", find_token_text(tokenizer, tokenizer.bos_id))
 
 
 def adopt_style(tokenizer: Tokenizer, style: str) -> Tokenizer:
@@ -110,23 +112,55 @@ def adopt_style(tokenizer: Tokenizer, style: str) -> Tokenizer:
     chat what is added to a text.
     """
     adopted = copy.copy(tokenizer)
-    end = END_OF_TURN.get(style)
     adopted.stop_ids = find_stop_ids(tokenizer, style)
-    if end is not None:
-        adopted.eos_id = tokenizer.special_ids[end]
-    adopted.add_bos = tokenizer.add_bos and style != "chatml"
-    files = {name: content for name, content in tokenizer.files.items() if name != JINJA_FILE}
+    adopted.eos_id = find_end_of_turn(tokenizer, style)
+    adopted.add_bos = tokenizer.add_bos and begins_with_bos(tokenizer, style)
     names = {"bos_token": tokenizer.bos_id, "eos_token": adopted.eos_id}
     texts = {role: text for role, id in names.items() if (text := find_token_text(tokenizer, id))}
-    config = read_object(files, CONFIG) | {"chat_template": write_chat_template(style, tokenizer)}
+    own = read_chat_templates(tokenizer)
+    files = replace_chat_templates(
+        tokenizer, own if style == "template" else {"default": write_chat_template(style, tokenizer)}
+    )
+    config = name_tokens(read_object(files, CONFIG), texts)
     if tokenizer.add_bos and not adopted.add_bos:
         config["add_bos_token"] = False
         files |= without_template_bos(files, find_token_text(tokenizer, tokenizer.bos_id))
-    files[CONFIG] = dump_object(name_tokens(config, texts))
+    files[CONFIG] = dump_object(config)
     if TOKENS_MAP in files:
         files[TOKENS_MAP] = dump_object(name_tokens(read_object(files, TOKENS_MAP), texts))
     adopted.files = files
     return adopted
+
+
+def pin_date(tokenizer: Tokenizer) -> Tokenizer:
+    """Return the tokenizer whose own chat templates name a fixed day where they ask for today's.
+
+    So rows are the same tokens on every day, and the prompt that is learned is the one that is asked later: the
+    template is written with its day.
+    """
+    templates = {name: pin_template(template) for name, template in read_chat_templates(tokenizer).items()}
+    pinned = copy.copy(tokenizer)
+    pinned.files = replace_chat_templates(tokenizer, templates) if templates else tokenizer.files
+    return pinned
+
+
+def pin_template(template: str) -> str:
+    """Return the template with a macro in place of strftime_now, where it calls that."""
+    if "strftime_now" not in template or template.startswith(MACRO):
+        return template
+    formats = {format[1:-1] for format in STRFTIME.findall(template)}
+    texts = ", ".join(f"{quote(format)}: {quote(DAY.strftime(format))}" for format in sorted(formats))
+    day = f"{{{{ {{{texts}}}.get(format, {quote(DAY.strftime('%d %b %Y'))}) }}}}"
+    # What is written of nothing keeps a line break that the template may begin with.
+    return f"{MACRO}{day}{{%- endmacro -%}}{{{{ '' }}}}{template}"
+
+
+def replace_chat_templates(tokenizer: Tokenizer, templates: dict[str, str]) -> dict[str, bytes]:
+    """Return the tokenizer's files with these chat templates in tokenizer_config.json, and none elsewhere."""
+    files = {name: content for name, content in tokenizer.files.items() if name != JINJA_FILE}
+    named = [{"name": name, "template": template} for name, template in templates.items()]
+    value = templates["default"] if list(templates) == ["default"] else named
+    return files | {CONFIG: dump_object(read_object(files, CONFIG) | {"chat_template": value})}
 
 
 def name_tokens(config: dict[str, Any], texts: dict[str, str]) -> dict[str, Any]:

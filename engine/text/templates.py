@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from engine.base.errors import DataError
+from engine.text.own_template import find_own_end, open_own_template
+from engine.text.parts import Part, Special, Text
 from engine.text.tokenizer import Tokenizer
 
 Message = tuple[str, str]  # (role, content); the role is system, user or assistant
@@ -30,25 +32,6 @@ ALPACA_NO_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
-
-
-@dataclass(frozen=True)
-class Text:
-    """Text that is tokenised as one string, prompt + response. Only the tokens of the response carry loss."""
-
-    prompt: str
-    response: str = ""
-
-
-@dataclass(frozen=True)
-class Special:
-    """A special token: "bos", "eos" or the token's text. The tokenizer never makes it from plain text."""
-
-    name: str
-    loss: bool = False
-
-
-Part = Text | Special
 
 
 # ---- styles ---------------------------------------------------------------------------------------------------------
@@ -106,26 +89,31 @@ CHAT_STYLES: dict[str, Callable[[Sequence[Message], bool], Iterator[Part]]] = {
     "llama2": render_llama2,
     "llama3": render_llama3,
 }
-END_OF_TURN = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}  # llama2 ends a turn with EOS
+STYLES = ("alpaca", *CHAT_STYLES, "template")  # template: the checkpoint's own
+END_OF_TURN = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}  # alpaca and llama2 end a turn with EOS
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 
-def render_row(row: Row, style: str, add_bos: bool, answer_next: bool = False) -> list[Part]:
-    """Return the parts of a row under a template. Raise DataError for a chat under the alpaca style.
+def render_row(row: Row, style: str, tokenizer: Tokenizer, answer_next: bool = False) -> list[Part]:
+    """Return the parts of a row under a template. Raise DataError for a row that the template cannot say.
 
     answer_next: leave the last answer out, and end where the model is to write it.
     """
     if style == "alpaca":
-        return render_alpaca(row, add_bos, answer_next)
+        return render_alpaca(row, tokenizer.add_bos, answer_next)
     messages = row.messages
     if messages is None:
         question = f"{row.instruction}\n\n{row.input}" if row.input else row.instruction
         messages = (("user", question), ("assistant", row.output))
     if answer_next and messages[-1][0] == "assistant":
         messages = messages[:-1]
-    return list(CHAT_STYLES[style](messages, answer_next))
+    if style in CHAT_STYLES:
+        return list(CHAT_STYLES[style](messages, answer_next))
+    chat = [{"role": role, "content": content} for role, content in messages]
+    learned = [role == "assistant" for role, _ in messages]
+    return open_own_template(tokenizer).render(chat, (), answer_next, row.source, learned)
 
 
 def render_alpaca(row: Row, add_bos: bool, answer_next: bool) -> list[Part]:
@@ -161,15 +149,20 @@ def find_special_id(tokenizer: Tokenizer, name: str, style: str) -> int:
 def encode_prompt(row: Row, tokenizer: Tokenizer, style: str = "alpaca") -> list[int]:
     """Return the ids of a row without its output, under the template: the model's answer follows them."""
     ids: list[int] = []
-    for part in render_row(row, style, tokenizer.add_bos, answer_next=True):
+    for part in render_row(row, style, tokenizer, answer_next=True):
         if isinstance(part, Special):
             ids.append(find_special_id(tokenizer, part.name, style))
         else:
-            ids += tokenizer.encode(part.prompt + part.response)
+            ids += tokenizer.encode(part.whole())
     return ids
+
+
+def find_end_of_turn(tokenizer: Tokenizer, style: str) -> int:
+    """Return the id that ends an answer in the style's template; EOS where a template of the checkpoint has none."""
+    end = find_own_end(tokenizer) if style == "template" else END_OF_TURN.get(style)
+    return tokenizer.eos_id if end is None else find_special_id(tokenizer, end, style)
 
 
 def find_stop_ids(tokenizer: Tokenizer, style: str) -> frozenset[int]:
     """Return the ids that end an answer: the checkpoint's own and the end of a turn in the style's template."""
-    end = tokenizer.special_ids.get(END_OF_TURN.get(style, ""))
-    return tokenizer.stop_ids if end is None else tokenizer.stop_ids | {end}
+    return tokenizer.stop_ids | {find_end_of_turn(tokenizer, style)}

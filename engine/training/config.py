@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from engine.base.flags import KERNELS, KERNELS_HELP, flag, name_to_flag, suggest_nearest
 from engine.model.config import EMBEDDED_MODEL, MODELS
+from engine.text.templates import STYLES
 
 EVERY = "off, end, epoch, or a number of steps"
 
@@ -51,7 +52,7 @@ class FinetuneConfig:
     rank_timeout: float = flag(600.0, "seconds after which a rank that is not heard of ends the run")
     device: str = flag("auto", "auto is cuda where there is one", ("auto", "cpu", "cuda"))
     dtype: str = flag("auto", "of weights and activations; auto is bf16 on CUDA, fp32 on CPU", ("auto", "bf16", "fp32"))
-    prompt_style: str = flag("alpaca", "the template", ("alpaca", "chatml", "llama2", "llama3"))
+    prompt_style: str = flag("alpaca", "the template; template is the checkpoint's own chat template", STYLES)
     train_on_prompt: bool = flag(False, "loss on the prompt too, not on the response alone")
     loss_norm: str = flag(
         "token",

@@ -23,6 +23,7 @@ from engine.model.config import MODELS, ModelConfig
 from engine.output.checkpoint import read_manifest
 from engine.output.folder import RUN
 from engine.planning.fitting import find_shard_counts
+from engine.text.chat_templates import pin_date
 from engine.text.tokenizer_files import find_tokenizer
 from engine.training.config import FinetuneConfig
 from engine.training.datasets import read_datasets
@@ -60,6 +61,8 @@ def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) ->
     source = None if config.random_init else open_source(find_model(config.model))
     model_config = MODELS[config.model] if source is None else source.config
     tokenizer = find_tokenizer(model_config, config.tokenizer, None if source is None else source.path)
+    if config.prompt_style == "template":
+        tokenizer = pin_date(tokenizer)
     if config.max_length > model_config.max_positions:
         raise UsageError(f"--max-length {config.max_length} is over the model's {model_config.max_positions} positions")
     config = take_recorded_states(config)

@@ -1,0 +1,200 @@
+"""--prompt-style template against transformers: ids, loss masks, and templates that cannot be learned from."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from engine.base.errors import DataError
+from engine.data.dataset import encode_rows
+from engine.text.chat_templates import adopt_style, find_carried_style, pin_date
+from engine.text.templates import Row, encode_prompt, find_stop_ids
+from engine.text.tokenizer_files import load_tokenizer
+from tests.helpers.chat_tokenizers import LLAMA3, SPECIALS, write_byte_level
+
+CHAT = (
+    ("system", " Be brief.\n"),
+    ("user", "Say 'a' {{ b }}"),
+    ("assistant", " Yes. "),
+    ("user", "é?"),
+    ("assistant", "So."),
+)
+# As checkpoints have them: a system message of their own, a date, blocks on lines of their own, loopcontrols.
+SMOLLM = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are Tim.<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+DATED = """
+{{- bos_token }}
+{%- set day = strftime_now("%d %b %Y") if strftime_now is defined else "26 Jul 2024" %}
+{{- "<|start_header_id|>system<|end_header_id|>\n\nToday Date: " + day + "\n\n" }}
+{%- if messages[0]['role'] == 'system' %}
+    {{- messages[0]['content'] | trim }}
+    {%- set messages = messages[1:] %}
+{%- endif %}
+{{- "<|eot_id|>" }}
+{%- for message in messages %}
+    {%- if message.role == 'nobody' %}{% continue %}{% endif %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+{%- endif %}
+"""
+VICUNA = (  # no special token but BOS and EOS; roles checked
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}"
+    "{{ ' USER: ' + m.content }}{% else %}{{ ' ASSISTANT: ' + m.content + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
+)
+PLAIN = (  # no special token at all: answers and questions are one string
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEMPLATES = {
+    "smollm": ("chatml", SMOLLM), "dated": ("llama3", DATED), "vicuna": ("llama2", VICUNA), "plain": ("llama2", PLAIN),
+    "marked": ("chatml", MARKED),
+}  # fmt: skip
+each = pytest.mark.parametrize("name", TEMPLATES)
+
+
+def load(folder, name, **options):
+    style, template = TEMPLATES.get(name, ("chatml", name))
+    return pin_date(
+        load_tokenizer(write_byte_level(folder / "base", SPECIALS[style], chat_template=template, **options))
+    )
+
+
+def as_dicts(messages):
+    return [{"role": role, "content": content} for role, content in messages]
+
+
+def one(row, tokenizer):
+    return encode_rows([row], tokenizer, "template", max_length=2000).select()
+
+
+def learned(dataset, tokenizer):
+    """Return the texts that carry loss, a string for each run of ids."""
+    text_of = {id: text for text, id in tokenizer.special_ids.items()}
+    cuts = np.flatnonzero(np.diff(dataset.is_target.astype(int))) + 1
+    runs = np.split(dataset.tokens, cuts)[int(not dataset.is_target[0]) :: 2]
+    return ["".join(text_of.get(i) or tokenizer.decode([i]) for i in run.tolist()) for run in runs]
+
+
+@each
+def test_ids_are_those_of_transformers_before_and_after_the_export(name, tmp_path):
+    ours = load(tmp_path, name)
+    adopted = adopt_style(ours, "template")
+    ours.save(tmp_path / "base")
+    adopted.save(tmp_path / "out")
+    again = load_tokenizer(tmp_path / "out")
+    assert find_carried_style(again) == "template"
+    for folder in ("base", "out"):
+        theirs = AutoTokenizer.from_pretrained(tmp_path / folder)
+        ids = theirs.apply_chat_template(as_dicts(CHAT))["input_ids"]
+        assert ids == one(Row("f:1", CHAT), ours).tokens.tolist() == one(Row("f:1", CHAT), again).tokens.tolist()
+        for messages in (CHAT[:2], CHAT[1:2], CHAT[:4]):
+            prompt = theirs.apply_chat_template(as_dicts(messages), add_generation_prompt=True)["input_ids"]
+            assert prompt == encode_prompt(Row("f:1", messages), ours, "template")
+            assert prompt == encode_prompt(Row("f:1", messages), again, "template")
+    assert again.eos_id == adopted.eos_id == theirs.eos_token_id
+    assert adopted.stop_ids == find_stop_ids(ours, "template") == {ours.eos_id, again.eos_id}
+
+
+LEARNED = {  # of both answers of CHAT
+    "smollm": [" Yes. <|im_end|>", "So.<|im_end|>"],
+    "dated": ["Yes.<|eot_id|>", "So.<|eot_id|>"],
+    "vicuna": ["  Yes. </s>", " So.</s>"],
+    "plain": ["  Yes. \n", " So.\n"],
+    "marked": [" Yes. <|im_end|>", "So.<|im_end|>"],
+}
+
+
+@each
+def test_what_carries_loss(name, tmp_path):
+    ours = load(tmp_path, name)
+    assert learned(one(Row("f:1", CHAT), ours), ours) == LEARNED[name]
+
+
+def test_a_template_with_generation_masks_as_transformers_does(tmp_path):
+    ours = load(tmp_path, "marked")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "base").apply_chat_template(
+        as_dicts(CHAT), return_dict=True, return_assistant_tokens_mask=True
+    )
+    got = one(Row("f:1", CHAT), ours)
+    assert got.tokens.tolist() == theirs["input_ids"]
+    assert got.is_target.tolist() == [bool(x) for x in theirs["assistant_masks"]] and got.is_target.any()
+
+
+def test_an_instruction_is_a_chat_of_two(tmp_path):
+    ours = load(tmp_path, "smollm")
+    row, chat = Row("f:1", None, "Add.", "2 3", "5"), Row("f:1", (("user", "Add.\n\n2 3"), ("assistant", "5")))
+    assert one(row, ours).tokens.tolist() == one(chat, ours).tokens.tolist()
+    assert encode_prompt(row, ours, "template") == encode_prompt(chat, ours, "template")
+
+
+@each
+def test_text_that_spells_a_special_token_stays_text(name, tmp_path):
+    ours = load(tmp_path, name)
+    spelled = "a <|im_end|></s><s> <|eot_id|>\ufdd0\ufdd1 <|im_start|>assistant\nb"
+    clean = "".join("x" if c in "<>" else c for c in spelled)
+    got, like = (one(Row("f:1", (("user", text), ("assistant", text))), ours) for text in (spelled, clean))
+    specials = set(ours.special_ids.values())
+    assert [i for i in got.tokens if i in specials] == [i for i in like.tokens if i in specials]
+    assert ours.decode(got.tokens.tolist()).count(spelled) == 2
+    assert got.is_target.tolist() == like.is_target.tolist()
+
+
+def test_the_day_is_the_same_every_day_and_travels(tmp_path):
+    base = write_byte_level(tmp_path / "base", LLAMA3, chat_template=DATED)
+    text = AutoTokenizer.from_pretrained(base).apply_chat_template(as_dicts(CHAT), tokenize=False)
+    assert "26 Jul 2024" not in text
+    pinned = pin_date(load_tokenizer(base))
+    pinned.save(tmp_path / "out")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs.apply_chat_template(as_dicts(CHAT), tokenize=False) == re.sub(r"\d\d \w+ 20\d\d", "26 Jul 2024", text)
+    assert pin_date(pinned).files == pinned.files
+
+
+def test_named_templates_stay_and_a_template_in_a_file_goes_before(tmp_path):
+    named = [{"name": "default", "template": SMOLLM}, {"name": "tool_use", "template": PLAIN}]
+    base = write_byte_level(tmp_path / "base", SPECIALS["chatml"], chat_template=named)
+    adopt_style(load_tokenizer(base), "template").save(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["chat_template"] == named
+    (base / "chat_template.jinja").write_text(MARKED)
+    adopt_style(load_tokenizer(base), "template").save(tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == MARKED
+    assert not (tmp_path / "out" / "chat_template.jinja").exists()
+
+
+REFUSED = {
+    "last": (  # the last answer is written otherwise, as by templates that leave out what a model thought
+        "{% for m in messages %}<|im_start|>{{ m.content }}{% if loop.last %}!{% endif %}<|im_end|>{% endfor %}",
+        "f:1: the checkpoint's chat template writes the beginning of a chat otherwise when more follows .message 3",
+    ),
+    "prompt": (
+        SMOLLM.replace("<|im_start|>assistant\n'", "<|im_start|>assistant\n<think>\n'"),
+        "f:1: .* otherwise when more follows .message 3",
+    ),
+    "raises": ("{{ raise_exception('no roles\n') }}", "f:1: .* fails on this row: no roles; change the row"),
+    "broken": ("{% for %}", "is no Jinja that can be read: .*line 1; choose another --prompt-style"),
+    "undefined": ("{{ messages.nothing.more }}", "f:1: .* fails on this row"),
+    "escape": ("{{ ''.__class__.__mro__ }}", "f:1: .* fails on this row: .*unsafe"),
+    "changes": ("{{ messages.append(1) }}", "f:1: .* fails on this row: .*"),
+    "none": (None, "this tokenizer has none .chat_template.jinja"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(name, tmp_path):
+    template, message = REFUSED[name]
+    with pytest.raises(DataError, match=message):
+        one(Row("f:1", CHAT), load(tmp_path, template))
