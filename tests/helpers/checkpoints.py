@@ -183,12 +183,19 @@ def write_meta(folder, theirs, config, n, *, embedding_by_rows=False, **params):
     (folder / "params.json").write_text(json.dumps(params))
 
 
-def write_gguf(path, theirs, config, *, quantise=None, add=None, drop=(), arch="llama", **metadata):
+def add_odd_tokenizer(writer, config):
+    """Give a GGUF tokens that spell no text."""
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
+
+
+def write_gguf(
+    path, theirs, config, *, quantise=None, add=None, drop=(), arch="llama", add_tokenizer=add_odd_tokenizer, **metadata
+):
     """Write a GGUF as llama.cpp's converter does: q and k in Meta's order, through the gguf package's own writer."""
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(path, arch)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
+    add_tokenizer(writer, config)
     values = {
         "block_count": config.n_layers, "embedding_length": config.dim, "feed_forward_length": config.hidden_dim,
         "attention.head_count": config.n_heads, "attention.head_count_kv": config.n_kv_heads,

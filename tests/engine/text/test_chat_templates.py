@@ -10,7 +10,7 @@ from engine.text.chat_templates import adopt_style, find_carried_style, write_ch
 from engine.text.own_template import read_chat_templates
 from engine.text.templates import Row, encode_prompt, find_stop_ids
 from engine.text.tokenizer_files import load_tokenizer
-from tests.helpers.chat_tokenizers import CHATML, LLAMA3, SPECIALS, write_byte_level
+from tests.helpers.chat_tokenizers import CHATML, LLAMA3, SPECIALS, TOKENS, write_byte_level
 
 OWN = "{{ bos_token }}You are Tim. {% for m in messages %}{{ m.content }}{% endfor %}"
 QUESTION = " It's \\n a 'test' {{ x }} of\n\n\"quotes\" and é 漢 \n"
@@ -96,7 +96,7 @@ def test_tokens_keep_their_flags_and_an_older_map_agrees(tmp_path):
         for name in ("tokenizer_config.json", "special_tokens_map.json")
     )
     assert config["bos_token"] == bos and config["eos_token"] == older["eos_token"] == "<|eot_id|>"
-    assert load_tokenizer(tmp_path / "out").eos_id == 256 + 4
+    assert load_tokenizer(tmp_path / "out").eos_id == len(TOKENS) + 4
 
 
 FLAGS_OF_A_TOKEN = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
