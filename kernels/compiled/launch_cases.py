@@ -163,7 +163,7 @@ def attention_cases() -> Iterator[Case]:
 
         return build
 
-    layers = [(False, *sizes) for sizes in ((32, 32, 128), (32, 8, 128), (9, 3, 64), (32, 32, 80), (8, 1, 256))]
+    layers = [(False, *sizes) for sizes in ((9, 3, 64), (32, 32, 128), (32, 8, 128), (32, 32, 80), (8, 1, 256))]
     for some, *sizes in (*layers, (True, 32, 32, 128)):
         label = "H={} K={} Dh={}".format(*sizes) + (" some rows" if some else "")
         yield Case("attention", f"forward {label}", forward(some, *sizes))

@@ -168,7 +168,7 @@ def test_one_curve_with_kernels_and_with_references(tmp_path, rows_file):
     for impl in ("triton", "ref"):
         finetune(
             "--model", small_model(), "--data", rows_file, "--out", tmp_path / impl, "--kernels", impl,
-            "--dtype", "fp32", "--global-batch-size", 2, "--max-steps", 6, "--max-length", 64, "--lr", 1e-3,
+            "--dtype", "fp32", "--global-batch-size", 2, "--max-steps", 4, "--max-length", 64, "--lr", 1e-3,
         )  # fmt: skip
         curves[impl] = [(line["loss"], line["grad_norm"]) for line in events(tmp_path / impl)]
     for ours, reference in zip(curves["triton"], curves["ref"], strict=True):
