@@ -17,6 +17,11 @@ from engine.formats.settings import Settings
 from engine.formats.tensor_files import Stored
 from engine.model.config import ModelConfig, RopeScaling
 
+FAMILIES = {  # model_type: architectures, in lower case. Those without a head have one when it is tied to the embedding
+    "llama": ("llamaforcausallm", "llamamodel"),
+    "mistral": ("mistralforcausallm", "mistralmodel"),
+}
+
 # ---- Hugging Face ---------------------------------------------------------------------------------------------------
 
 
@@ -28,14 +33,23 @@ def config_from_hf(raw: dict[str, Any], problems: list[str]) -> ModelConfig | No
     before, settings = len(problems), Settings(raw, "config.json", problems)
     architectures = raw.get("architectures") or []
     kinds = [raw.get("model_type"), *(architectures if isinstance(architectures, list) else [architectures])]
-    if kinds[0] != "llama" or [str(kind).lower() for kind in kinds[1:]] not in ([], ["llamaforcausallm"]):
-        settings.add_problem(f"a {' '.join(map(str, kinds))}; only LLaMA is read (model_type llama, LlamaForCausalLM)")
+    family = FAMILIES.get(str(kinds[0]))
+    if family is None or [str(kind).lower() for kind in kinds[1:]] not in ([], *([name] for name in family)):
+        settings.add_problem(
+            f"a {' '.join(map(str, kinds))}; only LLaMA is read (model_type llama, LlamaForCausalLM, and mistral, "
+            "MistralForCausalLM, without a sliding window)"
+        )
         return None
-    for key in ("attention_bias", "mlp_bias"):
-        settings.refuse(key, False, why=": LLaMA has no biases")
+    if refuse_quantised(settings):
+        return None
+    is_mistral = kinds[0] == "mistral"
+    if is_mistral:
+        # What transformers takes where a key is absent. Its Mistral has no biases, whatever the keys say.
+        settings.raw = {"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072} | raw
+        settings.refuse("attention_bias", False)
+        settings.refuse("mlp_bias", False)
     settings.refuse("hidden_act", "silu")
-    settings.refuse("quantization_config", why="; save the model unquantised first")
-    settings.refuse("sliding_window")
+    settings.refuse("sliding_window", why=": every token sees all before it here")
     settings.refuse("partial_rotary_factor", 1)
     n_heads = settings.get("num_attention_heads", int)
     max_seq_len = settings.get("max_position_embeddings", int, 2048)  # 2023 conversions leave it out
@@ -54,14 +68,36 @@ def config_from_hf(raw: dict[str, Any], problems: list[str]) -> ModelConfig | No
         rope_scaling=scaling,
         head_dim=settings.get("head_dim", int, None),
         tied=settings.get("tie_word_embeddings", bool, False),
+        attention_bias=settings.get("attention_bias", bool, False),
+        mlp_bias=settings.get("mlp_bias", bool, False),
     )
+
+
+def refuse_quantised(settings: Settings) -> bool:
+    """Add one problem and return True when the weights of a config.json are not plain numbers of 16 bits or more."""
+    quantisation = settings.raw.get("quantization_config")
+    if quantisation is not None:
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+        settings.add_problem(
+            f"quantization_config: weights quantised by {str(method)[:80]} are not read; save the model unquantised "
+            "first, in bf16"
+        )
+        return True
+    for key in ("torch_dtype", "dtype"):
+        dtype = str(settings.raw.get(key) or "auto").removeprefix("torch.")
+        if dtype not in ("auto", "float32", "float", "float16", "half", "bfloat16", "float64", "double"):
+            settings.add_problem(
+                f"{key} is {dtype[:80]}; weights of this type are not read, save the model in bf16 first"
+            )
+            return True
+    return False
 
 
 def config_to_hf(config: ModelConfig, dtype: torch.dtype, bos_id: int | None, eos_ids: Sequence[int]) -> dict[str, Any]:
     """Return a config.json in the words of transformers 4, which transformers 5 and vLLM read too."""
     return {
         "architectures": ["LlamaForCausalLM"],
-        "attention_bias": False,
+        "attention_bias": config.attention_bias,
         "attention_dropout": 0.0,
         **token_ids_to_hf(bos_id, eos_ids),
         "head_dim": config.head_dim,
@@ -70,7 +106,7 @@ def config_to_hf(config: ModelConfig, dtype: torch.dtype, bos_id: int | None, eo
         "initializer_range": 0.02,
         "intermediate_size": config.hidden_dim,
         "max_position_embeddings": config.max_seq_len,
-        "mlp_bias": False,
+        "mlp_bias": config.mlp_bias,
         "model_type": "llama",
         "num_attention_heads": config.n_heads,
         "num_hidden_layers": config.n_layers,
@@ -150,6 +186,8 @@ def config_to_meta(config: ModelConfig) -> dict[str, Any]:
     problems = []
     if config.head_dim * config.n_heads != config.dim:
         problems.append(f"head_dim {config.head_dim} is not dim / n_heads")
+    if config.attention_bias or config.mlp_bias:
+        problems.append("it has biases")
     scaling = config.rope_scaling
     if scaling and scaling != RopeScaling(factor=scaling.factor):
         problems.append(f"its rope_scaling {scaling} is not {RopeScaling(factor=scaling.factor)}")
@@ -205,11 +243,20 @@ def config_from_gguf(raw: dict[str, Any], stored: dict[str, Stored], problems: l
     stored: the file's tensors. The scaling of RoPE is read from rope_freqs.weight, which is then removed from stored.
     """
     before, settings = len(problems), Settings(raw, "metadata", problems)
+    if raw.get("split.count") not in (None, 0, 1):
+        number = f"{raw['split.no'] + 1} " if type(raw.get("split.no")) is int else ""
+        settings.add_problem(
+            f"part {number}of {str(raw['split.count'])[:80]} of a split GGUF; merge all parts first: llama-gguf-split "
+            "--merge FIRST-PART.gguf WHOLE.gguf"
+        )
+        return None
+    if raw.get("general.type", "model") != "model":
+        settings.add_problem(f"a GGUF of type {str(raw['general.type'])[:80]}, not a model; merge it into its base")
+        return None
     if raw.get("general.architecture") != "llama":
         settings.add_problem(f"general.architecture is {raw.get('general.architecture')!r}; only llama is read")
         return None
     settings.refuse("llama.expert_count", 0, why=": mixtures of experts are no LLaMA")
-    settings.refuse("split.count", 0, 1, why="; merge the files with llama-gguf-split --merge")
     dim, n_heads = settings.get("llama.embedding_length", int), settings.get("llama.attention.head_count", int)
     head_dim = settings.get("llama.attention.key_length", int, dim // n_heads if dim and n_heads else None)
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
@@ -236,4 +283,6 @@ def config_from_gguf(raw: dict[str, Any], stored: dict[str, Stored], problems: l
         rope_scaling=scaling,
         head_dim=head_dim,
         tied="output.weight" not in stored,
+        attention_bias=any(f"blk.0.attn_{name}.bias" in stored for name in ("q", "k", "v", "output")),
+        mlp_bias=any(f"blk.0.ffn_{name}.bias" in stored for name in ("gate", "up", "down")),
     )

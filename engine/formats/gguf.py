@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from engine.base.errors import DataError, UsageError, summarize_error
+from engine.formats.folders import StandInError, explain_stand_in
 from engine.formats.tensor_files import Block, Stored
 
 BLOCK_ELEMENTS = 1 << 18  # dequantised at a time; the gguf package needs a few times their memory on the way
@@ -39,6 +40,8 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
         ) from error
     try:
         with path.open("rb") as file:
+            if what := explain_stand_in(file.read(64)):
+                raise StandInError(path.name, what)
             pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return read_header(path.name, pages, gguf)
     except (OSError, ValueError, struct.error, RecursionError, OverflowError) as error:
@@ -108,10 +111,16 @@ def read_header(file: str, pages: mmap.mmap, gguf: ModuleType) -> tuple[dict[str
         raise ValueError(f"general.alignment is {alignment}")
     base = cursor.position + -cursor.position % alignment
     stored: dict[str, Stored] = {}
+    end = 0
     for name, shape, kind, offset in infos:
         if name in stored:
             raise ValueError(f"two tensors named {name}")
+        if offset != end:
+            raise ValueError(f"{name} begins at {offset}, wanted {end}, behind the tensor before it")
         stored[name] = open_tensor(file, pages, gguf, name, shape, kind, base + offset)
+        block_elements, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+        end += math.prod(shape) // block_elements * block_bytes
+        end += -end % alignment
     return metadata, stored
 
 

@@ -3,6 +3,7 @@
     ours                 hf: Hugging Face           meta: Meta                      gguf: llama.cpp
     wqkv (wq, wk, wv)    q_proj, k_proj, v_proj     wq, wk (rows paired), wv        attn_q, attn_k (rows paired), attn_v
     w13 (w1, w3)         gate_proj, up_proj         w1, w3                          ffn_gate, ffn_up
+    bqkv, bo, b13, b2    those and o_proj, down_proj, with .bias for .weight; Meta has none
 
 RoPE rotates rows of a head in pairs. In our parameters and at Hugging Face, row i is paired with row i + Dh/2. At Meta
 and in GGUF ("rows paired"), row 2i is paired with row 2i + 1.
@@ -66,11 +67,15 @@ def list_pieces(config: ModelConfig, program: str) -> dict[str, Piece]:
         "attention_norm": ("attention_norm", 0, (dim,), 0),
         "ffn_norm": ("ffn_norm", 0, (dim,), 0),
     }
+    biased = ("wq", "wk", "wv", "wo") * config.attention_bias + ("w1", "w3", "w2") * config.mlp_bias
     table = {GLOBAL_NAMES["tok_embeddings"][column]: Piece("tok_embeddings", 0, (config.vocab_size, dim), 0)}
     for i in range(config.n_layers):
         for name, (parameter, first_row, shape, heads) in layer.items():
             their_name = LAYER_PREFIXES[column].format(i) + LAYER_NAMES[name][column]
             table[their_name] = Piece(f"layers.{i}.{parameter}", first_row, shape, heads)
+            if name in biased:
+                bias = Piece(f"layers.{i}.b{parameter[1:]}", first_row, shape[:1], heads)
+                table[their_name.removesuffix("weight") + "bias"] = bias
     table[GLOBAL_NAMES["norm"][column]] = Piece("norm", 0, (dim,), 0)
     if not config.tied:
         table[GLOBAL_NAMES["output"][column]] = Piece("output", 0, (config.vocab_size, dim), 0)

@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,21 @@ import torch
 
 from engine.base.errors import DataError
 from engine.formats.configs import config_from_gguf, config_from_hf, config_from_meta
-from engine.formats.find import detect_kind, is_training_state, list_checkpoints
-from engine.formats.folders import find_member, read_json_member
+from engine.formats.find import detect_kind, explain_no_model, explain_other_content
+from engine.formats.folders import StandInError, find_member, read_json_member
 from engine.formats.gguf import open_gguf
 from engine.formats.names import GLOBAL_NAMES, PROGRAMS, Piece, list_pieces, pairs_to_halves
 from engine.formats.settings import join_problems
-from engine.formats.tensor_files import Block, Stored, is_finite, open_pth, open_safetensors
+from engine.formats.tensor_files import Block, Stored, as_one_block, is_finite, open_pth, open_safetensors
 from engine.model.config import ModelConfig
 from engine.model.llama import Transformer
 from engine.model.shard import Shard
 
 # Frequencies of RoPE in checkpoints of 2023. They follow from the config.
-IGNORED = re.compile(r".*\.rotary_emb\.inv_freq|rope\.freqs")
+IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq|rope\.freqs")
+# Ends of the names of what quantisers store beside, or in place of, a weight: GPTQ, AWQ, compressed-tensors,
+# bitsandbytes, fp8.
+QUANTISED = re.compile(r".*\.(qweight|weight_packed|absmax|quant_map|weight_scale(_inv)?)")
 FileOpener = Callable[[Path], dict[str, Stored]]
 
 
@@ -125,19 +129,6 @@ def most_common_dtype(stored: dict[str, Stored]) -> torch.dtype:
     return sizes.most_common(1)[0][0]
 
 
-def explain_no_model(path: Path) -> str:
-    """Return why a path holds no model. Where it holds a training state, name the command that makes a model of it."""
-    export = "python -m engine.export --model {} --out DIR"
-    if is_training_state(path):
-        return f"holds a training state, not a model; {export.format(path)} makes one of it"
-    if states := list_checkpoints(path):
-        return f"holds training states, no model yet; {export.format(states[-1][1])} makes one of the newest"
-    got = "does not exist"
-    if path.exists():
-        got = "holds neither" if path.is_dir() else "is none"
-    return f"{got}; wanted a folder with config.json or params.json, or a .gguf file"
-
-
 # ---- tensors against the config -------------------------------------------------------------------------------------
 
 
@@ -152,9 +143,20 @@ def check_tensors(
     if config.n_layers > n_tensors:  # before list_pieces() makes a table of as many
         problems.append(f"{config.n_layers} layers by the config, but there are only {n_tensors} tensors")
         return
+    quantised = [name for name, t in stored.items() if QUANTISED.fullmatch(name) or "8_e" in str(t.dtype).lower()]
+    if quantised:
+        first, n = stored[quantised[0]], len(quantised)
+        more = f", and {n - 1} more" if n > 1 else ""
+        problems.append(
+            f"{first.file}: {quantised[0]}, {first.dtype}{more}: quantised weights, which are not read; save the model "
+            "unquantised first, in bf16"
+        )
+        return
     wanted = list_pieces(config, kind)
     column = PROGRAMS.index(kind)
     head, embedding = GLOBAL_NAMES["output"][column], GLOBAL_NAMES["tok_embeddings"][column]
+    if config.tied and head in stored and embedding not in stored and embedding not in unreadable:
+        stored[embedding] = stored.pop(head)
     if config.tied and head in stored and embedding in stored:
         if is_equal(stored[head], stored[embedding]):
             del stored[head]
@@ -170,7 +172,7 @@ def check_tensors(
             if "exp" in name:
                 note = ": mixtures of experts are no LLaMA"
             elif name.endswith(".bias"):
-                note = ": LLaMA has no biases"
+                note = ": the config has no bias there"
             problems.append(f"{tensor.file}: {name} {tensor.shape} is not wanted{note}")
             continue
         if tensor.shape != wanted[name].shape:
@@ -204,14 +206,19 @@ def open_each(
     folder: Path, names: Iterable[str], opener: FileOpener, problems: list[str]
 ) -> dict[str, dict[str, Stored]]:
     """Return {file: its tensors} of the files that can be opened. Add a problem for each of the others."""
-    opened = {}
+    opened, stand_ins = {}, []
     for name in names:
         try:
             opened[name] = opener(find_member(folder, name))
+        except StandInError as error:
+            stand_ins.append(error)
         except DataError as error:
             problems.append(str(error))
         except OSError as error:
             problems.append(f"{name}: {error.strerror}")
+    if stand_ins:  # one line, however many files of a clone were not downloaded
+        more = f" (and {len(stand_ins) - 1} more)" if len(stand_ins) > 1 else ""
+        problems.append(f"{stand_ins[0].name}{more} is {stand_ins[0].what}")
     return opened
 
 
@@ -227,13 +234,32 @@ def open_hf(folder: Path, problems: list[str]) -> Opened:
     ]
     found = [choice for choice in choices if os.path.lexists(folder / choice[0])]
     if not found:
-        problems.append("no weights; wanted one of " + ", ".join(name for name, _ in choices))
+        names = ", ".join(name for name, _ in choices)
+        problems.append(explain_other_content(folder) or f"no weights; wanted one of {names}")
         return Opened()
     name, opener = found[0]
     if name.endswith(".index.json"):
-        return Opened(config, *open_indexed(folder, name, opener, problems))
+        stored, unreadable = open_indexed(folder, name, opener, problems)
+        unreadable = {name if name.startswith(PREFIXED) else f"model.{name}" for name in unreadable}
+        return Opened(config, add_prefixes(stored, problems), unreadable)
     opened = open_each(folder, [name], opener, problems)
-    return Opened(config, opened[name]) if opened else Opened()
+    return Opened(config, add_prefixes(opened[name], problems)) if opened else Opened()
+
+
+PREFIXED = ("model.", "lm_head.")
+
+
+def add_prefixes(stored: dict[str, Stored], problems: list[str]) -> dict[str, Stored]:
+    """Return the tensors with `model.` before the names that a LlamaModel, a model without its head, stores without."""
+    if not any(name.startswith(("layers.", "embed_tokens.")) for name in stored):
+        return stored
+    renamed: dict[str, Stored] = {}
+    for name, tensor in stored.items():
+        new = name if name.startswith(PREFIXED) else f"model.{name}"
+        if new in renamed or (new != name and new in stored):
+            problems.append(f"{tensor.file}: {name} and model.{name.removeprefix('model.')} are both there")
+        renamed[new] = tensor
+    return renamed
 
 
 def open_indexed(
@@ -334,7 +360,13 @@ def join_parts(parts: list[Stored], by_columns: bool) -> Stored:
 def open_gguf_model(path: Path, problems: list[str]) -> Opened:
     """Open a GGUF file, adding its faults to problems."""
     metadata, stored = open_gguf(path)
-    return Opened(config_from_gguf(metadata, stored, problems), stored)
+    config = config_from_gguf(metadata, stored, problems)
+    if config and (config.attention_bias or config.mlp_bias) and config.n_layers <= len(stored):
+        for name, piece in list_pieces(config, "gguf").items():
+            if name.endswith(".bias"):  # a bias that a file lacks is none
+                zeros = Stored(path.name, piece.shape, torch.float32, as_one_block(partial(torch.zeros, piece.shape)))
+                stored.setdefault(name, zeros)
+    return Opened(config, stored)
 
 
 OPENERS: dict[str, Callable[[Path, list[str]], Opened]] = {

@@ -149,6 +149,10 @@ def open_pth(path: Path) -> dict[str, Stored]:
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise DataError(f"{path.name}: {name!r} is no plain tensor; wanted a flat dict of tensors")
+        if 0 in tensor.stride() and tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+            raise DataError(
+                f"{path.name}: {name!r} repeats a value to {tuple(tensor.shape)}; wanted all its numbers stored"
+            )
         dtype = tensor.dtype if tensor.dtype in DTYPE_NAMES else str(tensor.dtype)
         stored[str(name)] = Stored(path.name, tuple(tensor.shape), dtype, as_one_block(tensor.detach))
     return stored

@@ -36,6 +36,8 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     head_dim: int = None  # type: ignore[assignment]  # None is dim / n_heads, which __post_init__ fills in
     tied: bool = False  # the head is the embedding
+    attention_bias: bool = False  # added to q, k, v and after wo
+    mlp_bias: bool = False  # added to gate and up, and after w2
 
     def __post_init__(self) -> None:
         problems = [
@@ -64,6 +66,8 @@ class ModelConfig:
         """Return the number of parameters, a tied head counted once."""
         attention = self.dim * self.head_dim * (2 * self.n_heads + 2 * self.n_kv_heads)
         layer = attention + 3 * self.dim * self.hidden_dim + 2 * self.dim
+        layer += self.attention_bias * ((self.n_heads + 2 * self.n_kv_heads) * self.head_dim + self.dim)
+        layer += self.mlp_bias * (2 * self.hidden_dim + self.dim)
         return self.vocab_size * self.dim * (1 if self.tied else 2) + self.n_layers * layer + self.dim
 
     @property

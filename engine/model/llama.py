@@ -1,4 +1,4 @@
-"""The whole LLaMA (1, 2, 3.x), over packed documents.
+"""The whole LLaMA (1, 2, 3.x; Mistral without a window), over packed documents.
 
 T tokens of a micro-batch, documents back to back    D dim    V vocab
 H heads    K key/value heads    Dh head dim    F hidden dim of the feed-forward
@@ -37,6 +37,7 @@ def new_parameter(*shape: int) -> nn.Parameter:
 class Block(nn.Module):
     """One layer. wqkv holds the rows of wq, then of wk and wv; w13 those of w1 (gate), then of w3 (up).
 
+    bqkv, bo, b13 and b2 are the biases of wqkv, wo, w13 and w2, or None. They are added by torch, outside the kernels.
     keep: the outputs of norms and SwiGLU are kept for backward rather than computed again.
     """
 
@@ -52,6 +53,10 @@ class Block(nn.Module):
         self.ffn_norm = new_parameter(dim)
         self.w13 = new_parameter(2 * config.hidden_dim, dim)
         self.w2 = new_parameter(dim, config.hidden_dim)
+        self.bqkv = new_parameter(len(self.wqkv)) if config.attention_bias else None
+        self.bo = new_parameter(dim) if config.attention_bias else None
+        self.b13 = new_parameter(len(self.w13)) if config.mlp_bias else None
+        self.b2 = new_parameter(dim) if config.mlp_bias else None
 
     def forward(
         self,
@@ -70,16 +75,22 @@ class Block(nn.Module):
 
         if rows is None:
             qkv, residual = kernels.norm_linear(x, self.attention_norm, self.wqkv, eps, residual=residual, **keeping)
+            qkv = qkv if self.bqkv is None else qkv + self.bqkv
             o = attend(qkv.unflatten(1, (-1, c.head_dim)))  # (T, (H + 2K) Dh) -> (T, H, Dh)
         else:
             q, kv, residual = kernels.norm_linear_rows(
                 x, self.attention_norm, self.wqkv, rows, c.n_heads * c.head_dim, eps, **keeping
             )
+            if self.bqkv is not None:
+                q, kv = q + self.bqkv[: q.shape[1]], kv + self.bqkv[q.shape[1] :]
             o = attend(q.unflatten(1, (-1, c.head_dim)), kv.unflatten(1, (-1, c.head_dim)))
         x = kernels.linear(o.flatten(1), self.wo, **self.options)
+        x = x if self.bo is None else x + self.bo
 
         x, residual = kernels.norm_linear(x, self.ffn_norm, self.w13, eps, residual=residual, **keeping)  # x: (T, 2F)
-        return kernels.swiglu_linear(x, self.w2, consume=True, **keeping), residual
+        x = x if self.b13 is None else x + self.b13
+        x = kernels.swiglu_linear(x, self.w2, consume=True, **keeping)
+        return x if self.b2 is None else x + self.b2, residual
 
 
 class Transformer(nn.Module):
@@ -189,7 +200,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int, shards: dict[str, Shard] | None = None) -> None:
-        """Set norms to 1 and draw matrices from a normal distribution of standard deviation 0.02.
+        """Set norms to 1, biases to 0, and draw matrices from a normal distribution of standard deviation 0.02.
 
         Matrices are drawn in the order of named_parameters(). shards: {name: the rows that this rank holds} of a
         sharded model; each rank draws whole matrices and keeps its rows, so weights do not depend on the number of
@@ -199,7 +210,7 @@ class Transformer(nn.Module):
         for name, p in self.named_parameters():
             shard = shards[name] if shards else None
             if p.ndim == 1:
-                (shard.tensor if shard else p).fill_(1)
+                (shard.tensor if shard else p).fill_(name.endswith("norm"))
             elif shard and shard.rows:
                 whole = shard.tensor.new_empty(p.shape).normal_(std=0.02, generator=generator)
                 shard.tensor.copy_(whole[shard.first : shard.end])

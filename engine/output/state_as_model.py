@@ -19,7 +19,8 @@ from engine.output import checkpoint
 from engine.output.folder import RUN
 from engine.output.tensor_rows import check_fit
 
-ADDED = {"attention_factor", "beta_fast", "beta_slow", "truncate"}  # fields that the first version's states lack
+# Fields that the first version's states lack.
+ADDED = {"attention_factor", "beta_fast", "beta_slow", "truncate", "attention_bias", "mlp_bias"}
 PARAMETERS = "param."  # begins the names of a state's tensors that are the model's, not the optimizer's
 
 

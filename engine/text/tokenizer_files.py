@@ -26,6 +26,7 @@ import tokenizers
 
 from engine.base.errors import DataError, UsageError
 from engine.formats.find import find_embedded_gguf, find_model
+from engine.formats.folders import explain_stand_in
 from engine.model.config import EMBEDDED_MODEL, MODELS, ModelConfig
 from engine.text.tokenizer import SAVED, Tokenizer, Vocabulary
 from engine.text.tokenizer_json import (
@@ -84,6 +85,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
             files = read_files_from_gguf(path)
         else:
             files = {name: (path / name).read_bytes() for name in READ if (path / name).is_file()}
+        for name, content in files.items():
+            if what := explain_stand_in(content[:64]):
+                raise DataError(f"{path / name}: {what}")
         if "tokenizer.json" in files:
             return load_tokenizer_json(path, files)
         if "tokenizer.model" in files:

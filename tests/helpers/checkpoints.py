@@ -39,6 +39,7 @@ SHAPES = {
     "linear-rope": replace(BASE, rope_scaling=RopeScaling(kind="linear", factor=4.0)),
     "dynamic-rope": replace(BASE, rope_scaling=RopeScaling(kind="dynamic", factor=2.0), max_seq_len=32),
     "yarn-rope": replace(BASE, rope_scaling=YARN),
+    "biases": replace(BASE, attention_bias=True, mlp_bias=True),
     "tied": replace(BASE, tied=True),
     "wide-heads": replace(BASE, head_dim=16),  # not dim / n_heads
     "one-kv-head": replace(BASE, n_kv_heads=1),
@@ -54,6 +55,8 @@ def random_model(config, dtype=torch.float32, seed=0):
     with torch.no_grad():
         for name, p in model.named_parameters():  # logits far from 0, norms from 1
             p.mul_(1 + 0.1 * torch.randn(p.shape, generator=generator)) if "norm" in name else p.mul_(8)
+            if p.ndim == 1 and "norm" not in name:
+                p.normal_(std=0.1, generator=generator)
     return model
 
 
@@ -73,11 +76,12 @@ def make_theirs(config):
             num_key_value_heads=config.n_kv_heads, intermediate_size=config.hidden_dim, vocab_size=config.vocab_size,
             max_position_embeddings=config.max_seq_len, rms_norm_eps=config.norm_eps, head_dim=config.head_dim,
             tie_word_embeddings=config.tied, rope_parameters=rope, initializer_range=0.2,
+            attention_bias=config.attention_bias, mlp_bias=config.mlp_bias,
         )
     )  # fmt: skip
     with torch.no_grad():
         for name, p in theirs.named_parameters():
-            if "norm" in name:
+            if "norm" in name or "bias" in name:
                 p.add_(0.1 * torch.randn_like(p))
     return theirs
 

@@ -66,7 +66,7 @@ def test_gguf_faults(tmp_path):
 
     fails(["general.architecture is 'falcon'"], arch="falcon")
     fails(["mixtures of experts"], expert_count=8)
-    fails(["blk.0.attn_q.bias", "no biases"], add={"blk.0.attn_q.bias": np.zeros(32, np.float32)})
+    fails(["blk.1.attn_q.bias", "no bias there"], add={"blk.1.attn_q.bias": np.zeros(32, np.float32)})
     fails(["ffn_gate_inp"], add={"blk.0.ffn_gate_inp.weight": np.zeros((8, 32), np.float32)})
     fails(
         ["blk.1.ffn_up.weight is missing", "output_norm.weight is missing"],
@@ -95,3 +95,15 @@ def test_gguf_without_its_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UsageError, match=r"pip install 'cria-engine\[gguf\]'"):
         open_source(tmp_path / "m.gguf")
+
+
+def test_a_bias_that_a_gguf_lacks_is_none(tmp_path):
+    """As that of attn_output in models whose q, k and v alone have one."""
+    config, path = replace(BASE, attention_bias=True), tmp_path / "m.gguf"
+    theirs = make_theirs(config)
+    with torch.no_grad():
+        for layer in theirs.model.layers:
+            layer.self_attn.o_proj.bias.zero_()
+    write_gguf(path, theirs, config, drop=["blk.0.attn_output.bias", "blk.1.attn_output.bias"])
+    tokens = make_tokens(config)
+    assert_close(logits(read_model(path), tokens), their_logits(theirs, tokens))

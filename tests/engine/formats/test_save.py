@@ -133,7 +133,15 @@ def test_meta_file_is_an_ordinary_torch_file(tmp_path):
     assert configs.meta_hidden_dim(params["dim"], params["multiple_of"]) == META.hidden_dim
 
 
-@pytest.mark.parametrize("shape, words", [("wide-heads", "head_dim 16"), ("llama3-rope", "rope_scaling")])
+@pytest.mark.parametrize(
+    "shape, words",
+    [
+        ("wide-heads", "head_dim 16"),
+        ("llama3-rope", "rope_scaling"),
+        ("yarn-rope", "kind='yarn'"),
+        ("biases", "biases"),
+    ],
+)
 def test_meta_refuses_what_it_cannot_say(shape, words, tmp_path):
     with pytest.raises(UsageError, match=words):
         save_meta(tmp_path, random_model(SHAPES[shape]))

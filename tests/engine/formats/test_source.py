@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from engine.formats.names import list_pieces
 from engine.formats.save import save_hf
 from engine.formats.source import open_source
+from engine.model.batch import MicroBatch
 from engine.model.config import RopeScaling
 from tests.helpers.checkpoints import (
     BASE,
@@ -143,3 +145,117 @@ def test_a_head_that_repeats_the_embedding_is_accepted(tmp_path):
         tmp_path / "model.safetensors", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()})
     )
     assert same_weights(read_model(tmp_path), random_model(config))
+
+
+# ---- models that are LLaMA by another name --------------------------------------------------------------------------
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_mistral_without_a_window_is_read_and_written(tmp_path):
+    config = transformers.MistralConfig(
+        hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, max_position_embeddings=128, sliding_window=None, initializer_range=0.2,
+    )  # fmt: skip
+    theirs, tokens = transformers.MistralForCausalLM(config), make_tokens(BASE)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert json.loads((tmp_path / "theirs" / "config.json").read_text())["sliding_window"] is None
+    model = read_model(tmp_path / "theirs")
+    assert_close(logits(model, tokens), their_logits(theirs, tokens))
+    save_hf(tmp_path / "ours", model, bos_id=1, eos_ids=(2,))
+    assert_close(their_logits(load_theirs(tmp_path / "ours"), tokens), their_logits(theirs, tokens))
+    edit_config(tmp_path / "theirs", sliding_window=64)
+    assert_refused(tmp_path / "theirs", "sliding_window is 64, which is not supported")
+
+
+def test_what_mistral_leaves_out_is_what_transformers_takes(tmp_path):
+    """Eight key heads, not as many as queries; 131072 positions."""
+    make_theirs(replace(BASE, dim=64, n_heads=16, n_kv_heads=8, head_dim=4)).save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+    del raw["num_key_value_heads"], raw["max_position_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    config = open_source(tmp_path).config
+    assert (config.n_kv_heads, config.max_seq_len) == (8, 131072)
+    assert load_theirs(tmp_path).config.num_key_value_heads == 8
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_names_without_model(tied, shards, tmp_path):
+    """As a LlamaModel, transformers' model without its head, is saved; with the head where it is not tied."""
+    theirs, tokens = make_theirs(replace(BASE, tied=tied)), make_tokens(BASE)
+    theirs.save_pretrained(tmp_path, **({"max_shard_size": "20KB"} if shards else {}))
+
+    def rename(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    for path in tmp_path.glob("*.safetensors"):
+        rewrite_safetensors(path, rename)
+    if shards:
+        index = tmp_path / "model.safetensors.index.json"
+        raw = json.loads(index.read_text())
+        raw["weight_map"] = {name.removeprefix("model."): file for name, file in raw["weight_map"].items()}
+        index.write_text(json.dumps(raw))
+    assert_close(logits(read_model(tmp_path), tokens), their_logits(theirs, tokens))
+    if shards:
+        next(iter(tmp_path.glob("model-00002*"))).unlink()
+        assert assert_refused(tmp_path, "model-00002-of-").count("\n") == 0, "one line: its tensors are not missing too"
+
+
+def test_a_llama_model_of_transformers(tmp_path):
+    theirs, tokens = make_theirs(replace(BASE, tied=True)), make_tokens(BASE)
+    theirs.model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaModel"]
+    assert_close(logits(read_model(tmp_path), tokens), their_logits(theirs, tokens))
+    edit_config(tmp_path, tie_word_embeddings=False)
+    assert_refused(tmp_path, "lm_head.weight is missing")
+
+
+def test_a_name_with_and_without_model_is_refused(tmp_path):
+    make_theirs(BASE).save_pretrained(tmp_path)
+    rewrite_safetensors(
+        tmp_path / "model.safetensors", lambda t: t.update({"embed_tokens.weight": t["model.embed_tokens.weight"] + 1})
+    )
+    assert_refused(tmp_path, "embed_tokens.weight and model.embed_tokens.weight are both there")
+
+
+def test_a_tied_model_that_stores_its_head_alone(tmp_path):
+    theirs, tokens = make_theirs(replace(BASE, tied=True)), make_tokens(BASE)
+    theirs.save_pretrained(tmp_path)
+    rewrite_safetensors(
+        tmp_path / "model.safetensors", lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")})
+    )
+    assert_close(logits(read_model(tmp_path), tokens), their_logits(theirs, tokens))
+
+
+@pytest.mark.parametrize("bias", ["attention_bias", "mlp_bias"])
+def test_biases_alone(bias, tmp_path):
+    theirs, tokens = make_theirs(replace(BASE, **{bias: True})), make_tokens(BASE)
+    theirs.save_pretrained(tmp_path)
+    model = read_model(tmp_path)
+    assert model.config == replace(BASE, **{bias: True})
+    assert model.config.n_parameters == sum(p.numel() for p in model.parameters())
+    assert_close(logits(model, tokens), their_logits(theirs, tokens))
+
+
+def test_gradients_of_biases_are_transformers(tmp_path):
+    config, tokens = SHAPES["biases"], make_tokens(BASE, 50)
+    theirs = make_theirs(config)
+    theirs.save_pretrained(tmp_path)
+    theirs(tokens[None], labels=tokens[None]).loss.backward()
+    model, n = read_model(tmp_path), len(tokens)
+    documents = torch.tensor([[0, n, 0, 0]], dtype=torch.int32)
+    model.loss(
+        MicroBatch(
+            tokens, torch.arange(n), documents, torch.arange(n - 1), tokens[1:], torch.full((n - 1,), 1 / (n - 1))
+        )
+    ).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    for name, piece in list_pieces(config, "hf").items():
+        ours, reference = piece.rows_of(gradients), theirs.get_parameter(name).grad
+        assert (ours - reference).abs().max() < 1e-5 * max(1, reference.abs().max()), name

@@ -70,6 +70,16 @@ def test_loss_and_every_gradient(recompute, accumulate, tied, device):
         assert err <= 2 * theirs + 1e-6 * t.abs().max().item(), f"{name}: {err:.2e} against {theirs:.2e}"
 
 
+@pytest.mark.parametrize("biases", [{"attention_bias": True}, {"mlp_bias": True}], ids=str)
+def test_biases_and_their_gradients(biases, device):
+    one = batch()
+    truth = loss_and_gradients(model_of("ref", "cpu", torch.float64, **biases), one)
+    ours = loss_and_gradients(model_of("triton", device, **biases, accumulate=True), one)
+    assert len(truth) == len(loss_and_gradients(model_of("ref", "cpu"), one)) + 4
+    for name, t in truth.items():
+        assert worst(ours[name].cpu() - t) <= 1e-5 * t.abs().max().item() + 1e-6, name
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_gradients_of_micro_batches_add_up_in_the_gemms(tied, device):
     """Into the tensors that are there, in place; where there are none, into new ones."""
