@@ -128,12 +128,17 @@ FAULTS = [  # fault, expected, tests
     ("concurrent requests, disconnects", "a bounded queue, 503; generation cancelled", []),
     ("XSS in prompt or output, a foreign Origin", "text only, CSP, loopback, Origin and Host checked", []),
 ]  # fmt: skip
+Z = "engine/formats/test_stand_ins.py"
 LATER = {  # number: found since, by trying public reports of other projects' users
     44: ("keys or files that contradict each other (RoPE)", "the format's own reader's reading, or refused by name", [
           ("engine/formats/test_rope.py", "test_contradictions_are_read_as_transformers_reads_them_or_refused"),
           ("engine/formats/test_rope.py", "test_rope_scaling_goes_before_rope_parameters_with_the_theta_beside_it"),
           ("engine/formats/test_rope.py", "test_factor_of_meta_models"),
           ("engine/formats/test_rope.py", "test_gguf_scaling_is_read_as_llama_cpp_reads_it")]),
+    46: ("model files that are not what they seem", "one line that says what it is and what to do", [
+          (Z, "test_git_lfs_pointers_in_place_of_weights"), (Z, "test_a_git_lfs_pointer_in_place_of_a_tokenizer"),
+          (Z, "test_an_adapter_alone"), (Z, "test_a_part_of_a_split_gguf"), (Z, "test_shards_without_their_index"),
+          (Z, "test_fp8_and_other_quantised_folders_take_one_line"), (Z, "test_the_command_exits_3_with_what_to_do")]),
 }  # fmt: skip
 ROWS = [*enumerate(FAULTS, 1), *sorted(LATER.items())]
 
