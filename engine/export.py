@@ -81,6 +81,8 @@ def main(argv: list[str]) -> None:
         style = read_prompt_style(path)
     if style is not None:
         tokenizer = adopt_style(pin_date(tokenizer) if style == "template" else tokenizer, style)
+    for warning in tokenizer.warnings:
+        print(f"warning: {warning}")
     dtype = source.dtype if config.dtype == "auto" else DTYPES[config.dtype]
     out.mkdir(parents=True, exist_ok=True)
     require_disk_space(

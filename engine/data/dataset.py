@@ -147,8 +147,12 @@ def encode_block(rows: Sequence[Row], tokenizer: Tokenizer, style: str) -> tuple
     train.py: where a token spans the boundary, it carries none.
     """
     parts = [render_row(row, style, tokenizer) for row in rows]
-    texts = list(dict.fromkeys(end for row in parts for part in row if isinstance(part, Text) for end in part.ends()))
-    ids_of = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
+    ends = (
+        (end, part.follows_special) for row in parts for part in row if isinstance(part, Text) for end in part.ends()
+    )
+    texts = list(dict.fromkeys(ends))
+    encoded = tokenizer.encode_batch([text for text, _ in texts], [follows for _, follows in texts])
+    ids_of = dict(zip(texts, encoded, strict=True))
     ids: list[int] = []
     lengths = []
     run_lengths: list[int] = []  # lengths of runs of tokens: without loss, with loss, without, ...
@@ -159,9 +163,9 @@ def encode_block(rows: Sequence[Row], tokenizer: Tokenizer, style: str) -> tuple
                 ids.append(find_special_id(tokenizer, part.name, style))
                 run_lengths += (not part.loss, part.loss)
             else:
-                new = ids_of[part.whole()]
+                new = ids_of[part.whole(), part.follows_special]
                 ids += new
-                run_lengths += count_by_turns([len(ids_of[end]) for end in part.ends()])
+                run_lengths += count_by_turns([len(ids_of[end, part.follows_special]) for end in part.ends()])
         lengths.append(len(ids) - before)
     is_target = np.repeat(np.arange(len(run_lengths)) % 2 == 1, run_lengths)
     return np.fromiter(ids, np.int32, len(ids)), is_target, np.array(lengths)

@@ -29,12 +29,26 @@ from engine.base.files import sync_file, sync_folder
 from engine.data import dataset as data
 from engine.data import rows
 from engine.data.rows import Skipped, map_file
-from engine.text import own_template, parts, templates, tokenizer, tokenizer_files, tokenizer_json
+from engine.text import (
+    own_template,
+    parts,
+    sentencepiece_file,
+    templates,
+    tokenizer,
+    tokenizer_files,
+    tokenizer_gguf,
+    tokenizer_json,
+    tokenizer_parts,
+    tokenizer_sentencepiece,
+)
 from engine.text.tokenizer import Tokenizer
 
 FORMAT = 1  # of an entry
 # The modules that turn bytes into ids. Their code is part of the key: a changed template makes another entry.
-CODE = (data, rows, parts, templates, own_template, tokenizer, tokenizer_files, tokenizer_json)
+CODE = (
+    data, rows, parts, templates, own_template, tokenizer, tokenizer_files, tokenizer_gguf, tokenizer_json,
+    tokenizer_parts, tokenizer_sentencepiece, sentencepiece_file,
+)  # fmt: skip
 ARRAYS, MANIFEST = ("tokens", "is_target", "rows"), "manifest.json"
 NAME = re.compile("[0-9a-f]{64}")  # of an entry; no other folder is removed
 MAX_ENTRIES, MAX_BYTES = 20, 4 << 30  # that are kept; 52,000 Alpaca rows take 35 MB

@@ -20,7 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from engine.base.errors import DataError, summarize_error
 from engine.text.parts import Part, Special, Text
 from engine.text.tokenizer import Tokenizer
-from engine.text.tokenizer_files import read_json, read_named_tokens
+from engine.text.tokenizer_parts import read_json, read_named_tokens
 
 CONFIG, JINJA_FILE = "tokenizer_config.json", "chat_template.jinja"
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")  # begins what a template says carries loss
@@ -212,7 +212,7 @@ def cut_text(text: str, start: int, end: int, spans: Sequence[Span], sign: str) 
         inside = [(max(a, start), min(b, end)) for a, b in spans if a < end and b > start]
         cuts = [start, *(place for span in inside for place in span), end]
         runs = [text[a:b].replace(sign, "") for a, b in pairwise(cuts)]
-        yield Text(runs[0], runs[1] if len(runs) > 1 else "", tuple(runs[2:]))
+        yield Text(runs[0], runs[1] if len(runs) > 1 else "", tuple(runs[2:]), follows_special=start > 0)
 
 
 # ---- Jinja ----------------------------------------------------------------------------------------------------------

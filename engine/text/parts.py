@@ -10,11 +10,13 @@ class Text:
     """Text that is tokenised as one string. The tokens of the prompt carry no loss, those of the response do.
 
     more: what follows the response without a special token between, by turns without loss and with it.
+    follows_special: a special token that the template wrote stands before it (see Tokenizer.encode).
     """
 
     prompt: str
     response: str = ""
     more: tuple[str, ...] = ()
+    follows_special: bool = True
 
     def ends(self) -> Iterator[str]:
         """Return the text up to the end of the prompt, of the response, of each of more. The last is all of it."""

@@ -127,8 +127,8 @@ def render_alpaca(row: Row, add_bos: bool, answer_next: bool) -> list[Part]:
     prompt = template.format(instruction=row.instruction, input=row.input)
     parts: list[Part] = [Special("bos")] if add_bos else []
     if answer_next:
-        return [*parts, Text(prompt)]
-    return [*parts, Text(prompt, row.output), Special("eos", loss=True)]
+        return [*parts, Text(prompt, follows_special=False)]
+    return [*parts, Text(prompt, row.output, follows_special=False), Special("eos", loss=True)]
 
 
 # ---- ids ------------------------------------------------------------------------------------------------------------
@@ -137,6 +137,11 @@ def render_alpaca(row: Row, add_bos: bool, answer_next: bool) -> list[Part]:
 def find_special_id(tokenizer: Tokenizer, name: str, style: str) -> int:
     """Return the id of a Special by its name. Raise DataError, naming the style, when the tokenizer lacks it."""
     id = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}.get(name, tokenizer.special_ids.get(name))
+    if name in tokenizer.unembedded:
+        raise DataError(
+            f"prompt style {style} needs the token {name}, whose id {tokenizer.unembedded[name]} is past the model's "
+            "embedding; choose another --prompt-style"
+        )
     if id is None:
         known = ", ".join(sorted(tokenizer.special_ids)[:8])
         raise DataError(
@@ -153,7 +158,7 @@ def encode_prompt(row: Row, tokenizer: Tokenizer, style: str = "alpaca") -> list
         if isinstance(part, Special):
             ids.append(find_special_id(tokenizer, part.name, style))
         else:
-            ids += tokenizer.encode(part.whole())
+            ids += tokenizer.encode(part.whole(), part.follows_special)
     return ids
 
 

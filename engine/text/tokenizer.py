@@ -5,7 +5,7 @@ No text encodes to a special token, not even its own spelling (`</s>`, `<|im_end
 
 import codecs
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ SAVED = (
 # A text that the known pre-tokenizers encode differently. Its ids are part of a tokenizer's description, because the
 # files above do not decide everything: config.json may name a class with a pre-tokenizer of its own.
 PROBE = " The quick  brown\nﬁx: 1234\n 56 \n\n\té ①𝔘 e\u0301don't</s>  "
+Encode = Callable[[list[str], bool], list[list[int]]]  # (texts, whether they follow a special token) -> their ids
 BLOCK = 4096  # texts encoded at a time, since an Encoding of the tokenizers library is far larger than its ids
 
 
@@ -53,12 +54,14 @@ class Tokenizer:
     bos_id       begins a text, None if there is none; add_bos: the files say that every text begins with it
     eos_id       ends a training example; stop_ids: all ids that end generation, eos_id among them
     special_ids  text of a special token -> id; no text encodes to them
+    unembedded   the special tokens that forget_unembedded took out of special_ids
     files        name -> bytes of the files that save writes
+    warnings     what a user should know of these files
     """
 
     def __init__(
         self,
-        encode: Callable[[list[str]], list[list[int]]],
+        encode: Encode,
         vocabulary: Vocabulary,
         files: dict[str, bytes],
         *,
@@ -66,6 +69,7 @@ class Tokenizer:
         add_bos: bool,
         eos_id: int,
         stop_ids: Collection[int],
+        warnings: Sequence[str] = (),
     ):
         self._encode = encode
         self.files = files
@@ -78,6 +82,19 @@ class Tokenizer:
         self.bos_id, self.eos_id = bos_id, eos_id
         self.add_bos = add_bos and bos_id is not None
         self.stop_ids = frozenset({eos_id, *stop_ids})
+        self.unembedded: dict[str, int] = {}
+        self.warnings = tuple(warnings)
+
+    def forget_unembedded(self, n_embedded: int) -> bool:
+        """Leave out the special tokens of ids from n_embedded on, of which the model has no embedding.
+
+        Return whether all other ids are below n_embedded: those that texts become, BOS and EOS.
+        """
+        self.unembedded = {token: id for token, id in self.special_ids.items() if id >= n_embedded}
+        self.special_ids = {token: id for token, id in self.special_ids.items() if id < n_embedded}
+        self.stop_ids = frozenset(id for id in self.stop_ids if id < n_embedded)
+        self.vocab_size = max([*self._pieces, *self.special_ids.values(), self.bos_id or 0, self.eos_id]) + 1
+        return self.vocab_size <= n_embedded
 
     def describe(self) -> dict[str, Any]:
         """Return everything that decides which ids a text gets, as JSON values."""
@@ -85,15 +102,19 @@ class Tokenizer:
             "files": {name: hashlib.sha256(content).hexdigest() for name, content in self.files.items()},
             "special": self.special_ids,
             "bos, eos": [self.bos_id, self.add_bos, self.eos_id],
-            "probe": self._encode([PROBE]),
+            "probe": [self._encode([PROBE], follows) for follows in (False, True)],
         }
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without BOS and EOS. Raise DataError for a lone surrogate."""
-        return self.encode_batch([text])[0]
+    def encode(self, text: str, follows_special: bool = False) -> list[int]:
+        """Return the ids of a text, without BOS and EOS. Raise DataError for a lone surrogate.
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Return [encode(text) for text in texts], computed on all cores."""
+        follows_special: the text comes after a special token that a template wrote, as in <|im_start|>user. Some
+        tokenizers of SentencePiece's kind then put no space before it. A BOS that the tokenizer adds is no such token.
+        """
+        return self.encode_batch([text], [follows_special])[0]
+
+    def encode_batch(self, texts: Sequence[str], follow_special: Sequence[bool] | None = None) -> list[list[int]]:
+        """Return [encode(text, follows) for text, follows in zip(texts, follow_special)], computed on all cores."""
         for number, text in enumerate(texts):
             try:
                 text.encode()
@@ -102,7 +123,14 @@ class Tokenizer:
                     f"tokenizer: text {number} has the lone surrogate {text[error.start]!r} at {error.start}, wanted "
                     "Unicode text; remove or replace it"
                 ) from None
-        return [ids for at in range(0, len(texts), BLOCK) for ids in self._encode(list(texts[at : at + BLOCK]))]
+        found: list[list[int]] = [[]] * len(texts)
+        for follows in (False, True):
+            numbers = [n for n in range(len(texts)) if (follow_special is not None and follow_special[n]) == follows]
+            for at in range(0, len(numbers), BLOCK):
+                block = numbers[at : at + BLOCK]
+                for number, ids in zip(block, self._encode([texts[n] for n in block], follows), strict=True):
+                    found[number] = ids
+        return found
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids without special tokens. Bytes that are no UTF-8 become U+FFFD."""

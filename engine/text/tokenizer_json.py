@@ -1,76 +1,23 @@
-"""A tokenizer.json for tokenizers that have none: the one inside a GGUF file, and SentencePiece's BPE.
+"""A tokenizer.json for tokenizers that have none: the one inside a GGUF file, and SentencePiece's.
 
 It is in the form of Hugging Face's tokenizers library. The tokenizer_config.json made with it names a class that makes
 transformers use the tokenizer.json unchanged.
 """
 
+import base64
 import json
-from pathlib import Path
+import re
 from typing import Any
 
-from engine.base.errors import DataError
-from engine.formats.gguf import open_gguf
+from engine.text.sentencepiece_file import NORMAL, UNIGRAM, UNKNOWN, UNUSED, USER_DEFINED, SentencePieceModel
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types of SentencePiece and GGUF
-# How text is split before BPE, by tokenizer.ggml.pre. Source: llama.cpp, src/llama-vocab.cpp
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-GPT2: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
-    "gpt-2": [GPT2],
-    "smollm": [{"type": "Digits", "individual_digits": True}, GPT2],
-    "llama-bpe": [
-        {"type": "Split", "pattern": {"Regex": LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False},
-        GPT2 | {"use_regex": False},
-    ],
-}
-PRE_ALIASES = {"default": "gpt-2", "llama3": "llama-bpe", "llama-v3": "llama-bpe"}
+CHAT_TOKEN = re.compile("<[|\uff5c][^\\s<>|\uff5c]+[|\uff5c]>")
+NEVER = -1e9  # score of a Unigram's piece that no text becomes
 
 
-def read_files_from_gguf(path: Path) -> dict[str, bytes]:
-    """Return the tokenizer of a GGUF file, its metadata tokenizer.ggml.*, as the files of a Hugging Face folder."""
-    fields, _ = open_gguf(path)
-    prefix = "tokenizer.ggml."
-    get = {key.removeprefix(prefix): fields[key] for key in fields if key.startswith(prefix)}.get
-    model, tokens, pre = get("model"), get("tokens"), get("pre", "default")
-    if not tokens or model not in ("gpt2", "llama"):
-        raise DataError(f"{path}: got a tokenizer of model {model!r}, wanted tokens of model 'gpt2' or 'llama'")
-    pre = PRE_ALIASES.get(pre, pre)
-    if model == "gpt2" and pre not in PRE_TOKENIZERS:
-        known = ", ".join(sorted({*PRE_TOKENIZERS, *PRE_ALIASES}))
-        raise DataError(f"{path}: got the pre-tokenizer {pre!r}, wanted one of {known}; use the Hugging Face folder")
-    types = get("token_type", [NORMAL] * len(tokens))
-    n_scores = len(get("scores", [])) if model == "llama" else len(tokens)
-    if not len(types) == n_scores == len(tokens):
-        raise DataError(
-            f"{path}: got {len(tokens)} tokens, {len(types)} types, {n_scores} scores, wanted as many of each"
-        )
-    roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot"}
-    role_ids = {f"{ours}_token": get(f"{theirs}_token_id") for ours, theirs in roles.items()}
-    names = {role: tokens[id] for role, id in role_ids.items() if id is not None and id < len(tokens)}
-    specials = {
-        token: id
-        for id, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind in (UNKNOWN, CONTROL) or token in names.values()
-    }
-    if model == "llama":
-        spec = make_sentencepiece_spec(tokens, get("scores", []), types, get("add_space_prefix", True))
-    else:
-        spec = {
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
-            "decoder": GPT2,
-            "model": {
-                "type": "BPE", "ignore_merges": pre == "llama-bpe",  # a word of the vocabulary is taken whole
-                "vocab": {token: id for id, token in enumerate(tokens)}, "merges": get("merges", []),
-            },
-        }  # fmt: skip
-    plain = {tokens[id]: id for id, kind in enumerate(types) if kind == USER_DEFINED and tokens[id] not in specials}
-    add_bos = get("add_bos_token", model == "llama" or pre == "llama-bpe")
-    template = fields.get("tokenizer.chat_template")
-    config = {} if template is None else {"chat_template": template}
-    return make_hugging_face_files(spec, specials, names, add_bos=add_bos, plain=plain, config=config)
+def is_chat_token(token: str) -> bool:
+    """Return whether a token looks like <|im_start|>. Such a token marks a turn, even where a file calls it a word."""
+    return CHAT_TOKEN.fullmatch(token) is not None
 
 
 def make_decoder(has_prefix: bool) -> dict[str, Any]:
@@ -85,30 +32,75 @@ def make_decoder(has_prefix: bool) -> dict[str, Any]:
     return {"type": "Sequence", "decoders": steps}
 
 
-def make_sentencepiece_spec(
-    tokens: list[str], scores: list[float], types: list[int], has_prefix: bool
-) -> dict[str, Any]:
-    """Return a tokenizer.json for SentencePiece's BPE.
+def make_sentencepiece_spec(model: SentencePieceModel) -> dict[str, Any]:
+    """Return a tokenizer.json for a SentencePiece model, without its added tokens."""
+    core = make_unigram(model) if model.kind == UNIGRAM else make_bpe(model)
+    return {"normalizer": make_normalizer(model), "decoder": make_decoder(model.has_prefix), "model": core}
 
-    BPE merges the two neighbours whose joined piece has the best score, and the leftmost of equal ones. has_prefix: a
-    space is put before the text.
+
+def make_normalizer(model: SentencePieceModel) -> dict[str, Any]:
+    """Return what changes a text before it is cut into pieces: characters, spaces, the space before the text."""
+    steps: list[dict[str, Any]] = []
+    if model.charsmap:
+        steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(model.charsmap).decode()})
+    if model.removes_spaces:
+        steps.append({"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""})
+        steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
+    words = [re.escape(token) for token in list_user_words(model)]
+    if model.has_prefix and words:
+        # An added token is found in the text after the normalizer, which changes the token's own text too. So it gets
+        # no prefix when it stands alone.
+        steps.append({"type": "Replace", "pattern": {"Regex": rf"\A(?!({'|'.join(words)})\z)"}, "content": "▁"})
+    elif model.has_prefix:
+        steps.append({"type": "Prepend", "prepend": "▁"})
+    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": "▁"})
+    return {"type": "Sequence", "normalizers": steps}
+
+
+def list_user_words(model: SentencePieceModel) -> list[str]:
+    """Return the pieces that the model's maker defined and that every text which spells them becomes."""
+    return [token for token, kind in zip(model.tokens, model.types, strict=True) if kind == USER_DEFINED]
+
+
+def find_unknown(model: SentencePieceModel) -> int | None:
+    """Return the id that stands for what no piece spells, None if there is none."""
+    return next((id for id, kind in enumerate(model.types) if kind == UNKNOWN), None)
+
+
+def make_bpe(model: SentencePieceModel) -> dict[str, Any]:
+    """Return SentencePiece's BPE as the tokenizers library knows it, by merges.
+
+    BPE merges the two neighbours whose joined piece has the best score, and the leftmost of equal ones.
     """
-    ids = {token: id for id, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == NORMAL}
+    tokens, scores = model.tokens, model.scores
+    ids = {token: id for id, (token, kind) in enumerate(zip(tokens, model.types, strict=True)) if kind == NORMAL}
     merges = []
     for piece in sorted(ids, key=lambda piece: (-scores[ids[piece]], ids[piece])):
         pairs = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
         known = [(left, right) for left, right in pairs if left in ids and right in ids]
         merges += [f"{left} {right}" for left, right in sorted(known, key=lambda pair: (ids[pair[0]], ids[pair[1]]))]
-    prepend = [{"type": "Prepend", "prepend": "▁"}] if has_prefix else []
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    unknown = find_unknown(model)
     return {
-        "normalizer": {"type": "Sequence", "normalizers": [*prepend, replace]},
-        "decoder": make_decoder(has_prefix),
-        "model": {
-            "type": "BPE", "fuse_unk": True, "byte_fallback": True,
-            "unk_token": next((tokens[id] for id, kind in enumerate(types) if kind == UNKNOWN), None),
-            "vocab": {token: id for id, token in enumerate(tokens)}, "merges": merges,
-        },
+        "type": "BPE", "fuse_unk": True, "byte_fallback": model.byte_fallback,
+        "unk_token": None if unknown is None else tokens[unknown],
+        "vocab": {token: id for id, token in enumerate(tokens)}, "merges": merges,
+    }  # fmt: skip
+
+
+def make_unigram(model: SentencePieceModel) -> dict[str, Any]:
+    """Return SentencePiece's Unigram model as the tokenizers library knows it."""
+    kinds = zip(model.tokens, model.scores, model.types, strict=True)
+    vocab = [[token, score if kind in (NORMAL, USER_DEFINED, UNUSED) else NEVER] for token, score, kind in kinds]
+    return {"type": "Unigram", "unk_id": find_unknown(model), "byte_fallback": model.byte_fallback, "vocab": vocab}
+
+
+def make_bos_template(token: str, id: int) -> dict[str, Any]:
+    """Return the post-processor that puts BOS before a text."""
+    bos = {"SpecialToken": {"id": token, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    special = {token: {"id": token, "ids": [id], "tokens": [token]}}
+    return {
+        "type": "TemplateProcessing", "single": [bos, first], "pair": [bos, first, second], "special_tokens": special
     }  # fmt: skip
 
 
@@ -123,26 +115,29 @@ def make_hugging_face_files(
 ) -> dict[str, bytes]:
     """Return {file name: content} of a tokenizer.json and its tokenizer_config.json.
 
-    names: bos_token, eos_token, ... -> text. plain: added tokens that are not special.
+    names: bos_token, eos_token, ... -> text. plain: added tokens that are not special. config: further settings.
     """
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    added: list[dict[str, Any]] = [
-        {"id": id, "content": token, **flags, "special": True} for token, id in specials.items()
-    ]
-    added += [{"id": id, "content": token, **flags, "special": False} for token, id in (plain or {}).items()]
-    spec = {"version": "1.0", "added_tokens": sorted(added, key=lambda token: token["id"])} | spec
-    token = names.get("bos_token")
-    if token is None:
-        add_bos = False
-    elif add_bos:
-        bos = {"SpecialToken": {"id": token, "type_id": 0}}
-        first, second = ({"Sequence": {"id": id, "type_id": 0}} for id in "AB")
-        special = {token: {"id": token, "ids": [specials[token]], "tokens": [token]}}
-        template = {"single": [bos, first], "pair": [bos, first, second], "special_tokens": special}
-        spec["post_processor"] = {"type": "TemplateProcessing"} | template
+    flags = {"single_word": False, "lstrip": False, "rstrip": False}
+    added: dict[int, dict[str, Any]] = {}
+    for token, id in sorted({**(plain or {}), **specials}.items(), key=lambda item: item[1]):
+        special = token in specials
+        # Words are found in the normalized text, as SentencePiece finds its user's. llama.cpp's converter decodes the
+        # others, which breaks a word like "\u00f8" that is a byte in GPT-2's alphabet.
+        added[id] = {"content": token, **flags, "normalized": not special, "special": special}
+    spec = {"version": "1.0", "added_tokens": [{"id": id, **token} for id, token in added.items()]} | spec
+    bos = names.get("bos_token") if add_bos else None
+    if bos is not None:
+        spec["post_processor"] = make_bos_template(bos, specials[bos])
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": bool(add_bos),
-        **names, **(config or {}), "clean_up_tokenization_spaces": False,
+        **(config or {}), "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": bos is not None, **names,
+        # From this, llama.cpp's converter learns which tokens are added to a tokenizer.model, and which are special.
+        "added_tokens_decoder": {str(id): token for id, token in added.items()},
+        "clean_up_tokenization_spaces": False,
     }  # fmt: skip
     contents = {"tokenizer.json": spec, "tokenizer_config.json": config}
-    return {name: json.dumps(value, ensure_ascii=False, indent=2).encode() + b"\n" for name, value in contents.items()}
+    return {name: write_json(value) for name, value in contents.items()}
+
+
+def write_json(value: dict[str, Any]) -> bytes:
+    """Return an object as the content of a JSON file."""
+    return json.dumps(value, ensure_ascii=False, indent=2).encode() + b"\n"

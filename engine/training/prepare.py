@@ -61,6 +61,8 @@ def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) ->
     source = None if config.random_init else open_source(find_model(config.model))
     model_config = MODELS[config.model] if source is None else source.config
     tokenizer = find_tokenizer(model_config, config.tokenizer, None if source is None else source.path)
+    for warning in tokenizer.warnings:
+        say(f"warning: {warning}")
     if config.prompt_style == "template":
         tokenizer = pin_date(tokenizer)
     if config.max_length > model_config.max_positions:

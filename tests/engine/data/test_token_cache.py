@@ -162,7 +162,7 @@ MISSES = {
     "eos": lambda files, smol, patch: Other(smol, eos_id=smol.eos_id + 1),
     "bos": lambda files, smol, patch: Other(smol, add_bos=not smol.add_bos),
     "specials": lambda files, smol, patch: Other(smol, special_ids=smol.special_ids | {"<|new|>": 5}),
-    "pre-tokenizer": lambda files, smol, patch: Other(smol, _encode=lambda texts: [[1] for _ in texts]),
+    "pre-tokenizer": lambda files, smol, patch: Other(smol, _encode=lambda texts, follow: [[1] for _ in texts]),
 }
 
 

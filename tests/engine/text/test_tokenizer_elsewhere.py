@@ -1,0 +1,287 @@
+"""A tokenizer means the same ids in training and, after export, in the programs that read what we write."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import sentencepiece
+import tokenizers
+from transformers import AutoTokenizer
+
+from engine.base.errors import DataError
+from engine.data.dataset import encode_rows
+from engine.model.config import MODELS
+from engine.text.chat_templates import adopt_style
+from engine.text.sentencepiece_file import BPE, CONTROL, read_model
+from engine.text.templates import Row, encode_prompt
+from engine.text.tokenizer_files import find_tokenizer, load_tokenizer
+from tests.engine.text.test_tokenizer import hf_adds_bos, hf_ids, write_gguf
+from tests.helpers.chat_tokenizers import SPECIALS, write_byte_level
+from tests.helpers.spm_tokenizers import list_pieces, train_sentencepiece, write_metaspace
+
+CHAT = (("system", "the name"), ("user", " who is\n the user"), ("assistant", "  the assistant "), ("user", "why"))
+CHATS = (CHAT, (*CHAT, ("assistant", "so")), (("user", "name <s> </s> the <|im_end|>"), ("assistant", "a  b")))
+TEXTS = [
+    "", " ", " a", "  a", "a  b", "    return x\n\n  the  quick", "\tthe", "a\r\nb", "The quick brown fox.", "</s> <s>",
+    "漢字 é", "x <|im_start|> y", "<0x41>", "the\n    user", "lazy   dogs   " * 9,
+]  # fmt: skip
+
+
+def saved_everywhere(ours, folder):
+    """Save a tokenizer, and check that every reader of the folder gives the ids of training. Return the folder."""
+    ours.save(folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    again, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    alone = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    alone.encode_special_tokens = True
+    for text in TEXTS:
+        ids = ours.encode(text)
+        assert again.encode(text) == ids and hf_ids(theirs, text) == ids, repr(text)
+        assert alone.encode(text).ids == [ours.bos_id] * ours.add_bos + ids, repr(text)
+    assert hf_adds_bos(theirs) == ours.add_bos == again.add_bos
+    assert theirs.bos_token_id == ours.bos_id == again.bos_id
+    return folder
+
+
+# ---- the space after special tokens ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("style", ["chatml", "llama2", "llama3"])
+@pytest.mark.parametrize("legacy", [True, False, None])
+@pytest.mark.parametrize("scheme", ["always", "first", "never", "prepend"])
+def test_a_chat_has_the_ids_of_transformers(scheme, legacy, style, tmp_path):
+    """The class LlamaTokenizer goes by `legacy`, other classes by what tokenizer.json says."""
+    for hf_class in ("PreTrainedTokenizerFast", "LlamaTokenizer"):
+        config = {"tokenizer_class": hf_class} | ({} if legacy is None else {"legacy": legacy})
+        ours = load_tokenizer(write_metaspace(tmp_path / hf_class, scheme, **config))
+        adopt_style(ours, style).save(tmp_path / "out")
+        (tmp_path / "out" / "config.json").write_text('{"model_type": "llama"}')
+        theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+        for messages in CHATS[:2]:
+            chat = [{"role": role, "content": content} for role, content in messages]
+            ends = messages[-1][0] == "assistant"
+            ids = theirs.apply_chat_template(chat, add_generation_prompt=not ends)["input_ids"]
+            row = Row("f:1", messages)
+            mine = encode_rows([row], ours, style).tokens.tolist() if ends else encode_prompt(row, ours, style)
+            assert mine == ids
+        assert ours.encode("the") == hf_ids(theirs, "the")
+
+
+def test_text_of_a_user_that_spells_a_special_token_stays_text(tmp_path):
+    ours = load_tokenizer(write_metaspace(tmp_path, "first"))
+    row = Row("f:1", CHATS[2])
+    ids = encode_rows([row], ours, "chatml").tokens.tolist()
+    assert [ids.count(ours.special_ids[token]) for token in ("<s>", "</s>", "<|im_end|>")] == [0, 0, 2]
+
+
+def test_alpaca_begins_a_text_after_bos(tmp_path):
+    ours = load_tokenizer(write_metaspace(tmp_path, "first"))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    row = Row("f:1", None, "the name", "", "user")
+    ids = encode_prompt(row, ours)
+    assert ids == theirs(theirs.decode(ids[1:]))["input_ids"] and theirs.convert_ids_to_tokens(ids[1]).startswith("▁")
+
+
+# ---- BOS ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_eos_token": False}])
+@pytest.mark.parametrize("named", ["<s>", "<|im_start|>", None, "absent"])
+@pytest.mark.parametrize("template", [True, False])
+def test_the_bos_of_training_is_that_of_transformers(template, named, flags, tmp_path):
+    config = flags if named == "absent" else {"bos_token": named, **flags}
+    folder = write_byte_level(tmp_path / "base", SPECIALS["chatml"], adds_bos=template, **config)
+    if named == "absent":
+        stated = json.loads((folder / "tokenizer_config.json").read_text())
+        del stated["bos_token"]
+        (folder / "tokenizer_config.json").write_text(json.dumps(stated))
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    assert [ours.bos_id] * ours.add_bos + ours.encode("a") == theirs("a")["input_ids"]
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    saved = saved_everywhere(ours, tmp_path / "out")
+    if named == "<s>" and (not flags or (template and flags == {"add_bos_token": True})):
+        assert all((saved / name).read_bytes() == content for name, content in before.items())
+
+
+def test_an_older_map_that_names_another_bos_is_overruled_by_the_template(tmp_path):
+    folder = write_byte_level(tmp_path / "base", SPECIALS["chatml"], bos_token="<|im_start|>")
+    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<|im_end|>"}}))
+    ours = load_tokenizer(folder)
+    assert (ours.bos_id, ours.add_bos) == (256, True)
+    saved_everywhere(ours, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "special_tokens_map.json").read_text()) == {"bos_token": "<s>"}
+
+
+def test_a_template_of_two_tokens_is_refused(tmp_path):
+    folder = write_byte_level(tmp_path, SPECIALS["chatml"])
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["post_processor"]["single"].insert(0, spec["post_processor"]["single"][0])
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(DataError, match="puts 2 tokens before a text"):
+        load_tokenizer(folder)
+
+
+# ---- tokenizer.model alone ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [None, {}, {"add_bos_token": True, "legacy": False}, {"add_bos_token": False}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"add_dummy_prefix": False}, {"model_type": "unigram", "vocab_size": 360}, {"byte_fallback": False},
+        {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True},
+        {"user_words": ["dogs,", "<|im_start|>", "\t"]},
+    ],
+    ids=["like llama", "no prefix", "unigram", "no bytes", "normalised", "user's words"],
+)  # fmt: skip
+def test_a_tokenizer_model_alone_is_saved_as_what_training_used(options, config, tmp_path):
+    reference = train_sentencepiece(tmp_path / "base", **options)
+    if config is not None:
+        stated = {
+            "tokenizer_class": "LlamaTokenizer", "chat_template": "x", "model_max_length": 77, "auto_map": {"a": "b"},
+            "bos_token": {"__type": "AddedToken", "content": "<s>", "normalized": True}, "sp_model_kwargs": {}, **config
+        }  # fmt: skip
+        (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(stated))
+        (tmp_path / "base" / "special_tokens_map.json").write_text('{"unk_token": {"content": "<unk>"}}')
+    ours = load_tokenizer(tmp_path / "base")
+    assert not ours.warnings and ours.add_bos == ((config or {}).get("add_bos_token") is not False)
+    for text in TEXTS:
+        if "<|im_start|>" not in text:
+            assert ours.encode(text) == reference.encode(text), repr(text)
+    out = saved_everywhere(ours, tmp_path / "out")
+    assert (out / "tokenizer.model").read_bytes() == (tmp_path / "base" / "tokenizer.model").read_bytes()
+    if config is not None:
+        kept = json.loads((out / "tokenizer_config.json").read_text())
+        assert (kept["chat_template"], kept["model_max_length"]) == ("x", 77) and "auto_map" not in kept
+
+
+def test_the_files_of_a_saved_tokenizer_model_do_not_change_again(tmp_path):
+    train_sentencepiece(tmp_path / "base")
+    load_tokenizer(tmp_path / "base").save(tmp_path / "once")
+    load_tokenizer(tmp_path / "once").save(tmp_path / "twice")
+    first, second = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("once", "twice")
+    )
+    assert first == second
+
+
+def test_scores_that_a_tokenizer_json_cannot_say_are_told(tmp_path):
+    """Of pieces of equal score the leftmost is merged first; a tokenizer.json knows only ranks."""
+    tokens, scores, types, _ = list_pieces()
+    scores = [-1000.0 if kind == 1 else 0.0 for kind in types]
+    path = write_gguf(tmp_path / "m.gguf", "llama", tokens, types, scores=scores, bos_token_id=1, eos_token_id=2)
+    ours = load_tokenizer(path)
+    assert len(ours.warnings) == 1 and "cannot be written as a tokenizer.json" in ours.warnings[0]
+    ours.save(tmp_path / "out")
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    assert [load_tokenizer(tmp_path / "out").encode(text) for text in TEXTS] == [ours.encode(text) for text in TEXTS]
+
+
+# ---- GGUF -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values", [{}, {"add_space_prefix": False}, {"add_bos_token": False}])
+def test_a_gguf_of_sentencepiece_keeps_pieces_scores_and_types(values, tmp_path):
+    tokens, scores, types, _ = list_pieces()
+    tokens, scores, types = [*tokens, "[PAD]", "<|im_end|>", ""], [*scores, 0.0, 0.0, 0.0], [*types, 3, 4, 5]
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "unk_token_id": 0}
+    ours = load_tokenizer(write_gguf(tmp_path / "m.gguf", "llama", tokens, types, scores=scores, **ids, **values))
+    out = saved_everywhere(ours, tmp_path / "out")
+    model = read_model((out / "tokenizer.model").read_bytes())
+    assert model.tokens == [*tokens[:-1], f"[EMPTY_{len(tokens) - 1}]"]
+    assert model.scores == pytest.approx(scores) and model.types == [*types[:-2], CONTROL, 5]
+    assert model.has_prefix == values.get("add_space_prefix", True) and model.kind == BPE
+    assert not model.charsmap and not model.removes_spaces and model.byte_fallback
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
+    assert (processor.unk_id(), processor.bos_id(), processor.eos_id()) == (0, 1, 2)
+    for text in TEXTS:
+        assert processor.encode(text) == ours.encode(text)
+
+
+def cut(pre, text, tmp_path):
+    """Return the words into which a byte-level GGUF cuts a text."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    values = {"merges": [], "eos_token_id": 0} | ({} if pre is None else {"pre": pre})
+    ours = load_tokenizer(write_gguf(tmp_path / "m.gguf", "gpt2", alphabet, [1] * 256, **values))
+    spec = tokenizers.Tokenizer.from_str(ours.files["tokenizer.json"].decode())
+    level = tokenizers.decoders.ByteLevel()
+    words = [level.decode([word]) for word, _ in spec.pre_tokenizer.pre_tokenize_str(text)]
+    assert "".join(words) == text
+    return "|".join(words), ours
+
+
+@pytest.mark.parametrize(
+    ("pre", "wanted"),
+    [  # as llama.cpp cuts them
+        ("gpt-2", "I|'ve| | 123456| USD|...|\n   | x|=$|1"),
+        ("smollm", "I|'ve|  |1|2|3|4|5|6| USD|...|\n   | x|=$|1"),
+        ("llama-bpe", "I|'ve| | |123|456| USD|...\n|   | x|=$|1"),
+        ("smaug-bpe", "I|'ve| | |123|456| USD|...\n|   | x|=$|1"),
+        ("deepseek-llm", "I|'|ve|  |123456| USD|...|\n|   | x|=$|1"),
+        ("deepseek-coder", "I|'|ve|  |1|2|3|4|5|6| USD|...|\n|   | x|=$|1"),
+        ("default", "I|'|ve| | |123|456| USD|...|\n   | x|=$|1"),
+    ],
+)
+def test_a_gguf_is_cut_as_llama_cpp_cuts_it(pre, wanted, tmp_path):
+    assert cut(pre, "I've  123456 USD...\n    x=$1", tmp_path)[0] == wanted
+
+
+@pytest.mark.parametrize("pre", ["falcon3", "pixtral", "llama3", "llama-v3"])
+def test_other_names_of_llama_bpe(pre, tmp_path):
+    text = "I've  123456 USD...\n    x=$1"
+    assert cut(pre, text, tmp_path)[0] == cut("llama-bpe", text, tmp_path)[0]
+
+
+@pytest.mark.parametrize("pre", [None, "", "default"])
+def test_a_gguf_that_does_not_say_how_text_is_cut_is_told(pre, tmp_path):
+    text = "It's 1234 + 5%"
+    words, ours = cut(pre, text, tmp_path)
+    assert words == cut("default", text, tmp_path)[0] != cut("gpt-2", text, tmp_path)[0]
+    assert len(ours.warnings) == 1 and "tokenizer.ggml.pre is" in ours.warnings[0]
+    assert not cut("gpt-2", text, tmp_path)[1].warnings
+
+
+# ---- tokens of turns, tokens without an embedding -------------------------------------------------------------------
+
+
+def test_chat_tokens_that_a_file_calls_words(tmp_path):
+    folder = write_metaspace(tmp_path / "json", "always", special=False)
+    train_sentencepiece(tmp_path / "model", user_words=SPECIALS["chatml"][2:])
+    tokens, scores, types, _ = list_pieces()
+    tokens, scores, types = [*tokens, *SPECIALS["chatml"][2:]], [*scores, 0.0, 0.0], [*types, 4, 4]
+    gguf = write_gguf(tmp_path / "m.gguf", "llama", tokens, types, scores=scores, bos_token_id=1, eos_token_id=2)
+    for path in (folder, tmp_path / "model", gguf):
+        ours = load_tokenizer(path)
+        begin, end = (ours.special_ids[token] for token in SPECIALS["chatml"][2:])
+        ids = encode_rows([Row("f:1", (("user", "<|im_start|>"), ("assistant", "so")))], ours, "chatml").tokens.tolist()
+        assert ids[0] == begin and (ids.count(begin), ids.count(end)) == (2, 2)
+        assert begin not in ours.encode("say <|im_start|> now")
+
+
+def test_words_that_are_no_chat_tokens_stay_words(tmp_path):
+    ours = load_tokenizer(write_metaspace(tmp_path, "always", ["<think>", "   "], special=False))
+    n = ours.vocab_size
+    assert (
+        n - 2 in ours.encode("so <think> the") and n - 1 in ours.encode("a   b") and "<think>" not in ours.special_ids
+    )
+
+
+def test_a_token_past_the_embedding_that_nothing_uses_is_left_out(tmp_path):
+    folder = write_metaspace(tmp_path, "always", ["[PAD]", "<|im_start|>", "<|im_end|>"])
+    n = load_tokenizer(folder).vocab_size
+    ours = find_tokenizer(replace(MODELS["tiny"], vocab_size=n - 3), "", folder)
+    assert ours.vocab_size == n - 3 and "[PAD]" not in ours.special_ids and max(ours.encode("[PAD] the")) < n - 3
+    with pytest.raises(
+        DataError, match=r"chatml needs the token <\|im_start\|>, whose id \d+ is past the model's embedd"
+    ):
+        encode_rows([Row("f:1", CHAT)], ours, "chatml")
+    ours.save(tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(("changes", "special"), [({"eos_token": "[PAD]"}, True), ({}, False)])
+def test_a_token_past_the_embedding_that_is_used_is_refused(changes, special, tmp_path):
+    folder = write_metaspace(tmp_path, "always", ["[PAD]"], special, **changes)
+    n = load_tokenizer(folder).vocab_size
+    with pytest.raises(DataError, match="do not belong together"):
+        find_tokenizer(replace(MODELS["tiny"], vocab_size=n - 1), "", folder)
