@@ -107,7 +107,7 @@ def test_an_older_map_that_names_another_bos_is_overruled_by_the_template(tmp_pa
     folder = write_byte_level(tmp_path / "base", SPECIALS["chatml"], bos_token="<|im_start|>")
     (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<|im_end|>"}}))
     ours = load_tokenizer(folder)
-    assert (ours.bos_id, ours.add_bos) == (256, True)
+    assert (ours.bos_id, ours.add_bos) == (ours.special_ids["<s>"], True)
     saved_everywhere(ours, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "special_tokens_map.json").read_text()) == {"bos_token": "<s>"}
 
