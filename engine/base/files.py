@@ -38,7 +38,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, or {} when there is no file or it holds no JSON object."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -112,7 +112,7 @@ def load_entry(
         manifest = json.loads((entry / MANIFEST).read_text())
         arrays = {name: read_array(entry / f"{name}.npy", manifest[name]) for name in ARRAYS}
         skipped = [Skipped(f"{names[file]}:{number}", reason) for file, number, reason in manifest["skipped"]]
-    except (OSError, DataError, ValueError, KeyError, TypeError, IndexError):
+    except (OSError, DataError, ValueError, KeyError, TypeError, IndexError, RecursionError):
         report(f"note: the cached tokens in {entry} are damaged; the data is tokenised again")
         remove_entry(entry)
         return None

@@ -189,7 +189,9 @@ def config_to_meta(config: ModelConfig) -> dict[str, Any]:
     if config.attention_bias or config.mlp_bias:
         problems.append("it has biases")
     scaling = config.rope_scaling
-    if scaling and scaling != RopeScaling(factor=scaling.factor):
+    if scaling and scaling.kind != "llama3":
+        problems.append(f"its RoPE is {scaling.kind}, for which params.json has no words")
+    elif scaling and scaling != RopeScaling(factor=scaling.factor):
         problems.append(f"its rope_scaling {scaling} is not {RopeScaling(factor=scaling.factor)}")
     feed_forward = meta_feed_forward(config.dim, config.hidden_dim)
     if feed_forward is None:

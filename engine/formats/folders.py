@@ -36,7 +36,7 @@ def find_member(folder: Path, name: str) -> Path:
     Raise DataError when the name or a link leads out of the folder, or when it is no regular file. Hugging Face's cache
     keeps snapshots/<revision>/<name> as links into blobs/, beside snapshots/; links within such a cache are followed.
     """
-    if not name or name in (".", "..") or any(sign in name for sign in "/\\:\0"):
+    if not name.isprintable() or name in ("", ".", "..") or any(sign in name for sign in "/\\:"):
         raise DataError(f"{name!r} is not the name of a file in this folder; refused")
     root, path = folder.resolve(), folder / name
     cache = root.parent.parent

@@ -99,7 +99,9 @@ def rope_to_hf(config: ModelConfig) -> dict[str, Any]:
         if scaling.original_max_seq_len != 8192:  # what llama.cpp's converter takes where the length is not beside
             beside = {"original_max_position_embeddings": scaling.original_max_seq_len}
     if scaling.kind == "yarn":
-        rope |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow, "truncate": scaling.truncate}
+        rope |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
+        if not scaling.truncate:
+            rope |= {"truncate": False}
         if scaling.attention_factor != yarn_attention_factor(scaling.factor):
             rope |= {"attention_factor": scaling.attention_factor}
     if scaling.kind in ("llama3", "yarn"):

@@ -82,7 +82,7 @@ def find_kept_lines(path: Path, last_step: int) -> Iterator[bytes]:
             try:
                 event = json.loads(line)
                 keep = line.endswith(b"\n") and event["event"] != "end" and (event.get("step") or 0) <= last_step
-            except (ValueError, TypeError, KeyError, AttributeError):
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 continue  # torn, or not ours
             if keep:
                 yield line

@@ -41,7 +41,7 @@ def read_run(path: Path) -> dict[str, Any]:
     """Return run.json with each of its parts, {} for a part that is missing or unreadable."""
     try:
         run = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         run = None
     run = run if isinstance(run, dict) else {}
     for part in ("config", "model", "data", "environment"):
@@ -62,7 +62,7 @@ def read_events(path: Path) -> dict[str, list[Line]]:
             line = json.loads(line)
             line["step"] = finite_number(line.get("step")) or 0
             events[line["event"]][line["step"], str(line.get("prompt", line.get("reason")))] = line
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             continue
     return {name: sorted(lines.values(), key=lambda line: line["step"]) for name, lines in events.items()}
 

@@ -131,7 +131,7 @@ class FinetuneConfig:
             problems.append(f"--adam-eps is {self.adam_eps}, wanted more than 0")
         for name in ("eval_every", "sample_every", "save_every"):
             value = getattr(self, name)
-            if value not in ("off", "end", "epoch") and not (value.isdecimal() and int(value) > 0):
+            if value not in ("off", "end", "epoch") and not (value.isdecimal() and len(value) < 19 and int(value) > 0):
                 problems.append(f"{name_to_flag(name)} is {value!r}, wanted {EVERY}")
         if self.micro_batch_tokens is not None and self.micro_batch_tokens < self.max_length:
             problems.append(

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.base.errors import UsageError
+from engine.base.errors import DataError, UsageError
 from engine.base.files import read_json
 from engine.formats.find import list_checkpoints
 from engine.output.checkpoint import Checkpoint, find_newest, open_checkpoint
@@ -86,7 +86,7 @@ def get_recorded_tokens(plan: Plan, recorded: dict) -> int:
 
 
 def find_changes(plan: Plan, recorded: dict) -> list[str]:
-    """Return how the recorded facts of a run differ from this run's, one line per difference."""
+    """Return how the recorded facts of a run differ from this run's, one line per difference. Raises DataError."""
     facts, found = plan.recorded_facts(get_recorded_tokens(plan, recorded)), []
     if facts["settings"]["loss_norm"] == "micro-mean" and recorded.get("max_tokens") != facts["max_tokens"]:
         found.append(
@@ -94,6 +94,8 @@ def find_changes(plan: Plan, recorded: dict) -> list[str]:
         )
     for part in ("settings", "model"):
         a, b = recorded.get(part, {}), facts[part]
+        if not isinstance(a, dict):
+            raise DataError(f"the state's manifest: its {part} are no object; choose another checkpoint")
         found += [f"{k}: {a.get(k)} -> {b.get(k)}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
     if recorded.get("dtype") != facts["dtype"]:
         found.append(f"dtype: {recorded.get('dtype')} -> {facts['dtype']}")

@@ -40,6 +40,9 @@ translate_stanford_flags.flags = (  # type: ignore[attr-defined]
 )  # fmt: skip
 
 
+MAX_DIGITS = 18  # of a whole number; Python refuses those of more than 4,300
+
+
 def pop_word(raw: Raw, name: str, problems: list[str]) -> str | None:
     """Take a flag of one word out of raw. Return the word, or None where the flag is absent or has not one word."""
     words = raw.pop(name, None)
@@ -54,8 +57,8 @@ def pop_number(raw: Raw, name: str, problems: list[str]) -> int | None:
     word = pop_word(raw, name, problems)
     if word is None:
         return None
-    if not (word.isdecimal() and int(word) > 0):
-        problems.append(f"{name_to_flag(name)} is {word!r}, wanted a whole number from 1")
+    if not (word.isdecimal() and len(word) <= MAX_DIGITS and int(word) > 0):
+        problems.append(f"{name_to_flag(name)} is {word[:80]!r}, wanted a whole number from 1")
         return None
     return int(word)
 

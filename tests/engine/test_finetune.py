@@ -8,9 +8,13 @@ import transformers
 
 from engine import finetune as command
 from engine.base.errors import run_main
+from engine.formats.source import open_source
+from engine.model.config import RopeScaling
+from engine.output.state_as_model import open_training_state
 from scripts.parity.transformers_loop import TransformersLoop, encode_rows
+from tests.helpers.checkpoints import logits, read_model, their_logits
 from tests.helpers.run import SHARED, events, finetune
-from tests.helpers.small_model import SEED_TASKS, VOCAB_SIZE, write_tokenizer
+from tests.helpers.small_model import SEED_TASKS, VOCAB_SIZE, write_model, write_tokenizer
 
 STEPS, BATCH, MAX_LENGTH, LR = 20, 8, 256, 1e-3  # no row is cut so far that it has no response
 DATA = {"alpaca": SHARED / "alpaca_en_demo.json", "seed tasks": SEED_TASKS}
@@ -191,3 +195,32 @@ def test_one_batch_is_learnt_by_heart(small, tmp_path, rows_file):
     )  # fmt: skip
     losses = [line["loss"] for line in events(tmp_path / "out")]
     assert losses[0] > 7 and losses[-1] < 0.2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": RopeScaling(kind="dynamic", factor=4.0), "max_seq_len": 64},
+        {"attention_bias": True, "mlp_bias": True},
+    ],
+    ids=["dynamic RoPE past its length", "biases"],
+)
+def test_packed_and_shared_or_not_the_curve_is_one(changes, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    write_model(base, dim=32, hidden_dim=64, head_dim=8, **changes)
+    rows = [{"instruction": f"Count to {i}.", "output": " ".join(map(str, range(i)))} for i in range(5, 80, 3)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    options = (
+        ("--save-every", 2, "--token-cache", "off"),
+        ("--no-packing", "--no-share-prefix", "--micro-batch-size", 1),
+    )
+    curves = [
+        our_curve(base, tmp_path / "rows.json", tmp_path / f"out{i}", *more, steps=3) for i, more in enumerate(options)
+    ]
+    assert_same(*curves, steps=3)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out0", dtype=torch.float32)
+    tokens = torch.arange(200)
+    assert (logits(read_model(tmp_path / "out0"), tokens) - their_logits(theirs, tokens)).abs().max() < 1e-5
+    state = open_training_state(tmp_path / "out0" / "checkpoint-2")
+    assert state.config == open_source(base).config

@@ -32,7 +32,7 @@ def test_json_comes_back_and_what_is_no_object_is_empty(tmp_path):
     write_json(path, {"a": [1, "é"], "b": None})
     assert read_json(path) == {"a": [1, "é"], "b": None}
     assert path.read_text() == json.dumps({"a": [1, "é"], "b": None}, indent=1) + "\n"
-    for text in ("", "[1]", "{"):
+    for text in ("", "[1]", "{", '{"a":' + "[" * 100_000):
         path.write_text(text)
         assert read_json(path) == {}
     assert read_json(tmp_path / "missing") == {}

@@ -69,7 +69,7 @@ def test_every_problem_is_told_at_once(capsys):
     )
     assert found == [
         "unknown flag --modle; did you mean --model?",
-        "--lr is 'abc', wanted a number",
+        "--lr is 'abc', wanted a finite number",
         "--lr-schedule is 'cosin', wanted one of cosine, linear, constant; did you mean cosine?",
         "--epochs is 0, wanted 1 or more",
         "--warmup-ratio is 3.0, wanted at least 0 and under 1",
@@ -102,7 +102,10 @@ def test_every_problem_is_told_at_once(capsys):
         ("--save-every 5 --save_strategy no", "--save-every and --save-strategy say the same thing; give one"),
         ("--kernels magic", "--kernels is 'magic', wanted one of auto, triton, ref"),
         ("--lr nan", "--lr is 'nan', wanted a finite number"),
+        (f"--save_strategy steps --save_steps {'9' * 5000}", "--save-steps is '9999"),
+        (f"--save-every {'9' * 5000}", "wanted off, end, epoch, or a number of steps"),
     ],
+    ids=lambda text: text[:60],
 )
 def test_bad_flags(text, problem, capsys):
     assert any(problem in line for line in problems(text, capsys))

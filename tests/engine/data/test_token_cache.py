@@ -236,7 +236,16 @@ def flip(path):
 
 
 @pytest.mark.parametrize("name", ["tokens.npy", "is_target.npy", "rows.npy", "manifest.json"])
-@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncate,
+        flip,
+        Path.unlink,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_text('{"a":' + "[" * 100_000),
+    ],
+)
 def test_a_damaged_entry_is_noticed_and_made_again(name, damage, files, cache, smol):
     first, _ = read(files, cache, smol)
     if name == "manifest.json" and damage is flip:

@@ -138,7 +138,7 @@ def test_meta_file_is_an_ordinary_torch_file(tmp_path):
     [
         ("wide-heads", "head_dim 16"),
         ("llama3-rope", "rope_scaling"),
-        ("yarn-rope", "kind='yarn'"),
+        ("yarn-rope", "its RoPE is yarn"),
         ("biases", "biases"),
     ],
 )

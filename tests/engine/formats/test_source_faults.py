@@ -132,7 +132,7 @@ def test_no_weights_no_config(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../x.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\b", "c:x", "a\0b"]
+    "name", ["../x.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "a\\b", "c:x", "a\0b", "\ud800"]
 )
 def test_index_with_paths(folder, name):
     (folder.parent / "x.safetensors").write_bytes(shard(folder).read_bytes())
