@@ -118,7 +118,8 @@ def read_mix(config: EstimateConfig, recipe: Recipe, c: ModelConfig, model_path:
     """
     if not config.data:
         return alpaca_mix(recipe)
-    rows, _ = read_rows(resolve_data_paths(config.data), config.skip_bad_rows)
+    with_tools = config.prompt_style == "template"
+    rows, _ = read_rows(resolve_data_paths(config.data), config.skip_bad_rows, with_tools=with_tools)
     try:
         tokenizer = find_tokenizer(c, config.tokenizer, model_path)
     except CriaError as error:

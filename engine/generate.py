@@ -10,6 +10,7 @@ from pathlib import Path
 from engine.base.device import choose_device, choose_dtype, choose_kernels
 from engine.base.errors import DataError, UsageError, run_main
 from engine.base.flags import KERNELS, KERNELS_HELP, flag, parse_flags
+from engine.data.data_files import has_rows
 from engine.data.rows import read_rows
 from engine.inference.generation import generate
 from engine.inference.model_loader import load_model
@@ -25,7 +26,7 @@ class GenerateConfig:
     model: str = flag("smollm2-135m", "folder (Hugging Face or Meta layout), .gguf file, or the embedded smollm2-135m")
     prompt: str = flag("", "an instruction")
     input: str = flag("", "the input that goes with --prompt, in the alpaca template")
-    prompts: str = flag("", "a file: one instruction a line, or Alpaca/chat JSON or JSONL rows")
+    prompts: str = flag("", "a file: one instruction a line, or rows as engine.finetune --data takes them")
     prompt_style: str = flag(
         "auto",
         "the template; auto is the one the model was fine-tuned with here, else its own chat template, else alpaca",
@@ -60,11 +61,11 @@ def read_prompts(config: GenerateConfig) -> list[Row]:
         return [Row("--prompt", None, config.prompt, config.input)]
     path = Path(config.prompts)
     try:
+        if path.stat().st_size and has_rows(path):
+            return read_rows([path], require_answers=False, with_tools=True)[0]
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--prompts {path}: cannot be read ({error}); give a UTF-8 text, JSON or JSONL file") from None
-    if text.lstrip()[:1] in ("[", "{"):
-        return read_rows([path], require_answers=False)[0]
     rows = [Row(f"{path.name}:{n}", None, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not rows:
         raise DataError(f"--prompts {path}: holds no prompt; write one a line")

@@ -22,7 +22,7 @@ from data_gen.rows.tokens import tokenize
 Key: TypeAlias = str | tuple[str, ...]
 
 N_GRAM = 13
-FORMS = '{"instruction", "input"?}, {"instruction", "instances": [{"input"}]}, {"prompt"} or {"messages"}'
+FORMS = '{"instruction", "input"?}, {"instruction", "instances": [{"input"}]}, {"prompt"}, {"turns"} or {"messages"}'
 
 
 class Decontaminator:
@@ -112,7 +112,8 @@ def parse_prompts(row: dict[str, Any]) -> list[str]:
     if "instruction" in row:
         instances = row["instances"] if row.get("instances") else [row]
         return [join_texts(row["instruction"], instance.get("input") or "") for instance in instances]
-    if "prompt" in row:
-        return [join_texts(row["prompt"])]
+    for key in ("prompt", "turns"):  # MT-bench has a list of turns; each may be asked alone
+        if key in row:
+            return [join_texts(turn) for turn in (row[key] if isinstance(row[key], list) else [row[key]])]
     said = [message["content"] for message in row["messages"] if message["role"] == "user"]
     return [join_texts(*said)]

@@ -15,6 +15,7 @@ import secrets
 import shutil
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,10 @@ import tokenizers
 
 from engine.base.errors import DataError
 from engine.base.files import sync_file, sync_folder
+from engine.data import chats, data_files, json_files, rows, table_files, values
 from engine.data import dataset as data
-from engine.data import rows
-from engine.data.rows import Skipped, map_file
+from engine.data.data_files import is_table, map_file
+from engine.data.rows import Skipped
 from engine.text import (
     own_template,
     parts,
@@ -43,10 +45,11 @@ from engine.text import (
 )
 from engine.text.tokenizer import Tokenizer
 
-FORMAT = 1  # of an entry
+FORMAT = 2  # of an entry
 # The modules that turn bytes into ids. Their code is part of the key: a changed template makes another entry.
 CODE = (
-    data, rows, parts, templates, own_template, tokenizer, tokenizer_files, tokenizer_gguf, tokenizer_json,
+    data, rows, chats, data_files, json_files, table_files, values,
+    parts, templates, own_template, tokenizer, tokenizer_files, tokenizer_gguf, tokenizer_json,
     tokenizer_parts, tokenizer_sentencepiece, sentencepiece_file,
 )  # fmt: skip
 ARRAYS, MANIFEST = ("tokens", "is_target", "rows"), "manifest.json"
@@ -81,6 +84,7 @@ def compute_key(
     ingredients = {
         "format": FORMAT,
         "data": [hash_bytes(file) for file in files],
+        "tables": [is_table(path) for path in paths],
         "tokenizer": tokenizer.describe(),
         "settings": [style, max_length, train_on_prompt, skip_bad_rows],
         "code": [hash_bytes(Path(str(module.__file__)).read_bytes()) for module in CODE],
@@ -99,8 +103,8 @@ def hash_bytes(content: Any) -> str:
 
 def load_entry(
     cache: Path, key: str, paths: Sequence[Path], max_length: int, report: Callable[[str], None]
-) -> tuple[data.Table, list[Skipped]] | None:
-    """Return (table, bad rows that were skipped) of an entry, or None when it is missing.
+) -> tuple[data.Table, list[Skipped], Counter[str]] | None:
+    """Return (table, bad rows that were skipped, rows by a key that is not read), or None where there is no entry.
 
     Sources of rows name this run's paths, which may differ from those of the run that wrote the entry. The size and
     crc32 of every file in the manifest are checked. A damaged entry is reported and removed.
@@ -112,13 +116,14 @@ def load_entry(
         manifest = json.loads((entry / MANIFEST).read_text())
         arrays = {name: read_array(entry / f"{name}.npy", manifest[name]) for name in ARRAYS}
         skipped = [Skipped(f"{names[file]}:{number}", reason) for file, number, reason in manifest["skipped"]]
-    except (OSError, DataError, ValueError, KeyError, TypeError, IndexError, RecursionError):
+        unread = Counter({str(name): int(n_rows) for name, n_rows in manifest["unread"].items()})
+    except (OSError, DataError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         report(f"note: the cached tokens in {entry} are damaged; the data is tokenised again")
         remove_entry(entry)
         return None
     with contextlib.suppress(OSError):
         os.utime(entry)  # remove_old_entries() keeps those used last
-    return data.Table(**arrays, paths=names, max_length=max_length), skipped
+    return data.Table(**arrays, paths=names, max_length=max_length), skipped, unread
 
 
 def read_array(path: Path, expected: list[int]) -> np.ndarray:
@@ -142,6 +147,7 @@ def save_entry(
     key: str,
     table: data.Table,
     skipped: Sequence[Skipped],
+    unread: Counter[str],
     paths: Sequence[Path],
     report: Callable[[str], None],
 ) -> None:
@@ -151,7 +157,7 @@ def save_entry(
         cache.mkdir(parents=True, exist_ok=True)
         remove_old_entries(cache)
         temporary.mkdir()
-        write_files(temporary, table, skipped, tuple(map(str, paths)))
+        write_files(temporary, table, skipped, unread, tuple(map(str, paths)))
         try:
             os.rename(temporary, cache / key)
         except OSError:  # another process wrote the entry first, or the folder cannot be written
@@ -166,12 +172,14 @@ def save_entry(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_files(entry: Path, table: data.Table, skipped: Sequence[Skipped], names: tuple[str, ...]) -> None:
+def write_files(
+    entry: Path, table: data.Table, skipped: Sequence[Skipped], unread: Counter[str], names: tuple[str, ...]
+) -> None:
     """Write the arrays, then the manifest, and sync them. names: the data files, which rows then name by index."""
     number_of = {name: number for number, name in reversed(list(enumerate(names)))}
     rows = table.rows.copy()
     rows["file"] = np.array([number_of[path] for path in table.paths])[rows["file"]]
-    manifest: dict[str, list[Any]] = {"skipped": []}
+    manifest: dict[str, Any] = {"skipped": [], "unread": dict(unread)}
     for bad in skipped:
         path, _, number = bad.source.rpartition(":")
         manifest["skipped"].append((number_of[path], int(number), bad.reason))

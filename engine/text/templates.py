@@ -1,25 +1,30 @@
 """Prompt templates: a row of a dataset as the texts and special tokens of a style, and a prompt as ids."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from engine.base.errors import DataError
 from engine.text.own_template import find_own_end, open_own_template
 from engine.text.parts import Part, Special, Text
 from engine.text.tokenizer import Tokenizer
 
-Message = tuple[str, str]  # (role, content); the role is system, user or assistant
+Message = tuple[str, str]  # (role, content); the role is system, user, assistant or tool
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of a dataset file: an instruction and its answer, or a chat."""
+    """A line of a dataset file: an instruction and its answer, a chat, or text that goes under no template."""
 
     source: str  # "file.json:17", for messages; counts rows from 1, in JSONL lines
     messages: tuple[Message, ...] | None  # a chat, None for an instruction
     instruction: str = ""
     input: str = ""
     output: str = ""
+    is_raw: bool = False  # instruction and output are a text and how it goes on, under no template
+    unlearned: frozenset[int] = frozenset()  # numbers of the messages that are answers and carry no loss
+    tools: Sequence[Any] = ()  # that a chat may call: for a checkpoint's own template alone, like more
+    more: Mapping[int, dict[str, Any]] = field(default_factory=dict)  # {message: its tool_calls and the like}
 
 
 ALPACA_INPUT = (
@@ -101,7 +106,7 @@ def render_row(row: Row, style: str, tokenizer: Tokenizer, answer_next: bool = F
 
     answer_next: leave the last answer out, and end where the model is to write it.
     """
-    if style == "alpaca":
+    if style == "alpaca" or row.is_raw:
         return render_alpaca(row, tokenizer.add_bos, answer_next)
     messages = row.messages
     if messages is None:
@@ -109,22 +114,39 @@ def render_row(row: Row, style: str, tokenizer: Tokenizer, answer_next: bool = F
         messages = (("user", question), ("assistant", row.output))
     if answer_next and messages[-1][0] == "assistant":
         messages = messages[:-1]
-    if style in CHAT_STYLES:
-        return list(CHAT_STYLES[style](messages, answer_next))
-    chat = [{"role": role, "content": content} for role, content in messages]
-    learned = [role == "assistant" for role, _ in messages]
-    return open_own_template(tokenizer).render(chat, (), answer_next, row.source, learned)
+    learned = [role == "assistant" and i not in row.unlearned for i, (role, _) in enumerate(messages)]
+    if style == "template":
+        chat = [{"role": role, "content": content} | row.more.get(i, {}) for i, (role, content) in enumerate(messages)]
+        return open_own_template(tokenizer).render(chat, row.tools, answer_next, row.source, learned)
+    if row.tools or row.more:
+        raise DataError(f"{row.source}: the row calls tools, which --prompt-style template alone can say")
+    parts = CHAT_STYLES[style](messages, answer_next)
+    if not row.unlearned:
+        return list(parts)
+    return list(drop_loss(parts, [learned[i] for i, (role, _) in enumerate(messages) if role == "assistant"]))
+
+
+def drop_loss(parts: Iterable[Part], learned: Sequence[bool]) -> Iterator[Part]:
+    """Yield the parts of a chat with the loss of some answers taken away. learned: whether each answer keeps it."""
+    n_answers = 0  # that have ended: each ends in a special token that carries loss
+    for part in parts:
+        keeps = n_answers >= len(learned) or learned[n_answers]
+        if isinstance(part, Special):
+            n_answers += part.loss
+            yield replace(part, loss=part.loss and keeps)
+        else:
+            yield part if keeps else replace(part, prompt=part.prompt + part.response, response="")
 
 
 def render_alpaca(row: Row, add_bos: bool, answer_next: bool) -> list[Part]:
-    """Return the parts of an instruction under Stanford's template. Raise DataError for a chat."""
+    """Return the parts of an instruction under Stanford's template, or of raw text. Raise DataError for a chat."""
     if row.messages is not None:
         raise DataError(
-            f"{row.source}: the row holds chat messages, which the alpaca style cannot say; "
-            "pass --prompt-style chatml, llama2 or llama3"
+            f"{row.source}: the row holds chat messages, or a system text or history, which the alpaca style cannot "
+            "say; pass --prompt-style chatml, llama2, llama3 or template"
         )
     template = ALPACA_INPUT if row.input else ALPACA_NO_INPUT
-    prompt = template.format(instruction=row.instruction, input=row.input)
+    prompt = row.instruction if row.is_raw else template.format(instruction=row.instruction, input=row.input)
     parts: list[Part] = [Special("bos")] if add_bos else []
     if answer_next:
         return [*parts, Text(prompt, follows_special=False)]

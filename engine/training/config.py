@@ -21,7 +21,11 @@ class FinetuneConfig:
     )
     random_init: bool = flag(False, "start from random weights; --model is then a named shape: " + ", ".join(MODELS))
     tokenizer: str = flag("", "folder or .gguf of the tokenizer, where the model has none of its own")
-    data: tuple[str, ...] = flag((), "files: Alpaca JSON or JSONL, chat JSONL (messages)", alias="data_path")
+    data: tuple[str, ...] = flag(
+        (),
+        "files of rows (Alpaca, chats, text) as JSON, JSONL, CSV or parquet, also gzipped: docs/data.md",
+        alias="data_path",
+    )
     token_cache: str = flag(
         "auto", "folder that keeps tokenised data, or off; auto is cria/tokens in $XDG_CACHE_HOME or ~/.cache"
     )

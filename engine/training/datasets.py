@@ -1,13 +1,15 @@
 """The training and held-out examples of a run, from files or from the token cache."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from engine.base.errors import DataError
-from engine.base.terminal import Progress, track
+from engine.base.terminal import Progress, plural, track
 from engine.data import token_cache
+from engine.data.data_files import map_file
 from engine.data.dataset import Dataset, Table, encode_rows, hold_out
-from engine.data.rows import Skipped, map_file, read_rows, resolve_data_paths
+from engine.data.rows import Skipped, read_rows, resolve_data_paths
 from engine.distributed.world import World
 from engine.text.templates import Row
 from engine.text.tokenizer import Tokenizer
@@ -29,7 +31,7 @@ def read_datasets(
 
     # With a cache, rank 0 tokenises and fills it before the other ranks read it.
     tables, is_cached = read() if config.token_cache == "off" else world.run_on_main_first(read)
-    table, skipped = tables[0]
+    table, skipped, _ = tables[0]
     if config.eval_fraction:
         kept, held = hold_out(range(len(table)), config.eval_fraction, config.seed)
         if not kept:
@@ -40,6 +42,9 @@ def read_datasets(
     train.counts["skipped"] = len(skipped)
     for bad in skipped[:5]:
         say(f"skipped {bad.source}: {bad.reason}")
+    if unread := sum((unread for *_, unread in tables), Counter[str]()):
+        told = ", ".join(f"{key} ({plural(n, 'row')})" for key, n in unread.most_common())
+        say(f"note: keys of rows that are not read: {told}")
     counts = train.counts
     say(
         f"data{' (cached)' if is_cached else ''}: "
@@ -53,8 +58,8 @@ def read_datasets(
 
 def read_tables(
     config: FinetuneConfig, tokenizer: Tokenizer, say: Callable[[str], None], show_progress: bool = True
-) -> tuple[list[tuple[Table, Sequence[Skipped]]], bool]:
-    """Return the tokenised rows and the skipped ones of --data and, where given, of --eval-data.
+) -> tuple[list[tuple[Table, Sequence[Skipped], Counter[str]]], bool]:
+    """Return the tokenised rows, the skipped ones and the rows by a key that is not read, of --data and of --eval-data.
 
     The second value says whether all of it came from the token cache. Every file is checked before the long work
     begins.
@@ -70,34 +75,40 @@ def read_tables(
         paths = resolve_data_paths(names)
         key = key_of(paths)
         entry = token_cache.load_entry(cache, key, paths, config.max_length, say) if cache else None
-        read = None if entry else read_files(paths, config.skip_bad_rows, show_progress)
+        read = None if entry else read_files(paths, config, show_progress)
         opened.append((paths, key, entry, read))
-    tables: list[tuple[Table, Sequence[Skipped]]] = []
+    tables: list[tuple[Table, Sequence[Skipped], Counter[str]]] = []
     for paths, key, entry, read in opened:
         if read is not None:
-            rows, skipped = read
+            rows, skipped, unread = read
             table = encode_rows(rows, tokenizer, *settings, watch_blocks if show_progress else iter)
-            entry = table, list(skipped)
+            entry = table, list(skipped), unread
             if cache and table.rows["n_loss"].any() and key == key_of(paths):  # no file changed meanwhile
-                token_cache.save_entry(cache, key, table, skipped, paths, say)
+                token_cache.save_entry(cache, key, table, skipped, unread, paths, say)
         assert entry is not None
         tables.append(entry)
     return tables, all(read is None for *_, read in opened)
 
 
 def read_files(
-    paths: Sequence[Path], skip_bad_rows: bool, show_progress: bool = True
-) -> tuple[Sequence[Row], Sequence[Skipped]]:
-    """Read the rows of dataset files, with a progress bar where they are large."""
+    paths: Sequence[Path], config: FinetuneConfig, show_progress: bool = True
+) -> tuple[Sequence[Row], Sequence[Skipped], Counter[str]]:
+    """Read the rows of dataset files, with a progress bar where they are large. Count the keys that are not read."""
+    unread = Counter[str]()
+
+    def read(progress: Callable[[int, int], None] | None = None):
+        with_tools = config.prompt_style == "template"
+        return *read_rows(paths, config.skip_bad_rows, progress, with_tools=with_tools, unread=unread), unread
+
     if not show_progress or sum(len(map_file(path)) for path in paths) < SILENT_BYTES:
-        return read_rows(paths, skip_bad_rows)
+        return read()
     with Progress(None, unit="reading MB") as bar:
 
         def report(done_bytes, total_bytes):
             bar.total = total_bytes // 10**6
             bar.advance(done_bytes // 10**6 - bar.done)
 
-        return read_rows(paths, skip_bad_rows, report)
+        return read(report)
 
 
 def watch_blocks(blocks: range) -> Iterator[int]:

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "faults.md"
 WAITS = "the server is not built yet"  # for faults of engine.serve, which does not exist yet
-F, C, S, T, R, W, D, N = (
+F, C, S, T, R, W, D, N, K = (
     "project/test_faults.py",
     "engine/output/test_checkpoint.py",
     "engine/output/test_saver.py",
@@ -27,6 +27,7 @@ F, C, S, T, R, W, D, N = (
     "engine/formats/test_source_faults.py",
     "engine/distributed/test_ranks.py",
     "project/test_not_finite.py",
+    "engine/data/test_row_kinds.py",
 )
 G, A = "data_gen/test_generate.py", "engine/data/test_dataset.py"
 FAULTS = [  # fault, expected, tests
@@ -130,15 +131,22 @@ FAULTS = [  # fault, expected, tests
 ]  # fmt: skip
 Z = "engine/formats/test_stand_ins.py"
 LATER = {  # number: found since, by trying public reports of other projects' users
+    41: ("a key that changes what a row means", "obeyed, or refused by name; other keys counted and told", [
+          (K, "test_what_cannot_be_obeyed_is_refused_by_name"),
+          (K, "test_a_weight_of_0_takes_the_loss_from_an_answer_and_nothing_else"),
+          (K, "test_alpacas_system_and_history_are_in_the_prompt"), (K, "test_other_keys_are_counted"),
+          (K, "test_tools_under_the_checkpoints_own_template")]),
     44: ("keys or files that contradict each other (RoPE)", "the format's own reader's reading, or refused by name", [
           ("engine/formats/test_rope.py", "test_contradictions_are_read_as_transformers_reads_them_or_refused"),
           ("engine/formats/test_rope.py", "test_rope_scaling_goes_before_rope_parameters_with_the_theta_beside_it"),
           ("engine/formats/test_rope.py", "test_factor_of_meta_models"),
           ("engine/formats/test_rope.py", "test_gguf_scaling_is_read_as_llama_cpp_reads_it")]),
-    46: ("model files that are not what they seem", "one line that says what it is and what to do", [
+    46: ("files that are not what they seem", "one line that says what it is and what to do", [
           (Z, "test_git_lfs_pointers_in_place_of_weights"), (Z, "test_a_git_lfs_pointer_in_place_of_a_tokenizer"),
           (Z, "test_an_adapter_alone"), (Z, "test_a_part_of_a_split_gguf"), (Z, "test_shards_without_their_index"),
-          (Z, "test_fp8_and_other_quantised_folders_take_one_line"), (Z, "test_the_command_exits_3_with_what_to_do")]),
+          (Z, "test_fp8_and_other_quantised_folders_take_one_line"), (Z, "test_the_command_exits_3_with_what_to_do"),
+          (K, "test_a_file_that_is_not_what_it_seems_is_told_in_one_line"), (K, "test_a_file_of_each_kind"),
+          (K, "test_sharegpt"), (K, "test_parquet_without_its_library")]),
 }  # fmt: skip
 ROWS = [*enumerate(FAULTS, 1), *sorted(LATER.items())]
 

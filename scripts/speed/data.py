@@ -115,13 +115,13 @@ def measure_starts(file, tokenizer, repeats):
         firsts, seconds = [], []
         for _ in range(min(3, repeats)):
             shutil.rmtree(config.token_cache, ignore_errors=True)
-            ([(table, _)], cached), *took = time_call(read_tables, config, tokenizer, ignore_message)
+            ([(table, *_)], cached), *took = time_call(read_tables, config, tokenizer, ignore_message)
             assert not cached
             firsts.append(took)
         (rows, _), *reading = time_call(read_rows, [file])
         _, *encoding = time_call(data.encode_rows, rows, tokenizer, "alpaca", MAX_LENGTH)
         for _ in range(repeats):
-            ([(table, _)], cached), *took = time_call(read_tables, config, tokenizer, ignore_message)
+            ([(table, *_)], cached), *took = time_call(read_tables, config, tokenizer, ignore_message)
             assert cached
             seconds.append(took)
         size = sum(path.stat().st_size for path in Path(cache).rglob("*") if path.is_file())

@@ -39,6 +39,8 @@ FORMS = {
     "instruction and input": [{"instruction": PROMPT, "input": INPUT}],
     "instances": [{"id": 1, "instruction": PROMPT, "instances": [{"input": "Other."}, {"input": INPUT}]}],
     "prompt": [{"prompt": f"{PROMPT}\n\n{INPUT}"}],
+    "MT-bench": [{"question_id": 81, "turns": [f"{PROMPT}\n\n{INPUT}", "Rewrite it."], "reference": ["Be brief."]}],
+    "a list of prompts": [{"prompt": ["Rewrite it.", f"{PROMPT}\n\n{INPUT}"], "prompt_id": 1}],
     "both": [{"prompt": "Below is an instruction.", "instruction": PROMPT, "input": INPUT}],
     "messages": [{"messages": [
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPT},

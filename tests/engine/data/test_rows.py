@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.base.errors import DataError
-from engine.data.rows import MAX_NESTING, MAX_ROW_BYTES, read_rows
+from engine.data.json_files import MAX_NESTING
+from engine.data.rows import read_rows
+from engine.data.values import MAX_ROW_BYTES
 from engine.text.templates import Row
 
 ROOT = Path(__file__).parents[3]
@@ -232,7 +234,10 @@ BAD = {
     "null": (b"null", "row: got null, wanted an object"),
     "a constant": (b"NaN", "row: got a number, wanted an object"),
     "a list": (b'[{"instruction": "a"}]', "row: got a list, wanted an object"),
-    "no instruction": ({"prompt": "a", "output": "b"}, r"instruction: missing, got the keys \['prompt', 'output'\]"),
+    "no instruction": (
+        {"question": "a", "output": "b"},
+        r"instruction: missing, got the keys \['question', 'output'\]",
+    ),
     "no output": ({"instruction": "a"}, "output: missing"),
     "empty": ({}, r"instruction: missing, got the keys \[\]"),
     "many keys": ({f"key{i}": 0 for i in range(99)}, r"^instruction: missing, got the keys .{77}\.\.\.$"),

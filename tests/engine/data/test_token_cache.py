@@ -37,7 +37,7 @@ def cache(tmp_path):
 @pytest.fixture
 def files(tmp_path):
     """Two files of 20 rows. The first has two bad ones too; in both a long question leaves its answer cut away."""
-    made = [{"instruction": f"Say {i}.", "input": "in" * (i % 2), "output": "x " * i} for i in range(20)]
+    made = [{"instruction": f"Say {i}.", "input": "in" * (i % 2), "output": "x " * i, "id": i + 1} for i in range(20)]
     made[3]["output"] = "long " * 99
     made[4]["instruction"] = "hidden " * 99
     broken = [*made[:10], {"instruction": 7}, {"output": ""}, *made[10:]]
@@ -59,7 +59,7 @@ def entries(cache):
 
 
 def same(a, b):
-    (table, skipped), (other, other_skipped) = a, b
+    (table, skipped, unread), (other, other_skipped, other_unread) = a, b
     for one, two in ((table.select(), other.select()), (table.select([5, 7, 9]), other.select([5, 7, 9]))):
         for name in ("tokens", "is_target", "begins", "ends", "n_loss"):
             x, y = getattr(one, name), getattr(two, name)
@@ -67,6 +67,7 @@ def same(a, b):
         assert tuple(one.sources) == tuple(two.sources) and one.counts == two.counts
         assert one.sha256() == two.sha256()
     assert [(bad.source, bad.reason) for bad in skipped] == [(bad.source, bad.reason) for bad in other_skipped]
+    assert unread == other_unread == {"id": 40}
 
 
 # ---- hits -----------------------------------------------------------------------------------------------------------
@@ -99,7 +100,7 @@ def test_a_cached_dataset_is_the_one_without_a_cache(files, cache, smol):
 
 def test_rows_held_out_of_an_entry_are_those_of_hold_out(files, cache, smol):
     read(files, cache, smol)
-    (table, _), _ = read(files, cache, smol)
+    (table, *_), _ = read(files, cache, smol)
     parsed, _ = rows.read_rows([Path(file) for file in files], skip_bad_rows=True)
     wanted = data.hold_out(parsed, 0.3, 5)
     for numbers, part in zip(data.hold_out(range(len(table)), 0.3, 5), wanted, strict=True):
@@ -114,7 +115,7 @@ def test_messages_name_the_files_of_this_run(files, cache, smol, tmp_path):
     moved = []
     for file in files:
         moved.append(shutil.copy(file, tmp_path / f"other-{Path(file).name}"))
-    (table, skipped), is_cached = read(moved, cache, smol)
+    (table, skipped, _), is_cached = read(moved, cache, smol)
     assert is_cached
     sources = table.select().sources
     assert sources[0] == f"{moved[0]}:1" and sources[-1] == f"{moved[1]}:20"
@@ -212,8 +213,8 @@ def test_bad_data_is_refused_each_time_and_never_kept(content, options, message,
 def test_a_file_rewritten_while_it_is_read_is_not_kept(files, cache, smol, monkeypatch):
     real = datasets.read_rows
 
-    def rewriting(*args):
-        found = real(*args)
+    def rewriting(*args, **options):
+        found = real(*args, **options)
         append(files[0], " ")
         return found
 
@@ -302,7 +303,7 @@ def test_the_newest_used_entries_stay(files, cache, smol, monkeypatch):
     for n in (60, 61, 62):
         read(files, cache, smol, max_length=n)
         os.utime(entry(n), (now - 300 + n,) * 2)
-    (mapped, _), is_cached = read(files, cache, smol, max_length=60)  # used again: no longer the oldest
+    (mapped, *_), is_cached = read(files, cache, smol, max_length=60)  # used again: no longer the oldest
     assert is_cached
     read(files, cache, smol, max_length=63)
     assert left() == [60, 62, 63]
@@ -348,7 +349,7 @@ if wait_for != "-":
         while len(list(Path(wait_for).parent.glob(Path(wait_for).name + "-*"))) < 2 and time.time() < deadline:
             time.sleep(0.001)
     token_cache.write_files = waiting
-[(table, skipped)], is_cached = datasets.read_tables(config, tokenizer, print)
+[(table, skipped, _)], is_cached = datasets.read_tables(config, tokenizer, print)
 print(is_cached, table.select().sha256(), calls)
 """
 

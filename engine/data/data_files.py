@@ -1,0 +1,90 @@
+"""Dataset files: which kind each is by its content, and its records."""
+
+import gzip
+import mmap
+import os
+import shutil
+import stat
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from engine.base.errors import DataError
+from engine.data.json_files import read_json_records
+from engine.data.table_files import read_csv_records, read_parquet_records
+from engine.data.values import Record
+
+GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
+TABLES = (".csv", ".tsv")
+OTHERS = {  # what a file begins with that holds no rows: what it is, and what to do
+    b"version https://git-lfs": "a git-lfs pointer, not the data; fetch it with `git lfs pull`",
+    b"PK\3\4": "a zip archive or an Excel sheet; unpack it, or save the sheet as CSV",
+    b"\x28\xb5\x2f\xfd": "a zstd archive; unpack it",
+    b"\xfd7zXZ": "an xz archive; unpack it",
+    b"BZh": "a bzip2 archive; unpack it",
+    b"ARROW1": "an Arrow file; save it as parquet or JSONL",
+    b"\xff\xff\xff\xff": "an Arrow stream; save it as parquet or JSONL",
+    b"SQLite format 3": "an SQLite database; save its rows as JSONL",
+    b"<": "a web page or XML; download the data itself",
+}
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """Return the file's bytes, mapped; they are unmapped with the last reference. Raise DataError."""
+    try:
+        info = os.stat(path)  # before open(), which waits for a writer when the path is a pipe
+        if stat.S_ISREG(info.st_mode) and info.st_size:
+            with open(path, "rb") as file:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise DataError(f"{path}: got '{error.strerror}', wanted a dataset; check path and permissions") from None
+    kind = {stat.S_IFREG: "an empty file", stat.S_IFDIR: "a folder"}.get(stat.S_IFMT(info.st_mode), "no regular file")
+    raise DataError(f"{path}: got {kind}, wanted rows as JSON, JSONL, CSV or parquet; name a file that holds some")
+
+
+def unpack_gzip(data: mmap.mmap, path: Path) -> mmap.mmap:
+    """Return what a gzip file holds, mapped from a temporary file that is gone with it. Raise DataError."""
+    try:
+        with tempfile.TemporaryFile() as unpacked:
+            with gzip.GzipFile(fileobj=data) as file:
+                shutil.copyfileobj(file, unpacked, 1 << 20)
+            if size := unpacked.tell():
+                unpacked.flush()
+                return mmap.mmap(unpacked.fileno(), size, access=mmap.ACCESS_READ)
+    except (EOFError, OSError, zlib.error) as error:
+        raise DataError(f"{path}: got a gzip file that cannot be unpacked ({error}); download it anew") from None
+    raise DataError(f"{path}: got a gzip file of nothing, wanted rows; name a file that holds some")
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """Return the records of a file of JSON, JSONL, CSV or parquet, also gzipped. Raise DataError.
+
+    A record's position is in the file as it is on the disk.
+    """
+    data = map_file(path)
+    packed_bytes = len(data)
+    if data[:2] == GZIP:
+        data = unpack_gzip(data, path)
+    start = bytes(data[:256]).lstrip(b"\xef\xbb\xbf \t\r\n")
+    for begin, what in OTHERS.items():
+        if start.startswith(begin):
+            raise DataError(f"{path}: got {what}")
+    reader = read_json_records
+    if start.startswith(PARQUET):
+        reader = read_parquet_records
+    elif is_table(path) and start[:1] not in (b"[", b"{"):
+        reader = read_csv_records
+    for record in reader(data, path):
+        yield record._replace(position=record.position * packed_bytes // len(data))
+
+
+def is_table(path: Path) -> bool:
+    """Return whether a file is CSV or TSV by its name, also gzipped."""
+    return path.name.lower().removesuffix(".gz").endswith(TABLES)
+
+
+def has_rows(path: Path) -> bool:
+    """Return whether a file is one of rows, not of plain text: by its first byte, or as a table by its name."""
+    start = bytes(map_file(path)[:256]).lstrip(b"\xef\xbb\xbf \t\r\n")
+    return start.startswith((b"[", b"{", GZIP, PARQUET)) or is_table(path)
