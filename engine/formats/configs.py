@@ -131,6 +131,12 @@ def token_ids_to_hf(bos_id: int | None, eos_ids: Sequence[int]) -> dict[str, Any
 
 # ---- Meta -----------------------------------------------------------------------------------------------------------
 
+# Keys of params.json, Meta's and Mistral's, that make another model of the same tensors.
+NOT_OF_LLAMA = (
+    "moe_args", "moe", "quantization_args", "quantization", "lora_args", "vision_chunk_size", "vision_encoder",
+    "sliding_window", "yarn", "llama_4_scaling",
+)  # fmt: skip
+
 
 def config_from_meta(
     raw: dict[str, Any], shapes: dict[str, tuple[int, ...]], problems: list[str]
@@ -140,8 +146,9 @@ def config_from_meta(
     shapes: of the merged tensors; they give hidden_dim, which params.json lacks, and vocab_size where it is -1.
     """
     before, settings = len(problems), Settings(raw, "params.json", problems)
-    for key in ("moe_args", "quantization_args", "lora_args", "vision_chunk_size"):
+    for key in NOT_OF_LLAMA:
         settings.refuse(key)
+    settings.refuse("use_biases", False)
     dim, n_heads = settings.get("dim", int), settings.get("n_heads", int)
     theta = settings.get("rope_theta", float, 10000.0)
     scaling = rope_from_meta(settings) if settings.get("use_scaled_rope", bool, False) else None
@@ -159,6 +166,7 @@ def config_from_meta(
         n_layers=settings.get("n_layers", int),
         n_heads=n_heads,
         n_kv_heads=settings.get("n_kv_heads", int, n_heads),
+        head_dim=settings.get("head_dim", int, None),  # Mistral writes it
         hidden_dim=gate[0] if gate else 1,  # check_tensors() reports the missing tensor
         vocab_size=vocab_size,
         max_seq_len=guess_max_seq_len(scaling, theta, norm_eps),

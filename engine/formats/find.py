@@ -66,6 +66,8 @@ def explain_no_model(path: Path) -> str:
     got = "does not exist"
     if path.exists():
         got = "holds neither" if path.is_dir() else "is none"
+        if path.is_file() and detect_kind(path.parent):
+            return f"a file of a model; give its folder, {path.parent}"
         if path.is_dir() and (other := explain_other_content(path)):
             return other
     return f"{got}; wanted a folder with config.json or params.json, or a .gguf file"

@@ -166,6 +166,7 @@ def check_tensors(
     for name in [name for name in stored if IGNORED.fullmatch(name)]:
         del stored[name]
     problems += [f"{name} is missing" for name in wanted if name not in stored and name not in unreadable]
+    of_type: dict[Any, list[str]] = {}
     for name, tensor in stored.items():
         if name not in wanted:
             note = ""
@@ -178,10 +179,13 @@ def check_tensors(
         if tensor.shape != wanted[name].shape:
             problems.append(f"{tensor.file}: {name} is {tensor.shape}, wanted {wanted[name].shape} by the config")
         if not isinstance(tensor.dtype, torch.dtype) or not tensor.dtype.is_floating_point:
-            problems.append(
-                f"{tensor.file}: {name} is of type {tensor.dtype}, which is not read; wanted "
-                + ("another quantisation" if kind == "gguf" else "fp32, fp16 or bf16")
-            )
+            of_type.setdefault(tensor.dtype, []).append(name)
+    for dtype, names in of_type.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        problems.append(
+            f"{stored[names[0]].file}: {names[0]}{more} is of type {dtype}, which is not read; wanted "
+            + ("another quantisation" if kind == "gguf" else "fp32, fp16 or bf16")
+        )
 
 
 def is_equal(a: Stored, b: Stored) -> bool:

@@ -112,6 +112,31 @@ def test_a_part_of_a_split_gguf(number, tmp_path):
     assert_one_line(path, f"part {number + 1} of 3 of a split GGUF; merge all parts first: llama-gguf-split --merge")
 
 
+def test_a_file_of_a_model_in_place_of_its_folder(folder):
+    assert_one_line(folder / "config.json", f"a file of a model; give its folder, {folder}")
+    assert_one_line(next(folder.glob("*.safetensors")), f"a file of a model; give its folder, {folder}")
+
+
+def test_tensors_of_a_type_that_is_not_read_take_one_line(folder, tmp_path):
+    save_hf(tmp_path / "int8", random_model(BASE))
+    rewrite_safetensors(
+        tmp_path / "int8" / "model.safetensors",
+        lambda t: t.update({k: torch.zeros(v.shape, dtype=torch.int8) for k, v in t.items() if "proj" in k}),
+    )
+    assert_one_line(tmp_path / "int8", "proj.weight and 13 more is of type torch.int8, which is not read")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"sliding_window": 4096}, {"moe": {"num_experts": 8}}, {"yarn": {"factor": 4}}, {"use_biases": True}],
+    ids=str,
+)
+def test_mistrals_params_that_are_not_of_llama_are_refused(changes, tmp_path):
+    """Their tensors have LLaMA's names and shapes."""
+    write_meta(tmp_path, make_theirs(META), META, 1, **changes)
+    assert_one_line(tmp_path, f"params.json: {next(iter(changes))} is ", "which is not supported")
+
+
 def test_a_gguf_that_is_an_adapter(tmp_path):
     gguf, path = pytest.importorskip("gguf"), tmp_path / "m.gguf"
     writer = gguf.GGUFWriter(path, "llama")
