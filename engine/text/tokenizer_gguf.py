@@ -102,14 +102,16 @@ def mark_specials(tokens: list[str], types: list[int], role_ids: dict[str, int])
 def make_sentencepiece_files(values: Values, role_ids: dict[str, int], config: Values) -> dict[str, bytes]:
     """Return the tokenizer.model of a GGUF's pieces, scores and types, and the tokenizer_config.json beside it."""
     tokens = [token or f"[EMPTY_{id}]" for id, token in enumerate(values["tokens"])]  # SentencePiece knows no empty one
-    types = list(values["token_type"])
-    if UNKNOWN not in types:  # SentencePiece wants one; with all bytes among the pieces, no text becomes it
-        types[role_ids.get("unk", types.index(CONTROL) if CONTROL in types else 0)] = UNKNOWN
+    # SentencePiece wants exactly one unknown piece; with all bytes among the pieces, no text becomes it.
+    types = [CONTROL if kind == UNKNOWN else kind for kind in values["token_type"]]
+    unknown = next((id for id, kind in enumerate(values["token_type"]) if kind == UNKNOWN), 0)
+    unknown = role_ids.get("unk", unknown)
+    types[unknown] = UNKNOWN
     model = SentencePieceModel(
         tokens, [float(score) for score in values["scores"]], types, byte_fallback=BYTE in types,
         has_prefix=bool(values.get("add_space_prefix", True)),
     )  # fmt: skip
-    content = write_model(model, {"unk": types.index(UNKNOWN), **role_ids})
+    content = write_model(model, role_ids | {"unk": unknown})
     names = {f"{role}_token": tokens[id] for role, id in role_ids.items()}
     config = {**config, **names, "add_bos_token": bool(values.get("add_bos_token", True))}
     return {"tokenizer.model": content, "tokenizer_config.json": json.dumps(config).encode()}

@@ -130,17 +130,27 @@ FAULTS = [  # fault, expected, tests
     ("XSS in prompt or output, a foreign Origin", "text only, CSP, loopback, Origin and Host checked", []),
 ]  # fmt: skip
 Z = "engine/formats/test_stand_ins.py"
+E = "engine/text/test_tokenizer_elsewhere.py"
 LATER = {  # number: found since, by trying public reports of other projects' users
     41: ("a key that changes what a row means", "obeyed, or refused by name; other keys counted and told", [
           (K, "test_what_cannot_be_obeyed_is_refused_by_name"),
           (K, "test_a_weight_of_0_takes_the_loss_from_an_answer_and_nothing_else"),
           (K, "test_alpacas_system_and_history_are_in_the_prompt"), (K, "test_other_keys_are_counted"),
           (K, "test_tools_under_the_checkpoints_own_template")]),
-    44: ("keys or files that contradict each other (RoPE)", "the format's own reader's reading, or refused by name", [
+    43: ("a tokenizer that others would read otherwise after export", "a tokenizer.json with the ids of training", [
+          (E, "test_a_tokenizer_model_alone_is_saved_as_what_training_used"),
+          (E, "test_a_gguf_of_sentencepiece_keeps_pieces_scores_and_types"),
+          (E, "test_scores_that_a_tokenizer_json_cannot_say_are_told"), (E, "test_a_chat_has_the_ids_of_transformers"),
+          (E, "test_a_gguf_is_cut_as_llama_cpp_cuts_it"),
+          (E, "test_a_gguf_that_does_not_say_how_text_is_cut_is_told")]),
+    44: ("files that contradict each other (RoPE, BOS)", "the format's own reader's reading, or refused by name", [
           ("engine/formats/test_rope.py", "test_contradictions_are_read_as_transformers_reads_them_or_refused"),
           ("engine/formats/test_rope.py", "test_rope_scaling_goes_before_rope_parameters_with_the_theta_beside_it"),
           ("engine/formats/test_rope.py", "test_factor_of_meta_models"),
-          ("engine/formats/test_rope.py", "test_gguf_scaling_is_read_as_llama_cpp_reads_it")]),
+          ("engine/formats/test_rope.py", "test_gguf_scaling_is_read_as_llama_cpp_reads_it"),
+          (E, "test_the_bos_of_training_is_that_of_transformers"),
+          (E, "test_an_older_map_that_names_another_bos_is_overruled_by_the_template"),
+          (E, "test_a_template_of_two_tokens_is_refused")]),
     46: ("files that are not what they seem", "one line that says what it is and what to do", [
           (Z, "test_git_lfs_pointers_in_place_of_weights"), (Z, "test_a_git_lfs_pointer_in_place_of_a_tokenizer"),
           (Z, "test_an_adapter_alone"), (Z, "test_a_part_of_a_split_gguf"), (Z, "test_shards_without_their_index"),

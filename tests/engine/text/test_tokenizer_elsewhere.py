@@ -198,6 +198,17 @@ def test_a_gguf_of_sentencepiece_keeps_pieces_scores_and_types(values, tmp_path)
         assert processor.encode(text) == ours.encode(text)
 
 
+def test_a_gguf_with_many_unknown_tokens_or_none(tmp_path):
+    """Phi-3's calls its 53 unused tokens unknown, and <unk> a control token."""
+    tokens, scores, types, _ = list_pieces()
+    for n, kind in ((3, 2), (0, 3)):
+        names = [*tokens, *(f"[PAD{i}]" for i in range(n))]
+        kinds, ids = [kind, *types[1:], *[2] * n], {"bos_token_id": 1, "eos_token_id": 2, "unk_token_id": 0}
+        path = write_gguf(tmp_path / f"{n}.gguf", "llama", names, kinds, scores=scores + [0.0] * n, **ids)
+        out = saved_everywhere(load_tokenizer(path), tmp_path / f"out{n}")
+        assert read_model((out / "tokenizer.model").read_bytes()).types == [2, *types[1:], *[3] * n]
+
+
 def cut(pre, text, tmp_path):
     """Return the words into which a byte-level GGUF cuts a text."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
