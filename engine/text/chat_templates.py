@@ -8,14 +8,17 @@ import copy
 import json
 import re
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
-from engine.text.own_template import CONFIG, JINJA_FILE, read_chat_templates
+from engine.text.own_template import JINJA_FILE, read_chat_templates
 from engine.text.parts import Special
 from engine.text.templates import ALPACA_NO_INPUT, Row, find_end_of_turn, find_stop_ids, render_row
 from engine.text.tokenizer import Tokenizer
+from engine.text.tokenizer_files import convert_to_llama_tokenizer
+from engine.text.tokenizer_json import write_json
+from engine.text.tokenizer_parts import CONFIG, TOKENS_MAP, Files, read_json
 
-TOKENS_MAP = "special_tokens_map.json"
 DAY = datetime(2024, 7, 26)  # which the templates of Llama 3 name where there is no clock
 STRFTIME = re.compile(r"strftime_now\(\s*(\"[^\"]*\"|'[^']*')\s*\)")
 MACRO = "{%- macro strftime_now(format) -%}"  # begins a template that asks no clock
@@ -84,11 +87,6 @@ def quote(text: str) -> str:
 # ---- the tokenizer's files ------------------------------------------------------------------------------------------
 
 
-def read_object(files: dict[str, bytes], name: str) -> dict[str, Any]:
-    """Return the object in a JSON file, {} without the file. The tokenizer's reader has checked that it is one."""
-    return json.loads(files.get(name, b"{}"))
-
-
 def find_carried_style(tokenizer: Tokenizer) -> str:
     """Return the style whose template the tokenizer's files carry: "template" for another, "alpaca" for none."""
     carried = read_chat_templates(tokenizer)
@@ -121,13 +119,15 @@ def adopt_style(tokenizer: Tokenizer, style: str) -> Tokenizer:
     files = replace_chat_templates(
         tokenizer, own if style == "template" else {"default": write_chat_template(style, tokenizer)}
     )
-    config = name_tokens(read_object(files, CONFIG), texts)
+    if tokenizer.encode("a") != tokenizer.encode("a", follows_special=True):
+        files |= settle_first_space(files, style)
+    config = name_tokens(read_json(Path(), files, CONFIG), texts)
     if tokenizer.add_bos and not adopted.add_bos:
         config["add_bos_token"] = False
         files |= without_template_bos(files, find_token_text(tokenizer, tokenizer.bos_id))
-    files[CONFIG] = dump_object(config)
+    files[CONFIG] = write_json(config)
     if TOKENS_MAP in files:
-        files[TOKENS_MAP] = dump_object(name_tokens(read_object(files, TOKENS_MAP), texts))
+        files[TOKENS_MAP] = write_json(name_tokens(read_json(Path(), files, TOKENS_MAP), texts))
     adopted.files = files
     return adopted
 
@@ -155,12 +155,12 @@ def pin_template(template: str) -> str:
     return f"{MACRO}{day}{{%- endmacro -%}}{{{{ '' }}}}{template}"
 
 
-def replace_chat_templates(tokenizer: Tokenizer, templates: dict[str, str]) -> dict[str, bytes]:
+def replace_chat_templates(tokenizer: Tokenizer, templates: dict[str, str]) -> Files:
     """Return the tokenizer's files with these chat templates in tokenizer_config.json, and none elsewhere."""
     files = {name: content for name, content in tokenizer.files.items() if name != JINJA_FILE}
     named = [{"name": name, "template": template} for name, template in templates.items()]
     value = templates["default"] if list(templates) == ["default"] else named
-    return files | {CONFIG: dump_object(read_object(files, CONFIG) | {"chat_template": value})}
+    return files | {CONFIG: write_json(read_json(Path(), files, CONFIG) | {"chat_template": value})}
 
 
 def name_tokens(config: dict[str, Any], texts: dict[str, str]) -> dict[str, Any]:
@@ -172,20 +172,36 @@ def name_tokens(config: dict[str, Any], texts: dict[str, str]) -> dict[str, Any]
     return config | texts | kept
 
 
-def without_template_bos(files: dict[str, bytes], bos: str) -> dict[str, bytes]:
+def settle_first_space(files: Files, style: str) -> Files:
+    """Return the files of a tokenizer that puts a space before the first text alone, so that all put one where we do.
+
+    Behind a special token transformers puts none and llama.cpp puts one. Alpaca's text has one, after BOS: then both
+    put one before every text. In a chat none has one: add_prefix_space tells llama.cpp's converter, and the class is
+    one by which transformers does not go by that key.
+    """
+    spec, config = (read_json(Path(), files, name) for name in ("tokenizer.json", CONFIG))
+    if "LlamaTokenizer" in str(config.get("tokenizer_class")) or '"first"' not in json.dumps(spec["pre_tokenizer"]):
+        convert_to_llama_tokenizer(spec, config)
+        config = {"unk_token": "<unk>"} | config
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if style == "alpaca":
+        steps = spec["pre_tokenizer"].get("pretokenizers", [spec["pre_tokenizer"]])
+        for step in (step for step in steps if step.get("prepend_scheme") == "first"):
+            step["prepend_scheme"] = "always"
+    else:
+        config["add_prefix_space"] = False
+    return {"tokenizer.json": write_json(spec), CONFIG: write_json(config)}
+
+
+def without_template_bos(files: Files, bos: str) -> Files:
     """Return {"tokenizer.json": one that does not begin a text with BOS}, {} without such a file."""
     if "tokenizer.json" not in files:
         return {}
-    spec = read_object(files, "tokenizer.json")
+    spec = read_json(Path(), files, "tokenizer.json")
     steps = spec.get("post_processor") or {}
     for step in steps.get("processors", [steps]):
         if step.get("type") == "TemplateProcessing":
             for name in ("single", "pair"):
                 step[name] = [piece for piece in step[name] if piece.get("SpecialToken", {}).get("id") != bos]
             step["special_tokens"].pop(bos, None)
-    return {"tokenizer.json": dump_object(spec)}
-
-
-def dump_object(value: dict[str, Any]) -> bytes:
-    """Return a JSON file of the object."""
-    return json.dumps(value, ensure_ascii=False, indent=2).encode() + b"\n"
+    return {"tokenizer.json": write_json(spec)}

@@ -11,6 +11,7 @@ from engine.text.own_template import read_chat_templates
 from engine.text.templates import Row, encode_prompt, find_stop_ids
 from engine.text.tokenizer_files import load_tokenizer
 from tests.helpers.chat_tokenizers import CHATML, LLAMA3, SPECIALS, TOKENS, write_byte_level
+from tests.helpers.spm_tokenizers import write_metaspace
 
 OWN = "{{ bos_token }}You are Tim. {% for m in messages %}{{ m.content }}{% endfor %}"
 QUESTION = " It's \\n a 'test' {{ x }} of\n\n\"quotes\" and é 漢 \n"
@@ -100,3 +101,49 @@ def test_tokens_keep_their_flags_and_an_older_map_agrees(tmp_path):
 
 
 FLAGS_OF_A_TOKEN = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+
+
+SPACES = {
+    "first": ("first", {}),
+    "always": ("always", {}),
+    "never": ("never", {}),
+    "prepend": ("prepend", {}),
+    "legacy": ("always", {"tokenizer_class": "LlamaTokenizer", "legacy": True}),
+    "not legacy": ("always", {"tokenizer_class": "LlamaTokenizerFast", "legacy": False}),
+    "class alone": ("prepend", {"tokenizer_class": "LlamaTokenizer"}),
+}
+
+
+@styles
+@pytest.mark.parametrize("space", SPACES)
+def test_spaces_before_texts(style, space, tmp_path):
+    """A space that a tokenizer puts before the first text alone stands behind Alpaca's BOS too, as in training."""
+    scheme, config = SPACES[space]
+    base = write_metaspace(tmp_path / "base", scheme, **config)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    if style == "llama3":
+        (base / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": LLAMA3[0]}))
+    ours, before = load_tokenizer(base), AutoTokenizer.from_pretrained(base)
+    adopt_style(ours, style).save(tmp_path / "out")
+    again, theirs = load_tokenizer(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    for question in ("the user", " the user"):
+        row = Row("f:1", None, question, "", "name")
+        asked = their_ids(theirs, (("user", question),), True)
+        assert asked == encode_prompt(row, ours, style) == encode_prompt(row, again, style)
+        assert (
+            their_ids(theirs, (("user", question), ("assistant", "name")))
+            == encode_rows([row], ours, style).tokens.tolist()
+        )
+        assert theirs(question)["input_ids"] == [ours.bos_id] * again.add_bos + ours.encode(question)
+        plain = before.encode(question, add_special_tokens=False)
+        assert (
+            plain
+            == theirs.encode(question, add_special_tokens=False)
+            == again.encode(question)
+            == ours.encode(question)
+        )
+    if style != "alpaca":
+        assert their_ids(theirs, CHAT[:-1], True) == encode_prompt(Row("f:1", CHAT), ours, style)
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    puts_none = before.encode("the", add_special_tokens=False) != before.encode("</s>the", add_special_tokens=False)[1:]
+    assert (config.get("add_prefix_space") is False) == (puts_none and style != "alpaca")  # which llama.cpp goes by
