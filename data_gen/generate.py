@@ -77,7 +77,8 @@ def check_options(options: Namespace) -> None:
 def main(argv: list[str]) -> None:
     """Generate or replay a dataset, and write it with its record and report."""
     options = build_parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for name in list_stop_signals():
+        signal.signal(name, signal.default_int_handler)
     check_options(options)
     seeds = read_seed_tasks(options.seed_tasks)
     decontaminator = Decontaminator(options.decontaminate) if options.decontaminate else None
@@ -148,8 +149,8 @@ def generate_rows(
 async def run_requests(collector: Collector, batch_builder: RequestBuilder, is_batch: bool) -> None:
     """Send requests one by one or in batches, stopping at a signal."""
     loop = asyncio.get_running_loop()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(name, stop_run, collector)
+    for name in list_stop_signals():
+        loop.add_signal_handler(name, stop_run, collector, name)
     try:
         if is_batch:
             await collector.run(until=lambda: collector.is_dialect_known)
@@ -161,8 +162,19 @@ async def run_requests(collector: Collector, batch_builder: RequestBuilder, is_b
         await collector.client.close()
 
 
-def stop_run(collector: Collector) -> None:
-    """Wait for the requests in flight after a first signal; exit at a second one, which leaves the ledger whole."""
+def list_stop_signals() -> list[signal.Signals]:
+    """Return the signals that stop a run: SIGHUP, of a closed terminal, unless it is ignored, as under nohup."""
+    names = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    return names[:2] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else names
+
+
+def stop_run(collector: Collector, name: signal.Signals) -> None:
+    """Wait for the requests in flight after a first signal; exit at a second one, which leaves the ledger whole.
+
+    A terminal that is closed may send SIGHUP twice, so that is never a second one.
+    """
+    if collector.stopping and name == signal.SIGHUP:
+        return
     if collector.stopping:
         collector.progress.close()
         os._exit(Stopped.exit_code)

@@ -39,9 +39,10 @@ FAULTS = [  # fault, expected, tests
         (F, "test_kill_9_then_resume_is_bit_equal"), (F, "test_kill_9_at_random_moments_then_resume_is_bit_equal"),
         (D, "test_a_rank_that_is_killed_ends_the_run_which_resumes")]),
     ("kill -9 in rotation", "at least one whole state", [(F, "test_kill_9_then_resume_is_bit_equal")]),
-    ("SIGTERM or SIGINT in a step, evaluation, preparation, save", "ranks agree, save once, exit 143", [
+    ("SIGTERM, SIGINT or SIGHUP in a step, evaluation, preparation, save", "ranks agree, save once, exit 143", [
         (F, "test_a_signal_saves_once_and_exits_143_and_the_run_goes_on_bit_equal"),
         (F, "test_a_signal_while_data_is_prepared_exits_143_at_once"),
+        (F, "test_a_closed_terminal_saves_and_the_run_goes_on_bit_equal"),
         (D, "test_sigterm_to_torchrun_saves_once_and_resumes")]),
     ("a second signal", "exit at once, the old state whole", [
         (F, "test_a_second_signal_leaves_at_once_with_the_old_state_whole")]),

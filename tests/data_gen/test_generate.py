@@ -171,7 +171,7 @@ def test_killed_again_and_again_it_is_the_same_dataset_and_nothing_recorded_is_a
     assert about(tmp_path)["cost"]["uncertain_usd"] > 0, "what was in flight at a kill may have been billed"
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_signal_ends_it_with_143_and_what_was_paid_for_on_disk(unbroken, tmp_path, name):
     with Server(seed=3, faults=ANSWERS | ODD, latency_s=0.1) as server:
         process = start(server, tmp_path, "--rows", 600, "--concurrency", 4)

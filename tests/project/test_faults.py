@@ -1,8 +1,13 @@
 """What goes wrong around a run: kills, signals, full disks, strange folders. Each run is a process of its own."""
 
+import fcntl
 import json
 import os
+import select
 import signal
+import subprocess
+import sys
+import termios
 import time
 
 import pytest
@@ -131,8 +136,9 @@ def test_kill_9_at_random_moments_then_resume_is_bit_equal(unbroken, tmp_path):
         ("SIGTERM", "before(evaluation, 'evaluate', 3, term)", 6),
         ("SIGTERM", "before(saver, 'write_safetensors', 2, term)", 4),
         ("SIGINT", "before(evaluation, 'evaluate', 1, term)", 0),
+        ("SIGHUP", "before(Transformer, 'loss', 32, term); before(saver, 'write_safetensors', 4, term)", 6),
     ],
-    ids=["step", "collate", "eval", "save", "first eval"],
+    ids=["step", "collate", "eval", "save", "first eval", "hang-up twice"],
 )
 def test_a_signal_saves_once_and_exits_143_and_the_run_goes_on_bit_equal(unbroken, tmp_path, where, saved, name):
     patch = BEFORE_CALL + where.replace("term", f"lambda: os.kill(os.getpid(), signal.{name})")
@@ -176,6 +182,44 @@ before(saver, 'write_safetensors', 3, term_twice)
     code, _, err = end(start(*arguments(tmp_path / "out", unbroken[0]), patch=patch))
     assert code == 1 and "SIGTERM again: leaving at once" in err and time.monotonic() - began < 58
     finetune(*arguments(tmp_path / "out", unbroken[0]))
+    assert_as_unbroken(tmp_path / "out", unbroken)
+
+
+def test_a_closed_terminal_saves_and_the_run_goes_on_bit_equal(unbroken, tmp_path):
+    """The terminal is gone before the signal comes: whatever is printed meanwhile and then must harm nothing."""
+    master, slave = os.openpty()
+    code = f"{PARTS_OF_A_RUN}\nsys.exit(run_main(finetune.main, sys.argv[1:]))"
+
+    def own_terminal():
+        fcntl.ioctl(slave, termios.TIOCSCTTY)
+
+    args = [sys.executable, "-c", code, *arguments(tmp_path / "out", unbroken[0])]
+    process = subprocess.Popen(
+        args,
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+        preexec_fn=own_terminal,
+        env=environment(),
+    )
+    os.close(slave)
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b'"train"') >= 3):
+        if select.select([master], [], [], 0.01)[0]:
+            os.read(master, 1 << 16)
+    os.close(master)
+    assert process.wait(120) == 143
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "stopped"
+    finetune(*arguments(tmp_path / "out", unbroken[0]))
+    assert_as_unbroken(tmp_path / "out", unbroken)
+
+
+def test_under_nohup_a_hang_up_is_nothing(unbroken, tmp_path):
+    patch = BEFORE_CALL + "before(Transformer, 'loss', 32, lambda: os.kill(os.getpid(), signal.SIGHUP))"
+    patch = "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + patch
+    code, _, err = end(start(*arguments(tmp_path / "out", unbroken[0]), patch=patch))
+    assert code == 0, err
     assert_as_unbroken(tmp_path / "out", unbroken)
 
 
