@@ -150,7 +150,8 @@ def config_from_meta(
         settings.refuse(key)
     settings.refuse("use_biases", False)
     dim, n_heads = settings.get("dim", int), settings.get("n_heads", int)
-    theta = settings.get("rope_theta", float, 10000.0)
+    # The default of LLaMA 1 and 2's code; that of LLaMA 3.1, which alone knows use_scaled_rope.
+    theta = settings.get("rope_theta", float, 500000.0 if "use_scaled_rope" in raw else 10000.0)
     scaling = rope_from_meta(settings) if settings.get("use_scaled_rope", bool, False) else None
     embedding, gate = shapes.get("tok_embeddings.weight"), shapes.get("layers.0.feed_forward.w1.weight")
     if raw.get("vocab_size", -1) == -1:
@@ -210,7 +211,7 @@ def config_to_meta(config: ModelConfig) -> dict[str, Any]:
     if config.n_kv_heads != config.n_heads:
         params["n_kv_heads"] = config.n_kv_heads
     params |= {"vocab_size": config.vocab_size, **feed_forward, "norm_eps": config.norm_eps}
-    if config.rope_theta != 10000:
+    if config.rope_theta != 10000 or scaling:
         params["rope_theta"] = config.rope_theta
     if scaling:
         params["use_scaled_rope"] = True

@@ -224,6 +224,15 @@ def test_factor_of_meta_models():
     assert "rope_high_freq_factor is 1" in str(meta_rope(rope_high_freq_factor=1))
 
 
+def test_theta_that_params_lack_is_that_of_metas_code():
+    raw = {"dim": 32, "n_layers": 1, "n_heads": 4, "vocab_size": 64}
+    shapes = {"tok_embeddings.weight": (64, 32), "layers.0.feed_forward.w1.weight": (96, 32)}
+    for more, theta in (({}, 10000.0), ({"use_scaled_rope": True}, 500000.0), ({"use_scaled_rope": False}, 500000.0)):
+        assert configs.config_from_meta(raw | more, shapes, []).rope_theta == theta
+    scaled = replace(BASE, rope_scaling=RopeScaling(8.0))
+    assert configs.config_from_meta(configs.config_to_meta(scaled), shapes, []).rope_theta == scaled.rope_theta == 10000
+
+
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 @pytest.mark.parametrize("dim, layers", [(2048, 16), (3072, 28), (4096, 32)])
 def test_a_factor_comes_back_from_meta(factor, dim, layers):
