@@ -67,6 +67,26 @@ def test_a_chat_has_the_ids_of_transformers(scheme, legacy, style, tmp_path):
         assert ours.encode("the") == hf_ids(theirs, "the")
 
 
+@pytest.mark.parametrize("hf_class", ["PreTrainedTokenizerFast", "LlamaTokenizer"])
+@pytest.mark.parametrize("scheme", ["always", "first", "prepend"])
+def test_the_written_files_say_where_training_put_a_space(scheme, hf_class, tmp_path):
+    """Alpaca's BOS is the tokenizer's, so its text gets one; in transformers the template writes BOS before it."""
+    ours = load_tokenizer(write_metaspace(tmp_path / "base", scheme, tokenizer_class=hf_class))
+    adopt_style(ours, "alpaca").save(tmp_path / "out")
+    (tmp_path / "out" / "config.json").write_text('{"model_type": "llama"}')
+    theirs, again = AutoTokenizer.from_pretrained(tmp_path / "out"), load_tokenizer(tmp_path / "out")
+    row = Row("f:1", None, "the name", "", "user")
+    ids = encode_prompt(row, ours)
+    chat = [{"role": "user", "content": "the name"}]
+    assert ids == theirs.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] == encode_prompt(row, again)
+    assert theirs("the user")["input_ids"] == [ours.bos_id, *ours.encode("the user")]
+    assert adopt_style(again, "alpaca").files == again.files
+    config = json.loads(adopt_style(ours, "chatml").files["tokenizer_config.json"])
+    is_first = scheme == "first" or hf_class == "LlamaTokenizer"
+    assert config.get("add_prefix_space") is (False if is_first else None)  # llama.cpp: no space after <|im_start|>
+    assert (config["tokenizer_class"] != hf_class) == (hf_class == "LlamaTokenizer")
+
+
 def test_text_of_a_user_that_spells_a_special_token_stays_text(tmp_path):
     ours = load_tokenizer(write_metaspace(tmp_path, "first"))
     row = Row("f:1", CHATS[2])
