@@ -132,12 +132,19 @@ FAULTS = [  # fault, expected, tests
 ]  # fmt: skip
 Z = "engine/formats/test_stand_ins.py"
 E = "engine/text/test_tokenizer_elsewhere.py"
+P, H = "engine/text/test_chat_templates.py", "engine/text/test_own_template.py"
 LATER = {  # number: found since, by trying public reports of other projects' users
     41: ("a key that changes what a row means", "obeyed, or refused by name; other keys counted and told", [
           (K, "test_what_cannot_be_obeyed_is_refused_by_name"),
           (K, "test_a_weight_of_0_takes_the_loss_from_an_answer_and_nothing_else"),
           (K, "test_alpacas_system_and_history_are_in_the_prompt"), (K, "test_other_keys_are_counted"),
           (K, "test_tools_under_the_checkpoints_own_template")]),
+    42: ("a model of a chat style in transformers, vLLM or llama.cpp", "the prompt and the stop of training", [
+          ("engine/test_round_trip.py", "test_transformers_asks_and_stops_as_we_do"),
+          (P, "test_transformers_makes_the_prompt_of_training"), (P, "test_what_ends_an_answer_is_said"),
+          (P, "test_spaces_before_texts"), (P, "test_one_template_is_left_where_a_base_has_two"),
+          (H, "test_ids_are_those_of_transformers_before_and_after_the_export"),
+          (H, "test_the_day_is_the_same_every_day_and_travels"), (H, "test_what_is_refused")]),
     43: ("a tokenizer that others would read otherwise after export", "a tokenizer.json with the ids of training", [
           (E, "test_a_tokenizer_model_alone_is_saved_as_what_training_used"),
           (E, "test_a_gguf_of_sentencepiece_keeps_pieces_scores_and_types"),
