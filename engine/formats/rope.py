@@ -24,8 +24,9 @@ def rope_from_hf(settings: Settings, max_seq_len: int | None) -> tuple[float | N
     not read at all, theta in either before theta beside it, and original_max_position_embeddings beside them before
     that within.
     """
-    key = "rope_scaling" if settings.raw.get("rope_scaling") else "rope_parameters"
-    raw = settings.get(key, dict, {}) or {}
+    raw, key = settings.get("rope_parameters", dict, {}) or {}, "rope_parameters"
+    if settings.raw.get("rope_scaling"):
+        raw, key = settings.get("rope_scaling", dict, {}) or {}, "rope_scaling"
     rope = Settings(raw, f"config.json, {key}", settings.problems)
     theta = get_unless_null(rope if "rope_theta" in raw else settings, "rope_theta", float, 10000.0)
     rope.refuse("partial_rotary_factor", 1)

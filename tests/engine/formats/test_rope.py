@@ -145,7 +145,7 @@ CHOICES = {
         {"type": "linear", "factor": "4"},
     ],
     "rope_parameters": [
-        None, {"rope_type": "default", "rope_theta": 900.0}, {"rope_theta": None},
+        None, {"rope_type": "default", "rope_theta": 900.0}, {"rope_theta": None}, [], 7,
         {**LLAMA3, "rope_theta": 800.0, "original_max_position_embeddings": 16},
         {"full_attention": {"rope_type": "linear", "factor": 2.0}},
     ],
