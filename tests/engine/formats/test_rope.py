@@ -102,6 +102,20 @@ def test_scalings_differ():
     assert all((a - b).abs().max() > 0.1 for i, a in enumerate(tables) for b in tables[:i])
 
 
+@pytest.mark.parametrize("rope", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("n", [1000, 5000])
+def test_tables_far_from_the_start_are_transformers(rope, n):
+    """An angle is position times frequency: at 5000, the last bit of a frequency shows."""
+    raw = {"model_type": "llama", "hidden_size": 256, "num_attention_heads": 4, "num_hidden_layers": 1,
+           "intermediate_size": 96, "vocab_size": 64, "max_position_embeddings": 1024}  # fmt: skip
+    config = transformers.LlamaConfig.from_dict(raw | {"rope_scaling": dict(rope)})
+    theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+    reference = theirs(torch.zeros(1), torch.arange(n)[None])
+    ours = rope_tables(configs.config_from_hf(raw | {"rope_scaling": rope}, []), torch.arange(n))
+    for table, wanted in zip(ours, reference, strict=True):
+        assert ((table - wanted[0, :, :32]).abs() > 1e-6).float().mean() < 0.01
+
+
 def test_packed_texts_of_dynamic_rope_are_as_alone():
     """Each text's frequencies follow from its own length, not from its neighbours'."""
     model = random_model(replace(BASE, max_seq_len=16, rope_scaling=RopeScaling(kind="dynamic", factor=2.0)))
