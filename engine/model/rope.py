@@ -89,7 +89,7 @@ def dynamic_frequencies(config: ModelConfig, factor: float, lengths: torch.Tenso
     """Return the (T, Dh/2) fp32 frequencies of rows whose texts have these lengths (T,)."""
     dim, longest = config.head_dim, config.max_seq_len
     stretch = torch.where(lengths > longest, factor * lengths / longest - (factor - 1), 1.0)  # (T,) fp32
-    # In fp64, then rounded: as exact as torch's power of one number, which transformers takes. Its power of many is less
-    # so, which puts angles at position 5000 0.0001 off.
+    # In fp64, then rounded: as exact as torch's power of one number, which transformers takes. That of many numbers is
+    # less so, and would put angles at position 5000 0.0001 off.
     theta = config.rope_theta * (stretch.double() ** (dim / (dim - 2))).float()[:, None]
     return 1.0 / theta ** (torch.arange(0, dim, 2, device=lengths.device).float() / dim)
