@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from engine.base.flags import KERNELS, KERNELS_HELP, flag, name_to_flag, suggest_nearest
 from engine.model.config import EMBEDDED_MODEL, MODELS
+from engine.output.trackers import TRACKERS
 from engine.text.templates import STYLES
 
 EVERY = "off, end, epoch, or a number of steps"
@@ -103,6 +104,8 @@ class FinetuneConfig:
     max_shard_bytes: int = flag(5_000_000_000, "largest safetensors file of the exported model")
     kernels: str = flag("auto", KERNELS_HELP, KERNELS)
     deterministic: bool = flag(False, "insist on deterministic algorithms")
+    profile: bool = flag(False, "trace three steps with torch's profiler: profile.json.gz and a table, profile.txt")
+    tracker: str = flag("off", "show the figures of metrics.jsonl there too, where it is installed", TRACKERS)
     dry_run: bool = flag(False, "check everything, print the plan, train nothing")
     skip_bad_rows: bool = flag(False, "drop and count rows that cannot be read, instead of stopping")
     allow_changed: bool = flag(False, "resume although settings or data changed")

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from engine.output.checkpoint import Checkpoint
 from engine.output.folder import METRICS, RUN, describe_environment, read_metrics
 from engine.output.metrics import Metrics, NoMetrics
 from engine.output.report import write_report
+from engine.output.trackers import TrackedMetrics, make_run_name, open_tracker
 from engine.training.evaluation import evaluate_if_due
 from engine.training.loop import train
 from engine.training.loss_spikes import SpikeDetector
@@ -31,6 +33,7 @@ from engine.training.run import Run
 from engine.training.run_ahead import Prefetcher
 from engine.training.saving import Checkpoints, load_checkpoint, write_model
 from engine.training.step import Steps
+from engine.training.step_profile import StepProfile
 from engine.training.step_report import count_skipped, require_finite_end
 
 
@@ -53,14 +56,15 @@ def fine_tune(plan: Plan, world: World, signals: Signals, start: Start) -> None:
         checkpoint.remove_checkpoints_after(out, start_step)
         print(f"going on after step {start_step}, from {found.folder}")
 
-    record = describe_run(plan, world)
-    earlier_seconds = read_json(out / RUN).get("seconds", 0.0) if found else 0.0
+    earlier = read_json(out / RUN) if found else {}
+    record = describe_run(plan, world, earlier)
+    earlier_seconds = earlier.get("seconds", 0.0)
     began, status = time.monotonic(), "failed"
     if world.is_main:
         write_json(out / RUN, record | {"status": "running", "seconds": earlier_seconds})
     batches = Batches(plan.train, plan.order, plan.packing, config.loss_norm == "micro-mean", world.size, world.rank)
     with ExitStack() as stack:
-        run = begin_run(plan, world, signals, found, stack)
+        run = begin_run(plan, world, signals, found, stack, record["tracked_as"])
         checkpoints = Checkpoints(plan, run, optimizer, batches, saved_step=start_step if found else None)
         try:
             size = MicroBatchSize(plan, batches, world, run.progress.print_message, start.is_halved)
@@ -113,8 +117,8 @@ def build_model(plan: Plan, world: World, found: Checkpoint | None) -> tuple[Tra
     return model, optimizer
 
 
-def describe_run(plan: Plan, world: World) -> dict[str, Any]:
-    """Return what run.json records of a run that has just begun."""
+def describe_run(plan: Plan, world: World, earlier: dict[str, Any]) -> dict[str, Any]:
+    """Return what run.json records of a run that has just begun. earlier: what it held before a resume."""
     return {
         "status": "running",
         "config": dataclasses.asdict(plan.config),
@@ -125,27 +129,48 @@ def describe_run(plan: Plan, world: World) -> dict[str, Any]:
         },
         "data": plan.train.counts | {"held_out": len(plan.held_out) if plan.held_out else 0},
         "total_steps": plan.total_steps,
+        "tracked_as": earlier.get("tracked_as") or make_run_name(plan.out),
         "facts": plan.recorded_facts(plan.packing.max_tokens),
         "environment": describe_environment(plan.device) | {"ranks": world.size, "replicas": world.replicas},
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
 
-def begin_run(plan: Plan, world: World, signals: Signals, found: Checkpoint | None, stack: ExitStack) -> Run:
-    """Open metrics.jsonl and the progress bar, and read what a resumed run reported already.
+def begin_run(
+    plan: Plan, world: World, signals: Signals, found: Checkpoint | None, stack: ExitStack, tracked_as: str
+) -> Run:
+    """Open metrics.jsonl, the tracker and the progress bar, and read what a resumed run reported already.
 
     From here on a signal does not end the process at once: the loop asks for it. Only rank 0 writes metrics and prints.
     """
-    metrics = Metrics(plan.out / METRICS, found.step if found else None) if world.is_main else NoMetrics()
+    signals.training = True
+    file = None if world.is_main else stack.enter_context(open(os.devnull, "w"))  # noqa: SIM115 (the stack closes it)
+    first_step = found.step + 1 if found else 1
+    progress = Progress(plan.total_steps, first_step - 1, every=plan.config.log_every, file=file)
+    metrics = world.run_on_all_ranks(lambda: open_metrics(plan, world, found, tracked_as, progress.print_message))
     lines = world.run_on_main(lambda: read_metrics(plan.out / METRICS))
     spike_detector = SpikeDetector(plan.config.spike_threshold)
     spike_detector.replay(lines)
-    signals.training = True
-    file = None if world.is_main else stack.enter_context(open(os.devnull, "w"))  # noqa: SIM115 (the stack closes it)
-    progress = Progress(plan.total_steps, found.step if found else 0, every=plan.config.log_every, file=file)
     stack.enter_context(progress)
     reported = frozenset((line["event"], line.get("step")) for line in lines)
-    return Run(world, signals, progress, metrics, spike_detector, reported, n_skipped=count_skipped(lines))
+    profile = None
+    if plan.config.profile and world.is_main:
+        profile = StepProfile(plan.out, first_step, plan.total_steps, plan.device, progress.print_message)
+        stack.callback(profile.close)
+    return Run(world, signals, progress, metrics, spike_detector, reported, profile, n_skipped=count_skipped(lines))
+
+
+def open_metrics(
+    plan: Plan, world: World, found: Checkpoint | None, tracked_as: str, warn: Callable[[str], None]
+) -> Metrics | TrackedMetrics | NoMetrics:
+    """Open metrics.jsonl on rank 0, and the tracker that --tracker names. Raise UsageError where that cannot begin."""
+    if not world.is_main:
+        return NoMetrics()
+    metrics, step = Metrics(plan.out / METRICS, found.step if found else None), found.step if found else 0
+    if plan.config.tracker == "off":
+        return metrics
+    tracker = open_tracker(plan.config.tracker, plan.out, tracked_as, dataclasses.asdict(plan.config), step)
+    return TrackedMetrics(metrics, tracker, warn)
 
 
 def end_run(plan: Plan, run: Run, record: dict[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """The training loop."""
 
+from contextlib import nullcontext
+
 from engine.model.llama import Transformer
 from engine.training.evaluation import evaluate_if_due
 from engine.training.optimizer import lr_factor
@@ -19,7 +21,8 @@ def train(plan: Plan, run: Run, checkpoints: Checkpoints, steps: Steps, model: T
     for step in range(first_step, plan.total_steps + 1):
         lr = config.lr * lr_factor(config.lr_schedule, step, plan.total_steps, config.warmup_ratio)
         run.world.note_place(f"step {step}")
-        was_taken = steps.take_step(step, lr)
+        with run.profile.watch(step) if run.profile else nullcontext():
+            was_taken = steps.take_step(step, lr)
         # Wait for this step's own figures only where something below needs them.
         wait = not was_taken or not plan.runs_ahead or plan.must_wait_after(step) or run.is_asked_to_stop()
         for report in steps.take_reports(wait):

@@ -22,6 +22,7 @@ from engine.formats.source import Source, open_source
 from engine.model.config import MODELS, ModelConfig
 from engine.output.checkpoint import read_manifest
 from engine.output.folder import RUN
+from engine.output.trackers import require_tracker
 from engine.planning.fitting import find_shard_counts
 from engine.text.chat_templates import pin_date
 from engine.text.tokenizer_files import find_tokenizer
@@ -42,7 +43,7 @@ MAY_CHANGE = {
     "packing", "share_prefix", "recompute", "offload_optimizer", "optimizer_in_backward",
     "eval_every", "sample_every", "sample_prompts", "sample_tokens", "save_every", "keep", "resume", "max_shard_bytes",
     "kernels", "deterministic", "replicas", "rank_timeout", "dry_run", "skip_bad_rows", "allow_changed", "max_skips",
-    "spike_threshold", "spike_rollback", "log_every", "debug",
+    "spike_threshold", "spike_rollback", "log_every", "debug", "profile", "tracker",
 }  # fmt: skip
 # Settings that name places of one machine; ranks on different machines may differ in them.
 PATHS = {"model", "tokenizer", "data", "eval_data", "token_cache", "out", "sample_prompts", "resume"}
@@ -53,6 +54,7 @@ def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) ->
 
     Raises UsageError or DataError for settings or data that cannot be used.
     """
+    require_tracker(config.tracker)
     device = choose_device(config.device)
     dtype, kernels = choose_dtype(config.dtype, device), choose_kernels(config.kernels, device)
     if config.deterministic:

@@ -6,7 +6,9 @@ from engine.base.signals import Signals
 from engine.base.terminal import Progress
 from engine.distributed.world import World
 from engine.output.metrics import Metrics, NoMetrics
+from engine.output.trackers import TrackedMetrics
 from engine.training.loss_spikes import SpikeDetector
+from engine.training.step_profile import StepProfile
 
 
 @dataclass
@@ -16,9 +18,10 @@ class Run:
     world: World
     signals: Signals
     progress: Progress
-    metrics: Metrics | NoMetrics
+    metrics: Metrics | TrackedMetrics | NoMetrics
     spike_detector: SpikeDetector
     reported: frozenset[tuple[str, int | None]]  # (event, step) that metrics.jsonl held when the run was resumed
+    profile: StepProfile | None = None  # --profile, on rank 0
     n_signals: int = 0  # ranks that a signal had reached in the last step that was reported
     n_skipped: int = 0  # steps in a row without a finite loss
     n_spikes: int = 0  # spikes in a row
