@@ -39,7 +39,7 @@ from engine.text.tokenizer_parts import (
     read_json,
     read_named_tokens,
 )
-from engine.text.tokenizer_sentencepiece import load_sentencepiece
+from engine.text.tokenizer_sentencepiece import add_tokenizer_model, load_sentencepiece
 
 READ = (*SAVED, "generation_config.json", "config.json")
 DECODERS = {"ByteLevel", "Sequence", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}  # of a LLaMA
@@ -124,12 +124,15 @@ def load_tokenizer_json(path: Path, files: Files, warnings: Sequence[str] = ()) 
     raw = plain if byte_level else ()
     pieces = {id: token.encode() if token in raw else piece_to_bytes(token, byte_level) for token, id in ids.items()}
     vocabulary = Vocabulary(ids, pieces, specials, byte_level, has_prefix)
+    bpe = dict(spec["model"])
     hide_specials(spec, specials)
     tokenizer = make_tokenizer(path, files, make_encoder(path, spec), vocabulary, names, False)
     tokenizer.warnings = tuple(warnings)
     if template_bos is not None:  # it counts whatever the other files say, in transformers 5 and in llama.cpp
         tokenizer.bos_id, tokenizer.add_bos = template_bos, True
         agree_on_bos(path, tokenizer, ids, template_bos)
+    if not byte_level and "tokenizer.model" not in files and bpe.get("byte_fallback") and "merges" in bpe:
+        add_tokenizer_model(tokenizer, bpe, ids)
     if config.get("add_bos_token", tokenizer.add_bos) != tokenizer.add_bos:  # transformers passes over it, others not
         config = read_json(path, tokenizer.files, CONFIG)
         tokenizer.files[CONFIG] = write_json(config | {"add_bos_token": tokenizer.add_bos})

@@ -1,15 +1,18 @@
 """Tokenizers of a tokenizer.model alone: SentencePiece's ids, and a tokenizer.json that gives the same elsewhere."""
 
 import os
+import re
 import struct
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import tokenizers
 
 from engine.base.errors import DataError
 from engine.text.sentencepiece_file import (
+    BYTE,
     CONTROL,
     NORMAL,
     UNKNOWN,
@@ -17,6 +20,7 @@ from engine.text.sentencepiece_file import (
     SentencePieceModel,
     mark_as_control,
     read_model,
+    write_model,
 )
 from engine.text.tokenizer import Tokenizer, Vocabulary
 from engine.text.tokenizer_json import is_chat_token, list_user_words, make_hugging_face_files, make_sentencepiece_spec
@@ -29,6 +33,7 @@ from engine.text.tokenizer_parts import (
     read_named_tokens,
 )
 
+BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 # Keys of a tokenizer_config.json that are of no use beside a tokenizer.json made here.
 REPLACED = {
     "added_tokens_decoder", "auto_map", "tokenizer_class", "legacy", "sp_model_kwargs", "add_prefix_space", "use_fast",
@@ -126,6 +131,43 @@ def add_hugging_face_files(
         tokenizer.files.pop(name, None)
     tokenizer.files |= made
     return tokenizer
+
+
+def add_tokenizer_model(tokenizer: Tokenizer, bpe: dict[str, Any], ids: dict[str, int]) -> None:
+    """Add a tokenizer.model to the files of a tokenizer.json of SentencePiece's kind, where one gives the same ids.
+
+    Without it llama.cpp's converter knows no order of merges: it gives every piece the score -1000. bpe: the model in
+    the tokenizer.json. ids: all tokens. Nothing is added where SentencePiece's BPE, which joins any two pieces that
+    make a piece, gives other ids than these merges, or where a token that text becomes was added to the vocabulary.
+    """
+    if (
+        sorted(ids.values()) != list(range(len(ids)))
+        or not ids.keys() <= bpe["vocab"].keys() | tokenizer.special_ids.keys()
+    ):
+        return
+    tokens = sorted(ids, key=lambda token: ids[token])
+    merges = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in bpe["merges"])
+    scores = [-1e9] * len(tokens)
+    for rank, pair in enumerate(merges):
+        id = ids["".join(pair)]
+        scores[id] = max(scores[id], -float(rank))
+    types = [BYTE if BYTE_PIECE.fullmatch(token) else NORMAL for token in tokens]
+    for id in tokenizer.special_ids.values():
+        types[id] = CONTROL
+    unknown = ids.get(bpe.get("unk_token") or "<unk>", tokenizer.eos_id)
+    types[unknown] = UNKNOWN
+    has_prefix = any(tokens[id].startswith("▁") for id in tokenizer.encode("a")[:1])
+    model = SentencePieceModel(tokens, scores, types, byte_fallback=BYTE in types, has_prefix=has_prefix)
+    roles = {"unk": unknown, "eos": tokenizer.eos_id} | ({} if tokenizer.bos_id is None else {"bos": tokenizer.bos_id})
+    content = write_model(model, roles)
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(content)
+    except RuntimeError:  # it does not know all bytes, or a piece twice
+        return
+    texts = [text.lstrip(" ") for text in list_probes(model)]  # a second space before a text is a matter of taste
+    if processor.encode(texts) == tokenizer.encode_batch(texts):
+        tokenizer.files["tokenizer.model"] = content
 
 
 def list_probes(model: SentencePieceModel) -> list[str]:

@@ -197,6 +197,45 @@ def test_scores_that_a_tokenizer_json_cannot_say_are_told(tmp_path):
     assert [load_tokenizer(tmp_path / "out").encode(text) for text in TEXTS] == [ours.encode(text) for text in TEXTS]
 
 
+def keep_tokenizer_json(folder, scheme="prepend", **config):
+    """Write what a tokenizer.model is saved as, without it. scheme: as write_metaspace's."""
+    train_sentencepiece(folder)
+    files = load_tokenizer(folder).files
+    (folder / "tokenizer.model").unlink()
+    spec = json.loads(files["tokenizer.json"])
+    if scheme != "prepend":
+        metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+        spec |= {"normalizer": None, "pre_tokenizer": metaspace}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    (folder / "tokenizer_config.json").write_text(json.dumps(json.loads(files["tokenizer_config.json"]) | config))
+    return spec
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never", "prepend"])
+def test_a_tokenizer_json_alone_gets_the_scores_that_llama_cpp_goes_by(scheme, tmp_path):
+    keep_tokenizer_json(tmp_path / "base", scheme)
+    ours = load_tokenizer(tmp_path / "base")
+    ours.save(tmp_path / "out")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "out" / "tokenizer.model"))
+    for text in TEXTS:
+        assert processor.encode(text.lstrip(" ")) == ours.encode(text.lstrip(" ")), repr(text)
+    again = load_tokenizer(tmp_path / "out")
+    assert again.files == ours.files and again.special_ids == ours.special_ids
+    assert processor.get_piece_size() == ours.vocab_size and processor.is_control(ours.eos_id)
+    assert (processor.unk_id(), processor.bos_id(), processor.eos_id()) == (0, 1, 2)
+
+
+@pytest.mark.parametrize("change", ["a word is added", "a merge is missing", "none"])
+def test_no_tokenizer_model_is_written_that_would_give_other_ids(change, tmp_path):
+    spec = keep_tokenizer_json(tmp_path)
+    if change == "a word is added":
+        spec["added_tokens"].append(spec["added_tokens"][0] | {"id": 500, "content": "<think>", "special": False})
+    if change == "a merge is missing":
+        del spec["model"]["merges"][0]  # the word stays, so SentencePiece would make it
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    assert ("tokenizer.model" in load_tokenizer(tmp_path).files) == (change == "none")
+
+
 # ---- GGUF -----------------------------------------------------------------------------------------------------------
 
 
