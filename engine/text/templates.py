@@ -117,13 +117,56 @@ def render_row(row: Row, style: str, tokenizer: Tokenizer, answer_next: bool = F
     learned = [role == "assistant" and i not in row.unlearned for i, (role, _) in enumerate(messages)]
     if style == "template":
         chat = [{"role": role, "content": content} | row.more.get(i, {}) for i, (role, content) in enumerate(messages)]
-        return open_own_template(tokenizer).render(chat, row.tools, answer_next, row.source, learned)
+
+        def render(chat: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> list[Part]:
+            return open_own_template(tokenizer).render(chat, tools, answer_next, row.source, learned)
+
+        parts = render(chat, row.tools)
+        if row.tools or row.more:
+            require_tools_said(render, chat, row, parts)
+        return parts
     if row.tools or row.more:
         raise DataError(f"{row.source}: the row calls tools, which --prompt-style template alone can say")
-    parts = CHAT_STYLES[style](messages, answer_next)
+    styled = CHAT_STYLES[style](messages, answer_next)
     if not row.unlearned:
-        return list(parts)
-    return list(drop_loss(parts, [learned[i] for i, (role, _) in enumerate(messages) if role == "assistant"]))
+        return list(styled)
+    return list(drop_loss(styled, [learned[i] for i, (role, _) in enumerate(messages) if role == "assistant"]))
+
+
+def require_tools_said(
+    render: Callable[[Sequence[Mapping[str, Any]], Sequence[Any]], list[Part]],
+    chat: Sequence[Mapping[str, Any]],
+    row: Row,
+    parts: list[Part],
+) -> None:
+    """Raise DataError where a template writes the same parts whatever the tools, a call or its result is.
+
+    Such a call would be learned as an answer of nothing.
+    """
+
+    def require_said(what: str, chat: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> None:
+        try:
+            is_said = render(chat, tools) != parts
+        except DataError:  # it is read, at the least
+            return
+        if not is_said:
+            raise DataError(
+                f"{row.source}: the checkpoint's chat template leaves out {what}, so it would not be learned; leave "
+                "the row out, or choose a checkpoint whose template has tools"
+            )
+
+    if row.tools:
+        require_said("tools", chat, ())
+    for i, message in enumerate(chat):
+        other: dict[str, Any] = {}
+        if message.get("tool_calls"):
+            calls = [call | {"function": call["function"] | {"name": "other_tool"}} for call in message["tool_calls"]]
+            other = {"tool_calls": calls}
+        elif message["role"] == "tool":
+            other = {"content": f"{message['content']} more"}
+        if other:
+            what = f"the {'calls' if 'tool_calls' in other else 'result'} of a tool in message {i + 1}"
+            require_said(what, [*chat[:i], {**message, **other}, *chat[i + 1 :]], row.tools)
 
 
 def drop_loss(parts: Iterable[Part], learned: Sequence[bool]) -> Iterator[Part]:

@@ -268,6 +268,29 @@ def test_tools_under_the_checkpoints_own_template(write, tokenizers):
     assert "conversations[1]: got 'no JSON', wanted JSON" in refusal(write(bad), with_tools=True)
 
 
+def test_a_template_that_leaves_out_tools_is_refused(write, tmp_path):
+    """SmolLM2's is one: the call would be learned as an immediate end of the turn."""
+    plain = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
+    calls = plain.replace("<|im_end|>", "{{ m.tool_calls[0].function | tojson if m.tool_calls else '' }}<|im_end|>")
+    tools, silent = (
+        "{{ tools | tojson }}" + calls,
+        "{{ tools | tojson }}" + calls.replace("{{ m.content }}", "{{ m.content if m.role != 'tool' else '' }}"),
+    )
+    (whole,) = read(write(TOOL_CHAT), with_tools=True)
+    (untold,) = read(write({"messages": TOOL_CHAT["messages"]}), with_tools=True)
+    for name, template, row, left_out in (
+        ("a", plain, whole, "tools"), ("b", plain, untold, "the calls of a tool in message 2"),
+        ("c", calls, whole, "tools"), ("d", silent, whole, "the result of a tool in message 3"),
+        ("e", tools, whole, None), ("f", calls, untold, None),
+    ):  # fmt: skip
+        own = {"template": load_tokenizer(write_byte_level(tmp_path / name, CHATML, chat_template=template))}
+        if left_out is None:
+            assert "get_weather" in trained(row, "template", own)[1]
+        else:
+            with pytest.raises(DataError, match=f"data.jsonl:1: .* leaves out {left_out}, so it would not be learned"):
+                trained(row, "template", own)
+
+
 # ---- text without a template ----------------------------------------------------------------------------------------
 
 
