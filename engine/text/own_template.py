@@ -92,10 +92,12 @@ class OwnTemplate:
             except Exception as error:  # whatever a stranger's program raises
                 raise DataError(
                     f"{source}: the checkpoint's chat template fails on this row: {summarize_error(error)}; change the "
-                    "row, or choose another --prompt-style"
+                    "row, leave it out by --skip-bad-rows, or choose another --prompt-style"
                 ) from error
 
         text, spans = read_signs(write(len(messages), answer_next), signs[1:])
+        if not text:
+            raise DataError(f"{source}: the checkpoint's chat template writes nothing; choose another --prompt-style")
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if answer_next:
             spans = []

@@ -11,7 +11,7 @@ from engine.data.data_files import map_file
 from engine.data.dataset import Dataset, Table, encode_rows, hold_out
 from engine.data.rows import Skipped, read_rows, resolve_data_paths
 from engine.distributed.world import World
-from engine.text.templates import Row
+from engine.text.templates import Row, render_row
 from engine.text.tokenizer import Tokenizer
 from engine.training.config import FinetuneConfig
 
@@ -81,6 +81,9 @@ def read_tables(
     for paths, key, entry, read in opened:
         if read is not None:
             rows, skipped, unread = read
+            if config.skip_bad_rows:
+                rows, refused = drop_refused_rows(rows, tokenizer, config.prompt_style)
+                skipped = [*skipped, *refused]
             table = encode_rows(rows, tokenizer, *settings, watch_blocks if show_progress else iter)
             entry = table, list(skipped), unread
             if cache and table.rows["n_loss"].any() and key == key_of(paths):  # no file changed meanwhile
@@ -109,6 +112,21 @@ def read_files(
             bar.advance(done_bytes // 10**6 - bar.done)
 
         return read(report)
+
+
+def drop_refused_rows(rows: Sequence[Row], tokenizer: Tokenizer, style: str) -> tuple[list[Row], list[Skipped]]:
+    """Return (the rows that a template can say, those that it cannot). Raise DataError where it can say none."""
+    kept: list[Row] = []
+    refused: list[Skipped] = []
+    for row in rows:
+        try:
+            render_row(row, style, tokenizer)
+            kept.append(row)
+        except DataError as error:
+            if not kept and len(refused) == len(rows) - 1:
+                raise
+            refused.append(Skipped(row.source, str(error).removeprefix(f"{row.source}: ")))
+    return kept, refused
 
 
 def watch_blocks(blocks: range) -> Iterator[int]:

@@ -185,6 +185,7 @@ REFUSED = {
         "f:1: .* otherwise when more follows .message 3",
     ),
     "raises": ("{{ raise_exception('no roles\n') }}", "f:1: .* fails on this row: no roles; change the row"),
+    "nothing": ("{% if false %}a{% endif %}", "f:1: .* writes nothing"),
     "broken": ("{% for %}", "is no Jinja that can be read: .*line 1; choose another --prompt-style"),
     "undefined": ("{{ messages.nothing.more }}", "f:1: .* fails on this row"),
     "escape": ("{{ ''.__class__.__mro__ }}", "f:1: .* fails on this row: .*unsafe"),
