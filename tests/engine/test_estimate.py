@@ -78,7 +78,7 @@ def test_help_is_complete(monkeypatch, capsys):
         ("--optimizer-in-backward", "pass --grad-clip 0"),
         ("--epochs 0", "--epochs is 0, wanted 1 or more"),
         ("--price-per-hour -1", "--price-per-hour is -1.0, wanted 0 or more"),
-        ("--gpu-memory nan", "--gpu-memory is nan, wanted more than 0"),
+        ("--gpu-memory nan", "--gpu-memory is 'nan', wanted a finite number"),
         ("--max-length 4096", "--max-length 4096 is over the model's 2048 positions"),
         ("--json /nowhere/x.json", "--json /nowhere/x.json: cannot be written"),
     ],

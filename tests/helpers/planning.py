@@ -24,6 +24,7 @@ SMALL = dict(
 SHAPES = {  # changes of SMALL
     "grouped queries": {}, "all heads have keys": {"n_kv_heads": 4}, "tied": {"tied": True},
     "one layer": {"n_layers": 1}, "heads of another width": {"dim": 40, "head_dim": 24},
+    "biases": {"attention_bias": True, "mlp_bias": True},
 }  # fmt: skip
 TINY = ModelConfig(dim=8, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=4, hidden_dim=12, vocab_size=10, max_seq_len=64)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
