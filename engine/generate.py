@@ -79,6 +79,8 @@ def main(argv: list[str]) -> None:
     device = choose_device(config.device)
     impl = choose_kernels(config.kernels, device)
     model, tokenizer, source = load_model(config.model, device, choose_dtype(config.dtype, device), impl)
+    for warning in tokenizer.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     style = config.prompt_style
     if style == "auto":
         style = read_prompt_style(source.path) or find_carried_style(tokenizer)

@@ -17,8 +17,9 @@ from engine.text.templates import ALPACA_NO_INPUT, Row, find_end_of_turn, find_s
 from engine.text.tokenizer import Tokenizer
 from engine.text.tokenizer_files import convert_to_llama_tokenizer
 from engine.text.tokenizer_json import write_json
-from engine.text.tokenizer_parts import CONFIG, TOKENS_MAP, Files, read_json
+from engine.text.tokenizer_parts import CONFIG, TOKENS_MAP, Files, drop_flags, read_json
 
+FLAGS = ("lstrip", "rstrip", "normalized", "single_word")  # of a token; a checkpoint's own template obeys the first two
 DAY = datetime(2024, 7, 26)  # which the templates of Llama 3 name where there is no clock
 STRFTIME = re.compile(r"strftime_now\(\s*(\"[^\"]*\"|'[^']*')\s*\)")
 MACRO = "{%- macro strftime_now(format) -%}"  # begins a template that asks no clock
@@ -128,7 +129,8 @@ def adopt_style(tokenizer: Tokenizer, style: str) -> Tokenizer:
     files[CONFIG] = write_json(config)
     if TOKENS_MAP in files:
         files[TOKENS_MAP] = write_json(name_tokens(read_json(Path(), files, TOKENS_MAP), texts))
-    adopted.files = files
+    # A style's special tokens stand in a text as they are. transformers drops blanks beside some, and misses others.
+    adopted.files = drop_flags(files, tokenizer.special_ids, FLAGS[2:] if style == "template" else FLAGS)
     return adopted
 
 

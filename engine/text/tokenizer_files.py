@@ -193,7 +193,9 @@ def find_template_bos(path: Path, spec: dict[str, Any]) -> int | None:
 def agree_on_bos(path: Path, tokenizer: Tokenizer, ids: dict[str, int], bos_id: int) -> None:
     """Make all files of a tokenizer name the BOS that its tokenizer.json puts before a text."""
     config, older = (read_json(path, tokenizer.files, name) for name in (CONFIG, TOKENS_MAP))
-    token = next(token for token, id in ids.items() if id == bos_id)
+    token = next((token for token, id in ids.items() if id == bos_id), None)
+    if token is None:
+        raise DataError(f"{path / 'tokenizer.json'}: puts the id {bos_id} before a text, wanted one of a token it has")
     if read_named_tokens(path, tokenizer.files).get("bos_token") != token:
         tokenizer.files[CONFIG] = write_json(config | {"bos_token": token})
         if "bos_token" in older:

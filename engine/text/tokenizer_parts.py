@@ -2,12 +2,13 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from engine.base.errors import DataError
 from engine.text.tokenizer import SAVED, Encode, Tokenizer, Vocabulary
+from engine.text.tokenizer_json import write_json
 
 CONFIG, TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"
 
@@ -45,6 +46,25 @@ def read_named_tokens(path: Path, files: Files) -> dict[str, str | None]:
     )  # the later one wins, as in transformers
     texts = {role: get_token_text(token) for role, token in merged.items() if role.endswith("_token")}
     return {role: text for role, text in texts.items() if text is None or (isinstance(text, str) and text)}
+
+
+def drop_flags(files: Files, tokens: Collection[str], flags: Collection[str]) -> Files:
+    """Return the files of a tokenizer in which these added tokens have none of the flags, such as "normalized"."""
+
+    def drop(value: Any) -> bool:
+        """Change a JSON value, and return whether that changed anything."""
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        changed = [drop(item) for item in inner]
+        found = [
+            flag for flag in flags if isinstance(value, dict) and value.get(flag) and value.get("content") in tokens
+        ]
+        for flag in found:
+            value[flag] = False
+        return any(changed) or bool(found)
+
+    spec, config, older = (read_json(Path(), files, name) for name in ("tokenizer.json", CONFIG, TOKENS_MAP))
+    parts = {"tokenizer.json": (spec, spec.get("added_tokens")), CONFIG: (config, config), TOKENS_MAP: (older, older)}
+    return files | {name: write_json(whole) for name, (whole, part) in parts.items() if drop(part)}
 
 
 def make_tokenizer(

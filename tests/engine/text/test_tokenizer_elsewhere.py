@@ -67,6 +67,27 @@ def test_a_chat_has_the_ids_of_transformers(scheme, legacy, style, tmp_path):
         assert ours.encode("the") == hf_ids(theirs, "the")
 
 
+@pytest.mark.parametrize("scheme", ["first", "prepend"])
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "normalized", "single_word"])
+def test_special_tokens_of_a_style_are_written_so_that_all_find_them_as_they_are(flag, scheme, tmp_path):
+    """By these flags transformers drops blanks beside a token, or does not find it in a chat."""
+    folder = write_metaspace(tmp_path / "base", scheme)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    for token in spec["added_tokens"]:
+        token[flag] = True
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    decoder = {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in spec["added_tokens"]}
+    config |= {"added_tokens_decoder": decoder, "eos_token": {"__type": "AddedToken", **decoder["2"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, row = load_tokenizer(folder), Row("f:1", CHATS[1])
+    chat = [{"role": role, "content": content} for role, content in CHATS[1]]
+    for style in ("chatml", "llama2", "llama3"):
+        adopt_style(ours, style).save(tmp_path / "out")
+        theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+        assert theirs.apply_chat_template(chat)["input_ids"] == encode_rows([row], ours, style).tokens.tolist()
+
+
 @pytest.mark.parametrize("hf_class", ["PreTrainedTokenizerFast", "LlamaTokenizer"])
 @pytest.mark.parametrize("scheme", ["always", "first", "prepend"])
 def test_the_written_files_say_where_training_put_a_space(scheme, hf_class, tmp_path):
