@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from engine.text.own_template import JINJA_FILE, read_chat_templates
+from engine.text.own_template import JINJA_FILE, read_chat_templates, render_probe
 from engine.text.parts import Special
 from engine.text.templates import ALPACA_NO_INPUT, Row, find_end_of_turn, find_stop_ids, render_row
 from engine.text.tokenizer import Tokenizer
@@ -99,8 +99,12 @@ def find_carried_style(tokenizer: Tokenizer) -> str:
 
 def begins_with_bos(tokenizer: Tokenizer, style: str) -> bool:
     """Return whether a prompt of the style begins with BOS."""
-    first, *_ = render_row(Row("a question of one word", None, "Hello"), style, tokenizer, answer_next=True)
-    return isinstance(first, Special) and first.name in ("bos", find_token_text(tokenizer, tokenizer.bos_id))
+    if style == "template":
+        parts = render_probe(tokenizer, answer_next=True)
+    else:
+        parts = render_row(Row("a probe", None, "Hello"), style, tokenizer, answer_next=True)
+    bos = "bos", find_token_text(tokenizer, tokenizer.bos_id)
+    return not parts or (isinstance(parts[0], Special) and parts[0].name in bos)
 
 
 def adopt_style(tokenizer: Tokenizer, style: str) -> Tokenizer:

@@ -4,6 +4,7 @@ A template is a stranger's program, so it runs in jinja2's immutable sandbox, wi
 that transformers gives it. Text of a row that spells a special token stays text, as under every style.
 """
 
+import contextlib
 import functools
 import json
 import re
@@ -27,6 +28,11 @@ GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")  # begins what a te
 # Characters that mean nothing. Those that a row does not use mark places in what a template writes.
 UNUSED = [chr(code) for code in (*range(0xFDD0, 0xFDF0), *range(0xE000, 0xF900))]
 ANSWER = "An answer of mine"  # to see what a template writes after an answer
+USER, SYSTEM = {"role": "user", "content": "Hello"}, {"role": "system", "content": "Be kind."}
+TOOL = {"name": "look", "description": "Looks.", "parameters": {"type": "object", "properties": {}}}
+PROBES: tuple[tuple[list[dict[str, str]], list[dict[str, Any]]], ...] = (  # messages, tools
+    ([USER], []), ([SYSTEM, USER], []), ([USER], [{"type": "function", "function": TOOL}])
+)  # fmt: skip
 
 Chat = Sequence[Mapping[str, Any]]  # {"role": ..., "content": ..., ...}, as in a dataset
 Span = tuple[int, int]  # first character, end
@@ -150,12 +156,24 @@ class OwnTemplate:
         return [*parts, *cut_text(text, at, len(text), spans, sign)]
 
 
+def render_probe(tokenizer: Tokenizer, answer_next: bool) -> list[Part]:
+    """Return what the tokenizer's own template makes of a short chat: of the first of PROBES that it can say.
+
+    Without answer_next, the chat has ANSWER. Where the template can say none, the list is empty.
+    """
+    answer = [] if answer_next else [{"role": "assistant", "content": ANSWER}]
+    for messages, tools in PROBES:
+        chat = [*messages, *answer]
+        with contextlib.suppress(DataError):
+            return open_own_template(tokenizer).render(chat, tools, answer_next, "a probe", [False] * len(chat))
+    return []
+
+
 def find_own_end(tokenizer: Tokenizer) -> str | None:
     """Return the special token that the tokenizer's own template writes after an answer, None where it writes none."""
-    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": ANSWER}]
-    parts = open_own_template(tokenizer).render(chat, (), False, "an answer of one word", (False, False))
-    at = max(i for i, part in enumerate(parts) if isinstance(part, Text) and ANSWER in part.whole())
-    return next((part.name for part in parts[at:] if isinstance(part, Special)), None)
+    parts = render_probe(tokenizer, answer_next=False)
+    begins = [i for i, part in enumerate(parts) if isinstance(part, Text) and ANSWER in part.whole()]
+    return next((part.name for part in parts[begins[-1] :] if isinstance(part, Special)), None) if begins else None
 
 
 def name_tokens(tokenizer: Tokenizer) -> dict[str, str]:

@@ -175,6 +175,14 @@ def test_named_templates_stay_and_a_template_in_a_file_goes_before(tmp_path):
     assert not (tmp_path / "out" / "chat_template.jinja").exists()
 
 
+@pytest.mark.parametrize("wants", ["messages[0].role == 'system'", "tools", "messages[0].content == 'Me'"])
+def test_a_template_that_not_every_chat_suits_is_exported_with_its_end(wants, tmp_path):
+    refuses = f"{{% if not {wants} %}}{{{{ raise_exception('not so') }}}}{{% endif %}}"
+    adopted = adopt_style(load(tmp_path, refuses + MARKED), "template")
+    ends = "</s>" if "Me" in wants else "<|im_end|>"  # no chat is known that it can say: the end stays EOS
+    assert adopted.eos_id == adopted.special_ids[ends] and adopted.add_bos == ("Me" in wants)
+
+
 REFUSED = {
     "last": (  # the last answer is written otherwise, as by templates that leave out what a model thought
         "{% for m in messages %}<|im_start|>{{ m.content }}{% if loop.last %}!{% endif %}<|im_end|>{% endfor %}",
