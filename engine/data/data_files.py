@@ -75,8 +75,10 @@ def read_records(path: Path) -> Iterator[Record]:
         reader = read_parquet_records
     elif is_table(path) and start[:1] not in (b"[", b"{"):
         reader = read_csv_records
-    for record in reader(data, path):
-        yield record._replace(position=record.position * packed_bytes // len(data))
+    records = reader(data, path)
+    if packed_bytes == len(data):
+        return records
+    return (record._replace(position=record.position * packed_bytes // len(data)) for record in records)
 
 
 def is_table(path: Path) -> bool:

@@ -1,5 +1,6 @@
 """NaN and infinity: flags and models that hold them are refused, and nothing that holds them is written."""
 
+import hashlib
 import importlib
 import json
 import math
@@ -117,6 +118,25 @@ def test_weights_beyond_the_dtype_asked_for(tmp_path):
     done = export("--model", model, "--out", tmp_path / "fp16", "--dtype", "fp16", check=False)
     assert done.returncode == 3 and "has values beyond float16; choose another --dtype" in done.stderr, done.stderr
     export("--model", model, "--out", tmp_path / "bf16", "--dtype", "bf16")
+
+
+def test_a_state_that_is_not_finite_is_named(rows, tmp_path):
+    """A state of an earlier version may hold a NaN: neither a resume nor an export takes it."""
+    _, out = run(rows, "--save-every", "1", "--epochs", 1, "--global-batch-size", 4, check=True)
+    folder = out / "checkpoint-2"
+    state = load_file(folder / "state.safetensors")
+    name = next(name for name in state if name.startswith("param."))
+    state[name].view(-1)[0] = math.nan
+    save_file(state, folder / "state.safetensors")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    content = (folder / "state.safetensors").read_bytes()
+    manifest["files"]["state.safetensors"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    done = export("--model", folder, "--out", tmp_path / "exported", check=False)
+    assert done.returncode == 3 and f"{name} holds NaN or an infinity; choose another checkpoint" in done.stderr
+    (out / "run.json").write_text(json.dumps({"status": "stopped"}))
+    done, _ = run(rows, "--save-every", "1", "--epochs", 1, "--global-batch-size", 4)
+    assert done.returncode == 3 and f"{name} holds NaN or an infinity" in done.stderr, done.stderr
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------

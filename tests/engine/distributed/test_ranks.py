@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from engine import finetune as command
 from engine.base.errors import UsageError, run_main
@@ -338,3 +339,30 @@ if RANK == 1:
     assert codes == [4, 4] and said.count("2 steps in a row had no finite loss") == 1, said
     skipped = [line for line in (out / "metrics.jsonl").read_text().splitlines() if '"skip"' in line]
     assert len(skipped) == 2 and "rows.json:" in skipped[0]
+
+
+def test_a_base_that_is_not_finite_is_told_once(rows, tmp_path):
+    """Of two ranks both may hold rows of the tensor; one tells, all exit with 3."""
+    model = tmp_path / "model"
+    shutil.copytree(small_model(), model)
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][-1, -1] = float("nan")
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    _, _, *args = flags(rows, tmp_path / "out")
+    codes, said = patched(2, "", "--model", model, *args)
+    assert codes == [3, 3] and said.count("model.layers.0.mlp.down_proj.weight holds NaN or an infinity") == 1, said
+
+
+def test_ranks_that_end_without_a_finite_loss_save_what_was_before(rows, tmp_path):
+    patch = """
+real = Transformer.loss
+calls = []
+def loss(self, batch):
+    calls.append(1)
+    return real(self, batch) * (float("nan") if len(calls) > 2 and RANK == 1 else 1)
+Transformer.loss = loss
+"""
+    out = tmp_path / "out"
+    codes, said = patched(2, patch, *flags(rows, out, "--max-skips", 99))
+    assert codes == [4, 4] and said.count("had no finite loss or gradient, so no model is written") == 1, said
+    assert len(list(out.glob("checkpoint-*"))) >= 1 and not (out / "model.safetensors").exists()
