@@ -47,8 +47,8 @@ class Chat:
 
 def refuse_keys(value: Mapping[str, Any], prefix: str = "") -> None:
     """Raise BadRow for a key that changes what a row or message means and cannot be obeyed."""
-    for key in REFUSED.keys() & value.keys():
-        if not is_empty(value[key]):
+    for key in value:  # in the order of the row, so that the same row is told the same way
+        if key in REFUSED and not is_empty(value[key]):
             raise BadRow(f"{prefix}{key}: got {shorten(value[key])}, {REFUSED[key]}")
 
 
