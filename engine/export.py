@@ -19,7 +19,7 @@ from engine.formats.source import Source, open_source
 from engine.model.llama import new_model
 from engine.output.folder import RUN, read_prompt_style, require_disk_space
 from engine.output.state_as_model import TrainingState, open_training_state
-from engine.text.chat_templates import adopt_style, pin_date
+from engine.text.chat_templates import adopt_style, pin_date, settle_template
 from engine.text.tokenizer import Tokenizer
 from engine.text.tokenizer_files import find_tokenizer
 
@@ -79,10 +79,10 @@ def main(argv: list[str]) -> None:
         source = open_source(path)
         tokenizer = find_tokenizer(source.config, config.tokenizer, path)
         style = read_prompt_style(path)
-    if style is not None:
+    if style is None:
+        tokenizer = settle_template(tokenizer)
+    else:
         tokenizer = adopt_style(pin_date(tokenizer) if style == "template" else tokenizer, style)
-    for warning in tokenizer.warnings:
-        print(f"warning: {warning}")
     dtype = source.dtype if config.dtype == "auto" else DTYPES[config.dtype]
     out.mkdir(parents=True, exist_ok=True)
     require_disk_space(

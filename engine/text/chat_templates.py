@@ -138,6 +138,17 @@ def adopt_style(tokenizer: Tokenizer, style: str) -> Tokenizer:
     return adopted
 
 
+def settle_template(tokenizer: Tokenizer) -> Tokenizer:
+    """Return the tokenizer with its chat template in one file, where two files have one.
+
+    transformers takes that of chat_template.jinja, llama.cpp's converter that of tokenizer_config.json.
+    """
+    settled = copy.copy(tokenizer)
+    if JINJA_FILE in tokenizer.files and "chat_template" in read_json(Path(), tokenizer.files, CONFIG):
+        settled.files = replace_chat_templates(tokenizer, read_chat_templates(tokenizer))
+    return settled
+
+
 def pin_date(tokenizer: Tokenizer) -> Tokenizer:
     """Return the tokenizer whose own chat templates name a fixed day where they ask for today's.
 

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from engine.data.dataset import encode_rows
-from engine.text.chat_templates import adopt_style, find_carried_style, write_chat_template
+from engine.text.chat_templates import adopt_style, find_carried_style, settle_template, write_chat_template
 from engine.text.own_template import read_chat_templates
 from engine.text.templates import Row, encode_prompt, find_stop_ids
 from engine.text.tokenizer_files import load_tokenizer
@@ -82,6 +82,9 @@ def test_one_template_is_left_where_a_base_has_two(tmp_path):
     assert (
         read_chat_templates(tokenizer)["default"] == "other" + OWN == AutoTokenizer.from_pretrained(base).chat_template
     )
+    settle_template(tokenizer).save(base)
+    assert not (base / "chat_template.jinja").exists()
+    assert AutoTokenizer.from_pretrained(base).chat_template == "other" + OWN
     adopt_style(tokenizer, "chatml").save(base)
     assert not (base / "chat_template.jinja").exists()
     assert AutoTokenizer.from_pretrained(base).chat_template == write_chat_template("chatml", tokenizer)
