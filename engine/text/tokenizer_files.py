@@ -105,6 +105,8 @@ def load_tokenizer_json(path: Path, files: Files, warnings: Sequence[str] = ()) 
     names: dict[str, str | None] = {}
     if hf_class.removesuffix("Fast") == "LlamaTokenizer" and not byte_level:
         convert_to_llama_tokenizer(spec, config)
+        if spec != read_json(path, files, "tokenizer.json"):  # so that it means the same without the class
+            files = files | {"tokenizer.json": write_json(spec)}
         names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     names |= read_named_tokens(path, files)
     decoder = json.dumps(spec.get("decoder"))

@@ -25,7 +25,7 @@ behind these figures record which one was used. A range in brackets is the least
 """
 MACHINE = (  # what a file may say about where it was measured
     "cpu", "cores", "python", "torch", "triton", "transformers", "openai", "rapidfuzz", "numpy",
-    "sentencepiece", "tokenizers",
+    "sentencepiece", "tokenizers", "llama_cpp_python",
 )  # fmt: skip
 
 
@@ -160,6 +160,31 @@ def accumulation(figures):
     ]
 
 
+def tokenizer_ids(figures):
+    readers = {
+        "saved": "our own export", "transformers": "transformers", "tokenizers": "tokenizers alone",
+        "llama.cpp": "llama.cpp after its converter", "llama.cpp before": "llama.cpp on the GGUF itself",
+        "vectors": "llama.cpp's test ids",
+    }  # fmt: skip
+
+    def line(name, table):
+        cells = ("{} of {:,}".format(*table[reader]) if reader in table else "" for reader in readers)
+        return f"| {name} | {' | '.join(cells)} |"
+
+    return [
+        paragraph(
+            "Every instruction, input and output of the rows, llama.cpp's own test texts and some that trouble "
+            "tokenizers are encoded as training does, and by other programs from the exported folder. A cell says "
+            "how many texts have other ids, BOS included. The vocabularies are Meta's tokenizer.model, alone and "
+            "beside a config that names LlamaTokenizer, and GGUF files."
+        ),
+        "",
+        f"| vocabulary | {' | '.join(readers.values())} |",
+        f"|---|{'---|' * len(readers)}",
+        *(line(name, table) for name, table in figures["vocabularies"].items()),
+    ]
+
+
 # ---- speed on a CPU -------------------------------------------------------------------------------------------------
 
 
@@ -291,6 +316,13 @@ MEASUREMENTS = (
     Measurement(
         "accumulation", "Gradients added up in bf16",
         script("scripts.parity.gradient_sums", "accumulation"), accumulation,
+    ),
+    Measurement(
+        "tokenizer_ids", "The same ids after export",
+        script(
+            "scripts.parity.tokenizer_ids", "tokenizer_ids",
+            "FOLDERS GGUFS --rows alpaca.json --vectors INP_FILES --convert convert_hf_to_gguf.py"
+        ), tokenizer_ids,
     ),
     Measurement(
         "cpu_speed", "Fine-tuning on a CPU",

@@ -1,7 +1,7 @@
 """The ids of real texts in training, and after export in the programs that read what we write.
 
     python -m scripts.parity.tokenizer_ids FOLDER_OR_GGUF ... --rows alpaca.json [--vectors NAME.gguf.inp ...]
-        [--convert llama.cpp/convert_hf_to_gguf.py --llama-cpp COMMAND]
+        [--convert llama.cpp/convert_hf_to_gguf.py --llama-cpp COMMAND] [--json benchmarks/tokenizer_ids.json]
 
 Each tokenizer is loaded as training loads it, and saved as a run saves it. The table counts the texts whose ids differ
 from training's in: the saved folder read again, transformers' AutoTokenizer, the tokenizers library alone, and
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,6 +30,7 @@ import transformers
 
 from engine.text.tokenizer import Tokenizer
 from engine.text.tokenizer_files import load_tokenizer
+from scripts.base.results import today, write_json
 
 SEPARATOR = "\n__ggml_vocab_test__\n"  # between the texts of an .inp file
 READERS = ("saved", "transformers", "tokenizers", "llama.cpp", "llama.cpp before", "vectors")
@@ -159,17 +161,23 @@ def main() -> None:
     parser.add_argument("--vectors", nargs="*", type=Path, default=[], help=".inp files")
     parser.add_argument("--convert", type=Path, help="llama.cpp's convert_hf_to_gguf.py")
     parser.add_argument("--llama-cpp", type=shlex.split, help="command that tokenizes")
+    parser.add_argument("--json", type=Path, help="where the figures go")
     args = parser.parse_args()
     llama_cpp = args.llama_cpp or ([sys.executable, "-c", LLAMA_CPP] if find_spec("llama_cpp") else None)
     texts = read_texts(args.rows, args.vectors)
     print(f"| vocabulary | {' | '.join(READERS)} |\n|---|{'---|' * len(READERS)}")
-    n_differ = 0
+    tables = {}
     for vocabulary in args.vocabularies:
         table = compare(vocabulary, texts, args.vectors, args.convert, llama_cpp)
         cells = [f"{table[reader][0]} of {table[reader][1]}" if reader in table else "" for reader in READERS]
         print(f"| {vocabulary.name} | {' | '.join(cells)} |", flush=True)
-        n_differ += sum(count for count, _ in table.values())
-    sys.exit(n_differ > 0)
+        tables[vocabulary.name] = table
+    if args.json:
+        packages = ("transformers", "tokenizers", "sentencepiece", "llama_cpp_python")
+        versions = {name: version(name) for name in packages if find_spec(name.removesuffix("_python"))}
+        about = {"what": "texts whose ids differ from training's, of how many", "rows": args.rows and args.rows.name}
+        write_json(args.json, {**about, "vocabularies": tables, "date": today(), **versions})
+    sys.exit(any(count for table in tables.values() for count, _ in table.values()))
 
 
 if __name__ == "__main__":

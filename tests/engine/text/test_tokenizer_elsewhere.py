@@ -123,6 +123,14 @@ def test_alpaca_begins_a_text_after_bos(tmp_path):
     assert ids == theirs(theirs.decode(ids[1:]))["input_ids"] and theirs.convert_ids_to_tokens(ids[1]).startswith("▁")
 
 
+@pytest.mark.parametrize("scheme", ["always", "first", "never", "prepend"])
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_tokenizer_json_is_written_as_its_class_runs_it(legacy, scheme, tmp_path):
+    """LlamaTokenizer of transformers 5 takes only vocabulary and merges; the tokenizers library knows no classes."""
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy}
+    saved_everywhere(load_tokenizer(write_metaspace(tmp_path / "base", scheme, **config)), tmp_path / "out")
+
+
 # ---- BOS ------------------------------------------------------------------------------------------------------------
 
 
