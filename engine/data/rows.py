@@ -118,6 +118,8 @@ def parse_row(value: Any, source: str, wanted: Wanted, unread: set[str]) -> Row:
     unread |= {key for key in row if key not in READ[kind] and key != "label" and not is_empty(row[key])}
     if kind == "text":
         text = get_text(row, "text")
+        if not text.strip():
+            raise BadRow("text: got blanks alone, wanted text; else an end of nothing would be learned")
         return Row(source, None, "" if wanted.answers else text, "", text if wanted.answers else "", is_raw=True)
     if kind == "prompt" and isinstance(row["prompt"], str):
         completion = get_text(row, "completion") if wanted.answers else ""

@@ -155,6 +155,7 @@ REFUSED = {
     "history of one": (ALPACA | {"history": [["a"]]}, "history[0]: got a list, wanted a list of a question"),
     "history of a number": (ALPACA | {"history": [["a", 1]]}, "history[0][1]: got a number, wanted a string"),
     "two chats": (CHAT | {"conversations": []}, "got both messages and conversations"),
+    "no text": ({"text": " \n"}, "text: got blanks alone"),
     "no completion": ({"prompt": "a", "response": "b"}, "completion: missing, got the keys ['prompt', 'response']"),
     "a call without a name": (
         {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "{}"}]},
