@@ -83,6 +83,8 @@ def main(argv: list[str]) -> None:
         tokenizer = settle_template(tokenizer)
     else:
         tokenizer = adopt_style(pin_date(tokenizer) if style == "template" else tokenizer, style)
+    for warning in tokenizer.warnings:
+        print(f"warning: {warning}")
     dtype = source.dtype if config.dtype == "auto" else DTYPES[config.dtype]
     out.mkdir(parents=True, exist_ok=True)
     require_disk_space(
