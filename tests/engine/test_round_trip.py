@@ -28,7 +28,7 @@ STYLES = SPECIALS | {"template": SPECIALS["chatml"]}
 QUESTION, ANSWER = "Name a colour.", "Blue."
 
 
-def write_base(folder, layout, style):
+def write_base(folder, layout, style, pre="gpt-2"):
     """Write a model of random weights in a layout, and return its path."""
     specials, template = STYLES[style], OWN if style == "template" else None
     if layout == "meta":
@@ -49,7 +49,7 @@ def write_base(folder, layout, style):
     if layout == "hf":
         return folder / "base"
     theirs = transformers.LlamaForCausalLM.from_pretrained(folder / "base")
-    add = functools.partial(add_byte_level_to_gguf, specials=specials, template=template)
+    add = functools.partial(add_byte_level_to_gguf, specials=specials, template=template, pre=pre)
     write_gguf(folder / "base.gguf", theirs, config, add_tokenizer=lambda writer, _: add(writer))
     return folder / "base.gguf"
 
@@ -90,3 +90,8 @@ def test_transformers_asks_and_stops_as_we_do(style, layout, tmp_path, capsys):
         capsys.readouterr()
         here(generate, "--model", folder, "--prompt", QUESTION, "--max-new-tokens", 40)
         assert capsys.readouterr().out.strip() == ANSWER
+
+
+def test_an_export_tells_what_a_tokenizer_leaves_open(tmp_path, capsys):
+    here(export, "--model", write_base(tmp_path, "gguf", "alpaca", pre="default"), "--out", tmp_path / "out")
+    assert "warning: " in (told := capsys.readouterr().out) and "tokenizer.ggml.pre is" in told

@@ -54,10 +54,10 @@ def write_sentencepiece(folder, specials, template=None):
     return folder
 
 
-def add_byte_level_to_gguf(writer, specials, template=None):
+def add_byte_level_to_gguf(writer, specials, template=None, pre="gpt-2"):
     """Give a GGUF the tokenizer of write_byte_level."""
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list([*TOKENS, *specials])
     writer.add_token_types([1] * len(TOKENS) + [3] * len(specials))
     writer.add_token_merges(["a b"])
