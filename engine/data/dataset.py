@@ -192,12 +192,17 @@ def encode_rows(
     """Tokenise rows into a Table, each truncated at max_length tokens.
 
     track: wraps the loop over blocks of rows, to show progress. Raise DataError when the tokenizer lacks a token of the
-    style.
+    style, and for an answer without loss under train_on_prompt.
     """
     tokens, targets, table = [], [], np.zeros(len(rows), ROW)
     paths: dict[str, int] = {}
     for first in track(range(0, len(rows), BLOCK)):
         block, out = rows[first : first + BLOCK], table[first : first + BLOCK]
+        if train_on_prompt and (without := next((row for row in block if row.unlearned), None)):
+            raise DataError(
+                f"{without.source}: has an answer that carries no loss (weight 0, or within a prompt), and "
+                "--train-on-prompt gives loss to all; leave one of them out"
+            )
         ids, is_target, lengths = encode_block(block, tokenizer, style)
         starts = np.cumsum(lengths) - lengths
         is_target |= train_on_prompt

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from engine.base.errors import DataError
-from engine.data.dataset import encode_block
+from engine.data.dataset import encode_block, encode_rows
 from engine.data.rows import read_rows
 from engine.text.templates import encode_prompt
 from engine.text.tokenizer_files import load_tokenizer
@@ -119,6 +119,12 @@ def test_a_weight_of_0_takes_the_loss_from_an_answer_and_nothing_else(write, tok
     n_ends = learned.count("<|im_end|>") + learned.count("<|eot_id|>") + learned.count("</s>")
     assert n_ends == 1
     assert encode_prompt(row, tokenizers[style], style) == encode_prompt(plain, tokenizers[style], style)
+
+
+def test_a_weight_of_0_contradicts_loss_on_everything(write, tokenizers):
+    (row,) = read(write({"messages": [USER, ANSWER | {"weight": 0}, USER, ANSWER]}))
+    with pytest.raises(DataError, match=r"data\.jsonl:1: has an answer that carries no loss .* leave one of them out"):
+        encode_rows([row], tokenizers["chatml"], "chatml", train_on_prompt=True)
 
 
 REFUSED = {
