@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.text.own_template import JINJA_FILE, read_chat_templates, render_probe
-from engine.text.parts import Special
+from engine.text.parts import Special, Text
 from engine.text.templates import ALPACA_NO_INPUT, Row, find_end_of_turn, find_stop_ids, render_row
 from engine.text.tokenizer import Tokenizer
 from engine.text.tokenizer_files import convert_to_llama_tokenizer
@@ -23,6 +23,8 @@ FLAGS = ("lstrip", "rstrip", "normalized", "single_word")  # of a token; a check
 DAY = datetime(2024, 7, 26)  # which the templates of Llama 3 name where there is no clock
 STRFTIME = re.compile(r"strftime_now\(\s*(\"[^\"]*\"|'[^']*')\s*\)")
 MACRO = "{%- macro strftime_now(format) -%}"  # begins a template that asks no clock
+# Today's date, which llama.cpp gives every template. transformers gives none, so the template says a day of its own.
+GIVEN = {name: f"{{%- set {name} = {{}}.{name} -%}}" for name in ("date_string", "datetime")}
 
 # ---- templates ------------------------------------------------------------------------------------------------------
 # BOS and EOS stand for the tokens' texts, since programs differ in which token they call bos_token. No template raises
@@ -54,7 +56,7 @@ LLAMA2 = (  # every turn begins with BOS; the system message is part of the next
 # takes the place of the first sentences.
 ALPACA = (
     "{% set system = namespace(text=PREAMBLE) %}{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{% set system.text = message['content'] %}"
+    "{% if message['role'] == 'system' %}{% set system.text = message['content'] or PREAMBLE %}"
     "{% elif message['role'] == 'user' %}{{ BOS + system.text + BEFORE + message['content'] + AFTER }}"
     "{% else %}{{ message['content'] + EOS }}{% endif %}"
     "{% endfor %}"
@@ -107,6 +109,12 @@ def begins_with_bos(tokenizer: Tokenizer, style: str) -> bool:
     return not parts or (isinstance(parts[0], Special) and parts[0].name in bos)
 
 
+def begins_with_bare_text(tokenizer: Tokenizer) -> bool:
+    """Return whether what the tokenizer's own template writes begins neither with a special token nor with a space."""
+    parts = render_probe(tokenizer, answer_next=True)
+    return bool(parts) and isinstance(parts[0], Text) and not parts[0].whole().startswith((" ", "▁"))
+
+
 def adopt_style(tokenizer: Tokenizer, style: str) -> Tokenizer:
     """Return the tokenizer with files that say how a model of this style is asked and where its answers end.
 
@@ -121,10 +129,13 @@ def adopt_style(tokenizer: Tokenizer, style: str) -> Tokenizer:
     names = {"bos_token": tokenizer.bos_id, "eos_token": adopted.eos_id}
     texts = {role: text for role, id in names.items() if (text := find_token_text(tokenizer, id))}
     own = read_chat_templates(tokenizer)
+    spaces_first = tokenizer.encode("a") != tokenizer.encode("a", follows_special=True)
+    if spaces_first and style == "template" and begins_with_bare_text(tokenizer):
+        own = {name: begin_template("", " ", template) for name, template in own.items()}
     files = replace_chat_templates(
         tokenizer, own if style == "template" else {"default": write_chat_template(style, tokenizer)}
     )
-    if tokenizer.encode("a") != tokenizer.encode("a", follows_special=True):
+    if spaces_first:
         files |= settle_first_space(files, style)
     config = name_tokens(read_json(Path(), files, CONFIG), texts)
     if tokenizer.add_bos and not adopted.add_bos:
@@ -162,14 +173,26 @@ def pin_date(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def pin_template(template: str) -> str:
-    """Return the template with a macro in place of strftime_now, where it calls that."""
-    if "strftime_now" not in template or template.startswith(MACRO):
-        return template
-    formats = {format[1:-1] for format in STRFTIME.findall(template)}
-    texts = ", ".join(f"{quote(format)}: {quote(DAY.strftime(format))}" for format in sorted(formats))
-    day = f"{{{{ {{{texts}}}.get(format, {quote(DAY.strftime('%d %b %Y'))}) }}}}"
-    # What is written of nothing keeps a line break that the template may begin with.
-    return f"{MACRO}{day}{{%- endmacro -%}}{{{{ '' }}}}{template}"
+    """Return the template with a macro in place of strftime_now, and without a date that a program gives it."""
+    head = "".join(
+        unset for name, unset in GIVEN.items() if re.search(rf"\b{name}\b", template) and unset not in template
+    )
+    if "strftime_now" in template and MACRO not in template:
+        formats = {format[1:-1] for format in STRFTIME.findall(template)}
+        texts = ", ".join(f"{quote(format)}: {quote(DAY.strftime(format))}" for format in sorted(formats))
+        day = f"{{{{ {{{texts}}}.get(format, {quote(DAY.strftime('%d %b %Y'))}) }}}}"
+        head += f"{MACRO}{day}{{%- endmacro -%}}"
+    return begin_template(head, "", template) if head else template
+
+
+def begin_template(head: str, text: str, template: str) -> str:
+    """Return the template behind tags and a text, neither of which changes what it writes itself.
+
+    What is written, be it nothing, keeps a line break that the template begins with. Blanks before a first tag are
+    taken away, as jinja2 does where they begin a line.
+    """
+    own = re.sub(r"\A[ \t]+(?=\{%(?!\+))", "", template)
+    return f"{head}{{{{ {quote(text)} }}}}{own}"
 
 
 def replace_chat_templates(tokenizer: Tokenizer, templates: dict[str, str]) -> Files:
@@ -193,8 +216,8 @@ def settle_first_space(files: Files, style: str) -> Files:
     """Return the files of a tokenizer that puts a space before the first text alone, so that all put one where we do.
 
     Behind a special token transformers puts none and llama.cpp puts one. Alpaca's text has one, after BOS: then both
-    put one before every text. In a chat none has one: add_prefix_space tells llama.cpp's converter, and the class is
-    one by which transformers does not go by that key.
+    put one before every text. In a chat none has one but what the template writes, as before a first text of its own:
+    add_prefix_space tells llama.cpp's converter, and the class is one by which transformers does not go by that key.
     """
     spec, config = (read_json(Path(), files, name) for name in ("tokenizer.json", CONFIG))
     if "LlamaTokenizer" in str(config.get("tokenizer_class")) or '"first"' not in json.dumps(spec["pre_tokenizer"]):

@@ -75,6 +75,13 @@ def test_a_chat_that_a_style_does_not_know_gives_a_prompt(style, tmp_path):
     assert places == sorted(places)
 
 
+def test_an_empty_system_message_leaves_alpacas_first_sentences(tmp_path):
+    ours, theirs = adopted(tmp_path, "alpaca")
+    ids = encode_prompt(Row("f:1", None, "Hi"), ours)
+    assert their_ids(theirs, (("system", ""), ("user", "Hi")), True) == ids
+    assert their_ids(theirs, (("system", "Be brief."), ("user", "Hi")), True) != ids
+
+
 def test_one_template_is_left_where_a_base_has_two(tmp_path):
     base = write_byte_level(tmp_path / "base", CHATML, chat_template=OWN)
     (base / "chat_template.jinja").write_text("other" + OWN)

@@ -164,6 +164,27 @@ def test_the_day_is_the_same_every_day_and_travels(tmp_path):
     assert pin_date(pinned).files == pinned.files
 
 
+GIVEN = """
+{%- if not date_string is defined %}
+    {%- set date_string = "1 May 2023" %}
+{%- endif %}
+{{- bos_token + "Today: " + date_string + (datetime | default(".")) }}"""
+
+
+@pytest.mark.parametrize("template", [GIVEN + MARKED, GIVEN + DATED])
+def test_no_program_gives_a_template_another_day_than_training(template, tmp_path):
+    """llama.cpp gives every template today's date, as date_string and datetime; transformers and training give none."""
+    base = write_byte_level(tmp_path / "base", LLAMA3, chat_template=template)
+    before = AutoTokenizer.from_pretrained(base).apply_chat_template(as_dicts(CHAT), tokenize=False)
+    pinned = pin_date(load_tokenizer(base))
+    pinned.save(tmp_path / "out")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for given in ({}, {"date_string": "30 Nov 2026", "datetime": "Nov 30 2026"}):
+        text = theirs.apply_chat_template(as_dicts(CHAT), tokenize=False, **given)
+        assert text == re.sub(r"\d\d \w+ 20\d\d", "26 Jul 2024", before) and "Today: 1 May 2023." in text
+    assert pin_date(pinned).files == pinned.files
+
+
 def test_named_templates_stay_and_a_template_in_a_file_goes_before(tmp_path):
     named = [{"name": "default", "template": SMOLLM}, {"name": "tool_use", "template": PLAIN}]
     base = write_byte_level(tmp_path / "base", SPECIALS["chatml"], chat_template=named)

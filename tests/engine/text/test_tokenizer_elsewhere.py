@@ -12,6 +12,8 @@ from engine.base.errors import DataError
 from engine.data.dataset import encode_rows
 from engine.model.config import MODELS
 from engine.text.chat_templates import adopt_style
+from engine.text.own_template import open_own_template
+from engine.text.parts import Special
 from engine.text.sentencepiece_file import BPE, CONTROL, read_model
 from engine.text.templates import Row, encode_prompt
 from engine.text.tokenizer_files import find_tokenizer, load_tokenizer
@@ -106,6 +108,41 @@ def test_the_written_files_say_where_training_put_a_space(scheme, hf_class, tmp_
     is_first = scheme == "first" or hf_class == "LlamaTokenizer"
     assert config.get("add_prefix_space") is (False if is_first else None)  # llama.cpp: no space after <|im_start|>
     assert (config["tokenizer_class"] != hf_class) == (hf_class == "LlamaTokenizer")
+
+
+def encode_as_llama_cpp(tokenizer, chat):
+    """Return the ids of a chat by the written files: without add_prefix_space, no text has a space but its own."""
+    parts = open_own_template(tokenizer).render(chat, [], True, "a chat", [False] * len(chat))
+    return [
+        id
+        for part in parts
+        for id in (
+            [tokenizer.special_ids[part.name]] if isinstance(part, Special) else tokenizer.encode(part.whole(), True)
+        )
+    ]
+
+
+@pytest.mark.parametrize("hf_class", ["PreTrainedTokenizerFast", "LlamaTokenizer"])
+@pytest.mark.parametrize("begins", ["", " ", "{{ ' ' }}", "{{ bos_token }}"])
+def test_a_chat_that_begins_with_text_begins_with_a_space_everywhere(begins, hf_class, tmp_path):
+    """Training and transformers put a space before the first text of a chat, llama.cpp puts none."""
+    template = begins + (
+        "{% for m in messages %}\n{{ '<' + m.role + '>\n' + m.content + eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+    )
+    base = write_metaspace(tmp_path / "base", "first", tokenizer_class=hf_class, chat_template=template, legacy=False)
+    ours = load_tokenizer(base)
+    adopted = adopt_style(ours, "template")
+    adopted.save(tmp_path / "out")
+    (tmp_path / "out" / "config.json").write_text('{"model_type": "llama"}')
+    theirs, again = AutoTokenizer.from_pretrained(tmp_path / "out"), load_tokenizer(tmp_path / "out")
+    for messages in (CHAT[1:2], CHAT):
+        chat = [{"role": role, "content": content} for role, content in messages]
+        ids = encode_prompt(Row("f:1", messages), ours, "template")
+        assert theirs.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] == ids
+        assert encode_prompt(Row("f:1", messages), again, "template") == ids == encode_as_llama_cpp(again, chat)
+    assert json.loads(again.files["tokenizer_config.json"])["add_prefix_space"] is False  # which llama.cpp goes by
+    assert adopt_style(again, "template").files == again.files
 
 
 def test_text_of_a_user_that_spells_a_special_token_stays_text(tmp_path):
