@@ -220,7 +220,9 @@ def test_a_second_signal_gives_the_terminal_back(monkeypatch):
     did = []
     monkeypatch.setattr(module.os, "_exit", sys.exit)
     with pytest.raises(SystemExit, match="143"):
-        module.stop_run(SimpleNamespace(stopping=True, progress=SimpleNamespace(close=lambda: did.append("closed"))))
+        module.stop_run(
+            SimpleNamespace(stopping=True, progress=SimpleNamespace(close=lambda: did.append("closed"))), signal.SIGTERM
+        )
     assert did == ["closed"]
 
 

@@ -263,6 +263,8 @@ class Sequence:
 class Step:
     """The cache of one forward over several sequences, each with as many new tokens as it has pending."""
 
+    documents = None
+
     def __init__(self, sequences):
         self.sequences = sequences
 
