@@ -81,8 +81,9 @@ def add_message(chat: Chat, turn: Mapping[str, Any], name: str, with_tools: bool
         what = "tool_calls" if calls else f"{role_key} {said!r}"
         raise BadRow(f"{name}.{what}: got a call of a tool or its result, {TOOLS}")
     if role not in chat.wanted_roles():
-        wanted = "'" + "' or '".join(chat.wanted_roles()) + "'"
-        wanted = wanted.replace("'user' or 'system'", "'user' or a system message")
+        words = {"user": "human", "assistant": "gpt"} if sharegpt else {}
+        wanted = "'" + "' or '".join(words.get(role, role) for role in chat.wanted_roles()) + "'"
+        wanted = wanted.replace(" or 'system'", " or a system message")
         raise BadRow(f"{name}.{role_key}: got {shorten(said)}, wanted {wanted}")
     more: dict[str, Any] = {}
     if calls or said == "function_call":

@@ -231,11 +231,11 @@ def test_sharegpt(write):
     assert found[3].messages == (("user", "2+2?"), ("assistant", "4")) and found[4].messages[0] == ("user", "a")
     assert found[5].messages[0] == ("system", "s")
     for bad, reason in (
-        ([{"from": "gpt", "value": "b"}], "conversations[0].from: got 'gpt', wanted 'user' or a system message"),
+        ([{"from": "gpt", "value": "b"}], "conversations[0].from: got 'gpt', wanted 'human' or a system message"),
         ([{"from": "human", "value": "b"}], "conversations: got user as the last role, wanted assistant"),
         ([{"from": "alien", "value": "b"}], "conversations[0].from: got 'alien', wanted"),
         ([{"from": "human"}], "conversations[0].value: missing, got the keys ['from']"),
-        ([{"from": "human", "value": "a"}] * 2, "conversations[1].from: got 'human', wanted 'assistant'"),
+        ([{"from": "human", "value": "a"}] * 2, "conversations[1].from: got 'human', wanted 'gpt'"),
     ):
         assert reason in refusal(write({"conversations": bad}))
 
