@@ -24,11 +24,6 @@ from kernels.ops.common import launch_table
 from tests.helpers.kernels import CHIP
 
 
-def pytest_xdist_auto_num_workers():
-    """Return one worker more than there are cores: tests that wait for other processes would leave them idle."""
-    return len(os.sched_getaffinity(0)) + 1
-
-
 def pytest_collection_modifyitems(items):
     """On a GPU, let what ships come first: a file may be ended before its last test."""
     if torch.cuda.is_available():

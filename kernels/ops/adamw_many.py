@@ -1,7 +1,7 @@
 """AdamW over many tensors in one launch for each kind of them: kernels.ops.adamw on every tensor, bit for bit.
 
 A launch takes a few microseconds of a GPU that begins and ends it with idle SMs, and more of the host. A 7B model has
-291 parameters; SmolLM2-135M has 272, most of them so small that the launches take longer than the updates.
+195 parameters; SmolLM2-135M has 182, most of them so small that the launches take longer than the updates.
 """
 
 import struct
@@ -27,20 +27,12 @@ from kernels.ops.common import choose_impl, launch_config, operator
 from kernels.ops.tensor_table import count_chunks, is_aligned, make_table, measure_distances
 
 
-def adamw_many_ref(
-    params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], ms: Sequence[torch.Tensor],
-    vs: Sequence[torch.Tensor], m_absmaxs: Sequence[torch.Tensor], v_absmaxs: Sequence[torch.Tensor],
-    lows: Sequence[torch.Tensor], masters: Sequence[torch.Tensor], lr: float, lr_tensor: torch.Tensor | None,
-    scale: float, scale_tensor: torch.Tensor | None, apply: torch.Tensor | None, beta1: float, beta2: float, eps: float,
-    weight_decays: Sequence[float], step: int, seeds: Sequence[int], offsets: Sequence[int],
-) -> None:  # fmt: skip
+def adamw_many_ref(*arguments: Any) -> None:
     """Update every param and its state in plain torch. The arguments are those of the operator update_many()."""
-    streams = (params, grads, ms, vs, m_absmaxs, v_absmaxs, lows, masters)
-    numbers = (lr, lr_tensor, scale, scale_tensor, apply, beta1, beta2, eps)
+    streams, numbers, (weight_decays, step, seeds, offsets) = arguments[:8], arguments[8:16], arguments[16:]
     for i, (weight_decay, seed, offset) in enumerate(zip(weight_decays, seeds, offsets, strict=True)):
-        tensors = (stream[i] if stream else None for stream in streams)
-        arguments: Any = (*tensors, *numbers, weight_decay, step, seed, offset)
-        adamw_ref(*arguments)
+        tensors = [stream[i] if stream else None for stream in streams]
+        adamw_ref(*tensors, *numbers, weight_decay, step, seed, offset)
 
 
 @operator(

@@ -281,7 +281,6 @@ MANY_PARAMETERS = {
     "kernels/ops/adamw.py::adamw_ref": OPERATOR,
     "kernels/ops/adamw.py::update": OPERATOR,
     "kernels/ops/adamw.py::adamw": ADAMW,
-    "kernels/ops/adamw_many.py::adamw_many_ref": OPERATOR,
     "kernels/ops/adamw_many.py::update_many": OPERATOR,
     "kernels/ops/adamw_many.py::adamw_many": ADAMW,
     "kernels/ops/attention.py::backward": OPERATOR,
