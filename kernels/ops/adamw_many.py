@@ -31,8 +31,9 @@ def adamw_many_ref(*arguments: Any) -> None:
     """Update every param and its state in plain torch. The arguments are those of the operator update_many()."""
     streams, numbers, (weight_decays, step, seeds, offsets) = arguments[:8], arguments[8:16], arguments[16:]
     for i, (weight_decay, seed, offset) in enumerate(zip(weight_decays, seeds, offsets, strict=True)):
-        tensors = [stream[i] if stream else None for stream in streams]
-        adamw_ref(*tensors, *numbers, weight_decay, step, seed, offset)
+        tensors = (stream[i] if stream else None for stream in streams)
+        one: Any = (*tensors, *numbers, weight_decay, step, seed, offset)
+        adamw_ref(*one)
 
 
 @operator(
