@@ -219,10 +219,11 @@ def test_a_second_signal_leaves_at_once(tmp_path):
 def test_a_second_signal_gives_the_terminal_back(monkeypatch):
     did = []
     monkeypatch.setattr(module.os, "_exit", sys.exit)
+    collector = SimpleNamespace(stopping=True, progress=SimpleNamespace(close=lambda: did.append("closed")))
+    module.stop_run(collector, signal.SIGHUP)
+    assert not did, "a terminal that is closed may say so twice"
     with pytest.raises(SystemExit, match="143"):
-        module.stop_run(
-            SimpleNamespace(stopping=True, progress=SimpleNamespace(close=lambda: did.append("closed"))), signal.SIGTERM
-        )
+        module.stop_run(collector, signal.SIGTERM)
     assert did == ["closed"]
 
 
