@@ -1,13 +1,16 @@
-"""Builds csrc/ptx, the PTX machine, into kernels/compiled/ptx_machine.so. Metadata is in pyproject.toml.
+"""Builds csrc into three libraries, each where its compiler is there. Metadata is in pyproject.toml.
 
-The library is plain C++17 with a C ABI, loaded by ctypes: it depends on no version of Python, and the wheel on none.
-Without a C++ compiler everything else is installed, and kernels.compiled.ptx says what is missing when it is used.
-CXX names another compiler than g++, CXXFLAGS further flags.
+kernels/native/toolchain.py tells what is compiled from what and how. The libraries are plain C ABI, loaded by ctypes:
+they depend on no version of Python or torch, and the wheel on none. What is not built is left out, with the reason in
+kernels/native/build.json, which `python -m kernels.info` prints.
 """
 
+import importlib.util
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,54 +20,92 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-MACHINE = "kernels.compiled.ptx_machine"
-# No contraction: an addition and a multiplication of PTX round one by one. No -march: a wheel runs on every processor,
-# and the one loop that gains by newer instructions chooses among them itself (csrc/ptx/product.cpp).
-FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+CSRC = Path("csrc")
+LIBRARIES = {name: f"kernels.native.lib{name}" for name in ("ptx_machine", "cpu", "cuda")}
+spec = importlib.util.spec_from_file_location("toolchain", "kernels/native/toolchain.py")
+toolchain = importlib.util.module_from_spec(spec)
+sys.modules["toolchain"] = toolchain  # dataclasses look their module up
+spec.loader.exec_module(toolchain)
 
 
-class BuildMachine(build_ext):
-    """Compile an extension's sources, those whose contents have changed and as many at a time as there are cores."""
+class BuildLibraries(build_ext):
+    """Compile what has changed of each library, as many sources at a time as there are cores, and record the outcome."""
 
     def get_ext_filename(self, fullname):
         """Return the library's path without a version of Python in its name."""
         return fullname.replace(".", os.sep) + ".so"
 
+    def get_outputs(self):
+        """Return the files that were made: what could not be built is none."""
+        return [path for path in [*super().get_outputs(), str(self.record_path())] if Path(path).exists()]
+
+    def record_path(self):
+        """Return where the outcome of each library is written."""
+        return Path(self.get_ext_fullpath(LIBRARIES["cpu"])).with_name("build.json")
+
+    def run(self):
+        """Build every library, and say for each whether it was built. Those built before keep their line."""
+        path = self.record_path()
+        self.outcome = json.loads(path.read_text()) if path.exists() else {}
+        only = os.environ.get("CRIA_BUILD")  # a checkout that misses one library builds that one
+        self.extensions = [ext for ext in self.extensions if only in (None, ext.name.rpartition(".lib")[2])]
+        super().run()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.outcome, indent=1) + "\n")
+
     def build_extension(self, ext):
-        """Compile each source and link them. Raises CompileError if the compiler is missing or complains."""
+        """Build one library, or record and print why it is not there."""
+        name = ext.name.rpartition(".lib")[2]
         library = Path(self.get_ext_fullpath(ext.name))
-        compiler = [os.environ.get("CXX", "g++"), *FLAGS, *os.environ.get("CXXFLAGS", "").split()]
-        objects = Path(self.build_temp) / ext.name
+        try:
+            told = self.build_library(name, library)
+        except (CompileError, toolchain.MissingCompiler) as error:
+            library.unlink(missing_ok=True)
+            self.outcome[name] = {"built": False, "why": str(error)}
+            print(f"csrc: {name} is not built: {error}", file=sys.stderr)
+        else:
+            self.outcome[name] = {"built": True, "why": told}
+            print(f"csrc: {name} is built: {told}", file=sys.stderr)
+
+    def build_library(self, name, library):
+        """Compile and link one library. Return what with. Raises CompileError and MissingCompiler."""
+        objects = Path(self.build_temp) / name
         for folder in (library.parent, objects):
             folder.mkdir(parents=True, exist_ok=True)
-        headers = zlib.crc32(
-            b"".join(Path(path).read_bytes() for path in ext.depends), zlib.crc32(repr(compiler).encode())
-        )
+        told = ""
+        if name == "cuda":
+            jobs, link = toolchain.plan_cuda(CSRC)
+            told = ", " + " ".join(f"sm_{chip}" for chip in toolchain.CUDA_CHIPS)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                openmp = name == "cpu" and toolchain.has_openmp(toolchain.find_cxx(), Path(folder))
+            jobs, link = toolchain.plan_cxx(name, CSRC, openmp)
+            if name == "cpu":
+                told = f", {' '.join(toolchain.instruction_sets())}, {'' if openmp else 'no '}OpenMP"
+        headers = zlib.crc32(b"".join(path.read_bytes() for path in toolchain.list_headers(CSRC)))
 
-        def compile_source(source):
-            contents = zlib.crc32(Path(source).read_bytes(), headers)
-            target = objects / f"{Path(source).stem}-{contents:08x}.o"
+        def compile_source(job):
+            contents = zlib.crc32(job.source.read_bytes(), zlib.crc32(repr(job.command).encode(), headers))
+            target = objects / f"{job.name}.{contents:08x}.o"
             if not target.exists():
-                for old in objects.glob(f"{Path(source).stem}-*"):
+                for old in objects.glob(f"{job.name}.*"):
                     old.unlink()
                 draft = target.with_suffix(".draft")
-                run_compiler([*compiler, "-c", source, "-o", str(draft)])
+                run_compiler([*job.command, "-o", str(draft)])
                 draft.replace(target)
             return str(target)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            made = list(pool.map(compile_source, ext.sources))
+            made = list(pool.map(compile_source, jobs))
         draft = library.with_suffix(f".{os.getpid()}.draft")  # whoever has loaded the old library keeps it
-        run_compiler([*compiler, "-shared", *made, "-o", str(draft)])
+        run_compiler([*link, *made, "-o", str(draft)])
         draft.replace(library)
+        return toolchain.describe(link[0]) + told
 
 
 def run_compiler(command):
     """Run one command. Raises CompileError with what it printed."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise CompileError(f"{command[0]}: {error.strerror}") from error
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise CompileError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     sys.stderr.write(done.stderr)
@@ -78,9 +119,10 @@ class AnyPython(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-sources = sorted(str(path) for path in Path("csrc/ptx").glob("*.cpp"))
-headers = sorted(str(path) for path in Path("csrc/ptx").glob("*.h"))
 setup(
-    ext_modules=[Extension(MACHINE, sources, depends=headers, optional=True)],
-    cmdclass={"build_ext": BuildMachine, "bdist_wheel": AnyPython},
+    ext_modules=[
+        Extension(module, [str(path) for path in toolchain.list_sources(name, CSRC)], optional=True)
+        for name, module in LIBRARIES.items()
+    ],
+    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": AnyPython},
 )

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("kernels", "engine", "data_gen")  # what is installed; a file at the top of each is a command
 LAYERS = {  # a package may import those before it in its line; "|": neither of two neighbours imports the other
-    "kernels": "ops < compiled < measure",
+    "kernels": "native < ops < compiled < measure",
     "engine": "base , model < distributed | formats < text | output < data | inference < planning , serving < training",
     "data_gen": "base < api < rows < page",
 }

@@ -1,5 +1,6 @@
 """`pip install .` gives everything: every command runs from an unpacked wheel, away from the checkout."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -41,7 +42,7 @@ def installed(tmp_path_factory):
     )  # a stand-in: compiling takes longer than all the rest, and no test here runs the library
     compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done; echo compiled > "$2"\n')
     compiler.chmod(0o755)
-    environment = os.environ | {"CXX": str(compiler)}
+    environment = os.environ | {"CXX": str(compiler), "NVCC": str(compiler)}
     done = subprocess.run(build, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = folder.glob("cria_engine-*.whl")
@@ -56,7 +57,10 @@ def test_the_wheel_holds_every_module_and_data_file(installed):
 
 
 def test_the_wheel_holds_the_compiled_library_and_fits_every_python(installed):
-    assert (installed / "kernels" / "compiled" / "ptx_machine.so").read_text() == "compiled\n"
+    native = installed / "kernels" / "native"
+    assert {path.name for path in native.glob("*.so")} == {"libcpu.so", "libcuda.so", "libptx_machine.so"}
+    assert (native / "libcuda.so").read_text() == "compiled\n"
+    assert [part["built"] for part in json.loads((native / "build.json").read_text()).values()] == [True] * 3
     assert not (installed / "csrc").exists()
     assert "Tag: py3-none-linux" in next(installed.glob("*.dist-info/WHEEL")).read_text()
 
@@ -87,6 +91,7 @@ def build_in(folder, *command, **environment):
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "csrc", folder / "csrc")
+    shutil.copytree(ROOT / "kernels" / "native", folder / "kernels" / "native", ignore=shutil.ignore_patterns("*.so"))
     done = subprocess.run(
         [sys.executable, "setup.py", *command],
         cwd=folder, capture_output=True, text=True, check=False, env=os.environ | environment,
@@ -95,10 +100,13 @@ def build_in(folder, *command, **environment):
     return done.stdout + done.stderr
 
 
-def test_without_a_compiler_the_rest_is_installed(tmp_path):
-    printed = build_in(tmp_path, "build_ext", "--inplace", CXX="no-such-compiler")
-    assert "no-such-compiler: No such file or directory" in printed
+def test_without_compilers_the_rest_is_installed_and_says_so(tmp_path):
+    printed = build_in(tmp_path, "build_ext", "--inplace", CXX="no-such-compiler", NVCC="no-nvcc")
+    for name, compiler in (("ptx_machine", "no-such-compiler"), ("cpu", "no-such-compiler"), ("cuda", "no-nvcc")):
+        assert f"csrc: {name} is not built: {compiler}: No such file or directory" in printed
     assert not list(tmp_path.rglob("*.so"))
+    record = json.loads((tmp_path / "kernels" / "native" / "build.json").read_text())
+    assert not any(part["built"] for part in record.values())
 
 
 def test_the_source_distribution_holds_what_is_compiled(tmp_path):

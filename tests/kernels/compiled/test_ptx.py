@@ -99,14 +99,9 @@ def test_a_launch_that_does_not_fit_is_refused():
         module.launch("k", 1, (torch.empty(1, device="meta"),))
 
 
-def test_an_installation_without_the_library_says_what_is_missing(tmp_path):
-    with pytest.raises(PtxError, match="install g\\+\\+ and run pip install again"):
-        machine_library.build_if_stale(tmp_path, tmp_path / "ptx_machine.so")
-
-
-def test_a_library_of_another_version_is_refused(monkeypatch):
+def test_a_machine_that_cannot_be_loaded_says_so(monkeypatch):
     monkeypatch.setattr(machine_library, "ABI_VERSION", 0)
-    with pytest.raises(PtxError, match=r"has ABI \d+, wanted 0"):
+    with pytest.raises(PtxError, match=r"PTX machine: .* has ABI \d+, wanted 0.*only running compiled kernels"):
         machine_library.load_library.__wrapped__()
 
 

@@ -1,0 +1,1 @@
+"""Compiled code of csrc: which compilers build it, where the libraries lie, how they are loaded and called."""

@@ -1,0 +1,42 @@
+"""The CPU library of csrc/cpu: whether it is in use, and its functions as ctypes declares them.
+
+CRIA_NATIVE=off leaves it alone: torch's own operators then run in its place, and give the same results more slowly.
+CRIA_INSTRUCTION_SET=plain (avx2, avx512) chooses a lesser instruction set than the processor has.
+"""
+
+import ctypes
+import os
+import sys
+from functools import cache
+
+from kernels.native.library import NativeError, load
+
+ABI_VERSION = 1  # of csrc/cpu/api.h
+
+
+@cache
+def load_cpu() -> ctypes.CDLL:
+    """Return the library with the types of its functions declared. Raises NativeError if it cannot be had."""
+    library = load("cpu", ABI_VERSION)
+    library.cria_instruction_set.restype = ctypes.c_char_p
+    named, used = os.environ.get("CRIA_INSTRUCTION_SET"), library.cria_instruction_set().decode()
+    if named and named != used:
+        raise NativeError(f"CRIA_INSTRUCTION_SET is {named!r}, this processor runs plain up to {used!r}; unset it")
+    return library
+
+
+@cache
+def find_cpu() -> ctypes.CDLL | None:
+    """Return the library, or None where it is switched off or missing; the latter is said once, on stderr."""
+    switch = os.environ.get("CRIA_NATIVE", "on")
+    if switch not in ("on", "off"):
+        raise NativeError(f"CRIA_NATIVE is {switch!r}, wanted on or off")
+    if switch == "off":
+        return None
+    try:
+        return load_cpu()
+    except NativeError as error:
+        if "CRIA_INSTRUCTION_SET" in str(error):
+            raise
+        print(f"{error}\n(torch's own operators run in its place: the same results, more slowly)", file=sys.stderr)
+        return None

@@ -1,0 +1,92 @@
+"""Libraries of csrc: built, loaded, refused, and replaced by torch's operators where they are missing."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from kernels.native import library, toolchain
+from kernels.native.library import NativeError, build_if_stale, check, load, why_missing
+
+HAS_CXX = shutil.which("g++") or shutil.which("clang++")
+
+
+def run_info(tmp_path, **environment):
+    """Run python -m kernels.info and return its lines and its JSON by part."""
+    path = tmp_path / "info.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "kernels.info", "--json", str(path)],
+        capture_output=True, text=True, check=False, cwd=library.ROOT, env=os.environ | environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    parts = {part["name"]: part for part in json.loads(path.read_text())}
+    assert [line.split()[0] for line in done.stdout.splitlines()] == list(parts)
+    return parts
+
+
+@pytest.mark.skipif(not HAS_CXX, reason="the CPU library is compiled by g++, which is missing")
+def test_info_tells_the_instruction_set_in_use(tmp_path):
+    part = run_info(tmp_path)["cpu"]
+    assert part["in_use"] and "instruction set" in part["why"] and "built with" in part["why"]
+    part = run_info(tmp_path, CRIA_INSTRUCTION_SET="plain")["cpu"]
+    assert part["in_use"] and "instruction set plain" in part["why"]
+
+
+def test_info_tells_why_a_library_is_not_in_use(tmp_path):
+    part = run_info(tmp_path, CRIA_INSTRUCTION_SET="quantum")["cpu"]
+    assert not part["in_use"] and ("CRIA_INSTRUCTION_SET is 'quantum'" in part["why"] or not HAS_CXX)
+    part = run_info(tmp_path, CRIA_NATIVE="off")["cpu"]
+    assert not part["in_use"] and part["why"].endswith("in its place: torch's operators on the CPU")
+
+
+def test_a_missing_library_names_the_reason_that_the_build_recorded(tmp_path):
+    (tmp_path / "build.json").write_text(json.dumps({"cuda": {"built": False, "why": "no nvcc"}}))
+    assert why_missing("cuda", tmp_path) == "no nvcc; install nvcc (CUDA's toolkit) and run pip install again"
+    with pytest.raises(NativeError, match="library cuda is not there: no nvcc; install"):
+        build_if_stale("cuda", tmp_path, tmp_path)
+    assert why_missing("cpu", tmp_path).startswith("setup.py has not built it; install g++")
+
+
+def test_a_checkout_without_a_compiler_says_which(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(NativeError, match="library cpu is not there: no-such-compiler: No such file"):
+        build_if_stale("cpu", library.ROOT, tmp_path)
+    monkeypatch.setenv("NVCC", "no-nvcc")
+    with pytest.raises(NativeError, match="library cuda is not there: no-nvcc: No such file"):
+        build_if_stale("cuda", library.ROOT, tmp_path)
+
+
+@pytest.mark.skipif(not HAS_CXX, reason="the CPU library is compiled by g++, which is missing")
+def test_a_library_of_another_version_is_refused():
+    with pytest.raises(NativeError, match=r"has ABI \d+, wanted 99; delete it"):
+        load.__wrapped__("cpu", 99)
+
+
+def test_codes_become_words():
+    check(0, "adamw")
+    with pytest.raises(NativeError, match="adamw: the compiled function was given a pointer that is not aligned"):
+        check(2, "adamw")
+    with pytest.raises(NativeError, match=r"adamw: CUDA says 'out of memory' \(error 2\)"):
+        check(1002, "adamw", lambda error: b"out of memory" if error == 2 else b"")
+
+
+@pytest.mark.parametrize("name", library.WANTED)
+def test_every_library_has_sources(name):
+    assert toolchain.list_sources(name, library.ROOT / "csrc")
+
+
+def test_nvcc_is_found_in_pips_package(monkeypatch, tmp_path):
+    nvcc = tmp_path / "nvidia" / "cu13" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\necho release 13\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nothing"))
+    monkeypatch.delenv("NVCC", raising=False)
+    assert toolchain.find_nvcc() in (str(nvcc), "/usr/local/cuda/bin/nvcc")
+    monkeypatch.setenv("NVCC", str(nvcc))
+    assert toolchain.find_nvcc() == str(nvcc) and toolchain.describe(str(nvcc)) == "release 13"
