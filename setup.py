@@ -29,7 +29,7 @@ spec.loader.exec_module(toolchain)
 
 
 class BuildLibraries(build_ext):
-    """Compile what has changed of each library, as many sources at a time as there are cores, and record the outcome."""
+    """Compile what has changed of each library, on all cores, and record the outcome."""
 
     def get_ext_filename(self, fullname):
         """Return the library's path without a version of Python in its name."""

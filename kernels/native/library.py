@@ -1,6 +1,7 @@
 """The compiled libraries: found beside this file, built anew when a checkout's sources are newer, loaded and called.
 
-setup.py compiles csrc into them. An installed package carries what could be built there; a checkout builds on first use.
+setup.py compiles csrc into them. An installed package carries what could be built there; a checkout builds
+on first use.
 """
 
 import ctypes
@@ -19,9 +20,7 @@ from kernels.native import toolchain
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]  # of a checkout; an installed package has no csrc there
 WANTED = {"ptx_machine": "g++", "cpu": "g++", "cuda": "nvcc (CUDA's toolkit)"}  # what builds each library
-ABI_FUNCTIONS = {
-    "ptx_machine": "ptx_abi_version"
-}  # the name of the function that tells a library's ABI, if not cria_abi_version
+ABI_FUNCTIONS = {"ptx_machine": "ptx_abi_version"}  # the others': cria_abi_version
 CODES = {1: "a size it does not take", 2: "a pointer that is not aligned", 3: "a mode or type it does not know"}
 CUDA_ERROR = 1000  # of csrc/cuda/api.cuh: this plus cudaError_t
 

@@ -55,7 +55,7 @@ def find_cxx() -> list[str]:
 
 
 def find_nvcc() -> str:
-    """Return the path of nvcc: $NVCC, else of PATH, $CUDA_HOME, /usr/local/cuda or pip's package. Raises MissingCompiler."""
+    """Return nvcc: $NVCC, else that of PATH, $CUDA_HOME, /usr/local/cuda or pip's package. Raises MissingCompiler."""
     named = os.environ.get("NVCC")
     if named:
         if not shutil.which(named):
@@ -93,7 +93,7 @@ def list_headers(csrc: Path) -> list[Path]:
 
 
 def instruction_sets() -> dict[str, tuple[str, ...]]:
-    """Return the compiler's flags of each instruction set that the CPU library is built for, on this processor's kind."""
+    """Return the compiler's flags for each instruction set of this kind of processor, the least one first."""
     return INSTRUCTION_SETS.get(platform.machine().replace("AMD64", "x86_64"), {"plain": ()})
 
 
@@ -131,7 +131,7 @@ def plan_cuda(csrc: Path) -> tuple[list[Compilation], list[str]]:
 
 
 def compile_ptx(source: Path, chip: str) -> str:
-    """Return the PTX of a .cu file for one of CUDA_CHIPS. Raises MissingCompiler, and ValueError for what nvcc refuses."""
+    """Return the PTX of a .cu file for one of CUDA_CHIPS. Raises MissingCompiler; ValueError if nvcc refuses it."""
     flags = [flag for flag in CUDA_FLAGS if flag not in ("-cudart", "static")]
     command = [find_nvcc(), *flags, "-lineinfo", "-ptx", f"-arch=sm_{chip}", str(source), "-o", "-"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
