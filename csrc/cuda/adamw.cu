@@ -1,0 +1,279 @@
+// AdamW over all tensors of a model in one launch: kernels/ops/adamw.py on each, bit for bit, p too.
+//
+// A warp works on tiles of 256 elements, eight a lane. Where a stream is fp32, a lane has two groups of four neighbours,
+// so that fp32 moves by 128 bits, bf16 by 64 and bytes by 32: whole sectors all. Elsewhere it has eight neighbours, and
+// bf16 moves by 128 bits. A tile is also a block of 8-bit states. Warps share nothing but the tables of 8-bit states, so
+// there is no barrier after those are filled.
+//
+// A tensor is a row of the table, the rows one after the other in device memory. A block takes chunks of CHUNK elements
+// in turn. Tiles that end beyond a tensor, and tensors that do not begin at 16 bytes, move element by element.
+#include "eight_bit.cuh"
+#include "launch.cuh"
+#include "numbers.cuh"
+#include "table.cuh"
+
+namespace cria {
+
+enum Master { FP32_PARAM, FP32, SPLIT, STOCHASTIC };
+enum States { STATES_FP32, STATES_BF16, STATES_8BIT };
+
+constexpr int THREADS = 512, TILE = 256, CHUNK = 32768;
+
+// A row of the table, of int64: kernels/native/adamw.py writes it.
+struct Tensor {
+    uint64_t param, grad, m, v, rest, m_absmax, v_absmax;  // addresses; rest: the low bits or the master. maxima may be 0
+    int64_t n, first_chunk;
+    int64_t group;        // of Philox: that of the first eight elements
+    uint32_t seed, shift; // shift: elements of the first eight that precede the tensor
+    float decay;          // weight decay
+    uint32_t aligned;     // whether every stream begins at a multiple of 16 bytes, and shift is 0
+};
+static_assert(sizeof(Tensor) == 12 * 8, "a row of the table");
+
+struct Numbers {  // of a step
+    float rest1, beta2, rest2, eps, factor;
+    uint32_t step;
+};
+
+// Where a lane's elements lie in a tile, and how they move: to words of 32 bits, in order.
+template <bool QUADS, bool WHOLE> struct Lane {
+    int lane, begin, end;
+    __device__ int place(int j) const { return QUADS ? (j / 4) * 128 + lane * 4 + j % 4 : lane * 8 + j; }
+
+    // base: of the tile. SIZE: bytes of an element. WHOLE: all elements exist, and base is aligned; else those in
+    // [begin, end) exist, and others become 0.
+    template <int SIZE> __device__ void read(uint64_t base, uint32_t* words) const {
+        constexpr int RUN = QUADS ? 4 : 8, WORDS = RUN * SIZE / 4;
+        if constexpr (WHOLE) {
+#pragma unroll
+            for (int i = 0; i < 8 / RUN; i++)
+                load_words<WORDS>(base + uint64_t(place(i * RUN) * SIZE), words + i * WORDS);
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < 2 * SIZE; i++) words[i] = 0;
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            int at = place(j);
+            if (at < begin || at >= end) continue;
+            uint64_t from = base + uint64_t(int64_t(at) * SIZE);
+            if constexpr (SIZE == 4) words[j] = *reinterpret_cast<const uint32_t*>(from);
+            else if constexpr (SIZE == 2) words[j / 2] |= uint32_t(*reinterpret_cast<const uint16_t*>(from)) << 16 * (j % 2);
+            else words[j / 4] |= uint32_t(*reinterpret_cast<const uint8_t*>(from)) << 8 * (j % 4);
+        }
+    }
+    template <int SIZE> __device__ void write(uint64_t base, const uint32_t* words) const {
+        constexpr int RUN = QUADS ? 4 : 8, WORDS = RUN * SIZE / 4;
+        if constexpr (WHOLE) {
+#pragma unroll
+            for (int i = 0; i < 8 / RUN; i++)
+                store_words<WORDS>(base + uint64_t(place(i * RUN) * SIZE), words + i * WORDS);
+            return;
+        }
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            int at = place(j);
+            if (at < begin || at >= end) continue;
+            uint64_t to = base + uint64_t(int64_t(at) * SIZE);
+            if constexpr (SIZE == 4) *reinterpret_cast<uint32_t*>(to) = words[j];
+            else if constexpr (SIZE == 2) *reinterpret_cast<uint16_t*>(to) = uint16_t(words[j / 2] >> 16 * (j % 2));
+            else *reinterpret_cast<uint8_t*>(to) = uint8_t(words[j / 4] >> 8 * (j % 4));
+        }
+    }
+
+    // 16 random bits for each of the lane's elements, in four words.
+    __device__ Random draw(uint32_t seed, uint32_t step, int64_t group, uint32_t stream) const {
+        if (!QUADS) return cria::draw(seed, step, group + lane, stream);
+        // Two lanes share the groups lane / 2 and 16 + lane / 2. Each draws one, and they exchange halves.
+        bool odd = lane & 1;
+        Random mine = cria::draw(seed, step, group + lane / 2 + (odd ? 16 : 0), stream);
+        uint32_t a = __shfl_xor_sync(~0u, odd ? mine.word[0] : mine.word[2], 1);
+        uint32_t b = __shfl_xor_sync(~0u, odd ? mine.word[1] : mine.word[3], 1);
+        if (odd) return {{a, b, mine.word[2], mine.word[3]}};
+        return {{mine.word[0], mine.word[1], a, b}};
+    }
+};
+
+__device__ inline void widen(const uint32_t* words, float (&x)[8]) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) x[2 * j] = lower(words[j]), x[2 * j + 1] = upper(words[j]);
+}
+
+// Two numbers in bf16, rounded at random.
+__device__ inline void round_at_random(const float (&x)[8], const Random& random, uint32_t* words) {
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        words[j] = join_upper(uint32_t(quiet_bits(x[2 * j])) + (random.word[j] & 0xffff),
+                              uint32_t(quiet_bits(x[2 * j + 1])) + (random.word[j] >> 16));
+}
+
+template <int MASTER, int STATES, bool FP32_GRAD, bool WHOLE>
+__device__ void update_tile(const Tensor& t, const Numbers& s, float scale, float decay, float rate, const Tables& tables,
+                            int64_t tile, int lane_number, int64_t first, int end) {
+    constexpr bool QUADS = MASTER == FP32_PARAM || MASTER == FP32 || STATES == STATES_FP32 || FP32_GRAD;
+    constexpr int STATE_SIZE = STATES == STATES_FP32 ? 4 : STATES == STATES_BF16 ? 2 : 1;
+    const Lane<QUADS, WHOLE> lane{lane_number, first < 0 ? int(-first) : 0, end};
+    auto at = [&](uint64_t base, int size) { return base + uint64_t(first * size); };
+    uint32_t words[8], other[8];
+    float g[8], m[8], v[8], p[8];
+
+    uint32_t raw_g[8], raw_m[8], raw_v[8];
+    lane.template read<FP32_GRAD ? 4 : 2>(at(t.grad, FP32_GRAD ? 4 : 2), raw_g);
+    lane.template read<STATE_SIZE>(at(t.m, STATE_SIZE), raw_m);
+    lane.template read<STATE_SIZE>(at(t.v, STATE_SIZE), raw_v);
+    if constexpr (MASTER == FP32) lane.template read<4>(at(t.rest, 4), words);
+    else if constexpr (MASTER == FP32_PARAM) lane.template read<4>(at(t.param, 4), words);
+    else lane.template read<2>(at(t.param, 2), words);
+    if constexpr (MASTER == SPLIT) lane.template read<2>(at(t.rest, 2), other);
+
+    float m_most = 0, v_most = 0;
+    if constexpr (STATES == STATES_8BIT) {
+        m_most = reinterpret_cast<const float*>(t.m_absmax)[tile];
+        v_most = reinterpret_cast<const float*>(t.v_absmax)[tile];
+    }
+    auto as_floats = [](const uint32_t* from, float (&to)[8]) {
+#pragma unroll
+        for (int j = 0; j < 8; j++) to[j] = __uint_as_float(from[j]);
+    };
+    if constexpr (FP32_GRAD) as_floats(raw_g, g);
+    else widen(raw_g, g);
+    if constexpr (STATES == STATES_FP32) as_floats(raw_m, m), as_floats(raw_v, v);
+    else if constexpr (STATES == STATES_BF16) widen(raw_m, m), widen(raw_v, v);
+    else {
+        decode<true>({raw_m[0], raw_m[1]}, m_most, tables, m);
+        decode<false>({raw_v[0], raw_v[1]}, v_most, tables, v);
+    }
+    if constexpr (MASTER == FP32 || MASTER == FP32_PARAM) as_floats(words, p);
+    else widen(words, p);
+    if constexpr (MASTER == SPLIT) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {  // a low half below 0 where rounding half up took one too many
+            p[2 * j] = __int_as_float(__float_as_int(p[2 * j]) + (int32_t(other[j] << 16) >> 16));
+            p[2 * j + 1] = __int_as_float(__float_as_int(p[2 * j + 1]) + (int32_t(other[j]) >> 16));
+        }
+    }
+
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        float x = mul(g[j], scale);
+        m[j] = add(m[j], mul(sub(x, m[j]), s.rest1));
+        v[j] = add(mul(v[j], s.beta2), mul(mul(x, x), s.rest2));
+    }
+    float steps[8];
+    divide(m, v, s.eps, steps);
+#pragma unroll
+    for (int j = 0; j < 8; j++) p[j] = sub(mul(p[j], decay), mul(steps[j], rate));
+
+    const int64_t group = t.group + tile * (TILE / 8);
+    if constexpr (STATES == STATES_FP32) {
+        lane.template write<4>(at(t.m, 4), reinterpret_cast<const uint32_t*>(m));
+        lane.template write<4>(at(t.v, 4), reinterpret_cast<const uint32_t*>(v));
+    } else if constexpr (STATES == STATES_BF16) {
+        round_at_random(m, lane.draw(t.seed, s.step, group, 1), words);
+        lane.template write<2>(at(t.m, 2), words);
+        round_at_random(v, lane.draw(t.seed, s.step, group, 2), words);
+        lane.template write<2>(at(t.v, 2), words);
+    } else {
+        if constexpr (!WHOLE) {
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+                if (lane.place(j) >= end) m[j] = v[j] = 0;
+        }
+        uint32_t codes[2];
+        m_most = encode<true>(m, tables, codes);
+        lane.template write<1>(at(t.m, 1), codes);
+        v_most = encode<false>(v, tables, codes);
+        lane.template write<1>(at(t.v, 1), codes);
+        if (lane_number == 0) {
+            reinterpret_cast<float*>(t.m_absmax)[tile] = m_most;
+            reinterpret_cast<float*>(t.v_absmax)[tile] = v_most;
+        }
+    }
+
+    if constexpr (MASTER == FP32_PARAM) {
+        lane.template write<4>(at(t.param, 4), reinterpret_cast<const uint32_t*>(p));
+    } else if constexpr (MASTER == FP32) {
+        lane.template write<4>(at(t.rest, 4), reinterpret_cast<const uint32_t*>(p));
+#pragma unroll
+        for (int j = 0; j < 4; j++) words[j] = nearest(p[2 * j], p[2 * j + 1]);
+    } else if constexpr (MASTER == SPLIT) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            uint32_t a = uint32_t(quiet_bits(p[2 * j])), b = uint32_t(quiet_bits(p[2 * j + 1]));
+            other[j] = join(a, b), words[j] = join_upper(a + 0x8000, b + 0x8000);
+        }
+        lane.template write<2>(at(t.rest, 2), other);
+    } else round_at_random(p, lane.draw(t.seed, s.step, group, 0), words);
+    if constexpr (MASTER != FP32_PARAM) lane.template write<2>(at(t.param, 2), words);
+}
+
+template <int MASTER, int STATES, bool FP32_GRAD>
+__device__ inline void choose_tile(const Tensor& t, const Numbers& s, float scale, float decay, float rate,
+                                   const Tables& tables, int64_t tile, int lane) {
+    const int64_t first = tile * TILE - t.shift;
+    const int end = int(min(t.n - first, int64_t(TILE)));
+    if (t.aligned && end == TILE)
+        update_tile<MASTER, STATES, FP32_GRAD, true>(t, s, scale, decay, rate, tables, tile, lane, first, end);
+    else update_tile<MASTER, STATES, FP32_GRAD, false>(t, s, scale, decay, rate, tables, tile, lane, first, end);
+}
+
+// lr and scale: numbers, or where the pointers are given the numbers there. apply: 0 there changes nothing.
+template <int MASTER, int STATES, bool FP32_GRAD>
+__global__ void __launch_bounds__(THREADS)
+adamw(const Tensor* table, int n_tensors, int64_t n_chunks, const float* maps, const uint2* cells, float lr,
+      const float* lr_at, float scale, const float* scale_at, const uint8_t* apply, Numbers numbers) {
+    extern __shared__ __align__(16) char shared[];
+    if (apply && !*apply) return;
+    if (STATES == STATES_8BIT) Tables::fill(shared, maps, cells);
+    const Tables tables(shared, int(threadIdx.x) % 32);
+    if (lr_at) lr = *lr_at;
+    if (scale_at) scale = *scale_at;
+    const int lane = int(threadIdx.x) % 32;
+    for (int64_t chunk = blockIdx.x; chunk < n_chunks; chunk += gridDim.x) {
+        const Tensor t = find_tensor(table, n_tensors, chunk);
+        const float decay = sub(1.f, mul(lr, t.decay)), rate = mul(lr, numbers.factor);
+        const int64_t first = (chunk - t.first_chunk) * (CHUNK / TILE), after = (t.n + t.shift + TILE - 1) / TILE;
+        const int64_t last = min(first + CHUNK / TILE, after);
+        for (int64_t tile = first + int(threadIdx.x) / 32; tile < last; tile += THREADS / 32)
+            if (STATES == STATES_8BIT && !t.m_absmax)  // too small for 8 bits
+                choose_tile<MASTER, STATES_FP32, FP32_GRAD>(t, numbers, scale, decay, rate, tables, tile, lane);
+            else choose_tile<MASTER, STATES, FP32_GRAD>(t, numbers, scale, decay, rate, tables, tile, lane);
+    }
+}
+
+using Kernel = void (*)(const Tensor*, int, int64_t, const float*, const uint2*, float, const float*, float, const float*,
+                        const uint8_t*, Numbers);
+
+template <int MASTER, int STATES> Kernel choose_grad(bool fp32) {
+    return fp32 ? adamw<MASTER, STATES, true> : adamw<MASTER, STATES, false>;
+}
+template <int MASTER> Kernel choose_states(int states, bool fp32_grad) {
+    return states == STATES_FP32   ? choose_grad<MASTER, STATES_FP32>(fp32_grad)
+           : states == STATES_BF16 ? choose_grad<MASTER, STATES_BF16>(fp32_grad)
+                                   : choose_grad<MASTER, STATES_8BIT>(fp32_grad);
+}
+static Kernel choose(int master, int states, bool fp32_grad) {
+    return master == FP32_PARAM ? choose_states<FP32_PARAM>(states, fp32_grad)
+           : master == FP32     ? choose_states<FP32>(states, fp32_grad)
+           : master == SPLIT    ? choose_states<SPLIT>(states, fp32_grad)
+                                : choose_states<STOCHASTIC>(states, fp32_grad);
+}
+
+}  // namespace cria
+
+// master, states: the enumerations' numbers. numbers: rest1, beta2, rest2, eps, factor. Other arguments: the kernel's.
+CRIA_EXPORT int cria_adamw(const void* table, int n_tensors, int64_t n_chunks, const float* maps, const void* cells,
+                           float lr, const float* lr_at, float scale, const float* scale_at, const uint8_t* apply,
+                           const float* numbers, uint32_t step, int master, int states, int fp32_grad, void* stream) {
+    using namespace cria;
+    if (master < FP32_PARAM || master > STOCHASTIC || states < STATES_FP32 || states > STATES_8BIT)
+        return cudaErrorInvalidValue;
+    const Kernel kernel = choose(master, states, fp32_grad);
+    const size_t shared_bytes = states == STATES_8BIT ? TABLES_BYTES : 0;
+    int blocks = 0;
+    if (cudaError_t error = fill_device(kernel, THREADS, shared_bytes, n_chunks, blocks)) return error;
+    kernel<<<unsigned(blocks), THREADS, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
+        static_cast<const Tensor*>(table), n_tensors, n_chunks, maps, static_cast<const uint2*>(cells), lr, lr_at, scale,
+        scale_at, apply, {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], step});
+    return cudaGetLastError();
+}
