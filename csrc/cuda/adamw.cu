@@ -19,16 +19,18 @@ enum States { STATES_FP32, STATES_BF16, STATES_8BIT };
 
 constexpr int THREADS = 512, TILE = 256, CHUNK = 32768;
 
-// A row of the table, of int64: kernels/native/adamw.py writes it.
+// A row of the table, of int64: kernels/ops/adamw_cuda.py writes it.
 struct Tensor {
     uint64_t param, grad, m, v, rest, m_absmax, v_absmax;  // addresses; rest: the low bits or the master. maxima may be 0
     int64_t n, first_chunk;
     int64_t group;        // of Philox: that of the first eight elements
     uint32_t seed, shift; // shift: elements of the first eight that precede the tensor
     float decay;          // weight decay
-    uint32_t aligned;     // whether every stream begins at a multiple of 16 bytes, and shift is 0
+    uint32_t flags;       // ALIGNED: every stream begins at a multiple of 16 bytes, and shift is 0. FP32_GRAD: else bf16
 };
 static_assert(sizeof(Tensor) == 12 * 8, "a row of the table");
+
+constexpr uint32_t ALIGNED = 1, FP32_GRAD = 2;
 
 struct Numbers {  // of a step
     float rest1, beta2, rest2, eps, factor;
@@ -43,41 +45,42 @@ template <bool QUADS, bool WHOLE> struct Lane {
     // base: of the tile. SIZE: bytes of an element. WHOLE: all elements exist, and base is aligned; else those in
     // [begin, end) exist, and others become 0.
     template <int SIZE> __device__ void read(uint64_t base, uint32_t* words) const {
-        constexpr int RUN = QUADS ? 4 : 8, WORDS = RUN * SIZE / 4;
+        constexpr int RUN = QUADS || SIZE == 4 ? 4 : 8, WORDS = RUN * SIZE / 4;
         if constexpr (WHOLE) {
 #pragma unroll
             for (int i = 0; i < 8 / RUN; i++)
                 load_words<WORDS>(base + uint64_t(place(i * RUN) * SIZE), words + i * WORDS);
-            return;
-        }
+        } else {
 #pragma unroll
-        for (int i = 0; i < 2 * SIZE; i++) words[i] = 0;
+            for (int i = 0; i < 2 * SIZE; i++) words[i] = 0;
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
-            int at = place(j);
-            if (at < begin || at >= end) continue;
-            uint64_t from = base + uint64_t(int64_t(at) * SIZE);
-            if constexpr (SIZE == 4) words[j] = *reinterpret_cast<const uint32_t*>(from);
-            else if constexpr (SIZE == 2) words[j / 2] |= uint32_t(*reinterpret_cast<const uint16_t*>(from)) << 16 * (j % 2);
-            else words[j / 4] |= uint32_t(*reinterpret_cast<const uint8_t*>(from)) << 8 * (j % 4);
+            for (int j = 0; j < 8; j++) {
+                const int at = place(j);
+                if (at < begin || at >= end) continue;
+                const uint64_t from = base + uint64_t(int64_t(at) * SIZE);
+                if constexpr (SIZE == 4) words[j] = *reinterpret_cast<const uint32_t*>(from);
+                else if constexpr (SIZE == 2)
+                    words[j / 2] |= uint32_t(*reinterpret_cast<const uint16_t*>(from)) << 16 * (j % 2);
+                else words[j / 4] |= uint32_t(*reinterpret_cast<const uint8_t*>(from)) << 8 * (j % 4);
+            }
         }
     }
     template <int SIZE> __device__ void write(uint64_t base, const uint32_t* words) const {
-        constexpr int RUN = QUADS ? 4 : 8, WORDS = RUN * SIZE / 4;
+        constexpr int RUN = QUADS || SIZE == 4 ? 4 : 8, WORDS = RUN * SIZE / 4;
         if constexpr (WHOLE) {
 #pragma unroll
             for (int i = 0; i < 8 / RUN; i++)
                 store_words<WORDS>(base + uint64_t(place(i * RUN) * SIZE), words + i * WORDS);
-            return;
-        }
+        } else {
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
-            int at = place(j);
-            if (at < begin || at >= end) continue;
-            uint64_t to = base + uint64_t(int64_t(at) * SIZE);
-            if constexpr (SIZE == 4) *reinterpret_cast<uint32_t*>(to) = words[j];
-            else if constexpr (SIZE == 2) *reinterpret_cast<uint16_t*>(to) = uint16_t(words[j / 2] >> 16 * (j % 2));
-            else *reinterpret_cast<uint8_t*>(to) = uint8_t(words[j / 4] >> 8 * (j % 4));
+            for (int j = 0; j < 8; j++) {
+                const int at = place(j);
+                if (at < begin || at >= end) continue;
+                const uint64_t to = base + uint64_t(int64_t(at) * SIZE);
+                if constexpr (SIZE == 4) *reinterpret_cast<uint32_t*>(to) = words[j];
+                else if constexpr (SIZE == 2) *reinterpret_cast<uint16_t*>(to) = uint16_t(words[j / 2] >> 16 * (j % 2));
+                else *reinterpret_cast<uint8_t*>(to) = uint8_t(words[j / 4] >> 8 * (j % 4));
+            }
         }
     }
 
@@ -99,6 +102,11 @@ __device__ inline void widen(const uint32_t* words, float (&x)[8]) {
     for (int j = 0; j < 4; j++) x[2 * j] = lower(words[j]), x[2 * j + 1] = upper(words[j]);
 }
 
+__device__ inline void as_floats(const uint32_t* words, float (&x)[8]) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) x[j] = __uint_as_float(words[j]);
+}
+
 // Two numbers in bf16, rounded at random.
 __device__ inline void round_at_random(const float (&x)[8], const Random& random, uint32_t* words) {
 #pragma unroll
@@ -107,18 +115,24 @@ __device__ inline void round_at_random(const float (&x)[8], const Random& random
                               uint32_t(quiet_bits(x[2 * j + 1])) + (random.word[j] >> 16));
 }
 
-template <int MASTER, int STATES, bool FP32_GRAD, bool WHOLE>
+template <int MASTER, int STATES, bool WHOLE>
 __device__ void update_tile(const Tensor& t, const Numbers& s, float scale, float decay, float rate, const Tables& tables,
                             int64_t tile, int lane_number, int64_t first, int end) {
-    constexpr bool QUADS = MASTER == FP32_PARAM || MASTER == FP32 || STATES == STATES_FP32 || FP32_GRAD;
+    constexpr bool QUADS = MASTER == FP32_PARAM || MASTER == FP32 || STATES == STATES_FP32;
     constexpr int STATE_SIZE = STATES == STATES_FP32 ? 4 : STATES == STATES_BF16 ? 2 : 1;
     const Lane<QUADS, WHOLE> lane{lane_number, first < 0 ? int(-first) : 0, end};
     auto at = [&](uint64_t base, int size) { return base + uint64_t(first * size); };
     uint32_t words[8], other[8];
     float g[8], m[8], v[8], p[8];
 
-    uint32_t raw_g[8], raw_m[8], raw_v[8];
-    lane.template read<FP32_GRAD ? 4 : 2>(at(t.grad, FP32_GRAD ? 4 : 2), raw_g);
+    uint32_t raw_m[8], raw_v[8];
+    if (t.flags & FP32_GRAD) {
+        lane.template read<4>(at(t.grad, 4), words);
+        as_floats(words, g);
+    } else {
+        lane.template read<2>(at(t.grad, 2), words);
+        widen(words, g);
+    }
     lane.template read<STATE_SIZE>(at(t.m, STATE_SIZE), raw_m);
     lane.template read<STATE_SIZE>(at(t.v, STATE_SIZE), raw_v);
     if constexpr (MASTER == FP32) lane.template read<4>(at(t.rest, 4), words);
@@ -131,12 +145,6 @@ __device__ void update_tile(const Tensor& t, const Numbers& s, float scale, floa
         m_most = reinterpret_cast<const float*>(t.m_absmax)[tile];
         v_most = reinterpret_cast<const float*>(t.v_absmax)[tile];
     }
-    auto as_floats = [](const uint32_t* from, float (&to)[8]) {
-#pragma unroll
-        for (int j = 0; j < 8; j++) to[j] = __uint_as_float(from[j]);
-    };
-    if constexpr (FP32_GRAD) as_floats(raw_g, g);
-    else widen(raw_g, g);
     if constexpr (STATES == STATES_FP32) as_floats(raw_m, m), as_floats(raw_v, v);
     else if constexpr (STATES == STATES_BF16) widen(raw_m, m), widen(raw_v, v);
     else {
@@ -207,27 +215,37 @@ __device__ void update_tile(const Tensor& t, const Numbers& s, float scale, floa
     if constexpr (MASTER != FP32_PARAM) lane.template write<2>(at(t.param, 2), words);
 }
 
-template <int MASTER, int STATES, bool FP32_GRAD>
+template <int MASTER, int STATES>
 __device__ inline void choose_tile(const Tensor& t, const Numbers& s, float scale, float decay, float rate,
                                    const Tables& tables, int64_t tile, int lane) {
     const int64_t first = tile * TILE - t.shift;
     const int end = int(min(t.n - first, int64_t(TILE)));
-    if (t.aligned && end == TILE)
-        update_tile<MASTER, STATES, FP32_GRAD, true>(t, s, scale, decay, rate, tables, tile, lane, first, end);
-    else update_tile<MASTER, STATES, FP32_GRAD, false>(t, s, scale, decay, rate, tables, tile, lane, first, end);
+    if ((t.flags & ALIGNED) && end == TILE)
+        update_tile<MASTER, STATES, true>(t, s, scale, decay, rate, tables, tile, lane, first, end);
+    else update_tile<MASTER, STATES, false>(t, s, scale, decay, rate, tables, tile, lane, first, end);
 }
 
-// lr and scale: numbers, or where the pointers are given the numbers there. apply: 0 there changes nothing.
-template <int MASTER, int STATES, bool FP32_GRAD>
+// The factor of gradients that torch's clip_grad_norm_ computes: min(1, clip / (norm + 1e-6)), NaN for a norm of NaN.
+__device__ inline float clip_factor(float clip, float norm) {
+    const float factor = mul(__frcp_rn(add(norm, 1e-6f)), clip);
+    return factor > 1 ? 1.f : factor;
+}
+
+// lr and scale: numbers, or where their pointers are given the numbers there. With norm_at, the norm of all gradients,
+// scale is the factor that clips them. apply: 0 there changes nothing.
+template <int MASTER, int STATES>
 __global__ void __launch_bounds__(THREADS)
-adamw(const Tensor* table, int n_tensors, int64_t n_chunks, const float* maps, const uint2* cells, float lr,
-      const float* lr_at, float scale, const float* scale_at, const uint8_t* apply, Numbers numbers) {
+adamw(const Tensor* table, int64_t n_tensors, int64_t n_chunks, const float* maps, const uint2* cells, float lr,
+      const float* lr_at, float scale, const float* scale_at, float clip, const float* norm_at, const uint8_t* apply,
+      float rest1, float beta2, float rest2, float eps, float factor, int64_t step) {
     extern __shared__ __align__(16) char shared[];
     if (apply && !*apply) return;
     if (STATES == STATES_8BIT) Tables::fill(shared, maps, cells);
+    const Numbers numbers{rest1, beta2, rest2, eps, factor, uint32_t(step)};
     const Tables tables(shared, int(threadIdx.x) % 32);
     if (lr_at) lr = *lr_at;
     if (scale_at) scale = *scale_at;
+    if (norm_at) scale = clip_factor(clip, *norm_at);
     const int lane = int(threadIdx.x) % 32;
     for (int64_t chunk = blockIdx.x; chunk < n_chunks; chunk += gridDim.x) {
         const Tensor t = find_tensor(table, n_tensors, chunk);
@@ -236,44 +254,42 @@ adamw(const Tensor* table, int n_tensors, int64_t n_chunks, const float* maps, c
         const int64_t last = min(first + CHUNK / TILE, after);
         for (int64_t tile = first + int(threadIdx.x) / 32; tile < last; tile += THREADS / 32)
             if (STATES == STATES_8BIT && !t.m_absmax)  // too small for 8 bits
-                choose_tile<MASTER, STATES_FP32, FP32_GRAD>(t, numbers, scale, decay, rate, tables, tile, lane);
-            else choose_tile<MASTER, STATES, FP32_GRAD>(t, numbers, scale, decay, rate, tables, tile, lane);
+                choose_tile<MASTER, STATES_FP32>(t, numbers, scale, decay, rate, tables, tile, lane);
+            else choose_tile<MASTER, STATES>(t, numbers, scale, decay, rate, tables, tile, lane);
     }
 }
 
-using Kernel = void (*)(const Tensor*, int, int64_t, const float*, const uint2*, float, const float*, float, const float*,
-                        const uint8_t*, Numbers);
+using Kernel = void (*)(const Tensor*, int64_t, int64_t, const float*, const uint2*, float, const float*, float,
+                        const float*, float, const float*, const uint8_t*, float, float, float, float, float, int64_t);
 
-template <int MASTER, int STATES> Kernel choose_grad(bool fp32) {
-    return fp32 ? adamw<MASTER, STATES, true> : adamw<MASTER, STATES, false>;
+template <int MASTER> Kernel choose_states(int states) {
+    return states == STATES_FP32   ? adamw<MASTER, STATES_FP32>
+           : states == STATES_BF16 ? adamw<MASTER, STATES_BF16>
+                                   : adamw<MASTER, STATES_8BIT>;
 }
-template <int MASTER> Kernel choose_states(int states, bool fp32_grad) {
-    return states == STATES_FP32   ? choose_grad<MASTER, STATES_FP32>(fp32_grad)
-           : states == STATES_BF16 ? choose_grad<MASTER, STATES_BF16>(fp32_grad)
-                                   : choose_grad<MASTER, STATES_8BIT>(fp32_grad);
-}
-static Kernel choose(int master, int states, bool fp32_grad) {
-    return master == FP32_PARAM ? choose_states<FP32_PARAM>(states, fp32_grad)
-           : master == FP32     ? choose_states<FP32>(states, fp32_grad)
-           : master == SPLIT    ? choose_states<SPLIT>(states, fp32_grad)
-                                : choose_states<STOCHASTIC>(states, fp32_grad);
+static Kernel choose(int master, int states) {
+    return master == FP32_PARAM ? choose_states<FP32_PARAM>(states)
+           : master == FP32     ? choose_states<FP32>(states)
+           : master == SPLIT    ? choose_states<SPLIT>(states)
+                                : choose_states<STOCHASTIC>(states);
 }
 
 }  // namespace cria
 
-// master, states: the enumerations' numbers. numbers: rest1, beta2, rest2, eps, factor. Other arguments: the kernel's.
-CRIA_EXPORT int cria_adamw(const void* table, int n_tensors, int64_t n_chunks, const float* maps, const void* cells,
-                           float lr, const float* lr_at, float scale, const float* scale_at, const uint8_t* apply,
-                           const float* numbers, uint32_t step, int master, int states, int fp32_grad, void* stream) {
+// master, states: the enumerations' numbers. The other arguments are the kernel's.
+EXPORT int cria_adamw(const void* table, int64_t n_tensors, int64_t n_chunks, const float* maps, const void* cells,
+                      float lr, const float* lr_at, float scale, const float* scale_at, float clip,
+                      const float* norm_at, const uint8_t* apply, float rest1, float beta2, float rest2, float eps, float factor, int64_t step, int master,
+                      int states, void* stream) {
     using namespace cria;
-    if (master < FP32_PARAM || master > STOCHASTIC || states < STATES_FP32 || states > STATES_8BIT)
-        return cudaErrorInvalidValue;
-    const Kernel kernel = choose(master, states, fp32_grad);
+    if (n_tensors < 1 || n_chunks < 1) return BAD_SIZE;
+    if (master < FP32_PARAM || master > STOCHASTIC || states < STATES_FP32 || states > STATES_8BIT) return BAD_MODE;
+    const Kernel kernel = choose(master, states);
     const size_t shared_bytes = states == STATES_8BIT ? TABLES_BYTES : 0;
-    int blocks = 0;
-    if (cudaError_t error = fill_device(kernel, THREADS, shared_bytes, n_chunks, blocks)) return error;
-    kernel<<<unsigned(blocks), THREADS, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
+    unsigned blocks = 0;
+    if (int code = fill_device(kernel, THREADS, shared_bytes, n_chunks, blocks)) return code;
+    kernel<<<blocks, THREADS, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
         static_cast<const Tensor*>(table), n_tensors, n_chunks, maps, static_cast<const uint2*>(cells), lr, lr_at, scale,
-        scale_at, apply, {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], step});
-    return cudaGetLastError();
+        scale_at, clip, norm_at, apply, rest1, beta2, rest2, eps, factor, step);
+    return check_launch();
 }

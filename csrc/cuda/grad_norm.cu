@@ -1,4 +1,4 @@
-// The global L2 norm of gradients and the factor that clips them, in one launch: kernels/ops/grad_norm.py.
+// The global L2 norm of gradients in one launch: kernels/ops/grad_norm.py.
 //
 // A block adds the squares of every MAX_BLOCKS-th chunk: within a thread in fp32 over a chunk, chunks and threads in
 // fp64. The block that is done last adds the blocks' sums in their order. Which elements a sum has depends on no device,
@@ -11,7 +11,7 @@ namespace cria {
 
 constexpr int NORM_THREADS = 256, NORM_CHUNK = 16384, MAX_BLOCKS = 4096;
 
-struct Gradient {  // a row of the table: kernels/native/grad_norm.py writes it
+struct Gradient {  // a row of the table: kernels/ops/grad_norm_cuda.py writes it
     uint64_t at;
     int64_t n, first_chunk;
     uint32_t fp32, aligned;  // whether it is fp32, else bf16; whether it begins at a multiple of 16 bytes
@@ -61,11 +61,10 @@ __device__ inline double add_threads(double x, double* shared) {
     return x;
 }
 
-// sums: (blocks,) fp64. ticket: 0, and 0 again after the launch. clip: above 0, or 0 for a factor of 1.
-// results: the norm and the factor min(1, clip / (norm + 1e-6)), fp32.
+// sums: (blocks,) fp64. ticket: 0, and 0 again after the launch.
 extern "C" __global__ void __launch_bounds__(NORM_THREADS)
-cria_grad_norm_kernel(const Gradient* table, int n_tensors, int64_t n_chunks, double* sums, uint32_t* ticket,
-                      float clip, float* results) {
+cria_grad_norm_kernel(const Gradient* table, int64_t n_tensors, int64_t n_chunks, double* sums, uint32_t* ticket,
+                      float* norm) {
     __shared__ double shared[NORM_THREADS / 32];
     __shared__ uint32_t place;
     double sum = 0;
@@ -88,20 +87,17 @@ cria_grad_norm_kernel(const Gradient* table, int n_tensors, int64_t n_chunks, do
     double total = 0;
     for (unsigned i = threadIdx.x; i < gridDim.x; i += NORM_THREADS) total += __ldcg(sums + i);
     total = add_threads(total, shared);
-    if (threadIdx.x == 0) {
-        float norm = float(sqrt(total)), factor = __fdiv_rn(clip, add(norm, 1e-6f));
-        results[0] = norm;
-        results[1] = clip > 0 ? (factor > 1 ? 1.f : factor) : 1.f;
-    }
+    if (threadIdx.x == 0) *norm = float(sqrt(total));
 }
 
 }  // namespace cria
 
-CRIA_EXPORT int cria_grad_norm(const void* table, int n_tensors, int64_t n_chunks, double* sums, uint32_t* ticket,
-                               float clip, float* results, void* stream) {
+EXPORT int cria_grad_norm(const void* table, int64_t n_tensors, int64_t n_chunks, double* sums, uint32_t* ticket,
+                          float* norm, void* stream) {
     using namespace cria;
+    if (n_tensors < 1 || n_chunks < 1) return BAD_SIZE;
     const auto blocks = unsigned(std::min<int64_t>(n_chunks, MAX_BLOCKS));
     cria_grad_norm_kernel<<<blocks, NORM_THREADS, 0, static_cast<cudaStream_t>(stream)>>>(
-        static_cast<const Gradient*>(table), n_tensors, n_chunks, sums, ticket, clip, results);
-    return cudaGetLastError();
+        static_cast<const Gradient*>(table), n_tensors, n_chunks, sums, ticket, norm);
+    return check_launch();
 }

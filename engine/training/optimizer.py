@@ -1,6 +1,7 @@
 """AdamW over kernels.adamw, clipping and the learning-rate schedules."""
 
 import math
+import os
 import random
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import kernels
+from engine.base.errors import UsageError
 from engine.base.host_memory import STATE_ARENA_BYTES, HostMemory
 from engine.distributed.fsdp import local_shards
 from engine.model.shard import Shard
@@ -31,6 +33,17 @@ def lr_factor(schedule: str, step: int, total_steps: int, warmup_ratio: float) -
     if schedule == "linear":
         return max(0.0, (total_steps - done) / max(1, total_steps - warmup))
     return max(0.0, 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(1, total_steps - warmup))))
+
+
+def choose_optimizer(kernels_impl: str) -> str:
+    """Return the kernels of the optimizer: those of the model, or "cuda" on a GPU where CRIA_OPTIMIZER names it.
+
+    Raises UsageError for another name.
+    """
+    named = os.environ.get("CRIA_OPTIMIZER", "triton")
+    if named not in ("triton", "cuda"):
+        raise UsageError(f"CRIA_OPTIMIZER is {named!r}, wanted triton or cuda")
+    return "cuda" if named == "cuda" and kernels_impl == "triton" else kernels_impl
 
 
 class AdamW:
@@ -98,30 +111,29 @@ class AdamW:
         before the next step.
         """
         if self.step_in_backward is None:
-            scale = (clip / (norm + 1e-6)).clamp(max=1.0) if clip else 1.0
             if self.offload:
+                scale = (clip / (norm + 1e-6)).clamp(max=1.0) if clip else 1.0
                 for name, state in self.offload.states_on_device():
                     self._update(name, state, lr, scale, apply)
             else:
-                self._update_all(lr, scale, apply)
+                self._update_all(lr, norm, clip, apply)
         self.n_updates += 1
         self.zero_grad()
 
     def _update(self, name, state, lr, scale, apply):
         shard = self.local[name]
-        if shard.tensor.numel():
-            kernels.adamw(
-                shard.tensor, local_part(self.params[name].grad), state, lr=lr, weight_decay=self.decays[name],
-                step=self.n_updates + 1, grad_scale=scale, apply=apply, seed=self.seeds[name],
-                offset=self.offsets[name], **self.settings,
-            )  # fmt: skip
+        kernels.adamw_many(
+            [shard.tensor], [local_part(self.params[name].grad)], [state], lr=lr, weight_decays=[self.decays[name]],
+            step=self.n_updates + 1, grad_scale=scale, apply=apply, seeds=[self.seeds[name]],
+            offsets=[self.offsets[name]], **self.settings,
+        )  # fmt: skip
 
-    def _update_all(self, lr, scale, apply):
+    def _update_all(self, lr, norm, clip, apply):
         tensors = [shard.tensor for shard in self.local.values()]
         grads = [local_part(p.grad) for p in self.params.values()]
         kernels.adamw_many(
             tensors, grads, list(self.states.values()), lr=lr, weight_decays=list(self.decays.values()),
-            step=self.n_updates + 1, grad_scale=scale, apply=apply, seeds=list(self.seeds.values()),
+            step=self.n_updates + 1, norm=norm, clip=clip, apply=apply, seeds=list(self.seeds.values()),
             offsets=list(self.offsets.values()), **self.settings,
         )  # fmt: skip
 

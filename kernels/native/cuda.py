@@ -1,11 +1,37 @@
-"""The CUDA library of csrc/cuda: its functions as ctypes declares them."""
+"""The CUDA library of csrc/cuda: launches of its kernels, and its functions as ctypes declares them.
+
+A launch is described once, as a CudaLaunch. On a GPU the library's host function takes it; the PTX machine runs the
+same kernel with the same arguments (kernels/compiled/cuda_simulation.py).
+"""
 
 import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
-from kernels.native.library import load
+import torch
+
+from kernels.native.library import NativeError, check, load
 
 ABI_VERSION = 1  # of csrc/cuda/api.cuh
+
+Argument = torch.Tensor | float | int | None  # a tensor's address, fp32, int64, a null pointer
+
+
+@dataclass(frozen=True)
+class CudaLaunch:
+    """One launch: a kernel of csrc/cuda, and what it is given."""
+
+    source: str  # of csrc/cuda
+    function: str  # of the library: takes the arguments, the choices and the stream
+    kernel: str  # a part of the kernel's name in PTX that no other kernel of the source has
+    arguments: Sequence[Argument]  # the kernel's
+    choices: Sequence[int] = ()  # that the host function makes the kernel from
+    grid: tuple[int, ...] = (1,)  # blocks, where the host function does not decide by the device
+    threads: int = 32  # a block
+    shared_bytes: int = 0
+    reached: Sequence[torch.Tensor] = field(default=(), repr=False)  # tensors whose addresses lie in a table
 
 
 @cache
@@ -17,3 +43,32 @@ def load_cuda() -> ctypes.CDLL:
     library = load("cuda", ABI_VERSION)
     library.cria_cuda_error.argtypes, library.cria_cuda_error.restype = [ctypes.c_int], ctypes.c_char_p
     return library
+
+
+def _as_ctypes(argument: Argument) -> Any:
+    if isinstance(argument, torch.Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if argument is None:
+        return ctypes.c_void_p(None)
+    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
+
+
+def run_on_gpu(launch: CudaLaunch) -> None:
+    """Launch on the current stream of the tensors' device. Raises NativeError if the library refuses it or has none."""
+    device = next(a.device for a in launch.arguments if isinstance(a, torch.Tensor))
+    if device.type != "cuda":
+        raise NativeError(f"{launch.function}: tensors on {device}, wanted a CUDA device; pass impl='auto'")
+    library = load_cuda()
+    choices = [ctypes.c_int(choice) for choice in launch.choices]
+    with torch.cuda.device(device):
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        code = getattr(library, launch.function)(*map(_as_ctypes, launch.arguments), *choices, stream)
+    check(code, launch.function, library.cria_cuda_error)
+
+
+runner: Callable[[CudaLaunch], None] = run_on_gpu  # set by the PTX machine, which runs CPU tensors
+
+
+def run(launch: CudaLaunch) -> None:
+    """Run a launch: on the GPU of its tensors, or on the PTX machine inside of its context."""
+    runner(launch)

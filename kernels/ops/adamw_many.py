@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kernels.ops import eight_bit
+from kernels.ops import adamw_cuda, eight_bit
 from kernels.ops.adamw import (
     AdamWState,
     adamw,
@@ -85,17 +85,24 @@ def update_many(
 def adamw_many(
     params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], states: Sequence[AdamWState], *,
     lr: torch.Tensor | float, beta1: float, beta2: float, eps: float, weight_decays: Sequence[float], step: int,
-    grad_scale: torch.Tensor | float = 1.0, apply: torch.Tensor | None = None, seeds: Sequence[int] = (),
-    offsets: Sequence[int] = (), impl: str = "auto",
+    grad_scale: torch.Tensor | float = 1.0, norm: torch.Tensor | None = None, clip: float = 0.0,
+    apply: torch.Tensor | None = None, seeds: Sequence[int] = (), offsets: Sequence[int] = (), impl: str = "auto",
 ) -> None:  # fmt: skip
     """Update each param, on one device, and its state in place: adamw() on each, and the same bits.
 
     weight_decays, seeds, offsets: one for each param, or no seeds and offsets for 0. The other arguments are adamw()'s.
-    Tensors of one dtype and kind of state share a launch; those whose bits it cannot give have a launch each.
+    norm and clip replace grad_scale: it is then min(1, clip / (norm + 1e-6)), as torch's clip_grad_norm_ computes it,
+    and 1 with clip 0. Tensors of one dtype and kind of state share a launch; those whose bits it cannot give have a
+    launch each. impl "cuda": one launch of csrc/cuda/adamw.cu for all of one master, of 8-bit and fp32 states alike.
     Raises ValueError if shapes, dtypes or devices do not fit.
     """
     zeros = [0] * len(params)
     each = zip(params, grads, states, weight_decays, seeds or zeros, offsets or zeros, strict=True)
+    if impl == "cuda":
+        _update_by_cuda(list(each), (lr, grad_scale, norm, clip), apply, step, betas=(beta1, beta2), eps=eps)
+        return
+    if norm is not None:
+        grad_scale = (clip / (norm + 1e-6)).clamp(max=1.0) if clip else 1.0
     kinds: dict[tuple, list[tuple]] = {}
     for one in each:
         if one[0].numel():
@@ -117,6 +124,19 @@ def adamw_many(
             of_each, [grad.contiguous() for grad in of_grads], *kept, *numbers, apply, beta1, beta2, eps, decays, step,
             seeds_, offsets_,
         )  # fmt: skip
+
+
+def _update_by_cuda(each, scales, apply, step, betas, eps):
+    lr, grad_scale, norm, clip = scales
+    members = []
+    for param, grad, state, decay, seed, offset in each:
+        check_tensors(param, grad, state)
+        numbers = check_numbers(param, state, lr, grad_scale, apply, step, seed, offset)
+        if param.numel():
+            members.append((param, grad.contiguous(), state, decay, seed, offset))
+    if members:
+        clipped = (float(clip), norm) if clip else (0.0, None)
+        adamw_cuda.update_all(members, (*numbers, *clipped), betas[0], betas[1], eps, step, apply)
 
 
 def _kind_of(param, grad, state, _weight_decay, _seed, offset):

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.ops import grad_norm_cuda
 from kernels.ops.common import DTYPES, choose_impl, chunk_size, launch_config, operator
 from kernels.ops.tensor_table import count_chunks, find_tensor, is_aligned, make_table, measure_distances, move_pointer
 
@@ -103,12 +104,15 @@ def _launch_partial(grads, places, partial, aligned, config):
 def grad_norm(grads: Sequence[torch.Tensor], impl: str = "auto") -> torch.Tensor:
     """Return the global L2 norm of tensors of any shapes on one device: a scalar in fp32 on it, without waiting for it.
 
+    impl "cuda": one launch of csrc/cuda/grad_norm.cu, for fp32 and bf16.
     Raises ValueError if the list is empty, or its tensors lie on several devices.
     """
     if not grads:
         raise ValueError("grad_norm: no gradients given")
     if others := {g.device for g in grads} - {grads[0].device}:
         raise ValueError(f"grad_norm: gradients on {grads[0].device} and {others.pop()}, wanted one device")
+    if impl == "cuda":
+        return grad_norm_cuda.norm([g.contiguous() for g in grads])
     impl = "ref" if impl == "auto" and any(g.dtype not in DTYPES for g in grads) else impl
     if choose_impl("grad_norm", impl, grads[0]) == "ref":
         return grad_norm_ref(grads)

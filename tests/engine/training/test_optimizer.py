@@ -8,10 +8,11 @@ import torch
 import transformers
 
 import kernels
+from engine.base.errors import UsageError
 from engine.model.config import MODELS
 from engine.model.llama import new_model
 from engine.planning.fitting import find_uncut_counts
-from engine.training.optimizer import AdamW, lr_factor
+from engine.training.optimizer import AdamW, choose_optimizer, lr_factor
 from tests.helpers.run import worst
 
 THEIRS = {
@@ -71,3 +72,12 @@ def test_vectors_keep_fp32_states_for_8_bit_ones():
     kinds = {p.ndim: optimizer.states[name].m.dtype for name, p in model.named_parameters()}
     assert kinds == {1: torch.float32, 2: torch.uint8}
     assert 8 in find_uncut_counts(tuple(p.shape) for p in model.parameters())
+
+
+def test_the_optimizer_of_cuda_is_a_choice(monkeypatch):
+    assert choose_optimizer("triton") == "triton"
+    monkeypatch.setenv("CRIA_OPTIMIZER", "cuda")
+    assert choose_optimizer("triton") == "cuda" and choose_optimizer("ref") == "ref"
+    monkeypatch.setenv("CRIA_OPTIMIZER", "hip")
+    with pytest.raises(UsageError, match="CRIA_OPTIMIZER is 'hip', wanted triton or cuda"):
+        choose_optimizer("triton")
