@@ -4,6 +4,7 @@ from collections.abc import Callable, Container, Sequence
 
 import torch
 
+from engine.inference.decoder import find_decoder
 from engine.inference.kv_cache import KVCache
 from engine.model.llama import Transformer
 
@@ -53,24 +54,29 @@ def generate(
     cache.begin_prompts(lengths, documents)
     tokens = torch.tensor([i for p in prompts for i in p], device=device)
     positions = torch.cat([torch.arange(len(p), device=device) for p in prompts])
-    x = model(tokens, positions, cache=cache)[ends - 1]
+    logits = model.logits(model(tokens, positions, cache=cache)[ends - 1])
+    decoder = find_decoder(model, cache)
     generators = [torch.Generator(device).manual_seed(seed) for _ in prompts]
     answers: list[list[int]] = [[] for _ in prompts]
-    unfinished = set(range(len(prompts)))  # prompts whose answers go on
+    unfinished = list(range(len(prompts)))  # prompts whose answers go on; a row of logits for each
     while True:
-        logits = model.logits(x)
-        new = torch.zeros(len(prompts), dtype=torch.int64, device=device)
-        for i in sorted(unfinished):
-            token = sample(logits[i], temperature, top_p, generators[i])
+        drawn = {}
+        for row, i in enumerate(unfinished):
+            token = sample(logits[row], temperature, top_p, generators[i])
             if token in stop_ids:
-                unfinished.discard(i)
                 continue
             answers[i].append(token)
             if on_token:
                 on_token(i, token)
-            if len(answers[i]) == max_new_tokens:
-                unfinished.discard(i)
-            new[i] = token
-        if not unfinished:
+            if len(answers[i]) < max_new_tokens:
+                drawn[i] = token
+        if not drawn:
             return answers
-        x = model(new, cache.begin_token(), cache=cache)
+        unfinished = list(drawn)
+        if decoder:
+            logits = decoder.next_logits(list(drawn.values()), unfinished)
+        else:
+            new = torch.zeros(len(prompts), dtype=torch.int64)
+            new[unfinished] = torch.tensor(list(drawn.values()))
+            x = model(new.to(device), cache.begin_token(), cache=cache)
+            logits = model.logits(x[torch.tensor(unfinished, device=device)])

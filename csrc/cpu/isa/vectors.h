@@ -1,0 +1,83 @@
+// Vectors of one instruction set: ISA's widest registers, in the compilers' own types. Included by files of csrc/cpu/isa
+// alone, which are compiled once for each instruction set: everything is static, so that no linker merges two of them.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+
+namespace {
+
+constexpr int LANES = VECTOR_BYTES / 4;
+
+typedef float vf __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t vi __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint32_t vu __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint64_t vq __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint16_t vh __attribute__((vector_size(VECTOR_BYTES / 2)));  // as many elements as vf has
+typedef uint8_t vb __attribute__((vector_size(VECTOR_BYTES / 4)));
+
+template <class V, class T>
+inline V load(const T* from) {  // at any address
+    V x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+template <class V, class T>
+inline void store(T* to, V x) {
+    std::memcpy(to, &x, sizeof x);
+}
+
+inline vf fill(float x) { return x - vf{}; }
+inline vu fill_bits(uint32_t x) { return x - vu{}; }
+
+inline vf square_root(vf x) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_maskz_sqrt_ps(0xFFFF, (__m512)x);  // GCC 12 warns of _mm512_sqrt_ps in its own header
+#elif defined(__AVX2__)
+    return (vf)_mm256_sqrt_ps((__m256)x);
+#elif defined(__x86_64__)
+    return (vf)_mm_sqrt_ps((__m128)x);
+#elif defined(__aarch64__)
+    return (vf)vsqrtq_f32((float32x4_t)x);
+#else
+    vf y;
+    for (int i = 0; i < LANES; i++) y[i] = __builtin_sqrtf(x[i]);
+    return y;
+#endif
+}
+
+// The 64-bit products of the lower halves of each lane.
+inline vq multiply_low(vq a, vq b) {
+#if defined(__AVX512F__)
+    return (vq)_mm512_maskz_mul_epu32(0xFF, (__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return (vq)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__x86_64__)
+    return (vq)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#elif defined(__aarch64__)
+    return (vq)vmull_u32(vmovn_u64((uint64x2_t)a), vmovn_u64((uint64x2_t)b));
+#else
+    return (a & 0xFFFFFFFF) * (b & 0xFFFFFFFF);
+#endif
+}
+
+inline vf select(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
+
+inline vf widen_bf16(vh x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
+
+}  // namespace

@@ -1,0 +1,107 @@
+"""Products of few rows against fp64, with every instruction set of this processor."""
+
+import ctypes
+import os
+import shutil
+
+import pytest
+import torch
+
+from kernels.native import few_rows
+from kernels.native.cpu import find_cpu, load_cpu
+from kernels.native.few_rows import multiply_few_rows
+from kernels.native.library import NativeError, check, path_of
+
+pytestmark = pytest.mark.skipif(find_cpu() is None, reason="the CPU library is compiled by g++, which is missing")
+
+SETS = ("plain", "avx2", "avx512")
+SIZES = [(1, 1, 1), (1, 7, 3), (2, 16, 5), (3, 61, 37), (4, 64, 64), (5, 130, 33), (8, 576, 129), (11, 97, 131)]
+
+
+@pytest.fixture(scope="module", params=SETS)
+def library(request, tmp_path_factory):
+    """The library with one instruction set: a copy, since it chooses once."""
+    best = load_cpu().cria_instruction_set().decode()
+    if request.param not in SETS[: SETS.index(best) + 1]:
+        pytest.skip(f"this processor has no {request.param}")
+    copy = shutil.copy(path_of("cpu"), tmp_path_factory.mktemp("native") / f"{request.param}.so")
+    before = os.environ.get("CRIA_INSTRUCTION_SET")
+    os.environ["CRIA_INSTRUCTION_SET"] = request.param
+    try:
+        copied = ctypes.CDLL(str(copy))
+        copied.cria_instruction_set.restype = ctypes.c_char_p
+        assert copied.cria_instruction_set().decode() == request.param
+    finally:
+        os.environ.pop("CRIA_INSTRUCTION_SET")
+        if before is not None:
+            os.environ["CRIA_INSTRUCTION_SET"] = before
+    return copied
+
+
+def quantize(w):
+    """Return w (N, D) as q8_0 bytes, and what they mean in fp64."""
+    blocks = w.unflatten(1, (-1, 32))
+    scale = (blocks.abs().amax(-1, keepdim=True) / 127).half()
+    values = (blocks / scale.float()).nan_to_num().round().clamp(-127, 127).to(torch.int8)
+    packed = torch.cat((scale.view(torch.uint8), values.view(torch.uint8)), -1).flatten(1)
+    return packed, (values.double() * scale.double()).flatten(1)
+
+
+def assert_product(library, x, w, truth_of_w, threads=1):
+    truth = x.double() @ truth_of_w.T
+    ours = multiply_few_rows(library, x, w, threads)
+    torchs = (x @ truth_of_w.float().T - truth).abs().max()
+    assert (ours - truth).abs().max() <= 2 * torchs + 1e-7 * truth.abs().max()
+    return ours
+
+
+@pytest.mark.parametrize(("rows", "in_", "out"), SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_as_exact_as_torchs_in_fp32(library, dtype, rows, in_, out):
+    torch.manual_seed(0)
+    x, w = torch.randn(rows, in_), torch.randn(out, in_).to(dtype)
+    one = assert_product(library, x, w, w.double())
+    assert torch.equal(one, assert_product(library, x, w, w.double(), threads=2))
+    alone = torch.cat([multiply_few_rows(library, row[None].clone(), w, 1) for row in x])
+    assert torch.equal(one, alone)  # whatever rows are beside it
+
+
+@pytest.mark.parametrize(("rows", "in_", "out"), [(1, 32, 1), (2, 64, 5), (3, 96, 37), (8, 576, 130), (5, 1536, 9)])
+def test_products_of_q8_0_weights(library, rows, in_, out):
+    torch.manual_seed(0)
+    w, truth = quantize(torch.randn(out, in_) * torch.rand(out, 1) * 1e-3)  # scales that are subnormal in fp16 too
+    one = assert_product(library, torch.randn(rows, in_), w, truth)
+    assert one.abs().max() > 0
+
+
+def test_weights_lie_at_any_address_of_their_type(library):
+    torch.manual_seed(0)
+    x, memory = torch.randn(3, 61), torch.randn(37 * 61 + 9)
+    for dtype in (torch.float32, torch.bfloat16):
+        for offset in range(9):
+            w = memory.to(dtype)[offset : offset + 37 * 61].view(37, 61)
+            assert_product(library, x, w, w.double())
+
+
+def test_infinities_and_nan_stay(library):
+    w = torch.ones(3, 40, dtype=torch.bfloat16)
+    w[0, 5], w[1, 39] = torch.inf, torch.nan
+    y = multiply_few_rows(library, torch.ones(1, 40), w, 1)[0]
+    assert y[0] == torch.inf and y[1].isnan() and y[2] == 40
+
+
+def test_what_is_no_product_is_refused():
+    library = load_cpu()
+    with pytest.raises(ValueError, match=r"few_rows: x \(2, 5\) torch.float32, wanted contiguous fp32 of \(rows, 6\)"):
+        multiply_few_rows(library, torch.ones(2, 5), torch.ones(3, 6), 1)
+
+    def call(**changes):
+        fields = {"type": 0, "rows": 1, "in_": 32, "out": 1, "threads": 1, "x": 64, "w": 64, "y": 64, "workspace": 64}
+        check(library.cria_few_rows(ctypes.byref(few_rows.FewRows(**fields | changes))), "few_rows")
+
+    for wrong, what in (
+        ({"type": 7}, "a mode"), ({"rows": -1}, "a size"), ({"in_": 0}, "a size"), ({"threads": 0}, "a size"),
+        ({"type": few_rows.Q8, "in_": 33}, "a size"), ({"w": 66}, "a pointer"), ({"x": 66}, "a pointer"),
+    ):  # fmt: skip
+        with pytest.raises(NativeError, match=f"few_rows: the compiled function was given {what}"):
+            call(**wrong)
