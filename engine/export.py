@@ -51,12 +51,13 @@ def find_tokenizer_of_state(state: TrainingState, name: str) -> Tokenizer:
 
     Raises UsageError where the run's tokenizer cannot be found.
     """
+    own = Path(state.tokenizer) if state.tokenizer else state.base
     if name:
-        return find_tokenizer(state.config, name, state.base)
+        return find_tokenizer(state.config, name, own)
     try:
         if state.tokenizer is None:
             raise DataError(f"no {RUN} beside the state names it")
-        return find_tokenizer(state.config, state.tokenizer, state.base)
+        return find_tokenizer(state.config, state.tokenizer, None if state.tokenizer else own)
     except CriaError as error:
         raise UsageError(
             f"{state.checkpoint.folder}: its run's tokenizer is not at hand ({error}); pass --tokenizer"

@@ -96,6 +96,11 @@ class Tokenizer:
         self.vocab_size = max([*self._pieces, *self.special_ids.values(), self.bos_id or 0, self.eos_id]) + 1
         return self.vocab_size <= n_embedded
 
+    def find_other_pieces(self, other: "Tokenizer") -> list[tuple[int, bytes, bytes]]:
+        """Return (id, piece here, piece there) of every id that is plain text in both tokenizers, but not the same."""
+        pairs = ((id, piece, other._pieces.get(id, piece)) for id, piece in sorted(self._pieces.items()))
+        return [(id, ours, theirs) for id, ours, theirs in pairs if ours != theirs]
+
     def describe(self) -> dict[str, Any]:
         """Return everything that decides which ids a text gets, as JSON values."""
         return {

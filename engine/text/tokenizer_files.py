@@ -49,7 +49,8 @@ def find_tokenizer(config: ModelConfig, name: str, model_path: Path | None) -> T
     """Load the tokenizer that --tokenizer names; for "", the model's own.
 
     A model of random weights (model_path is None) gets the embedded tokenizer, where it has as many tokens. Raise
-    UsageError when it does not, and DataError when the tokenizer's ids do not fit the model.
+    UsageError when it does not, and DataError when the tokenizer's ids do not fit the model: it has more, or they stand
+    for other text than in the model's own tokenizer.
     """
     if name:
         path = find_model(name)
@@ -66,7 +67,31 @@ def find_tokenizer(config: ModelConfig, name: str, model_path: Path | None) -> T
             f"{path}: the tokenizer has {n_tokens} tokens, the model embeds {config.vocab_size}; "
             "they do not belong together"
         )
+    if name and model_path is not None:
+        require_same_pieces(tokenizer, path, model_path)
     return tokenizer
+
+
+def require_same_pieces(tokenizer: Tokenizer, path: Path, model_path: Path) -> None:
+    """Raise DataError where an id is other text than in the model's own tokenizer, and would get the embedding of that.
+
+    New ids, missing ids and other special tokens are no reason. A model without a tokenizer is not compared; for one
+    whose tokenizer cannot be read there is a warning.
+    """
+    try:
+        own = load_tokenizer(model_path)
+    except DataError as error:
+        if any((model_path / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+            tokenizer.warnings += (f"{error}; so the ids of --tokenizer {path} could not be compared with the model's",)
+        return
+    if other := tokenizer.find_other_pieces(own):
+        id, got, wanted = other[0]
+        raise DataError(
+            f"--tokenizer {path}: {len(other):,} of its ids are other text in the model's own tokenizer, the first "
+            f"{id}: got {got.decode(errors='replace')!r}, wanted {wanted.decode(errors='replace')!r}. The model would "
+            f"read other words; leave --tokenizer out, or take the tokenizer's files out of {model_path} if they are "
+            "the wrong ones"
+        )
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -16,6 +16,9 @@ from tests.helpers.small_model import small_model
 CONFIG = dict(
     dim=48, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=80, vocab_size=301, max_seq_len=128, head_dim=16, tied=False
 )
+TILES = {  # the interpreter's own tiles of 256 x 256 compute mostly padding here
+    "attention": {kernel: {"BLOCK_M": 64, "BLOCK_N": 64} for kernel in ("forward", "dq", "dkdv")}
+}
 DOCUMENTS = [[0, 9, 0, 0], [9, 24, 0, 9], [24, 25, 0, 9], [25, 58, 0, 0], [58, 58, 0, 0], [60, 70, 0, 0]]
 
 
