@@ -17,6 +17,7 @@ interpreter; such times say nothing of a GPU.
 import argparse
 from collections.abc import Sequence
 
+from kernels.base.commands import run_command
 from kernels.measure.benchmark import REPEATS, Benchmark
 from kernels.measure.cases import full_cases, toy_cases
 from kernels.measure.clock import parse_finite
@@ -66,4 +67,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

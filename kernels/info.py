@@ -16,6 +16,7 @@ import torch
 import triton
 
 from kernels import chip
+from kernels.base.commands import run_command
 from kernels.compiled.machine_library import PtxError, load_library
 from kernels.native.cpu import load_cpu
 from kernels.native.cuda import load_cuda
@@ -82,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

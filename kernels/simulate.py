@@ -24,6 +24,7 @@ import triton
 from rich.progress import track
 from triton import knobs
 
+from kernels.base.commands import run_command
 from kernels.compiled.rules import find_unused
 from kernels.measure.simulated_cases import simulated_cases
 from kernels.measure.simulated_records import find_differences, format_record, format_summary, save_records, simulate
@@ -91,4 +92,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -20,6 +20,7 @@ from pathlib import Path
 import triton
 from triton import knobs
 
+from kernels.base.commands import run_command
 from kernels.compiled.launch_cases import all_cases
 from kernels.compiled.machine_code import CHIPS
 from kernels.compiled.records import find_differences, format_record, load_records, save_records
@@ -76,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

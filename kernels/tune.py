@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from kernels.base.commands import run_command
 from kernels.compiled.launch_cases import Make, all_cases
 from kernels.compiled.machine_code import CHIPS
 from kernels.measure.candidates import drop_source, find_entries, rank_candidates, write_launch_table
@@ -114,4 +115,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -40,6 +40,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported, here and in child processes
 
+from kernels.base.commands import run_command
 from kernels.measure.clock import parse_finite
 from kernels.measure.machine import DEVICE, GPU, query_nvidia_smi
 from scripts.base.results import ROOT, new_parser
@@ -170,4 +171,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -3,10 +3,13 @@
 import argparse
 import difflib
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
+
+READER_LEFT = 141  # what a shell tells of a program that SIGPIPE ended
 
 
 class Failure(Exception):
@@ -110,7 +113,7 @@ def discard_output(file: TextIO) -> None:
 
 def run_command(main: Callable[[list[str]], None]) -> NoReturn:
     """Call main with the command line and exit. A failure is printed on stderr, with its traceback under --debug."""
-    sys.exit(run_for_exit_code(main, sys.argv[1:]))
+    sys.exit(run_for_reader(lambda: run_for_exit_code(main, sys.argv[1:])))
 
 
 def run_for_exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int:
@@ -121,11 +124,58 @@ def run_for_exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int
         print_text("stopped by a signal", sys.stderr)
         return Stopped.exit_code
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and has_reader_left():
+            raise
         if "--debug" in argv:
-            traceback.print_exc()
+            print_text(traceback.format_exc().rstrip(), sys.stderr)
         if isinstance(error, Failure):
             print_text(f"error: {error}", sys.stderr)
             return error.exit_code
         print_text(f"error: {type(error).__name__}: {error}; --debug shows where", sys.stderr)
         return 1
     return 0
+
+
+# As kernels/base/commands.py has it, which would import torch.
+
+
+def run_for_reader(main: Callable[[], Any]) -> Any:
+    """Return main() or what it exits with, or 141 where the reader of stdout leaves before all is written.
+
+    SIGPIPE stays ignored, because it would also end a command whose peer on another pipe or socket is gone.
+    """
+    code: Any = READER_LEFT
+    try:
+        code = main()
+    except SystemExit as done:  # rich answers a broken pipe with an exit of its own
+        code = READER_LEFT if isinstance(done.__context__, BrokenPipeError) else done.code
+    except BrokenPipeError:
+        if not has_reader_left():
+            raise
+    finally:
+        if not flush_stdout():
+            code = code or READER_LEFT
+    return code
+
+
+def has_reader_left() -> bool:
+    """Return whether stdout is a pipe or a socket that nobody reads any more."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout, 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError, TypeError):  # closed, or no file of the system
+        return False
+
+
+def flush_stdout() -> bool:
+    """Write what stdout holds. Where nobody reads it, send it to the null device and return False."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        discard_output(sys.stdout)
+        return False
+    except OSError:  # a full disk: Python tries again at its end, and tells
+        return True
+    return True

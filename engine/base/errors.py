@@ -3,10 +3,13 @@
 An error's message says in a line or two what is wrong, what was found, what was wanted and how to put it right.
 """
 
+import contextlib
 import os
 import sys
 import traceback
 from collections.abc import Callable
+
+from kernels.base.commands import has_reader_left, run_for_reader
 
 
 class CriaError(Exception):
@@ -65,25 +68,39 @@ def run_main(main: Callable[[list[str]], None], argv: list[str] | None = None) -
     """Run a command's main(argv) and return its exit code.
 
     A failure is printed on stderr, with a traceback when argv has --debug. argv is sys.argv[1:] by default.
+    Where the reader of stdout has left, the command ends with 141 and without a word.
     """
     argv = sys.argv[1:] if argv is None else argv
+    return run_for_reader(lambda: call_main(main, argv))
+
+
+def call_main(main: Callable[[list[str]], None], argv: list[str]) -> int:
+    """Call main(argv), print its failure and return the exit code."""
     try:
         main(argv)
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":  # all ranks stop at the same step: one message is enough
-            print(stopped, file=sys.stderr, flush=True)
+            print_error(stopped)
         return stopped.exit_code
     except OtherRankFailed as error:
         return error.exit_code
     except KeyboardInterrupt:
-        print("stopped by SIGINT", file=sys.stderr, flush=True)
+        print_error("stopped by SIGINT")
         return Stopped.exit_code
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and has_reader_left():
+            raise
         if "--debug" in argv:
-            traceback.print_exc()
+            print_error(traceback.format_exc().rstrip())
         if isinstance(error, CriaError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print_error(f"error: {error}")
             return error.exit_code
-        print(f"error: {type(error).__name__}: {error}; --debug shows where", file=sys.stderr, flush=True)
+        print_error(f"error: {type(error).__name__}: {error}; --debug shows where")
         return 1
     return 0
+
+
+def print_error(text: object) -> None:
+    """Print to stderr. Where nobody reads it, the exit code alone tells."""
+    with contextlib.suppress(BrokenPipeError):
+        print(text, file=sys.stderr, flush=True)

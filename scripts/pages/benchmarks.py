@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_gen.base.cli import run_for_reader
 from scripts.pages.gpu_table import format_report, format_targets, read_reports
 from scripts.pages.tokenizer_ids import tokenizer_ids
 from scripts.pages.without_gpu import paragraph, simulated, static, step_launches
@@ -389,4 +390,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_for_reader(main))

@@ -17,6 +17,7 @@ from typing import Any
 
 from engine.base.errors import DataError
 from engine.data.rows import SEED_TASKS, read_rows
+from kernels.base.commands import run_command
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 START, END = "<!-- datasets: made by scripts/pages/datasets.py -->\n", "<!-- /datasets -->"
@@ -150,4 +151,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -15,6 +15,8 @@ import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+from data_gen.base.cli import run_for_reader
+
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "faults.md"
 WAITS = "the server is not built yet"  # for faults of engine.serve, which does not exist yet
@@ -243,4 +245,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_for_reader(main))

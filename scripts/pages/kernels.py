@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from kernels.base.commands import run_command
 from kernels.measure.simulated_records import add_counters, share_of_banks, share_of_sectors
 
 ROOT = Path(__file__).parents[2]
@@ -187,4 +188,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

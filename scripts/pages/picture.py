@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from engine.planning.cards import CARDS
+from kernels.base.commands import run_command
 from kernels.measure import cases
 
 ROOT = Path(__file__).parents[2]
@@ -156,4 +157,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

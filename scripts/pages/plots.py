@@ -7,6 +7,7 @@ import argparse
 import json
 from pathlib import Path
 
+from kernels.base.commands import run_command
 from kernels.measure.plot import draw
 
 
@@ -38,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

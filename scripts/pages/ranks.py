@@ -24,6 +24,7 @@ from engine.planning.tables import format_duration
 from engine.planning.workload import alpaca_mix
 from engine.training.config import FinetuneConfig
 from engine.training.planning_input import recipe_from_config, setting_from_config
+from kernels.base.commands import run_command
 
 DOC = Path(__file__).parents[2] / "docs" / "ranks.md"
 GPUS, CARDS, SHAPES, STATES = 8, ("A100-80", "H100", "H200"), ("llama-7b", "llama-13b"), ("fp32", "8bit")
@@ -322,4 +323,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

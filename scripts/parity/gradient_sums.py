@@ -27,6 +27,7 @@ from engine.formats.find import find_embedded_gguf
 from engine.formats.source import open_source
 from engine.model.llama import new_model
 from engine.text.tokenizer_files import load_tokenizer
+from kernels.base.commands import run_command
 from scripts.base.results import new_json_parser, today, write_json
 
 OPS = ("attention", "attention_plan", "linear", "linear_cross_entropy", "rms_norm", "swiglu")  # have CPU twins
@@ -129,4 +130,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

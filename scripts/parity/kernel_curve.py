@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import triton
 
+from kernels.base.commands import run_command
 from scripts.base.results import today, write_json
 from scripts.parity.curves import describe_settings, finetune_curve, losses_of, new_curve_parser, worst_difference
 
@@ -40,4 +41,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from engine.data.rows import read_rows
+from kernels.base.commands import run_command
 from scripts.base.results import today, write_json
 from scripts.base.rows import row_as_dict
 from scripts.parity.curves import (
@@ -66,4 +67,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

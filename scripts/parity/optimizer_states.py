@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from data_gen.api.prompt import SEED_TASKS
+from kernels.base.commands import run_command
 from scripts.base.results import today, write_json
 from scripts.parity.curves import describe_settings, finetune_curve, losses_of, new_curve_parser
 
@@ -46,4 +47,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

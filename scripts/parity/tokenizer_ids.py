@@ -30,6 +30,7 @@ import transformers
 
 from engine.text.tokenizer import Tokenizer
 from engine.text.tokenizer_files import load_tokenizer
+from kernels.base.commands import run_command
 from scripts.base.results import today, write_json
 
 SEPARATOR = "\n__ggml_vocab_test__\n"  # between the texts of an .inp file
@@ -181,4 +182,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -28,6 +28,7 @@ from engine.formats.source import open_source
 from engine.model.llama import new_model
 from engine.text.tokenizer_files import load_tokenizer
 from engine.training.optimizer import AdamW
+from kernels.base.commands import run_command
 from kernels.measure.alpaca import alpaca_lengths
 from scripts.base.results import (
     new_json_parser,
@@ -174,4 +175,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -31,6 +31,7 @@ from engine.formats.find import find_embedded_gguf
 from engine.text.tokenizer_files import load_tokenizer
 from engine.training.config import FinetuneConfig
 from engine.training.datasets import read_tables
+from kernels.base.commands import run_command
 from kernels.measure.alpaca import ALPACA_ROWS, alpaca_lengths
 from scripts.base.results import describe_cpu, new_json_parser, summarize, today, write_json
 from scripts.base.rows import random_alpaca_rows, row_as_dict
@@ -183,4 +184,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

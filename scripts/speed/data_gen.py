@@ -26,6 +26,7 @@ import rapidfuzz
 
 from data_gen.api.ledger import Ledger
 from data_gen.api.prompt import Prompter, read_seed_tasks
+from data_gen.base.cli import run_for_reader
 from data_gen.rows import curator as curate
 from data_gen.rows.curator import Curator
 from scripts.base.results import ROOT, describe_cpu, new_json_parser, today, write_json
@@ -223,4 +224,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_for_reader(main))

@@ -17,6 +17,7 @@ import platform
 import random
 import re
 import statistics
+import sys
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -27,6 +28,7 @@ from rapidfuzz import process
 from rapidfuzz.distance import Indel
 
 from data_gen.api.prompt import SEED_TASKS
+from data_gen.base.cli import run_for_reader
 from data_gen.base.files import read_rows
 from data_gen.rows.rouge import Deduplicator, TokenNumbers
 from data_gen.rows.tokens import tokenize
@@ -180,4 +182,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_for_reader(main))

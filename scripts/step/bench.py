@@ -10,7 +10,6 @@ half the micro-batch. This is a part of scripts.gpu_report.
 
 import itertools
 import math
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,6 +27,7 @@ from engine.training.optimizer import AdamW, lr_factor
 from engine.training.run_ahead import Mark, Prefetcher
 from engine.training.step import StepReport
 from engine.training.step import Steps as TrainingSteps
+from kernels.base.commands import run_command
 from kernels.measure.machine import DEVICE, GPU, IMPL
 from scripts.report.processes import measure_in_processes
 from scripts.step.figures import (
@@ -283,4 +283,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

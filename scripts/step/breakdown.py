@@ -10,7 +10,6 @@ the table is made from the time that each operator takes itself. This is a part 
 
 import json
 import re
-import sys
 import tempfile
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from kernels.base.commands import run_command
 from kernels.measure.machine import GPU
 from scripts.report.processes import measure_in_processes
 from scripts.step.bench import MAIN, VARIANTS, Steps, names_for_card
@@ -315,4 +315,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -16,7 +16,6 @@ host gives each its work, and counts the instructions of their warps. torch's ke
 
 import json
 import re
-import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from engine.model.batch import DeviceMicroBatch, MicroBatch
 from engine.model.llama import Transformer, new_model
 from engine.training.micro_batch_size import TOKENS_MULTIPLE
 from engine.training.optimizer import AdamW
+from kernels.base.commands import run_command
 from kernels.compiled.launches import patched
 from kernels.compiled.ptx import Options
 from kernels.compiled.simulation import run_launch
@@ -260,4 +260,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -10,7 +10,6 @@ own. This is a part of scripts.gpu_report.
 """
 
 import importlib.util
-import sys
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -18,6 +17,7 @@ from itertools import pairwise
 import torch
 
 from engine.training.run_ahead import Mark
+from kernels.base.commands import run_command
 from kernels.measure.machine import DEVICE, GPU, installed_version
 from scripts.report.processes import measure_in_processes
 from scripts.step.figures import (
@@ -252,4 +252,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

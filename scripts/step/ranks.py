@@ -14,7 +14,6 @@ A wrong result is recorded as failed, without a time. This is a part of scripts.
 
 import shutil
 import statistics
-import sys
 import tempfile
 from dataclasses import replace
 from functools import partial
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from engine.output.saver import Saver
 from engine.training.micro_batch_size import is_out_of_memory
+from kernels.base.commands import run_command
 from kernels.measure.machine import DEVICE, free_memory
 from scripts.report.processes import measure_in_processes
 from scripts.step.bench import Steps, Variant
@@ -291,4 +291,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

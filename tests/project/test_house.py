@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("kernels", "engine", "data_gen")  # what is installed; a file at the top of each is a command
 LAYERS = {  # a package may import those before it in its line; "|": neither of two neighbours imports the other
-    "kernels": "native < ops < compiled < measure",
+    "kernels": "base , native < ops < compiled < measure",
     "engine": "base , model < distributed | formats < text | output < data | inference < planning , serving < training",
     "data_gen": "base < api < rows < page",
 }
@@ -181,6 +181,14 @@ def test_a_file_at_the_top_is_a_short_command(command):
     lines = len(path.read_text().splitlines())
     assert "main" in functions and 'if __name__ == "__main__"' in path.read_text(), f"{command} is not a command"
     assert lines <= 260, f"{command} has {lines} lines: what is not flags and printing belongs to a package"
+
+
+def test_every_command_ends_quietly_when_its_reader_leaves():
+    """Each is called by run_command, run_main or run_for_reader: tests/project/test_closed_output.py."""
+    for module, path in modules().items():
+        _, starts, call = path.read_text().partition('if __name__ == "__main__":\n')
+        named = re.fullmatch(r"    (sys\.exit\()?run_(command|main|for_reader)\((finetune\.)?main\)\)?\n", call)
+        assert named or not starts, f"{module} ends with {call!r}"
 
 
 def test_no_command_is_imported_by_the_packages_or_by_another_command():

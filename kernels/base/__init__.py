@@ -1,0 +1,1 @@
+"""What the commands of kernels, engine and the scripts share."""
