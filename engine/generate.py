@@ -77,8 +77,8 @@ def main(argv: list[str]) -> None:
     config, _ = parse_flags(GenerateConfig, argv)
     rows = read_prompts(config)
     device = choose_device(config.device)
-    impl = choose_kernels(config.kernels, device)
-    model, tokenizer, source = load_model(config.model, device, choose_dtype(config.dtype, device), impl)
+    dtype = choose_dtype(config.dtype, device)
+    model, tokenizer, source = load_model(config.model, device, dtype, choose_kernels(config.kernels, device, dtype))
     for warning in tokenizer.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     style = config.prompt_style

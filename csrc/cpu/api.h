@@ -13,6 +13,7 @@ enum Code : int {  // what a function returns; kernels/native/library.py turns i
     BAD_SIZE = 1,   // a negative size, or one that the function does not take
     BAD_ALIGNMENT = 2,  // an address that is no multiple of its element's size
     BAD_MODE = 3,   // a mode or type that the function does not know
+    NO_MEMORY = 4,  // for its workspace
 };
 
 EXPORT int cria_abi_version();

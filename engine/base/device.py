@@ -6,6 +6,9 @@ import torch
 
 import kernels
 from engine.base.errors import UsageError
+from kernels.native.cpu import find_cpu, load_cpu
+from kernels.native.library import NativeError
+from kernels.ops.common import NATIVE_DTYPES
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
@@ -39,14 +42,31 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def choose_kernels(name: str, device: torch.device) -> str:
-    """Return what --kernels means on the device, "triton" or "ref". Raise UsageError where the kernels cannot run."""
+def choose_kernels(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Return what --kernels means: "triton", "native" or "ref". Raise UsageError where the kernels cannot run."""
     if name == "triton" and device.type == "cpu" and not kernels.INTERPRETED:
         raise UsageError("--kernels triton: they run on a GPU and the device is cpu; pass --kernels auto")
-    if name == "ref" or (device.type == "cpu" and name == "auto"):
+    if name == "native" or (device.type == "cpu" and name == "auto"):
+        return choose_native(name, device, dtype)
+    if name == "ref":
         return "ref"
     try:
         kernels.chip(device)  # raises for a GPU that the kernels do not support
     except ValueError as error:
         raise UsageError(f"--kernels {name}: {error}") from None
     return "triton"
+
+
+def choose_native(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Return "native" where csrc/cpu runs, else "ref" for "auto". Raise UsageError for "native" where it cannot run."""
+    if device.type != "cpu" or dtype not in NATIVE_DTYPES:
+        if name == "native":
+            raise UsageError(f"--kernels native: it runs on the CPU in fp32 and bf16, this is {dtype} on {device}")
+        return "ref"
+    if name == "auto":
+        return "ref" if kernels.INTERPRETED or find_cpu() is None else "native"
+    try:
+        load_cpu()
+    except NativeError as error:
+        raise UsageError(f"--kernels native: {error}") from None
+    return "native"

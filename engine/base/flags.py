@@ -12,8 +12,8 @@ from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
-KERNELS = ("auto", "triton", "ref")
-KERNELS_HELP = "auto: triton on CUDA, the torch references elsewhere; or insist on one of them"
+KERNELS = ("auto", "triton", "native", "ref")
+KERNELS_HELP = "auto: triton on CUDA, native (C++) on a CPU where it is built, else the torch references (ref)"
 
 # (raw flags {name: [words]}, problems) -> notes. Its attribute `flags` names the foreign flags that it accepts.
 Translate = Callable[[dict[str, list[str]], list[str]], list[str]]

@@ -168,8 +168,9 @@ class Transformer(nn.Module):
     ) -> tuple[Any, Any]:
         """Return the attention plans of all layers but the last, and of the last, whose queries are `rows`."""
         assert documents is not None, "without plans or a cache, documents say which rows see which"
-        make = partial(kernels.attention_plan, documents, n_rows, self.config.head_dim, device, self.impl)
-        return make(), None if rows is None else make(rows)
+        dtype = self.norm.dtype
+        make = partial(kernels.attention_plan, documents, n_rows, self.config.head_dim, device, self.impl, dtype=dtype)
+        return make(), None if rows is None else make(query_rows=rows)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (..., V), in the dtype of the weights, of rows (..., D) of forward's output."""

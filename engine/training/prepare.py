@@ -56,7 +56,8 @@ def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) ->
     """
     require_tracker(config.tracker)
     device = choose_device(config.device)
-    dtype, kernels = choose_dtype(config.dtype, device), choose_kernels(config.kernels, device)
+    dtype = choose_dtype(config.dtype, device)
+    kernels = choose_kernels(config.kernels, device, dtype)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS begins
         torch.use_deterministic_algorithms(True)

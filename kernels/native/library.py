@@ -21,7 +21,12 @@ FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]  # of a checkout; an installed package has no csrc there
 WANTED = {"ptx_machine": "g++", "cpu": "g++", "cuda": "nvcc (CUDA's toolkit)"}  # what builds each library
 ABI_FUNCTIONS = {"ptx_machine": "ptx_abi_version"}  # the others': cria_abi_version
-CODES = {1: "a size it does not take", 2: "a pointer that is not aligned", 3: "a mode or type it does not know"}
+CODES = {
+    1: "a size it does not take",
+    2: "a pointer that is not aligned",
+    3: "a mode or type it does not know",
+    4: "too little memory for its workspace",
+}
 CUDA_ERROR = 1000  # of csrc/cuda/api.cuh: this plus cudaError_t
 
 

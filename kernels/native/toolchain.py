@@ -20,7 +20,7 @@ from pathlib import Path
 CXX_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 EXACT = "-ffp-contract=off"  # an addition and a multiplication are rounded one by one, as PyTorch and PTX round them
 FUSED = "-ffp-contract=fast"  # sums of products, which have no prescribed order
-FUSED_SOURCES = ("few_rows.cpp", "decode.cpp")  # of csrc/cpu/isa: sums of products; all others are exact
+EXACT_SOURCES = ("adamw.cpp",)  # of csrc/cpu/isa; all others there are fused
 INSTRUCTION_SETS = {  # by processor, in rising order; csrc/cpu/instruction_set.cpp chooses the last that runs here
     "x86_64": {
         "plain": (),
@@ -111,7 +111,8 @@ def plan_cxx(library: str, csrc: Path, openmp: bool) -> tuple[list[Compilation],
     cxx = [*find_cxx(), *CXX_FLAGS, *threads, *os.environ.get("CXXFLAGS", "").split()]
     jobs = []
     for source in list_sources(library, csrc):
-        contract = FUSED if source.name in FUSED_SOURCES else EXACT
+        is_fused = source.parent.name == "isa" and source.name not in EXACT_SOURCES
+        contract = FUSED if is_fused else EXACT
         if source.parent.name != "isa":
             jobs.append(Compilation(source, source.stem, (*cxx, contract, "-c", str(source))))
             continue

@@ -28,6 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.native import training as native
 from kernels.ops.async_proxy import adds_orders, fence_shared, settle
 from kernels.ops.attention_plan import AttentionPlan, QueryDocuments, attention_plan, check_documents
 from kernels.ops.attention_ref import attention_ref, backward_cpu, forward_cpu
@@ -340,7 +341,11 @@ def _forward_fake(q, k, v, limits, query_items, query_blocks):
     return q.new_empty(q.shape), q.new_empty(n_heads, n_queries, dtype=torch.float32)
 
 
-@operator("attention_forward", cpu=forward_cpu, fake=_forward_fake)
+def _forward_native(q, k, v, limits, query_items, query_blocks):
+    return native.attention_forward(q, k, v, limits)
+
+
+@operator("attention_forward", cpu=forward_cpu, fake=_forward_fake, native=_forward_native)
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -364,7 +369,14 @@ def _backward_fake(*_):
     return None
 
 
-@operator("attention_backward", mutates=("dq", "dk", "dv"), cpu=backward_cpu, fake=_backward_fake)
+def _backward_native(q, k, v, o, lse, do, dq, dk, dv, limits, *plan_and_angles):
+    native.attention_backward(q, k, v, o, lse, do, (dq, dk, dv), limits)
+    unrotate(dq, dk, plan_and_angles[-1])
+
+
+@operator(
+    "attention_backward", mutates=("dq", "dk", "dv"), cpu=backward_cpu, fake=_backward_fake, native=_backward_native
+)
 def backward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -499,7 +511,8 @@ class _RopeAttentionRows(torch.autograd.Function):
 
 def _resolve_plan(q, k, documents, impl) -> tuple[AttentionPlan | None, Any]:
     """Return (plan, None) for the kernels, or (None, (documents, query_rows)) for the reference."""
-    if choose_impl("attention", impl, q) == "ref":
+    chosen = choose_impl("attention", impl, q, has_native=True)
+    if chosen == "ref":
         if isinstance(documents, AttentionPlan):
             raise ValueError("attention: this plan is for the kernels, wanted one of attention_plan(..., impl='ref')")
         documents, query_rows = documents if isinstance(documents, QueryDocuments) else (documents, None)
@@ -508,13 +521,15 @@ def _resolve_plan(q, k, documents, impl) -> tuple[AttentionPlan | None, Any]:
     else:
         if not isinstance(documents, AttentionPlan):
             documents, query_rows = documents if isinstance(documents, QueryDocuments) else (documents, None)
-            documents = attention_plan(documents, len(k), q.shape[-1], q.device, "triton", query_rows)
+            documents = attention_plan(documents, len(k), q.shape[-1], q.device, chosen, query_rows)
         if documents.head_dim != q.shape[-1] or documents.n_rows != len(k):
             raise ValueError(
                 f"attention: the plan is for {documents.n_rows} rows of heads of {documents.head_dim}, "
                 f"k is {tuple(k.shape)}; make one with attention_plan"
             )
-        if q.shape[-1] > MAX_HEAD_DIM:
+        if chosen == "triton" and not len(documents.seen):
+            raise ValueError("attention: this plan is for impl='native', wanted one of attention_plan(...)")
+        if chosen == "triton" and q.shape[-1] > MAX_HEAD_DIM:
             raise ValueError(f"attention: Dh={q.shape[-1]} is over {MAX_HEAD_DIM}; pass impl='ref'")
         n_queries = documents.limits.shape[1]
     if len(q) != n_queries:

@@ -50,12 +50,14 @@ def attention_plan(
     device: torch.device | str,
     impl: str = "auto",
     query_rows: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> AttentionPlan | QueryDocuments | torch.Tensor:
     """Return the plan that attention() takes as `documents` in every layer of a micro-batch, without waiting for a GPU.
 
     documents: (N, 4) integers, on the CPU, see attention(). n_rows: T, of keys and values. query_rows: (L,),
-    increasing, the rows whose queries will be given; None for all. Returns a plan on the device (copied from pinned
-    memory, without waiting), or for impl "ref" the documents on the CPU, with the query rows if there are any.
+    increasing, the rows whose queries will be given; None for all. dtype: of q. Returns a plan on the device (copied
+    from pinned memory, without waiting), or for impl "ref" the documents on the CPU, with the query rows if there are
+    any.
     Raises ValueError if documents are out of order, overlap or reach outside the rows, if a prefix does not end before
     its document, and if query_rows do not increase within the rows.
     """
@@ -68,10 +70,22 @@ def attention_plan(
             raise ValueError("attention: query_rows must be one axis of rows that increase from 0 or more; sort them")
         if len(query_rows) and query_rows[-1] >= n_rows:
             raise ValueError(f"attention: query_rows reach {query_rows[-1].item()}, wanted less than {n_rows} rows")
-    # An empty fp32 tensor: the choice depends on the device, and dtypes without kernels (fp64) have none on CUDA too.
-    if choose_impl("attention", impl, torch.empty(0, device=device)) == "ref":
+    chosen = choose_impl("attention", impl, torch.empty(0, dtype=dtype, device=device), has_native=True)
+    if chosen == "ref":
         return documents if query_rows is None else QueryDocuments(documents, query_rows)
-    return make_plan(documents, n_rows, head_dim, device, query_rows)
+    make = make_native_plan if chosen == "native" else make_plan
+    return make(documents, n_rows, head_dim, device, query_rows)
+
+
+def make_native_plan(
+    documents: torch.Tensor, n_rows: int, head_dim: int, device: torch.device, query_rows: torch.Tensor | None = None
+) -> AttentionPlan:
+    """Return the plan of csrc/cpu, which needs the limits of each query only; all other tensors are empty."""
+    rows_with_queries = np.arange(n_rows) if query_rows is None else query_rows.numpy()
+    located = locate_queries(documents.numpy().astype(np.int64), rows_with_queries)
+    limits = torch.from_numpy(find_limits(located, rows_with_queries).astype(np.int32))
+    none = torch.empty(0, dtype=torch.int32)
+    return AttentionPlan(limits, none, none, none, none, none, none, 0, n_rows, head_dim)
 
 
 def make_plan(
@@ -142,10 +156,24 @@ def build_lists(
 ) -> tuple[tuple[np.ndarray, ...], int]:
     """Return the tensors of AttentionPlan as arrays, and n_slots. query_rows: (Q,) increasing."""
     query_tile, key_block, query_block, key_tile, part = sizes
+    documents = locate_queries(documents, query_rows)
+    limits = find_limits(documents, query_rows)
+    queries = list_query_tiles(documents, query_rows, query_tile, key_block)
+    *keys, n_slots = list_key_tiles(documents, query_rows, n_rows, query_block, key_tile, part)
+    changes = np.zeros(n_rows + 1, np.int64)
+    np.add.at(changes, documents[:, [0, 2]], 1)
+    np.add.at(changes, documents[:, [1, 3]], -1)
+    return (limits, *queries, np.cumsum(changes)[:-1] > 0, *keys), n_slots
+
+
+def locate_queries(documents: np.ndarray, query_rows: np.ndarray) -> np.ndarray:
+    """Return the documents that hold queries, (N, 6): with two columns more, the first query and the last one + 1."""
     first_query, last_query = (np.searchsorted(query_rows, documents[:, i]) for i in (0, 1))
-    documents = np.column_stack((documents, first_query, last_query))[
-        first_query < last_query
-    ]  # drops documents that hold no query
+    return np.column_stack((documents, first_query, last_query))[first_query < last_query]
+
+
+def find_limits(documents: np.ndarray, query_rows: np.ndarray) -> np.ndarray:
+    """Return the keys that each query sees, AttentionPlan.limits. documents: (N, 6) of locate_queries()."""
     limits = np.zeros((4, len(query_rows)), np.int64)
     queries_in_documents = concatenate_ranges(documents[:, 4], documents[:, 5] - documents[:, 4])
     document_of = np.repeat(np.arange(len(documents)), documents[:, 5] - documents[:, 4])
@@ -155,12 +183,7 @@ def build_lists(
         documents[document_of, 2],
         documents[document_of, 3],
     )
-    queries = list_query_tiles(documents, query_rows, query_tile, key_block)
-    *keys, n_slots = list_key_tiles(documents, query_rows, n_rows, query_block, key_tile, part)
-    changes = np.zeros(n_rows + 1, np.int64)
-    np.add.at(changes, documents[:, [0, 2]], 1)
-    np.add.at(changes, documents[:, [1, 3]], -1)
-    return (limits, *queries, np.cumsum(changes)[:-1] > 0, *keys), n_slots
+    return limits
 
 
 def concatenate_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -12,8 +12,11 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-IMPLS = ("auto", "triton", "ref")
+from kernels.native.cpu import find_cpu, load_cpu
+
+IMPLS = ("auto", "triton", "native", "ref")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the kernels; the references take fp64 too
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)  # of csrc/cpu
 INTERPRETED = knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on CPU tensors, slowly
 COMPILED = tl.constexpr(not INTERPRETED)  # in a kernel: whether inline assembly can run
 LAUNCH = Path(__file__).parent.parent / "launch"
@@ -35,16 +38,29 @@ if INTERPRETED:
         ) from error
 
 
-def choose_impl(op: str, impl: str, x: torch.Tensor) -> str:
-    """Return the implementation to run on tensors like x: "triton" or "ref".
+def choose_impl(op: str, impl: str, x: torch.Tensor, has_native: bool = False) -> str:
+    """Return the implementation to run on tensors like x: "triton", "native" or "ref".
 
-    impl: "auto" chooses "triton" on CUDA, and "ref" on a CPU and for fp64; any other name is taken as it is.
-    Raises ValueError for an unknown name, and if "triton" cannot run.
+    has_native: whether the op has a function in csrc/cpu, which "native" names; without one "native" means "ref". impl:
+    "auto" chooses "triton" on CUDA, "native" on a CPU where the library is, and "ref" otherwise and for dtypes that
+    neither takes; any other name is taken as it is. Raises ValueError for an unknown name, and if the implementation
+    cannot run on x.
     """
     if impl not in IMPLS:
         raise ValueError(f"{op}: impl is {impl!r}, wanted one of {', '.join(IMPLS)}")
+    on_cpu = x.device.type == "cpu"
     if impl == "auto":
+        if has_native and on_cpu and x.dtype in NATIVE_DTYPES and not INTERPRETED and find_cpu() is not None:
+            return "native"
         return "triton" if x.is_cuda and x.dtype in DTYPES else "ref"
+    if impl == "native" and not (on_cpu and x.dtype in NATIVE_DTYPES):
+        raise ValueError(
+            f"{op}: impl='native' runs on the CPU in fp32 and bf16, x is {x.dtype} on {x.device}; pass impl='auto'"
+        )
+    if impl == "native":
+        if has_native:
+            load_cpu()  # raises where the library is missing
+        return "native" if has_native else "ref"
     if impl == "triton" and not (x.is_cuda or INTERPRETED):
         raise ValueError(
             f"{op}: impl='triton' runs on CUDA, x is on {x.device}; pass impl='auto', or set TRITON_INTERPRET=1 to run "
@@ -147,17 +163,28 @@ def next_power_of_2(n: int) -> int:
 
 
 def operator(
-    name: str, mutates: Sequence[str] = (), *, cpu: Callable[..., Any], fake: Callable[..., Any]
+    name: str,
+    mutates: Sequence[str] = (),
+    *,
+    cpu: Callable[..., Any],
+    fake: Callable[..., Any],
+    native: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Any]:
     """Decorate an annotated launch function as torch.ops.cria.<name>, so that torch.compile can trace it.
 
-    cpu: does in plain torch what the launch function does; it runs on CPU tensors outside Triton's interpreter.
+    cpu: does in plain torch what the launch function does. native: does it in C++. On CPU tensors the launch function
+    runs in Triton's interpreter, else native where its library is and takes the first argument's dtype, else cpu.
     fake: returns outputs of the right shapes and dtypes, without values. mutates: names of arguments written in place.
     """
 
+    def on_cpu(first, *others):
+        if native is not None and first.dtype in NATIVE_DTYPES and find_cpu() is not None:
+            return native(first, *others)
+        return cpu(first, *others)
+
     def register(launch):
         op: Any = torch.library.custom_op(f"cria::{name}", launch, mutates_args=mutates, device_types="cuda")
-        op.register_kernel("cpu")(launch if INTERPRETED else cpu)
+        op.register_kernel("cpu")(launch if INTERPRETED else on_cpu)
         op.register_fake(fake)
         op.launch, op.cpu = launch, cpu
         return op

@@ -40,6 +40,6 @@ def linear(x: torch.Tensor, weight: torch.Tensor, impl: str = "auto", accumulate
     """
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"linear: x {tuple(x.shape)}, weight {tuple(weight.shape)}; wanted (T, N), (D, N)")
-    if choose_impl("linear", impl, x) == "ref":
+    if choose_impl("linear", impl, x, has_native=True) == "ref":
         return F.linear(x, weight)
     return _Linear.apply(x, weight, accumulate)

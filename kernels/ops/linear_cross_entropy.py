@@ -24,6 +24,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from kernels.native import training as native
 from kernels.ops.common import accumulator, choose_impl, chunk_size, launch_config, operator, widen
 
 LOGITS_BYTES = 512 << 20  # of the one buffer: 8,320 rows of V=32000 in bf16, 2,048 of V=128256
@@ -213,7 +214,16 @@ def _forward_cpu(x, weight, targets, weights, ignore_index, z_loss, label_smooth
     return (losses * row_weights).sum().float(), dx, dw
 
 
-@operator("linear_cross_entropy_forward", mutates=("into",), cpu=_forward_cpu, fake=_forward_fake)
+def _forward_native(x, weight, targets, weights, ignore_index, *others):
+    wrong = (targets != ignore_index) & ((targets < 0) | (targets >= len(weight)))
+    if wrong.any():  # as F.cross_entropy
+        raise IndexError(f"Target {targets[wrong][0].item()} is out of bounds.")
+    return _forward_in_chunks(native.cross_entropy, x, weight, targets, weights, ignore_index, *others)
+
+
+@operator(
+    "linear_cross_entropy_forward", mutates=("into",), cpu=_forward_cpu, fake=_forward_fake, native=_forward_native
+)
 def forward(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -232,6 +242,25 @@ def forward(
     targets, weights: (L,) int64 and fp32. Returns the loss, dx (L, D) and dw (V, D); an unwanted gradient has shape
     (0,). dw is in fp32, except after a single chunk of bf16. If into (V, D) is given: into = beta * into + dw.
     """
+    return _forward_in_chunks(
+        _launch_rows, x, weight, targets, weights, ignore_index, z_loss, label_smoothing, want_dx, want_dw, into, beta
+    )
+
+
+def _launch_rows(logits, targets, weights, losses, ignore_index, gradient, z_loss, smoothing):
+    """Write each row's loss, and over the logits their gradient."""
+    config = launch_config("linear_cross_entropy", "rows", logits.device, logits.shape[1])
+    _rows_kernel[(len(logits),)](
+        logits, targets, weights, losses, logits.shape[1], logits.stride(0), ignore_index, z_loss, smoothing,
+        SMOOTH=smoothing != 0, GRADIENT=gradient, PADDED=logits.stride(0) != logits.shape[1],
+        VECTOR=16 // logits.element_size(), enable_fp_fusion=True, **config,
+    )  # fmt: skip
+
+
+def _forward_in_chunks(
+    take_losses, x, weight, targets, weights, ignore_index, z_loss, label_smoothing, want_dx, want_dw, into, beta
+):
+    """Compute forward() with take_losses, _launch_rows() or a function like it, between the GEMMs of each chunk."""
     (n_rows, _), vocab, stride = x.shape, len(weight), _round_up(len(weight), PAD)
     dx, dw = _gradients_fake(x, weight, want_dx, want_dw, into)
     total = dw if into is None else into
@@ -240,17 +269,14 @@ def forward(
     losses = x.new_empty(n_rows, dtype=torch.float32)
     rows = chunk_rows(n_rows, vocab, x.element_size())
     buffer = x.new_empty(min(rows, n_rows), stride)
-    config = launch_config("linear_cross_entropy", "rows", x.device, vocab)
     for start in range(0, n_rows, rows):
         chunk = slice(start, start + rows)
         x_chunk = x[chunk]
         logits = buffer[: len(x_chunk), :vocab]
         torch.mm(x_chunk, weight.T, out=logits)
-        _rows_kernel[(len(x_chunk),)](
-            logits, targets[chunk], None if weights is None else weights[chunk], losses[chunk], vocab, stride,
-            ignore_index, z_loss, label_smoothing,
-            SMOOTH=label_smoothing != 0, GRADIENT=want_dx or want_dw, PADDED=stride != vocab,
-            VECTOR=16 // x.element_size(), enable_fp_fusion=True, **config,
+        take_losses(
+            logits, targets[chunk], None if weights is None else weights[chunk], losses[chunk], ignore_index,
+            want_dx or want_dw, z_loss, label_smoothing,
         )  # fmt: skip
         if want_dx:  # the kernel has written the gradient over the logits
             torch.mm(logits, weight, out=dx[chunk])
@@ -355,13 +381,13 @@ def linear_cross_entropy(
     accumulate: forward adds dW to weight.grad in its dtype, and keeps none for backward. The loss must then be
     differentiated once, with an upstream gradient of 1; put any other factor into weights. The reference leaves the
     addition to autograd.
-    A target that is no id makes loss and gradients NaN in the kernels, which never wait for the device to check it; the
-    reference raises what F.cross_entropy raises. An upstream gradient that is not a power of two rounds dx a second
+    A target that is no id makes loss and gradients NaN in the kernels, which never wait for the device to check it; on
+    a CPU it raises what F.cross_entropy raises. An upstream gradient that is not a power of two rounds dx a second
     time (and dW after a single chunk): put a 1 / N that is known beforehand into weights.
     Raises ValueError if the shapes or dtypes do not fit.
     """
     _check(x, weight, targets, weights, label_smoothing)
-    if choose_impl("linear_cross_entropy", impl, x) == "ref":
+    if choose_impl("linear_cross_entropy", impl, x, has_native=True) == "ref":
         return linear_cross_entropy_ref(x, weight, targets, weights, ignore_index, z_loss, label_smoothing)
     weights = weights if weights is None else weights.float().contiguous()
     settings = targets.contiguous(), weights, ignore_index, float(z_loss), float(label_smoothing)

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.native import training as native
 from kernels.ops.common import choose_impl, launch_config, n_sms, next_power_of_2, operator, widen
 
 MAX_DIM = 8192  # of the kernels: at 16384 a row, its gradient and its part of dw exceed an SM's registers
@@ -114,7 +115,7 @@ def _forward_fake(x, residual, weight, eps):
     return torch.empty_like(x), x.new_empty(0) if residual is None else torch.empty_like(x), rstd
 
 
-@operator("rms_norm_forward", cpu=_forward_cpu, fake=_forward_fake)
+@operator("rms_norm_forward", cpu=_forward_cpu, fake=_forward_fake, native=native.norm_forward)
 def forward(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -143,7 +144,7 @@ def _backward_fake(dy, x, weight, rstd, ds, want_y):
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(x) if want_y else x.new_empty(0)
 
 
-@operator("rms_norm_backward", cpu=_backward_cpu, fake=_backward_fake)
+@operator("rms_norm_backward", cpu=_backward_cpu, fake=_backward_fake, native=native.norm_backward)
 def backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, ds: torch.Tensor | None, want_y: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -198,7 +199,7 @@ def choose_norm_impl(op: str, impl: str, x: torch.Tensor, weight: torch.Tensor) 
         raise ValueError(f"{op}: weight is {tuple(weight.shape)}, x ends in {x.shape[-1]}")
     if weight.dtype != x.dtype:
         raise ValueError(f"{op}: weight is {weight.dtype}, x is {x.dtype}")
-    impl = choose_impl(op, impl, x)
+    impl = choose_impl(op, impl, x, has_native=True)
     if impl == "triton" and x.shape[-1] > MAX_DIM:
         raise ValueError(f"{op}: D={x.shape[-1]} is over {MAX_DIM}; pass impl='ref'")
     return impl
@@ -225,9 +226,9 @@ def rms_norm(
     """
     impl = choose_norm_impl("rms_norm", impl, x, weight)
     check_residual("rms_norm", x, residual)
-    if impl == "triton":
-        y, s = _RMSNorm.apply(x, residual, weight, eps)
-    else:
+    if impl == "ref":
         s = x if residual is None else x + residual
         y = rms_norm_ref(s, weight, eps)
+    else:
+        y, s = _RMSNorm.apply(x, residual, weight, eps)
     return y if residual is None else (y, s)

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.native import training as native
 from kernels.ops.common import choose_impl, launch_config, next_power_of_2, operator, widen
 
 
@@ -133,7 +134,15 @@ def _rotate_cpu(q, k, cos, sin, inverse):
         x.copy_(_rotate_ref(x, cos, -sin if inverse else sin))
 
 
-@operator("rope_rotate", mutates=("q", "k"), cpu=_rotate_cpu, fake=lambda q, k, cos, sin, inverse: None)
+def _rotate_native(q, k, cos, sin, inverse):
+    native.rope(q, q, cos, sin, inverse)
+    native.rope(k, k, cos, sin, inverse)
+
+
+@operator(
+    "rope_rotate", mutates=("q", "k"), cpu=_rotate_cpu, fake=lambda q, k, cos, sin, inverse: None,
+    native=_rotate_native,
+)  # fmt: skip
 def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> None:
     """Rotate q (T, H, Dh) and k (T, K, Dh) in place, by the opposite angles if inverse.
 
@@ -163,7 +172,14 @@ def _rotated_fake(q, k, cos, sin, inverse):
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-@operator("rope_rotated", cpu=_rotated_cpu, fake=_rotated_fake)
+def _rotated_native(q, k, cos, sin, inverse):
+    outs = _rotated_fake(q, k, cos, sin, inverse)
+    for x, out in zip((q, k), outs, strict=True):
+        native.rope(x, out, cos, sin, inverse)
+    return outs
+
+
+@operator("rope_rotated", cpu=_rotated_cpu, fake=_rotated_fake, native=_rotated_native)
 def rotated(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -210,6 +226,6 @@ def rope(
             f"rope: q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype}, cos {tuple(cos.shape)}, sin "
             f"{tuple(sin.shape)}; wanted cos and sin {want}, Dh even, and k with q's T, Dh and dtype"
         )
-    if choose_impl("rope", impl, q) == "ref":
+    if choose_impl("rope", impl, q, has_native=True) == "ref":
         return rope_ref(q, k, cos, sin)
     return _Rope.apply(q, k, cos, sin)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from kernels.native import training as native
 from kernels.ops.common import accumulator, choose_impl, launch_config, operator, weight_gradient, widen
 
 # ---- reference: the specification, and the path on CPU --------------------------------------------------------------
@@ -80,7 +81,7 @@ def _forward_fake(gate_up):
     return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
 
 
-@operator("swiglu_forward", cpu=swiglu_ref, fake=_forward_fake)
+@operator("swiglu_forward", cpu=swiglu_ref, fake=_forward_fake, native=native.swiglu_forward)
 def forward(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up. gate_up: (T, 2F) contiguous. Returns h (T, F)."""
     h = _forward_fake(gate_up)
@@ -100,7 +101,13 @@ def _backward_fake(dh, gate_up, want_h):
     return torch.empty_like(gate_up), torch.empty_like(dh) if want_h else dh.new_empty(0)
 
 
-@operator("swiglu_backward", cpu=_backward_cpu, fake=_backward_fake)
+def _backward_native(dh, gate_up, want_h):
+    dgate_up, h = _backward_fake(dh, gate_up, want_h)
+    native.swiglu_backward(dh, gate_up, dgate_up, h if want_h else None)
+    return dgate_up, h
+
+
+@operator("swiglu_backward", cpu=_backward_cpu, fake=_backward_fake, native=_backward_native)
 def backward(dh: torch.Tensor, gate_up: torch.Tensor, want_h: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the gradient. dh: (T, F), gate_up: (T, 2F), contiguous. Returns d(gate_up) (T, 2F), and h if wanted."""
     dgate_up, h = _backward_fake(dh, gate_up, want_h)
@@ -115,7 +122,14 @@ def _backward_over_cpu(dh, gate_up, want_h):
         dh.copy_(h)
 
 
-@operator("swiglu_backward_over", mutates=("dh", "gate_up"), cpu=_backward_over_cpu, fake=lambda *arguments: None)
+def _backward_over_native(dh, gate_up, want_h):
+    native.swiglu_backward(dh, gate_up, gate_up, dh if want_h else None)
+
+
+@operator(
+    "swiglu_backward_over", mutates=("dh", "gate_up"), cpu=_backward_over_cpu, fake=lambda *arguments: None,
+    native=_backward_over_native,
+)  # fmt: skip
 def backward_over(dh: torch.Tensor, gate_up: torch.Tensor, want_h: bool) -> None:
     """Write d(gate_up) over gate_up (T, 2F), and h over dh (T, F) if wanted: backward without memory of its own."""
     _launch("backward", _backward_kernel, gate_up, dh, gate_up, dh if want_h else None)
@@ -173,7 +187,11 @@ def swiglu(gate_up: torch.Tensor, impl: str = "auto") -> torch.Tensor:
         raise ValueError(
             f"swiglu: gate_up is {tuple(gate_up.shape)}, wanted an even number of columns: gate and up side by side"
         )
-    return swiglu_ref(gate_up) if choose_impl("swiglu", impl, gate_up) == "ref" else _SwiGLU.apply(gate_up)
+    return (
+        swiglu_ref(gate_up)
+        if choose_impl("swiglu", impl, gate_up, has_native=True) == "ref"
+        else _SwiGLU.apply(gate_up)
+    )
 
 
 def swiglu_linear(
@@ -196,6 +214,6 @@ def swiglu_linear(
         raise ValueError(
             f"swiglu_linear: gate_up {tuple(gate_up.shape)}, weight {tuple(weight.shape)}; wanted (T, 2F), (D, F)"
         )
-    if choose_impl("swiglu_linear", impl, gate_up) == "ref":
+    if choose_impl("swiglu_linear", impl, gate_up, has_native=True) == "ref":
         return swiglu_linear_ref(gate_up, weight)
     return _SwiGLULinear.apply(gate_up, weight, consume, keep, accumulate)
