@@ -177,14 +177,15 @@ def operator(
     fake: returns outputs of the right shapes and dtypes, without values. mutates: names of arguments written in place.
     """
 
-    def on_cpu(first, *others):
-        if native is not None and first.dtype in NATIVE_DTYPES and find_cpu() is not None:
-            return native(first, *others)
-        return cpu(first, *others)
-
     def register(launch):
+        def on_cpu(first, *others):
+            if INTERPRETED:
+                return launch(first, *others)
+            is_native = native is not None and first.dtype in NATIVE_DTYPES and find_cpu() is not None
+            return native(first, *others) if is_native else cpu(first, *others)
+
         op: Any = torch.library.custom_op(f"cria::{name}", launch, mutates_args=mutates, device_types="cuda")
-        op.register_kernel("cpu")(launch if INTERPRETED else on_cpu)
+        op.register_kernel("cpu")(on_cpu)
         op.register_fake(fake)
         op.launch, op.cpu = launch, cpu
         return op

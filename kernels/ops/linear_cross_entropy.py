@@ -181,7 +181,7 @@ def chunk_rows(n_rows: int, vocab: int, itemsize: int) -> int:
     """Return the rows of a chunk: as few chunks as LOGITS_BYTES allows, all of about one size."""
     most = max(1, LOGITS_BYTES // (_round_up(vocab, PAD) * itemsize) // ROWS) * ROWS
     n_chunks = max(1, _round_up(n_rows, most) // most)
-    return _round_up(-(-n_rows // n_chunks), ROWS)
+    return max(ROWS, _round_up(-(-n_rows // n_chunks), ROWS))
 
 
 def _round_up(n, multiple):

@@ -1,0 +1,210 @@
+"""The C++ ops of a training step against fp64: at most twice the error of torch's own, in every instruction set.
+
+Sizes are odd, tiny and empty, rows strided; documents are empty, of one token, behind a shared prefix, and apart.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import kernels
+from kernels.native.cpu import find_cpu
+from kernels.ops import common
+from kernels.ops.attention_plan import QueryDocuments
+
+NATIVE = find_cpu()
+pytestmark = pytest.mark.skipif(NATIVE is None, reason="csrc/cpu is not built here")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+DOCUMENTS = torch.tensor([[0, 40, 0, 0], [40, 41, 0, 40], [41, 41, 0, 0], [45, 150, 0, 40], [151, 290, 5, 30]])
+ROWS = torch.tensor([3, 39, 40, 44, 50, 149, 150, 200, 250, 289, 295])  # some lie in no document
+
+
+@pytest.fixture(autouse=True)
+def outside_the_interpreter(monkeypatch):
+    monkeypatch.setattr(common, "INTERPRETED", False)
+
+
+def make(*shape, dtype, scale=1.0):
+    return (torch.randn(*shape) * scale).to(dtype)
+
+
+def run(op, inputs, impl, dtype):
+    """Return an op's outputs and the gradients of its inputs, all computed in dtype from the same numbers."""
+    leaves = [t.to(dtype).requires_grad_() if t.is_floating_point() else t for t in inputs]
+    outs = op(*leaves, impl)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(out.shape, generator=generator).to(inputs[0].dtype).to(out.dtype) for out in outs]
+    grads = torch.autograd.grad(outs, [t for t in leaves if t.requires_grad], upstream, allow_unused=True)
+    return [t.double() for t in (*outs, *grads) if t is not None]
+
+
+def check_error(op, inputs, dtype):
+    """Assert that each result is at most twice as far from fp64's as torch's own, or four units of rounding.
+
+    Of few numbers, which may all cancel, eight units.
+    """
+    truth = run(op, inputs, "ref", torch.float64)
+    torchs, ours = run(op, inputs, "ref", dtype), run(op, inputs, "native", dtype)
+    assert len(truth) == len(torchs) == len(ours)
+    for want, theirs, mine in zip(truth, torchs, ours, strict=True):
+        norm = want.norm()
+        least = norm * torch.finfo(dtype).eps * (4 if want.numel() >= 64 else 8)
+        assert (mine - want).norm() <= max(2 * (theirs - want).norm(), least), (op, want.shape)
+
+
+@DTYPES
+@pytest.mark.parametrize(("n", "dim"), [(0, 8), (1, 1), (3, 7), (5, 33), (17, 576), (40, 130)])
+def test_rms_norm(n, dim, dtype):
+    x, residual, weight = make(n, dim, dtype=dtype), make(n, dim, dtype=dtype), make(dim, dtype=dtype)
+    check_error(lambda x, w, impl: kernels.rms_norm(x, w, 1e-5, impl), (x, weight), dtype)
+    check_error(lambda x, w, r, impl: kernels.rms_norm(x, w, 1e-5, impl, r), (x, weight, residual), dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize(("n", "dim"), [(0, 8), (1, 1), (3, 7), (17, 96), (4, 1536)])
+def test_swiglu(n, dim, dtype):
+    check_error(kernels.swiglu, (make(n, 2 * dim, dtype=dtype, scale=4),), dtype)
+
+
+@DTYPES
+def test_swiglu_of_large_numbers_is_finite(dtype):
+    gate_up = torch.tensor([[-1e4, -100, -90, 0, 90, 100, 1e4, -1e30, 1, 2, 3, 4, 5, 6, 7, 8]]).to(dtype)
+    out = kernels.swiglu(gate_up, "native")
+    assert out.isfinite().all() and torch.allclose(out, kernels.swiglu(gate_up, "ref"), rtol=1e-2)
+
+
+@DTYPES
+@pytest.mark.parametrize(("n", "heads", "kv_heads", "dim"), [(0, 2, 1, 8), (1, 1, 1, 2), (7, 3, 1, 6), (11, 9, 3, 64)])
+def test_rope(n, heads, kv_heads, dim, dtype):
+    qkv, angles = make(n, heads + kv_heads, dim, dtype=dtype), torch.rand(n, dim // 2) * 6
+    cos, sin = angles.cos(), angles.sin()
+    check_error(lambda t, impl: kernels.rope(t[:, :heads], t[:, heads:], cos, sin, impl), (qkv,), dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize(("n", "dim", "vocab"), [(0, 4, 9), (1, 8, 1), (13, 24, 1003), (9, 16, 64)])
+@pytest.mark.parametrize("settings", [{}, {"z_loss": 0.01, "label_smoothing": 0.1}], ids=["plain", "z-loss"])
+def test_linear_cross_entropy(n, dim, vocab, settings, dtype):
+    x, weight = make(n, dim, dtype=dtype), make(vocab, dim, dtype=dtype)
+    targets, weights = torch.randint(0, vocab, (n,)), torch.rand(n)
+    targets[3:5] = -100
+
+    def op(x, weight, impl):
+        return kernels.linear_cross_entropy(x, weight, targets, weights, impl, **settings)
+
+    check_error(op, (x, weight), dtype)
+
+
+def test_a_confident_target_keeps_its_gradient():
+    x, weight, target = torch.full((1, 4), 10.0), torch.zeros(50, 4), torch.tensor([7])
+    weight[7] = 0.75  # p of the target is 1 - 5e-12, which rounds to 1 in fp32
+
+    def op(x, weight, impl):
+        return kernels.linear_cross_entropy(x, weight, target, None, impl)
+
+    found, want = run(op, (x, weight), "native", torch.float32), run(op, (x, weight), "ref", torch.float64)
+    assert want[2].abs().max() > 0 and torch.allclose(found[2], want[2], rtol=1e-3, atol=0)  # fp64 itself is 5e-4 off
+
+
+def test_a_target_that_is_no_id_is_refused():
+    with pytest.raises(IndexError, match="Target 9 is out of bounds"):
+        kernels.linear_cross_entropy(torch.ones(1, 4), torch.ones(9, 4), torch.tensor([9]), impl="native")
+
+
+@DTYPES
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 64), (3, 3, 24), (6, 1, 80), (2, 1, 128), (1, 1, 1)])
+@pytest.mark.parametrize("rows", [None, ROWS], ids=["all", "some"])
+def test_attention(heads, kv_heads, dim, rows, dtype):
+    n = 300 if rows is None else len(rows)
+    q, k, v = (
+        make(n, heads, dim, dtype=dtype),
+        make(300, kv_heads, dim, dtype=dtype),
+        make(300, kv_heads, dim, dtype=dtype),
+    )
+    documents = DOCUMENTS if rows is None else QueryDocuments(DOCUMENTS, rows)
+    check_error(lambda q, k, v, impl: kernels.attention(q, k, v, documents, impl), (q, k, v), dtype)
+
+
+@DTYPES
+def test_rope_attention_of_one_tensor(dtype):
+    qkv, angles = make(300, 8, 64, dtype=dtype), torch.rand(300, 32) * 6
+    cos, sin = angles.cos(), angles.sin()
+
+    def op(qkv, impl):
+        return kernels.rope_attention(qkv * 1, cos, sin, DOCUMENTS, 4, impl)
+
+    check_error(op, (qkv,), dtype)
+
+
+def test_rows_of_no_document_are_never_read():
+    q, k, v = (torch.randn(300, 2, 64) for _ in range(3))
+    outside = [*range(41, 45), 150, *range(290, 300)]
+    for t in (q, k, v):
+        t[outside] = float("nan")
+    out, _, dk, dv = run(
+        lambda q, k, v, i: kernels.attention(q, k, v, DOCUMENTS, i), (q, k, v), "native", torch.float32
+    )
+    for t in (out, dk, dv):
+        assert t.isfinite().all() and not t[outside].any()
+
+
+def test_documents_of_more_keys_than_a_tile_and_no_queries():
+    q, k, v = (torch.randn(1500, 2, 32) for _ in range(3))
+    check_error(
+        lambda q, k, v, i: kernels.attention(q, k, v, torch.tensor([[0, 1500, 0, 0]]), i), (q, k, v), torch.float32
+    )
+    empty = kernels.attention(q[:0], k[:0], v[:0], torch.zeros(0, 4, dtype=torch.long), "native")
+    assert empty.shape == (0, 2, 32)
+
+
+def test_results_do_not_depend_on_the_threads():
+    q, k, v, x, w = (
+        torch.randn(300, 4, 64),
+        torch.randn(300, 2, 64),
+        torch.randn(300, 2, 64),
+        torch.randn(99, 576),
+        torch.ones(576),
+    )
+    cores, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(
+                run(lambda q, k, v, i: kernels.attention(q, k, v, DOCUMENTS, i), (q, k, v), "native", torch.float32)
+                + run(lambda x, w, i: kernels.rms_norm(x, w, 1e-5, i), (x, w), "native", torch.float32)
+            )
+    finally:
+        torch.set_num_threads(cores)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_choosing(monkeypatch):
+    x, weight = torch.randn(2, 8), torch.ones(8)
+    assert kernels.rms_norm(x.double(), weight.double()).dtype == torch.float64  # auto: the reference
+    with pytest.raises(ValueError, match=r"impl='native' runs on the CPU in fp32 and bf16, x is torch\.float64"):
+        kernels.rms_norm(x.double(), weight.double(), impl="native")
+    with pytest.raises(ValueError, match="this plan is for impl='native'"):
+        q = torch.randn(5, 1, 16)
+        plan = kernels.attention_plan(torch.tensor([[0, 5, 0, 0]]), 5, 16, "cpu", "native")
+        monkeypatch.setattr("kernels.ops.attention.choose_impl", lambda *a, **k: "triton")
+        kernels.attention(q, q, q, plan)
+
+
+def lesser_instruction_sets():
+    names = ["plain", "avx2", "avx512"]
+    return names[: names.index(NATIVE.cria_instruction_set().decode())] if NATIVE else []
+
+
+@pytest.mark.parametrize("name", lesser_instruction_sets())
+@pytest.mark.skipif("CRIA_INSTRUCTION_SET" in os.environ, reason="runs in the test that runs this file")
+def test_every_instruction_set_passes_these_tests(name):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__],
+        capture_output=True, text=True, check=False, env=os.environ | {"CRIA_INSTRUCTION_SET": name},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
