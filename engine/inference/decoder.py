@@ -58,13 +58,13 @@ class Decoder:
 def find_decoder(model: Transformer, cache: KVCache) -> Decoder | None:
     """Return the decoder of a model and its cache; None where torch is to run.
 
-    None without the CPU library, on another device, in a dtype other than fp32 and bf16, for Triton's kernels, for
+    None without the CPU library, on another device, in a dtype other than fp32 and bf16, for --kernels triton and ref, for
     weights that lie in shards or parts, with autograd, and for more than MAX_ROWS sequences.
     """
     parameters = list(model.parameters())
     plain = all(type(p) is torch.nn.Parameter and p.device.type == "cpu" and p.is_contiguous() for p in parameters)
     same_dtype = len({t.dtype for t in (*parameters, cache.k)}) == 1 and model.norm.dtype in few_rows.TYPES
-    suits = type(model) is Transformer and plain and same_dtype and model.impl != "triton"
+    suits = type(model) is Transformer and plain and same_dtype and model.impl in ("auto", "native")
     if not suits or torch.is_grad_enabled() or cache.k.shape[1] > MAX_ROWS:
         return None
     library = find_cpu()

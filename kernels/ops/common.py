@@ -181,8 +181,9 @@ def operator(
         def on_cpu(first, *others):
             if INTERPRETED:
                 return launch(first, *others)
-            is_native = native is not None and first.dtype in NATIVE_DTYPES and find_cpu() is not None
-            return native(first, *others) if is_native else cpu(first, *others)
+            if native is not None and first.dtype in NATIVE_DTYPES and find_cpu() is not None:
+                return native(first, *others)
+            return cpu(first, *others)
 
         op: Any = torch.library.custom_op(f"cria::{name}", launch, mutates_args=mutates, device_types="cuda")
         op.register_kernel("cpu")(on_cpu)
