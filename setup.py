@@ -82,7 +82,7 @@ class BuildLibraries(build_ext):
             jobs, link = toolchain.plan_cxx(name, CSRC, openmp)
             if name == "cpu":
                 told = f", {' '.join(toolchain.instruction_sets())}, {'' if openmp else 'no '}OpenMP"
-        headers = zlib.crc32(b"".join(path.read_bytes() for path in toolchain.list_headers(CSRC)))
+        headers = zlib.crc32(b"".join(path.read_bytes() for path in toolchain.list_headers(name, CSRC)))
 
         def compile_source(job):
             contents = zlib.crc32(job.source.read_bytes(), zlib.crc32(repr(job.command).encode(), headers))

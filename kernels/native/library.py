@@ -63,7 +63,7 @@ def build_if_stale(name: str, root: Path = ROOT, folder: Path = FOLDER) -> None:
     Raises NativeError if there is no library afterwards, or if the compiler complains.
     """
     library, csrc = folder / f"lib{name}.so", root / "csrc"
-    sources = [*toolchain.list_sources(name, csrc), *toolchain.list_headers(csrc)]
+    sources = [*toolchain.list_sources(name, csrc), *toolchain.list_headers(name, csrc)]
     if not _is_stale(library, sources):
         return
     if not sources:

@@ -87,9 +87,10 @@ def list_sources(library: str, csrc: Path) -> list[Path]:
     return [path for folder in folders for path in sorted(folder.glob(pattern))]
 
 
-def list_headers(csrc: Path) -> list[Path]:
-    """Return every header under csrc. A change of one compiles all sources anew."""
-    return sorted(path for ending in ("h", "cuh", "inc") for path in csrc.rglob(f"*.{ending}"))
+def list_headers(library: str, csrc: Path) -> list[Path]:
+    """Return every header of a library. A change of one compiles all its sources anew."""
+    folder = csrc / ("ptx" if library == "ptx_machine" else library)
+    return sorted(path for ending in ("h", "cuh", "inc") for path in folder.rglob(f"*.{ending}"))
 
 
 def instruction_sets() -> dict[str, tuple[str, ...]]:
