@@ -58,8 +58,8 @@ class Decoder:
 def find_decoder(model: Transformer, cache: KVCache) -> Decoder | None:
     """Return the decoder of a model and its cache; None where torch is to run.
 
-    None without the CPU library, on another device, in a dtype other than fp32 and bf16, for --kernels triton and ref, for
-    weights that lie in shards or parts, with autograd, and for more than MAX_ROWS sequences.
+    None without the CPU library, on another device, in a dtype other than fp32 and bf16, for --kernels triton and ref,
+    for weights that lie in shards or parts, with autograd, and for more than MAX_ROWS sequences.
     """
     parameters = list(model.parameters())
     plain = all(type(p) is torch.nn.Parameter and p.device.type == "cpu" and p.is_contiguous() for p in parameters)
