@@ -5,6 +5,7 @@ from kernels.ops.adamw_many import adamw_many
 from kernels.ops.attention import attention, attention_plan, rope_attention, rope_attention_rows
 from kernels.ops.attention_ref import attend
 from kernels.ops.common import INTERPRETED, chip
+from kernels.ops.decode_attention import DecodeCache, decode_attention
 from kernels.ops.grad_norm import grad_norm
 from kernels.ops.linear import linear
 from kernels.ops.linear_cross_entropy import linear_cross_entropy
@@ -15,6 +16,7 @@ from kernels.ops.swiglu import swiglu, swiglu_linear
 
 __all__ = [
     "INTERPRETED",
+    "DecodeCache",
     "adamw",
     "adamw_many",
     "adamw_state",
@@ -22,6 +24,7 @@ __all__ = [
     "attention",
     "attention_plan",
     "chip",
+    "decode_attention",
     "grad_norm",
     "linear",
     "linear_cross_entropy",
