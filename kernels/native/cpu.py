@@ -9,18 +9,25 @@ import os
 import sys
 from functools import cache
 
+from kernels.native.arguments import AdamWArguments
 from kernels.native.library import NativeError, load
 
-ABI_VERSION = 1  # of csrc/cpu/api.h
+ABI_VERSION = 2  # of csrc/cpu/api.h
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """Tell ctypes the types of the library's functions."""
+    library.cria_instruction_set.restype = ctypes.c_char_p
+    library.cria_adamw.argtypes = [ctypes.POINTER(AdamWArguments)]
+    library.cria_decode_workspace.restype = ctypes.c_int64
+    library.cria_decode_workspace.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 3]
 
 
 @cache
 def load_cpu() -> ctypes.CDLL:
     """Return the library with the types of its functions declared. Raises NativeError if it cannot be had."""
     library = load("cpu", ABI_VERSION)
-    library.cria_instruction_set.restype = ctypes.c_char_p
-    library.cria_decode_workspace.restype = ctypes.c_int64
-    library.cria_decode_workspace.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 3]
+    declare(library)
     named, used = os.environ.get("CRIA_INSTRUCTION_SET"), library.cria_instruction_set().decode()
     if named and named != used:
         raise NativeError(f"CRIA_INSTRUCTION_SET is {named!r}, this processor runs plain up to {used!r}; unset it")

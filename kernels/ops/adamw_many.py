@@ -108,7 +108,7 @@ def adamw_many(
         if one[0].numel():
             kinds.setdefault(_kind_of(*one), []).append(one)
     for members in kinds.values():
-        if len(members) == 1 or choose_impl("adamw", impl, params[0]) == "ref":
+        if len(members) == 1 or choose_impl("adamw", impl, params[0], True) != "triton":
             for param, grad, state, weight_decay, seed, offset in members:
                 adamw(
                     param, grad, state, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, step=step,

@@ -95,6 +95,16 @@ def decode_ref(code: torch.Tensor, absmax: torch.Tensor, signed: bool) -> torch.
     return (_split_blocks(dynamic_map(signed, code.device)[code.int()]) * absmax[:, None]).flatten()[: len(code)]
 
 
+@functools.cache
+def native_maps() -> torch.Tensor:
+    """Return the signed and the unsigned map (2, 256 + 27) fp32 as csrc/cpu/adamw.h has them.
+
+    Each is its entries, and the starts, slopes and intercepts of its nine linear pieces.
+    """
+    pieces = [torch.tensor(_pieces(signed), dtype=torch.float64).float().T.flatten() for signed in (True, False)]
+    return torch.stack([torch.cat((dynamic_map(signed), of)) for signed, of in zip((True, False), pieces, strict=True)])
+
+
 # ---- cells: codes by exponent arithmetic ----------------------------------------------------------------------------
 
 N_CELLS = tl.constexpr(512)  # 353 of them can hold a ratio

@@ -287,6 +287,7 @@ LONG_FUNCTIONS = {
 }
 MANY_PARAMETERS = {
     "kernels/ops/adamw.py::adamw_ref": OPERATOR,
+    "kernels/ops/adamw.py::adamw_native": OPERATOR,
     "kernels/ops/adamw.py::update": OPERATOR,
     "kernels/ops/adamw.py::adamw": ADAMW,
     "kernels/ops/adamw_many.py::update_many": OPERATOR,

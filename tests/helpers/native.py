@@ -1,0 +1,72 @@
+"""csrc/cpu for tests: one library for each instruction set that runs here, and one built with sanitizers."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from kernels.native import library, toolchain
+from kernels.native.cpu import declare, load_cpu
+
+CXX = shutil.which("g++") or shutil.which("clang++")
+SANITIZERS = "-O0 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+needs_cxx = pytest.mark.skipif(not CXX, reason="the CPU library is compiled by g++, which is missing")
+
+
+def load_instruction_sets(folder: Path) -> dict[str, ctypes.CDLL]:
+    """Return the library as each instruction set up to this processor's runs it.
+
+    The library chooses once, when it is first asked; so each one is a copy of its own.
+    """
+    load_cpu()
+    libraries = {}
+    before = os.environ.get("CRIA_INSTRUCTION_SET")
+    for name in toolchain.instruction_sets():
+        copy = shutil.copy(library.path_of("cpu"), folder / f"{name}.so")
+        os.environ["CRIA_INSTRUCTION_SET"] = name
+        loaded = ctypes.CDLL(str(copy))
+        declare(loaded)
+        if loaded.cria_instruction_set().decode() == name:
+            libraries[name] = loaded
+    del os.environ["CRIA_INSTRUCTION_SET"]
+    if before is not None:
+        os.environ["CRIA_INSTRUCTION_SET"] = before
+    return libraries
+
+
+@cache
+def build_sanitized(folder: Path) -> Path:
+    """Return the CPU library, built into the folder with the address and undefined-behaviour sanitizers."""
+    os.environ["CXXFLAGS"] = SANITIZERS
+    try:
+        jobs, link = toolchain.plan_cxx("cpu", library.ROOT / "csrc", toolchain.has_openmp([CXX], folder))
+    finally:
+        del os.environ["CXXFLAGS"]
+    objects = [str(folder / f"{job.name}.o") for job in jobs]
+    for job, target in zip(jobs, objects, strict=True):
+        subprocess.run([*job.command, "-o", target], check=True)
+    subprocess.run([*link, *objects, "-o", str(folder / "libcpu.so")], check=True)
+    return folder / "libcpu.so"
+
+
+def run_sanitized(folder: Path, driver: Path, *arguments: str) -> str:
+    """Return what a Python file prints, which imports no torch and gets the sanitized library's path.
+
+    Fails with the sanitizer's report if it ends with anything but 0.
+    """
+    runtime = subprocess.run([CXX, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout
+    environment = os.environ | {
+        "LD_PRELOAD": runtime.strip(), "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1",
+        "OMP_NUM_THREADS": "2",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(driver), str(build_sanitized(folder)), *arguments],
+        capture_output=True, text=True, check=False, env=environment, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return done.stdout
