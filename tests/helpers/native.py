@@ -40,22 +40,25 @@ def load_instruction_sets(folder: Path) -> dict[str, ctypes.CDLL]:
 
 
 @cache
-def build_sanitized(folder: Path) -> Path:
-    """Return the CPU library, built into the folder with the address and undefined-behaviour sanitizers."""
+def build_sanitized(folder: Path, name: str) -> Path:
+    """Return a library of csrc/cpu's sources of one name, built into the folder with the sanitizers."""
     os.environ["CXXFLAGS"] = SANITIZERS
     try:
         jobs, link = toolchain.plan_cxx("cpu", library.ROOT / "csrc", toolchain.has_openmp([CXX], folder))
     finally:
         del os.environ["CXXFLAGS"]
-    objects = [str(folder / f"{job.name}.o") for job in jobs]
-    for job, target in zip(jobs, objects, strict=True):
-        subprocess.run([*job.command, "-o", target], check=True)
-    subprocess.run([*link, *objects, "-o", str(folder / "libcpu.so")], check=True)
-    return folder / "libcpu.so"
+    objects = []
+    for job in jobs:
+        if job.source.stem in (name, "instruction_set"):
+            objects.append(str(folder / f"{job.name}.o"))
+            subprocess.run([*job.command, "-o", objects[-1]], check=True)
+    target = folder / f"lib{name}.so"
+    subprocess.run([*link, *objects, "-o", str(target)], check=True)
+    return target
 
 
-def run_sanitized(folder: Path, driver: Path, *arguments: str) -> str:
-    """Return what a Python file prints, which imports no torch and gets the sanitized library's path.
+def run_sanitized(folder: Path, name: str, *arguments: str) -> str:
+    """Return what tests/helpers/sanitized_NAME.py prints, which imports no torch and gets the library of that name.
 
     Fails with the sanitizer's report if it ends with anything but 0.
     """
@@ -64,8 +67,9 @@ def run_sanitized(folder: Path, driver: Path, *arguments: str) -> str:
         "LD_PRELOAD": runtime.strip(), "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "2",
     }  # fmt: skip
+    driver = Path(__file__).with_name(f"sanitized_{name}.py")
     done = subprocess.run(
-        [sys.executable, str(driver), str(build_sanitized(folder)), *arguments],
+        [sys.executable, str(driver), str(build_sanitized(folder, name)), *arguments],
         capture_output=True, text=True, check=False, env=environment, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
