@@ -380,7 +380,9 @@ def adamw(
     """
     check_tensors(param, grad, state)
     numbers = check_numbers(param, state, lr, grad_scale, apply, step, seed, offset)
-    run: Any = {"ref": adamw_ref, "native": adamw_native, "triton": update}[choose_impl("adamw", impl, param, has_native=True)]
+    run: Any = {"ref": adamw_ref, "native": adamw_native, "triton": update}[
+        choose_impl("adamw", impl, param, has_native=True)
+    ]
     run(
         param, grad.contiguous(), state.m, state.v, state.m_absmax, state.v_absmax, state.low, state.master,
         *numbers, apply, beta1, beta2, eps, weight_decay, step, seed, offset,
