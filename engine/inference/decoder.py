@@ -34,17 +34,18 @@ class Decoder:
             self.layers,
         )  # fmt: skip
         _, batch, longest = cache.k.shape[:3]
-        size = library.cria_decode_workspace(ctypes.byref(self.llama), batch, longest, self.threads)
+        rows = min(batch, MAX_ROWS)
+        size = library.cria_decode_workspace(ctypes.byref(self.llama), rows, longest, self.threads)
         self.workspace = torch.empty(size)
 
     def next_logits(self, tokens: Sequence[int], sequences: Sequence[int]) -> torch.Tensor:
-        """Return logits (n, V) fp32 behind one more token of each of n sequences of the cache.
+        """Return logits (n, V) fp32 behind one more token of each of n sequences of the cache, at most MAX_ROWS.
 
         They are rounded to the weights' dtype, as the model's own. Raises NativeError for a token or a sequence that
         there is none of, or when the cache is full.
         """
         chosen = torch.tensor(sequences)
-        positions = self.cache.begin_token()[chosen]
+        positions = self.cache.begin_token(chosen)
         lengths, ids = positions + 1, torch.tensor(tokens)
         cos, sin = (table.contiguous() for table in rope_tables(self.config, positions, one_of_each=True))
         logits = torch.empty(len(tokens), self.config.vocab_size)
@@ -59,13 +60,13 @@ def find_decoder(model: Transformer, cache: KVCache) -> Decoder | None:
     """Return the decoder of a model and its cache; None where torch is to run.
 
     None without the CPU library, on another device, in a dtype other than fp32 and bf16, for --kernels triton and ref,
-    for weights that lie in shards or parts, with autograd, and for more than MAX_ROWS sequences.
+    for weights that lie in shards or parts, and with autograd.
     """
     parameters = list(model.parameters())
     plain = all(type(p) is torch.nn.Parameter and p.device.type == "cpu" and p.is_contiguous() for p in parameters)
     same_dtype = len({t.dtype for t in (*parameters, cache.k)}) == 1 and model.norm.dtype in few_rows.TYPES
     suits = type(model) is Transformer and plain and same_dtype and model.impl in ("auto", "native")
-    if not suits or torch.is_grad_enabled() or cache.k.shape[1] > MAX_ROWS:
+    if not suits or torch.is_grad_enabled():
         return None
     library = find_cpu()
     return Decoder(library, model, cache) if library else None

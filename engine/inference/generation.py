@@ -4,8 +4,8 @@ from collections.abc import Callable, Container, Sequence
 
 import torch
 
-from engine.inference.decoder import find_decoder
-from engine.inference.kv_cache import KVCache
+from engine.inference.decoder import MAX_ROWS, find_decoder
+from engine.inference.kv_cache import KVCache, pack_prompts
 from engine.model.llama import Transformer
 
 
@@ -45,13 +45,11 @@ def generate(
     if not all(prompts):
         raise ValueError("generate: an empty prompt has no next token; begin with the tokenizer's bos_id")
     device, dtype = model.norm.device, model.norm.dtype
-    lengths = torch.tensor([len(p) for p in prompts])
-    ends = lengths.cumsum(0)
-    documents = torch.zeros(len(prompts), 4, dtype=torch.int32)
-    documents[:, 0], documents[:, 1] = ends - lengths, ends
-    lengths = lengths.to(device)
-    cache = KVCache(model.config, len(prompts), int(lengths.max()) + max_new_tokens, device, dtype, model.impl)
-    cache.begin_prompts(lengths, documents)
+    prefill = pack_prompts([len(p) for p in prompts])
+    ends = torch.tensor([p.end for p in prefill.prompts], device=device)
+    longest = max(map(len, prompts)) + max_new_tokens
+    cache = KVCache(model.config, len(prompts), longest, device, dtype, model.impl)
+    cache.begin_prefill(prefill)
     tokens = torch.tensor([i for p in prompts for i in p], device=device)
     positions = torch.cat([torch.arange(len(p), device=device) for p in prompts])
     logits = model.logits(model(tokens, positions, cache=cache)[ends - 1])
@@ -73,10 +71,9 @@ def generate(
         if not drawn:
             return answers
         unfinished = list(drawn)
-        if decoder:
+        if decoder and len(unfinished) <= MAX_ROWS:
             logits = decoder.next_logits(list(drawn.values()), unfinished)
         else:
-            new = torch.zeros(len(prompts), dtype=torch.int64)
-            new[unfinished] = torch.tensor(list(drawn.values()))
-            x = model(new.to(device), cache.begin_token(), cache=cache)
-            logits = model.logits(x[torch.tensor(unfinished, device=device)])
+            positions = cache.begin_token(torch.tensor(unfinished, device=device))
+            x = model(torch.tensor(list(drawn.values()), device=device), positions, cache=cache)
+            logits = model.logits(x)
