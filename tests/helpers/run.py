@@ -32,19 +32,6 @@ def command(module, *args, check=True):
     return done
 
 
-def start_compiler(module, *args, path=()):
-    """Start python -m MODULE ARGS in which Triton compiles: without its interpreter, which this process may use.
-
-    path: folders that go before this project's, another Triton's for example.
-    """
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT))), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", module, *map(str, args)],
-        cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
 def forked(name, *args, check=True):
     """Run engine.NAME in a process of its own, without the seconds that imports take."""
     code = f"import sys\nfrom engine import {name}\nfrom engine.base.errors import run_main\n"

@@ -8,17 +8,17 @@ from triton import knobs
 
 from kernels import simulate
 from kernels.measure.simulated_records import find_differences, save_records
-from tests.helpers.run import ROOT, start_compiler
+from tests.helpers.compiler import run_compiler
+from tests.helpers.run import ROOT
 
 RECORDS = ROOT / "benchmarks" / "simulated.json"
 
 
 @pytest.mark.parametrize("chip", simulate.CHIPS)
 def test_every_kernel_is_right_and_breaks_no_rule(chip):
-    process = start_compiler("kernels.simulate", "--chip", chip, "--workers", "1", "--check", str(RECORDS))
-    out, err = process.communicate()
-    assert process.returncode == 0, out[-2000:] + err[-4000:]
-    assert ", 0 with something wrong, 0 findings" in out
+    done = run_compiler("kernels.simulate", "--chip", chip, "--workers", "1", "--check", RECORDS)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert ", 0 with something wrong, 0 findings" in done.stdout
 
 
 def test_it_does_not_run_in_the_interpreter(monkeypatch):
@@ -31,9 +31,8 @@ def test_it_does_not_run_in_the_interpreter(monkeypatch):
 @pytest.mark.parametrize(("fault", "said"), [("wrong result", "output 0 is off by"), ("no barrier", "race")])
 def test_a_fault_in_a_kernel_is_told(fault, said):
     command = (fault, "--op", "rms_norm", "--chip", "sm_90", "--workers", "1")
-    process = start_compiler("tests.helpers.wrong_kernels", *command)
-    out, err = process.communicate()
-    assert said in out and process.returncode == 1, out[-3000:] + err[-2000:]
+    done = run_compiler("tests.helpers.wrong_kernels", *command)
+    assert said in done.stdout and done.returncode == 1, done.stdout[-3000:] + done.stderr[-2000:]
 
 
 def test_records_of_other_cases_are_kept_and_a_difference_is_told(tmp_path):

@@ -9,7 +9,8 @@ from triton import knobs
 
 from kernels import static
 from kernels.compiled.machine_code import CHIPS
-from tests.helpers.run import ROOT, start_compiler
+from tests.helpers.compiler import run_compiler
+from tests.helpers.run import ROOT
 
 RECORDS = ROOT / "benchmarks" / "static.json"
 OLDEST = Path(sys.prefix) / "triton-3.6"  # put there by `make test`
@@ -22,11 +23,10 @@ def test_what_ships_passes(version, chip):
     if version == "3.6" and not OLDEST.exists():
         pytest.skip(f"needs Triton 3.6 in {OLDEST}: pip install --no-deps --target {OLDEST} triton==3.6.0")
     command = ("kernels.static", "--chip", chip, "--check", str(RECORDS), "--changed", "--workers", "1")
-    process = start_compiler(*command, path=[OLDEST] if version == "3.6" else ())
-    out, err = process.communicate()
-    assert process.returncode == 0, err[-4000:]
+    done = run_compiler(*command, path=[OLDEST] if version == "3.6" else ())
+    assert done.returncode == 0, done.stderr[-4000:]
     if version == "3.6":
-        assert "Triton 3.6.0" in out
+        assert "Triton 3.6.0" in done.stdout
 
 
 def test_it_does_not_run_in_the_interpreter(monkeypatch):
@@ -41,9 +41,8 @@ def test_a_triton_without_records_is_judged_and_not_compared(tmp_path):
     path = tmp_path / "static.json"
     path.write_text('{"versions": {"1.0": {}}, "records": []}')
     command = ("kernels.static", "--op", "grad_norm", "--chip", "sm_90", "--workers", "1", "--check", str(path))
-    process = start_compiler(*command)
-    out, err = process.communicate()
-    assert process.returncode == 0 and f"holds no records of Triton {triton.__version__}" in out, err
+    done = run_compiler(*command)
+    assert done.returncode == 0 and f"holds no records of Triton {triton.__version__}" in done.stdout, done.stderr
     path.write_text(f'{{"versions": {{"{triton.__version__}": {{}}}}, "records": []}}')
-    process = start_compiler(*command)
-    assert "is stale" in process.communicate()[1] and process.returncode == 1
+    done = run_compiler(*command)
+    assert "is stale" in done.stderr and done.returncode == 1

@@ -1,7 +1,5 @@
 """The command kernels.tune: the flow at toy size in the interpreter, the ranking by machine code, and refusals."""
 
-import os
-import subprocess
 import sys
 
 import pytest
@@ -10,7 +8,8 @@ import torch
 from kernels import tune
 from kernels.compiled.launch_cases import all_cases
 from kernels.ops import common
-from tests.helpers.run import ROOT
+from tests.helpers.compiler import run_compiler
+from tests.helpers.forks import Started
 
 
 def tables():
@@ -20,16 +19,13 @@ def tables():
 @pytest.mark.timeout(3600)  # 20 s of work, which a busy machine may stretch
 def test_smoke_goes_through_every_kernel_and_writes_nothing():
     before = tables()
-    done = subprocess.run(
-        [sys.executable, "-m", "kernels.tune", "--smoke"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    process = Started("from kernels import tune; tune.main()", "--smoke")
+    _, said = process.communicate()
+    assert process.returncode == 0, said[-3000:]
     for op in {case.op for case in all_cases()}:
         for kernel in common.launch_table(op):
-            assert f"{op}.{kernel} interpreter" in done.stderr
-    assert "failed" not in done.stderr and "not reached" not in done.stderr
+            assert f"{op}.{kernel} interpreter" in said
+    assert "failed" not in said and "not reached" not in said
     assert tables() == before
 
 
@@ -75,11 +71,7 @@ def test_static_ranks_candidates_and_shows_refusals(tmp_path):
         "from kernels import tune\nfrom kernels.measure import candidates\n"
         "candidates.CANDIDATES['rope'] = {'rotate': {'TOKENS': (8, 32), 'num_warps': (8,)}}\ntune.main()"
     )
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, "--static", "--op", "rope", "--chip", "sm_90"],
-        cwd=ROOT, env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = run_compiler("-c", code, "--static", "--op", "rope", "--chip", "sm_90")
     assert done.returncode == 0, done.stderr[-3000:]
     blocks = done.stdout.split("rope.rotate sm_90 up to ")[1:]
     assert len(blocks) == len(common.launch_table("rope")["rotate"]["sm_90"])

@@ -6,16 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.run import start_compiler
+from tests.helpers.compiler import run_compiler
 
 OLDEST = Path(sys.prefix) / "triton-3.6"  # the GPU machines'; put there by `make test`
 
 
 def take_steps(*args, path=()):
-    process = start_compiler("tests.helpers.fake_gpu", *args, path=path)
-    out, err = process.communicate()
-    assert process.returncode == 0, err[-4000:]
-    return json.loads(out)
+    done = run_compiler("tests.helpers.fake_gpu", *args, path=path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("sharing", [1, 0])

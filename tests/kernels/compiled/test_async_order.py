@@ -9,7 +9,7 @@ import torch
 
 from kernels.compiled.async_order import find_unordered
 from kernels.ops import async_proxy, attention, common
-from tests.helpers.run import start_compiler
+from tests.helpers.compiler import run_compiler
 
 OLDEST = Path(sys.prefix) / "triton-3.6"  # put there by `make test`
 WGMMA = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r0,%r1,%r2,%r3}, {%r4,%r5,%r6,%r7}, %rd1, 1, 1, 1, 0;"
@@ -85,10 +85,9 @@ def test_only_old_tritons_on_sm_90_add_the_orders(monkeypatch):
 def test_attention_reads_in_order_on_sm_90(version):
     if version == "3.6" and not OLDEST.exists():
         pytest.skip(f"needs Triton 3.6 in {OLDEST}: pip install --no-deps --target {OLDEST} triton==3.6.0")
-    process = start_compiler("tests.helpers.attention_orders", path=[OLDEST] if version == "3.6" else ())
-    out, err = process.communicate()
-    assert process.returncode == 0, err[-4000:]
-    seen = json.loads(out.splitlines()[-1])
+    done = run_compiler("tests.helpers.attention_orders", path=[OLDEST] if version == "3.6" else ())
+    assert done.returncode == 0, done.stderr[-4000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
     for name in ("shipped", "shipped, late"):
         assert seen[name] == {"proxy": [], "other": [], "text": []}, (version, name)
     assert seen["equal"] == {"late": True, "without orders": True}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.helpers.run import start_compiler
+from tests.helpers.compiler import run_compiler
 
 FAULTS = {  # name -> kinds of findings of which one must be there, and whether the result shows the fault
     "no wait for cp.async": ({"race"}, "late"),
@@ -25,10 +25,9 @@ BARRIERS = ["attention sm_80", "attention sm_90", "rms_norm sm_80", "rms_norm sm
 @pytest.fixture(scope="module")
 def planted():
     """Run them all in a process in which Triton compiles, and return what was found by name."""
-    process = start_compiler("tests.helpers.planted_faults")
-    out, err = process.communicate()
-    assert process.returncode == 0, out + err
-    lines = [json.loads(line) for line in out.splitlines()]
+    done = run_compiler("tests.helpers.planted_faults")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
     return {line.get("fault") or line["barriers of"]: line for line in lines}
 
 

@@ -8,15 +8,15 @@ import pytest
 from kernels.compiled.launch_cases import all_cases
 from kernels.compiled.machine_code import CHIPS
 from kernels.compiled.rules import Violation, find_unplayed, find_unused, operator_names
-from tests.helpers.run import start_compiler
+from tests.helpers.compiler import run_compiler
 
 
 @pytest.fixture(scope="module")
 def refused():
     """What the gate says of tests/helpers/gate_kernels.py."""
-    out, err = start_compiler("tests.helpers.gate_kernels").communicate()
-    assert out, err
-    return json.loads(out.splitlines()[-1])
+    done = run_compiler("tests.helpers.gate_kernels")
+    assert done.stdout, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 REFUSALS = {

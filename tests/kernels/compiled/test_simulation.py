@@ -9,7 +9,7 @@ from triton import knobs
 
 from kernels.compiled.ptx import PtxError
 from kernels.compiled.simulation import on_machine
-from tests.helpers.run import start_compiler
+from tests.helpers.compiler import run_compiler
 
 OLDEST = Path(sys.prefix) / "triton-3.6"  # put there by `make test`
 
@@ -18,10 +18,9 @@ OLDEST = Path(sys.prefix) / "triton-3.6"  # put there by `make test`
 def test_tiles_by_tensor_descriptors(version):
     if version == "3.6" and not OLDEST.exists():
         pytest.skip(f"needs Triton 3.6 in {OLDEST}: pip install --no-deps --target {OLDEST} triton==3.6.0")
-    process = start_compiler("tests.helpers.descriptor_kernels", path=[OLDEST] if version == "3.6" else ())
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    cases = [json.loads(line) for line in out.splitlines()]
+    done = run_compiler("tests.helpers.descriptor_kernels", path=[OLDEST] if version == "3.6" else ())
+    assert done.returncode == 0, done.stderr
+    cases = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(cases) == 10
     for case in cases:
         specialised = "specialised" in case["case"]

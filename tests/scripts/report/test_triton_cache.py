@@ -2,13 +2,11 @@
 
 import os
 import shutil
-import subprocess
-import sys
 
 from scripts.report import kernel_parts
 from scripts.report.report import Report
 from scripts.report.triton_cache import ARCHIVE, carry_cache
-from tests.helpers.run import ROOT, environment
+from tests.helpers.compiler import run_compiler
 
 COMPILE_AGAIN = """
 import triton
@@ -33,8 +31,5 @@ def test_what_the_first_run_compiles_the_next_one_finds(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "one")
     assert (tmp_path / ARCHIVE).stat().st_size < 2e6 and os.environ["TRITON_CACHE_DIR"] == "before"
     with carry_cache(tmp_path, tmp_path / "two"):
-        env = {name: value for name, value in environment().items() if name != "TRITON_INTERPRET"}
-        done = subprocess.run(
-            [sys.executable, "-c", COMPILE_AGAIN], cwd=ROOT, env=env, capture_output=True, text=True, check=False
-        )
+        done = run_compiler("-c", COMPILE_AGAIN)
     assert done.stdout == "[True, True, True, True]\n", done.stderr[-2000:]

@@ -3,16 +3,15 @@
 import json
 
 from scripts.step.rows import TOY
-from tests.helpers.run import start_compiler
+from tests.helpers.compiler import run_compiler
 
 
 def test_a_toys_step_counted_by_hand(tmp_path):
     path = tmp_path / "launches.json"
     path.write_text(json.dumps({"records": {"before": {}}}))
     command = ("--smoke", "--tokens", "384", "--instructions", "--json", path, "--label", "now")
-    process = start_compiler("scripts.step.launches", *command)
-    out, err = process.communicate()
-    assert process.returncode == 0, out + err
+    done = run_compiler("scripts.step.launches", *command)
+    assert done.returncode == 0, done.stdout + done.stderr
     records = json.loads(path.read_text())["records"]
     assert set(records) == {"before", "now"}
     kinds = records["now"]["kinds"]
