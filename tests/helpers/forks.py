@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FORKS = multiprocessing.get_context("forkserver")
 COMMANDS = ["engine.finetune", "engine.export", "engine.generate", "data_gen.generate"]
-LATE = ["torch._dynamo", "torch.distributed.fsdp", "numpy.random"]  # what a rank imports when it shards a model: 1 s
+LATE = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.run", "numpy.random"]  # of a sharded model: 1 s
 FORKS.set_forkserver_preload([*COMMANDS, *LATE, "openai", "tests.helpers.forks"])
 
 
@@ -62,6 +62,50 @@ def ranks(n, *args, code=FINETUNE):
     started = start_ranks(n, *args, code=code)
     said = [text for process in started for text in process.communicate(timeout=200)]
     return [process.returncode for process in started], "".join(said)
+
+
+# torchrun, whose ranks are forked from it instead of started: its own agent, rendezvous, signals, restarts, and ranks
+# that are children of it, all without 4 CPU seconds of imports each. The real command is in test_launch.py.
+TORCHRUN = """
+import os, signal, subprocess, sys, traceback
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+class Forked(subprocess.Popen):
+    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *_):
+        self.pid, self._child_created = os.fork(), True
+        if self.pid == 0:
+            become(args[args.index("-u") + 1 :], env)
+
+def become(argv, env):
+    code = 1
+    try:
+        os.setsid()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):  # torchrun handles them
+            signal.signal(number, signal.SIG_DFL)
+        os.closerange(3, 1000)  # torchrun's sockets
+        os.environ.clear()
+        os.environ.update(env)
+        sys.argv = argv
+        exec(compile(open(argv[0]).read(), argv[0], "exec"), {"__name__": "__main__"})
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+subprocess_handler.Popen = Forked
+run.main()
+"""
+
+
+def start_torchrun(*args, **variables):
+    """Start `torchrun ARGS`, the first of them that is no flag a Python file, on a machine without GPUs."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | variables
+    return Started(TORCHRUN, *args, env=env)
 
 
 def free_port():

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from engine import finetune as command
 from engine.base.errors import run_main
 from engine.base.files import read_json
-from tests.helpers.forks import free_port, ranks
+from tests.helpers.forks import free_port, ranks, start_torchrun
 from tests.helpers.run import BEFORE_CALL, PARTS_OF_A_RUN, ROOT, environment, events
 from tests.helpers.small_model import small_model, write_model
 
@@ -144,42 +144,31 @@ sys.exit(run_main(finetune.main, sys.argv[1:]))
 )
 
 
-def two_machines(log, dies, *program):
-    """Exit codes of two torchruns of a rank each; the first one's machine keeps the store, and is where one dies."""
-    words = ("torchrun", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=x")
+def two_machines(dies, *program):
+    """Run two torchruns of a rank each: (exit codes, what all printed). The first keeps the store, and loses one."""
+    words = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=x")
     where = f"--rdzv-endpoint=localhost:{free_port()}"
     started = [
-        start(log, (*words, where, f"--rdzv-conf=is_host={i == 0}", *program), MACHINE=str(i), DIES=dies)
+        start_torchrun(*words, where, f"--rdzv-conf=is_host={i == 0}", *program, MACHINE=str(i), DIES=dies)
         for i in range(2)
     ]
-    return [ended(process) for process in started]
+    said = [text for process in started for text in process.communicate(timeout=240)]
+    return [process.returncode for process in started], "".join(said)
 
 
 def test_two_machines_lose_one_and_then_a_rank(rows, reference, tmp_path):
     """Without a machine the run ends, and the same command goes on. A rank that dies is started again, and with it the
     other machine's, whose torchrun counts no restart."""
-    out, log, script = tmp_path / "out", tmp_path / "log", tmp_path / "dies.py"
-    run = (
-        script,
-        "--model",
-        small_model(),
-        *COMMON,
-        *STEPS,
-        "--data",
-        rows,
-        "--dtype",
-        "fp32",
-        "--save-every",
-        1,
-        "--out",
-        out,
-    )
+    out, script = tmp_path / "out", tmp_path / "dies.py"
+    files = ("--data", rows, "--out", out, "--save-every", 1)
+    run = (script, "--model", small_model(), *COMMON, *STEPS, "--dtype", "fp32", *files)
     script.write_text(DIES)
-    lost, left = two_machines(log, "machine", *run)
-    assert lost == -signal.SIGKILL and left == 1 and "another rank ended" in log.read_text(), log.read_text()
-    assert two_machines(log, "rank", "--max-restarts=1", *run) == [0, 0], log.read_text()
-    assert log.read_text().count("going on after step") == 2, log.read_text()
-    assert "connectFullMesh failed" not in log.read_text(), "a rank looked for one that is gone"
+    codes, said = two_machines("machine", *run)
+    assert codes == [-signal.SIGKILL, 1] and "another rank ended" in said, said
+    codes, more = two_machines("rank", "--max-restarts=1", *run)
+    assert codes == [0, 0], more
+    assert more.count("going on after step") == 2, more
+    assert "connectFullMesh failed" not in said + more, "a rank looked for one that is gone"
     same(out, reference)
 
 

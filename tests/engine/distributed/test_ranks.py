@@ -5,8 +5,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -19,8 +17,8 @@ from engine.base.errors import UsageError, run_main
 from engine.model.config import MODELS
 from engine.training.config import FinetuneConfig
 from engine.training.prepare import check_ranks
-from tests.helpers.forks import Started, ranks, start_ranks
-from tests.helpers.run import BEFORE_CALL, PARTS_OF_A_RUN, ROOT, environment, events
+from tests.helpers.forks import Started, ranks, start_ranks, start_torchrun
+from tests.helpers.run import BEFORE_CALL, PARTS_OF_A_RUN, events
 from tests.helpers.small_model import small_model
 
 STEPS = 6
@@ -114,17 +112,11 @@ def patched(n, patch, *args):
     return [process.returncode], said
 
 
-def driven(tmp_path, n, patch, *args, more=()):
-    """Run n ranks under a patch by torchrun: return (its exit code, what it and they printed)."""
+def start_driven(tmp_path, n, patch, *args, more=()):
+    """Start n ranks under a patch by torchrun."""
     script = tmp_path / "driver.py"
     script.write_text(DRIVER + BEFORE_CALL + patch + RUN)
-    launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", *more)
-    words = [sys.executable, *launch, script, *args]
-    done = subprocess.run(
-        list(map(str, words)), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, check=False, timeout=300,
-    )  # fmt: skip
-    return done.returncode, done.stdout
+    return start_torchrun("--standalone", f"--nproc-per-node={n}", *more, script, *args)
 
 
 SAVES = ("--eval-fraction", 0.2, "--eval-every", 2, "--save-every", 1)
@@ -179,8 +171,9 @@ def test_a_restart_by_torchrun_resumes_by_itself(rows, reference, tmp_path):
     once += (
         "if RANK == 1 and not mark.exists(): before(step.Steps, 'compute_gradients', 4, lambda: (mark.touch(), die()))"
     )
-    code, said = driven(tmp_path, 2, once, *flags(rows, out, *SAVES), more=("--max-restarts", "1"))
-    assert code == 0 and "going on after step" in said, said
+    process = start_driven(tmp_path, 2, once, *flags(rows, out, *SAVES), more=("--max-restarts", "1"))
+    said = "".join(process.communicate(timeout=240))
+    assert process.returncode == 0 and "going on after step" in said, said
     same(out, reference)
 
 
@@ -215,19 +208,13 @@ def wait_for_signal():
         time.sleep(0.01)
 before(step.Steps, 'compute_gradients', 3, wait_for_signal)
 """
-    script = tmp_path / "driver.py"
-    script.write_text(DRIVER + BEFORE_CALL + slow + RUN)
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script)
-    process = subprocess.Popen(
-        list(map(str, (sys.executable, *launch, *flags(rows, out, *SAVES[:4])))), cwd=ROOT, env=environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    process = start_driven(tmp_path, 2, slow, *flags(rows, out, *SAVES[:4]))
     end = time.monotonic() + 240
     while not (out / "metrics.jsonl").exists() or '"step": 2' not in (out / "metrics.jsonl").read_text():
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=240)
+    process.terminate()
+    said = "".join(process.communicate(timeout=240))
     assert process.returncode != 0 and "stopped by SIGTERM after step" in said, said
     assert len(list(out.glob("checkpoint-*"))) == 1
     assert "going on after step" in several(2, *flags(rows, out, *SAVES[:4]))
