@@ -1,5 +1,5 @@
 // Products of few rows of x with a matrix of weights, and a LLaMA's forward of one token a sequence made of them.
-// kernels/native/few_rows.py declares the structs for ctypes.
+// kernels/native/arguments.py declares the structs for ctypes.
 #pragma once
 
 #include "api.h"

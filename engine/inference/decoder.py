@@ -12,8 +12,9 @@ import torch
 from engine.inference.kv_cache import KVCache
 from engine.model.llama import Transformer
 from engine.model.rope import rope_tables
-from kernels.native import few_rows
+from kernels.native.arguments import Layer, Llama, Tokens
 from kernels.native.cpu import find_cpu
+from kernels.native.few_rows import TYPES, new_layers
 from kernels.native.library import check
 
 MAX_ROWS = 8  # sequences at once: beyond, torch's products, which read the weights once too, are as fast
@@ -26,10 +27,10 @@ class Decoder:
         c = model.config
         self.library, self.config, self.cache, self.model = library, c, cache, model
         self.threads = torch.get_num_threads()
-        names = [field[0] for field in few_rows.Layer._fields_]
-        self.layers = few_rows.new_layers([[getattr(layer, name) for name in names] for layer in model.layers])
-        self.llama = few_rows.Llama(
-            few_rows.TYPES[model.norm.dtype], c.dim, c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim, c.hidden_dim,
+        names = [field[0] for field in Layer._fields_]
+        self.layers = new_layers([[getattr(layer, name) for name in names] for layer in model.layers])
+        self.llama = Llama(
+            TYPES[model.norm.dtype], c.dim, c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim, c.hidden_dim,
             c.vocab_size, c.norm_eps, *(t.data_ptr() for t in (model.tok_embeddings, model.norm, model.head)),
             self.layers,
         )  # fmt: skip
@@ -51,7 +52,7 @@ class Decoder:
         logits = torch.empty(len(tokens), self.config.vocab_size)
         _, batch, longest = self.cache.k.shape[:3]
         used = (ids, chosen, lengths, cos, sin, self.cache.k, self.cache.v, self.workspace, logits)
-        step = few_rows.Tokens(len(tokens), batch, longest, self.threads, *(t.data_ptr() for t in used))
+        step = Tokens(len(tokens), batch, longest, self.threads, *(t.data_ptr() for t in used))
         check(self.library.cria_decode(ctypes.byref(self.llama), ctypes.byref(step)), "decode")
         return logits
 
@@ -64,7 +65,7 @@ def find_decoder(model: Transformer, cache: KVCache) -> Decoder | None:
     """
     parameters = list(model.parameters())
     plain = all(type(p) is torch.nn.Parameter and p.device.type == "cpu" and p.is_contiguous() for p in parameters)
-    same_dtype = len({t.dtype for t in (*parameters, cache.k)}) == 1 and model.norm.dtype in few_rows.TYPES
+    same_dtype = len({t.dtype for t in (*parameters, cache.k)}) == 1 and model.norm.dtype in TYPES
     suits = type(model) is Transformer and plain and same_dtype and model.impl in ("auto", "native")
     if not suits or torch.is_grad_enabled():
         return None

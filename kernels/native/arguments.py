@@ -1,6 +1,7 @@
 """Arguments of csrc/cpu's functions, as ctypes passes them. Standard library only: tests load it without torch."""
 
 import ctypes
+from ctypes import c_double, c_int64, c_void_p
 
 
 class AdamWArguments(ctypes.Structure):
@@ -15,4 +16,43 @@ class AdamWArguments(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("scale", "rest1", "beta2", "rest2", "eps", "decay", "rate")),
         *((name, ctypes.c_uint32) for name in ("step", "seed")),
         *((name, ctypes.c_int32) for name in ("grad_type", "states", "master_type", "threads")),
+    ]
+
+
+class FewRows(ctypes.Structure):
+    """y = x w^T; csrc/cpu/few_rows.h tells the fields of this struct and of the three below."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("type", "rows", "in_", "out", "threads")),
+        *((name, c_void_p) for name in ("x", "w", "y", "workspace")),
+    ]
+
+
+class Layer(ctypes.Structure):
+    """The weights of one layer; a bias that there is none of is null."""
+
+    _fields_ = [
+        (name, c_void_p)
+        for name in ("attention_norm", "wqkv", "bqkv", "wo", "bo", "ffn_norm", "w13", "b13", "w2", "b2")
+    ]
+
+
+class Llama(ctypes.Structure):
+    """The shape and the weights of a model."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("type", "dim", "layers", "heads", "kv_heads")),
+        *((name, c_int64) for name in ("head_dim", "hidden_dim", "vocab")),
+        ("eps", c_double),
+        *((name, c_void_p) for name in ("embedding", "norm", "head")),
+        ("layer", ctypes.POINTER(Layer)),
+    ]
+
+
+class Tokens(ctypes.Structure):
+    """The next token of some sequences of a cache."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("rows", "sequences", "longest", "threads")),
+        *((name, c_void_p) for name in ("tokens", "sequence", "length", "cos", "sin", "k", "v", "workspace", "logits")),
     ]

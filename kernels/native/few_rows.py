@@ -1,55 +1,16 @@
-"""Products of few rows and the forward of one token a sequence, as csrc/cpu/few_rows.h declares them."""
+"""Products of few rows, and what the forward of one token a sequence is given: csrc/cpu/few_rows.h."""
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import c_double, c_int64, c_void_p
 
 import torch
 
+from kernels.native.arguments import FewRows, Layer
 from kernels.native.library import check
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 Q8 = 2  # GGUF's q8_0: bytes, 34 for each 32 numbers: an fp16 scale, then signed bytes
 Q8_BLOCK, Q8_BYTES = 32, 34
-
-
-class FewRows(ctypes.Structure):
-    """y = x w^T; csrc/cpu/few_rows.h tells the fields of this struct and the others."""
-
-    _fields_ = [(name, c_int64) for name in ("type", "rows", "in_", "out", "threads")] + [
-        (name, c_void_p) for name in ("x", "w", "y", "workspace")
-    ]
-
-
-class Layer(ctypes.Structure):
-    """The weights of one layer; a bias that there is none of is null."""
-
-    _fields_ = [
-        (name, c_void_p)
-        for name in ("attention_norm", "wqkv", "bqkv", "wo", "bo", "ffn_norm", "w13", "b13", "w2", "b2")
-    ]
-
-
-class Llama(ctypes.Structure):
-    """The shape and the weights of a model."""
-
-    _fields_ = [
-        *(
-            (name, c_int64)
-            for name in ("type", "dim", "layers", "heads", "kv_heads", "head_dim", "hidden_dim", "vocab")
-        ),
-        ("eps", c_double),
-        *((name, c_void_p) for name in ("embedding", "norm", "head")),
-        ("layer", ctypes.POINTER(Layer)),
-    ]
-
-
-class Tokens(ctypes.Structure):
-    """The next token of some sequences of a cache."""
-
-    _fields_ = [(name, c_int64) for name in ("rows", "sequences", "longest", "threads")] + [
-        (name, c_void_p) for name in ("tokens", "sequence", "length", "cos", "sin", "k", "v", "workspace", "logits")
-    ]
 
 
 def multiply_few_rows(library: ctypes.CDLL, x: torch.Tensor, w: torch.Tensor, threads: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ from kernels.native import library, toolchain
 from kernels.native.cpu import declare, load_cpu
 
 CXX = shutil.which("g++") or shutil.which("clang++")
+BESIDE = {"few_rows": ("decode",)}  # sources that are built with those of a name
 SANITIZERS = "-O0 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 needs_cxx = pytest.mark.skipif(not CXX, reason="the CPU library is compiled by g++, which is missing")
 
@@ -41,7 +42,7 @@ def load_instruction_sets(folder: Path) -> dict[str, ctypes.CDLL]:
 
 @cache
 def build_sanitized(folder: Path, name: str) -> Path:
-    """Return a library of csrc/cpu's sources of one name, built into the folder with the sanitizers."""
+    """Return a library of csrc/cpu's sources of one name and those beside it, built with the sanitizers."""
     os.environ["CXXFLAGS"] = SANITIZERS
     try:
         jobs, link = toolchain.plan_cxx("cpu", library.ROOT / "csrc", toolchain.has_openmp([CXX], folder))
@@ -49,7 +50,7 @@ def build_sanitized(folder: Path, name: str) -> Path:
         del os.environ["CXXFLAGS"]
     objects = []
     for job in jobs:
-        if job.source.stem in (name, "instruction_set"):
+        if job.source.stem in (name, *BESIDE.get(name, ()), "instruction_set"):
             objects.append(str(folder / f"{job.name}.o"))
             subprocess.run([*job.command, "-o", objects[-1]], check=True)
     target = folder / f"lib{name}.so"

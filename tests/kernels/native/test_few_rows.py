@@ -1,41 +1,29 @@
 """Products of few rows against fp64, with every instruction set of this processor."""
 
 import ctypes
-import os
-import shutil
 
 import pytest
 import torch
 
-from kernels.native import few_rows
+from kernels.native import toolchain
+from kernels.native.arguments import FewRows
 from kernels.native.cpu import find_cpu, load_cpu
-from kernels.native.few_rows import multiply_few_rows
-from kernels.native.library import NativeError, check, path_of
+from kernels.native.few_rows import Q8, multiply_few_rows
+from kernels.native.library import NativeError, check
+from tests.helpers import native
 
 pytestmark = pytest.mark.skipif(find_cpu() is None, reason="the CPU library is compiled by g++, which is missing")
 
-SETS = ("plain", "avx2", "avx512")
 SIZES = [(1, 1, 1), (1, 7, 3), (2, 16, 5), (3, 61, 37), (4, 64, 64), (5, 130, 33), (8, 576, 129), (11, 97, 131)]
 
 
-@pytest.fixture(scope="module", params=SETS)
+@pytest.fixture(scope="module", params=toolchain.instruction_sets())
 def library(request, tmp_path_factory):
-    """The library with one instruction set: a copy, since it chooses once."""
-    best = load_cpu().cria_instruction_set().decode()
-    if request.param not in SETS[: SETS.index(best) + 1]:
+    """The library with one instruction set."""
+    found = native.load_instruction_sets(tmp_path_factory.mktemp("native"))
+    if request.param not in found:
         pytest.skip(f"this processor has no {request.param}")
-    copy = shutil.copy(path_of("cpu"), tmp_path_factory.mktemp("native") / f"{request.param}.so")
-    before = os.environ.get("CRIA_INSTRUCTION_SET")
-    os.environ["CRIA_INSTRUCTION_SET"] = request.param
-    try:
-        copied = ctypes.CDLL(str(copy))
-        copied.cria_instruction_set.restype = ctypes.c_char_p
-        assert copied.cria_instruction_set().decode() == request.param
-    finally:
-        os.environ.pop("CRIA_INSTRUCTION_SET")
-        if before is not None:
-            os.environ["CRIA_INSTRUCTION_SET"] = before
-    return copied
+    return found[request.param]
 
 
 def quantize(w):
@@ -97,11 +85,19 @@ def test_what_is_no_product_is_refused():
 
     def call(**changes):
         fields = {"type": 0, "rows": 1, "in_": 32, "out": 1, "threads": 1, "x": 64, "w": 64, "y": 64, "workspace": 64}
-        check(library.cria_few_rows(ctypes.byref(few_rows.FewRows(**fields | changes))), "few_rows")
+        check(library.cria_few_rows(ctypes.byref(FewRows(**fields | changes))), "few_rows")
 
     for wrong, what in (
         ({"type": 7}, "a mode"), ({"rows": -1}, "a size"), ({"in_": 0}, "a size"), ({"threads": 0}, "a size"),
-        ({"type": few_rows.Q8, "in_": 33}, "a size"), ({"w": 66}, "a pointer"), ({"x": 66}, "a pointer"),
+        ({"type": Q8, "in_": 33}, "a size"), ({"w": 66}, "a pointer"), ({"x": 66}, "a pointer"),
     ):  # fmt: skip
         with pytest.raises(NativeError, match=f"few_rows: the compiled function was given {what}"):
             call(**wrong)
+
+
+def test_sanitizers_find_nothing(tmp_path_factory):
+    """Both sanitizers over a fuzz of shapes and addresses; a workspace that is a number short is found."""
+    folder = tmp_path_factory.getbasetemp()
+    assert native.run_sanitized(folder, "few_rows") == "39 calls\n"
+    with pytest.raises(AssertionError, match="heap-buffer-overflow"):
+        native.run_sanitized(folder, "few_rows", "overrun")
