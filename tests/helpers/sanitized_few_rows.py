@@ -87,6 +87,9 @@ def main():
     library = ctypes.CDLL(sys.argv[1])
     library.cria_decode_workspace.restype = ctypes.c_int64
     library.cria_decode_workspace.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 3]
+    if sys.argv[2:] == ["overrun"]:
+        decode(library, FP32, (5, 1, 1, 1, 2, 3, 4), (2,), 1, False, short=1)
+        return
     calls = 0
     for kind in (FP32, BF16, Q8):
         for rows in (0, 1, 3, 4, 7):
@@ -96,12 +99,10 @@ def main():
     for kind in (FP32, BF16):
         for heads, kv_heads, head_dim in ((3, 1, 2), (6, 1, 20), (2, 2, 64), (5, 5, 80)):
             shape = (int(DRAW.integers(1, 70)), 2, heads, kv_heads, head_dim, *DRAW.integers(1, 70, 2).tolist())
-            for lengths in ((1,), (128, 3, 129), (300, 1, 2, 127, 256)):
+            for lengths in ((1,), (128, 3), (257, 1, 129, 2, 5)):
                 decode(library, kind, shape, lengths, int(DRAW.integers(1, 4)), bool(calls % 2))
                 calls += 1
     print(f"{calls} calls", flush=True)
-    if sys.argv[2:] == ["overrun"]:
-        decode(library, FP32, (5, 1, 1, 1, 2, 3, 4), (2,), 1, False, short=1)
 
 
 main()
