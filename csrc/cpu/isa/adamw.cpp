@@ -42,21 +42,23 @@ struct Random {  // 16 bits for each element of a block, which may begin within 
     vu at(int i) const { return __builtin_convertvector(load<vh>(bits + shift + i), vu); }
 };
 
-vu quiet_bits(vf x) {  // one NaN for all
-    const vi is_nan = x != x;
-    return ((vu)x & (vu)~is_nan) | ((vu)is_nan & 0x7FC00000u);
+// Rounding takes whether a vector is known to hold finite numbers only, which saves most of its instructions.
+
+vu quiet_bits(vf x, bool is_finite) {  // one NaN for all
+    return is_finite ? (vu)x : (vu)(x == x ? x : fill(__builtin_nanf("")));
 }
+
+vi not_finite(vf x) { return ((vi)x & 0x7F800000) == 0x7F800000; }
 
 vh upper_halves(vu bits) { return __builtin_convertvector(bits >> 16, vh); }
 
-vh round_at_random(vf x, vu random) {
-    const vu bits = quiet_bits(x);
-    const vi is_finite = (vi)(bits & 0x7F800000u) != 0x7F800000;
-    return upper_halves(bits + (random & (vu)is_finite));
+vh round_at_random(vf x, vu random, bool is_finite) {
+    const vu bits = quiet_bits(x, is_finite);
+    return upper_halves(bits + (is_finite ? random : random & (vu)~not_finite(x)));
 }
 
-vh round_to_even(vf x) {
-    const vu bits = quiet_bits(x);
+vh round_to_even(vf x, bool is_finite) {
+    const vu bits = quiet_bits(x, is_finite);
     return upper_halves(bits + 0x7FFFu + ((bits >> 16) & 1u));  // of NaN and Inf the upper half stays
 }
 
@@ -70,8 +72,7 @@ float largest(vu bits) {
 }
 
 vu maximum(vu a, vu b) {  // of numbers under 2^31
-    const vu a_is_more = (vu)((vi)a > (vi)b);
-    return (a & a_is_more) | (b & ~a_is_more);
+    return (vu)((vi)a > (vi)b ? (vi)a : (vi)b);
 }
 
 // Codes of a block of numbers; the maximum was found before.
@@ -81,18 +82,25 @@ void encode(const float* x, float absmax, const DynamicMap& map, uint8_t* codes)
         std::memset(codes, SIGNED ? 127 : 0, BLOCK);
         return;
     }
+    uint32_t wide[BLOCK];
     const vf inverse = fill(1 / absmax);
+    vf starts[DECADES], slopes[DECADES], intercepts[DECADES];
+    for (int piece = 0; piece < DECADES; piece++) {
+        starts[piece] = fill(map.starts[piece]);
+        slopes[piece] = fill(map.slopes[piece]);
+        intercepts[piece] = fill(map.intercepts[piece]);
+    }
     for (int i = 0; i < BLOCK; i += LANES) {
         const vf value = load<vf>(x + i);
         const vf ratio = (vf)((vu)value & 0x7FFFFFFFu) * inverse;
-        vf slope = fill(map.slopes[0]), intercept = fill(map.intercepts[0]);
+        vf slope = slopes[0], intercept = intercepts[0];
         for (int piece = 1; piece < DECADES; piece++) {
-            const vi begun = ratio >= fill(map.starts[piece]);
-            slope = select(begun, fill(map.slopes[piece]), slope);
-            intercept = select(begun, fill(map.intercepts[piece]), intercept);
+            const vi begun = ratio >= starts[piece];
+            slope = begun ? slopes[piece] : slope;
+            intercept = begun ? intercepts[piece] : intercept;
         }
         const vf exact = ratio * slope + intercept, most = intercept * 2.25f - 0.5f;
-        const vi rank = __builtin_convertvector(select(exact < most, exact, most), vi);
+        const vi rank = __builtin_convertvector((exact < most ? exact : most), vi);
         vi code;
         if (SIGNED) {
             const vi is_negative = value < vf{};
@@ -101,8 +109,9 @@ void encode(const float* x, float absmax, const DynamicMap& map, uint8_t* codes)
         } else {
             code = rank - 1;
         }
-        store(codes + i, __builtin_convertvector(code, vb));
+        store(wide + i, code);
     }
+    for (int i = 0; i < BLOCK; i++) codes[i] = static_cast<uint8_t>(wide[i]);  // GCC packs these, not one vector
 }
 
 void decode(const uint8_t* codes, float absmax, const DynamicMap& map, float* out) {
@@ -134,19 +143,19 @@ vf load_master(const Streams& s, int i) {
 }
 
 template <int MASTER>
-void store_master(const Streams& s, int i, vf p, const Random& random) {
+void store_master(const Streams& s, int i, vf p, bool is_finite, const Random& random) {
     uint16_t* const param = static_cast<uint16_t*>(s.param) + i;
     if (MASTER == PARAM_FP32) {
         store(static_cast<float*>(s.param) + i, p);
     } else if (MASTER == MASTER_FP32) {
         store(s.master + i, p);
-        store(param, round_to_even(p));
+        store(param, round_to_even(p, is_finite));
     } else if (MASTER == MASTER_SPLIT) {
-        const vu bits = quiet_bits(p);
+        const vu bits = quiet_bits(p, is_finite);
         store(s.low + i, __builtin_convertvector(bits, vh));
         store(param, upper_halves(bits + 0x8000u));
     } else {
-        store(param, round_at_random(p, random.at(i)));
+        store(param, round_at_random(p, random.at(i), is_finite));
     }
 }
 
@@ -176,11 +185,13 @@ void update_block(const AdamW& a, const Streams& s, int64_t begin, int n) {
         vf v = STATES == STATES_BF16 ? widen_bf16(load<vh>(v16 + i)) : load<vf>(v32 + i);
         m = m + (g - m) * rest1;
         v = v * beta2 + (g * g) * rest2;
-        const vf p = load_master<MASTER>(s, i) * decay;
-        store_master<MASTER>(s, i, p - m / (square_root(v) + eps) * rate, for_p);
+        vf p = load_master<MASTER>(s, i) * decay;
+        p = p - m / (square_root(v) + eps) * rate;
+        const bool is_finite = !any(not_finite(m + v + p));  // a finite sum has finite terms
+        store_master<MASTER>(s, i, p, is_finite, for_p);
         if (STATES == STATES_BF16) {
-            store(m16 + i, round_at_random(m, for_m.at(i)));
-            store(v16 + i, round_at_random(v, for_v.at(i)));
+            store(m16 + i, round_at_random(m, for_m.at(i), is_finite));
+            store(v16 + i, round_at_random(v, for_v.at(i), is_finite));
         } else {
             store(m32 + i, m);
             store(v32 + i, v);

@@ -76,7 +76,21 @@ inline vq multiply_low(vq a, vq b) {
 #endif
 }
 
-inline vf select(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
+inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
+
+inline bool any(vi mask) {
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps((__m256)mask) != 0;
+#elif defined(__x86_64__)
+    return _mm_movemask_ps((__m128)mask) != 0;
+#else
+    int32_t all = 0;
+    for (int i = 0; i < LANES; i++) all |= mask[i];
+    return all != 0;
+#endif
+}
 
 inline vf widen_bf16(vh x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
 
