@@ -218,8 +218,13 @@ def find_special_id(tokenizer: Tokenizer, name: str, style: str) -> int:
 
 def encode_prompt(row: Row, tokenizer: Tokenizer, style: str = "alpaca") -> list[int]:
     """Return the ids of a row without its output, under the template: the model's answer follows them."""
+    return encode_parts(render_row(row, style, tokenizer, answer_next=True), tokenizer, style)
+
+
+def encode_parts(parts: Iterable[Part], tokenizer: Tokenizer, style: str) -> list[int]:
+    """Return the ids of parts. Raise DataError, naming the style, for a special token that the tokenizer lacks."""
     ids: list[int] = []
-    for part in render_row(row, style, tokenizer, answer_next=True):
+    for part in parts:
         if isinstance(part, Special):
             ids.append(find_special_id(tokenizer, part.name, style))
         else:

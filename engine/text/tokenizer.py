@@ -137,6 +137,10 @@ class Tokenizer:
                     found[number] = ids
         return found
 
+    def piece(self, id: int) -> bytes:
+        """Return the bytes of text that an id stands for: none for a special token and for an id that is unused."""
+        return self._pieces.get(id, b"")
+
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids without special tokens. Bytes that are no UTF-8 become U+FFFD."""
         text = b"".join(self._pieces.get(id, b"") for id in ids).decode("utf-8", self._errors)

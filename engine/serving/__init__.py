@@ -1,0 +1,1 @@
+"""A model over HTTP, with OpenAI's endpoints, and the page that talks to it."""
