@@ -37,7 +37,7 @@ struct Tokens {  // the next token of some sequences of a cache
     const float *cos, *sin;            // (rows, head_dim / 2)
     void *k, *v;
     float* workspace;  // cria_decode_workspace() numbers
-    float* logits;     // (rows, vocab), rounded to the weights' type
+    float* logits;     // (rows, vocab)
 };
 
 constexpr int64_t KEYS = 128;  // of a block of attention: what a thread takes at a time

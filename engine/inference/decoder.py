@@ -42,8 +42,7 @@ class Decoder:
     def next_logits(self, tokens: Sequence[int], sequences: Sequence[int]) -> torch.Tensor:
         """Return logits (n, V) fp32 behind one more token of each of n sequences of the cache, at most MAX_ROWS.
 
-        They are rounded to the weights' dtype, as the model's own. Raises NativeError for a token or a sequence that
-        there is none of, or when the cache is full.
+        Raises NativeError for a token or a sequence that there is none of, or when the cache is full.
         """
         chosen = torch.tensor(sequences)
         positions = self.cache.begin_token(chosen)

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 import transformers
 
-import engine.inference.generation as generation
+from engine.base.device import choose_kernels
+from engine.inference.generation import generate
 from engine.inference.model_loader import load_model
 from engine.text.templates import Row, encode_prompt
 from kernels.native.cpu import load_cpu
@@ -51,18 +52,14 @@ class Clock:
 
 
 class Ours:
-    """engine.inference.generation, with the decoder in C++ or without it."""
+    """engine.inference.generation: in C++, or with torch's operators for a model of the references."""
 
-    def __init__(self, model, with_library):
-        self.model, self.with_library, self.find = model, with_library, generation.find_decoder
+    def __init__(self, model):
+        self.model = model
 
     def answer(self, prompt, n, clock):
         """Tell the clock n tokens."""
-        generation.find_decoder = self.find if self.with_library else lambda *_: None
-        try:
-            generation.generate(self.model, [prompt], (), n, on_token=lambda _, token: clock(token))
-        finally:
-            generation.find_decoder = self.find
+        generate(self.model, [prompt], (), n, on_token=lambda _, token: clock(token))
 
 
 class Transformers:
@@ -152,15 +149,17 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--gguf", default="", help="the model in bf16, for llama.cpp")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}))
     return parser.parse_args()
 
 
 def main():
     args = parse_arguments()
-    cores = torch.get_num_threads()
-    model, tokenizer, _ = load_model("smollm2-135m", torch.device("cpu"), torch.bfloat16, "ref")
+    cpu = torch.device("cpu")
+    model, tokenizer, _ = load_model("smollm2-135m", cpu, torch.bfloat16, choose_kernels("auto", cpu, torch.bfloat16))
     prompt = encode_prompt(Row("", None, PROMPT), tokenizer)
-    contenders = {"cria": Ours(model, True), "cria, torch's operators": Ours(model, False)}
+    with_torch, *_ = load_model("smollm2-135m", cpu, torch.bfloat16, "ref")
+    contenders = {"cria": Ours(model), "cria, torch's operators": Ours(with_torch)}
     runs = []
     with tempfile.TemporaryDirectory() as tmp:
         run_module("engine.export", "--model", "smollm2-135m", "--out", f"{tmp}/hf", "--dtype", "bf16")
@@ -168,7 +167,7 @@ def main():
         with_llama_cpp = bool(llama_cpp and args.gguf)
         if not with_llama_cpp:
             print("llama.cpp is left out: it wants llama_cpp_python and --gguf")
-        for threads in sorted({1, cores}):
+        for threads in args.threads:
             if with_llama_cpp:
                 contenders["llama.cpp"] = LlamaCpp(args.gguf, threads)
             runs.append(describe_run(contenders, prompt, args.tokens, args.rounds, threads))

@@ -20,7 +20,7 @@ namespace ISA {
 
 void few_rows(const FewRows& p) {
     if (p.type == WEIGHTS_FP32) run<float>(p, p.in);
-    if (p.type == WEIGHTS_BF16) run<Bf16>(p, p.in);
+    if (p.type == WEIGHTS_BF16) run<bf16>(p, p.in);
     if (p.type == WEIGHTS_Q8) run<Q8>(p, p.in / 32);
 }
 

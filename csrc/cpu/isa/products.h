@@ -6,13 +6,9 @@
 #pragma once
 
 #include "../few_rows.h"
-#include "vectors.h"
+#include "exponential.h"
 
 namespace {
-
-struct Bf16 {
-    uint16_t bits;
-};
 
 struct Q8 {  // 32 numbers, value times scale
     uint16_t scale;  // fp16
@@ -20,40 +16,11 @@ struct Q8 {  // 32 numbers, value times scale
 };
 
 inline float widen(float x) { return x; }
-inline float widen(Bf16 x) {
-    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+inline float widen(bf16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x) << 16;
     float y;
     std::memcpy(&y, &bits, 4);
     return y;
-}
-
-template <class W>
-inline float rounded(float x);  // to W
-template <>
-inline float rounded<float>(float x) {
-    return x;
-}
-template <>
-inline float rounded<Bf16>(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    const uint32_t up = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000;  // to nearest, ties to even
-    bits = x == x ? up : bits & 0xFFFF0000;
-    std::memcpy(&x, &bits, 4);
-    return x;
-}
-
-inline void narrow(float x, float* to) { *to = x; }
-inline void narrow(float x, Bf16* to) {  // of a number that is rounded already
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    to->bits = bits >> 16;
-}
-
-inline float sum(vf x) {
-    for (int n = LANES / 2; n > 0; n /= 2)
-        for (int i = 0; i < n; i++) x[i] += x[i + n];
-    return x[0];
 }
 
 // A step of two vectors of weights. bf16 comes in pairs: a lane of 32 bits holds an even number in its lower half and an
@@ -67,14 +34,14 @@ inline void load_step(const float* w, vf& first, vf& second) {
     first = load<vf>(w), second = load<vf>(w + LANES);
 }
 template <>
-inline void load_step(const Bf16* w, vf& first, vf& second) {
+inline void load_step(const bf16* w, vf& first, vf& second) {
     const vu pairs = load<vu>(w);
     first = (vf)(pairs << 16), second = (vf)(pairs & 0xFFFF0000u);
 }
 
 inline int64_t place(const float*, int64_t i) { return i; }  // of number i of a step
 inline int64_t place(const Q8*, int64_t i) { return i; }
-inline int64_t place(const Bf16*, int64_t i) { return i / 2 + i % 2 * LANES; }
+inline int64_t place(const bf16*, int64_t i) { return i / 2 + i % 2 * LANES; }
 
 template <class W>
 inline void arrange(const float* x, int64_t n, float* out) {  // n numbers in the order in which load_step() gives W's
@@ -170,17 +137,5 @@ inline int64_t chunk_of(int64_t out, int64_t threads) {
 }
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// e^x to 2 units in the last place, x from -87.3 to 88; beyond, the value at that end.
-inline vf exponential(vf x) {
-    x = select(x < -87.3f, fill(-87.3f), x);
-    x = select(x > 88.0f, fill(88.0f), x);
-    const vf magic = fill(12582912.0f), turns = (x * 1.44269504f + magic) - magic;  // rounded to a whole number
-    const vf r = (x - turns * 0.693145752f) - turns * 1.42860677e-6f;               // ln 2 in two parts
-    const float taylor[] = {1.38888889e-3f, 8.33333333e-3f, 4.16666667e-2f, 1.66666667e-1f, 0.5f, 1.0f, 1.0f};
-    vf p = fill(1.98412698e-4f);  // |r| <= 0.347
-    for (float c : taylor) p = p * r + c;
-    return p * (vf)((__builtin_convertvector(turns, vi) + 127) << 23);
-}
 
 }  // namespace

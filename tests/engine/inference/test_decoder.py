@@ -83,7 +83,8 @@ def test_it_is_as_exact_as_torch(config, dtype):
     truth = decode(model.double(), LENGTHS, with_torch=True)
     assert truth.std() > 0.1
     ours, torchs = ((x - truth).square().mean().sqrt() for x in (ours, torchs))
-    assert ours <= 1.5 * torchs and ours < (1e-5 if dtype == torch.float32 else 0.05) * truth.std()
+    assert ours <= (1.5 if dtype == torch.float32 else 0.8) * torchs
+    assert ours < (1e-5 if dtype == torch.float32 else 0.05) * truth.std()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
