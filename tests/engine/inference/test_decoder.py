@@ -13,6 +13,7 @@ from engine.model.config import ModelConfig, RopeScaling
 from engine.model.llama import new_model
 from kernels.native.cpu import find_cpu
 from kernels.native.library import NativeError
+from tests.helpers.native import load_instruction_sets
 
 pytestmark = pytest.mark.skipif(find_cpu() is None, reason="the CPU library is compiled by g++, which is missing")
 
@@ -85,6 +86,18 @@ def test_it_is_as_exact_as_torch(config, dtype):
     ours, torchs = ((x - truth).square().mean().sqrt() for x in (ours, torchs))
     assert ours <= (1.5 if dtype == torch.float32 else 0.8) * torchs
     assert ours < (1e-5 if dtype == torch.float32 else 0.05) * truth.std()
+
+
+def test_every_instruction_set_is_as_exact(tmp_path, monkeypatch):
+    model = make(SHAPES["heads of 64, tied"], torch.bfloat16)
+    torchs, ours = decode(model, LENGTHS, with_torch=True), {}
+    for name, library in load_instruction_sets(tmp_path).items():
+        monkeypatch.setattr(decoder, "find_cpu", lambda library=library: library)
+        ours[name] = decode(model, LENGTHS)
+    truth = decode(model.double(), LENGTHS, with_torch=True)
+    assert "plain" in ours
+    for found in ours.values():
+        assert (found - truth).square().mean() <= 0.8**2 * (torchs - truth).square().mean()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
