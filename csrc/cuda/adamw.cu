@@ -117,7 +117,7 @@ __device__ inline void round_at_random(const float (&x)[8], const Random& random
 
 template <int MASTER, int STATES, bool WHOLE>
 __device__ void update_tile(const Tensor& t, const Numbers& s, float scale, float decay, float rate, const Tables& tables,
-                            int64_t tile, int lane_number, int64_t first, int end) {
+                            int tile, int lane_number, int64_t first, int end) {
     constexpr bool QUADS = MASTER == FP32_PARAM || MASTER == FP32 || STATES == STATES_FP32;
     constexpr int STATE_SIZE = STATES == STATES_FP32 ? 4 : STATES == STATES_BF16 ? 2 : 1;
     const Lane<QUADS, WHOLE> lane{lane_number, first < 0 ? int(-first) : 0, end};
@@ -172,7 +172,7 @@ __device__ void update_tile(const Tensor& t, const Numbers& s, float scale, floa
 #pragma unroll
     for (int j = 0; j < 8; j++) p[j] = sub(mul(p[j], decay), mul(steps[j], rate));
 
-    const int64_t group = t.group + tile * (TILE / 8);
+    const int64_t group = t.group + int64_t(tile) * (TILE / 8);
     if constexpr (STATES == STATES_FP32) {
         lane.template write<4>(at(t.m, 4), reinterpret_cast<const uint32_t*>(m));
         lane.template write<4>(at(t.v, 4), reinterpret_cast<const uint32_t*>(v));
@@ -217,8 +217,8 @@ __device__ void update_tile(const Tensor& t, const Numbers& s, float scale, floa
 
 template <int MASTER, int STATES>
 __device__ inline void choose_tile(const Tensor& t, const Numbers& s, float scale, float decay, float rate,
-                                   const Tables& tables, int64_t tile, int lane) {
-    const int64_t first = tile * TILE - t.shift;
+                                   const Tables& tables, int tile, int lane) {
+    const int64_t first = int64_t(tile) * TILE - t.shift;
     const int end = int(min(t.n - first, int64_t(TILE)));
     if ((t.flags & ALIGNED) && end == TILE)
         update_tile<MASTER, STATES, true>(t, s, scale, decay, rate, tables, tile, lane, first, end);
@@ -234,7 +234,7 @@ __device__ inline float clip_factor(float clip, float norm) {
 // lr and scale: numbers, or where their pointers are given the numbers there. With norm_at, the norm of all gradients,
 // scale is the factor that clips them. apply: 0 there changes nothing.
 template <int MASTER, int STATES>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1)
 adamw(const Tensor* table, int64_t n_tensors, int64_t n_chunks, const float* maps, const uint2* cells, float lr,
       const float* lr_at, float scale, const float* scale_at, float clip, const float* norm_at, const uint8_t* apply,
       float rest1, float beta2, float rest2, float eps, float factor, int64_t step) {
@@ -243,19 +243,20 @@ adamw(const Tensor* table, int64_t n_tensors, int64_t n_chunks, const float* map
     if (STATES == STATES_8BIT) Tables::fill(shared, maps, cells);
     const Numbers numbers{rest1, beta2, rest2, eps, factor, uint32_t(step)};
     const Tables tables(shared, int(threadIdx.x) % 32);
-    if (lr_at) lr = *lr_at;
-    if (scale_at) scale = *scale_at;
-    if (norm_at) scale = clip_factor(clip, *norm_at);
     const int lane = int(threadIdx.x) % 32;
     for (int64_t chunk = blockIdx.x; chunk < n_chunks; chunk += gridDim.x) {
         const Tensor t = find_tensor(table, n_tensors, chunk);
-        const float decay = sub(1.f, mul(lr, t.decay)), rate = mul(lr, numbers.factor);
-        const int64_t first = (chunk - t.first_chunk) * (CHUNK / TILE), after = (t.n + t.shift + TILE - 1) / TILE;
-        const int64_t last = min(first + CHUNK / TILE, after);
-        for (int64_t tile = first + int(threadIdx.x) / 32; tile < last; tile += THREADS / 32)
+        // Read for each chunk anew, and not kept in registers over all of them.
+        const float lr_now = lr_at ? *lr_at : lr;
+        const float scale_now = norm_at ? clip_factor(clip, *norm_at) : scale_at ? *scale_at : scale;
+        const float decay = sub(1.f, mul(lr_now, t.decay)), rate = mul(lr_now, numbers.factor);
+        // 32 bits number the tiles of 5 x 10^11 elements.
+        const int first = int(chunk - t.first_chunk) * (CHUNK / TILE), after = int((t.n + t.shift + TILE - 1) / TILE);
+        const int last = min(first + CHUNK / TILE, after);
+        for (int tile = first + int(threadIdx.x) / 32; tile < last; tile += THREADS / 32)
             if (STATES == STATES_8BIT && !t.m_absmax)  // too small for 8 bits
-                choose_tile<MASTER, STATES_FP32>(t, numbers, scale, decay, rate, tables, tile, lane);
-            else choose_tile<MASTER, STATES>(t, numbers, scale, decay, rate, tables, tile, lane);
+                choose_tile<MASTER, STATES_FP32>(t, numbers, scale_now, decay, rate, tables, tile, lane);
+            else choose_tile<MASTER, STATES>(t, numbers, scale_now, decay, rate, tables, tile, lane);
     }
 }
 

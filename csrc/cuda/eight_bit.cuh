@@ -21,12 +21,12 @@ struct Tables {
     }
     template <bool SIGNED> __device__ float entry(uint32_t code_times_128) const {
         float x;
-        asm("ld.shared.f32 %0, [%1 + %2];" : "=f"(x) : "r"(maps + code_times_128), "n"(SIGNED ? 0 : 256 * 32 * 4));
+        asm volatile("ld.shared.f32 %0, [%1 + %2];" : "=f"(x) : "r"(maps + code_times_128), "n"(SIGNED ? 0 : 256 * 32 * 4));
         return x;
     }
     template <bool SIGNED> __device__ float2 line(uint32_t cell_times_8) const {
         float2 x;
-        asm("ld.shared.v2.f32 {%0, %1}, [%2 + %3];"
+        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2 + %3];"
             : "=f"(x.x), "=f"(x.y) : "r"(cells + cell_times_8), "n"(SIGNED ? 0 : N_CELLS * 8));
         return x;
     }

@@ -93,7 +93,7 @@ struct Random { uint32_t word[4]; };
 
 __device__ inline void multiply(uint32_t a, uint32_t b, uint32_t& low, uint32_t& high) {
     uint64_t product;
-    asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+    asm volatile("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
     asm("mov.b64 {%0, %1}, %2;" : "=r"(low), "=r"(high) : "l"(product));
 }
 __device__ inline uint32_t xor3(uint32_t a, uint32_t b, uint32_t c) {
