@@ -6,7 +6,8 @@
 // there is no barrier after those are filled.
 //
 // A tensor is a row of the table, the rows one after the other in device memory. A block takes chunks of CHUNK elements
-// in turn. Tiles that end beyond a tensor, and tensors that do not begin at 16 bytes, move element by element.
+// in turn. Tiles that end beyond a tensor, and tensors that do not begin at 16 bytes, move element by element, in whole
+// sectors where nothing is rounded at random.
 #include "eight_bit.cuh"
 #include "launch.cuh"
 #include "numbers.cuh"
@@ -38,9 +39,12 @@ struct Numbers {  // of a step
 };
 
 // Where a lane's elements lie in a tile, and how they move: to words of 32 bits, in order.
-template <bool QUADS, bool WHOLE> struct Lane {
+template <bool QUADS, bool WHOLE, bool RANDOM> struct Lane {
     int lane, begin, end;
-    __device__ int place(int j) const { return QUADS ? (j / 4) * 128 + lane * 4 + j % 4 : lane * 8 + j; }
+    __device__ int place(int j) const {
+        if (!WHOLE && !RANDOM) return j * 32 + lane;  // one by one, lanes next to each other use whole sectors
+        return QUADS ? (j / 4) * 128 + lane * 4 + j % 4 : lane * 8 + j;
+    }
 
     // base: of the tile. SIZE: bytes of an element. WHOLE: all elements exist, and base is aligned; else those in
     // [begin, end) exist, and others become 0.
@@ -120,7 +124,8 @@ __device__ void update_tile(const Tensor& t, const Numbers& s, float scale, floa
                             int tile, int lane_number, int64_t first, int end) {
     constexpr bool QUADS = MASTER == FP32_PARAM || MASTER == FP32 || STATES == STATES_FP32;
     constexpr int STATE_SIZE = STATES == STATES_FP32 ? 4 : STATES == STATES_BF16 ? 2 : 1;
-    const Lane<QUADS, WHOLE> lane{lane_number, first < 0 ? int(-first) : 0, end};
+    constexpr bool RANDOM = MASTER == STOCHASTIC || STATES == STATES_BF16;
+    const Lane<QUADS, WHOLE, RANDOM> lane{lane_number, first < 0 ? int(-first) : 0, end};
     auto at = [&](uint64_t base, int size) { return base + uint64_t(first * size); };
     uint32_t words[8], other[8];
     float g[8], m[8], v[8], p[8];

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def run_launch(launch: cuda.CudaLaunch, chip: str, edit: Edit | None = None, opt
     if len(found) != 1:
         raise PtxError(f"{launch.source}: {len(found)} kernels are called {launch.kernel}, wanted one")
     tensors: dict[str, torch.Tensor] = {f"reached {i}": t for i, t in enumerate(launch.reached)}
-    return module.launch(
+    result = module.launch(
         found[0],
         launch.grid,
         launch.arguments,
@@ -65,6 +66,7 @@ def run_launch(launch: cuda.CudaLaunch, chip: str, edit: Edit | None = None, opt
         tensors=tensors,
         options=options or Options(),
     )
+    return replace(result, kernel=launch.function)
 
 
 @contextlib.contextmanager

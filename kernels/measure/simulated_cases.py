@@ -25,6 +25,7 @@ from kernels.measure.cases import (
     swiglu_case,
     swiglu_linear_case,
 )
+from kernels.measure.cuda_cases import as_cuda, decode_cases, has_nvcc
 from kernels.measure.documents import Document
 from kernels.ops import adamw, adamw_many, attention, linear_cross_entropy, norm_linear, rope, swiglu
 
@@ -295,6 +296,19 @@ def optimizer_cases() -> Iterator[SimulatedCase]:
             yield SimulatedCase(case, dtype)
 
 
+def csrc_cases() -> Iterator[SimulatedCase]:
+    """Yield the cases of csrc/cuda; none without nvcc."""
+    if not has_nvcc():
+        return
+    for master in (None, *adamw.MASTERS):
+        for states in adamw.STATES:
+            case = adamw_steps_case(2 * (adamw.LEAST_8BIT + 517), master, states, tensors=2)
+            yield SimulatedCase(as_cuda(case), FP32 if master is None else BF16)
+    yield SimulatedCase(as_cuda(grad_norm_case([(3, 40001), (513,), (7, 4096)], "3 tensors, 120003")), BF16)
+    for case, dtype in decode_cases():
+        yield SimulatedCase(case, dtype)
+
+
 def simulated_cases() -> list[SimulatedCase]:
     """Return every case, in the order of the ops."""
-    return [*attention_cases(), *row_cases(), *loss_cases(), *optimizer_cases()]
+    return [*attention_cases(), *row_cases(), *loss_cases(), *optimizer_cases(), *csrc_cases()]

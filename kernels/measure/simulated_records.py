@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import triton
 
+from kernels.compiled.cuda_simulation import cuda_on_machine
 from kernels.compiled.launches import EntryPath, NotingTable, patched
 from kernels.compiled.simulation import on_machine
 from kernels.measure.cases import Inputs
@@ -42,8 +43,9 @@ MAX_FINDINGS = 5  # of a case, in its record; their number is always there
 def _run_on(chip: str, case: SimulatedCase, inputs: Inputs, upstream: tuple, late: bool) -> tuple[list, list]:
     """Return our outputs and gradients on the machine, and its result of each launch. late: see simulate."""
     ready = plain(lambda bench, i: bench.ours(i, "triton"))(case.case, copy_as_leaves(case.case, inputs), upstream)
-    with on_machine(chip, late=late, reverse=not late) as launches:
-        return run_once(ready), list(launches)
+    options = {"late": late, "reverse": not late}
+    with on_machine(chip, **options) as launches, cuda_on_machine(chip, **options) as of_csrc:
+        return run_once(ready), [*launches, *of_csrc]
 
 
 def _have_equal_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:

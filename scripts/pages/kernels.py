@@ -1,4 +1,4 @@
-"""Writes docs/kernels.md from benchmarks/static.json, benchmarks/simulated.json and the ops' docstrings.
+"""Writes docs/kernels.md from static.json, cuda.json and simulated.json of benchmarks/, and the ops' docstrings.
 
 python -m scripts.pages.kernels            writes the page
 python -m scripts.pages.kernels --check    exits with 1 if the page differs
@@ -15,10 +15,13 @@ from kernels.measure.simulated_records import add_counters, share_of_banks, shar
 
 ROOT = Path(__file__).parents[2]
 RECORDS, SIMULATED = ROOT / "benchmarks" / "static.json", ROOT / "benchmarks" / "simulated.json"
+CUDA = ROOT / "benchmarks" / "cuda.json"
 DOC = ROOT / "docs" / "kernels.md"
 CHIPS = ("sm_80", "sm_90", "sm_100")
 OPS_OF_FILE = {  # kernels/ops/<file>.py -> ops of benchmarks/simulated.json; where it is not named, the file's own name
+    "adamw": ("adamw", "adamw_cuda"),
     "attention": ("attention", "rope_attention", "rope_attention_rows"),
+    "grad_norm": ("grad_norm", "grad_norm_cuda"),
     "rms_norm": ("rms_norm", "norm_linear", "norm_linear_rows"),
     "swiglu": ("swiglu", "swiglu_linear"),
 }
@@ -177,9 +180,47 @@ def render(data: dict, simulated: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+CUDA_HEAD = """
+## csrc/cuda
+
+CUDA C++, compiled by {compiler}. None of it is a default: no GPU has measured it. AdamW and the gradient norm are
+executed beside Triton's above, as adamw_cuda and grad_norm_cuda.
+
+{docstring}
+
+```text
+{formula}
+```
+
+{bound}
+"""
+
+
+def render_cuda(cuda: dict, simulated: dict) -> str:
+    """Return the section of csrc/cuda. cuda: the records of benchmarks/cuda.json."""
+    docstring, formula, bound = read_docstring("decode_attention")
+    names = ["source", "kernel", "instructions", "registers", "spills", "blocks an SM", "matrix", "wide"]
+    groups: dict[tuple[str, str], dict[str, dict]] = {}
+    for r in cuda["records"]:
+        groups.setdefault((r["source"], r["kernel"]), {})[r["chip"]] = r
+    rows = []
+    for (source, kernel), by_chip in groups.items():
+        each = [by_chip[chip] for chip in CHIPS]
+        cells = [
+            format_per_chip(r[name] for r in each) for name in ("instructions", "registers", "spills", "blocks_per_sm")
+        ]
+        cells += [format_per_chip("+".join(r["matrix"]) or "-" for r in each)]
+        cells += [format_per_chip(f"{r['wide']} of {r['wide'] + r['narrow']}" for r in each)]
+        rows.append(f"| {source} | {kernel} | {' | '.join(cells)} |")
+    head = CUDA_HEAD.format(compiler=cuda["compiler"], docstring=docstring, formula=formula, bound=bound)
+    table = [f"| {' | '.join(names)} |", "|---" * len(names) + "|", *rows]
+    return "\n".join([head, *table, *render_simulated("decode_attention", simulated)]) + "\n"
+
+
 def main() -> None:
     """Write the page; with --check, exit with 1 if the file differs from it."""
-    new = render(json.loads(RECORDS.read_text()), json.loads(SIMULATED.read_text()))
+    simulated = json.loads(SIMULATED.read_text())
+    new = render(json.loads(RECORDS.read_text()), simulated) + render_cuda(json.loads(CUDA.read_text()), simulated)
     if "--check" not in sys.argv:
         DOC.parent.mkdir(exist_ok=True)
         DOC.write_text(new)
