@@ -148,7 +148,7 @@ def save_cuda_records(path: Path, records: list[dict], compiler: str) -> None:
 
 def find_cuda_differences(path: Path, records: list[dict], compiler: str, chips: Collection[str]) -> list[str]:
     """Return how the records of the chips differ from the file's, if the same compiler made both."""
-    old = json.loads(path.read_text()) if path.exists() else {"compiler": compiler, "records": []}
+    old: dict = json.loads(path.read_text()) if path.exists() else {"compiler": compiler, "records": []}
     if old["compiler"] != compiler:
         return []
     before = {json.dumps(r) for r in old["records"] if r["chip"] in chips}

@@ -43,8 +43,11 @@ MAX_FINDINGS = 5  # of a case, in its record; their number is always there
 def _run_on(chip: str, case: SimulatedCase, inputs: Inputs, upstream: tuple, late: bool) -> tuple[list, list]:
     """Return our outputs and gradients on the machine, and its result of each launch. late: see simulate."""
     ready = plain(lambda bench, i: bench.ours(i, "triton"))(case.case, copy_as_leaves(case.case, inputs), upstream)
-    options = {"late": late, "reverse": not late}
-    with on_machine(chip, **options) as launches, cuda_on_machine(chip, **options) as of_csrc:
+    early = not late
+    with (
+        on_machine(chip, late=late, reverse=early) as launches,
+        cuda_on_machine(chip, late=late, reverse=early) as of_csrc,
+    ):
         return run_once(ready), [*launches, *of_csrc]
 
 

@@ -1,7 +1,7 @@
 """AdamW over all tensors of a model in one launch of csrc/cuda/adamw.cu: kernels.ops.adamw on each, bit for bit, p too.
 
-The Triton kernel divides by an approximate reciprocal of an approximate root. This one rounds both as the reference
-does, where the reference's own root is rounded correctly (torch's on a CPU is not, for one number in six).
+The Triton kernel divides by an approximate reciprocal of an approximate root. This one rounds both to nearest, as the
+reference does.
 """
 
 import struct
