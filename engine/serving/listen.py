@@ -16,6 +16,7 @@ def listen(server: Server, host: str, port: int) -> None:
     with socket.socket(family, socket.SOCK_STREAM) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
+        listening.listen(2048)  # clients that come before the loop wait
         shown = f"[{host}]" if ":" in host else host
         config = uvicorn.Config(
             server.application(), log_level="warning", access_log=False, server_header=False, date_header=False,
