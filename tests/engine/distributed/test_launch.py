@@ -137,6 +137,8 @@ def die():
 """
     + BEFORE_CALL
     + """
+if os.environ["MACHINE"] == "1":
+    time.sleep(2)  # so that rank 0 is the first to look into the store, where the last start's addresses may be
 if os.environ["MACHINE"] == "0" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     before(step.Steps, "compute_gradients", 3, die)
 sys.exit(run_main(finetune.main, sys.argv[1:]))
