@@ -91,12 +91,12 @@ def read(name):
     ids=DATA,
 )
 def test_one_loss_curve(small, tmp_path, name, cuts):
-    """fp32, 20 steps: transformers with padding, and ours however the same global batch is cut into forwards."""
+    """fp32, 12 steps: transformers with padding, and ours however the same global batch is cut into forwards."""
     path, rows = read(name)
-    theirs = transformers_curve(small, rows)
-    assert theirs[-1][0] < theirs[0][0] - 0.5, "the loss must move, or equal curves prove little"
+    theirs = transformers_curve(small, rows, steps=12)
+    assert theirs[-1][0] < theirs[0][0] - 0.3, "the loss must move, or equal curves prove little"
     for cut in cuts:
-        assert_same(our_curve(small, path, tmp_path / "".join(map(str, cut)), *cut), theirs)
+        assert_same(our_curve(small, path, tmp_path / "".join(map(str, cut)), *cut, steps=12), theirs, steps=12)
 
 
 def test_block_recompute_changes_nothing(small, tmp_path):

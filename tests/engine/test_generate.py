@@ -87,7 +87,7 @@ def test_an_empty_prompt_is_refused(tiny):
         generate(tiny, [[5], []], (), 3)
 
 
-def test_greedy_text_is_transformers_over_64_tokens(smollm2, tmp_path):
+def test_greedy_text_is_transformers_over_40_tokens(smollm2, tmp_path):
     """The real model from its GGUF, three prompts of different lengths at once."""
     from engine.formats.save import save_hf
 
@@ -95,9 +95,9 @@ def test_greedy_text_is_transformers_over_64_tokens(smollm2, tmp_path):
     save_hf(tmp_path, ours, bos_id=tokenizer.bos_id, eos_ids=sorted(tokenizer.stop_ids))
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     prompts = [encode_prompt(Row("", None, text), tokenizer) for text in PROMPTS]
-    answers = generate(ours, prompts, (), 64)
+    answers = generate(ours, prompts, (), 40)
     for prompt, answer in zip(prompts, answers, strict=True):
-        assert len(answer) == 64
+        assert len(answer) == 40
         with torch.no_grad():  # greedy: each token is the likeliest after those before it
             logits = theirs(torch.tensor([prompt + answer])).logits[0]
         assert answer == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
