@@ -9,7 +9,6 @@ The same command resumes a run that was stopped or killed. A request whose answe
 import asyncio
 import json
 import os
-import signal
 import sys
 import time
 from argparse import Namespace
@@ -19,12 +18,20 @@ from data_gen.api.attempt import Limits, RequestBuilder
 from data_gen.api.batch import end_batches, run_batches
 from data_gen.api.client import Client, Sampling, find_api_key
 from data_gen.api.collector import Collector
-from data_gen.api.flags import add_request_flags, check_language, parse_count, parse_dollars, parse_seconds
+from data_gen.api.flags import (
+    add_request_flags,
+    add_run_flags,
+    check_language,
+    check_run_flags,
+    parse_count,
+    parse_seconds,
+)
 from data_gen.api.ledger import Ledger, Totals
-from data_gen.api.prices import PICO, Budget, Price, find_price, format_usd, parse_host, read_price_table
+from data_gen.api.prices import PICO, Budget, Price, find_price, format_usd, read_price_table
 from data_gen.api.progress import Progress, format_clock
 from data_gen.api.prompt import Prompter, read_seed_tasks
 from data_gen.api.rate import Rate
+from data_gen.api.running import check_settings, handle_stop_signals, interrupt_at_stop_signals
 from data_gen.base.cli import Failure, Parser, Stopped, UsageError, print_text, run_command
 from data_gen.base.files import write_atomically
 from data_gen.page.report import write_report
@@ -39,24 +46,11 @@ def build_parser() -> Parser:
     add_request_flags(flags)
     add = flags.add_argument
     add("--out", type=Path, default=Path("out/data"), help="folder of the ledger, the dataset and the report")
-    most_help = "never spend more than this, lost answers counted at the most they can have cost"
-    add("--max-usd", type=parse_dollars, help=most_help)
-    in_flight_help = "requests in flight at most; the server's limits are found out"
-    add("--concurrency", type=parse_count, default=32, help=in_flight_help)
     add("--batch", action="store_true", help="the Batch API: half the price, answers within a day")
     add("--batch-tokens", type=parse_count, help="prompt tokens enqueued at most, where your limit is known")
     add("--poll", type=parse_seconds, default=30, help="seconds between two looks at a batch")
     add("--decontaminate", nargs="+", type=Path, default=[], help="files of evaluation prompts that no row may match")
-    add("--timeout", type=parse_seconds, default=600, help="seconds for one answer")
-    patience_help = "seconds without any answer after which to stop, resumably"
-    add("--patience", type=parse_seconds, default=900, help=patience_help)
-    attempts_help = "failures of one request, while others get through, before it is left out"
-    add("--max-attempts", type=parse_count, default=8, help=attempts_help)
-    backoff_help = "seconds before a first retry; they double, at random, up to 60"
-    add("--backoff", type=parse_seconds, default=1, help=backoff_help)
-    add("--replay", action="store_true", help="only make the dataset anew from the ledger; nothing is sent")
-    add("--allow-changed", action="store_true", help="go on with other settings than the ledger was begun with")
-    add("--quiet", action="store_true", help="no progress")
+    add_run_flags(flags)
     return flags
 
 
@@ -64,21 +58,14 @@ def check_options(options: Namespace) -> None:
     """Raise UsageError for a command line that cannot work."""
     if not options.model and not options.replay:
         raise UsageError("--model is missing; pass the model's name at the server")
-    parse_host(options.base_url)
     check_language(options.language)
-    if options.patience <= options.timeout and not options.replay:
-        raise UsageError(f"--patience {options.patience:g} is not longer than --timeout {options.timeout:g}")
-    if "service_tier" in options.extra and options.price_in is None and not options.replay:
-        raise UsageError("--extra: a service_tier has prices of its own; pass its --price-in and --price-out")
-    if options.prices and not options.prices.is_file():
-        raise UsageError(f"--prices {options.prices} is not there")
+    check_run_flags(options)
 
 
 def main(argv: list[str]) -> None:
     """Generate or replay a dataset, and write it with its record and report."""
     options = build_parser().parse_args(argv)
-    for name in list_stop_signals():
-        signal.signal(name, signal.default_int_handler)
+    interrupt_at_stop_signals()
     check_options(options)
     seeds = read_seed_tasks(options.seed_tasks)
     decontaminator = Decontaminator(options.decontaminate) if options.decontaminate else None
@@ -123,7 +110,7 @@ def generate_rows(
     key: str,
 ) -> tuple[str, Budget, Failure | None]:
     """Send requests until the dataset is full or the run ends. Return the status, the budget and a failure."""
-    check_settings(options, ledger, builder)
+    check_settings(ledger, builder, options.allow_changed)
     totals = ledger.compute_totals()
     cap = None if options.max_usd is None else int(options.max_usd * PICO)
     budget = Budget(cap, totals.spent, totals.uncertain)
@@ -148,9 +135,7 @@ def generate_rows(
 
 async def run_requests(collector: Collector, batch_builder: RequestBuilder, is_batch: bool) -> None:
     """Send requests one by one or in batches, stopping at a signal."""
-    loop = asyncio.get_running_loop()
-    for name in list_stop_signals():
-        loop.add_signal_handler(name, stop_run, collector, name)
+    handle_stop_signals(collector)
     try:
         if is_batch:
             await collector.run(until=lambda: collector.is_dialect_known)
@@ -162,26 +147,6 @@ async def run_requests(collector: Collector, batch_builder: RequestBuilder, is_b
         await collector.client.close()
 
 
-def list_stop_signals() -> list[signal.Signals]:
-    """Return the signals that stop a run: SIGHUP, of a closed terminal, unless it is ignored, as under nohup."""
-    names = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-    return names[:2] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else names
-
-
-def stop_run(collector: Collector, name: signal.Signals) -> None:
-    """Wait for the requests in flight after a first signal; exit at a second one, which leaves the ledger whole.
-
-    A terminal that is closed may send SIGHUP twice, so that is never a second one.
-    """
-    if collector.stopping and name == signal.SIGHUP:
-        return
-    if collector.stopping:
-        collector.progress.close()
-        os._exit(Stopped.exit_code)
-    collector.progress.print_line("stopping: waiting for the answers in flight; once more to leave at once")
-    collector.stop()
-
-
 def replay_ledger(ledger: Ledger, curator: Curator, quiet: bool) -> str:
     """Give the outcomes of a ledger to the curator, up to the first missing one. Return the status."""
     with Progress(quiet) as progress:
@@ -189,26 +154,6 @@ def replay_ledger(ledger: Ledger, curator: Curator, quiet: bool) -> str:
             if entry.request == len(curator.kept_by_request):
                 curator.add_outcome(entry)
     return "done" if curator.is_full else "replayed"
-
-
-def check_settings(options: Namespace, ledger: Ledger, builder: RequestBuilder) -> None:
-    """Record the settings of the requests. Raise UsageError if the ledger has others, unless --allow-changed."""
-    sampling = builder.sampling
-    now = builder.prompter.compute_fingerprint() | {
-        "model": sampling.model,
-        "max_output_tokens": sampling.max_output_tokens,
-        "temperature": sampling.temperature,
-        "extra": sampling.extra,
-    }
-    then = ledger.read_settings().get("requests")
-    if then is not None and then != now and not options.allow_changed:
-        names = [name for name in now if then.get(name) != now[name]]
-        changes = "; ".join(f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in names)
-        raise UsageError(
-            f"{ledger.path} was begun with other settings: {changes}; pass another --out, or --allow-changed"
-        )
-    if then != now:
-        ledger.write_settings(requests=now)
 
 
 def print_summary(curator: Curator, totals: Totals, seconds: float, files: list[Path]) -> None:

@@ -1,13 +1,14 @@
 """Attempts at requests: requests ready to send, and the outcomes of sending them."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from data_gen.api.client import Dialect, Reply, Sampling
 from data_gen.api.ledger import Usage
 from data_gen.api.prices import Price
-from data_gen.api.prompt import Prompter, hash_text
+from data_gen.api.prompt import hash_text
 
 
 @dataclass(frozen=True)
@@ -19,17 +20,39 @@ class PreparedRequest:
     max_cost: int  # picodollars that one attempt can cost
 
 
+class MessageSource(Protocol):
+    """What a run asks: the messages of each request, numbered from 0."""
+
+    @property
+    def n_tasks(self) -> int:
+        """Return the rows that an answer is expected to give."""
+
+    @property
+    def n_requests(self) -> int | None:
+        """Return the number of requests that there are, None if they never end."""
+
+    @property
+    def formats(self) -> Mapping[str, Any]:
+        """Return the response_format of each Dialect.format."""
+
+    def build_messages(self, number: int) -> list[dict[str, str]]:
+        """Return the chat messages of the request with this number."""
+
+    def compute_fingerprint(self) -> dict[str, Any]:
+        """Return the settings that decide the prompts. Equal ones give equal prompts."""
+
+
 @dataclass(frozen=True)
 class RequestBuilder:
     """Builds the requests to one model at one price."""
 
-    prompter: Prompter
+    prompter: MessageSource
     sampling: Sampling
     price: Price
 
     def prepare(self, number: int, dialect: Dialect) -> PreparedRequest:
         """Build the request of this number. Its max_cost counts each byte of the body as a token: no text has more."""
-        body = self.sampling.build_body(self.prompter.build_messages(number), dialect)
+        body = self.sampling.build_body(self.prompter.build_messages(number), dialect, self.prompter.formats)
         text = json.dumps(body, ensure_ascii=False)
         n_bytes = len(text.encode("utf-8", "surrogatepass"))
         max_cost = self.price.compute_cost(n_bytes, self.sampling.max_output_tokens)

@@ -61,13 +61,15 @@ class Sampling:
     temperature: float
     extra: dict[str, Any] = field(default_factory=dict)  # fields of --extra, which replace others
 
-    def build_body(self, messages: list[dict[str, str]], dialect: Dialect) -> dict[str, Any]:
+    def build_body(
+        self, messages: list[dict[str, str]], dialect: Dialect, formats: Mapping[str, Any] = FORMATS
+    ) -> dict[str, Any]:
         """Return the body of a request."""
         body: dict[str, Any] = {"model": self.model, "messages": messages, dialect.limit: self.max_output_tokens}
         if dialect.temperature:
             body["temperature"] = self.temperature
-        if FORMATS[dialect.format]:
-            body["response_format"] = FORMATS[dialect.format]
+        if formats[dialect.format]:
+            body["response_format"] = formats[dialect.format]
         return body | self.extra
 
 

@@ -32,6 +32,7 @@ class Job:
 
     number: int
     tries: int = field(default=0, compare=False)
+    failures: int = field(default=0, compare=False)  # tries but for those that met a rate limit
     strikes: int = field(default=0, compare=False)  # failures while others got through
     answers_seen: int = field(default=0, compare=False)
 
@@ -39,6 +40,7 @@ class Job:
 class RowKeeper(Protocol):
     """The part of a Curator that a run uses."""
 
+    unit: str
     wanted: int
     rows: list[Any]
     kept_by_request: list[int]
@@ -137,12 +139,19 @@ class Collector:
             return heapq.heappop(self.retries)[1]
         while self.next_number in self.done:
             self.next_number += 1
+        if self.has_started_all():
+            return None
         is_hole = self.next_number < self.highest  # later requests are done and wait for this one
         is_wanted = self.next_number < self.next_for_curator + LOOKAHEAD and self.wants_more()
         if not (is_hole or is_wanted or self.is_in_doubt()):
             return None
         self.next_number += 1
         return Job(self.next_number - 1, answers_seen=self.rate.answers)
+
+    def has_started_all(self) -> bool:
+        """Return whether no request is left that was not started, where their number is limited."""
+        n = self.builder.prompter.n_requests
+        return n is not None and self.next_number >= n
 
     def wants_more(self) -> bool:
         """Return whether the requests in flight and those waiting for a retry are expected to give too few rows."""
@@ -154,6 +163,10 @@ class Collector:
         """Return whether only failing requests are left. A new one then shows whether the server is at fault."""
         seen = [job.answers_seen for _, job in self.retries if job.tries >= HOPEFUL_TRIES]
         return not self.tasks and self.rate.answers in seen
+
+    def have_failed_often(self) -> bool:
+        """Return whether every request that waits for a retry has failed --max-attempts times."""
+        return all(job.failures >= self.limits.max_attempts for _, job in self.retries)
 
     def estimate_yield(self) -> float:
         """Return the rows that a request is expected to give: the mean of the latest ones."""
@@ -176,6 +189,9 @@ class Collector:
             wait = f"; the next try was to be in {self.rate.wait_s():.0f} s" if self.rate.wait_s() > 5 else ""
             last = self.last_failure or "none"
             self.end_run(f"no answer for {self.limits.patience_s:g} s (--patience); the last failure: {last}{wait}")
+        if self.has_started_all() and self.retries and not self.tasks and self.have_failed_often():
+            n, most = len(self.retries), self.limits.max_attempts
+            self.end_run(f"the last {n} requests failed {most} times each; the last failure: {self.last_failure}")
 
     async def finish(self) -> None:
         """Wait for the requests in flight, which are paid for. Raise the Failure that ended the run."""
@@ -238,13 +254,18 @@ class Collector:
                 return "answer", (None, None), prepared.max_cost
             return "answer", usage, self.builder.price.compute_cost(*usage)
         most = self.limits.max_attempts if reply.kind != "odd" else min(ODD_STRIKES, self.limits.max_attempts)
-        if reply.kind in ("failed", "lost", "odd") and not is_rate_limit(reply) and self.count_strikes(job) >= most:
+        strikes = self.count_strikes(job, reply)
+        if reply.kind in ("failed", "lost", "odd") and not is_rate_limit(reply) and strikes >= most:
             return "refused", (None, None), prepared.max_cost if reply.kind == "lost" else 0
         return reply.kind if reply.kind in ("lost", "refused") else "failed", (None, None), 0
 
-    def count_strikes(self, job: Job) -> int:
-        """Return the failures of a request while others got through, including the failure that came just now."""
-        return job.strikes + (self.rate.answers > job.answers_seen)
+    def count_strikes(self, job: Job, reply: Reply) -> int:
+        """Return the failures of a request while others got through, including the failure that came just now.
+
+        Where no other is left to get through, a server that does not understand the request counts as well.
+        """
+        is_alone = reply.kind == "odd" and self.has_started_all()
+        return job.strikes + (self.rate.answers > job.answers_seen or is_alone)
 
     def handle_outcome(self, job: Job, outcome: Outcome) -> None:
         """Update budget, rate, curator and retries after an outcome, which is on the disk."""
@@ -323,7 +344,8 @@ class Collector:
         self.last_failure = said
         job.tries += 1
         if not is_rate_limit(reply):
-            job.strikes, job.answers_seen = self.count_strikes(job), self.rate.answers
+            job.failures += 1
+            job.strikes, job.answers_seen = self.count_strikes(job, reply), self.rate.answers
         heapq.heappush(self.retries, (self.rate.clock() + self.rate.draw_backoff_s(job.tries), job))
 
     # ---- outcomes, in the order of their requests ----------------------------------------------------------------

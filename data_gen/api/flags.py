@@ -2,12 +2,12 @@
 
 import json
 import os
-from argparse import ArgumentTypeError
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_gen.api.prices import parse_amount
+from data_gen.api.prices import parse_amount, parse_host
 from data_gen.base.cli import Parser, UsageError
 from data_gen.base.language import LANGUAGES
 
@@ -55,10 +55,21 @@ parse_fields = make_value_parser(
 
 
 def add_request_flags(flags: Parser) -> None:
-    """Add the flags that decide the requests and their price."""
+    """Add the flags that decide the requests for a dataset and their price."""
     add = flags.add_argument
     add("--model", type=parse_utf8, help="the model's name at the server")
     add("--rows", type=parse_count, default=52_000, help="rows to keep")
+    add("--seed-tasks", type=Path, help="seed tasks of your own: Alpaca's fields, or self-instruct's instances")
+    add("--language", default="en", help=f"of the rows: {' '.join(sorted(LANGUAGES))}")
+    add("--seed", type=int, default=0, help="of the prompts' random choices")
+    add("--tasks-per-request", type=parse_count, default=20, help="tasks that one prompt asks for")
+    add("--examples", type=parse_count, default=3, help="seed tasks that one prompt shows")
+    add_server_flags(flags, 1.0, 4096)
+
+
+def add_server_flags(flags: Parser, temperature: float, max_output_tokens: int) -> None:
+    """Add the flags about the server, its prices and sampling, with these defaults."""
+    add = flags.add_argument
     add("--base-url", default=os.environ.get("OPENAI_BASE_URL") or OPENAI, help="the server; also $OPENAI_BASE_URL")
     add("--api-key-env", default="OPENAI_API_KEY", help="environment variable that holds the key")
     add(
@@ -68,16 +79,12 @@ def add_request_flags(flags: Parser) -> None:
     )
     add("--price-out", type=parse_dollars, help="dollars a million output tokens")
     add("--prices", type=Path, help="another table of prices than data_gen/prices.json")
-    add("--seed-tasks", type=Path, help="seed tasks of your own: Alpaca's fields, or self-instruct's instances")
-    add("--language", default="en", help=f"of the rows: {' '.join(sorted(LANGUAGES))}")
-    add("--seed", type=int, default=0, help="of the prompts' random choices")
-    add("--tasks-per-request", type=parse_count, default=20, help="tasks that one prompt asks for")
-    add("--examples", type=parse_count, default=3, help="seed tasks that one prompt shows")
-    add("--temperature", type=parse_temperature, default=1.0, help="of sampling, left out where the server refuses it")
+    temperature_help = "of sampling, left out where the server refuses it"
+    add("--temperature", type=parse_temperature, default=temperature, help=temperature_help)
     add(
         "--max-output-tokens",
         type=parse_limit,
-        default=4096,
+        default=max_output_tokens,
         help="of one answer; with the prices, what it can cost at most",
     )
     add(
@@ -86,6 +93,36 @@ def add_request_flags(flags: Parser) -> None:
         default={},
         help='more fields of each request, as JSON: \'{"reasoning_effort": "low"}\'',
     )
+
+
+def add_run_flags(flags: Parser) -> None:
+    """Add the flags about money, limits and patience of a run."""
+    add = flags.add_argument
+    most_help = "never spend more than this, lost answers counted at the most they can have cost"
+    add("--max-usd", type=parse_dollars, help=most_help)
+    in_flight_help = "requests in flight at most; the server's limits are found out"
+    add("--concurrency", type=parse_count, default=32, help=in_flight_help)
+    add("--timeout", type=parse_seconds, default=600, help="seconds for one answer")
+    patience_help = "seconds without any answer after which to stop, resumably"
+    add("--patience", type=parse_seconds, default=900, help=patience_help)
+    attempts_help = "failures of one request, while others get through, before it is left out"
+    add("--max-attempts", type=parse_count, default=8, help=attempts_help)
+    backoff_help = "seconds before a first retry; they double, at random, up to 60"
+    add("--backoff", type=parse_seconds, default=1, help=backoff_help)
+    add("--replay", action="store_true", help="only make the results anew from the ledger; nothing is sent")
+    add("--allow-changed", action="store_true", help="go on with other settings than the ledger was begun with")
+    add("--quiet", action="store_true", help="no progress")
+
+
+def check_run_flags(options: Namespace) -> None:
+    """Raise UsageError for a server, prices or patience that cannot work."""
+    parse_host(options.base_url)
+    if options.patience <= options.timeout and not options.replay:
+        raise UsageError(f"--patience {options.patience:g} is not longer than --timeout {options.timeout:g}")
+    if "service_tier" in options.extra and options.price_in is None and not options.replay:
+        raise UsageError("--extra: a service_tier has prices of its own; pass its --price-in and --price-out")
+    if options.prices and not options.prices.is_file():
+        raise UsageError(f"--prices {options.prices} is not there")
 
 
 def check_language(code: str) -> None:

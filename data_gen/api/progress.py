@@ -31,6 +31,7 @@ class Screen(Console):
 class RowCounts(Protocol):
     """What is shown of a curator."""
 
+    unit: str  # what a row is called
     wanted: int
     rows: list[Any]
     items: int
@@ -89,7 +90,7 @@ class Progress:
             self.live.update(self.draw_line(run, now))
         elif now - self.shown >= PLAIN_EVERY_S:
             self.shown = now
-            self.print_line(f"{rows:,} of {run.curator.wanted:,} rows · {self.describe_state(run, now)}")
+            self.print_line(f"{rows:,} of {run.curator.wanted:,} {run.curator.unit} · {self.describe_state(run, now)}")
 
     def show_reading(self, entries: Iterable[Entry], total: int, curator: RowCounts) -> Iterator[Entry]:
         """Yield the entries of a ledger and show how many are read: a large ledger takes a minute."""
@@ -100,7 +101,7 @@ class Progress:
             now = time.monotonic()
             if not self.quiet and now - self.shown >= (REFRESH_S if self.live else PLAIN_EVERY_S):
                 self.shown = now
-                text = f"reading {n:,} of {total:,} recorded answers · {len(curator.rows):,} rows"
+                text = f"reading {n:,} of {total:,} recorded answers · {len(curator.rows):,} {curator.unit}"
                 if self.live:
                     self.live.update(Text(text))
                 else:

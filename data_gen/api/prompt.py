@@ -7,7 +7,7 @@ that any number of requests can be in flight, and a batch can hold all of them.
 import hashlib
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -69,11 +69,15 @@ SCHEMA = {
     "required": ["tasks"],
     "additionalProperties": False,
 }
-FORMATS = {  # what is asked for, the most exact first
-    "json_schema": {"type": "json_schema", "json_schema": {"name": "tasks", "strict": True, "schema": SCHEMA}},
-    "json_object": {"type": "json_object"},
-    "text": None,
-}
+
+
+def make_formats(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the response_format that asks for a schema, the most exact first: {Dialect.format: its value}."""
+    exact = {"type": "json_schema", "json_schema": {"name": name, "strict": True, "schema": schema}}
+    return {"json_schema": exact, "json_object": {"type": "json_object"}, "text": None}
+
+
+FORMATS = make_formats("tasks", SCHEMA)
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,16 @@ class Prompter:
     n_tasks: int = 20
     n_examples: int = 3
     language: str = "en"
+
+    @property
+    def n_requests(self) -> int | None:
+        """Return None: there is no end of prompts."""
+        return None
+
+    @property
+    def formats(self) -> Mapping[str, Any]:
+        """Return the response_format of each Dialect.format."""
+        return FORMATS
 
     def build_messages(self, number: int) -> list[dict[str, str]]:
         """Return the chat messages of the request with this number."""

@@ -9,7 +9,8 @@ from pathlib import Path
 from data_gen.base.cli import UsageError
 from data_gen.base.files import read_rows, write_atomically
 from data_gen.base.language import guess_language
-from data_gen.page.blocks import EXAMPLE_CHARS, hash_inline_block
+from data_gen.page.blocks import EXAMPLE_CHARS
+from data_gen.page.document import render_document, render_figure
 from data_gen.page.formatting import (
     as_number,
     as_text,
@@ -32,7 +33,6 @@ from data_gen.page.sections import (
     render_yield,
 )
 from data_gen.page.similarity import render_similarity
-from data_gen.page.style import SCRIPT, STYLE
 from data_gen.rows.tokens import tokenize
 
 
@@ -74,35 +74,9 @@ def render_page(name: str, rows: Sequence[Row], rejected: Rejected | None, run: 
         "sample": ("Sample", render_samples(rows)),
         "settings": ("Settings", render_settings(run)),
     }
-    sections = {key: section for key, section in sections.items() if section[1]}
-    links = "".join(f'<a href="#{key}">{title}</a>' for key, (title, _) in sections.items())
-    body = "\n".join(
-        f'<section><h2 id="{key}">{title}</h2>\n{html}</section>' for key, (title, html) in sections.items()
-    )
-    hashes = f"style-src '{hash_inline_block(STYLE)}'; script-src '{hash_inline_block(SCRIPT)}'"
-    policy = f"default-src 'none'; {hashes}; form-action 'none'"
     title = clip_text(f"{name}: {format_rows(len(rows))}", EXAMPLE_CHARS)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<header>
-<h1>{escape(title)}</h1>
-<p>Cria instruction dataset{render_state(rows, run)}</p>
-<nav aria-label="Parts of the page">{links}</nav>
-</header>
-{render_key_figures(rows, lengths, rejected, run)}
-{body}
-<script>{SCRIPT}</script>
-</body>
-</html>
-"""
+    lead = f"Cria instruction dataset{render_state(rows, run)}"
+    return render_document(title, lead, render_key_figures(rows, lengths, rejected, run), sections)
 
 
 def render_state(rows: Sequence[Row], run: RunRecord) -> str:
@@ -127,12 +101,6 @@ def format_moment(iso: str) -> str:
         return iso
     zone = {"Z": " UTC", "+00:00": " UTC", None: ""}.get(found[5], f" {found[5]}")
     return f"{found[1]} {found[2]}{zone}"
-
-
-def render_figure(label: str, value: str, note: str = "") -> str:
-    """Return one key figure with its label and note."""
-    note = f"<small>{escape(note)}</small>" if note else ""
-    return f"<div><dt>{escape(label)}</dt><dd>{escape(value)}{note}</dd></div>"
 
 
 def render_key_figures(

@@ -44,6 +44,11 @@ path.curve.second { stroke: var(--other); stroke-dasharray: 6 3 } circle { fill:
   var(--other) }
 .key::before { content: ""; display: inline-block; width: 1.3rem; margin-right: .4rem; vertical-align: middle;
   border-top: 2px solid var(--main) } .key.second::before { border-top: 2px dashed var(--other) }
+.lanes .row svg { height: 1.7rem; overflow: visible } .lanes > li { padding: .35rem 0 }
+.won { fill: var(--bar) } .drawn { fill: var(--line) } .lost { fill: var(--other); fill-opacity: .55 }
+.whisker { stroke: var(--ink); stroke-width: 2 } .estimate { fill: var(--ink) }
+.key.won::before, .key.drawn::before, .key.lost::before { border-top-width: .7rem; border-top-color: var(--bar) }
+.key.drawn::before { border-top-color: var(--line) } .key.lost::before { border-top-color: var(--other) }
 .small { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)); gap: 0 2rem }
 .halves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1.6rem 3rem }
 .halves > * { min-width: 0 } .apart { margin-top: 1.8rem }

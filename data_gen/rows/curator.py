@@ -43,6 +43,7 @@ class Curator:
         decontaminator: Decontaminator | None = None,
     ):
         self.wanted, self.language, self.decontaminator = wanted, language, decontaminator
+        self.unit = "rows"
         self.index = Deduplicator()
         self.known = [seed["instruction"] for seed in seeds if self.index.add(seed["instruction"]) is None]
         self.n_seeds = len(self.known)

@@ -20,6 +20,7 @@ pytest.importorskip("rapidfuzz")
 
 from data_gen import generate as module
 from data_gen.api.prompt import Prompter, read_seed_tasks
+from data_gen.api.running import stop_run
 from data_gen.base.cli import run_for_exit_code
 from engine.data.rows import read_rows
 from tests.helpers.forks import Started
@@ -220,10 +221,10 @@ def test_a_second_signal_gives_the_terminal_back(monkeypatch):
     did = []
     monkeypatch.setattr(module.os, "_exit", sys.exit)
     collector = SimpleNamespace(stopping=True, progress=SimpleNamespace(close=lambda: did.append("closed")))
-    module.stop_run(collector, signal.SIGHUP)
+    stop_run(collector, signal.SIGHUP)
     assert not did, "a terminal that is closed may say so twice"
     with pytest.raises(SystemExit, match="143"):
-        module.stop_run(collector, signal.SIGTERM)
+        stop_run(collector, signal.SIGTERM)
     assert did == ["closed"]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FORKS = multiprocessing.get_context("forkserver")
-COMMANDS = ["engine.finetune", "engine.export", "engine.generate", "data_gen.generate"]
+COMMANDS = ["engine.finetune", "engine.export", "engine.generate", "data_gen.generate", "data_gen.judge"]
 LATE = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.run", "numpy.random"]  # of a sharded model: 1 s
 FORKS.set_forkserver_preload([*COMMANDS, *LATE, "openai", "tests.helpers.forks"])
 

@@ -14,7 +14,7 @@ FOLDERS = ("kernels", "engine", "data_gen")  # what is installed; a file at the 
 LAYERS = {  # a package may import those before it in its line; "|": neither of two neighbours imports the other
     "kernels": "base , native < ops < compiled < measure",
     "engine": "base , model < distributed | formats < text | output < data | inference < planning , serving < training",
-    "data_gen": "base < api < rows < page",
+    "data_gen": "base < api < rows < page < judging",
 }
 BELOW = {"kernels": (), "engine": ("kernels",), "data_gen": (), "scripts": ("kernels", "engine", "data_gen")}
 NEVER = {  # beyond the order of the layers

@@ -90,9 +90,8 @@ class Server:
 class OneTask:
     """A RequestBuilder whose requests ask for one task and cost a fixed amount at most."""
 
-    prompter = SimpleNamespace(n_tasks=1)
-
-    def __init__(self, price, most):
+    def __init__(self, price, most, n_requests=None):
+        self.prompter = SimpleNamespace(n_tasks=1, n_requests=n_requests)
         self.price, self.most, self.sampling = price, most, SimpleNamespace(max_output_tokens=most)
 
     def prepare(self, number, dialect):
@@ -203,6 +202,46 @@ def test_one_that_always_fails_is_left_out_when_nothing_else_is_needed(make, bad
     assert len(set(collector.client.asked)) <= 20 + 8
     totals, lost = collector.ledger.compute_totals(), collector.client.asked.count(bad) if kind == "lost" else 0
     assert totals.spent + totals.uncertain == 20 * totals.answers + 50 * lost == collector.budget.committed
+
+
+class Votes(Curator):
+    """Is full once every request has its outcome, with a row or without."""
+
+    @property
+    def is_full(self):
+        return len(self.kept_by_request) >= self.wanted
+
+
+def make_limited(make, reply, n, **more):
+    """Return a collector of n requests, of which there are no more."""
+    collector = make(reply, n, **more)
+    collector.curator, collector.builder = Votes(n), OneTask(ONE, 50, n)
+    return collector
+
+
+@pytest.mark.parametrize("bad", [0, 4, 9])
+def test_where_requests_are_limited_no_other_is_made_up(make, bad):
+    collector = make_limited(make, lambda n, t, b: Reply("refused", 403, "no") if n == bad else answer(n, t, b), 10)
+    assert sorted(run(collector).client.asked) == list(range(10))
+    assert [entry.request for entry in collector.curator.entries if entry.kind == "refused"] == [bad]
+
+
+def test_where_requests_are_limited_one_that_the_server_does_not_understand_is_left_out_at_the_end_too(make):
+    collector = make_limited(
+        make, lambda n, t, b: Reply("unsupported", 400, "too long") if n == 9 else answer(n, t, b), 10, patience_s=10**6
+    )
+    assert [entry.request for entry in run(collector).curator.entries if entry.kind == "refused"] == [9]
+    assert collector.client.asked.count(9) <= 3
+
+
+def test_where_requests_are_limited_failures_of_the_last_ones_end_the_run_and_give_up_nothing(make):
+    def reply(n, t, b):
+        return Reply("failed", 500, "broken") if n == 9 else answer(n, t, b)
+
+    collector = make_limited(make, reply, 10, patience_s=10**6, concurrency=1)
+    with pytest.raises(Failure, match="last 1 requests failed 4 times each; the last failure: 500, broken; all answer"):
+        run(collector)
+    assert collector.done == set(range(9)) and collector.client.asked.count(9) == 4
 
 
 def test_one_that_fails_behind_a_full_lookahead_is_left_out(make, monkeypatch):
