@@ -32,7 +32,7 @@ def time(monkeypatch):
 
 @pytest.fixture
 def collector(time):
-    curator = SimpleNamespace(rows=[0] * 100, wanted=1000, items=160, answers=8)
+    curator = SimpleNamespace(unit="rows", rows=[0] * 100, wanted=1000, items=160, answers=8)
     budget = Budget(2 * PICO, PICO // 2, PICO // 100)
     return SimpleNamespace(curator=curator, budget=budget, rate=Rate(32, clock=time), last_failure="500, broken")
 
