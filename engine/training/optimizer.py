@@ -14,7 +14,9 @@ from engine.base.errors import UsageError
 from engine.base.host_memory import STATE_ARENA_BYTES, HostMemory
 from engine.distributed.fsdp import local_shards
 from engine.model.shard import Shard
-from engine.training.offload import Offload, copy_to_host
+from engine.training.offload import HostUpdates, Offload, copy_to_host
+from kernels.native.cpu import load_cpu
+from kernels.native.library import NativeError
 from kernels.ops.adamw import AdamWState, states_of
 from kernels.ops.eight_bit import BLOCK
 
@@ -41,9 +43,25 @@ def choose_optimizer(kernels_impl: str) -> str:
     Raises UsageError for another name.
     """
     named = os.environ.get("CRIA_OPTIMIZER", "triton")
-    if named not in ("triton", "cuda"):
-        raise UsageError(f"CRIA_OPTIMIZER is {named!r}, wanted triton or cuda")
+    if named not in ("triton", "cuda", "cpu"):
+        raise UsageError(f"CRIA_OPTIMIZER is {named!r}, wanted triton, cuda or cpu")
     return "cuda" if named == "cuda" and kernels_impl == "triton" else kernels_impl
+
+
+def chooses_cpu(offload: bool) -> bool:
+    """Return whether the CPU updates parameters of which states are offloaded: where CRIA_OPTIMIZER is cpu.
+
+    Raises UsageError if it is and states are not offloaded, or csrc/cpu is not there.
+    """
+    if os.environ.get("CRIA_OPTIMIZER") != "cpu":
+        return False
+    if not offload:
+        raise UsageError("CRIA_OPTIMIZER is cpu, which updates offloaded states; add --offload-optimizer")
+    try:
+        load_cpu()
+    except NativeError as error:
+        raise UsageError(f"CRIA_OPTIMIZER is cpu: {error}") from None
+    return True
 
 
 class AdamW:
@@ -51,14 +69,16 @@ class AdamW:
 
     master says how the fp32 number behind a bf16 parameter is kept, and states how m and v are, with the names that
     kernels.adamw uses. A parameter in fp32 is its own master. seed is that of stochastic rounding. With offload, master
-    and states are kept in the host's memory: see engine.training.offload. With in_backward, a step that was begun by
+    and states are kept in the host's memory: see engine.training.offload. With on_cpu too, the CPU updates them there:
+    impl "triton" and "cuda" then mean "auto". With in_backward, a step that was begun by
     begin_in_backward() updates each parameter as soon as its gradient is known, and drops the gradient. All gradients
     then never exist at one time, and cannot be clipped.
     """
 
     def __init__(
         self, model: nn.Module, *, beta1: float, beta2: float, eps: float, weight_decay: float, master: str = "split",
-        states: str = "fp32", seed: int = 0, impl: str = "auto", offload: bool = False, in_backward: bool = False,
+        states: str = "fp32", seed: int = 0, impl: str = "auto", offload: bool = False, on_cpu: bool = False,
+        in_backward: bool = False,
     ) -> None:  # fmt: skip
         self.params, self.local = dict(model.named_parameters()), local_shards(model)
         device = next(iter(self.params.values())).device
@@ -67,7 +87,9 @@ class AdamW:
         for name, p in self.params.items():  # one by one: never more than one tensor's state on the way to the host
             state = kernels.adamw_state(self.local[name].tensor, master, states_of(p, states), p.numel())
             self.states[name] = copy_to_host(state, host) if offload else state
-        self.offload = Offload(self.states, device) if offload else None
+        self.offload = Offload(self.states, device) if offload and not on_cpu else None
+        shards = {name: shard.tensor for name, shard in self.local.items()}
+        self.host_updates = HostUpdates(shards, device) if offload and on_cpu else None
         first = random.Random(seed).getrandbits(32)
         self.seeds = {name: (first + i) % 2**32 for i, name in enumerate(self.params)}  # each tensor its own
         # The place of each shard's first element in its whole tensor.
@@ -111,7 +133,9 @@ class AdamW:
         before the next step.
         """
         if self.step_in_backward is None:
-            if self.offload:
+            if self.host_updates:
+                self._update_on_cpu(self.host_updates, lr, norm, clip, apply)
+            elif self.offload:
                 scale = (clip / (norm + 1e-6)).clamp(max=1.0) if clip else 1.0
                 for name, state in self.offload.states_on_device():
                     self._update(name, state, lr, scale, apply)
@@ -127,6 +151,18 @@ class AdamW:
             step=self.n_updates + 1, grad_scale=scale, apply=apply, seeds=[self.seeds[name]],
             offsets=[self.offsets[name]], **self.settings,
         )  # fmt: skip
+
+    def _update_on_cpu(self, host, lr, norm, clip, apply):
+        host.download({name: local_part(p.grad) for name, p in self.params.items()})
+        if apply is not None and not apply:  # waits for the norm
+            return
+        scale = (clip / (norm + 1e-6)).clamp(max=1.0).item() if clip else 1.0
+        settings = self.settings | {"impl": self.impl if self.impl in ("ref", "native") else "auto"}
+        for name, weights, grad in host.tensors_on_host():
+            kernels.adamw(
+                weights, grad, self.states[name], lr=lr, weight_decay=self.decays[name], step=self.n_updates + 1,
+                grad_scale=scale, seed=self.seeds[name], offset=self.offsets[name], **settings,
+            )  # fmt: skip
 
     def _update_all(self, lr, norm, clip, apply):
         tensors = [shard.tensor for shard in self.local.values()]
@@ -150,6 +186,8 @@ class AdamW:
         """
         if self.offload:
             self.offload.wait()
+        if self.host_updates:
+            self.host_updates.is_stale = True  # the caller may load other weights
         shards = {f"param.{name}": shard for name, shard in self.local.items()}
         for name, state in self.states.items():
             first, rows, n_whole = self.local[name].first, len(self.params[name]), self.params[name].numel()

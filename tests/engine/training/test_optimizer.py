@@ -12,7 +12,9 @@ from engine.base.errors import UsageError
 from engine.model.config import MODELS
 from engine.model.llama import new_model
 from engine.planning.fitting import find_uncut_counts
-from engine.training.optimizer import AdamW, choose_optimizer, lr_factor
+from engine.training import optimizer as optimizer_module
+from engine.training.optimizer import AdamW, choose_optimizer, chooses_cpu, lr_factor
+from kernels.native.library import NativeError
 from tests.helpers.run import worst
 
 THEIRS = {
@@ -79,5 +81,22 @@ def test_the_optimizer_of_cuda_is_a_choice(monkeypatch):
     monkeypatch.setenv("CRIA_OPTIMIZER", "cuda")
     assert choose_optimizer("triton") == "cuda" and choose_optimizer("ref") == "ref"
     monkeypatch.setenv("CRIA_OPTIMIZER", "hip")
-    with pytest.raises(UsageError, match="CRIA_OPTIMIZER is 'hip', wanted triton or cuda"):
+    with pytest.raises(UsageError, match="CRIA_OPTIMIZER is 'hip', wanted triton, cuda or cpu"):
         choose_optimizer("triton")
+
+
+def test_updates_on_the_cpu_are_a_choice(monkeypatch):
+    assert not chooses_cpu(True)
+    monkeypatch.setenv("CRIA_OPTIMIZER", "cpu")
+    assert choose_optimizer("triton") == "triton"
+    with pytest.raises(UsageError, match=r"CRIA_OPTIMIZER is cpu, which .* add --offload-optimizer"):
+        chooses_cpu(False)
+
+    def fail():
+        raise NativeError("no g++")
+
+    monkeypatch.setattr(optimizer_module, "load_cpu", fail)
+    with pytest.raises(UsageError, match=r"CRIA_OPTIMIZER is cpu: no g\+\+"):
+        chooses_cpu(True)
+    monkeypatch.setattr(optimizer_module, "load_cpu", lambda: None)
+    assert chooses_cpu(True)
