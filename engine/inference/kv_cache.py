@@ -1,5 +1,6 @@
 """The KV cache: keys and values of earlier tokens, kept for the tokens that follow."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
+from engine.base.errors import UsageError
 from engine.model.config import ModelConfig
 
 
@@ -50,6 +52,17 @@ def pack_prompts(lengths: Sequence[int]) -> Prefill:
     return Prefill(ends[-1], [], torch.arange(ends[-1]), documents, prompts)
 
 
+def choose_decoding(impl: str) -> str:
+    """Return "cuda" where CRIA_DECODING names it and the model runs its kernels on a GPU, else "torch".
+
+    Raises UsageError for another name.
+    """
+    named = os.environ.get("CRIA_DECODING", "torch")
+    if named not in ("torch", "cuda"):
+        raise UsageError(f"CRIA_DECODING is {named!r}, wanted torch or cuda")
+    return named if impl == "triton" else "torch"
+
+
 class KVCache:
     """Keys and values of B sequences, each with its own length.
 
@@ -65,7 +78,7 @@ class KVCache:
         dtype: torch.dtype,
         impl: str = "auto",
     ):
-        self.impl = impl
+        self.impl, self.decoding = impl, choose_decoding(impl)
         shape = (config.n_layers, batch, max_len, config.n_kv_heads, config.head_dim)
         self.k, self.v = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -128,6 +141,9 @@ class KVCache:
         """Store layer i's k, v (n, K, Dh) and return the attention (n, H, Dh) of q to its own sequence so far."""
         lengths, group = self.lengths[self.rows], q.shape[1] // k.shape[1]
         self.k[i, self.rows, lengths - 1], self.v[i, self.rows, lengths - 1] = k, v
+        if self.decoding == "cuda":
+            pages = self.rows.to(torch.int32)[:, None]  # a sequence is one page of the cache
+            return kernels.decode_attention(q, kernels.DecodeCache(self.k[i], self.v[i], lengths, pages), "cuda")
         longest = int(lengths.max())
         keys, values = (t[i, self.rows, :longest].transpose(1, 2) for t in (self.k, self.v))  # (n, K, S, Dh)
         seen = torch.arange(longest, device=q.device) < lengths[:, None]  # (n, S)

@@ -6,7 +6,8 @@ The keys of sequence b are those of a prefix that all sequences share, if there 
 its own. Query heads come in groups of G to a key head. Two layouts of the cache:
 
     static  k, v (B, S, K, D): row b is sequence b
-    paged   k, v (pages, page size, K, D), and a table (B, n) int32: page j of sequence b is number table[b, j]
+    paged   k, v (pages, page size, K, D), and a table (B, n) int32: page j of sequence b is number table[b, j]. A page
+            holds a multiple of 16 keys, unless it is the only one of its sequence
 
 The prefix is (P, K, D). A sequence without any key gives 0. Softmax and sums are fp32, and the bits of a result depend
 on shapes alone, not on the order in which a GPU runs blocks.
@@ -139,7 +140,7 @@ def _check(q: torch.Tensor, cache: DecodeCache) -> None:
         refuse("k and v differ", "equal shapes and strides")
     if cache.table is not None and (cache.table.dtype != torch.int32 or not cache.table.is_contiguous()):
         refuse(f"the table is {cache.table.dtype}", "contiguous int32")
-    if cache.table is not None and k.shape[1] % ROWS:
+    if cache.table is not None and cache.table.shape[1] > 1 and k.shape[1] % ROWS:
         refuse(f"pages of {k.shape[1]} keys", f"a multiple of {ROWS}")
     if cache.lengths.dtype != torch.int64 or cache.lengths.shape != q.shape[:1]:
         refuse(f"lengths are {tuple(cache.lengths.shape)} {cache.lengths.dtype}", f"({len(q)},) int64")

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import kernels
+from engine.model.config import MODELS
+from engine.model.llama import new_model
 from kernels.compiled.cuda_simulation import cuda_on_machine, run_launch
 from kernels.compiled.ptx import Options
 from kernels.native import cuda
@@ -107,6 +109,22 @@ def test_norm_and_clipped_update_are_two_launches(clip):
     others, other_states = copy(*make(sizes))
     kernels.adamw_many(others, grads, other_states, impl="ref", **settings | {"norm": None, "grad_scale": scale})
     assert not differences(params, made, others, other_states)
+
+
+@pytest.mark.parametrize("model", ["smollm2-135m", "llama-7b"])
+def test_a_model_is_two_launches(model, monkeypatch):
+    """The shapes of real models, matrices with 8-bit states and vectors with fp32 ones, without storage."""
+    shapes = [p.shape for p in new_model(MODELS[model], "meta", BF16, "ref").parameters()]
+    params = [torch.empty(shape, dtype=BF16, device="meta") for shape in shapes]
+    made = [adamw_state(p, "split", op.states_of(p, "8bit")) for p in params]
+    launches = []
+    monkeypatch.setattr(cuda, "runner", launches.append)
+    norm = kernels.grad_norm(params, "cuda")
+    decays = [0.0] * len(params)
+    kernels.adamw_many(params, params, made, step=1, weight_decays=decays, norm=norm, clip=1.0, impl="cuda", **SETTINGS)
+    assert [launch.function for launch in launches] == ["cria_grad_norm", "cria_adamw"]
+    elements = sum(p.numel() for p in params)
+    assert launches[1].arguments[2] - elements / adamw_cuda.CHUNK < len(params)  # chunks
 
 
 def test_without_apply_nothing_changes():

@@ -172,7 +172,7 @@ def test_the_reference_is_torchs_attention():
         ({"table": torch.zeros(1, 1, dtype=torch.int64)}, "the table is torch.int64, wanted contiguous int32"),
         ({"v": torch.zeros(1, 24, 2, 64)}, "v is .*float32 on cpu, wanted rows of 64 torch.bfloat16"),
         ({"prefix_k": torch.zeros(3, 2, 64, dtype=BF16)}, "k and v differ, wanted equal shapes and strides"),
-        ({"table": torch.zeros(1, 1, dtype=torch.int32)}, "pages of 24 keys, wanted a multiple of 16"),
+        ({"table": torch.zeros(1, 2, dtype=torch.int32)}, "pages of 24 keys, wanted a multiple of 16"),
     ],
 )
 def test_what_does_not_fit_is_said(change, message):
