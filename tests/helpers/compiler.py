@@ -52,9 +52,11 @@ def clear_environment(path):
 def start_server(path):
     """Start the process that has imported everything, once for each path, and return the socket to it."""
     ours, theirs = socket.socketpair()
+    # torch.cuda.is_available() asks NVML: asking CUDA would begin it here, and no fork could use a GPU then.
+    env = clear_environment(path) | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     subprocess.Popen(
         [sys.executable, "-m", "tests.helpers.compiler", str(theirs.fileno())],
-        cwd=ROOT, env=clear_environment(path), pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+        cwd=ROOT, env=env, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
     )  # fmt: skip
     theirs.close()
     return ours
