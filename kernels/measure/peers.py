@@ -15,13 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from kernels.measure.cases import BenchCase, Inputs
-from kernels.native.cuda import load_cuda
-from kernels.native.library import NativeError
 from kernels.ops import rope
-from kernels.ops.adamw import AdamWState
-from kernels.ops.adamw_many import adamw_many
 from kernels.ops.common import INTERPRETED
-from kernels.ops.grad_norm import grad_norm
 
 
 class Absent(Exception):
@@ -308,28 +303,6 @@ def foreach_norm(case: BenchCase, inputs: Inputs, upstream: tuple[torch.Tensor, 
     return plain(lambda case, i: torch.nn.utils.get_total_norm(i.grads))(case, inputs, upstream)
 
 
-def by_cuda(fn: Callable[[BenchCase, Inputs], Any]) -> Prepare:
-    """Return a contender of csrc/cuda that runs fn on the case's own tensors."""
-
-    def prepare(case, inputs, upstream):
-        require_cuda("csrc/cuda")
-        try:
-            load_cuda()
-        except NativeError as error:
-            raise Absent(str(error)) from error
-        return plain(fn)(case, inputs, upstream)
-
-    return prepare
-
-
-def update_by_cuda(case: BenchCase, i: Inputs) -> torch.Tensor:
-    """Update a case of AdamW by csrc/cuda."""
-    settings = dict(case.sizes["settings"])
-    decays = [settings.pop("weight_decay")]
-    adamw_many([i.param], [i.grad], [AdamWState(**i.state)], weight_decays=decays, step=2, impl="cuda", **settings)
-    return i.param
-
-
 def optimizer(make: MakeOptimizer, dtype: torch.dtype) -> Prepare:
     """Return a step of another AdamW on a parameter of our shape. Its rates count the bytes that ours moves."""
 
@@ -409,10 +382,6 @@ PEERS: dict[str, dict[str, Prepare]] = {
         "cut-cross-entropy": cut_cross_entropy(exact=False),
         "cut-cross-entropy, exact": cut_cross_entropy(exact=True),
     },
-    "grad_norm": {
-        "CUDA C++": by_cuda(lambda case, i: grad_norm(i.grads, "cuda")),
-        "torch foreach": foreach_norm,
-        **COMPILED,
-    },
-    "adamw": {"CUDA C++": by_cuda(update_by_cuda), **OPTIMIZERS},
+    "grad_norm": {"torch foreach": foreach_norm, **COMPILED},
+    "adamw": OPTIMIZERS,
 }
