@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_gen.base.cli import run_for_reader
+from scripts.pages.decoding import decoding, decoding_row, spread
 from scripts.pages.gpu_table import format_report, format_targets, read_reports
 from scripts.pages.tokenizer_ids import tokenizer_ids
 from scripts.pages.without_gpu import paragraph, simulated, static, step_launches
@@ -51,11 +52,6 @@ class Measurement:
         """Return the heading's anchor on GitHub."""
         kept = "".join(c for c in self.title.lower() if c.isalnum() or c in " -")
         return kept.replace(" ", "-")
-
-
-def spread(summary: dict, form: str) -> str:
-    """Return a median with its extremes: 1.99 (1.74 to 2.28)."""
-    return f"{summary['median']:{form}} ({summary['min']:{form}} to {summary['max']:{form}})"
 
 
 def machine(figures: dict) -> list[str]:
@@ -193,47 +189,6 @@ def cpu_speed_row(figures):
     return what, f"{rates['cria']:.0f}", f"{rates['transformers']:.0f} (transformers)", f"{spread(ratio, '.2f')}"
 
 
-def decoding(figures):
-    names = {"cria": "ours", "cria, torch's operators": "ours with torch's operators"}
-    lines = [
-        paragraph(
-            "SmolLM2-135M answers one prompt greedily in bf16. All take turns; a figure is the time from the first "
-            f"token of an answer to its last, of {figures['tokens']}. Other programs ran on the machine, whose load is "
-            "told: waiting for each other, threads then lose more time than they work, so CPU milliseconds of all "
-            "threads stand beside the time on the clock. The last column counts the tokens with which an answer begins "
-            "as the same weights in fp32 give them."
-        ),
-        "",
-        "| | threads | CPU ms a token | ours takes less CPU by | ms a token | ours is faster by | as in fp32 |",
-        "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    for run in figures["runs"]:
-        for name in run["ms_a_token"]:
-            times = [spread(run[key][name], ".2f") if name in run[key] else "" for key in ("cpu_ratio", "ratio")]
-            cpu, wall = (run[key][name]["median"] for key in ("cpu_ms_a_token", "ms_a_token"))
-            same = f"{run['tokens_as_in_fp32'][name]} of {figures['tokens']}"
-            who = names.get(name, name)
-            lines.append(f"| {who} | {run['threads']} | {cpu:.1f} | {times[0]} | {wall:.1f} | {times[1]} | {same} |")
-    one = figures["runs"][0]
-    rate = figures["weight_bytes"] / 1e6 / one["cpu_ms_a_token"]["cria"]["median"]
-    loads = " and ".join(f"{run['load_average']['median']:.1f}" for run in figures["runs"])
-    lines += [
-        "",
-        paragraph(
-            f"The load average was {loads}. In a CPU second ours reads {rate:.1f} GB of weights, beside "
-            f"{one['read_gb_per_cpu_s']:.1f} GB in a product that does nothing else, the best of ten."
-        ),
-    ]  # fmt: skip
-    return lines
-
-
-def decoding_row(figures):
-    run = figures["runs"][0]
-    times, best = run["cpu_ms_a_token"], run["cpu_ratio"]["transformers"]
-    peer = f"{times['transformers']['median']:.1f} (transformers)"
-    return "decoding SmolLM2-135M in bf16, CPU ms a token", f"{times['cria']['median']:.1f}", peer, spread(best, ".2f")
-
-
 def dedup(figures):
     stream, pairs = figures["stream"], figures["all_pairs"]
     assert pairs["same_decisions"]
@@ -348,7 +303,8 @@ MEASUREMENTS = (
     ),
     Measurement(
         "decoding", "Decoding on a CPU",
-        script("scripts.speed.decoding", "decoding", "--gguf smollm2-bf16.gguf"), decoding, decoding_row,
+        script("scripts.speed.decoding", "decoding", "--gguf smollm2-bf16.gguf --threads 1 --tokens 16 --rounds 3"),
+        decoding, decoding_row,
     ),
     Measurement(
         "dedup", "Exact de-duplication",
