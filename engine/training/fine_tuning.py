@@ -2,6 +2,9 @@
 
 import dataclasses
 import os
+import shlex
+import shutil
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -88,6 +91,14 @@ def fine_tune(plan: Plan, world: World, signals: Signals, start: Start) -> None:
                 end_run(plan, run, record | {"status": status, "seconds": seconds})
     if world.is_main:
         print(f"the model is in {out}, the report in {out / 'report.html'}")
+        print(f"talk to it: {name_python()} -m engine.serve --model {shlex.quote(str(out))}")
+
+
+def name_python() -> str:
+    """Return what a shell in this folder calls this Python: "python", or its path where that is another one or none."""
+    if os.path.abspath(shutil.which("python") or "") == os.path.abspath(sys.executable):
+        return "python"
+    return shlex.quote(min(sys.executable, os.path.relpath(sys.executable), key=len))
 
 
 def build_model(plan: Plan, world: World, found: Checkpoint | None) -> tuple[Transformer, AdamW]:

@@ -180,6 +180,7 @@ def test_stanfords_command_runs(tmp_path, rows_file):
     )  # fmt: skip
     assert "--fsdp is accepted and not needed" in done.stdout
     assert "step 3/3" in done.stdout and len(events(tmp_path / "out")) == 3
+    assert done.stdout.endswith(f" -m engine.serve --model {tmp_path / 'out'}\n")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
