@@ -15,8 +15,8 @@ import torch
 
 from kernels.measure.cases import BenchCase, Inputs
 from kernels.measure.clock import count_input_sets, make_l2_flush, measure_peak_rates, summarize_ms, time_steps
-from kernels.measure.machine import DEVICE, GPU, IMPL, describe_machine, free_memory, write_json
 from kernels.measure.cuda_peers import CUDA_PEERS
+from kernels.measure.machine import DEVICE, GPU, IMPL, describe_machine, free_memory, write_json
 from kernels.measure.peers import PEERS, UNCHECKED, Absent, Prepare, Ready, plain
 from kernels.measure.results import Record, Result, add_ratios, compute_rates, format_record
 from kernels.measure.truth import Truth, as_tuple, copy_as_leaves, run_once

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kernels.measure.cases import BenchCase
+from kernels.native.library import ROOT
 from kernels.native.toolchain import MissingCompiler, find_nvcc
 from kernels.ops.decode_attention import DecodeCache, decode_attention
 
@@ -16,12 +17,12 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def has_nvcc() -> bool:
-    """Return whether csrc/cuda can be compiled here."""
+    """Return whether csrc/cuda is here, as in a checkout, and nvcc to compile it."""
     try:
         find_nvcc()
     except MissingCompiler:
         return False
-    return True
+    return (ROOT / "csrc" / "cuda").exists()
 
 
 def as_cuda(case: BenchCase) -> BenchCase:
