@@ -78,6 +78,14 @@ def bytes_of_update(state: StateBytes, master: str) -> int:
     return state.weights * passes + 2 * (state.master + state.states)
 
 
+def host_update_bytes(state: StateBytes, master: str) -> tuple[int, int]:
+    """Return the bytes of an update of offloaded states on the CPU: over the bus each way, and in the host's memory.
+
+    Gradients go down and weights come up. The host's memory takes in the one and gives the other, beside AdamW's own.
+    """
+    return state.weights, bytes_of_update(state, master) + 2 * state.weights
+
+
 def update_seconds(card: Card, speed: Rates, state: StateBytes, setting: Setting) -> float:
     """Return the seconds of the gradient norm, which reads all gradients, and of AdamW.
 

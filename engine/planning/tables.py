@@ -14,10 +14,10 @@ from engine.base.files import make_json_safe
 from engine.base.terminal import Output
 from engine.planning.cards import CARDS, GIB, MACHINE_GPUS, PORT_GB_PER_S, PRICES_DATE
 from engine.planning.fitting import find_least_bytes
-from engine.planning.memory import Memory
+from engine.planning.memory import Memory, state_bytes
 from engine.planning.projection import Estimate, Outcome, Projection
 from engine.planning.setting import Setting, describe_mesh
-from engine.planning.step_time import ATTENTION_SHARE, KERNEL_SHARE, gemm_flops
+from engine.planning.step_time import ATTENTION_SHARE, KERNEL_SHARE, gemm_flops, host_update_bytes
 
 Row = tuple[str, ...]
 WIDTH = 80  # columns of a paragraph
@@ -130,6 +130,10 @@ def time_rows(estimate: Estimate) -> list[Row]:
         "host": "launches that the card waits for",
         "offload": f"master and states over PCIe, {card.pcie_gb_per_s:g} GB/s each way",
     }
+    if seconds["offload"]:
+        over_bus, in_memory = host_update_bytes(state_bytes(estimate.model, setting), setting.master)
+        rate = in_memory / seconds["offload"] / 1e9
+        why["offload"] += f"; CRIA_OPTIMIZER=cpu: {format_gb(over_bus)} GB, sooner over {rate:.0f} GB/s of RAM"
     rows: list[Row] = [(name, f"{1e3 * seconds[name]:.1f}", text) for name, text in why.items() if seconds[name]]
     if setting.n_cards > 1:
         communication_ms, sent_gb = 1e3 * projection.communication_s, projection.communication_bytes / 1e9

@@ -4,8 +4,9 @@
 
 torch's way to update a bf16 parameter in the host's memory is three passes: the gradient is copied to fp32,
 torch.optim.AdamW(fused=True) updates an fp32 master, and the master is copied to bf16. The copy rate is that of
-torch's copy_ between two fp32 tensors, bytes read and written. All take turns, so ratios are of neighbours in time:
-other programs may share the machine. Bytes are those that kernels/ops/adamw.py's table says an update moves.
+torch's copy_ between two fp32 tensors, bytes read and written. All take turns, so ratios are of neighbours in time, and
+seconds are the process's CPU seconds in one thread: other programs may share the machine, and a thread that waits for
+another one spins. Bytes are those that kernels/ops/adamw.py's table says an update moves.
 """
 
 import itertools
@@ -73,7 +74,7 @@ class TorchsWay:
 
 
 def measure_in_turns(n: int, rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each contender in each round; the first round, which touches all memory, does not count."""
+    """Return the CPU seconds of each contender in each round, without a first round, which touches all memory."""
     grad = torch.randn(n).bfloat16()
     source, target = torch.ones(n), torch.ones(n)
     torchs, ours = TorchsWay(n), {mode: make(n, *mode) for mode in BYTES}
@@ -85,10 +86,10 @@ def measure_in_turns(n: int, rounds: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for step in range(1, rounds + 2):
         for name, call in calls.items():
-            began = time.perf_counter()
+            began = time.process_time()
             call(step)
             if step > 1:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(time.process_time() - began)
     return seconds
 
 
@@ -108,6 +109,7 @@ def main() -> None:
         for master, states in MODES
     }
     print(json.dumps(equal, indent=1), flush=True)
+    torch.set_num_threads(1)
     n, seconds = args.parameters, measure_in_turns(args.parameters, args.rounds)
     copy_rates = [8 * n / s for s in seconds["copy"]]
     figures = {}

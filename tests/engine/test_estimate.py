@@ -212,6 +212,7 @@ def test_a_run_that_saves_needs_the_hosts_memory(tmp_path, capsys):
     assert "On the host" not in capsys.readouterr().out and strict_json(path)["memory_bytes"]["host_copy"] == 0
     assert run(*flags, "--save-every", 100, "--offload-optimizer") == 0
     found, out = strict_json(path), " ".join(capsys.readouterr().out.split())
+    assert "CRIA_OPTIMIZER=cpu" in out
     used = found["memory_bytes"]
     assert state <= used["host_copy"] < 1.3 * state
     assert found["host_bytes_of_a_machine"] == 8 * used["host"] + 4 * used["host_copy"]  # one replica's are saved

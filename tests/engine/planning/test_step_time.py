@@ -21,6 +21,7 @@ from engine.planning.step_time import (
     block_seconds,
     bytes_of_update,
     gemm_flops,
+    host_update_bytes,
     step_traffic,
     update_seconds,
 )
@@ -40,6 +41,13 @@ def test_adamw_moves_what_its_table_says():
             gradients = c.n_parameters * (dtype.itemsize - 2)  # the table's are bf16
             found = (bytes_of_update(state, master) - gradients) / c.n_parameters
             assert found == pytest.approx(float(moved), abs=0.05), (name, states)
+
+
+def test_an_update_on_the_cpu_moves_gradients_and_weights_over_the_bus():
+    c = MODELS["llama-7b"]
+    for states, moved in (("fp32", 26), ("bf16", 18)):
+        over_bus, in_memory = host_update_bytes(state_bytes(c, Setting(torch.bfloat16, "split", states)), "split")
+        assert over_bus == 2 * c.n_parameters and in_memory == (moved + 4) * c.n_parameters
 
 
 def test_an_update_takes_as_long_as_its_bytes_or_its_instructions():
