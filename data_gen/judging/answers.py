@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from data_gen.base.cli import DataError, UsageError
 from data_gen.base.files import read_rows
+from data_gen.rows.parse import SURROGATE
 
 WANTED = 'wanted AlpacaEval\'s {"instruction", "output", "generator"?, "dataset"?}, or "response" for "output"'
 SHOWN = 80  # characters of an instruction in a message
@@ -46,7 +47,8 @@ class Questions:
 def read_answers(path: Path) -> AnswerFile:
     """Return the answers of a .json list or a .jsonl file. Raise DataError with the row and its fault.
 
-    The model is the file's "generator", or the file's name where it says none.
+    The model is the file's "generator", or the file's name where it says none. What no UTF-8 holds, half a surrogate
+    pair, becomes U+FFFD.
     """
     replies: dict[Key, Reply] = {}
     seen: Counter[str] = Counter()
@@ -58,10 +60,10 @@ def read_answers(path: Path) -> AnswerFile:
             raise DataError(f"{path}, row {number}: got the keys {sorted(row)}; {WANTED}, each a text")
         asked = join_input(str(instruction), given)
         key = make_key(asked)
-        replies[key, seen[key]] = Reply(asked, row.get("dataset"), str(output))
+        replies[key, seen[key]] = Reply(asked, row.get("dataset"), replace_surrogates(str(output)))
         seen[key] += 1
         if row.get("generator"):
-            generators.add(str(row["generator"]))
+            generators.add(replace_surrogates(str(row["generator"])))
     if not replies:
         raise DataError(f"{path} holds no answer; {WANTED}")
     if len(generators) > 1:
@@ -71,7 +73,12 @@ def read_answers(path: Path) -> AnswerFile:
 
 def join_input(instruction: str, given: str) -> str:
     """Return an instruction with its input below, as one text."""
-    return f"{instruction.strip()}\n\n{given.strip()}" if given.strip() else instruction.strip()
+    return replace_surrogates(f"{instruction.strip()}\n\n{given.strip()}".strip())
+
+
+def replace_surrogates(text: str) -> str:
+    """Return a text with U+FFFD for each lone surrogate, which could not be sent."""
+    return SURROGATE.sub("\ufffd", text)
 
 
 def make_key(instruction: str) -> str:

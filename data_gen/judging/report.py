@@ -203,7 +203,7 @@ def render_pairs(pairs: Sequence[PairFigures]) -> str:
         name = escape(clip_text(f"{one.other} against {one.base}", 120))
         numbers = "".join(f'<td class="n">{cell}</td>' for cell in cells)
         rows += f"<tr><th>{name}</th>{numbers}</tr>"
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def name_outcome(one: Judged) -> str:

@@ -44,7 +44,9 @@ path.curve.second { stroke: var(--other); stroke-dasharray: 6 3 } circle { fill:
   var(--other) }
 .key::before { content: ""; display: inline-block; width: 1.3rem; margin-right: .4rem; vertical-align: middle;
   border-top: 2px solid var(--main) } .key.second::before { border-top: 2px dashed var(--other) }
-.lanes .row svg { height: 1.7rem; overflow: visible } .lanes > li { padding: .35rem 0 }
+ul.lanes:not(.tall) .row svg { height: 1.7rem; overflow: visible } .lanes > li { padding: .35rem 0 }
+.wide { overflow-x: auto } .wide table { min-width: 46rem } .wide td.n { white-space: nowrap }
+h3, p, dd { overflow-wrap: anywhere } .figures > div { min-width: 0 }
 .won { fill: var(--bar) } .drawn { fill: var(--line) } .lost { fill: var(--other); fill-opacity: .55 }
 .whisker { stroke: var(--ink); stroke-width: 2 } .estimate { fill: var(--ink) }
 .key.won::before, .key.drawn::before, .key.lost::before { border-top-width: .7rem; border-top-color: var(--bar) }
@@ -111,12 +113,14 @@ thead th { vertical-align: bottom } td.n, th.n { text-align: right }
 
 SCRIPT = """
 for (const figure of document.querySelectorAll("figure")) {
-  const svg = figure.querySelector("svg"), out = figure.querySelector("output");
-  if (!svg || !out) continue;
-  svg.addEventListener("pointerover", event => {
-    const title = event.target.closest("g.tip, path")?.querySelector("title");
-    out.textContent = title ? title.textContent : "";
-  });
-  svg.addEventListener("pointerleave", () => { out.textContent = ""; });
+  const out = figure.querySelector("output");
+  if (!out) continue;
+  for (const svg of figure.querySelectorAll("svg[role=img]")) {
+    svg.addEventListener("pointerover", event => {
+      const title = event.target.closest("g.tip, path")?.querySelector("title");
+      out.textContent = title ? title.textContent : "";
+    });
+    svg.addEventListener("pointerleave", () => { out.textContent = ""; });
+  }
 }
 """

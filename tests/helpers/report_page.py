@@ -155,7 +155,12 @@ def report(folder, rows, lost=None, run=None, name="dataset.jsonl"):
             (folder / file).write_text(value if isinstance(value, str) else lines)
     out = write_report(path)
     assert out == folder / "report.html" and not list(folder.glob(".*"))
-    page = Page(out.read_text())
+    return check_page(out.read_text())
+
+
+def check_page(source):
+    """Return the parsed page, which holds only what a page may hold."""
+    page = Page(source)
     allowed = (
         "html head meta title style body header h1 p span nav a dl div dt dd small figure figcaption h3 output svg g"
     )

@@ -5,9 +5,7 @@ import hashlib
 import json
 import math
 import re
-import shutil
 import statistics
-import subprocess
 from collections import Counter
 from html import unescape
 
@@ -414,34 +412,6 @@ console.error("says " + (say() === bin.querySelector("title").textContent));
 document.querySelector("figure svg").dispatchEvent(new PointerEvent("pointerleave"));
 console.error("then " + (say() === ""));
 </script></body>"""
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not binary:
-        pytest.skip("no chromium on PATH")
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += " --disable-component-update --disable-sync --enable-logging=stderr --v=0 --hide-scrollbars --dump-dom"
-
-    def dump(source, width):
-        folder = tmp_path_factory.mktemp("profile")
-        (folder / "page.html").write_text(source)
-        if width < 500:  # the least that the window itself can be
-            (folder / "inner.html").write_text(source)
-            source = f'<iframe src="inner.html" width="{width}" height="900" frameborder="0"></iframe>'
-            (folder / "page.html").write_text(source)
-        command = [
-            binary,
-            *flags.split(),
-            f"--window-size={width},900",
-            f"--user-data-dir={folder}",
-            (folder / "page.html").as_uri(),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-    return dump
 
 
 def test_in_a_browser(chromium, tmp_path):
