@@ -11,6 +11,7 @@ another one spins. Bytes are those that kernels/ops/adamw.py's table says an upd
 
 import itertools
 import json
+import sys
 import time
 from argparse import Namespace
 
@@ -133,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_for_reader(main)
+    sys.exit(run_for_reader(main))

@@ -12,6 +12,7 @@ fp32.
 
 import json
 import os
+import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 import transformers
 
+from data_gen.base.cli import run_for_reader
 from engine.base.device import choose_kernels
 from engine.inference.generation import generate
 from engine.inference.model_loader import load_model
@@ -200,4 +202,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_for_reader(main))
