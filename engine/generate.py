@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.base.device import choose_device, choose_dtype, choose_kernels
-from engine.base.errors import DataError, UsageError, run_main
+from engine.base.errors import UsageError, run_main
 from engine.base.flags import KERNELS, KERNELS_HELP, flag, parse_flags
-from engine.data.data_files import has_rows
-from engine.data.rows import read_rows
+from engine.data.prompts import ask_for, read_prompts
 from engine.inference.generation import generate
 from engine.inference.model_loader import load_model
-from engine.output.folder import read_prompt_style
-from engine.text.chat_templates import find_carried_style
+from engine.serving.prompts import choose_style
 from engine.text.templates import STYLES, Row, encode_prompt, find_stop_ids
 
 
@@ -55,35 +53,18 @@ class GenerateConfig:
             raise ValueError("\n".join(problems))
 
 
-def read_prompts(config: GenerateConfig) -> list[Row]:
-    """Return --prompt as a row, or the rows of the file --prompts. A file that is not JSON has one prompt a line."""
-    if config.prompt:
-        return [Row("--prompt", None, config.prompt, config.input)]
-    path = Path(config.prompts)
-    try:
-        if path.stat().st_size and has_rows(path):
-            return read_rows([path], require_answers=False, with_tools=True)[0]
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--prompts {path}: cannot be read ({error}); give a UTF-8 text, JSON or JSONL file") from None
-    rows = [Row(f"{path.name}:{n}", None, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-    if not rows:
-        raise DataError(f"--prompts {path}: holds no prompt; write one a line")
-    return rows
-
-
 def main(argv: list[str]) -> None:
     """Generate and print the answers that the command line asks for."""
     config, _ = parse_flags(GenerateConfig, argv)
-    rows = read_prompts(config)
+    rows = [Row("--prompt", None, config.prompt, config.input)]
+    if config.prompts:
+        rows = read_prompts(Path(config.prompts))
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     model, tokenizer, source = load_model(config.model, device, dtype, choose_kernels(config.kernels, device, dtype))
     for warning in tokenizer.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    style = config.prompt_style
-    if style == "auto":
-        style = read_prompt_style(source.path) or find_carried_style(tokenizer)
+    style = choose_style(config.prompt_style, source.path, tokenizer)
     stops = find_stop_ids(tokenizer, style)
 
     def encode(row: Row) -> list[int]:
@@ -105,8 +86,7 @@ def main(argv: list[str]) -> None:
     for first in range(0, len(rows), config.batch_size):
         answers = generate(model, prompts[first : first + config.batch_size], stops, *settings)
         for row, answer in zip(rows[first:], answers, strict=False):
-            question = [text for role, text in row.messages if role == "user"][-1] if row.messages else row.instruction
-            print(f"### {question}\n{tokenizer.decode(answer).strip()}\n", flush=True)
+            print(f"### {ask_for(row)}\n{tokenizer.decode(answer).strip()}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ from engine.base.device import choose_device, choose_dtype, choose_kernels
 from engine.base.errors import CriaError, UsageError, run_main
 from engine.base.flags import KERNELS, KERNELS_HELP, flag, parse_flags
 from engine.inference.model_loader import load_model
-from engine.output.folder import read_prompt_style
-from engine.text.chat_templates import find_carried_style
+from engine.serving.prompts import choose_style
 from engine.text.templates import STYLES
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # also engine.serving.guard's, which needs starlette
@@ -84,9 +83,7 @@ def main(argv: list[str]) -> None:
     model, tokenizer, source = load_model(config.model, device, dtype, choose_kernels(config.kernels, device, dtype))
     for warning in tokenizer.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    style = config.prompt_style
-    if style == "auto":
-        style = read_prompt_style(source.path) or find_carried_style(tokenizer)
+    style = choose_style(config.prompt_style, source.path, tokenizer)
     longest = min(config.max_length, model.config.max_positions)
     limits = Limits(config.max_concurrency, config.max_queue, longest)
     name = Path(config.model).name or config.model

@@ -527,7 +527,7 @@ def _resolve_plan(q, k, documents, impl) -> tuple[AttentionPlan | None, Any]:
                 f"attention: the plan is for {documents.n_rows} rows of heads of {documents.head_dim}, "
                 f"k is {tuple(k.shape)}; make one with attention_plan"
             )
-        if chosen == "triton" and not len(documents.seen):
+        if chosen == "triton" and len(k) and not len(documents.seen):
             raise ValueError("attention: this plan is for impl='native', wanted one of attention_plan(...)")
         if chosen == "triton" and q.shape[-1] > MAX_HEAD_DIM:
             raise ValueError(f"attention: Dh={q.shape[-1]} is over {MAX_HEAD_DIM}; pass impl='ref'")

@@ -1,0 +1,79 @@
+"""python -m engine.evaluate: the loss that transformers computes, and answers that are those of generate."""
+
+import json
+import math
+
+import pytest
+import torch
+import transformers
+
+from engine.base.errors import run_main
+from engine.evaluate import main
+from engine.inference.generation import generate
+from engine.inference.model_loader import load_model
+from engine.text.templates import ALPACA_NO_INPUT, Row, encode_prompt, find_stop_ids
+from tests.helpers.small_model import small_model
+
+ROWS = [{"instruction": f"Name {n} things.", "input": "", "output": f"One, two and {n} more."} for n in range(3, 12)]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    (folder / "rows.json").write_text(json.dumps(ROWS))
+    (folder / "prompts.txt").write_text("Name a fruit.\n\nSay hello.\n")
+    words = [
+        "--model",
+        str(small_model()),
+        "--data",
+        str(folder / "rows.json"),
+        "--prompts",
+        str(folder / "prompts.txt"),
+    ]
+    assert run_main(main, [*words, "--out", str(folder / "out"), "--max-new-tokens", "9"]) == 0
+    return folder
+
+
+def test_the_loss_is_that_of_transformers(measured):
+    (result,) = json.loads((measured / "out" / "results.json").read_text())["results"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(small_model())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(small_model(), dtype=torch.float64)
+    total = n = n_bytes = 0
+    for row in ROWS:
+        prompt = tokenizer(ALPACA_NO_INPUT.format(instruction=row["instruction"])).input_ids
+        answer = [*tokenizer(row["output"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        ids = torch.tensor([prompt + answer])
+        logprobs = theirs(ids).logits[0].log_softmax(-1)
+        total -= sum(logprobs[at - 1, ids[0, at]].item() for at in range(len(prompt), ids.shape[1]))
+        n, n_bytes = n + len(answer), n_bytes + len(row["output"])
+    assert result["loss_tokens"] == n and result["loss"] == pytest.approx(total / n, rel=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(total / n), rel=1e-4)
+    assert result["bits_per_byte"] == pytest.approx(total / math.log(2) / n_bytes, rel=1e-5)
+
+
+def test_answers_are_written_as_alpaca_eval_reads_them(measured):
+    outputs = json.loads((measured / "out" / f"{small_model().name}.json").read_text())
+    model, tokenizer, _ = load_model(str(small_model()), torch.device("cpu"), torch.float32)
+    prompts = [encode_prompt(Row("", None, text), tokenizer) for text in ("Name a fruit.", "Say hello.")]
+    want = generate(model, prompts, find_stop_ids(tokenizer, "alpaca"), 9)
+    assert [output["output"] for output in outputs] == [tokenizer.decode(ids).strip() for ids in want]
+    assert [output["instruction"] for output in outputs] == ["Name a fruit.", "Say hello."]
+    assert {(output["generator"], output["dataset"]) for output in outputs} == {(small_model().name, "prompts")}
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        ([], 2, "give --data, --prompts or both"),
+        (["--prompts", "/no/such"], 3, "--prompts /no/such: cannot be read"),
+        (["--data", "/no/such"], 3, "/no/such"),
+        (["--data", "x", "--model", "a/m", "b/m"], 2, "two are called m"),
+        (["--data", "x", "--max-length", "9000"], 2, "--micro-batch-tokens wants at least --max-length"),
+    ],
+)
+def test_what_cannot_be_measured_is_told(capsys, words, code, told):
+    try:
+        found = run_main(main, words)
+    except SystemExit as stop:
+        found = stop.code
+    assert found == code and told in capsys.readouterr().err
