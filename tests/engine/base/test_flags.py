@@ -100,7 +100,7 @@ def test_every_problem_is_told_at_once(capsys):
         ("--gradient_accumulation_steps 2 --global-batch-size 4", "say the same thing; give one"),
         ("--save_strategy sometimes", "--save-strategy is 'sometimes', wanted no, steps or epoch"),
         ("--save-every 5 --save_strategy no", "--save-every and --save-strategy say the same thing; give one"),
-        ("--kernels magic", "--kernels is 'magic', wanted one of auto, triton, ref"),
+        ("--kernels magic", "--kernels is 'magic', wanted one of auto, triton, native, ref"),
         ("--lr nan", "--lr is 'nan', wanted a finite number"),
         (f"--save_strategy steps --save_steps {'9' * 5000}", "--save-steps is '9999"),
         (f"--save-every {'9' * 5000}", "wanted off, end, epoch, or a number of steps"),
