@@ -169,7 +169,7 @@ def test_live_bar_on_a_terminal():
     assert re.search(r"evaluating \d/8", text)
     assert "[bold]saved[/bold] :smile: ]0;title" in text and "\x07" not in shown
     last = [line for line in re.split(r"[\r\n]+", text) if line.strip()][-1]
-    assert last.startswith("step 30/30") and "took 1s" in last
+    assert last.startswith("step 30/30") and re.search(r"took \d+s", last)
     assert "\x1b[?25l" not in shown  # the cursor is never hidden, so no kill can leave it hidden
 
 
