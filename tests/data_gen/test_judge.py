@@ -16,6 +16,7 @@ from data_gen import judge as module
 from data_gen.base.cli import run_for_exit_code
 from tests.helpers.forks import Started
 from tests.helpers.judging import (
+    CANARIES,
     QUESTIONS,
     bootstrap,
     judge_fairly,
@@ -45,7 +46,19 @@ def key(monkeypatch):
 
 
 def flags(server, out, files, *more):
-    common = ("--judge", "m", "--price-in", "0.1", "--price-out", "0.4", "--backoff", "0.01", "--quiet")
+    common = (
+        "--judge",
+        "m",
+        "--price-in",
+        "0.1",
+        "--price-out",
+        "0.4",
+        "--backoff",
+        "0.01",
+        "--quiet",
+        "--canaries",
+        CANARIES,
+    )
     return [str(word) for word in (*files, "--base-url", server.base_url, "--out", out, *common, *more)]
 
 
@@ -86,7 +99,7 @@ def test_figures_are_those_of_the_annotations(whole):
     assert told["win_rate"]["value"] == pytest.approx(rate, abs=1e-9) and discrete == pytest.approx(rate)
     assert told["win_rate"]["standard_error"] == pytest.approx(error, abs=1e-9) and told["win_rate"]["n"] == n
     low, high = bootstrap([preference - 1 for preference in preferences(whole / "annotations.json")])
-    assert told["win_rate"]["interval"] == pytest.approx([low, high], abs=1.3)
+    assert told["win_rate"]["interval"] == pytest.approx([low, high], abs=2.2)
     assert (told["wins"], told["draws"], told["losses"]) == tuple(
         preferences(whole / "annotations.json").count(value) for value in (2, 1.5, 1)
     )
@@ -112,9 +125,9 @@ def test_an_annotation_holds_both_orders(whole, files):
     assert told["first_share"] == pytest.approx(100 * first / winners)
 
 
-def test_the_judge_and_its_prompt_are_named(whole, capsys):
+def test_the_judge_and_its_prompt_are_named(whole):
     told = about(whole)["judge"]
-    assert told["model"] == "m" and told["answered_as"] == {"m": 2 * (QUESTIONS + 20)}
+    assert told["model"] == "m" and told["answered_as"] == {"m": 2 * (QUESTIONS + CANARIES)}
     assert len(told["prompt_sha256"]) == 64 and told["annotator"] == f"cria-m-{told['prompt_sha256'][:8]}"
     assert KEY not in "".join(path.read_text(errors="replace") for path in whole.iterdir() if path.is_file())
 
@@ -137,12 +150,12 @@ def test_a_judge_that_takes_the_longer_is_told_and_our_estimate_takes_it_out(tmp
     def length(name, question):
         return 30 if (name == "model") == (question % 10 < 7) else 20 + question % 3
 
-    files = write_answers(tmp_path, length=length, n=60)
+    files = write_answers(tmp_path, length=length, n=30)
     with Server(answer=judge_longer) as server:
         assert judge(server, tmp_path / "out", files) == 0
     told = about(tmp_path / "out")["results"]["pairs"][0]
     assert told["win_rate"]["value"] == 70 and told["flip_rate"] == 0 and told["longer_share"] == 100
-    assert told["length_controlled"]["value"] == pytest.approx(50, abs=12)
+    assert told["length_controlled"]["value"] == pytest.approx(50, abs=14)
     said = capsys.readouterr().out
     assert "the longer answer won 100% of the decided pairs" in said
     assert "scored 100%" in said, "the canary is longer than the answers"
@@ -168,7 +181,7 @@ def test_a_judge_that_obeys_the_canary_is_told_and_a_fair_one_is_not(files, tmp_
 
 def test_three_models_meet_each_other(tmp_path, capsys):
     names = ("base", "weak", "strong")
-    files = write_answers(tmp_path, names, n=30)
+    files = write_answers(tmp_path, names, n=12)
     for path, worth in zip(files[1:], (0.2, 2), strict=True):  # mostly below and always above
         rows = json.loads(path.read_text())
         for row in rows:
@@ -178,13 +191,13 @@ def test_three_models_meet_each_other(tmp_path, capsys):
     with Server(answer=judge_fairly) as server:
         assert judge(server, tmp_path / "out", files) == 0
         asked = len(server.log)
-        assert asked == 2 * (3 * 30 + 20)
+        assert asked == 2 * (3 * 12 + CANARIES)
         assert judge(server, tmp_path / "two", files[:2]) == 0
         assert judge(server, tmp_path / "two", files) == 0
         assert len(server.log) == 2 * asked, "what the first two models had cost was paid for again"
     results = about(tmp_path / "out")["results"]
     assert [one["name"] for one in results["ranking"]] == ["strong", "base", "weak"]
-    assert results["ranking"][1]["points"] == 0 and results["ranking"][0]["points"] > 400
+    assert results["ranking"][1]["points"] == 0 and results["ranking"][0]["points"] > 200
     annotations = sorted(path.name for path in (tmp_path / "out").glob("annotations*.json"))
     assert annotations == [
         "annotations-1-weak-vs-base.json", "annotations-2-strong-vs-base.json", "annotations-2-strong-vs-weak.json",
@@ -234,7 +247,7 @@ def test_killed_again_and_again_it_pays_for_nothing_twice(files, whole, tmp_path
         while len(known) < 3:
             process = Started(RUN, *flags(server, tmp_path, files, "--concurrency", 4), env=environment())
             before = len(asked)
-            while len(asked) < before + rng.randrange(4, 12) and process.poll() is None:
+            while len(asked) < before + rng.randrange(4, 9) and process.poll() is None:
                 time.sleep(0.002)
             assert process.poll() is None, "it was done before it could be killed"
             process.kill()
@@ -245,7 +258,7 @@ def test_killed_again_and_again_it_pays_for_nothing_twice(files, whole, tmp_path
     assert known[-1][1], "nothing was recorded before the last kill"
     for arrived, keys in known:
         assert not keys & set(asked[arrived:]), "a request whose answer was recorded was sent again"
-    assert len(recorded(tmp_path)) == len(set(recorded(tmp_path))) == 2 * (QUESTIONS + 20)
+    assert len(recorded(tmp_path)) == len(set(recorded(tmp_path))) == 2 * (QUESTIONS + CANARIES)
     assert preferences(tmp_path / "annotations.json") == preferences(whole / "annotations.json")
     assert about(tmp_path)["cost"]["uncertain_usd"] > 0, "what was in flight at a kill may have been billed"
 
@@ -253,17 +266,17 @@ def test_killed_again_and_again_it_pays_for_nothing_twice(files, whole, tmp_path
 def test_the_cap_keeps_what_was_paid_for_and_a_larger_one_goes_on(files, whole, tmp_path, capsys):
     with Server(answer=judge_mostly_fairly) as server:
         more = ("--max-output-tokens", 200, "--concurrency", 4)
-        assert judge(server, tmp_path, files, "--max-usd", "0.006", *more) == 1
+        assert judge(server, tmp_path, files, "--max-usd", "0.0015", *more) == 1
         assert "a larger --max-usd goes on" in capsys.readouterr().err
         told, billed = about(tmp_path), server.stats()["billed"]
         true_cost = (0.1 * billed["prompt_tokens"] + 0.4 * billed["completion_tokens"]) / 1e6
         assert told["status"] == "cap reached" and told["cost"]["spent_usd"] == pytest.approx(true_cost)
-        assert 0.003 < true_cost <= 0.006 and told["counts"]["verdicts"] == len(server.log)
+        assert 0.0005 < true_cost <= 0.0015 and told["counts"]["verdicts"] == len(server.log)
         found = preferences(tmp_path / "annotations.json")
         assert None in found and any(found), "what was paid for is in the results, the rest is null"
         assert told["results"]["pairs"][0]["win_rate"]["n"] == sum(one is not None for one in found)
         assert judge(server, tmp_path, files, "--max-usd", "1", *more) == 0
-        assert len(server.log) == 2 * (QUESTIONS + 20)
+        assert len(server.log) == 2 * (QUESTIONS + CANARIES)
     assert preferences(tmp_path / "annotations.json") == preferences(whole / "annotations.json")
 
 
@@ -339,11 +352,11 @@ def test_files_of_other_instructions_are_told_and_the_common_ones_can_be_judged(
         words = [files[0], tmp_path / "other.json"]
         assert judge(server, tmp_path / "out", words) == 3
         said = capsys.readouterr().err
-        assert "base.json lacks 1 of 41 instructions, such as 'Another one.'" in said
-        assert "other.json lacks 1 of 41 instructions, such as 'Say it in 3 words.'" in said
-        assert "--common compares the 39 that every file has" in said and not (tmp_path / "out").exists()
+        assert "base.json lacks 1 of 25 instructions, such as 'Another one.'" in said
+        assert "other.json lacks 1 of 25 instructions, such as 'Say it in 3 words.'" in said
+        assert "--common compares the 23 that every file has" in said and not (tmp_path / "out").exists()
         assert judge(server, tmp_path / "out", words, "--common", "--canaries", 0) == 0
-        assert len(server.log) == 2 * 39 and about(tmp_path / "out")["counts"]["questions_left_out"] == 2
+        assert len(server.log) == 2 * 23 and about(tmp_path / "out")["counts"]["questions_left_out"] == 2
 
 
 def test_the_answers_of_davinci_load_as_they_are(tmp_path):
@@ -416,7 +429,8 @@ def test_votes_of_people_are_kept_apart(files, whole, tmp_path, capsys):
     ledger = tmp_path / "out" / "ledger.sqlite"
     ledger.parent.mkdir()
     ledger.write_bytes((whole / "ledger.sqlite").read_bytes())
-    words = [*map(str, files), "--judge", "m", "--replay", "--out", str(ledger.parent), "--votes"]
+    words = [*map(str, files), "--judge", "m", "--replay", "--canaries", str(CANARIES), "--out", str(ledger.parent)]
+    words.append("--votes")
     assert run_for_exit_code(module.main, [*words, str(tmp_path / "votes.jsonl")]) == 0
     told = about(ledger.parent)
     assert told["results"] == about(whole)["results"], "votes of people count among the judge's"

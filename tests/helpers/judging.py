@@ -5,7 +5,7 @@ import math
 import random
 import re
 
-QUESTIONS = 40
+QUESTIONS, CANARIES = 24, 6
 
 
 def write_answers(folder, names=("base", "model"), n=QUESTIONS, seed=0, length=lambda name, question: 20):

@@ -10,7 +10,7 @@ pytest.importorskip("openai")
 
 from data_gen import judge
 from data_gen.base.cli import run_for_exit_code
-from tests.helpers.judging import judge_mostly_fairly, say, write_answers
+from tests.helpers.judging import QUESTIONS, judge_mostly_fairly, say, write_answers
 from tests.helpers.openai_server import Server
 from tests.helpers.report_page import EVIL, bars, check_page, plain
 
@@ -63,7 +63,7 @@ def test_figures_are_those_of_the_record(plainly):
         f"{ours['value']:.1f}% ({ours['interval'][0]:.1f} to {ours['interval'][1]:.1f})",
     ]  # fmt: skip
     counts, _ = bars(page.section("order"))
-    assert sum(counts.values()) == 40 and counts["one winner in both orders"] == pair["wins"] + pair["losses"]
+    assert sum(counts.values()) == QUESTIONS and counts["one winner in both orders"] == pair["wins"] + pair["losses"]
     assert "not AlpacaEval's length-controlled win rate" in page.section("lengths").replace("&#x27;", "'")
     assert "50.0% (95%: 0.0 to 100.0) of 3 votes; won 1, tied 1, both bad 0, lost 1" in page.section("people")
 
