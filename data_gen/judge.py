@@ -1,6 +1,6 @@
 """Compares the answers of models in pairs through any OpenAI-compatible judge: resumable, capped in cost.
 
-python -m data_gen.judge davinci.jsonl out/alpaca/answers.json --judge gpt-5.4-mini --max-usd 2 --out out/judged
+python -m data_gen.judge davinci.jsonl out/alpaca/answers.json --judge gpt-5.4 --max-usd 5 --out out/judged
 python -m data_gen.judge A.json B.json C.json --judge m --base-url http://localhost:8000/v1 --price-in 0 --price-out 0
 
 The same command resumes a run that was stopped or killed, and a verdict that was recorded is not paid for again. The
