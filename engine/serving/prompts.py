@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.base.errors import DataError
 from engine.output.folder import read_prompt_style
 from engine.text.chat_templates import find_carried_style
 from engine.text.parts import Part, Special, Text
@@ -30,13 +31,19 @@ def encode_chat(
 ) -> list[int]:
     """Return the ids of a chat whose next message is the model's.
 
-    input: of an instruction in the alpaca style; the chat is then one message of the user. tools, more: for the
-    checkpoint's own template, see Row. Raises DataError for a chat that the template cannot say.
+    input: of the last message, an instruction. Alpaca's template has a place for it where nothing was said before; else
+    it follows the instruction, as in training. tools, more: for the checkpoint's own template, see Row. Raises
+    DataError for a chat that the template cannot say.
     """
-    if style == "alpaca" and (len(messages) != 1 or messages[0][0] != "user"):
-        return encode_parts(render_alpaca_chat(messages, tokenizer.add_bos), tokenizer, style)
+    role, text = messages[-1]
+    if input and role != "user":
+        raise DataError(f"input belongs to an instruction, and the last message is of role {role}; leave input out")
+    if style == "alpaca" and len(messages) == 1 and role == "user":
+        return encode_prompt(Row("the request", None, text, input), tokenizer, style)
+    if input:
+        messages = [*messages[:-1], (role, f"{text}\n\n{input}")]
     if style == "alpaca":
-        return encode_prompt(Row("the request", None, messages[0][1], input), tokenizer, style)
+        return encode_parts(render_alpaca_chat(messages, tokenizer.add_bos), tokenizer, style)
     row = Row("the request", tuple(messages), tools=tools, more=more or {})
     return encode_prompt(row, tokenizer, style)
 

@@ -1,0 +1,245 @@
+"""engine.chat: a conversation in a terminal and without one."""
+
+import fcntl
+import io
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+import torch
+
+from engine import chat
+from engine.base.errors import DataError
+from engine.base.errors import run_main as run
+from engine.inference.model_loader import load_model
+from engine.inference.sampling import Sampling
+from engine.serving.prompts import encode_chat
+from engine.serving.terminal_chat import Chat, ChatSettings
+from engine.text.templates import Row, encode_prompt
+from tests.helpers.run import ROOT, environment
+from tests.helpers.small_model import small_model
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_model(str(small_model()), torch.device("cpu"), torch.float32, "ref")[:2]
+
+
+def new_chat(loaded, temperature=0.0, max_tokens=6, max_length=400, system="", style="alpaca"):
+    return Chat(*loaded, style, ChatSettings(Sampling(temperature=temperature), max_tokens, max_length, system))
+
+
+def talk(monkeypatch, capsys, text, *flags):
+    """Run the command with a text as its stdin, which is no terminal: return its exit code, stdout and stderr."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    code = run(chat.main, ["--model", str(small_model()), "--max-new-tokens", "4", *flags])
+    return code, *capsys.readouterr()
+
+
+def test_a_turn_goes_on_from_the_earlier_ones_without_computing_them_again(loaded, capsys):
+    talking = new_chat(loaded)
+    talking.ask("Name a fruit.")
+    first = talking.turns[0].answer
+    assert capsys.readouterr().out == first != ""
+    before = talking.scheduler.load()
+    talking.ask("Another one?")
+    load = talking.scheduler.load()
+    said = [("user", "Name a fruit."), ("assistant", first), ("user", "Another one?")]
+    assert talking.messages()[:3] == said
+    n_first = len(encode_chat(said[:1], loaded[1], "alpaca"))
+    assert load.kept_tokens - before.kept_tokens >= n_first
+    assert load.prompt_tokens - before.prompt_tokens == len(encode_chat(said, loaded[1], "alpaca"))
+
+
+def test_greedy_answers_are_those_of_a_fresh_conversation(loaded):
+    talking, fresh = new_chat(loaded), new_chat(loaded)
+    for question in ("Name a fruit.", "Another one?", "Why?"):
+        talking.ask(question)
+    fresh.turns = [*talking.turns[:2]]
+    fresh.ask("Why?")
+    assert fresh.turns[2] == talking.turns[2]
+
+
+def test_each_answer_has_a_seed_of_its_own_and_a_chat_can_be_repeated(loaded):
+    answers = []
+    for _ in range(2):
+        talking = new_chat(loaded, temperature=2.0, max_tokens=12)
+        talking.ask("Name a fruit.")
+        talking.turns.clear()
+        talking.ask("Name a fruit.")
+        answers.append([talking.sampling.seed, talking.turns[0].answer])
+    assert answers[0] == answers[1] and answers[0][0] == 2
+
+
+def test_a_conversation_that_is_too_long_is_refused_and_stays_as_it_was(loaded):
+    talking = new_chat(loaded, max_length=60)
+    talking.ask("Hi")
+    with pytest.raises(DataError, match=r"tokens, wanted under 60; /reset"):
+        talking.ask("word " * 60)
+    assert len(talking.turns) == 1
+
+
+def test_an_exception_of_the_model_is_raised_and_ctrl_c_is_as_before(loaded, monkeypatch):
+    talking, before = new_chat(loaded), signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(talking.scheduler, "_prefill", lambda wave: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        talking.ask("Hi")
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_commands(loaded, tmp_path):
+    talking = new_chat(loaded)
+    assert "/retry" in talking.obey("/help")
+    assert talking.obey("/set temperature 0.5") == "temperature is 0.5" and talking.sampling.temperature == 0.5
+    assert talking.obey("/set top-p=0.9") == "top_p is 0.9"
+    assert talking.obey("/set max_tokens 3") == "max_tokens is 3" and talking.max_tokens == 3
+    assert "max_tokens 3" in talking.obey("/set")
+    for line in ("/set", "/set temperature"):
+        with pytest.raises(DataError):
+            talking.obey(f"{line} x")
+    for line in ("/set temperature -1", "/set temperature nan", "/set top_k 1.5", "/set seed -1", "/nothing", "/save"):
+        with pytest.raises(DataError):
+            talking.obey(line)
+    with pytest.raises(DataError, match="nothing to save"):
+        talking.obey(f"/save {tmp_path / 'chat.json'}")
+    talking.obey("/system Be brief.")
+    talking.ask("Name a fruit.")
+    talking.obey(f"/save {tmp_path / 'chat.json'}")
+    (row,) = json.loads((tmp_path / "chat.json").read_text())
+    answer = talking.turns[0].answer
+    contents = ["Be brief.", "Name a fruit.", answer]
+    assert [message["content"] for message in row["messages"]] == contents
+    with pytest.raises(DataError, match="cannot be written"):  # never over another file
+        talking.obey(f"/save {tmp_path / 'chat.json'}")
+    talking.obey("/reset")
+    assert talking.turns == [] and talking.messages() == [("system", "Be brief.")]
+
+
+@pytest.mark.parametrize("style", ["alpaca", "llama2"])
+def test_the_input_of_a_request_is_never_passed_over(loaded, style):
+    tokenizer = loaded[1]
+
+    def encode(*messages, **more):
+        return encode_chat(messages, tokenizer, style, **more)
+
+    row = Row("here", None, "Sort.", "b a")
+    assert encode(("user", "Sort."), input="b a") == encode_prompt(row, tokenizer, style)
+    said = ("user", "Hi"), ("assistant", "Hello")
+    joined = encode(*said, ("user", "Sort.\n\nb a"))
+    assert encode(*said, ("user", "Sort."), input="b a") == joined
+    with pytest.raises(DataError, match="role assistant"):
+        encode(*said, input="b a")
+
+
+def test_without_a_terminal_each_line_is_a_turn(monkeypatch, capsys):
+    text = 'Name a fruit.\n\n/set temperature 0\nOne \\\nmore\n"""\nA text\nof lines\n"""\n/retry\n//not a command'
+    asked = []
+    real = Chat.ask
+    monkeypatch.setattr(Chat, "ask", lambda self, question: asked.append(question) or real(self, question))
+    code, out, err = talk(monkeypatch, capsys, text)
+    assert (code, err) == (0, "")
+    assert asked == ["Name a fruit.", "One \nmore", "A text\nof lines", "A text\nof lines", "/not a command"]
+    assert "\033" not in out and ">" not in out.splitlines()[0]
+
+
+def test_without_a_terminal_an_error_ends_the_command(monkeypatch, capsys):
+    code, _, err = talk(monkeypatch, capsys, "/nothing\nHi\n")
+    assert (
+        code == 3 and err == "error: there is no /nothing; /help tells what there is, //nothing sends it as a message\n"
+    )
+    assert talk(monkeypatch, capsys, "/retry\n")[0] == 3
+    assert talk(monkeypatch, capsys, "", "--top-p", "0")[0] == 2
+    assert talk(monkeypatch, capsys, "")[:2] == (0, "")
+
+
+# Answers of at most 77 tokens hang after the third one, until they are stopped.
+HANGING = """
+import sys, time
+from engine import chat
+from engine.base.errors import run_main
+from engine.inference.scheduler import Scheduler
+real = Scheduler._decode
+def decode(self, going_on):
+    request = going_on[0].request
+    while request.max_new_tokens == 77 and going_on[0].n_drawn >= 3 and not request.cancelled:
+        time.sleep(0.01)
+    real(self, going_on)
+Scheduler._decode = decode
+sys.exit(run_main(chat.main))
+"""
+
+
+class Terminal:
+    """The command in a terminal of its own."""
+
+    def __init__(self, *args, env):
+        self.ours, theirs = pty.openpty()
+
+        def take_terminal():
+            os.setsid()
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", HANGING, *map(str, args)], cwd=ROOT, env=env, stdin=theirs, stdout=theirs,
+            stderr=theirs, preexec_fn=take_terminal,
+        )  # fmt: skip
+        os.close(theirs)
+        self.said = ""
+
+    def write(self, text):
+        self.said = ""
+        os.write(self.ours, text.encode())
+
+    def read_until(self, text, after=""):
+        """Return what is said up to a text, behind another one."""
+        end = time.monotonic() + 120
+        while text not in (self.said.partition(after)[2] if after else self.said):
+            assert select.select([self.ours], [], [], max(0, end - time.monotonic()))[0], self.said
+            try:
+                self.said += os.read(self.ours, 4096).decode("utf-8", "replace")
+            except OSError:  # the other side has closed
+                assert text in self.said, self.said
+        return self.said
+
+
+def test_a_conversation_in_a_terminal(tmp_path):
+    env = environment() | {"XDG_STATE_HOME": str(tmp_path), "TERM": "xterm", "OMP_NUM_THREADS": "1"}
+    terminal = Terminal("--model", small_model(), "--temperature", "0", "--max-new-tokens", "5", env=env)
+    try:
+        terminal.read_until("Ctrl-D ends.")
+        terminal.read_until("> ")
+        terminal.write("Name a fruit.\r")
+        terminal.read_until("5 tokens, ")
+        terminal.read_until("\n\r\n")
+        terminal.write("/set max_tokens 77\r")
+        terminal.read_until("max_tokens is 77")
+        terminal.write("Go on for ever.\r")
+        terminal.read_until("ever.\r\n")
+        time.sleep(0.1)
+        terminal.write("\x03")  # Ctrl-C, in the midst of the answer or before it: it ends, and the chat does not
+        terminal.read_until("tokens/s, stopped")
+        terminal.write("half a message\x03")  # at the prompt: the line is dropped
+        terminal.read_until("^C")
+        terminal.read_until("> ", after="^C")
+        terminal.write("/set max_tokens 2\r")
+        terminal.read_until("max_tokens is 2")
+        terminal.write("/nothing\r")
+        terminal.read_until("error: there is no /nothing")
+        terminal.write("\x1b[A\x1b[A\x1b[A\r")  # the third line from below, by the arrow keys
+        terminal.read_until("Go on for ever.")
+        terminal.read_until("2 tokens, ")
+        terminal.write("\x04")
+        assert terminal.process.wait(120) == 0
+    finally:
+        terminal.process.kill()
+        terminal.process.wait()
+        os.close(terminal.ours)
+    history = tmp_path / "cria" / "chat_history"
+    assert "Name a fruit." in history.read_text() and history.stat().st_mode & 0o077 == 0
