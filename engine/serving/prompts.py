@@ -36,6 +36,8 @@ def encode_chat(
     DataError for a chat that the template cannot say.
     """
     role, text = messages[-1]
+    if role == "assistant" or not any(asks in ("user", "tool") for asks, _ in messages):
+        raise DataError(f"the last message is of role {role}, and the model answers one of the user; end with it")
     if input and role != "user":
         raise DataError(f"input belongs to an instruction, and the last message is of role {role}; leave input out")
     if style == "alpaca" and len(messages) == 1 and role == "user":

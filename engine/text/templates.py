@@ -76,15 +76,19 @@ def render_llama2(messages: Sequence[Message], answer_next: bool) -> Iterator[Pa
 
     A turn is one string, as in Meta's code.
     """
-    system = ""
+    system, prompt = "", ""
     for role, content in messages:
         content = content.strip()
+        if not prompt and role not in ("system", "user"):
+            raise DataError(f"the llama2 style begins with a message of the user, got one of {role}")
         if role == "system":
             system = f"<<SYS>>\n{content}\n<</SYS>>\n\n"
         elif role == "user":
             prompt, system = f"[INST] {system}{content} [/INST]", ""
         else:
             yield from (Special("bos"), Text(prompt, f" {content} "), Special("eos", loss=True))
+    if answer_next and not prompt:
+        raise DataError("the llama2 style wants a message of the user to answer, got none")
     if answer_next:
         yield from (Special("bos"), Text(prompt))
 

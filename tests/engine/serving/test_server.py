@@ -16,6 +16,7 @@ import pytest
 import torch
 import uvicorn
 
+from engine.base.errors import DataError
 from engine.inference.generation import generate
 from engine.model.config import ModelConfig
 from engine.model.llama import new_model
@@ -27,6 +28,7 @@ from engine.text.tokenizer_files import load_tokenizer
 from tests.helpers.chat_tokenizers import SPECIALS, write_byte_level
 
 ASK = [{"role": "user", "content": "Name three fruits."}]
+ASK_TEXT = [("user", "Name three fruits.")]
 LIMITS = Limits(max_concurrency=4, max_queue=80, max_length=300)
 
 
@@ -206,6 +208,14 @@ def test_the_official_errors(running):
 # ---- the alpaca style -----------------------------------------------------------------------------------------------
 
 
+def test_llama2_wants_a_question(tmp_path):
+    tokenizer = load_tokenizer(write_byte_level(tmp_path, SPECIALS["llama2"]))
+    for chat in ([("system", "Be brief.")], [("assistant", "Hello."), ("user", "Hi")], [*ASK_TEXT, ("assistant", "x")]):
+        with pytest.raises(DataError, match="message"):
+            encode_chat(chat, tokenizer, "llama2")
+    assert encode_chat([("system", "Be brief."), *ASK_TEXT], tokenizer, "llama2")
+
+
 def test_alpaca_takes_an_input_and_a_chat(tmp_path):
     running = Running(make_service(tmp_path, "alpaca", Limits(2, 4, 500)), Access())
     try:
@@ -232,6 +242,8 @@ def test_alpaca_takes_an_input_and_a_chat(tmp_path):
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0]", "the role is 'robot'"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0]", "a text"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0]", "image_url"),
+        ({"messages": [*ASK, {"role": "assistant", "content": "Fig."}]}, "messages", "end with it"),
+        ({"messages": [{"role": "system", "content": "Be brief."}]}, "messages", "end with it"),
         ({"messages": ASK, "temprature": 1}, "temprature", "unknown parameter"),
         ({"messages": ASK, "temperature": 3}, "temperature", "0 to 2"),
         ({"messages": ASK, "temperature": "hot"}, "temperature", "a number"),
