@@ -2,10 +2,11 @@
 
     python -m scripts.speed.cpu_step --json benchmarks/cpu_speed.json
 
-A probe finds the best dtype, thread count and micro-batch of each. The loop is also timed at the micro-batch of
-Stanford's command, 4 rows, which are padded. Its best size may be 1 row, which needs no padding. Then all take equal
-steps in turn. Rows are drawn so that prompts and responses are as long as Alpaca's. Tokens are those of the rows:
-padding never counts, and sharing a prefix does not reduce them.
+Our step is timed a second time with torch's operators in place of csrc's. A probe finds the best dtype, thread count and
+micro-batch of each side. The loop is also timed at the micro-batch of Stanford's command, 4 rows, which are padded. Its
+best size may be 1 row, which needs no padding. Then all take equal steps in turn. Rows are drawn so that prompts and
+responses are as long as Alpaca's. Tokens are those of the rows: padding never counts, and sharing a prefix does not
+reduce them.
 """
 
 import itertools
@@ -30,6 +31,7 @@ from engine.text.tokenizer_files import load_tokenizer
 from engine.training.optimizer import AdamW
 from kernels.base.commands import run_command
 from kernels.measure.alpaca import alpaca_lengths
+from kernels.native.cpu import load_cpu
 from scripts.base.results import (
     new_json_parser,
     read_cpu_name,
@@ -44,6 +46,7 @@ from scripts.parity.transformers_loop import TransformersLoop, encode_rows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LR = 1e-5
+TORCH = "cria with torch's operators"
 PADDED = 4  # rows: --per_device_train_batch_size of Stanford's command
 SIZES = {"cria": (1024, 2048, 4096), "transformers": (1, 2, PADDED, 8)}  # tokens; rows
 
@@ -51,11 +54,11 @@ SIZES = {"cria": (1024, 2048, 4096), "transformers": (1, 2, PADDED, 8)}  # token
 class Ours:
     """Steps with engine.finetune's parts. A micro-batch is a budget of tokens."""
 
-    def __init__(self, source, dataset, dtype):
+    def __init__(self, source, dataset, dtype, impl):
         self.dataset = dataset
-        self.model = new_model(source.config, "cpu", dtype)
+        self.model = new_model(source.config, "cpu", dtype, impl, accumulate=True)
         source.read_into(self.model)
-        self.optimizer = AdamW(self.model, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
+        self.optimizer = AdamW(self.model, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, impl=impl)
 
     def step(self, examples, micro):
         """Take one optimizer step."""
@@ -98,10 +101,10 @@ def pick_like_alpaca(dataset, n, generator):
     return np.array(picked)
 
 
-def probe(make, lengths, examples):
+def probe(make, lengths, examples, dtypes):
     """Return every setting's tokens a second as records, and the best record of each contender."""
     cores, best, probes = torch.get_num_threads(), {}, []
-    for name, dtype in itertools.product(make, DTYPES):
+    for name, dtype in itertools.product(SIZES, dtypes):
         stepper, sizes = make[name](DTYPES[dtype]), SIZES[name]
         time_step(stepper, examples, sizes[1], cores)  # warms up
         for threads, micro in itertools.product(sorted({1, cores}), sizes):
@@ -133,6 +136,7 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--data", default=str(SEED_TASKS), help="Alpaca JSON or JSONL (the embedded seed tasks)")
     parser.add_argument("--batch", type=int, default=32, help="examples a step")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="that are probed (all)")
     parser.add_argument("--max-length", type=int, default=512)
     return parser.parse_args()
 
@@ -154,11 +158,13 @@ def main():
         examples = encode_rows([row_as_dict(row) for row in rows], their_tokenizer, args.max_length)
         assert [len(ids) for ids, _ in examples] == lengths.tolist(), "both must train on equal tokens"
         make = {
-            "cria": lambda dtype: Ours(source, dataset, dtype),
+            "cria": lambda dtype: Ours(source, dataset, dtype, "native"),
+            TORCH: lambda dtype: Ours(source, dataset, dtype, "ref"),
             "transformers": lambda dtype: Theirs(folder, examples, dtype),
         }
-        probes, best = probe(make, lengths, steps[0][:16])
-        settings = {name: {k: best[name][k] for k in ("dtype", "threads", "micro")} for name in make}
+        probes, best = probe(make, lengths, steps[0][:16], args.dtypes)
+        settings = {name: {k: best[name][k] for k in ("dtype", "threads", "micro")} for name in SIZES}
+        settings[TORCH] = settings["cria"]
         settings["transformers, padded"] = settings["transformers"] | {"micro": PADDED}
         rates = measure_in_turns(make, settings, lengths, steps[1:])
     result = {
@@ -167,7 +173,8 @@ def main():
         "tokens_per_row": float(lengths[pool].mean()), "settings": settings,
         "tokens_per_s": {name: summarize(rate)["median"] for name, rate in rates.items()},
         "ratio": {name: summarize_ratios(rates["cria"], rates[name]) for name in settings if name != "cria"},
-        "probes": probes, "cpu": read_cpu_name(), "cores": cores, "torch": torch.__version__,
+        "probes": probes, "instruction_set": load_cpu().cria_instruction_set().decode(),
+        "cpu": read_cpu_name(), "cores": cores, "torch": torch.__version__,
         "transformers": transformers.__version__, "date": today(),
     }  # fmt: skip
     write_json(args.json, result)
