@@ -2,7 +2,7 @@
 
     python -m scripts.speed.cpu_step --json benchmarks/cpu_speed.json
 
-Our step is timed a second time with torch's operators in place of csrc's. A probe finds the best dtype, thread count and
+Our step is timed again with torch's operators in place of csrc's. A probe finds the best dtype, thread count and
 micro-batch of each side. The loop is also timed at the micro-batch of Stanford's command, 4 rows, which are padded. Its
 best size may be 1 row, which needs no padding. Then all take equal steps in turn. Rows are drawn so that prompts and
 responses are as long as Alpaca's. Tokens are those of the rows: padding never counts, and sharing a prefix does not
