@@ -162,11 +162,9 @@ def accumulation(figures):
 # ---- speed on a CPU -------------------------------------------------------------------------------------------------
 
 
-TORCH = "cria with torch's operators"  # of scripts.speed.cpu_step
-
-
 def cpu_speed(figures):
     rates, ratio, settings = figures["tokens_per_s"], figures["ratio"], figures["settings"]
+    torch_too = [name for name in rates if name.startswith("cria with")]
 
     def line(name, label):
         times = spread(ratio[name], ".2f") if name in ratio else ""
@@ -182,7 +180,7 @@ def cpu_speed(figures):
         "| | dtype | threads | tokens/s | ours is faster by |",
         "|---|---|---|---|---|",
         line("cria", "ours"),
-        *([line(TORCH, "ours with torch's operators (`--kernels ref`)")] if TORCH in rates else []),
+        *(line(name, "ours with torch's operators (`--kernels ref`)") for name in torch_too),
         line("transformers", f"transformers, its best micro-batch of {settings['transformers']['micro']} rows"),
         line("transformers, padded", f"transformers, {settings['transformers, padded']['micro']} padded rows"),
     ]  # fmt: skip
@@ -278,6 +276,7 @@ def script(name: str, figures: str, data: str = "") -> str:
 
 
 ALPACA = "--data alpaca.json"
+CPU_FP32 = "scripts.speed.cpu_step", "cpu_speed_fp32", f"{ALPACA} --dtypes fp32 --rounds 3"
 MEASUREMENTS = (
     Measurement(
         "parity", "The same loss as transformers",
@@ -306,10 +305,7 @@ MEASUREMENTS = (
         "cpu_speed", "Fine-tuning on a CPU",
         script("scripts.speed.cpu_step", "cpu_speed", ALPACA), cpu_speed, cpu_speed_row,
     ),
-    Measurement(
-        "cpu_speed_fp32", "Fine-tuning on a CPU without bf16",
-        script("scripts.speed.cpu_step", "cpu_speed_fp32", f"{ALPACA} --dtypes fp32 --rounds 3"), cpu_speed,
-    ),
+    Measurement("cpu_speed_fp32", "Fine-tuning on a CPU without bf16", script(*CPU_FP32), cpu_speed),
     Measurement("cpu_adamw", "AdamW on a CPU", script("scripts.speed.adamw", "cpu_adamw"), cpu_adamw),
     Measurement(
         "decoding", "Decoding on a CPU",
