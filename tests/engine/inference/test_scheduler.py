@@ -100,6 +100,20 @@ def test_the_next_turn_of_a_chat_goes_on_where_the_last_one_ended(model):
     assert scheduler.load().kept_tokens == len(TEMPLATE) + 1 + len(first.ids) - 1  # the last token has no keys yet
 
 
+def test_the_last_token_of_an_answer_that_goes_on_has_no_keys_to_take(model):
+    scheduler = Scheduler(model, 2, 120)
+    first, last = Answer([*TEMPLATE, 50]), Answer([])
+    scheduler.submit(first.request)
+    for _ in range(5):
+        scheduler.step()
+    last.request.prompt = [*TEMPLATE, 50, *first.ids, 51]
+    scheduler.submit(last.request)
+    while scheduler.step():
+        pass
+    assert scheduler.load().kept_tokens == len(TEMPLATE) + 5
+    assert last.ids == generate(model, [last.request.prompt], (), 12)[0]
+
+
 def test_a_sampled_answer_depends_on_its_seed_alone(model):
     sampling = Sampling(temperature=1.0, top_p=0.9, top_k=50, min_p=0.01, seed=7, repetition_penalty=1.2)
     alone = answer_all(Scheduler(model, 1, 60), [Answer([*TEMPLATE, 3], sampling=sampling)])

@@ -361,6 +361,30 @@ def test_who_leaves_frees_the_place(running):
     assert ask(running.client()).choices[0].message.content == simple_answer(running.service)[0]
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_ends_when_its_client_has_left(running, monkeypatch, stream):
+    real = running.service.scheduler._decode
+
+    def decode(going_on):  # no answer goes on by itself
+        time.sleep(0.005)
+        if any(one.request.cancelled for one in going_on):
+            real(going_on)
+
+    monkeypatch.setattr(running.service.scheduler, "_decode", decode)
+    body = json.dumps({"messages": ASK, "max_tokens": 50, "temperature": 0, "stream": stream}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", running.socket.getsockname()[1])) as one:
+        one.sendall(head.encode() + body)
+        while not running.service.load().running:
+            time.sleep(0.01)
+    end = time.monotonic() + 120
+    while running.service.load().running and time.monotonic() < end:
+        time.sleep(0.01)
+    left = running.service.load().running
+    running.service.scheduler._decode = real  # so that whatever is left ends before the next test
+    assert not left
+
+
 def test_metrics_count_without_contents(running, capfd):
     ask(running.client())
     text = running.send("/metrics")[2].decode()
