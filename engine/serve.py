@@ -1,12 +1,16 @@
-"""Serve a model: OpenAI's HTTP API, and a page to talk to it.
+"""Serve a model: OpenAI's HTTP API, a page to talk to it, and a page to compare it blindly with another.
 
-python -m engine.serve --model out/demo          then open http://127.0.0.1:8000
+python -m engine.serve --model out/demo                              then open http://127.0.0.1:8000
+python -m engine.serve --model out/demo --compare-with smollm2-135m  then open http://127.0.0.1:8000/compare
+python -m engine.serve --compare-with davinci.json out/alpaca.json   two files of answers, and no model
 """
 
 import os
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engine.base.device import choose_device, choose_dtype, choose_kernels
 from engine.base.errors import CriaError, UsageError, run_main
@@ -15,6 +19,11 @@ from engine.inference.model_loader import load_model
 from engine.serving.prompts import choose_style
 from engine.text.templates import STYLES
 
+if TYPE_CHECKING:  # they need starlette
+    from engine.comparing.endpoints import Comparison
+    from engine.serving.guard import Access
+    from engine.serving.model_service import ModelService
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # also engine.serving.guard's, which needs starlette
 
 
@@ -22,7 +31,18 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")  # also engine.serving.guard's, whi
 class ServeConfig:
     """Serve a model over HTTP, as OpenAI's API and as a page."""
 
-    model: str = flag("smollm2-135m", "folder (Hugging Face or Meta layout), .gguf file, or the embedded smollm2-135m")
+    model: str = flag(
+        "",
+        "folder (Hugging Face or Meta layout), .gguf file, or the embedded smollm2-135m; auto is that one, and none "
+        "where --compare-with has two files",
+    )
+    compare_with: tuple[str, ...] = flag(
+        (),
+        "what people compare blindly at /compare: a second model, as --model; or two files of answers, the baseline "
+        "first, as data_gen.judge reads them",
+    )
+    votes: str = flag("votes.jsonl", "file that the votes of /compare are appended to; data_gen.judge --votes reads it")
+    prompts: str = flag("", "file of questions for /compare, as engine.evaluate reads it; people may ask their own too")
     host: str = flag("127.0.0.1", "address to listen on; others than this machine's own want --api-key-env")
     port: int = flag(8000, "port to listen on; 0 takes a free one")
     api_key_env: str = flag("", "name of the environment variable that holds the key which clients must send")
@@ -52,6 +72,12 @@ class ServeConfig:
             problems.append("--max-queue wants 0 or more")
         if self.host not in LOOPBACK and not self.api_key_env:
             problems.append(f"--host {self.host} lets other machines in; name a key by --api-key-env")
+        if len(self.compare_with) > 2:
+            problems.append(f"--compare-with wants a model or two files of answers, got {len(self.compare_with)} names")
+        if len(self.compare_with) == 1 and self.compare_with[0].endswith((".json", ".jsonl")):
+            problems.append(f"--compare-with {self.compare_with[0]} is a file of answers; give two, or a model")
+        if self.prompts and len(self.compare_with) != 1:
+            problems.append("--prompts goes with --compare-with MODEL; two files of answers have their own questions")
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -67,7 +93,7 @@ def read_key(name: str) -> str | None:
 
 
 def main(argv: list[str]) -> None:
-    """Load the model and serve it until a signal ends the process."""
+    """Load the models, or read the answers, and serve them until a signal ends the process."""
     config, _ = parse_flags(ServeConfig, argv)
     key = read_key(config.api_key_env)
     try:
@@ -75,25 +101,65 @@ def main(argv: list[str]) -> None:
         from engine.serving.guard import LOOPBACK as NAMES
         from engine.serving.guard import Access
         from engine.serving.listen import listen
-        from engine.serving.model_service import Limits, ModelService
     except ImportError as error:
         raise UsageError(f"engine.serve needs {error.name}; pip install 'cria-engine[serve]'") from None
-    device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device)
-    model, tokenizer, source = load_model(config.model, device, dtype, choose_kernels(config.kernels, device, dtype))
-    for warning in tokenizer.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    style = choose_style(config.prompt_style, source.path, tokenizer)
-    longest = min(config.max_length, model.config.max_positions)
-    limits = Limits(config.max_concurrency, config.max_queue, longest)
-    name = Path(config.model).name or config.model
-    service = ModelService(name, model, tokenizer, style, limits)
-    hosts = NAMES if config.host in NAMES else ()
-    server = Server([service], Access(hosts, key, config.max_body_bytes, config.timeout))
+    access = Access(NAMES if config.host in NAMES else (), key, config.max_body_bytes, config.timeout)
+    prepared = prepare_comparison(config) if config.compare_with else None
+    models = list(config.compare_with) if len(config.compare_with) == 1 else []
+    if config.model or len(config.compare_with) < 2:
+        models = [config.model or "smollm2-135m", *models]
+    services = [load_service(config, model, name) for model, name in zip(models, name_models(models), strict=True)]
+    comparison = prepared(services, access).routes() if prepared else []
     try:
-        listen(server, config.host, config.port)
+        listen(Server(services, access, comparison), config.host, config.port)
     except OSError as error:
         raise CriaError(f"--port {config.port}: cannot be listened on ({error.strerror}); choose another") from None
+
+
+def name_models(models: list[str]) -> list[str]:
+    """Return a name for each model: its folder's or file's, or the whole path where two have one name."""
+    names = [Path(model).name or model for model in models]
+    if len(set(names)) < len(names):
+        names = [str(Path(model)) for model in models]
+    if len(set(names)) < len(names):
+        raise UsageError(f"--compare-with {names[0]} is the model itself; name another")
+    return names
+
+
+def load_service(config: ServeConfig, model: str, name: str) -> "ModelService":
+    """Return a model that is ready to answer."""
+    from engine.serving.model_service import Limits, ModelService
+
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    loaded, tokenizer, source = load_model(model, device, dtype, choose_kernels(config.kernels, device, dtype))
+    for warning in tokenizer.warnings:
+        print(f"warning: {name}: {warning}", file=sys.stderr)
+    style = choose_style(config.prompt_style, source.path, tokenizer)
+    longest = min(config.max_length, loaded.config.max_positions)
+    limits = Limits(config.max_concurrency, config.max_queue, longest)
+    return ModelService(name, loaded, tokenizer, style, limits)
+
+
+def prepare_comparison(config: ServeConfig) -> "Callable[[Sequence[ModelService], Access], Comparison]":
+    """Read all files of a comparison, before a model is loaded. Return what makes it of the models."""
+    from engine.comparing.endpoints import Comparison
+    from engine.comparing.questions import ModelContestant, read_contestants, read_questions
+    from engine.comparing.vote_file import VoteFile
+
+    if len(config.compare_with) == 2:
+        files, questions = read_contestants(config.compare_with)
+        votes = VoteFile(Path(config.votes))
+        return lambda services, access: Comparison(files, votes, access, questions, has_fixed_questions=True)
+    asked = read_questions(Path(config.prompts)) if config.prompts else []
+    votes = VoteFile(Path(config.votes))
+
+    def compare(services: "Sequence[ModelService]", access: "Access") -> Comparison:
+        first, second = (ModelContestant(service, service.name) for service in services)
+        longest = min(service.limits.max_length for service in services)
+        return Comparison((first, second), votes, access, asked, longest=longest)
+
+    return compare
 
 
 if __name__ == "__main__":

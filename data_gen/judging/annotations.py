@@ -8,7 +8,7 @@ from typing import Any
 
 from data_gen.api.prices import PICO
 from data_gen.base.files import to_json_line, write_atomically
-from data_gen.judging.answers import Questions
+from data_gen.judging.answers import Questions, join_input
 from data_gen.judging.comparisons import compute_prompt_hash
 from data_gen.judging.verdicts import Judged
 
@@ -33,6 +33,26 @@ def build_annotation(one: Judged, questions: Questions, annotator: str, seconds:
         "price_per_example": round(sum(verdict.cost for verdict in verdicts) / PICO, 12),
         "time_per_example": round(sum(seconds.get(verdict.attempt, 0) for verdict in verdicts), 3),
         "raw_completion": [verdict and verdict.text for verdict in one.verdicts],
+    }
+
+
+def build_human_annotation(row: Mapping[str, Any], base: str) -> dict[str, Any]:
+    """Return the row of a person's vote that holds the answers voted on, in the order of its models."""
+    shown, texts, vote = row["models"], row["answers"], row["vote"]
+    place = shown.index(base)
+    preference = 1.5 if vote not in ("A", "B") else 1 if shown["AB".index(vote)] == base else 2
+    return {
+        "instruction": join_input(row["prompt"], row.get("input") or ""),
+        "output_1": texts[place],
+        "generator_1": base,
+        "dataset": row.get("dataset"),
+        "output_2": texts[1 - place],
+        "generator_2": shown[1 - place],
+        "annotator": "people",
+        "preference": preference,
+        "price_per_example": 0.0,
+        "time_per_example": None,
+        "raw_completion": vote,
     }
 
 

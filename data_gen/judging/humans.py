@@ -7,10 +7,10 @@ its prompt, and other keys, which are not read.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from data_gen.base.cli import DataError
 from data_gen.base.files import read_rows
@@ -32,16 +32,18 @@ class Vote(NamedTuple):
 
 def read_votes(path: Path) -> list[Vote]:
     """Return the votes of a file. Raise DataError with the row and its fault."""
-    found = []
-    for number, row in enumerate(read_rows(path), 1):
-        prompt, given, shown, vote = row.get("prompt"), row.get("input") or "", row.get("models"), row.get("vote")
-        names = [name for name in shown if isinstance(name, str)] if isinstance(shown, list) else []
-        is_pair = len(names) == 2 and shown == names and names[0] != names[1]
-        if not (isinstance(prompt, str) and isinstance(given, str) and is_pair) or vote not in VOTES:
-            got = f"got prompt {prompt!r:.60}, models {shown!r:.60}, vote {vote!r:.20}"
-            raise DataError(f"{path}, row {number}: {got}; {WANTED}")
-        found.append(Vote(make_key(join_input(prompt, given)), (names[0], names[1]), vote))
-    return found
+    return [parse_vote(row, f"{path}, row {number}") for number, row in enumerate(read_rows(path), 1)]
+
+
+def parse_vote(row: Mapping[str, Any], place: str) -> Vote:
+    """Return the vote of a row. Raise DataError, which names its place, for a row that is none."""
+    prompt, given, shown, vote = row.get("prompt"), row.get("input") or "", row.get("models"), row.get("vote")
+    names = [name for name in shown if isinstance(name, str)] if isinstance(shown, list) else []
+    is_pair = len(names) == 2 and shown == names and names[0] != names[1]
+    if not (isinstance(prompt, str) and isinstance(given, str) and is_pair) or vote not in VOTES:
+        got = f"got prompt {prompt!r:.60}, models {shown!r:.60}, vote {vote!r:.20}"
+        raise DataError(f"{place}: {got}; {WANTED}")
+    return Vote(make_key(join_input(prompt, given)), (names[0], names[1]), vote)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ SYSTEM = ("system", "system_prompt")  # a system message of its own key
 READ = {  # the keys of each kind of row, of which the first is what tells it
     "messages": ("messages", *SYSTEM, "tools"),
     "conversations": ("conversations", *SYSTEM, "tools"),
-    "instruction": ("instruction", "input", "output", *SYSTEM, "history"),
+    "instruction": ("instruction", "input", "output", "instances", *SYSTEM, "history"),
     "prompt": ("prompt", "completion", *SYSTEM, "tools"),
     "text": ("text",),
 }
@@ -157,6 +157,8 @@ def find_system(row: dict[str, Any]) -> list[Message]:
 
 def parse_instruction(row: dict[str, Any], source: str, wanted: Wanted) -> Row:
     """Return a row of Alpaca's keys; with a system text or a history it is a chat. Raise BadRow."""
+    if not is_empty(row.get("instances")):
+        row = unfold_instance(row)
     instruction = get_text(row, "instruction")
     output = get_text(row, "output") if wanted.answers or row.get("output") is not None else ""
     input = "" if row.get("input") is None else get_text(row, "input")
@@ -175,6 +177,19 @@ def parse_instruction(row: dict[str, Any], source: str, wanted: Wanted) -> Row:
         return Row(source, None, instruction, input, output)
     question = f"{instruction}\n\n{input}" if input else instruction  # as the chat styles say an instruction
     return Row(source, (*before, ("user", question), ("assistant", output)))
+
+
+def unfold_instance(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of self-instruct, whose input and output lie in `instances`, with Alpaca's keys. Raise BadRow."""
+    instances = require_type(row["instances"], list, "instances")
+    if len(instances) != 1:
+        raise BadRow(f"instances: got {len(instances)}, wanted one a row; write each as a row of its own")
+    found = require_type(instances[0], dict, "instances[0]")
+    both = [key for key in ("input", "output") if not is_empty(row.get(key))]
+    if both:
+        raise BadRow(f"got both {both[0]} and instances, wanted one of them")
+    rest = {key: value for key, value in row.items() if key != "instances"}
+    return rest | {key: found[key] for key in ("input", "output") if key in found}
 
 
 def parse_turns(row: dict[str, Any], kind: str, source: str, wanted: Wanted, unread: set[str]) -> Row:

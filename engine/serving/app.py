@@ -1,21 +1,28 @@
-"""The server's application: OpenAI's endpoints over one or two models, the page, health and metrics."""
+"""The server's application: OpenAI's endpoints over one or two models, the pages, health and metrics."""
 
 import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import (
+    HTMLResponse,
+    JSONResponse,
+    PlainTextResponse,
+    RedirectResponse,
+    Response,
+    StreamingResponse,
+)
 from starlette.routing import Route
 
 from engine.base.errors import DataError
-from engine.serving.guard import Access, Guard, error_response, read_body
+from engine.serving.guard import Access, Guard, error_response, read_json
 from engine.serving.metrics import Metrics
-from engine.serving.model_service import Answering, ModelService, Piece
+from engine.serving.model_service import Answering, ModelService, Piece, add_loads
 from engine.serving.openai_api import (
     ApiError,
     Choice,
@@ -30,19 +37,25 @@ from engine.serving.openai_api import (
     whole_chat,
     whole_completion,
 )  # fmt: skip
+from engine.serving.pages import read_page
 from engine.serving.prompts import encode_chat
 
 PAGE = Path(__file__).with_name("page.html")
-PATHS = ("/", "/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions")
+PATHS = ("/", "/compare", "/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions")
+NO_COMPARISON = "Nothing to compare: start engine.serve with --compare-with and a second model or two files of answers."
 KEEP_ALIVE = 15.0  # seconds without a token after which a stream gets a comment
+STILL_HERE, DONE = ": still here\n\n", "data: [DONE]\n\n"
 
 
 class Server:
-    """The endpoints. services: by the name that a request's `model` gives; the first is the default."""
+    """The endpoints. services: by the name that a request's `model` gives; the first is the default.
 
-    def __init__(self, services: Sequence[ModelService], access: Access):
+    comparison: the endpoints of /compare, where there is something to compare; without a service it is all there is.
+    """
+
+    def __init__(self, services: Sequence[ModelService], access: Access, comparison: Sequence[Route] = ()):
         self.services = {service.name: service for service in services}
-        self.default, self.access, self.metrics = services[0], access, Metrics()
+        self.access, self.metrics, self.comparison = access, Metrics(), comparison
         self.created = int(time.time())
 
     def application(self) -> Any:
@@ -55,6 +68,7 @@ class Server:
             Route("/v1/models/{name:path}", self.tell_model),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/completions", self.complete, methods=["POST"]),
+            *(self.comparison or [Route("/compare", self.explain_comparison)]),
         ]
         handlers: Any = {
             ApiError: lambda request, error: error_response(error),
@@ -62,13 +76,18 @@ class Server:
             405: lambda request, error: error_response(ApiError(405, f"{request.method} is not for this path")),
             500: lambda request, error: error_response(ApiError(500, "the server failed; its log says how")),
         }
-        return Guard(Starlette(routes=routes, exception_handlers=handlers), self.access, self.metrics, PATHS)
+        paths = {*PATHS, *(route.path for route in self.comparison)}
+        return Guard(Starlette(routes=routes, exception_handlers=handlers), self.access, self.metrics, paths)
 
     # ---- what needs no model ------------------------------------------------------------------------------------
 
     async def page(self, request: Request) -> Response:
-        """Return the page."""
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+        """Return the page, or lead to the comparison where there is no model to talk to."""
+        return HTMLResponse(read_page(PAGE)) if self.services else RedirectResponse("/compare")
+
+    async def explain_comparison(self, request: Request) -> Response:
+        """Return how a comparison is begun."""
+        return PlainTextResponse(NO_COMPARISON, 404)
 
     async def health(self, request: Request) -> Response:
         """Return 200 while requests are answered, else 503."""
@@ -77,7 +96,8 @@ class Server:
 
     async def tell_metrics(self, request: Request) -> Response:
         """Return Prometheus's text."""
-        return PlainTextResponse(self.metrics.text(self.default.load()))
+        loads = [service.load() for service in self.services.values()]
+        return PlainTextResponse(self.metrics.text(add_loads(loads)))
 
     async def list_models(self, request: Request) -> Response:
         """Return the models."""
@@ -95,8 +115,10 @@ class Server:
         }  # fmt: skip
 
     def _find_service(self, name: str) -> ModelService:
+        if not self.services:
+            raise ApiError(404, "this server has answers to compare and no model; start it with --model", "model")
         if not name:
-            return self.default
+            return next(iter(self.services.values()))
         if name not in self.services:
             known = ", ".join(self.services)
             raise ApiError(404, f"there is no model {name!r}, wanted one of {known}", "model", "model_not_found")
@@ -106,7 +128,7 @@ class Server:
 
     async def chat(self, request: Request) -> Response:
         """Answer /v1/chat/completions."""
-        wanted = read_chat(await self._read_json(request))
+        wanted = read_chat(await read_json(request, self.access))
         service = self._find_service(wanted.model)
         try:
             prompt = encode_chat(
@@ -119,7 +141,7 @@ class Server:
 
     async def complete(self, request: Request) -> Response:
         """Answer /v1/completions, of one prompt."""
-        wanted = read_completion(await self._read_json(request))
+        wanted = read_completion(await read_json(request, self.access))
         service = self._find_service(wanted.model)
         if len(wanted.prompts) != 1:
             raise ApiError(400, f"prompt: there are {len(wanted.prompts)}, wanted one a request", "prompt")
@@ -136,13 +158,6 @@ class Server:
         text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
         return await self._respond(request, service, wanted, ids, CompletionFormat(wanted, text))
 
-    async def _read_json(self, request: Request) -> Any:
-        body = await read_body(request, self.access)
-        try:
-            return json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise ApiError(400, f"the body is not JSON: {str(error)[:200]}", code="invalid_json") from None
-
     async def _respond(
         self, request: Request, service: ModelService, wanted: Wanted, prompt: Sequence[int], made: Any
     ) -> Response:
@@ -158,10 +173,17 @@ class Server:
         return JSONResponse(made.whole(head, choices, answering.prompt_tokens))
 
 
+class Closing(Protocol):
+    """What is written until it is closed."""
+
+    def close(self) -> None:
+        """End what is still being written."""
+
+
 class EventStream(StreamingResponse):
     """Server-sent events. However the response ends, begun or not, the answer ends with it."""
 
-    def __init__(self, events: AsyncIterator[str], answering: Answering):
+    def __init__(self, events: AsyncIterator[str], answering: Closing):
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self.answering = answering
 
@@ -240,6 +262,11 @@ async def watch(answering: Answering, notes: dict[str, Any]) -> AsyncIterator[Pi
         yield piece
 
 
+def format_event(event: Mapping[str, Any]) -> str:
+    """Return a server-sent event."""
+    return f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
+
+
 def as_api_error(error: Exception) -> ApiError:
     """Return the error that a client is told."""
     return error if isinstance(error, ApiError) else ApiError(500, f"the model failed: {type(error).__name__}")
@@ -286,7 +313,7 @@ async def stream_events(
     empty = {"usage": None} if wanted.include_usage else {}
 
     def event(chunk: Mapping[str, Any]) -> str:
-        return f"data: {json.dumps({**chunk, **empty}, ensure_ascii=False)}\n\n"
+        return format_event({**chunk, **empty})
 
     for index in range(wanted.n):
         first = made.begin(head, index)
@@ -294,10 +321,10 @@ async def stream_events(
             yield event(first)
     async for piece in pieces:
         if piece is None:
-            yield ": still here\n\n"
+            yield STILL_HERE
             continue
         if piece.error is not None:
-            yield f"data: {json.dumps(as_api_error(piece.error).body())}\n\n"
+            yield format_event(as_api_error(piece.error).body())
             return
         choices[piece.index].n_tokens += piece.n_tokens
         if piece.text or piece.tokens:
@@ -306,5 +333,5 @@ async def stream_events(
             yield event(made.end(head, piece.index, piece.finish_reason))
     if wanted.include_usage:
         last = made.end(head, 0, "stop") | {"choices": [], "usage": count_usage(answering.prompt_tokens, choices)}
-        yield f"data: {json.dumps(last)}\n\n"
-    yield "data: [DONE]\n\n"
+        yield format_event(last)
+    yield DONE

@@ -6,9 +6,10 @@ the site's name was made to mean this machine, in Host: both must be this server
 
 import asyncio
 import hmac
+import json
 import sys
 import time
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,7 +25,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-OPEN_PATHS = ("/", "/health")  # need no key: the page asks for it
+OPEN_PATHS = ("/", "/compare", "/health")  # need no key: the pages ask for it
 CSP = (
     "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; connect-src 'self'; "
     "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -88,10 +89,19 @@ async def read_body(request: Request, access: Access) -> bytes:
     return bytes(body)
 
 
+async def read_json(request: Request, access: Access) -> Any:
+    """Return what a request's body says as JSON. Raises ApiError."""
+    body = await read_body(request, access)
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not JSON: {str(error)[:200]}", code="invalid_json") from None
+
+
 class Guard:
     """An ASGI application around another: checks access, adds headers, counts, and writes one line a request."""
 
-    def __init__(self, app: Any, access: Access, metrics: Metrics, paths: Sequence[str]):
+    def __init__(self, app: Any, access: Access, metrics: Metrics, paths: Iterable[str]):
         self.app, self.access, self.metrics, self.paths = app, access, metrics, frozenset(paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

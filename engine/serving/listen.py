@@ -25,8 +25,10 @@ def listen(server: Server, host: str, port: int) -> None:
         for service in server.services.values():
             service.start()
         names = ", ".join(f"{service.name} ({service.style})" for service in server.services.values())
-        print(f"serving {names} at http://{shown}:{listening.getsockname()[1]}", flush=True)
-        print("the page is at /, OpenAI's API at /v1; Ctrl-C ends it", file=sys.stderr, flush=True)
+        print(f"serving {names or 'answers'} at http://{shown}:{listening.getsockname()[1]}", flush=True)
+        places = ["the page is at /, OpenAI's API at /v1"] if names else []
+        places += ["the blind comparison at /compare"] if server.comparison else []
+        print(f"{', '.join(places)}; Ctrl-C ends it", file=sys.stderr, flush=True)
         try:
             StoppingServer(config, server).run(sockets=[listening])
         finally:

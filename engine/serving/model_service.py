@@ -3,7 +3,7 @@
 import asyncio
 import dataclasses
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +64,12 @@ class Answering:
         """End what is still being written."""
         for request in self.requests:
             request.cancelled = True
+
+
+def add_loads(loads: Iterable[Load]) -> Load:
+    """Return the sums over several models."""
+    counts = [dataclasses.astuple(load) for load in loads]
+    return Load(*map(sum, zip(*counts, strict=True))) if counts else Load(0, 0, 0, 0, 0)
 
 
 class ModelService:

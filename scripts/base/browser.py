@@ -18,7 +18,7 @@ FLAGS = """
     --headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --disable-extensions --disable-dev-shm-usage --remote-debugging-pipe
 """.split()  # noqa: SIM905
-KEYS = {"Enter": 13, "Escape": 27, "Tab": 9}
+KEYS = {"Enter": 13, "Escape": 27, "Tab": 9} | {digit: ord(digit) for digit in "0123456789"}
 PATIENCE = 120.0  # seconds until something is taken for hanging
 
 
@@ -162,9 +162,14 @@ class Page:
         what: dict[str, Any] = {
             "key": key, "code": key, "windowsVirtualKeyCode": KEYS[key], "modifiers": modifiers,
         }  # fmt: skip
-        text = "\r" if key == "Enter" else ""
+        text = "\r" if key == "Enter" else key if key.isdigit() else ""
         self.call("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", text=text, **what)
         self.call("Input.dispatchKeyEvent", type="keyUp", **what)
+
+    def choose_file(self, selector: str, path: Path) -> None:
+        """Choose a file in a field for files, as its dialog does."""
+        found = self.call("Runtime.evaluate", expression=f"document.querySelector({json.dumps(selector)})")
+        self.call("DOM.setFileInputFiles", files=[str(path)], objectId=found["result"]["objectId"])
 
     def picture(self) -> bytes:
         """Return what is seen as a PNG."""

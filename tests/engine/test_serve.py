@@ -1,5 +1,6 @@
 """python -m engine.serve as a user runs it: from the first line to the signal that ends it."""
 
+import contextlib
 import json
 import os
 import re
@@ -12,8 +13,10 @@ import urllib.request
 
 import pytest
 
+from data_gen.judging.humans import read_votes
 from engine.base.errors import run_main
 from engine.serve import main
+from tests.helpers.comparisons import read_round, send
 from tests.helpers.run import ROOT
 from tests.helpers.small_model import small_model
 
@@ -47,11 +50,20 @@ def test_it_serves_until_a_signal(tmp_path):
         (["--port", "70000"], "--port wants 0 to 65535"),
         (["--max-queue", "-1"], "--max-queue wants 0 or more"),
         (["--api-key-env", "NO_SUCH_VARIABLE_HERE"], "this environment variable is not set"),
+        (["--compare-with", "a", "b", "c"], "--compare-with wants a model or two files of answers, got 3 names"),
+        (["--compare-with", "a.json"], "--compare-with a.json is a file of answers; give two, or a model"),
+        (["--prompts", "p.txt"], "--prompts goes with --compare-with MODEL"),
+        (["--compare-with", "a.json", "b.json", "--prompts", "p.txt"], "--prompts goes with --compare-with MODEL"),
+        (
+            ["--model", "out/x", "--compare-with", "out/x/", "--votes", "{tmp}/v"],
+            "--compare-with out/x is the model itself",
+        ),
+        (["--compare-with", "out/x", "--votes", "{tmp}/none/v"], "cannot be written"),
     ],
 )
-def test_what_cannot_be_served_is_told(capsys, words, told):
+def test_what_cannot_be_served_is_told(capsys, tmp_path, words, told):
     try:
-        code = run_main(main, words)
+        code = run_main(main, [word.format(tmp=tmp_path) for word in words])
     except SystemExit as stop:
         code = stop.code
     assert code == 2 and told in capsys.readouterr().err
@@ -64,3 +76,65 @@ def test_a_port_in_use_is_told(capsys):
         port = str(other.getsockname()[1])
         assert run_main(main, ["--model", str(small_model()), "--port", port, "--max-length", "50"]) == 1
     assert f"--port {port}: cannot be listened on" in capsys.readouterr().err
+
+
+@contextlib.contextmanager
+def serving(*words):
+    """Run engine.serve, and yield (its process, its address)."""
+    serve = subprocess.Popen(
+        [sys.executable, "-m", "engine.serve", "--port", "0", *map(str, words)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        yield serve, re.search(r" at (http://127\.0\.0\.1:\d+)$", serve.stdout.readline())[1]
+    finally:
+        serve.kill()
+        serve.wait()
+        serve.stdout.close()
+
+
+def post(url, **body):
+    return send(url, json.dumps({"voter": "v1"} | body).encode())[1]
+
+
+def test_votes_on_two_files_outlive_sigkill(tmp_path):
+    files = [tmp_path / "davinci.json", tmp_path / "alpaca.json"]
+    for file in files:
+        file.write_text(json.dumps([{"instruction": f"Q{n}", "output": f"{file.stem} {n}"} for n in range(3)]))
+    votes, told = tmp_path / "votes.jsonl", []
+    for kept in (0, 2):  # the second server goes on where the first was killed
+        with serving("--compare-with", *files, "--votes", votes) as (serve, url):
+            assert "Which answer is better?" in send(url)[1]  # and no model was loaded
+            listed = post(f"{url}/compare/questions")["questions"]
+            assert [one["is_done"] for one in listed] == [True] * kept + [False] * (3 - kept)
+            for one in listed[kept:][:2]:
+                id, *shown = read_round(post(f"{url}/compare/ask", number=one["number"]))
+                models = post(f"{url}/compare/vote", round=id, vote="A")["models"]
+                assert [text.split()[0] for text in shown] == models
+                told.append(models)
+            serve.send_signal(signal.SIGKILL)
+            serve.wait()
+        assert [list(vote.shown) for vote in read_votes(votes)] == told
+    assert len(told) == 3
+
+
+def test_two_models_are_compared_and_answer_by_their_names(tmp_path):
+    (tmp_path / "other").symlink_to(small_model())
+    (tmp_path / "prompts.txt").write_text("Name a fruit.\n")
+    words = ("--model", small_model(), "--compare-with", tmp_path / "other", "--max-length", "60")
+    with serving(*words, "--votes", tmp_path / "v.jsonl", "--prompts", tmp_path / "prompts.txt") as (_, url):
+        names = [one["id"] for one in send(f"{url}/v1/models")[1]["data"]]
+        assert names == [small_model().name, "other"]
+        (one,) = post(f"{url}/compare/questions")["questions"]
+        text = post(f"{url}/compare/ask", instruction=one["instruction"], max_tokens=5, temperature=0)
+        id, a, b = read_round(text)
+        assert a == b  # the same model twice
+        assert sorted(post(f"{url}/compare/vote", round=id, vote="tie")["models"]) == sorted(names)
+
+
+def test_without_a_comparison_its_page_says_how_to_begin_one(tmp_path):
+    with serving("--model", small_model(), "--max-length", "50") as (_, url):
+        status, text = send(f"{url}/compare")
+    assert status == 404 and "start engine.serve with --compare-with" in text
+    assert not (ROOT / "votes.jsonl").exists()

@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from engine.serving.app import PAGE
 from engine.serving.guard import HEADERS
 from engine.serving.openai_api import ApiError, Choice, Wanted, chat_chunk, count_usage, new_head, read_chat
+from engine.serving.pages import read_page
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         script = self.server.script
         if self.path == "/":
-            self.send(200, PAGE.read_bytes(), "text/html; charset=utf-8")
+            self.send(200, read_page(PAGE).encode(), "text/html; charset=utf-8")
         elif self.path != "/v1/models":
             self.send(404, {})
         elif self.is_allowed():

@@ -14,6 +14,7 @@ from engine.data.rows import read_rows
 from engine.text.templates import encode_prompt
 from engine.text.tokenizer_files import load_tokenizer
 from tests.helpers.chat_tokenizers import CHATML, LLAMA3, write_byte_level
+from tests.helpers.run import shared
 
 ALPACA = {"instruction": "Who are you?", "input": "", "output": "A captain!"}
 USER, ANSWER = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
@@ -456,3 +457,39 @@ def test_one_row_in_a_file_is_a_row(write):
 def test_a_broken_first_line_is_still_one_bad_row(write, broken):
     path = write(broken + "\n" + "".join(json.dumps(row) + "\n" for row in ROWS[:4]))
     assert "data: got 1 bad of 5 rows" in refusal(path) and len(read(path, skip_bad_rows=True)) == 4
+
+
+# ---- self-instruct --------------------------------------------------------------------------------------------------
+
+
+def test_instances_of_self_instruct_are_read(write):
+    unread = Counter()
+    row = {
+        "id": "t0",
+        "instruction": "Add.",
+        "instances": [{"input": "1 2", "output": "3"}],
+        "is_classification": False,
+    }
+    (found,) = read(write(row), unread=unread)
+    assert (found.instruction, found.input, found.output) == ("Add.", "1 2", "3") and "instances" not in unread
+    (prompt,) = read(write({"instruction": "Add.", "instances": [{"input": "1 2"}]}), require_answers=False)
+    assert (prompt.instruction, prompt.input) == ("Add.", "1 2")
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"instances": [{"output": "a"}, {"output": "b"}]}, "instances: got 2, wanted one a row"),
+        ({"instances": ["x"]}, "instances[0]: got a string"),
+        ({"instances": {"output": "x"}}, "instances: got an object"),
+        ({"instances": [{"output": "x"}], "input": "y"}, "got both input and instances"),
+        ({"instances": [{"input": "x"}]}, "output: missing"),
+    ],
+)
+def test_other_instances_are_refused(write, row, told):
+    assert told in refusal(write({"instruction": "Add."} | row))
+
+
+def test_the_252_evaluation_instructions_keep_their_inputs():
+    rows = read(shared("user_oriented_instructions.jsonl"), require_answers=False)
+    assert len(rows) == 252 and sum(bool(row.input) for row in rows) > 100
