@@ -8,7 +8,9 @@ of all cases also fails if an entry of the launch tables is used by none. It doe
 kernels are executed by the PTX machine (csrc/ptx, kernels/compiled/ptx.py); it has no clock, and says nothing of time.
 
     --json FILE     writes the records of this version of Triton, and keeps those of others
-    --check FILE    fails if the file lacks a case, or if an error or a counter in it differs
+    --check FILE    fails if the file lacks a case, or if a counter in it differs
+    --changed       with --check: executes only one case of each op and dtype, the chips in turn, if no code has changed
+                    since the file was written by a run of all cases (kernels/measure/simulated_known.py)
 """
 
 import argparse
@@ -27,6 +29,7 @@ from triton import knobs
 from kernels.base.commands import run_command
 from kernels.compiled.rules import find_unused
 from kernels.measure.simulated_cases import simulated_cases
+from kernels.measure.simulated_known import choose_samples, digest_sources, is_recorded
 from kernels.measure.simulated_records import find_differences, format_record, format_summary, save_records, simulate
 from kernels.ops import common
 
@@ -40,8 +43,14 @@ def parse_arguments(argv: Sequence[str] | None, ops: Sequence[str]) -> argparse.
     parser.add_argument("--chip", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
     parser.add_argument("--check", type=Path, metavar="FILE", help="fail when this Triton's records there differ")
+    parser.add_argument(
+        "--changed", action="store_true", help="with --check: a sample of the cases if no code has changed since"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes that compile and execute")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.changed and not args.check:
+        parser.error("--changed compares with the records of --check FILE, which is missing")
+    return args
 
 
 def _simulate_one(job: tuple[int, str]) -> tuple[dict, set]:
@@ -61,8 +70,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv, list(dict.fromkeys(case.case.op for case in cases)))
     if knobs.runtime.interpret:
         sys.exit("kernels.simulate: TRITON_INTERPRET is set, and the interpreter breaks triton.compile; unset it")
-    chosen = [i for i, case in enumerate(cases) if not args.op or case.case.op in args.op]
-    jobs = [(i, chip) for chip in args.chip for i in chosen]
+    jobs = [(i, chip) for chip in args.chip for i, case in enumerate(cases) if not args.op or case.case.op in args.op]
+    is_whole = not args.op and len(args.chip) == len(CHIPS)
+    is_known = args.changed and is_recorded(args.check)
+    if is_known:
+        samples = choose_samples(cases, CHIPS)
+        jobs = [job for job in jobs if job in samples]
+        print(f"no code has changed since {args.check} was written: {len(jobs)} cases are executed as a sample")
     started, records, used = time.monotonic(), [], set()
     with multiprocessing.get_context("fork").Pool(args.workers, _prepare_worker) as pool:
         done = pool.imap(_simulate_one, jobs)
@@ -72,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             used |= entries
     failed = [r for r in records if r["wrong"] or r["n_findings"]]
     violations: list = []
-    if not args.op:
+    if not args.op and not is_known:
         tables = {path.stem: common.launch_table(path.stem) for path in sorted(common.LAUNCH.glob("*.json"))}
         violations = find_unused(used, tables, args.chip)
     print(format_summary(records))
@@ -83,7 +97,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"Triton {triton.__version__}, {seconds:.0f} s"
     )
     if args.json:
-        save_records(args.json, records, None if args.op or len(args.chip) < len(CHIPS) else seconds)
+        is_proof = is_whole and not is_known and not failed and not violations
+        save_records(args.json, records, {"seconds": round(seconds), "sources": digest_sources()} if is_proof else None)
     differences = find_differences(args.check, records) if args.check else []
     if differences:
         print(*differences[:20], sep="\n", file=sys.stderr)

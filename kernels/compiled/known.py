@@ -24,7 +24,7 @@ from kernels.compiled.machine_code import CHIPS
 LAUNCH_FIELDS = ("op", "kernel", "case", "chip", "triton", "tile", "num_warps", "num_stages", "from")
 
 
-def _bare_syntax(source: str) -> str:
+def bare_syntax(source: str) -> str:
     """Return the syntax tree as text, without line numbers, comments and docstrings."""
     tree = ast.parse(textwrap.dedent(source))
     for node in ast.walk(tree):
@@ -38,7 +38,7 @@ def _describe_function(function: JITFunction, described: dict[str, str]) -> None
     name = f"{function.fn.__module__}.{function.fn.__qualname__}"
     if name in described:
         return
-    described[name] = _bare_syntax(inspect.getsource(function.fn))
+    described[name] = bare_syntax(inspect.getsource(function.fn))
     for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function.fn)))):
         value = function.fn.__globals__.get(node.id) if isinstance(node, ast.Name) else None
         if isinstance(value, JITFunction):
@@ -62,7 +62,7 @@ def _digest_of_reader() -> str:
     files = [
         Path(__file__).with_name(name) for name in ("launches.py", "machine_code.py", "async_order.py", "rules.py")
     ]
-    sources = [_bare_syntax(file.read_text()) for file in files]
+    sources = [bare_syntax(file.read_text()) for file in files]
     return hashlib.sha256("".join(sources).encode()).hexdigest()
 
 

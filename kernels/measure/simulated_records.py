@@ -176,7 +176,7 @@ def format_summary(records: Sequence[dict]) -> str:
 
 
 def load_records(path: Path) -> dict:
-    """Return {"versions": Triton's version -> {"seconds"}, "records": [...]}; empty if there is no file."""
+    """Return {"versions": Triton's version -> {"seconds", "sources"}, "records": [...]}; empty if there is no file."""
     return json.loads(path.read_text()) if path.exists() else {"versions": {}, "records": []}
 
 
@@ -184,15 +184,16 @@ def _key(record: dict) -> tuple[str, ...]:
     return tuple(record[name] for name in ("op", "case", "dtype", "chip", "triton"))
 
 
-def save_records(path: Path, records: Sequence[dict], seconds: float | None) -> None:
+def save_records(path: Path, records: Sequence[dict], whole_run: dict[str, Any] | None) -> None:
     """Write these records over those of equal cases, and keep all others. One record a line, in a fixed order.
 
-    seconds: of a run of all cases, None for a run of some.
+    whole_run: {"seconds", "sources"} of a run of all cases (sources: see kernels.measure.simulated_known), None for a
+    run of some.
     """
     data = load_records(path)
     kept = {_key(r): r for r in data["records"]} | {_key(r): r for r in records}
     old = data["versions"].get(triton.__version__, {})
-    versions = data["versions"] | {triton.__version__: old if seconds is None else {"seconds": round(seconds)}}
+    versions = data["versions"] | {triton.__version__: old if whole_run is None else whole_run}
     lines = ",\n".join(json.dumps(kept[key]) for key in sorted(kept))
     path.write_text(f'{{"versions": {json.dumps(versions, sort_keys=True)},\n"records": [\n{lines}\n]}}\n')
 

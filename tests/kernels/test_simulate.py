@@ -1,5 +1,6 @@
 """The command kernels.simulate: every kernel that ships, executed as compiled for each chip."""
 
+import shutil
 import sys
 
 import pytest
@@ -7,6 +8,9 @@ import triton
 from triton import knobs
 
 from kernels import simulate
+from kernels.measure import simulated_known
+from kernels.measure.simulated_cases import simulated_cases
+from kernels.measure.simulated_known import choose_samples
 from kernels.measure.simulated_records import find_differences, save_records
 from tests.helpers.compiler import run_compiler
 from tests.helpers.run import ROOT
@@ -16,9 +20,40 @@ RECORDS = ROOT / "benchmarks" / "simulated.json"
 
 @pytest.mark.parametrize("chip", simulate.CHIPS)
 def test_every_kernel_is_right_and_breaks_no_rule(chip):
-    done = run_compiler("kernels.simulate", "--chip", chip, "--workers", "1", "--check", RECORDS)
+    done = run_compiler("kernels.simulate", "--chip", chip, "--workers", "1", "--check", RECORDS, "--changed")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert ", 0 with something wrong, 0 findings" in done.stdout
+
+
+def test_a_sample_is_of_every_op_and_dtype_and_of_both_chips():
+    cases = simulated_cases()
+    samples = choose_samples(cases, simulate.CHIPS)
+    assert {(cases[i].case.op, cases[i].dtype) for i, _ in samples} == {(case.case.op, case.dtype) for case in cases}
+    assert {chip for _, chip in samples} == set(simulate.CHIPS) and len(samples) < len(cases)
+
+
+@pytest.mark.parametrize("path", ["ops/rope.py", "../csrc/ptx/flow.cpp", "launch/rope.json", "compiled/ptx.py"])
+def test_records_are_known_until_code_changes(path, tmp_path, monkeypatch):
+    package = tmp_path / "kernels"
+    for folder in ("compiled", "measure", "native", "ops", "launch"):
+        shutil.copytree(
+            ROOT / "kernels" / folder, package / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__")
+        )
+    for folder in ("ptx", "cuda"):
+        shutil.copytree(ROOT / "csrc" / folder, tmp_path / "csrc" / folder)
+    monkeypatch.setattr(simulated_known, "PACKAGE", package)
+    records = tmp_path / "simulated.json"
+    assert not simulated_known.is_recorded(records)
+    save_records(records, [], {"seconds": 1, "sources": simulated_known.digest_sources()})
+    assert simulated_known.is_recorded(records)
+    changed = package / path
+    if changed.suffix == ".py":
+        changed.write_text("# a comment is no change\n" + changed.read_text())
+        assert simulated_known.is_recorded(records)
+        changed.write_text(changed.read_text() + "\nADDED = 1\n")
+    else:
+        changed.write_text(changed.read_text().replace("1", "2", 1))
+    assert not simulated_known.is_recorded(records)
 
 
 def test_it_does_not_run_in_the_interpreter(monkeypatch):
@@ -50,8 +85,8 @@ def test_records_of_other_cases_are_kept_and_a_difference_is_told(tmp_path):
     )
     path = tmp_path / "simulated.json"
     assert find_differences(path, [first]) == []  # nothing of this Triton to compare with
-    save_records(path, [first], 2.4)
-    save_records(path, [second], 3.4)
+    save_records(path, [first], {"seconds": 2, "sources": ""})
+    save_records(path, [second], None)
     assert find_differences(path, [first, second]) == []
     changed = first | {"kernels": [kernels[0] | {"instructions": 101}]}
     (line,) = find_differences(path, [changed, second])

@@ -255,15 +255,15 @@ def test_a_job_that_fails_or_ends_is_not_requeued(tmp_path, slurm):
 
 
 @pytest.mark.parametrize(
-    "options, replicas, loss",
+    "options, replicas",
     [
-        (("--optimizer-states", "8bit", "--loss-norm", "micro-mean", "--micro-batch-size", 2), 1, 1e-5),
-        (("--dtype", "bf16", "--master-weights", "split", "--deterministic"), 2, 1e-4),
-        (("--dtype", "bf16", "--master-weights", "stochastic", "--sample-every", 3, "--sample-tokens", 2), 1, 1e-4),
+        (("--optimizer-states", "8bit", "--loss-norm", "micro-mean", "--micro-batch-size", 2), 1),
+        (("--dtype", "bf16", "--master-weights", "split", "--deterministic"), 2),
+        (("--dtype", "bf16", "--master-weights", "stochastic", "--sample-every", 3, "--sample-tokens", 2), 1),
     ],
     ids=("8bit states, micro-mean", "split master, replicas", "stochastic rounding"),
 )
-def test_ranks_compute_what_one_process_does(rows, tmp_path, options, replicas, loss):
+def test_ranks_compute_what_one_process_does(rows, tmp_path, options, replicas):
     """No farther from it than twice what other sums in one process are: templates of their own, or other cuts."""
     run = ("--model", small_model(), *COMMON, *STEPS, "--data", rows, *options)
     one, other, two = (tmp_path / name for name in ("one", "other", "two"))
@@ -271,4 +271,6 @@ def test_ranks_compute_what_one_process_does(rows, tmp_path, options, replicas, 
     alone(*run, "--no-share-prefix", "--out", other)
     codes, said = ranks(2, *run, "--replicas", replicas, "--out", two)
     assert codes == [0, 0], said
-    same(two, one, loss=loss, weights=2 * apart(other, one))
+    pairs = zip(events(other), events(one), strict=True)
+    loss = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in pairs)
+    same(two, one, loss=max(1e-5, 2 * loss), weights=2 * apart(other, one))

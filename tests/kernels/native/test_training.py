@@ -42,17 +42,17 @@ def run(op, inputs, impl, dtype):
     return [t.double() for t in (*outs, *grads) if t is not None]
 
 
-def check_error(op, inputs, dtype):
-    """Assert that each result is at most twice as far from fp64's as torch's own, or four units of rounding.
+def check_error(op, inputs, dtype, units=4):
+    """Assert that each result is at most twice as far from fp64's as torch's own, or `units` units of rounding.
 
-    Of few numbers, which may all cancel, eight units.
+    Of few numbers, which may all cancel, twice as many.
     """
     truth = run(op, inputs, "ref", torch.float64)
     torchs, ours = run(op, inputs, "ref", dtype), run(op, inputs, "native", dtype)
     assert len(truth) == len(torchs) == len(ours)
     for want, theirs, mine in zip(truth, torchs, ours, strict=True):
         norm = want.norm()
-        least = norm * torch.finfo(dtype).eps * (4 if want.numel() >= 64 else 8)
+        least = norm * torch.finfo(dtype).eps * units * (1 if want.numel() >= 64 else 2)
         assert (mine - want).norm() <= max(2 * (theirs - want).norm(), least), (op, want.shape)
 
 
@@ -126,7 +126,8 @@ def test_attention(heads, kv_heads, dim, rows, dtype):
         make(300, kv_heads, dim, dtype=dtype),
     )
     documents = DOCUMENTS if rows is None else QueryDocuments(DOCUMENTS, rows)
-    check_error(lambda q, k, v, impl: kernels.attention(q, k, v, documents, impl), (q, k, v), dtype)
+    # exp multiplies the rounding of a score by the score's size
+    check_error(lambda q, k, v, impl: kernels.attention(q, k, v, documents, impl), (q, k, v), dtype, units=8)
 
 
 @DTYPES

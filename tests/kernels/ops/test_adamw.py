@@ -19,7 +19,7 @@ from kernels.ops import eight_bit as dynamic_map
 from kernels.ops import grad_norm as norm_op
 from kernels.ops.common import launch_table
 from tests.helpers.kernels import CHIP, needs_gpu, needs_kernels
-from tests.helpers.run import finetune, worst
+from tests.helpers.run import worst
 from tests.helpers.training_states import save_checkpoint
 
 both = pytest.mark.parametrize("impl", [pytest.param("triton", marks=needs_kernels), "ref"])
@@ -499,18 +499,6 @@ def test_resumed_is_bit_equal(dtype, master, states, tmp_path):
     assert kinds == {"param", "m", "v"} | ({"m_absmax", "v_absmax"} if states == "8bit" else set()) | (
         {{"fp32": "master", "split": "low"}.get(master, "param")} if dtype == torch.bfloat16 else set()
     )
-
-
-def test_a_run_goes_on_only_as_it_began(tmp_path, rows_file):
-    arguments = [
-        "--model", "tiny", "--random-init", "--data", rows_file, "--out", tmp_path / "out", "--dtype", "bf16",
-        "--global-batch-size", 2, "--max-length", 64, "--save-every", 1, "--optimizer-states", "8bit", "--max-steps", 1,
-    ]  # fmt: skip
-    finetune(*arguments)
-    done = finetune(*arguments, "--master-weights", "stochastic", check=False)
-    assert done.returncode == 2 and "master" in done.stderr, done.stderr
-    done = finetune(*arguments[:-4], "--optimizer-states", "fp32", "--max-steps", 1, check=False)
-    assert done.returncode == 2 and "states" in done.stderr, done.stderr
 
 
 @modes
