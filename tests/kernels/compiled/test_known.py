@@ -55,8 +55,8 @@ def test_what_the_machine_code_depends_on_changes_the_digest():
 def test_comments_docstrings_and_lines_do_not_count():
     source = "def f(x):\n    return x + 1\n"
     same = 'def f(x):\n    """Doc."""\n    # why\n    return x + 1  # what\n'
-    assert known._bare_syntax(source) == known._bare_syntax(same) == known._bare_syntax("\n\n" + source)
-    assert known._bare_syntax(source) != known._bare_syntax(source.replace("1", "2"))
+    assert known.bare_syntax(source) == known.bare_syntax(same) == known.bare_syntax("\n\n" + source)
+    assert known.bare_syntax(source) != known.bare_syntax(source.replace("1", "2"))
 
 
 def test_the_code_that_judges_counts(monkeypatch):
@@ -66,8 +66,8 @@ def test_the_code_that_judges_counts(monkeypatch):
     with pytest.raises(FileNotFoundError):
         known.digest_launch(launch())
     monkeypatch.undo()
-    real = known._bare_syntax
-    monkeypatch.setattr(known, "_bare_syntax", lambda text: real(text).replace("8", "9"))  # the gate's limits, say
+    real = known.bare_syntax
+    monkeypatch.setattr(known, "bare_syntax", lambda text: real(text).replace("8", "9"))  # the gate's limits, say
     known._digest_of_reader.cache_clear()
     assert known.digest_launch(launch()) != before
     known._digest_of_reader.cache_clear()
