@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from data_gen.judging.humans import read_votes
 from engine.base.errors import run_main
 from engine.serve import main
 from tests.helpers.comparisons import read_round, send
-from tests.helpers.run import ROOT
+from tests.helpers.run import ROOT, forked
 from tests.helpers.small_model import small_model
 
 
@@ -92,6 +93,16 @@ def serving(*words):
         serve.kill()
         serve.wait()
         serve.stdout.close()
+
+
+def test_the_command_that_a_run_ends_with_opens_its_model(tmp_path, rows_file):
+    words = ("--model", small_model(), "--data", rows_file, "--max-steps", 1, "--global-batch-size", 2)
+    said = forked("finetune", *words, "--out", tmp_path / "a model").stdout.splitlines()[-1]
+    told, _, command = said.partition(": ")
+    assert told == "talk to it" and shlex.split(command)[1:3] == ["-m", "engine.serve"]
+    with serving(*shlex.split(command)[3:], "--max-length", "50") as (_, url):
+        assert [one["id"] for one in send(f"{url}/v1/models")[1]["data"]] == ["a model"]
+        assert "<title>Cria</title>" in send(url)[1]
 
 
 def post(url, **body):

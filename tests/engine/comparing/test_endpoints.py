@@ -147,6 +147,19 @@ def test_a_stopped_round_keeps_what_was_seen(votes):
     assert status == 200 and row["stopped"] is True and row["answers"] == ["half", "half"]
 
 
+def test_a_vote_ends_a_round_that_is_still_being_written(votes):
+    answers = Told("half", hangs=True), Told("half", hangs=True)
+    with Compared(votes, (Scripted("alpaca", answers[0]), Scripted("davinci", answers[1]))) as compared:
+        body = json.dumps({"voter": "v1", "instruction": "Go."}).encode()
+        with urllib.request.urlopen(urllib.request.Request(f"{compared.url}/compare/ask", body)) as response:
+            seen = b""
+            while b"half" not in seen:
+                seen += response.readline()
+            assert compared.vote(read_events(seen.decode())[0]["round"])[0] == 200
+            assert answers[0].closed.wait(60) and answers[1].closed.wait(60)
+    assert read_rows(votes)[0]["stopped"] is True
+
+
 def test_a_failing_or_full_model_ends_the_round(votes):
     other = Told("fine", hangs=True), Told("fine", hangs=True)
     contestants = (
