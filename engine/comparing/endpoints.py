@@ -66,7 +66,7 @@ class Comparison:
     """Two contestants, the baseline first, and the votes on their answers.
 
     questions are those that voters are asked from the beginning; has_fixed_questions: nothing else can be answered.
-    longest: tokens of a prompt and its answer.
+    longest: tokens of a prompt and its answer, 0 where nothing is written.
     """
 
     def __init__(
@@ -116,7 +116,8 @@ class Comparison:
             {"instruction": one.instruction, "input": one.input, "number": one.number, "is_done": is_done}
             for one, is_done in order_questions(questions, voter, voted)
         ]
-        return JSONResponse({"questions": listed, "is_fixed": self.has_fixed_questions, "max_tokens": self.longest - 1})
+        longest = self.longest - 1 if self.longest else None
+        return JSONResponse({"questions": listed, "is_fixed": self.has_fixed_questions, "max_tokens": longest})
 
     # ---- answers ----------------------------------------------------------------------------------------------------
 

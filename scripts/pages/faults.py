@@ -19,7 +19,6 @@ from data_gen.base.cli import run_for_reader
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "faults.md"
-WAITS = "the server is not built yet"  # for faults of engine.serve, which does not exist yet
 F, C, S, T, R, W, D, N, K = (
     "project/test_faults.py",
     "engine/output/test_checkpoint.py",
@@ -32,6 +31,7 @@ F, C, S, T, R, W, D, N, K = (
     "engine/data/test_row_kinds.py",
 )
 G, A = "data_gen/test_generate.py", "engine/data/test_dataset.py"
+V, B, L = "engine/serving/test_server.py", "engine/comparing/test_vote_file.py", "engine/comparing/test_endpoints.py"
 FAULTS = [  # fault, expected, tests
     ("kill -9 at each write point of a save", "the newest whole state resumes; temporaries go", [
         (C, "test_kill_at_every_write_point_leaves_a_whole_state"),
@@ -128,9 +128,15 @@ FAULTS = [  # fault, expected, tests
     ("the spend cap is reached", "stops, resumable", [
         (G, "test_the_cap_stops_it_and_a_larger_one_goes_on"),
         ("data_gen/api/test_collector.py", "test_the_cap_is_never_passed_by_a_cent")]),
-    ("server: a huge or slow body, bad JSON", "413, 408, 400", []),
-    ("concurrent requests, disconnects", "a bounded queue, 503; generation cancelled", []),
-    ("XSS in prompt or output, a foreign Origin", "text only, CSP, loopback, Origin and Host checked", []),
+    ("server: a huge or slow body, bad JSON", "413, 408, 400", [
+        (V, "test_sizes_paces_and_places"), (V, "test_a_wrong_body_is_refused_with_its_parameter")]),
+    ("concurrent requests, disconnects", "a bounded queue, 503; generation cancelled", [
+        (V, "test_64_streams_at_once_are_each_their_own"),
+        (V, "test_who_comes_when_the_queue_is_full_is_told_when_to_come_again"),
+        (V, "test_who_leaves_frees_the_place"), (V, "test_an_answer_ends_when_its_client_has_left")]),
+    ("XSS in prompt or output, a foreign Origin", "text only, CSP, loopback, Origin and Host checked", [
+        ("engine/serving/test_page.py", "test_html_of_users_and_models_is_text"),
+        (V, "test_the_page_may_load_nothing_from_elsewhere"), (V, "test_foreign_pages_get_nothing")]),
 ]  # fmt: skip
 Z = "engine/formats/test_stand_ins.py"
 E = "engine/text/test_tokenizer_elsewhere.py"
@@ -167,6 +173,12 @@ LATER = {  # number: found since, by trying public reports of other projects' us
           (Z, "test_fp8_and_other_quantised_folders_take_one_line"), (Z, "test_the_command_exits_3_with_what_to_do"),
           (K, "test_a_file_that_is_not_what_it_seems_is_told_in_one_line"), (K, "test_a_file_of_each_kind"),
           (K, "test_sharegpt"), (K, "test_parquet_without_its_library")]),
+    47: ("votes: kill -9, a torn line, a full disk, a vote sent twice", "what was told is kept, each counts once", [
+          (B, "test_no_acknowledged_vote_is_lost_to_sigkill"),
+          (B, "test_a_vote_that_was_cut_off_is_taken_out_and_told"),
+          (B, "test_a_full_disk_leaves_the_file_as_it_was"), (B, "test_a_file_of_something_else_is_refused_and_stays"),
+          (L, "test_a_vote_counts_once_though_it_is_sent_again"), (L, "test_votes_sent_at_once_count_once"),
+          ("engine/test_serve.py", "test_votes_on_two_files_outlive_sigkill")]),
 }  # fmt: skip
 ROWS = [*enumerate(FAULTS, 1), *sorted(LATER.items())]
 
@@ -216,7 +228,7 @@ def format_page(outcomes: Outcomes) -> str:
     for number, (fault, expected, tests) in ROWS:
         names = "<br>".join(f"`{file.removesuffix('.py')}::{test}`" for file, test in tests)
         observed = "<br>".join(describe_outcomes(outcomes.get(test, ["not run"])) for test in tests)
-        lines.append(f"| {number} | {escape_cell(fault)} | {escape_cell(expected)} | {names} | {observed or WAITS} |")
+        lines.append(f"| {number} | {escape_cell(fault)} | {escape_cell(expected)} | {names} | {observed} |")
     return "\n".join([*lines, ""])
 
 
