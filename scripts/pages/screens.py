@@ -18,8 +18,11 @@ from kernels.base.commands import run_command
 from scripts.base.browser import Browser, Page, find_chromium
 
 FOLDER = Path(__file__).parents[2] / "docs" / "img"
-WIDTH, HEIGHT = 1100, 620
-ASKED = "Name three things you can do with an old glass jar."
+WIDTH, TALK_HEIGHT, COMPARISON_HEIGHT = 1100, 870, 620
+ASKED = (  # instruction and input
+    ("Rewrite the sentence in the past tense.", "She walks to school and meets her friends."),
+    ("Give three tips for staying healthy.", ""),
+)
 COMPARED = "Explain to a child why the sky is blue."
 SETTINGS = {"temperature": 0, "top_p": 1, "max_tokens": 120, "seed": 0}
 
@@ -40,40 +43,42 @@ def serve(model: str, other: str, votes: Path) -> Iterator[str]:
         process.wait()
 
 
-def open_page(browser: Browser, url: str, is_ready: str) -> Page:
+def open_page(browser: Browser, url: str, height: int, is_ready: str) -> Page:
     """Return a page under our settings."""
-    page = browser.open(url, WIDTH, HEIGHT)
+    page = browser.open(url, WIDTH, height)
     page.run(f"localStorage.setItem('cria.settings', {json.dumps(json.dumps(SETTINGS))}); 0")
     page.go(url)
     page.wait(is_ready)
     return page
 
 
-def ask(page: Page, text: str, is_done: str) -> None:
-    """Write a text, send it, and wait for what is to come."""
+def ask(page: Page, text: str, given: str, is_done: str) -> None:
+    """Write a text and its input, send them, and wait for what is to come."""
     page.click("#ask")
     page.write(text)
-    page.press("Enter")
+    if given:
+        page.click("#input")
+        page.write(given)
+    page.click("#send")
     page.wait(is_done)
     page.run("document.activeElement.blur(); 0")  # no cursor that blinks
 
 
 def picture_talk(browser: Browser, url: str) -> bytes:
-    """Return the picture of a question and its answer."""
-    page = open_page(browser, url, "Boolean(model?.prompt_style)")
+    """Return the picture of questions and their answers, with how many tokens each has and not how fast they came."""
+    page = open_page(browser, url, TALK_HEIGHT, "Boolean(model?.prompt_style)")
     page.click("input[value=instruction]")
-    ask(page, ASKED, "!answering && chat.turns.length === 1")
-    page.run(
-        "document.querySelector('.stats').textContent = ''; 0"
-    )  # times are of the machine, and of measurements' page
+    for n, (text, given) in enumerate(ASKED, 1):
+        ask(page, text, given, f"!answering && chat.turns.length === {n}")
+    page.run("for (const one of document.querySelectorAll('.stats')) one.textContent = one.textContent.split(' · ')[0]")
     return page.picture()
 
 
 def picture_comparison(browser: Browser, url: str) -> bytes:
     """Return the picture of a vote that is due, drawn until the first model is A, so that the picture is one."""
     while True:
-        page = open_page(browser, f"{url}/compare", "isReady")
-        ask(page, COMPARED, "round?.state === 'voting' || round?.state === 'void'")
+        page = open_page(browser, f"{url}/compare", COMPARISON_HEIGHT, "isReady")
+        ask(page, COMPARED, "", "round?.state === 'voting' || round?.state === 'void'")
         picture = page.picture()
         page.click("#buttons [value=tie]")
         page.wait("round?.state === 'told'")
