@@ -1,8 +1,8 @@
 """What a dataset will cost, in requests, tokens, dollars and hours, before the first request.
 
 python -m data_gen.estimate --rows 52000                      # every model of the price table
-python -m data_gen.estimate --model gpt-4.1-nano --batch
-python -m data_gen.estimate --model gpt-4.1-nano --out out/data   # by the answers of a run so far
+python -m data_gen.estimate --model gpt-5.4 --batch
+python -m data_gen.estimate --model gpt-5.4 --out out/data        # by the answers of a run so far
 """
 
 import json
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_gen.api.attempt import RequestBuilder
-from data_gen.api.client import Dialect, Sampling
+from data_gen.api.dialect import Dialect, Sampling
 from data_gen.api.flags import add_request_flags, check_language, parse_count
 from data_gen.api.ledger import LEDGER_NAME, Ledger
 from data_gen.api.prices import Price, PriceTable, find_price, format_usd, read_price_table
@@ -67,7 +67,8 @@ def main(argv: list[str]) -> None:
             options.model: find_price(options.model, options.base_url, table, options.price_in, options.price_out)
         }
     else:
-        prices = {name: find_price(name, options.base_url, table, *pair) for name, pair in table.models.items()}
+        known = {name: one.usd for name, one in table.models.items() if one.usd}
+        prices = {name: find_price(name, options.base_url, table, *usd) for name, usd in known.items()}
     print_estimate(options, means, prices, table, builder)
 
 
@@ -121,11 +122,13 @@ def print_estimate(
         max_cost = replace(builder, price=price).prepare(0, Dialect()).max_cost
         rows.append((total, name, price, max_cost))
     grid = Table("model", box=None, pad_edge=False)
-    for name in ("$/M in", "$/M out", "dollars", "$ a 1,000 rows", "one request at most"):
+    for name in ("$/M in", "$/M out", "dollars", "$ a 1,000 rows", "one request at most", "ends"):
         grid.add_column(name, justify="right")
     for total, name, price, max_cost in sorted(rows, key=lambda row: row[:2]):
         each = (f"{price.input / 10**6:g}", f"{price.output / 10**6:g}", format_usd(total, 2))
-        grid.add_row(name, *each, format_usd(total * 1000 // options.rows, 3), format_usd(max_cost))
+        _, found = table.find_model(name, options.base_url)
+        ends = str(found.ends) if found and found.ends else ""
+        grid.add_row(name, *each, format_usd(total * 1000 // options.rows, 3), format_usd(max_cost), ends)
     console.print(grid)
     speed = f"{options.concurrency} in flight at {TOKENS_A_SECOND} tokens/s each (assumed)"
     when = f"{format_clock(3600 * hours)} with {speed}"

@@ -1,6 +1,6 @@
 """Builds an instruction dataset over any OpenAI-compatible API: resumable, capped in cost, de-duplicated exactly.
 
-python -m data_gen.generate --model gpt-4.1-nano --max-usd 10 --out out/data
+python -m data_gen.generate --model gpt-5.6-luna --max-usd 20 --out out/data
 python -m data_gen.generate --base-url http://localhost:8000/v1 --model my-model --price-in 0 --price-out 0
 
 The same command resumes a run that was stopped or killed. A request whose answer was recorded is not sent again.
@@ -16,8 +16,9 @@ from pathlib import Path
 
 from data_gen.api.attempt import Limits, RequestBuilder
 from data_gen.api.batch import end_batches, run_batches
-from data_gen.api.client import Client, Sampling, find_api_key
+from data_gen.api.client import Client, find_api_key
 from data_gen.api.collector import Collector
+from data_gen.api.dialect import Sampling
 from data_gen.api.flags import (
     add_request_flags,
     add_run_flags,
@@ -27,7 +28,7 @@ from data_gen.api.flags import (
     parse_seconds,
 )
 from data_gen.api.ledger import Ledger, Totals
-from data_gen.api.prices import PICO, Budget, Price, find_price, format_usd, read_price_table
+from data_gen.api.prices import PICO, Budget, Price, find_price, format_usd, read_price_table, warn_of_end
 from data_gen.api.progress import Progress, format_clock
 from data_gen.api.prompt import Prompter, read_seed_tasks
 from data_gen.api.rate import Rate
@@ -37,7 +38,7 @@ from data_gen.base.files import write_atomically
 from data_gen.page.report import write_report
 from data_gen.rows.contamination import Decontaminator
 from data_gen.rows.curator import Curator
-from data_gen.rows.run_record import describe_run
+from data_gen.rows.run_record import describe_run, format_ranges
 
 
 def build_parser() -> Parser:
@@ -78,6 +79,7 @@ def main(argv: list[str]) -> None:
     else:
         table = read_price_table(options.prices)
         price = find_price(options.model, options.base_url, table, options.price_in, options.price_out)
+        warn_of_end(options.model, options.base_url, table)
         key = find_api_key(options.base_url, os.environ, options.api_key_env)
         ledger = Ledger(options.out)
         prompter = Prompter(seeds, options.seed, options.tasks_per_request, options.examples, options.language)
@@ -88,11 +90,12 @@ def main(argv: list[str]) -> None:
     seconds = time.monotonic() - started
     try:
         curator.write_files(options.out)
-        totals = ledger.compute_totals()
+        totals, missing = ledger.compute_totals(), list_missing(ledger, curator)
         record = describe_run(options, curator, totals, status, budget.cap, price, seconds)
+        record["counts"]["missing_requests"] = format_ranges(missing)
         write_atomically(options.out / "run.json", [json.dumps(record, indent=1) + "\n"])
         report = write_report(options.out / "dataset.jsonl", options.out / "report.html")
-        print_summary(curator, totals, seconds, [options.out / "dataset.json", report])
+        print_summary(curator, totals, missing, seconds, [options.out / "dataset.json", report])
     except OSError as error:
         why = f"the dataset could not be written: {error}; the ledger is whole, the same command writes it"
         failure = failure or Failure(why)
@@ -124,9 +127,11 @@ def generate_rows(
         try:
             asyncio.run(run_requests(collector, batch_builder, options.batch))
         except Failure as failure:
+            collector.take_rest()
             return "failed", budget, failure
     if curator.is_full:
         return "done", budget, None
+    collector.take_rest()
     rows = f"{len(curator.rows):,} of {options.rows:,} rows"
     if collector.status == "stopped":
         return "stopped", budget, Stopped(f"stopped by a signal with {rows}; the same command goes on")
@@ -148,23 +153,28 @@ async def run_requests(collector: Collector, batch_builder: RequestBuilder, is_b
 
 
 def replay_ledger(ledger: Ledger, curator: Curator, quiet: bool) -> str:
-    """Give the outcomes of a ledger to the curator, up to the first missing one. Return the status."""
+    """Give the outcomes of a ledger to the curator. Return the status."""
     with Progress(quiet) as progress:
         for entry in progress.show_reading(ledger.read_outcomes(), ledger.compute_totals().answers, curator):
-            if entry.request == len(curator.kept_by_request):
-                curator.add_outcome(entry)
-    return "done" if curator.is_full else "replayed"
+            curator.add_outcome(entry)
+    return "done" if curator.is_full and not list_missing(ledger, curator) else "replayed"
 
 
-def print_summary(curator: Curator, totals: Totals, seconds: float, files: list[Path]) -> None:
-    """Print four lines: rows, money, the commonest reasons for rejection, and the files that were written."""
+def list_missing(ledger: Ledger, curator: Curator) -> list[int]:
+    """Return the requests that a dataset lacks: of a full one those before the last that it used, else all."""
+    return ledger.list_missing(curator.last_request if curator.is_full else None)
+
+
+def print_summary(curator: Curator, totals: Totals, missing: list[int], seconds: float, files: list[Path]) -> None:
+    """Print rows, money, missing requests, the commonest reasons for rejection, and the files that were written."""
     share = len(curator.rows) / curator.items if curator.items else 0
     top = ", ".join(f"{reason} {n:,}" for reason, n in curator.rejected.most_common(4))
     spent, uncertain = format_usd(totals.spent), format_usd(totals.uncertain)
+    gaps = f"requests without an answer, which the same command asks again: {format_ranges(missing, 20)}\n"
     print_text(
         f"{len(curator.rows):,} rows of {curator.items:,} tasks ({share:.0%}) in {format_clock(seconds)}\n"
         f"{spent} spent on {totals.answers:,} answers, at most {uncertain} on lost ones\n"
-        f"left out: {top or 'nothing'}\n{'  '.join(map(str, files))}",
+        f"{gaps if missing else ''}left out: {top or 'nothing'}\n{'  '.join(map(str, files))}",
         sys.stdout,
     )
 

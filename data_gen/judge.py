@@ -14,9 +14,10 @@ from argparse import Namespace
 from pathlib import Path
 
 from data_gen.api.attempt import RequestBuilder
-from data_gen.api.client import Sampling, find_api_key
+from data_gen.api.client import find_api_key
+from data_gen.api.dialect import Sampling
 from data_gen.api.flags import add_run_flags, add_server_flags, check_run_flags, make_value_parser, parse_utf8
-from data_gen.api.prices import PICO, Price, find_price, format_usd, read_price_table
+from data_gen.api.prices import PICO, Price, find_price, format_usd, read_price_table, warn_of_end
 from data_gen.api.running import check_settings, interrupt_at_stop_signals
 from data_gen.base.cli import Failure, Parser, UsageError, print_text, run_command
 from data_gen.judging.answers import match_answers, read_answers
@@ -68,6 +69,7 @@ def main(argv: list[str]) -> None:
     if not options.replay:
         table = read_price_table(options.prices)
         price = find_price(options.judge, options.base_url, table, options.price_in, options.price_out)
+        warn_of_end(options.judge, options.base_url, table)
         key = find_api_key(options.base_url, os.environ, options.api_key_env)
     started = time.monotonic()
     ledger = VerdictLedger(options.out, create=not options.replay)

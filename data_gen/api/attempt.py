@@ -1,12 +1,14 @@
-"""Attempts at requests: requests ready to send, and the outcomes of sending them."""
+"""Attempts at requests: requests ready to send, the outcomes of sending them, and who takes these."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from data_gen.api.client import Dialect, Reply, Sampling
-from data_gen.api.ledger import Usage
+from data_gen.api.client import Reply
+from data_gen.api.dialect import Dialect, Sampling
+from data_gen.api.ledger import Entry, Usage
 from data_gen.api.prices import Price
 from data_gen.api.prompt import hash_text
 
@@ -58,6 +60,10 @@ class RequestBuilder:
         max_cost = self.price.compute_cost(n_bytes, self.sampling.max_output_tokens)
         return PreparedRequest(body, hash_text(json.dumps(body["messages"])), max_cost)
 
+    def get_format(self, dialect: Dialect) -> Mapping[str, Any] | None:
+        """Return the response_format that a request in this dialect has."""
+        return self.sampling.extra.get("response_format") or self.prompter.formats[dialect.format]
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -80,3 +86,33 @@ class Outcome:
     kind: str  # as data_gen.api.ledger defines it
     usage: Usage
     cost: int
+
+
+@dataclass(order=True)
+class Job:
+    """A request that is not done."""
+
+    number: int
+    tries: int = field(default=0, compare=False)
+    failures: int = field(default=0, compare=False)  # tries but for those that met a rate limit
+    strikes: int = field(default=0, compare=False)  # failures while others got through
+    answers_seen: int = field(default=0, compare=False)
+
+
+class RowKeeper(Protocol):
+    """The part of a Curator that a run uses."""
+
+    unit: str
+    wanted: int
+    rows: list[Any]
+    kept_by_request: list[int]
+    rejected: Counter[str]
+    items: int
+    answers: int
+
+    @property
+    def is_full(self) -> bool:
+        """Return whether as many rows are kept as wanted."""
+
+    def add_outcome(self, entry: Entry) -> None:
+        """Take the outcome of the next request."""

@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from data_gen.api.answers import bill_outcome, judge_success
 from data_gen.api.attempt import PreparedRequest, RequestBuilder
-from data_gen.api.client import classify_error, extract_message, is_completion, read_answer
 from data_gen.api.collector import FRUITLESS_AT_START, RECENT_REQUESTS, Collector
+from data_gen.api.errors import classify_error, extract_message
 from data_gen.api.ledger import DONE, Entry, Statement
 from data_gen.api.prices import Price
 from data_gen.api.retries import Calls, Halted
@@ -91,19 +92,20 @@ def build_line(attempt: int, prepared: PreparedRequest) -> bytes:
     return json.dumps(asked).encode() + b"\n"
 
 
-def parse_line(line: bytes | str, hide_key: Callable[[str], str] = str) -> Line | None:
+def parse_line(line: bytes | str, clean_body: Callable[[str], str] = str) -> Line | None:
     """Return the outcome in a line of an output or error file, or None for a line that is no outcome of ours."""
     try:
         found = json.loads(line)
         attempt, response = int(str(found["custom_id"])), found.get("response") or {}
         status, body = response.get("status_code"), response.get("body") or found.get("error")
-        text = hide_key(to_json_line(body).rstrip("\n"))
+        text = clean_body(to_json_line(body).rstrip("\n"))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     status = status if isinstance(status, int) and 100 <= status < 600 else None
     if status == 200:
-        return attempt, "answer" if is_completion(text) else "lost", status, text
-    kind = classify_error(status or 500, text)
+        kind, status = judge_success(text)
+    else:
+        kind = classify_error(status or 500, text)
     return attempt, "refused" if kind == "unsupported" else kind, status, text
 
 
@@ -312,7 +314,7 @@ class Batches:
 
         lines, answered = io.BytesIO(await self.calls.make_call(read_content)), 0
         while group := list(itertools.islice(lines, ANSWERS_PER_COMMIT)):
-            found = [line for text in group if (line := parse_line(text, self.client.hide_key))]
+            found = [line for text in group if (line := parse_line(text, self.client.cleaner.clean_body))]
             answered += sum(status == 200 for _, _, status, _ in found)
             await self.record_outcomes(batch, found)
         return answered
@@ -327,13 +329,10 @@ class Batches:
             if kind == "fatal":
                 self.collector.end_run(f"the server said {status or 'an error'} in a batch: {extract_message(body)}")
                 kind = "failed"
-            usage, cost, max_attempts = None, 0, self.collector.limits.max_attempts
-            if kind == "answer":
-                usage = read_answer(body).usage
-                cost = batch.price.compute_cost(*usage) if usage else sent.max_cost
-            elif kind != "refused" and status and self.ledger.count_failures(sent.number) + 1 >= max_attempts:
-                kind, cost = "refused", sent.max_cost if kind == "lost" else 0
-            statements.append(self.ledger.prepare_outcome(attempt, kind, status, body, usage or (None, None), cost))
+            tries = self.ledger.count_failures(sent.number) + 1 if kind in ("failed", "lost") and status else 0
+            is_last = tries >= self.collector.limits.max_attempts
+            kind, usage, cost = bill_outcome(kind, body, batch.price, sent.max_cost, is_last)
+            statements.append(self.ledger.prepare_outcome(attempt, kind, status, body, usage, cost))
             recorded.append((sent, usage, Entry(sent.number, attempt, kind, body, sent.body_sha256, sent.model, cost)))
         await self.ledger.write(*statements)
         for sent, usage, entry in recorded:
@@ -341,6 +340,9 @@ class Batches:
                 self.budget.count_lost(sent.max_cost)
             else:
                 self.budget.settle(sent.max_cost, entry.cost)
-                self.collector.check_bill(sent.number, usage or (None, None))
+                self.collector.check_bill(sent.number, usage, entry.cost)
+            if entry.kind == "answer":
+                format = self.builder.get_format(self.collector.dialect)
+                self.collector.observe_answer(entry.body, format, batch.price, entry.cost)
             if entry.kind in DONE:
                 self.collector.settle_request(entry)

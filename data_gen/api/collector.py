@@ -2,16 +2,18 @@
 
 import asyncio
 import heapq
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, replace
+from typing import Any
 
-from data_gen.api.attempt import Limits, Outcome, PreparedRequest, RequestBuilder
-from data_gen.api.client import Client, Dialect, Reply, extract_message, read_answer
+from data_gen.api.answers import bill_outcome, read_answer
+from data_gen.api.attempt import Job, Limits, Outcome, PreparedRequest, RequestBuilder, RowKeeper
+from data_gen.api.client import TICK_S, Client, Reply
+from data_gen.api.dialect import Dialect
+from data_gen.api.errors import extract_message
 from data_gen.api.ledger import DONE, Entry, Ledger, Usage
-from data_gen.api.prices import Budget, format_usd
+from data_gen.api.observations import Observations
+from data_gen.api.prices import Budget, Price, format_usd
 from data_gen.api.progress import Progress
 from data_gen.api.rate import Rate
 from data_gen.base.cli import Failure
@@ -24,36 +26,6 @@ REFUSED_IN_A_ROW = 20  # refused requests that end a run
 HOPEFUL_TRIES = 3  # failures after which a request is expected to give no rows
 ODD_STRIKES = 2  # failures of kind odd (see Reply) after which a request counts as refused
 GRACE_S = 60  # for requests in flight when the run ends
-
-
-@dataclass(order=True)
-class Job:
-    """A request that is not done."""
-
-    number: int
-    tries: int = field(default=0, compare=False)
-    failures: int = field(default=0, compare=False)  # tries but for those that met a rate limit
-    strikes: int = field(default=0, compare=False)  # failures while others got through
-    answers_seen: int = field(default=0, compare=False)
-
-
-class RowKeeper(Protocol):
-    """The part of a Curator that a run uses."""
-
-    unit: str
-    wanted: int
-    rows: list[Any]
-    kept_by_request: list[int]
-    rejected: Counter[str]
-    items: int
-    answers: int
-
-    @property
-    def is_full(self) -> bool:
-        """Return whether as many rows are kept as wanted."""
-
-    def add_outcome(self, entry: Entry) -> None:
-        """Take the outcome of the next request."""
 
 
 class Collector:
@@ -76,6 +48,7 @@ class Collector:
     ):
         self.ledger, self.curator, self.client, self.rate = ledger, curator, client, rate
         self.budget, self.builder, self.limits, self.progress = budget, builder, limits, progress
+        self.observations = Observations(progress.print_line)
         self.done: set[int] = set()  # numbers of requests
         self.highest = -1  # of done
         self.ready: dict[int, Entry] = {}  # outcomes that wait for those of earlier requests
@@ -175,7 +148,7 @@ class Collector:
 
     async def wait(self) -> None:
         """Wait for an answer, or until a request may start. End the run after --patience without an answer."""
-        pause = 1.0  # at most, to see stop() and show progress
+        began, pause = self.rate.clock(), 1.0  # at most, to see stop() and show progress
         if not self.blocked and self.rate.is_below_limit() and (self.is_dialect_known or not self.tasks):
             pause = self.rate.wait_s() or (self.retries[0][0] - self.rate.clock() if self.retries else pause)
         pause = min(max(pause, 0.002), 1.0)
@@ -185,6 +158,7 @@ class Collector:
         else:
             await asyncio.sleep(pause)
         self.progress.show_state(self)
+        self.rate.excuse_silence(self.rate.clock() - began - pause)  # while this process did not run
         if self.rate.silence_s() > self.limits.patience_s:
             wait = f"; the next try was to be in {self.rate.wait_s():.0f} s" if self.rate.wait_s() > 5 else ""
             last = self.last_failure or "none"
@@ -195,9 +169,10 @@ class Collector:
 
     async def finish(self) -> None:
         """Wait for the requests in flight, which are paid for. Raise the Failure that ended the run."""
-        deadline = time.monotonic() + GRACE_S
-        while self.tasks and time.monotonic() < deadline:
-            done, _ = await asyncio.wait(self.tasks, timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
+        left = GRACE_S / TICK_S  # looks without an answer: a process that did not run has not waited
+        while self.tasks and left > 0:
+            done, _ = await asyncio.wait(self.tasks, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED)
+            left -= not done
             self.handle_done(done)
             self.progress.show_state(self)
         for task in self.tasks:
@@ -247,17 +222,10 @@ class Collector:
         return Outcome(number, prepared, dialect, reply, kind, usage, cost)
 
     def judge_reply(self, job: Job, prepared: PreparedRequest, reply: Reply) -> tuple[str, Usage, int]:
-        """Return (kind, usage, cost) for the ledger. An answer without usage costs the most that it can."""
-        if reply.kind == "answer":
-            usage = read_answer(reply.body).usage
-            if usage is None:
-                return "answer", (None, None), prepared.max_cost
-            return "answer", usage, self.builder.price.compute_cost(*usage)
+        """Return (kind, usage, cost) for the ledger."""
         most = self.limits.max_attempts if reply.kind != "odd" else min(ODD_STRIKES, self.limits.max_attempts)
-        strikes = self.count_strikes(job, reply)
-        if reply.kind in ("failed", "lost", "odd") and not is_rate_limit(reply) and strikes >= most:
-            return "refused", (None, None), prepared.max_cost if reply.kind == "lost" else 0
-        return reply.kind if reply.kind in ("lost", "refused") else "failed", (None, None), 0
+        is_last = not reply.is_rate_limit and self.count_strikes(job, reply) >= most
+        return bill_outcome(reply.kind, reply.body, self.builder.price, prepared.max_cost, is_last)
 
     def count_strikes(self, job: Job, reply: Reply) -> int:
         """Return the failures of a request while others got through, including the failure that came just now.
@@ -274,7 +242,7 @@ class Collector:
             self.budget.count_lost(prepared.max_cost)
         else:
             self.budget.settle(prepared.max_cost, outcome.cost)
-            self.check_bill(job.number, usage)
+            self.check_bill(job.number, usage, outcome.cost)
         if kind in DONE:
             model = prepared.body["model"]
             self.settle_request(
@@ -283,6 +251,7 @@ class Collector:
         if kind == "answer":
             self.refused_in_a_row = 0
             self.learn_dialect(outcome.dialect)
+            self.observe_answer(reply.body, prepared.body.get("response_format"), self.builder.price, outcome.cost)
             self.rate.record_answer(reply.started_at, usage[1] or len(reply.body) // 4, reply.headers)
         elif kind == "refused" and reply.kind in ("failed", "lost"):
             self.rate.record_failure(reply.started_at, **reply.describe_load())
@@ -290,7 +259,7 @@ class Collector:
             self.record_refusal(reply)
         elif reply.kind == "fatal":
             self.rate.release()
-            self.end_run(f"the server said {reply.status}: {extract_message(reply.body)}")
+            self.end_run(f"the server said {reply.status}: {extract_message(reply.body)}{reply.hint}")
         elif reply.kind == "unsupported":
             self.lower_dialect(job, outcome.dialect, reply)
         elif reply.kind == "odd":
@@ -300,20 +269,29 @@ class Collector:
             self.rate.record_failure(reply.started_at, **reply.describe_load())
             self.schedule_retry(job, reply)
 
-    def check_bill(self, number: int, usage: Usage) -> None:
+    def check_bill(self, number: int, usage: Usage, cost: int) -> None:
         """End a capped run once a bill exceeds the amount set aside for it."""
         if self.budget.overrun and self.budget.cap is not None:
+            billed = f"{format_usd(cost, 6)} ({usage[0]} + {usage[1]} tokens)"
             self.end_run(
-                f"the server billed {usage[0]} + {usage[1]} tokens, more than request {number} can use with "
+                f"the server billed {billed}, more than request {number} can use with "
                 f"{self.builder.sampling.max_output_tokens} of output, so --max-usd cannot be kept"
             )
+
+    def observe_answer(self, body: str, format: Mapping[str, Any] | None, price: Price, cost: int) -> None:
+        """Tell what an answer shows of the server, and end a run whose answers are reasoning alone."""
+        answer, observations = read_answer(body), self.observations
+        observations.look_at_bill(answer, cost, replace(answer.bill, dollars=0).compute_cost(price))
+        observations.look_at_format(answer, format)
+        if why := observations.count_thinking(answer, self.builder.sampling.max_output_tokens):
+            self.end_run(why)
 
     def learn_dialect(self, dialect: Dialect) -> None:
         """Record the dialect of the first answer, so that no run has to find it out again."""
         if not self.is_dialect_known:
             self.is_dialect_known, self.dialect = True, dialect
             self.ledger.write_settings(dialect=asdict(dialect))
-            self.progress.print_line(f"the server understands {dialect.format}, {dialect.limit}")
+            self.progress.print_line(f"the server takes {dialect.format}, {dialect.limit}")
 
     def record_refusal(self, reply: Reply) -> None:
         """Count a refused prompt, and end the run after too many in a row."""
@@ -343,7 +321,7 @@ class Collector:
             self.progress.print_line(f"no answer yet ({said}); trying again for {patience}")
         self.last_failure = said
         job.tries += 1
-        if not is_rate_limit(reply):
+        if not reply.is_rate_limit:
             job.failures += 1
             job.strikes, job.answers_seen = self.count_strikes(job, reply), self.rate.answers
         heapq.heappush(self.retries, (self.rate.clock() + self.rate.draw_backoff_s(job.tries), job))
@@ -369,7 +347,8 @@ class Collector:
             self.curator.add_outcome(self.ready.pop(self.next_for_curator))
             self.next_for_curator += 1
 
-
-def is_rate_limit(reply: Reply) -> bool:
-    """Return whether the server's rate limit, not the request, is at fault for a failure."""
-    return reply.kind == "failed" and reply.status == 429
+    def take_rest(self) -> None:
+        """Give the curator what lies behind missing outcomes, and what was recorded after the end of the run."""
+        for entry in self.ledger.read_outcomes():
+            if entry.request >= self.next_for_curator:
+                self.curator.add_outcome(entry)

@@ -74,7 +74,8 @@ SCHEMA = {
 def make_formats(name: str, schema: dict[str, Any]) -> dict[str, Any]:
     """Return the response_format that asks for a schema, the most exact first: {Dialect.format: its value}."""
     exact = {"type": "json_schema", "json_schema": {"name": name, "strict": True, "schema": schema}}
-    return {"json_schema": exact, "json_object": {"type": "json_object"}, "text": None}
+    plain = {"type": "json_object"}
+    return {"json_schema": exact, "json_object+schema": plain | {"schema": schema}, "json_object": plain, "text": None}
 
 
 FORMATS = make_formats("tasks", SCHEMA)

@@ -69,6 +69,10 @@ class Rate:
         """Return the seconds since the last answer, or since the start."""
         return self.clock() - self.last_answer
 
+    def excuse_silence(self, seconds: float) -> None:
+        """Let a time not count as the server's silence."""
+        self.last_answer += max(0.0, seconds)
+
     def draw_backoff_s(self, tries: int) -> float:
         """Return random seconds to wait after this many tries: up to a span that doubles with each (full jitter)."""
         return self.rng.random() * min(LONGEST_BACKOFF_S, 2 ** min(tries, 30)) * self.backoff_s

@@ -2,13 +2,15 @@
 
 import asyncio
 import itertools
+import json
 import math
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from data_gen.api.client import classify_error, extract_message
+from data_gen.api.client import wait_awake
 from data_gen.api.collector import Collector
+from data_gen.api.errors import classify_error, extract_message, find_error
 from data_gen.api.rate import parse_retry_after
 from data_gen.base.cli import Failure
 
@@ -35,19 +37,21 @@ class Calls:
         """
         openai, since = self.client.openai, time.monotonic()
         for tries in itertools.count(1):
-            response, body = None, ""
+            response, status, body = None, None, ""
             try:
-                found = await self.wait_unless_halted(call())
-                if not isinstance(found, str):
+                found = await self.wait_unless_halted(wait_awake(call(), self.client.timeout_s))
+                status, body = find_inner_error(found)
+                if not body:
                     return found
-                body = found  # a proxy's page
             # ValueError: half a JSON text; AttributeError: a proxy's page where the package wants a list
             except (openai.APIError, ValueError, AttributeError) as error:
                 response = getattr(error, "response", None)
                 body = str(error) if response is None else response.text
-            text = extract_message(self.client.hide_key(body))
-            if response is not None and classify_error(response.status_code, body) != "failed":
-                status = response.status_code
+                status = None if response is None else response.status_code
+            except asyncio.TimeoutError:
+                body = f"no whole answer in {self.client.timeout_s:g} s"
+            text = extract_message(self.client.cleaner.clean_body(body))
+            if status is not None and classify_error(status, body) != "failed":
                 raise Failure(f"the server said {status}: {text}; the same command goes on from here")
             if time.monotonic() - since > self.patience_s:
                 why = f"no answer for {self.patience_s:g} s (--patience): {text}"
@@ -77,3 +81,14 @@ class Calls:
                 raise Halted
             if time.monotonic() >= until:
                 return
+
+
+def find_inner_error(found: Any) -> tuple[int | None, str]:
+    """Return (status, body) of an error in what the package took for an answer, (None, "") for an answer."""
+    if isinstance(found, str):
+        return None, found or "an empty answer"  # a proxy's page
+    fields = getattr(found, "model_extra", None)
+    if not fields or getattr(found, "id", None):
+        return None, ""
+    status = find_error(fields)
+    return status, "" if status is None else json.dumps(fields, default=str)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from data_gen.api.client import Sampling
+from data_gen.api.dialect import Sampling
 from data_gen.api.ledger import Entry, Ledger, Statement
 from data_gen.api.prompt import hash_text, make_formats
 from data_gen.judging.answers import Questions
@@ -183,4 +183,4 @@ class VerdictLedger(Ledger):
     def read_seconds(self) -> dict[int, float]:
         """Return {attempt: seconds from the intent to the answer} of the attempts that were answered."""
         sql = "SELECT attempt, received.at - sent.at FROM received JOIN sent USING (attempt) WHERE kind = 'answer'"
-        return dict(self.db.execute(sql))
+        return {attempt: seconds for attempt, seconds in self.query(sql)}

@@ -58,8 +58,7 @@ def ask_judge(
         except Failure as failure:
             return "failed", failure
         finally:
-            for entry in collector.ready.values():  # paid for, behind one that has no outcome
-                keeper.add_outcome(entry)
+            collector.take_rest()
     if keeper.is_full:
         return "done", None
     done = f"{len(keeper.kept_by_request):,} of {keeper.wanted:,} answers of the judge"

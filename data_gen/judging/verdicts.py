@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_gen.api.client import Answer, read_answer
+from data_gen.api.answers import Answer, read_answer
 from data_gen.api.ledger import Entry
 from data_gen.base.files import to_json_line, write_atomically
 from data_gen.judging.comparisons import Comparisons, Pair

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_gen.api.client import Answer, read_answer
+from data_gen.api.answers import Answer, read_answer
 from data_gen.api.ledger import Entry
 from data_gen.api.prices import PICO
 from data_gen.base.files import FIELDS, to_json_line, write_atomically
@@ -23,6 +23,7 @@ REASONS = {  # besides parse.KINDS and defects.REASONS
     "refused by the server": "the server would not answer this prompt",
     "refusal": "the model would not answer this prompt",
     "content filter": "the provider cut the answer off",
+    "reasoning alone": "the model used its tokens up before an answer: more --max-output-tokens, or less reasoning",
     "evaluation prompt": "matches a prompt of --decontaminate",
     "duplicate": "ROUGE-L of 0.7 or more with a row that was kept",
     "duplicate of a seed task": "ROUGE-L of 0.7 or more with a seed task",
@@ -54,6 +55,7 @@ class Curator:
         self.rejected: Counter[str] = Counter()
         self.models: Counter[str] = Counter()
         self.kept_by_request: list[int] = []
+        self.last_request = -1  # the last whose outcome was used
 
     @property
     def is_full(self) -> bool:
@@ -61,9 +63,10 @@ class Curator:
         return len(self.rows) >= self.wanted
 
     def add_outcome(self, entry: Entry) -> None:
-        """Curate the outcome of the next request. Do nothing once full."""
+        """Curate the outcome of the next request. Do nothing once full. Requests without an outcome may be left out."""
         if self.is_full:
             return
+        self.last_request = entry.request
         before = len(self.rows)
         if entry.kind == "refused":
             self.refused += 1
@@ -83,6 +86,9 @@ class Curator:
         if answer.refusal or answer.finish_reason == "content_filter":
             reason = "refusal" if answer.refusal else "content filter"
             self.record_rejection(entry, None, reason, answer.refusal[:200], {})
+            problems = [problem for problem in problems if problem[0] != "no items"]
+        if answer.is_reasoning_alone and not items:
+            self.record_rejection(entry, None, "reasoning alone", problems[0][1] if problems else "", {})
             problems = [problem for problem in problems if problem[0] != "no items"]
         for reason, seen in problems:
             self.record_rejection(entry, None, reason, seen, {})

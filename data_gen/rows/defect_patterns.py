@@ -67,9 +67,9 @@ MAY_STAY = re.compile(
 )
 AGAIN = re.compile(r"\b(?:repeat\w*|times|loop\w*|over and over|again|\d{2,})\b", ANY)
 CHARACTER_LOOP = re.compile(r"([^\s\-=_*#.~+|/\\0])\1{49}")
-QUOTED = re.compile(
-    '["\u201c\u201e\u00ab][^"\u201c\u201d\u00bb]{2,2000}["\u201c\u201d\u00bb]|`[^`]{2,2000}`'
-    "|(?<!\\w)['\u2018][^'\u2019\n]{3,500}['\u2019](?!\\w)"
+QUOTED = re.compile(  # no opening mark inside: each would look for its end again
+    '["\u201c\u201e\u00ab][^"\u201c\u201d\u201e\u00ab\u00bb]{2,2000}["\u201c\u201d\u00bb]|`[^`]{2,2000}`'
+    "|(?<!\\w)['\u2018][^'\u2018\u2019\n]{3,500}['\u2019](?!\\w)"
 )
 ABOUT_LANGUAGE = re.compile(rf"\b(?:{'|'.join(LANGUAGES.values())}|translat\w+|languages?|latin|mandarin)\b", ANY)
 
@@ -115,7 +115,9 @@ ABOUT_CODE = re.compile(
     r"pseudo-?code|python|java\w*|c\+\+|how|explain|design|develop|build|model)\b",
     ANY,
 )
-IN_PLACE = re.compile(r":\s*\S|\n\s*\S|\s[-\u2013\u2014]\s+\S|\d\s*[,+*/=^]\s*\d|,[^,]{1,40},")
+IN_PLACE = re.compile(  # of a text without blanks at its end, for which each line end would look again
+    r":\s*\S|\n\s*\S|\s[-\u2013\u2014]\s+\S|\d\s*[,+*/=^]\s*\d|,[^,]{1,40},"
+)
 MEDIA = (
     r"(?:images?|pictures?|photos?|photographs?|drawings?|illustrations?|logos?|icons?|paintings?|posters?|infographics?|"
     r"animations?|gifs?|videos?|(?:video|audio) clips?|audio|audio recordings?|sound ?tracks?|sound effects?|collages?|"

@@ -73,9 +73,9 @@ def find_short_instruction(item: Task) -> str | None:
 
 
 def find_long_instruction(item: Task) -> str | None:
-    """Find an instruction of more than MAX_TOKENS tokens."""
+    """Find an instruction of more than MAX_TOKENS tokens, or as long as what the checks see."""
     n = len(tokenize(item["instruction"]))
-    return f"{n} words" if n > MAX_TOKENS else None
+    return f"{n} words" if n > MAX_TOKENS or len(item["instruction"]) >= SCAN else None
 
 
 def find_list_debris(item: Task) -> str | None:
@@ -176,7 +176,7 @@ def find_media_task(item: Task) -> str | None:
 
 def find_missing_text(item: Task) -> str | None:
     """Find an instruction about a given text where none is given."""
-    text = item["instruction"]
+    text = item["instruction"].rstrip()
     if item["input"].strip() or patterns.QUOTED.search(text):
         return None
     for pattern in (

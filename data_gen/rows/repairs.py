@@ -11,6 +11,7 @@ REPAIRS = {
 ANY = re.IGNORECASE
 
 EDGES = "\ufeff\u200b\u2060"
+BLANKS = EDGES + "".join(chr(code) for code in range(0x3001) if chr(code).isspace())  # there are none above
 HEAD, TAIL = r"(?:#{1,6} ?)?\*{0,3}", rf"\*{{0,3}}[\s{EDGES}]*"
 LABEL_PATTERNS = {
     "instruction": rf"{HEAD}(?:(?:task|instruction|prompt) ?\d{{0,3}} ?[:.)]|\d{{1,2}}[.)](?=\s)){TAIL}",
@@ -64,9 +65,7 @@ def repair_item(item: dict[str, str]) -> tuple[dict[str, str], list[str]]:
 
 def strip_edges(text: str) -> str:
     """Return the text without blanks and invisible characters at its ends."""
-    while (bare := text.strip().strip(EDGES)) != text:
-        text = bare
-    return text
+    return text.strip(BLANKS)
 
 
 def is_phrase(text: str, pattern: re.Pattern[str]) -> bool:

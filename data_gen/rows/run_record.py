@@ -3,12 +3,13 @@
 import datetime
 import importlib.metadata
 import platform
-import re
 from argparse import Namespace
+from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from data_gen.api.client import hide_secrets
 from data_gen.api.ledger import Totals
 from data_gen.api.prices import PICO, Price
 from data_gen.rows.curator import Curator
@@ -44,8 +45,20 @@ def describe_settings(options: Namespace) -> dict[str, Any]:
     for name, value in vars(options).items():
         values = [str(one) if isinstance(one, Path | Decimal) else one for one in make_list(value)]
         settings[name] = values if isinstance(value, list) else values[0]
-    settings["base_url"] = re.sub("//[^/]*@", "//", options.base_url)
+    settings["base_url"] = hide_secrets(options.base_url)
     return settings
+
+
+def format_ranges(numbers: Sequence[int], most: int | None = None) -> str:
+    """Return ascending numbers as 3, 7-9, at most this many ranges of them."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    shown = [f"{first}-{last}" if first != last else str(first) for first, last in ranges[:most]]
+    return ", ".join(shown) + (" ..." if len(shown) < len(ranges) else "")
 
 
 def make_list(value: Any) -> list[Any]:

@@ -65,6 +65,8 @@ class CharacterClasses(dict[int, str]):
 
 
 CLASSES = CharacterClasses()
+MARKS = 30  # of one letter that are read, as in Unicode's stream-safe format: normalizing a run takes its square
+FLOOD = re.compile(f"(?<=m{{{MARKS}}})m+")  # over the letters of classify_character
 TOKEN = re.compile("w[wmj]*|u[mj]*|ff?|[st][mt]*(?:js[mt]*)*")  # over the letters of classify_character
 
 
@@ -78,8 +80,21 @@ def tokenize(text: str) -> list[str]:
     """
     if text.isascii():
         return ASCII_WORD.findall(text.lower())
-    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", INVISIBLE.sub("", text)).casefold())
+    text = cut_marks(INVISIBLE.sub("", text))
+    text = cut_marks(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()))
     tokens = [text[match.start() : match.end()] for match in TOKEN.finditer(text.translate(CLASSES))]
     if ZWJ in text:
         tokens = [token if CLASSES[ord(token[0])] == "s" else token.replace(ZWJ, "") for token in tokens]
     return tokens
+
+
+def cut_marks(text: str) -> str:
+    """Return the text without the marks beyond the first MARKS of a run."""
+    letters = text.translate(CLASSES)
+    if "m" * (MARKS + 1) not in letters:
+        return text
+    parts, end = [], 0
+    for flood in FLOOD.finditer(letters):
+        parts.append(text[end : flood.start()])
+        end = flood.end()
+    return "".join([*parts, text[end:]])

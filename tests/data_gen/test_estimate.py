@@ -10,7 +10,7 @@ pytest.importorskip("rapidfuzz")
 
 from data_gen import estimate, generate
 from data_gen.api.attempt import RequestBuilder
-from data_gen.api.client import Sampling
+from data_gen.api.dialect import Sampling
 from data_gen.api.ledger import Ledger
 from data_gen.api.prices import Price, read_price_table
 from data_gen.api.progress import format_clock
@@ -27,41 +27,44 @@ def told(capsys, *words):
 def line_of(text, model):
     """Return the figures of a model's line: $/M in, $/M out, dollars, dollars per 1,000 rows, one request at most."""
     (line,) = (line for line in text.splitlines() if line.startswith(model + " "))
-    return [Decimal(word.strip("$").replace(",", "")) for word in line.split()[1:]]
+    return [Decimal(word.strip("$").replace(",", "")) for word in line.split()[1:6]]
 
 
 def test_the_sum_can_be_done_by_hand(capsys):
-    text = told(capsys, "--model", "gpt-4.1-nano", "--rows", 52_000)
+    text = told(capsys, "--model", "gpt-5.6-luna", "--rows", 52_000)
     requests, n_in, n_out = (
         int(n.replace(",", ""))
         for n in re.search(r"([\d,]+) requests of ([\d,]+) tokens in and ([\d,]+) out", text).groups()
     )
     assert requests == 5200 and n_out == 1660 and 500 < n_in < 1500
-    assert "5,201 requests" in told(capsys, "--model", "gpt-4.1-nano", "--rows", 52_001)
+    assert "5,201 requests" in told(capsys, "--model", "gpt-5.6-luna", "--rows", 52_001)
     assert f"{format_clock(5200 * 1660 / 60 / 32)} with 32 in flight at 60 tokens/s" in text
     assert f"{format_clock(5200 * 1660 / 60)} with 1 in flight" in told(
-        capsys, "--model", "gpt-5-nano", "--concurrency", 1
+        capsys, "--model", "gpt-5.4-mini", "--concurrency", 1
     )
-    price_in, price_out, dollars, thousand, most = line_of(text, "gpt-4.1-nano")
-    assert (price_in, price_out) == (Decimal("0.1"), Decimal("0.4"))
-    assert dollars == pytest.approx(Decimal(requests * (n_in * 0.1 + n_out * 0.4) / 1e6), rel=Decimal("0.002"))
+    price_in, price_out, dollars, thousand, most = line_of(text, "gpt-5.6-luna")
+    assert (price_in, price_out) == (Decimal("0.2"), Decimal("1.2"))
+    assert dollars == pytest.approx(Decimal(requests * (n_in * 0.2 + n_out * 1.2) / 1e6), rel=Decimal("0.002"))
     assert thousand == pytest.approx(dollars / 52, rel=Decimal("0.01"))
     assert most > dollars / requests
     assert "assumed" in text and read_price_table().as_of in text and "bills its reasoning as output" in text
 
 
 def test_a_batch_is_half_the_price(capsys):
-    plain = line_of(told(capsys, "--model", "gpt-4.1-mini"), "gpt-4.1-mini")
-    batch = line_of(told(capsys, "--model", "gpt-4.1-mini", "--batch"), "gpt-4.1-mini")
+    plain = line_of(told(capsys, "--model", "gpt-5.4"), "gpt-5.4")
+    batch = line_of(told(capsys, "--model", "gpt-5.4", "--batch"), "gpt-5.4")
     assert [2 * value for value in batch[:2]] == plain[:2] and abs(2 * batch[2] - plain[2]) <= Decimal("0.02")
 
 
 def test_without_a_model_every_price_is_compared_the_cheapest_first(capsys):
     text = told(capsys)
-    dollars = [line_of(text, model)[2] for model in read_price_table().models]
-    shown = [
-        line.split()[0] for line in text.splitlines() if line.split() and line.split()[0] in read_price_table().models
-    ]
+    models = read_price_table().models
+    dollars = [line_of(text, name)[2] for name, model in models.items() if model.usd]
+    shown = [line.split()[0] for line in text.splitlines() if line.split() and line.split()[0] in models]
+    ends = {
+        line.split()[0]: line.split()[6:] for line in text.splitlines() if line.split() and line.split()[0] in models
+    }
+    assert ends == {name: [str(models[name].ends)] if models[name].ends else [] for name in shown}
     assert len(shown) == len(dollars) and [line_of(text, model)[2] for model in shown] == sorted(dollars)
 
 
@@ -95,11 +98,11 @@ def test_a_run_that_is_there_gives_its_own_means(capsys, tmp_path, monkeypatch):
 
 
 def test_a_folder_without_a_run_is_told(capsys, tmp_path):
-    assert run_for_exit_code(estimate.main, ["--model", "gpt-5-nano", "--out", str(tmp_path)]) == 2
+    assert run_for_exit_code(estimate.main, ["--model", "gpt-5.4-mini", "--out", str(tmp_path)]) == 2
     assert "wanted the folder of a run" in capsys.readouterr().err
     (tmp_path / "run.json").write_text('{"counts": {"kept": 0}}')
     Ledger(tmp_path).close()
-    assert run_for_exit_code(estimate.main, ["--model", "gpt-5-nano", "--out", str(tmp_path)]) == 2
+    assert run_for_exit_code(estimate.main, ["--model", "gpt-5.4-mini", "--out", str(tmp_path)]) == 2
     assert "has no answer with a row yet" in capsys.readouterr().err
 
 

@@ -24,7 +24,7 @@ from data_gen.api.running import stop_run
 from data_gen.base.cli import run_for_exit_code
 from engine.data.rows import read_rows
 from tests.helpers.forks import Started
-from tests.helpers.openai_server import DIALECTS, Server, request_key
+from tests.helpers.openai_server import DIALECTS, Reply, Server, request_key
 from tests.helpers.run import ROOT, command, environment
 
 FAULTS = {"429_ms": 0.1, "500": 0.1, "503": 0.05, "reset": 0.05, "reset_body": 0.1, "502_html": 0.05, "lost": 0.05}
@@ -289,7 +289,7 @@ def test_what_no_retry_mends_stops_it_at_once_and_keeps_what_there_is(unbroken, 
 def test_no_key_is_told_before_anything_is_done(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("OPENAI_API_KEY")
     out = tmp_path / "out"
-    words = ["--model", "gpt-4.1-nano", "--base-url", "https://api.openai.com/v1", "--out", str(out)]
+    words = ["--model", "gpt-5.4", "--base-url", "https://api.openai.com/v1", "--out", str(out)]
     assert run_for_exit_code(module.main, words) == 2
     assert "OPENAI_API_KEY" in capsys.readouterr().err and not out.exists()
 
@@ -339,12 +339,12 @@ def test_bad_flags_are_told_before_anything_is_done(tmp_path, capsys, flag, valu
 
 
 def test_an_unknown_price_is_refused(tmp_path, capsys):
-    assert run_for_exit_code(module.main, ["--model", "gpt-4.1-nnao", "--out", str(tmp_path / "out")]) == 2
-    assert "did you mean gpt-4.1-nano?" in capsys.readouterr().err
+    assert run_for_exit_code(module.main, ["--model", "gpt-5.4-mni", "--out", str(tmp_path / "out")]) == 2
+    assert "did you mean gpt-5.4-mini?" in capsys.readouterr().err
 
 
 def test_a_tier_with_prices_of_its_own_needs_them(tmp_path, capsys):
-    words = ["--model", "gpt-4.1-nano", "--max-usd", "1", "--extra", '{"service_tier": "priority"}']
+    words = ["--model", "gpt-5.4", "--max-usd", "1", "--extra", '{"service_tier": "priority"}']
     assert run_for_exit_code(module.main, [*words, "--out", str(tmp_path / "out")]) == 2
     assert "pass its --price-in and --price-out" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
@@ -445,17 +445,68 @@ def test_a_replay_sends_nothing_and_takes_new_filters(unbroken, tmp_path):
     assert run_for_exit_code(module.main, ["--out", str(tmp_path / "none"), "--replay"]) == 2
 
 
-def test_a_replay_ends_where_an_answer_is_missing(unbroken, tmp_path):
-    """A run that was killed at this point would begin with these rows."""
-    (tmp_path / "ledger.sqlite").write_bytes((unbroken / "ledger.sqlite").read_bytes())
-    db = sqlite3.connect(tmp_path / "ledger.sqlite")
-    db.execute("DELETE FROM received WHERE attempt IN (SELECT attempt FROM sent WHERE request = 7)")
+def forget_request(folder, number):
+    """Leave a ledger as a kill leaves it that comes before the answer to this request."""
+    db = sqlite3.connect(folder / "ledger.sqlite")
+    attempts = [attempt for (attempt,) in db.execute("SELECT attempt FROM sent WHERE request = ?", (number,))]
+    for attempt in attempts:
+        db.execute("DELETE FROM received WHERE attempt = ?", (attempt,))
+        db.execute("DELETE FROM seal WHERE place = ?", (f"received {attempt}",))
     db.commit()
     db.close()
-    assert run_for_exit_code(module.main, ["--out", str(tmp_path), "--replay", "--quiet"]) == 0
-    found = lines_of(tmp_path / "dataset.jsonl")
-    assert found == [row for row in lines_of(unbroken / "dataset.jsonl") if row["provenance"]["request"] < 7] != []
-    assert about(tmp_path)["status"] == "replayed"
+
+
+def test_a_replay_has_the_rows_of_every_answer_and_says_which_requests_are_missing(unbroken, tmp_path, capsys):
+    (tmp_path / "ledger.sqlite").write_bytes((unbroken / "ledger.sqlite").read_bytes())
+    answered = done(unbroken)
+    for number in (7, 8, 12):
+        forget_request(tmp_path, number)
+    for _ in range(2):
+        assert run_for_exit_code(module.main, ["--out", str(tmp_path), "--replay", "--quiet"]) == 0
+        lines, said = lines_of(tmp_path / "dataset.jsonl"), capsys.readouterr().out
+        found = {line["provenance"]["request"] for line in lines}
+        assert found <= answered - {7, 8, 12} and max(found) > 12 and min(found) == 0
+        assert about(tmp_path)["status"] == "replayed" and about(tmp_path)["counts"]["missing_requests"] == "7-8, 12"
+        assert "requests without an answer, which the same command asks again: 7-8, 12" in said
+        assert lines == lines_of(tmp_path / "dataset.jsonl")
+
+
+class DeafServer(Server):
+    """Never answers one request, while deaf to it."""
+
+    deaf = ""
+
+    def reply_to(self, body, key, attempt, fault, entry):
+        if key == self.deaf:
+            entry["outcome"] = "deaf"
+            return Reply(0, way="reset")
+        return super().reply_to(body, key, attempt, fault, entry)
+
+
+@pytest.mark.parametrize("end, options", [(("--max-usd", "0.02"), {}), (("--patience", "2"), {"down_after": 14})])
+def test_what_is_paid_is_in_the_dataset_however_the_run_ends(tmp_path, end, options, capsys):
+    """The answer to request 1 never comes: those behind it are in the dataset all the same."""
+    prompter, more = Prompter(read_seed_tasks(), n_tasks=3), ("--tasks-per-request", 3, "--timeout", 1)
+    with DeafServer(seed=3, items=3, down_for_s=10**6, **options) as server:
+        server.deaf = request_key(prompter.build_messages(1))
+        assert generate(server, tmp_path / "out", "--rows", 300, *more, "--max-attempts", 999, *end) == 1
+        answered = done(tmp_path / "out")
+        assert len(answered) >= 10 and 1 not in answered and 0 in answered
+        lines, told = lines_of(tmp_path / "out" / "dataset.jsonl"), about(tmp_path / "out")
+        assert {line["provenance"]["request"] for line in lines} > {0} and told["counts"]["answers"] == len(answered)
+        assert told["counts"]["missing_requests"].startswith("1,") or told["counts"]["missing_requests"] == "1"
+        said = capsys.readouterr().out
+        assert "requests without an answer, which the same command asks again: 1" in said
+        before = (tmp_path / "out" / "dataset.jsonl").read_bytes()
+        replay = ["--out", str(tmp_path / "out"), "--rows", "300", "--replay", "--quiet"]
+        assert run_for_exit_code(module.main, replay) == 0
+        assert (tmp_path / "out" / "dataset.jsonl").read_bytes() == before
+        server.deaf = ""
+        server.within(lambda: server.configure(down_after=None))
+        for folder in ("out", "unbroken"):
+            assert generate(server, tmp_path / folder, "--rows", 300, *more) == 0
+        assert about(tmp_path / "out")["counts"]["missing_requests"] == ""
+    assert (tmp_path / "out" / "dataset.json").read_bytes() == (tmp_path / "unbroken" / "dataset.json").read_bytes()
 
 
 def test_seed_tasks_of_self_instruct_and_another_language(tmp_path):

@@ -3,7 +3,7 @@
 import json
 
 from data_gen.api.attempt import RequestBuilder
-from data_gen.api.client import Dialect, Sampling
+from data_gen.api.dialect import Dialect, Sampling
 from data_gen.api.prices import Price
 from data_gen.api.prompt import Prompter
 

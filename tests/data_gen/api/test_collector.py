@@ -18,8 +18,9 @@ pytest.importorskip("rapidfuzz")
 from data_gen.api import collector as collect
 from data_gen.api import rate
 from data_gen.api.attempt import Limits, PreparedRequest
-from data_gen.api.client import Dialect, Reply
+from data_gen.api.client import Reply
 from data_gen.api.collector import Collector
+from data_gen.api.dialect import Dialect
 from data_gen.api.ledger import Ledger
 from data_gen.api.prices import Budget, Price
 from data_gen.base.cli import Failure
@@ -314,7 +315,7 @@ def test_the_dialect_is_found_once_by_one_request_at_a_time(make):
         return answer(number, times, body)
 
     collector = run(make(reply, 100))
-    assert collector.client.asked[:4] == [0, 0, 0, 0] and len(collector.client.asked) == 103
+    assert collector.client.asked[:5] == [0, 0, 0, 0, 0] and len(collector.client.asked) == 104
     assert collector.dialect == Dialect("text", "max_tokens")
     again = run(make(reply, 200, again=True))
     assert len(again.client.asked) == 100, "it was found out twice"
@@ -423,7 +424,7 @@ def test_a_request_that_the_cap_held_back_is_asked_when_there_is_room_again(make
 
 def test_a_server_that_bills_more_than_was_asked_ends_a_capped_run(make):
     collector = make(lambda *_: Reply("answer", 200, completion((100, 100))), 50, cap=10**6)
-    with pytest.raises(Failure, match=r"billed 100 \+ 100 tokens, more than request 0 can use"):
+    with pytest.raises(Failure, match=r"billed \$0.000001 \(100 \+ 100 tokens\), more than request 0 can use"):
         run(collector)
     assert run(make(lambda *_: Reply("answer", 200, completion((100, 100))), 50)).curator.is_full, (
         "without a cap it goes on"

@@ -406,7 +406,7 @@ def test_a_write_is_whole_or_not_at_all(tmp_path, ledger):
 @pytest.mark.parametrize("values, error", [((2**70,), OverflowError), (("\ud800",), UnicodeEncodeError)])
 def test_an_error_that_is_not_of_the_database_leaves_no_transaction_open(ledger, values, error):
     with pytest.raises(error):
-        ledger.commit([("INSERT INTO setting VALUES ('a', '1')", ()), ("INSERT INTO setting VALUES ('b', ?)", values)])
+        ledger.commit([("setting", ("a", "1")), ("setting", ("b", *values))])
     assert not ledger.db.in_transaction and ledger.read_settings() == {}
     ledger.write_settings(c=1)
     assert ledger.read_settings() == {"c": 1}
@@ -476,11 +476,9 @@ def test_threads_that_commit_at_once_disturb_nobody(ledger):
     def work(thread):
         for i in range(40):
             name = f"{thread}.{i}"
-            put = ("INSERT INTO setting VALUES (?, '1')", (name,))
+            put = ("batch", (name, 0.0, 1, 1, 1))
             try:
-                ledger.commit(
-                    [put, put] if i % 2 else [put, ("UPDATE setting SET value = '2' WHERE name = ?", (name,))]
-                )
+                ledger.commit([put, put] if i % 2 else [put, ("setting", (name, "2"))])
             except Failure as error:
                 failed.append(name)
                 wrong.extend([str(error)] * ("UNIQUE" not in str(error)))

@@ -1,6 +1,8 @@
 """Money: exact in whole picodollars, rounded up, never past a cap; the table of prices, whole and broken."""
 
+import datetime
 import json
+import re
 from decimal import Decimal
 from fractions import Fraction
 
@@ -10,12 +12,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from data_gen.api.prices import (
+    MAX_DECIMALS,
     MAX_USD,
     PICO,
     PRICE_TABLE,
     Budget,
+    Model,
     Price,
     PriceTable,
+    describe_end,
     find_price,
     format_usd,
     parse_amount,
@@ -30,7 +35,8 @@ AMOUNTS = st.decimals(0, MAX_USD, allow_nan=False, allow_infinity=False)
 
 
 def table(**models):
-    return PriceTable("2026-01", Decimal("0.5"), {name: tuple(map(Decimal, pair)) for name, pair in models.items()})
+    found = {name: Model(tuple(map(Decimal, pair))) for name, pair in models.items()}
+    return PriceTable("2026-01", Decimal("0.5"), found)
 
 
 # ---- arithmetic ------------------------------------------------------------------------------------------------------
@@ -57,13 +63,15 @@ def test_a_share_of_a_price_is_rounded_up(price_in, price_out, share):
 
 
 def test_a_million_tokens_cost_what_the_table_says():
-    price = find_price("gpt-4.1-nano", OPENAI, read_price_table())
+    price = find_price("gpt-5.4", OPENAI, read_price_table())
     assert (
-        price == Price(100_000, 400_000)
-        and price.compute_cost(10**6, 0) == PICO // 10
-        and price.compute_cost(0, 10**6) == 4 * PICO // 10
+        price == Price(2_500_000, 15_000_000)
+        and price.compute_cost(10**6, 0) == 25 * PICO // 10
+        and price.compute_cost(0, 10**6) == 15 * PICO
     )
-    assert price.scale(Decimal("0.5")) == Price(50_000, 200_000) and Price(3, 5).scale(Decimal("0.5")) == Price(2, 3)
+    assert price.scale(Decimal("0.5")) == Price(1_250_000, 7_500_000) and Price(3, 5).scale(Decimal("0.5")) == Price(
+        2, 3
+    )
 
 
 @given(st.integers(0, 10**19), st.integers(1, 8))
@@ -108,12 +116,62 @@ def test_amounts_are_decimals_up_to_a_million():
 def test_the_table_that_comes_along_is_whole():
     found = read_price_table()
     assert 0 < found.batch <= 1 and found.as_of[:2] == "20" and found.models
-    assert all(isinstance(usd, Decimal) and 0 < usd < 1000 for pair in found.models.values() for usd in pair)
-    assert all(low < high for low, high in found.models.values())
+    priced = [model for model in found.models.values() if model.usd]
+    assert all(isinstance(usd, Decimal) and 0 < usd < 1000 for model in priced for usd in model.usd)
+    assert all(model.usd[0] < model.usd[1] and model.as_of for model in priced)
+    assert all(model.ends for model in found.models.values() if not model.usd)
+    sources = json.loads(PRICE_TABLE.read_text())["sources"]
+    assert {model.as_of for model in priced} <= set(sources), "a price without a source"
+
+
+def list_names(text):
+    """Return the models that commands in a text name."""
+    return set(re.findall(r"--(?:model|judge) (gpt-[\w.-]+|o\d[\w-]*)", text))
+
+
+def test_examples_name_models_that_have_a_price_and_no_announced_end():
+    root, table = PRICE_TABLE.parents[1], read_price_table()
+    pages = [root / "README.md", *sorted(root.glob("docs/*.md")), *sorted(root.glob("data_gen/*.py"))]
+    named = [(page.name, name) for page in pages for name in list_names(page.read_text())]
+    assert {"README.md", "data.md", "judging.md", "generate.py"} <= {page for page, _ in named}
+    lasting = {name for name, model in table.models.items() if model.usd and model.ends is None}
+    assert not [(page, name) for page, name in named if name not in lasting]
+
+
+TODAY = datetime.date(2026, 11, 30)
+
+
+@pytest.mark.parametrize("ends, said", [
+    ("2026-12-11", "in 11 days"), ("2026-12-01", "tomorrow"), ("2026-11-30", "today"), ("2026-11-28", "2 days ago"),
+    ("2027-02-28", "in 90 days"), ("2027-03-01", ""), (None, ""),
+])  # fmt: skip
+def test_an_end_is_told_when_it_is_near(ends, said):
+    last = None if ends is None else datetime.date.fromisoformat(ends)
+    known = PriceTable("", Decimal(1), {"m": Model((1, 2), "", last), "n": Model((1, 2)), "o": Model(None, "", TODAY)})
+    for name in ("m", "m-2025-01-02"):
+        found = describe_end(name, LOCAL, known, TODAY)
+        assert (f"{name} was announced to end on {ends}, {said}" in found and "of n" in found) if said else not found
+    assert describe_end("unknown", LOCAL, known, TODAY) == ""
+    assert describe_end("m", LOCAL, PriceTable("", Decimal(1), known.models, "api.openai.com"), TODAY) == ""
+
+
+def test_a_model_that_has_ended_is_refused_by_name_unless_prices_are_given():
+    with pytest.raises(
+        UsageError, match=r"gpt-4\.1-nano was announced to end on 2026-10-23 .*no end is announced of .*5\.4"
+    ):
+        find_price("gpt-4.1-nano", OPENAI, read_price_table())
+    assert find_price("gpt-4.1-nano", OPENAI, read_price_table(), Decimal(1), Decimal(2)) == Price(10**6, 2 * 10**6)
+
+
+def test_an_amount_of_many_decimals_is_refused_at_once():
+    for text in ("1e-99999999", "0e-99999999", "0." + "0" * MAX_DECIMALS + "1"):
+        with pytest.raises(ValueError, match="decimals"):
+            parse_amount(text)
+    assert find_price("m", LOCAL, table(), parse_amount(f"1e-{MAX_DECIMALS}"), Decimal(0)) == Price(1, 0)
 
 
 def test_a_dated_name_has_the_price_of_the_model():
-    known = PriceTable("", Decimal(1), {"m": (1, 2), "m-2025-01-02": (3, 4)})
+    known = PriceTable("", Decimal(1), {"m": Model((1, 2)), "m-2025-01-02": Model((3, 4))})
     assert find_price("m-2024-11-20", OPENAI, known) == find_price("m", OPENAI, known) == Price(10**6, 2 * 10**6)
     assert find_price("m-2025-01-02", OPENAI, known) == Price(3 * 10**6, 4 * 10**6)
     for other in ("m-2024-11", "m-20241120", "ft:m:mine", "m-2024-11-20-x", "2024-11-20"):
@@ -122,22 +180,22 @@ def test_a_dated_name_has_the_price_of_the_model():
 
 
 def test_an_unknown_model_is_told_the_nearest_and_the_flags():
-    with pytest.raises(UsageError, match=r"gpt-4\.1-nan has no known price.*did you mean gpt-4\.1-nano\?.*--price-in"):
-        find_price("gpt-4.1-nan", OPENAI, read_price_table())
+    with pytest.raises(UsageError, match=r"gpt-5\.4-mni has no known price.*did you mean gpt-5\.4-mini\?.*--price-in"):
+        find_price("gpt-5.4-mni", OPENAI, read_price_table())
 
 
 @pytest.mark.parametrize("url", [LOCAL, "https://openrouter.ai/api/v1", "https://api.openai.com.example.org/v1"])
 def test_another_host_wants_prices_for_the_same_name(url):
     with pytest.raises(UsageError, match="--price-in and --price-out"):
-        find_price("gpt-4.1-nano", url, read_price_table())
-    assert find_price("gpt-4.1-nano", url, read_price_table(), Decimal(0), Decimal(0)) == Price(0, 0)
+        find_price("gpt-5.4", url, read_price_table())
+    assert find_price("gpt-5.4", url, read_price_table(), Decimal(0), Decimal(0)) == Price(0, 0)
 
 
 def test_prices_that_are_given_win_and_go_together():
-    assert find_price("gpt-4.1-nano", OPENAI, read_price_table(), Decimal("0.07"), Decimal(1)) == Price(70_000, 10**6)
+    assert find_price("gpt-5.4", OPENAI, read_price_table(), Decimal("0.07"), Decimal(1)) == Price(70_000, 10**6)
     for one in ({"given_in": Decimal(1)}, {"given_out": Decimal(0)}):
         with pytest.raises(UsageError, match="go together"):
-            find_price("gpt-4.1-nano", OPENAI, read_price_table(), **one)
+            find_price("gpt-5.4", OPENAI, read_price_table(), **one)
 
 
 def test_the_host_of_an_address_is_found():
@@ -151,22 +209,26 @@ def test_an_address_that_is_none_is_an_error_of_usage(url):
     with pytest.raises(UsageError, match="no address of a server"):
         parse_host(url)
     with pytest.raises(UsageError):
-        find_price("gpt-4.1-nano", url, read_price_table())
+        find_price("gpt-5.4", url, read_price_table())
 
 
 def test_a_table_of_ones_own(tmp_path):
     path = tmp_path / "mine.json"
+    ended = {"input": 1, "output": 2, "as_of": "2031-01", "ends": "2031-12-31"}
     path.write_bytes(
-        b"\xef\xbb\xbf" + json.dumps({"as_of": "2031-02", "models": {"m": [0.1, "0.3"], "n": [0, 5]}}).encode()
+        b"\xef\xbb\xbf"
+        + json.dumps({"as_of": "2031-02", "models": {"m": [0.1, "0.3"], "n": [0, 5], "o": ended}}).encode()
     )
     found = read_price_table(path)
-    assert found == PriceTable("2031-02", Decimal(1), {"m": (Decimal("0.1"), Decimal("0.3")), "n": (0, 5)})
+    models = {"m": Model((Decimal("0.1"), Decimal("0.3"))), "n": Model((0, 5))}
+    models["o"] = Model((1, 2), "2031-01", datetime.date(2031, 12, 31))
+    assert found == PriceTable("2031-02", Decimal(1), models)
     assert find_price("m", OPENAI, found) == Price(100_000, 300_000)
     assert find_price("m", "http://gpu-7:8000/v1", found) == Price(100_000, 300_000), (
         "a table without a host is for any"
     )
     with pytest.raises(UsageError):
-        find_price("gpt-4.1-nano", OPENAI, found)
+        find_price("gpt-5.4", OPENAI, found)
 
 
 BROKEN = {
@@ -192,6 +254,10 @@ BROKEN = {
     "huge": '{"as_of": "x", "models": {"m": [1e999999999, 1]}}',
     "odd batch": '{"as_of": "x", "batch": "half", "models": {}}',
     "deep": "[" * 100_000,
+    "an end that is no day": '{"as_of": "x", "models": {"m": {"input": 1, "output": 2, "ends": "soon"}}}',
+    "an end that is a number": '{"as_of": "x", "models": {"m": {"input": 1, "output": 2, "ends": 5}}}',
+    "one price and an end": '{"as_of": "x", "models": {"m": {"input": 1, "ends": "2031-01-01"}}}',
+    "a price of endless decimals": '{"as_of": "x", "models": {"m": [1e-99999999, 1]}}',
 }
 
 

@@ -184,7 +184,9 @@ def test_the_schema_allows_the_fields_of_a_task_alone():
     task = FORMATS["json_schema"]["json_schema"]["schema"]["properties"]["tasks"]["items"]
     assert tuple(task["properties"]) == tuple(task["required"]) == FIELDS and task["additionalProperties"] is False
     assert FORMATS["json_schema"]["json_schema"]["strict"] is True
-    assert list(FORMATS) == ["json_schema", "json_object", "text"]
+    assert list(FORMATS) == ["json_schema", "json_object+schema", "json_object", "text"]
+    schema = FORMATS["json_schema"]["json_schema"]["schema"]
+    assert FORMATS["json_object+schema"] == {"type": "json_object", "schema": schema}
 
 
 # ---- the fingerprint -------------------------------------------------------------------------------------------------

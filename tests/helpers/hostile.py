@@ -1,0 +1,117 @@
+"""Text that is made to hurt: for a regular expression, strings of repeated pieces of what it nearly matches.
+
+for text in make_texts(pattern, n): ...      # from short to hard, the same every time
+table = measure_growth(call, make, sizes)    # CPU seconds at each size
+"""
+
+import random
+import re
+import string
+import time
+
+try:
+    from re import _constants as constants
+    from re import _parser as parser
+except ImportError:  # Python 3.10
+    import sre_constants as constants
+    import sre_parse as parser
+
+SAMPLES = {  # a member or two of each category
+    constants.CATEGORY_SPACE: " \n", constants.CATEGORY_NOT_SPACE: "a.", constants.CATEGORY_DIGIT: "1",
+    constants.CATEGORY_NOT_DIGIT: "a", constants.CATEGORY_WORD: "a1", constants.CATEGORY_NOT_WORD: " .",
+}  # fmt: skip
+ANYTHING = string.ascii_lowercase + " .,:\"'\n-1é字"
+TAILS = ("", "\0", "\n", "a")
+MIN_S, ALLOWED = 0.05, 8  # growth for four times the text is judged above MIN_S; linear is 4, quadratic 16
+
+
+def draw_text(nodes, rng, depth=0):
+    """Return a random text that a parsed pattern nearly matches: what looks around is left out."""
+    out = []
+    for op, value in nodes:
+        if op is constants.LITERAL:
+            out.append(chr(value))
+        elif op is constants.NOT_LITERAL:
+            out.append(rng.choice([c for c in ANYTHING if ord(c) != value]))
+        elif op is constants.ANY:
+            out.append(rng.choice(ANYTHING))
+        elif op is constants.IN:
+            out.append(draw_member(value, rng))
+        elif op is constants.BRANCH:
+            out.append(draw_text(rng.choice(value[1]), rng, depth + 1))
+        elif op is constants.SUBPATTERN:
+            out.append(draw_text(value[-1], rng, depth + 1))
+        elif op in (constants.MAX_REPEAT, constants.MIN_REPEAT) or str(op) == "POSSESSIVE_REPEAT":
+            low, high, inner = value
+            times = min(high, rng.choice((low, low, low + 1, low + 2)), 60)
+            out += [draw_text(inner, rng, depth + 1) for _ in range(times)]
+        elif op is constants.GROUPREF:
+            out.append(out[-1] if out else "")
+        elif str(op) == "ATOMIC_GROUP":
+            out.append(draw_text(value, rng, depth + 1))
+    return "".join(out)
+
+
+def draw_member(items, rng):
+    """Return a random member of a class of characters."""
+    kinds, members = [item for item in items if item[0] is not constants.NEGATE], []
+    if len(kinds) < len(items):
+        pattern = re.compile(f"[{ANYTHING}]")
+        inside = {chr(v) for op, v in kinds if op is constants.LITERAL}
+        members = [c for c in ANYTHING if c not in inside and pattern.match(c)]
+    else:
+        for op, value in kinds:
+            if op is constants.LITERAL:
+                members.append(chr(value))
+            elif op is constants.RANGE:
+                members += [chr(value[0]), chr(value[1])]
+            elif op is constants.CATEGORY:
+                members += SAMPLES[value]
+    return rng.choice(members or ["a"])
+
+
+def list_units(pattern, most=160):
+    """Return pieces of texts that a pattern nearly matches, (lead, unit, tail), the same every time."""
+    rng, nodes, units = random.Random(ascii(pattern.pattern)), parser.parse(pattern.pattern, pattern.flags), {}
+    for _ in range(40 * most):
+        if len(units) == most:
+            break
+        text = draw_text(nodes, rng)
+        if not text:
+            continue
+        start = rng.randrange(len(text))
+        unit = text[start : start + rng.choice((1, 1, 2, 3, 5, 8, 13, 40))]
+        lead = text[:start] if rng.random() < 0.5 else ""
+        units[lead, unit, rng.choice(TAILS)] = None
+    return list(units)
+
+
+def build_text(lead, unit, tail, n):
+    """Return lead, unit again and again, tail, in n characters."""
+    return lead + (unit * (n // len(unit) + 1))[: max(0, n - len(lead) - len(tail))] + tail
+
+
+def measure_cpu_s(call, *args, times=3):
+    """Return the CPU seconds of the fastest of some calls."""
+    seconds = []
+    for _ in range(times):
+        start = time.process_time()
+        call(*args)
+        seconds.append(time.process_time() - start)
+    return min(seconds)
+
+
+def find_worst(call, units, n, most=3):
+    """Return the units whose texts of n characters take a call the longest, the longest first."""
+    timed = sorted(((measure_cpu_s(call, build_text(*unit, n), times=1), unit) for unit in units), reverse=True)
+    return [unit for _, unit in timed[:most]]
+
+
+def measure_growth(call, unit, n):
+    """Return the CPU seconds of a call on texts of n, 2 n and 4 n characters."""
+    return [measure_cpu_s(call, build_text(*unit, k * n)) for k in (1, 2, 4)]
+
+
+def is_linear(seconds):
+    """Return whether seconds at n, 2 n and 4 n grow as a line does, or are too few to tell."""
+    return seconds[-1] < MIN_S or seconds[-1] <= ALLOWED * seconds[0]
