@@ -85,7 +85,7 @@ DAMAGE = {  # SQL, and what is said
     "a lost answer": ("DELETE FROM received WHERE attempt = 3", "attempt 3: its answer is gone"),
     "another request": ("UPDATE sent SET request = 99 WHERE attempt = 3", "attempt 3: its request is not as"),
     "a lost request": ("DELETE FROM sent WHERE attempt = 3", "attempt 3: its request is gone"),
-    "nobody's answer": (f"INSERT INTO received SELECT 99, {ROW} FROM received LIMIT 1", "attempt 99: its answer is not as"),
+    "nobody's answer": (f"INSERT INTO received SELECT 99, {ROW} FROM received LIMIT 1", "attempt 99: its answer"),
     "a seal": ("UPDATE seal SET hash = x'00' WHERE place = 'received 3'", "attempt 3: its answer is not as"),
     "a setting": ("UPDATE setting SET value = '{' WHERE name = 'dialect'", "setting dialect: its value is not as"),
     "a new setting": ("INSERT INTO setting VALUES ('dialekt', '{}')", "setting dialekt: its value is not as"),
