@@ -10,7 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import Field, asdict, dataclass, fields
+from dataclasses import Field, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,9 @@ class EstimateConfig:
     gpu_memory: float | None = flag(None, "GiB of another card, as torch tells its total_memory (auto: of --gpu)")
     gpu_tflops: float | None = flag(None, "its dense bf16 peak, TFLOP/s (auto: of --gpu)")
     gpu_bandwidth: float | None = flag(None, "its memory's bandwidth, GB/s (auto: of --gpu)")
+    host_bandwidth: float | None = flag(
+        None, "of the host's memory, GB/s read and written, which --offload-optimizer may wait for (auto: of --gpu)"
+    )
     price_per_hour: float | None = flag(None, f"dollars an hour of one card (auto: a table of {PRICES_DATE})")
     json: str = flag("", "file for the same as JSON")
     tokenizer: str = shared_flag("tokenizer")
@@ -87,7 +90,7 @@ class EstimateConfig:
             self.to_finetune_config()
         except ValueError as error:
             problems += str(error).split("\n")
-        for name in ("gpu_memory", "gpu_tflops", "gpu_bandwidth"):
+        for name in ("gpu_memory", "gpu_tflops", "gpu_bandwidth", "host_bandwidth"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 problems.append(f"{name_to_flag(name)} is {getattr(self, name)}, wanted more than 0")
         if self.price_per_hour is not None and not 0 <= self.price_per_hour < math.inf:
@@ -138,6 +141,8 @@ def estimate(config: EstimateConfig) -> Estimate:
     card = change_card(
         find_card(config.gpu), config.gpu_memory, config.gpu_tflops, config.gpu_bandwidth, config.price_per_hour
     )
+    if config.host_bandwidth is not None:
+        card = replace(card, host_gb_per_s=config.host_bandwidth)
     if config.max_length > c.max_positions:
         raise UsageError(f"--max-length {config.max_length} is over the model's {c.max_positions} positions")
     finetuning, dtype = config.to_finetune_config(), DTYPES["bf16" if config.dtype == "auto" else config.dtype]

@@ -6,7 +6,7 @@ from kernels.ops.attention import attention, attention_plan, rope_attention, rop
 from kernels.ops.attention_ref import attend
 from kernels.ops.common import INTERPRETED, chip
 from kernels.ops.decode_attention import DecodeCache, decode_attention
-from kernels.ops.grad_norm import grad_norm
+from kernels.ops.grad_norm import grad_norm, norm_of_sums, sum_squares
 from kernels.ops.linear import linear
 from kernels.ops.linear_cross_entropy import linear_cross_entropy
 from kernels.ops.norm_linear import norm_linear, norm_linear_rows
@@ -31,12 +31,14 @@ __all__ = [
     "master_of",
     "norm_linear",
     "norm_linear_rows",
+    "norm_of_sums",
     "rms_norm",
     "rope",
     "rope_attention",
     "rope_attention_rows",
     "rope_cos_sin",
     "rope_frequencies",
+    "sum_squares",
     "swiglu",
     "swiglu_linear",
 ]

@@ -104,11 +104,15 @@ class Transformer(nn.Module):
 
     accumulate: the GEMMs of backward add a weight's gradient to its .grad, see kernels.ops.common.weight_gradient. Each
     loss() must then be followed by its backward(), with a gradient of 1.
+
+    on_gradients, where it is set, is called in backward with the place of a group in parameter_groups() when all
+    gradients of the group are there. It is not called for the first group, whose gradients are there at the end.
     """
 
     def __init__(self, config: ModelConfig, impl: str = "auto", recompute: str = "cheap", accumulate: bool = False):
         super().__init__()
         self.config, self.impl, self.recompute, self.accumulate = config, impl, recompute, accumulate
+        self.on_gradients: Callable[[int], None] | None = None
         self.tok_embeddings = new_parameter(config.vocab_size, config.dim)
         blocks = (Block(config, impl, recompute == "none", accumulate) for _ in range(config.n_layers))
         self.layers = nn.ModuleList(blocks)
@@ -120,6 +124,14 @@ class Transformer(nn.Module):
     def head(self) -> torch.Tensor:
         """Return the output matrix (V, D), which is the embedding when they are tied."""
         return self.tok_embeddings if self.config.tied else self.output
+
+    def parameter_groups(self) -> list[list[str]]:
+        """Return the parameters' names in forward's order: the embedding, each layer, the final norm with the head.
+
+        A tied head is the embedding.
+        """
+        layers = [[f"layers.{i}.{name}" for name, _ in layer.named_parameters()] for i, layer in enumerate(self.layers)]
+        return [["tok_embeddings"], *layers, ["norm"] if self.config.tied else ["norm", "output"]]
 
     def forward(
         self,
@@ -157,11 +169,18 @@ class Transformer(nn.Module):
             if residual is not None and (recomputed or is_last):
                 # A checkpoint would keep both, and both would live in the last layer's forward, when memory is fullest.
                 x, residual = x + residual, None
+            self._announce_gradients(x, i + 1)
             if recomputed:
                 x, residual = checkpoint(layer, x, None, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, residual = layer(x, residual, *arguments)
+        self._announce_gradients(x, len(self.layers) + 1)
         return kernels.rms_norm(x, self.norm, config.norm_eps, self.impl, residual)[0]
+
+    def _announce_gradients(self, x, group):
+        """Let backward call on_gradients when it has passed the group of parameters whose input is x."""
+        if self.on_gradients is not None and x.requires_grad:
+            x.register_hook(lambda dx, announce=self.on_gradients: announce(group))
 
     def plan_attention(
         self, documents: torch.Tensor | None, n_rows: int, device: torch.device, rows: torch.Tensor | None = None

@@ -16,6 +16,9 @@ and at 240 of 300 over an A100's (github.com/NVIDIA/nccl-tests issues 212, 149).
 where GeForce cards, which have no peer access, may reach less. More than 8 GPUs are assumed to stand in machines of 8,
 which are joined by a 400 Gb/s port for each GPU. Ranks fill one machine after the other, so a replica of up to 8 shards
 communicates over NVLink, and only the sums over replicas use the ports.
+
+The host's memory is assumed to move 60 GB/s under a GeForce card (a desktop's two channels; DDR5-5600 has 89.6) and 200
+GB/s under the others (a server's eight or more; DDR4-3200 has 204.8, DDR5-4800 307).
 """
 
 import json
@@ -53,6 +56,7 @@ class Card:
     clock_ghz: float  # boost clock, at which the peak rate holds
     price_per_hour: float | None  # dollars
     nvlink_gb_per_s: float = 0  # in one direction, to all other GPUs together; 0: they communicate over PCIe
+    host_gb_per_s: float = 200  # of the host's memory, read and written
 
     @property
     def instructions_per_s(self) -> float:
@@ -96,9 +100,9 @@ CARDS = {
         Card("H200", "NVIDIA H200", 139.80, 989, 4800, 0.758, 50, 132, 1.83, 3.59, 450),
         Card("B200", "NVIDIA B200", 178.35, 2250, 7700, 0.75, 50, 148, 1.86, 5.98, 900),
         Card("L40S", "L40S", 44.39, 362, 864, 0.7, 25, 142, 2.49, 0.79),
-        Card("RTX-3090", "RTX 3090", 23.69, 71, 936, 0.85, 25, 82, 1.70, 0.22),
-        Card("RTX-4090", "RTX 4090", 23.64, 165, 1008, 0.85, 25, 128, 2.52, 0.34),
-        Card("RTX-5090", "RTX 5090", 31.36, 209, 1792, 0.85, 50, 170, 2.41, 0.69),
+        Card("RTX-3090", "RTX 3090", 23.69, 71, 936, 0.85, 25, 82, 1.70, 0.22, host_gb_per_s=60),
+        Card("RTX-4090", "RTX 4090", 23.64, 165, 1008, 0.85, 25, 128, 2.52, 0.34, host_gb_per_s=60),
+        Card("RTX-5090", "RTX 5090", 31.36, 209, 1792, 0.85, 50, 170, 2.41, 0.69, host_gb_per_s=60),
     )
 }
 

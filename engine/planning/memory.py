@@ -4,7 +4,8 @@ A micro-batch has T tokens. L of its targets have a loss, and U distinct rows pr
 step a GPU holds:
 
     weights, gradients     the size of each parameter's dtype, twice: gradients are added to in place
-    master, states         the tensors of kernels.adamw_state; with offload they are in the host's memory
+    master, states         the tensors of kernels.adamw_state; with offload they are in the host's memory. Where the
+                           CPU updates them, gradients go there too while backward goes on: leaving_bytes()
     activations            exactly what autograd keeps for backward: activation_bytes()
     temporaries            what the worst moment needs besides: worst_moments()
     overhead               CUDA's context and libraries, and what the allocator cannot use: assumed
@@ -319,6 +320,23 @@ def gradients_at_once(c: ModelConfig, loss_rows: int, size: int, in_backward: bo
     return max(made + head * size, (2 * largest + head * c.tied) * size)
 
 
+def leaving_bytes(c: ModelConfig, setting: Setting, one_micro_batch: bool) -> int:
+    """Return the most bytes of gradients at one time that leave for the host's memory while backward goes on.
+
+    They leave by groups: the head and the final norm, each layer, the embedding. In a step of one micro-batch one group
+    is made while the one before it leaves. Otherwise the sums of a third one arrive, and when a micro-batch begins, the
+    embedding's leave while the head's and the last layer's arrive. A tied head's stay until the last micro-batch.
+    """
+    block, others = whole_bytes(c, setting.dtype, 1)
+    embedding = c.vocab_size * c.dim * setting.number_bytes
+    if c.tied:
+        return embedding + (2 if one_micro_batch else 3) * block
+    head = others - embedding
+    if one_micro_batch:
+        return block + max(head, block, embedding)
+    return max(embedding + head + block, 2 * block + max(head, block, embedding))
+
+
 # ---- the sum --------------------------------------------------------------------------------------------------------
 
 
@@ -326,9 +344,9 @@ def memory(c: ModelConfig, setting: Setting, batch: BatchShape) -> Memory:
     """Return the bytes of a training step on one GPU whose largest micro-batch is `batch`.
 
     With offload, master and states are in the host's memory. They pass through SLOTS pieces of the GPU's memory, each
-    as large as the states of the largest tensor. Where no step has a second micro-batch, gradients appear as
-    activations are freed, and an optimizer in backward frees each of them at once. Raises ValueError for an optimizer
-    in backward on several GPUs.
+    as large as the states of the largest tensor; or the CPU updates them, and gradients and weights are there too.
+    Where no step has a second micro-batch, gradients appear as activations are freed, and an optimizer in backward
+    frees each of them at once. Raises ValueError for an optimizer in backward on several GPUs.
     """
     if setting.in_backward and setting.n_cards > 1:
         raise ValueError(f"memory: in_backward with {setting.n_cards} cards, wanted one")
@@ -337,12 +355,17 @@ def memory(c: ModelConfig, setting: Setting, batch: BatchShape) -> Memory:
     master, states, host = state.master, state.states, 0
     if setting.offload:
         master, states, host = 0, SLOTS * state.largest, state.master + state.states
+        if setting.on_cpu:
+            states, host = 0, host + 2 * state.weights
     # Besides: positions and plans, targets and their weights.
     activations = kept + batch.tokens * (8 + PLAN_BYTES) + 12 * batch.loss_rows
     moments, gathered = worst_moments(c, setting, batch), gathered_bytes(c, setting)
     backward = moments.backward
     if several:  # whole gradients are among what is gathered, the embedding's too
         gradients = state.weights + sums_bytes(state.weights, setting)
+    elif setting.gradients_leave:
+        gradients = leaving_bytes(c, setting, batch.one_micro_batch)
+        backward = max(backward, moments.embedding - kept)
     elif batch.one_micro_batch and not setting.in_backward:  # most activations are gone when most gradients exist
         others = state.weights - c.vocab_size * c.dim * size  # all but the embedding's, or the one it is added to
         latest = others + max(moments.first_layer, moments.embedding) + c.tied * c.vocab_size * c.dim * size

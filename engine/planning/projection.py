@@ -24,6 +24,7 @@ from engine.planning.step_time import (
     Traffic,
     Work,
     block_seconds,
+    crossing_bytes,
     step_seconds,
     step_traffic,
     update_seconds,
@@ -102,7 +103,7 @@ def project(
     seconds = step_seconds(
         c, card, speed, work, setting,
         update_s=update_seconds(card, speed, state, setting),
-        offload_bytes=state.master + state.states if setting.offload else 0, traffic=sent,
+        offload_bytes=crossing_bytes(state, setting), traffic=sent,
     )  # fmt: skip
     blocks = block_seconds(c, work, setting.recompute, sum(seconds[kind] for kind in COMPUTING))
     per_step = min(recipe.global_batch_size, mix.examples)

@@ -24,6 +24,7 @@ class Setting:
     shards: int = 1  # GPUs over which one replica of the model is sharded
     replicas: int = 1
     saves: bool = False  # training states are saved between steps, from a copy in the host's memory
+    on_cpu: bool = False  # the host's CPU updates states that are offloaded; else they visit the GPU
 
     @property
     def number_bytes(self) -> int:
@@ -34,6 +35,11 @@ class Setting:
     def n_cards(self) -> int:
         """Return the number of GPUs of the run."""
         return self.shards * self.replicas
+
+    @property
+    def gradients_leave(self) -> bool:
+        """Return whether gradients leave the GPU for the host's memory while backward goes on."""
+        return self.offload and self.on_cpu and self.n_cards == 1
 
     def with_replicas(self, replicas: int) -> "Setting":
         """Return the setting with its GPUs divided among this number of replicas."""

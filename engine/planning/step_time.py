@@ -78,20 +78,42 @@ def bytes_of_update(state: StateBytes, master: str) -> int:
     return state.weights * passes + 2 * (state.master + state.states)
 
 
-def host_update_bytes(state: StateBytes, master: str) -> tuple[int, int]:
-    """Return the bytes of an update of offloaded states on the CPU: over the bus each way, and in the host's memory.
+def host_update_bytes(state: StateBytes, setting: Setting) -> int:
+    """Return the bytes that an update of offloaded states on the CPU moves in the host's memory.
 
-    Gradients go down and weights come up. The host's memory takes in the one and gives the other, beside AdamW's own.
+    Beside AdamW's own, weights are read on their way to the GPU, and gradients written if they come only then.
     """
-    return state.weights, bytes_of_update(state, master) + 2 * state.weights
+    return bytes_of_update(state, setting.master) + (1 if setting.gradients_leave else 2) * state.weights
+
+
+def host_update_seconds(card: Card, state: StateBytes, setting: Setting) -> float:
+    """Return the seconds of AdamW on the CPU: the slower of the host's memory, and the bus that takes weights up.
+
+    All GPUs of a machine share its memory.
+    """
+    memory_s = host_update_bytes(state, setting) * min(setting.n_cards, MACHINE_GPUS) / (1e9 * card.host_gb_per_s)
+    return max(memory_s, state.weights / (1e9 * card.pcie_gb_per_s))
+
+
+def crossing_bytes(state: StateBytes, setting: Setting) -> int:
+    """Return the bytes that cross the bus in each direction: offloaded states once a step, or each time gradients do.
+
+    Gradients that leave in backward do so in each micro-batch, and their sums come back for all but the first.
+    """
+    if not setting.offload:
+        return 0
+    return state.weights if setting.on_cpu else state.master + state.states
 
 
 def update_seconds(card: Card, speed: Rates, state: StateBytes, setting: Setting) -> float:
     """Return the seconds of the gradient norm, which reads all gradients, and of AdamW.
 
-    AdamW takes as long as its memory traffic or as its instructions, whichever takes longer.
+    AdamW takes as long as its memory traffic or as its instructions, whichever takes longer. On the CPU it takes
+    host_update_seconds().
     """
     kernels_per_s = KERNEL_SHARE * speed.copy_bytes_per_s
+    if setting.offload and setting.on_cpu:
+        return state.weights / kernels_per_s + host_update_seconds(card, state, setting)
     instructions = UPDATE_INSTRUCTIONS[setting.states] * state.weights / setting.number_bytes
     moved_s = bytes_of_update(state, setting.master) / kernels_per_s
     return state.weights / kernels_per_s + max(moved_s, instructions / card.instructions_per_s)
@@ -115,7 +137,8 @@ def step_seconds(
     attention  4 H Dh operations a pair in forward, 14 in backward (two passes, seven products)
     memory     the bytes that norms, RoPE, SwiGLU, attention, the loss and the embedding move
     update     update_s: see update_seconds
-    offload    offload_bytes: optimizer states that cross PCIe in each direction, which nothing else hides
+    offload    offload_bytes, those of crossing_bytes(), over PCIe; what leaves in backward is hidden by as much as the
+               layers' backward takes
     host       the time by which launching exceeds all computing
     communication  the part of `traffic` between several GPUs that computing does not hide: Traffic.not_hidden_seconds()
     """
@@ -145,7 +168,10 @@ def step_seconds(
     seconds["host"] = max(0.0, launching - sum(seconds.values()))
     blocks = block_seconds(c, work, setting.recompute, sum(seconds.values()) - seconds["update"])
     seconds["communication"] = sum(traffic.not_hidden_seconds(work.micro_batches, *blocks).values()) if traffic else 0.0
-    seconds["offload"] = offload_bytes / (1e9 * card.pcie_gb_per_s)
+    crossing_s = offload_bytes / (1e9 * card.pcie_gb_per_s)
+    if setting.gradients_leave:
+        crossing_s = work.micro_batches * max(0.0, crossing_s - c.n_layers * blocks[1])
+    seconds["offload"] = crossing_s
     return seconds | {"total": sum(seconds.values())}
 
 

@@ -3,7 +3,7 @@
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import IO, Any, cast
 
 import torch
@@ -81,11 +81,14 @@ def memory_rows(used: Memory, available_bytes: int, tokens: int, setting: Settin
     of_master = masters[setting.master] if setting.dtype == torch.bfloat16 else "the weights themselves"
     of_states = f"m and v, {setting.states}"
     if used.host:
-        of_states += f"; {format_gb(used.host)} GB of master and states on the host"
+        where = "on the host" if setting.on_cpu else f"{format_gb(used.host)} GB of master and states on the host"
+        of_states += f"; {where}"
     of_gradients = dtype
     if replicas > 1 and used.gradients > used.weights:
         of_gradients += ", and fp32 to be summed"
-    if used.gradients < used.weights:
+    if setting.gradients_leave:
+        of_gradients += ", those there at once: they leave in backward"
+    elif used.gradients < used.weights:
         of_gradients += ", those there at once"
     which = "the head's logits" if used.head >= used.backward else "a layer's backward"
     of_temporaries = f"{which}: the larger of {format_gb(used.head)} and {format_gb(used.backward)}"
@@ -128,12 +131,7 @@ def time_rows(estimate: Estimate) -> list[Row]:
         "memory": f"norms, RoPE, SwiGLU, loss: {KERNEL_SHARE} of a copy's {speed.copy_bytes_per_s / 1e9:,.0f} GB/s",
         "update": "gradient norm, AdamW: that rate, or instructions",
         "host": "launches that the card waits for",
-        "offload": f"master and states over PCIe, {card.pcie_gb_per_s:g} GB/s each way",
-    }
-    if seconds["offload"]:
-        over_bus, in_memory = host_update_bytes(state_bytes(estimate.model, setting), setting.master)
-        rate = in_memory / seconds["offload"] / 1e9
-        why["offload"] += f"; CRIA_OPTIMIZER=cpu: {format_gb(over_bus)} GB, sooner over {rate:.0f} GB/s of RAM"
+    } | offload_texts(estimate)
     rows: list[Row] = [(name, f"{1e3 * seconds[name]:.1f}", text) for name, text in why.items() if seconds[name]]
     if setting.n_cards > 1:
         communication_ms, sent_gb = 1e3 * projection.communication_s, projection.communication_bytes / 1e9
@@ -142,6 +140,23 @@ def time_rows(estimate: Estimate) -> list[Row]:
     batches = "1 micro-batch" if work.micro_batches == 1 else f"{work.micro_batches} micro-batches"
     tokens = f"{work.tokens:,.0f} tokens computed of {estimate.mix.logical:,.0f}"
     return [*rows, ("step", f"{1e3 * seconds['total']:.1f}", f"{tokens}, {batches}")]
+
+
+def offload_texts(estimate: Estimate) -> dict[str, str]:
+    """Return how the parts of a step are computed that offloaded states change: "update", "offload" or both."""
+    card, setting, seconds = estimate.card, estimate.outcome.setting, estimate.outcome.projection.seconds
+    if not setting.offload:
+        return {}
+    state, pcie = state_bytes(estimate.model, setting), f"at PCIe's {card.pcie_gb_per_s:g} GB/s each way"
+    moved = host_update_bytes(state, replace(setting, on_cpu=True)) / 1e9
+    if not setting.on_cpu:
+        rate = moved / seconds["offload"]
+        return {"offload": f"master and states {pcie}; CRIA_OPTIMIZER=cpu is sooner over {rate:.0f} GB/s of RAM"}
+    when = "longer than backward" if setting.gradients_leave else "after backward"
+    return {
+        "update": f"by the CPU: {moved:,.0f} GB at --host-bandwidth {card.host_gb_per_s:g}, or PCIe",
+        "offload": f"gradients {pcie}, {when}",
+    }
 
 
 COLLECTIVES = {
@@ -212,7 +227,8 @@ def print_memory(estimate: Estimate) -> None:
     print_table(textwrap.fill(title, WIDTH), ("kind", "GB", "what"), rows)
     parts = []
     if used.host:
-        parts.append(f"{format_gb(used.host)} GB a card of master and states")
+        what = "master, states, gradients and weights" if setting.on_cpu else "master and states"
+        parts.append(f"{format_gb(used.host)} GB a card of {what}")
     if used.host_copy:
         parts.append(f"{format_gb(used.host_copy)} GB a card for the copy of a state that is saved")
     if parts:
@@ -306,6 +322,8 @@ def find_measured_steps(estimate: Estimate) -> list[dict[str, Any]]:
     setting = estimate.outcome.setting
     wanted: dict[str, Any] = {"model": estimate.recipe.model, "sharing": estimate.recipe.share_prefix}
     wanted |= {name: getattr(setting, name) for name in ("master", "states", "recompute", "offload")}
+    if setting.offload:
+        wanted["on_cpu"] = setting.on_cpu
     if setting.n_cards > 1:
         wanted |= {"cards": setting.shards, "replicas": setting.replicas}
     figures = {"tokens_per_s", "tokens", "peak_gib"}  # a step that failed lacks them

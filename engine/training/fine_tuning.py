@@ -29,7 +29,7 @@ from engine.training.evaluation import evaluate_if_due
 from engine.training.loop import train
 from engine.training.loss_spikes import SpikeDetector
 from engine.training.micro_batch_size import MicroBatchSize
-from engine.training.optimizer import AdamW, choose_optimizer, chooses_cpu
+from engine.training.optimizer import AdamW, choose_optimizer
 from engine.training.plan import Plan, describe_plan
 from engine.training.resume import Start
 from engine.training.run import Run
@@ -122,7 +122,7 @@ def build_model(plan: Plan, world: World, found: Checkpoint | None) -> tuple[Tra
         model, beta1=config.beta1, beta2=config.beta2, eps=config.adam_eps, weight_decay=config.weight_decay,
         master=config.master_weights, states=config.optimizer_states, seed=config.seed,
         impl=choose_optimizer(plan.kernels), offload=config.offload_optimizer,
-        on_cpu=chooses_cpu(config.offload_optimizer), in_backward=config.optimizer_in_backward,
+        on_cpu=bool(plan.on_cpu), in_backward=config.optimizer_in_backward,
     )  # fmt: skip
     if found:
         world.run_on_all_ranks(partial(load_checkpoint, found, optimizer))

@@ -44,18 +44,20 @@ TOKENS_MULTIPLE = 64  # of which a micro-batch's tokens are a multiple on a GPU:
 
 
 def choose_mesh_and_tokens(
-    c: ModelConfig, config: FinetuneConfig, train: Dataset, device: torch.device, dtype: torch.dtype, ranks: int = 1
-) -> tuple[Setting, int]:
+    c: ModelConfig, config: FinetuneConfig, train: Dataset, device: torch.device, dtype: torch.dtype, ranks: int = 1,
+    on_cpu: bool | None = None,
+) -> tuple[Setting, int]:  # fmt: skip
     """Return the setting, with optimizer states, replicas of the model over the ranks and --recompute decided, and the
     tokens of a micro-batch.
 
     On a CPU there is one replica unless --replicas says otherwise, states are fp32 unless --optimizer-states does, and
     a micro-batch has 2048 tokens: more gains nothing. On CUDA resolve_states() chooses the states and
     find_mesh_that_fits() the replicas. A micro-batch then gets as many tokens as fit into the free memory beside a
-    shard, even with a loss at every token, but no more than a step holds. Raises UsageError, with settings that would
+    shard, even with a loss at every token, but no more than a step holds. on_cpu: see setting_from_config(). Raises
+    UsageError, with settings that would
     fit, where not even one example fits.
     """
-    setting = setting_from_config(config, dtype, ranks)
+    setting = setting_from_config(config, dtype, ranks, on_cpu)
     if device.type == "cpu":
         recompute = "cheap" if config.recompute == "auto" else config.recompute
         states = "fp32" if config.optimizer_states == "auto" else config.optimizer_states
@@ -191,7 +193,8 @@ class MicroBatchSize:
             else:
                 for is_last in (False, True):  # the second backward runs beside the gradients of the first
                     set_last_micro_batch(model, is_last)
-                    model.loss(batch).backward()
+                    with optimizer.micro_batch(is_last):
+                        model.loss(batch).backward()
             return tokens
 
         while True:
@@ -230,7 +233,8 @@ class MicroBatchSize:
         if plan.device.type != "cuda":
             return "lower --micro-batch-tokens"
         peak, total = torch.cuda.max_memory_allocated(plan.device), torch.cuda.mem_get_info(plan.device)[1]
-        setting = setting_from_config(plan.config, plan.dtype, self.world.size).with_replicas(self.world.replicas)
+        setting = setting_from_config(plan.config, plan.dtype, self.world.size, plan.on_cpu)
+        setting = setting.with_replicas(self.world.replicas)
         setting = dataclasses.replace(setting, recompute=plan.recompute)
         ways = advise_settings(
             plan.model_config, setting, int(0.9 * total), self.max_tokens, most_tokens, plan.config.max_length

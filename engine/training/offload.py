@@ -1,19 +1,11 @@
-"""Optimizer states that are kept in the host's memory: each visits the device for its update, or the CPU updates it.
-
-Offload: states visit the device.
+"""Optimizer states that are kept in the host's memory, and visit the device for their updates.
 
     upload of tensor i + 1  |  update of tensor i  |  download of tensor i - 1
 
 Three slots of device memory, each as large as the largest parameter's states, are used in turn by an uploading stream,
 the computing one and a downloading one. So the slower direction of the bus bounds an update, and the host waits for
 nothing. The same kernels update the same numbers: the result is bit for bit the one of states on the device.
-
-HostUpdates: gradients go down, the CPU updates weights and states, and weights come up.
-
-    download of tensor i + 1 and later  |  update of tensor i on the CPU  |  upload of tensor i - 1
-
-Each way moves 2 bytes a parameter in bf16, where states move up to 12. The norm of all gradients has to be known before
-the first update, so nothing of this overlaps with backward.
+engine.training.host_updates is the other way: states stay, and the CPU updates them.
 """
 
 import dataclasses
@@ -22,7 +14,7 @@ from typing import Any
 
 import torch
 
-from engine.base.host_memory import SLOTS, STATE_ARENA_BYTES, HostMemory, round_up
+from engine.base.host_memory import SLOTS, HostMemory, round_up
 from kernels.ops.adamw import AdamWState
 
 
@@ -79,59 +71,6 @@ class Offload:
         with torch.cuda.stream(self.down):
             copy_state(views, state)
         self.free[slot] = self.down.record_event()
-
-
-class HostUpdates:
-    """Copies of gradients and weights in the host's memory, of parameters {name: this rank's rows} on a device."""
-
-    def __init__(self, shards: dict[str, torch.Tensor], device: torch.device):
-        self.shards, self.device, self.cuda = shards, device, device.type == "cuda"
-        memory = HostMemory(self.cuda, STATE_ARENA_BYTES)
-        self.grads = {name: reserve_like(t, memory) for name, t in shards.items()}
-        self.weights = {name: reserve_like(t, memory) for name, t in shards.items()}
-        self.is_stale = True  # whether somebody else may have written weights on the device
-        self.arrivals: dict[str, torch.cuda.Event | None] = {}
-        self.up: Any = None  # streams, on a GPU
-        self.down: Any = None
-        if self.cuda:
-            self.up, self.down = torch.cuda.Stream(device), torch.cuda.Stream(device)
-
-    def download(self, grads: dict[str, torch.Tensor]) -> None:
-        """Begin to copy every gradient, and weights that may have been written elsewhere, to the host."""
-        if self.cuda:
-            self.down.wait_event(torch.cuda.current_stream(self.device).record_event())
-        for name, grad in grads.items():
-            pairs = [(self.grads[name], grad), (self.weights[name], self.shards[name])][: 1 + self.is_stale]
-            if not self.cuda:
-                for target, source in pairs:
-                    target.copy_(source)
-                self.arrivals[name] = None
-                continue
-            with torch.cuda.stream(self.down):
-                for target, source in pairs:
-                    target.copy_(source, non_blocking=True)
-                    source.record_stream(self.down)  # a gradient may be dropped before it has been copied
-            self.arrivals[name] = self.down.record_event()
-        self.is_stale = False
-
-    def tensors_on_host(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """Yield (name, weights, gradient) of each parameter as they arrive. Weights that the caller writes go up."""
-        for name, arrived in self.arrivals.items():
-            if arrived is not None:
-                arrived.synchronize()
-            yield name, self.weights[name], self.grads[name]
-            if not self.cuda:
-                self.shards[name].copy_(self.weights[name])
-                continue
-            with torch.cuda.stream(self.up):
-                self.shards[name].copy_(self.weights[name], non_blocking=True)
-        if self.cuda:  # the next forward reads all of them
-            torch.cuda.current_stream(self.device).wait_event(self.up.record_event())
-
-
-def reserve_like(t: torch.Tensor, memory: HostMemory) -> torch.Tensor:
-    """Return an uninitialised tensor of t's shape and dtype in the host's memory."""
-    return memory.reserve_piece(t.nbytes).view(t.dtype).view(t.shape)
 
 
 def copy_to_host(state: AdamWState, memory: HostMemory) -> AdamWState:

@@ -3,19 +3,21 @@
 import math
 import os
 import random
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 import kernels
 from engine.base.errors import UsageError
 from engine.base.host_memory import STATE_ARENA_BYTES, HostMemory
 from engine.distributed.fsdp import local_shards
+from engine.model.llama import Transformer
 from engine.model.shard import Shard
-from engine.training.offload import HostUpdates, Offload, copy_to_host
-from kernels.native.cpu import load_cpu
+from engine.training.host_updates import HostUpdates
+from engine.training.offload import Offload, copy_to_host
+from kernels.native.cpu import find_cpu, load_cpu
 from kernels.native.library import NativeError
 from kernels.ops.adamw import AdamWState, states_of
 from kernels.ops.eight_bit import BLOCK
@@ -48,13 +50,24 @@ def choose_optimizer(kernels_impl: str) -> str:
     return "cuda" if named == "cuda" and kernels_impl == "triton" else kernels_impl
 
 
-def chooses_cpu(offload: bool) -> bool:
-    """Return whether the CPU updates parameters of which states are offloaded: where CRIA_OPTIMIZER is cpu.
+def prefers_cpu(n_ranks: int) -> bool:
+    """Return whether the CPU is to update offloaded states: as CRIA_OPTIMIZER says, else on one rank.
 
-    Raises UsageError if it is and states are not offloaded, or csrc/cpu is not there.
+    The gradients of one rank leave the GPU during backward then; those of several stay until it ends.
+    """
+    named = os.environ.get("CRIA_OPTIMIZER")
+    return named == "cpu" or (named is None and n_ranks == 1)
+
+
+def chooses_cpu(offload: bool, kernels_impl: str, n_ranks: int) -> bool | None:
+    """Return whether the CPU updates offloaded states: if prefers_cpu() says so and csrc/cpu is there.
+
+    None means that no states are offloaded. Without CRIA_OPTIMIZER, the references (kernels_impl "ref") leave csrc/cpu
+    alone. Raises UsageError if CRIA_OPTIMIZER is cpu, and states are not offloaded or csrc/cpu is not there.
     """
     if os.environ.get("CRIA_OPTIMIZER") != "cpu":
-        return False
+        chosen = offload and prefers_cpu(n_ranks) and kernels_impl != "ref" and find_cpu() is not None
+        return chosen if offload else None
     if not offload:
         raise UsageError("CRIA_OPTIMIZER is cpu, which updates offloaded states; add --offload-optimizer")
     try:
@@ -69,14 +82,14 @@ class AdamW:
 
     master says how the fp32 number behind a bf16 parameter is kept, and states how m and v are, with the names that
     kernels.adamw uses. A parameter in fp32 is its own master. seed is that of stochastic rounding. With offload, master
-    and states are kept in the host's memory: see engine.training.offload. With on_cpu too, the CPU updates them there:
-    impl "triton" and "cuda" then mean "auto". With in_backward, a step that was begun by
-    begin_in_backward() updates each parameter as soon as its gradient is known, and drops the gradient. All gradients
-    then never exist at one time, and cannot be clipped.
+    and states are kept in the host's memory: see engine.training.offload. With on_cpu too, the CPU updates them there,
+    see engine.training.host_updates: impl "triton" and "cuda" then mean "auto". With in_backward, a step that was begun
+    by begin_in_backward() updates each parameter as soon as its gradient is known, and drops the gradient. All
+    gradients then never exist at one time, and cannot be clipped.
     """
 
     def __init__(
-        self, model: nn.Module, *, beta1: float, beta2: float, eps: float, weight_decay: float, master: str = "split",
+        self, model: Transformer, *, beta1: float, beta2: float, eps: float, weight_decay: float, master: str = "split",
         states: str = "fp32", seed: int = 0, impl: str = "auto", offload: bool = False, on_cpu: bool = False,
         in_backward: bool = False,
     ) -> None:  # fmt: skip
@@ -89,7 +102,8 @@ class AdamW:
             self.states[name] = copy_to_host(state, host) if offload else state
         self.offload = Offload(self.states, device) if offload and not on_cpu else None
         shards = {name: shard.tensor for name, shard in self.local.items()}
-        self.host_updates = HostUpdates(shards, device) if offload and on_cpu else None
+        self.host_updates = HostUpdates(model, shards, device, impl) if offload and on_cpu else None
+        self.is_sharded = any(hasattr(p, "to_local") for p in self.params.values())
         first = random.Random(seed).getrandbits(32)
         self.seeds = {name: (first + i) % 2**32 for i, name in enumerate(self.params)}  # each tensor its own
         # The place of each shard's first element in its whole tensor.
@@ -103,6 +117,15 @@ class AdamW:
         if in_backward:
             for name, p in self.params.items():
                 p.register_post_accumulate_grad_hook(partial(self._update_in_backward, name))
+
+    def micro_batch(self, is_last: bool) -> AbstractContextManager[None]:
+        """Return a context for the loss and the backward of one micro-batch; is_last: it is the last of its step.
+
+        Where the CPU updates, gradients leave the device meanwhile, unless they are sharded: those stay until step().
+        """
+        if self.host_updates is None or self.is_sharded:
+            return nullcontext()
+        return self.host_updates.micro_batch(is_last)
 
     def begin_in_backward(self, lr: float, loss: torch.Tensor) -> None:
         """Begin a step whose only backward, which the caller runs next, updates the parameters.
@@ -123,6 +146,8 @@ class AdamW:
         """Return the norm of the gradients that this rank holds, a scalar on the device."""
         if self.step_in_backward is not None:
             return torch.stack(self.step_in_backward[2]).square().sum().sqrt()
+        if self.host_updates and self.host_updates.left:
+            return self.host_updates.grad_norm()
         return kernels.grad_norm([local_part(p.grad) for p in self.params.values()], self.impl)
 
     def step(self, lr: float, norm: torch.Tensor, clip: float, apply: torch.Tensor | None = None) -> None:
@@ -153,7 +178,9 @@ class AdamW:
         )  # fmt: skip
 
     def _update_on_cpu(self, host, lr, norm, clip, apply):
-        host.download({name: local_part(p.grad) for name, p in self.params.items()})
+        if not host.left:
+            host.send({name: local_part(p.grad) for name, p in self.params.items()})
+        assert len(host.left) == len(self.params), "gradients that were made outside of micro_batch()"
         if apply is not None and not apply:  # waits for the norm
             return
         scale = (clip / (norm + 1e-6)).clamp(max=1.0).item() if clip else 1.0
@@ -178,6 +205,8 @@ class AdamW:
         for p in self.params.values():
             p.grad = None
         self.step_in_backward = None
+        if self.host_updates:
+            self.host_updates.forget_step()
 
     def tensors(self) -> dict[str, Shard]:
         """Return the rows that this rank holds of everything that resume needs: live tensors, not copies.

@@ -40,6 +40,7 @@ class Plan:
     replicas: int  # of the model, over the ranks
     recompute: str  # "none", "cheap" or "block"
     facts: dict  # recorded in checkpoints and compared on resume; recorded_facts() adds max_tokens
+    on_cpu: bool | None = None  # whether the CPU updates offloaded states; None: none are offloaded
 
     @property
     def order(self) -> Order:
@@ -80,7 +81,7 @@ class Plan:
 
 
 def describe_plan(plan: Plan, world: World) -> str:
-    """Return two lines that describe the model and the plan."""
+    """Return two lines that describe the model and the plan, and one on offloaded states."""
     c, config = plan.model_config, plan.config
     state = state_bytes(c, setting_from_config(config, plan.dtype))
     total_bytes = 2 * state.weights + state.master + state.states
@@ -98,5 +99,15 @@ def describe_plan(plan: Plan, world: World) -> str:
         f"plan: {plan.total_steps} steps of {config.global_batch_size} examples in micro-batches of at most "
         f"{plan.packing.max_tokens} tokens{examples}; "
         f"{len(plan.train)} examples, {plural(config.epochs, 'epoch')}{' at most' if config.max_steps else ''}"
-        f"{recompute}"
+        f"{recompute}{describe_offload(plan, world)}"
     )
+
+
+def describe_offload(plan: Plan, world: World) -> str:
+    """Return the line that says where offloaded states are updated, or nothing where none are."""
+    if plan.on_cpu is None:
+        return ""
+    if not plan.on_cpu:
+        return "\noptimizer: master and states in the host's memory; they visit the device for their updates"
+    when = "in backward" if world.size == 1 else "after backward"
+    return f"\noptimizer: master and states in the host's memory, updated by the CPU; gradients go there {when}"

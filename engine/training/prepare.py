@@ -29,6 +29,7 @@ from engine.text.tokenizer_files import find_tokenizer
 from engine.training.config import FinetuneConfig
 from engine.training.datasets import read_datasets
 from engine.training.micro_batch_size import TOKENS_MULTIPLE, choose_mesh_and_tokens, round_up
+from engine.training.optimizer import chooses_cpu
 from engine.training.plan import Plan
 
 SAMPLE_PROMPTS = (
@@ -58,6 +59,7 @@ def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) ->
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     kernels = choose_kernels(config.kernels, device, dtype)
+    on_cpu = chooses_cpu(config.offload_optimizer, kernels, world.size)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS begins
         torch.use_deterministic_algorithms(True)
@@ -79,7 +81,7 @@ def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) ->
     total_steps = min(total_steps, config.max_steps or total_steps)
 
     multiple = TOKENS_MULTIPLE if device.type == "cuda" else 1
-    setting, max_tokens = choose_mesh_and_tokens(model_config, config, train, device, dtype, world.size)
+    setting, max_tokens = choose_mesh_and_tokens(model_config, config, train, device, dtype, world.size, on_cpu)
     config = dataclasses.replace(config, optimizer_states=setting.states)
     max_tokens = round_up(config.micro_batch_tokens or max_tokens, multiple)
     share_prefix = config.share_prefix and not model_config.turns_by_text_length(config.max_length)
@@ -94,7 +96,7 @@ def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) ->
     }
     return Plan(
         config, Path(config.out), device, dtype, kernels, model_config, source, tokenizer, train, held_out,
-        read_prompts(config.sample_prompts), total_steps, packing, setting.replicas, setting.recompute, facts,
+        read_prompts(config.sample_prompts), total_steps, packing, setting.replicas, setting.recompute, facts, on_cpu,
     )  # fmt: skip
 
 

@@ -119,11 +119,13 @@ class Steps:
         for i, micro_batch in enumerate(batch.micro_batches, 1):
             if self.world.size == 1 and self.has_signal():
                 return None
-            set_last_micro_batch(self.model, i == len(batch.micro_batches))
-            part = self.model.loss(micro_batch)
-            if self.optimizer.in_backward and len(batch.micro_batches) == 1:
-                self.optimizer.begin_in_backward(lr, part)
-            part.backward()
+            is_last = i == len(batch.micro_batches)
+            set_last_micro_batch(self.model, is_last)
+            with self.optimizer.micro_batch(is_last):
+                part = self.model.loss(micro_batch)
+                if self.optimizer.in_backward and len(batch.micro_batches) == 1:
+                    self.optimizer.begin_in_backward(lr, part)
+                part.backward()
             loss += part.detach()
         return batch, loss
 

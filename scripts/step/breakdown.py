@@ -39,7 +39,7 @@ KINDS = {  # kind: operators; torch.ops.cria.* are ours
     "swiglu": ("cria::swiglu_forward", "cria::swiglu_backward", "cria::swiglu_backward_over"),
     "cross entropy": ("cria::linear_cross_entropy_forward", "cria::scaled"),
     "optimizer": ("cria::adamw_update", "cria::adamw_update_many"),
-    "gradient norm": ("cria::grad_norm",),
+    "gradient norm": ("cria::grad_norm", "cria::grad_norm_sums", "cria::grad_norm_of_sums"),
     "embedding": ("aten::embedding", "aten::embedding_dense_backward"),
     "copies and fills": (
         "aten::copy_", "aten::fill_", "aten::zero_", "aten::cat", "aten::index_select", "aten::index",

@@ -76,6 +76,7 @@ def test_help_is_complete(monkeypatch, capsys):
         ("--micro-batch-tokens 100", "an example must fit one forward"),
         ("--optimizer-in-backward", "pass --grad-clip 0"),
         ("--epochs 0", "--epochs is 0, wanted 1 or more"),
+        ("--host-bandwidth 0", "--host-bandwidth is 0.0, wanted more than 0"),
         ("--price-per-hour -1", "--price-per-hour is -1.0, wanted 0 or more"),
         ("--gpu-memory nan", "--gpu-memory is 'nan', wanted a finite number"),
         ("--max-length 4096", "--max-length 4096 is over the model's 2048 positions"),
@@ -88,7 +89,7 @@ def test_what_is_refused_exits_with_2(text, problem, capsys):
 
 def test_json_says_what_is_printed(tmp_path, capsys):
     path = tmp_path / "found.json"
-    assert run("--model", "llama-7b", "--gpu", "rtx 4090", "--json", path) == 0
+    assert run("--model", "llama-7b", "--gpu", "rtx 4090", "--gpu-memory", 12, "--json", path) == 0
     found, out = strict_json(path), capsys.readouterr().out
     assert not found["fits"] and "does not fit" in out and "Nothing fits" in out and found["alternatives"] == []
     assert run("--json", path, "--price-per-hour", 3.6, "--optimizer-states", "fp32") == 0
@@ -102,6 +103,26 @@ def test_json_says_what_is_printed(tmp_path, capsys):
     assert first["dollars"] == pytest.approx(first["total_s"] / 1000)
     assert f"{first['tokens_per_s']:,.0f}" in out and f"${first['dollars']:.2f}" in out
     assert sum(v for k, v in first["step_s"].items() if k != "total") == pytest.approx(first["step_s"]["total"])
+
+
+def test_llama_7b_fits_24_gb_where_gradients_leave_for_the_host(tmp_path, capsys):
+    """As fast as the slower of the host's memory and the bus lets it be, which is projected."""
+    path = tmp_path / "found.json"
+    flags = ("--model", "llama-7b", "--gpu", "RTX4090", "--json", path)
+    assert run(*flags) == 0 and strict_json(path)["alternatives"][0]["flags"] == ["--offload-optimizer"]
+    capsys.readouterr()
+    seconds = []
+    for host in (60, 120, 10_000):
+        assert run(*flags, "--offload-optimizer", "--host-bandwidth", host) == 0
+        found, out = strict_json(path), capsys.readouterr().out
+        assert found["fits"] and found["source"] == "projected" and "tokens/s (projected)" in out
+        assert f"by the CPU: 189 GB at --host-bandwidth {host}, or PCIe" in out
+        assert "GB a card of master, states, gradients and weights" in out
+        assert "those there at once: they leave in backward" in out
+        assert max(map(len, out.splitlines())) <= 80
+        seconds.append(found["step_s"]["update"])
+    n = found["parameters"]
+    assert seconds[0] - seconds[1] == pytest.approx(28 * n / 120e9) and seconds[1] > seconds[2] > 2 * n / 25e9
 
 
 def test_another_card_by_its_figures(tmp_path, capsys):

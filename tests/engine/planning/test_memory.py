@@ -36,8 +36,10 @@ from engine.planning.memory import (
 )
 from engine.planning.setting import Setting
 from engine.planning.step_time import Work, gemm_flops
+from engine.training.host_updates import HostUpdates
 from engine.training.optimizer import AdamW
 from kernels.ops.adamw import adamw_state, states_of
+from tests.helpers.late_copies import LateLane
 from tests.helpers.planning import DTYPES, SHAPES, SMALL, TINY, sharded_model
 
 WHOLE = {"dim": 4096, "n_heads": 32, "hidden_dim": 11008, "vocab_size": 32000, "n_layers": 4}  # four layers of 7B
@@ -159,13 +161,16 @@ class Watch(TorchDispatchMode):
         return out
 
 
-def watched(model, tokens, loss_rows, query_rows):
-    """Return the Watch of a micro-batch's forward and backward on the meta device. Its inputs count from the start."""
-    c = model.config
-    one = DeviceMicroBatch(
+def meta_batch(c, tokens, loss_rows, query_rows):
+    return DeviceMicroBatch(
         meta(tokens), meta(tokens), meta(loss_rows), meta(loss_rows, torch.float32), meta(query_rows),
         meta(loss_rows) if loss_rows > query_rows else None, (meta_plan(c, tokens), meta_plan(c, tokens, query_rows)),
     )  # fmt: skip
+
+
+def watched(model, tokens, loss_rows, query_rows):
+    """Return the Watch of a micro-batch's forward and backward on the meta device. Its inputs count from the start."""
+    one = meta_batch(model.config, tokens, loss_rows, query_rows)
     with Watch([t for p in model.parameters() for t in (p, p.grad) if t is not None]) as watch:
         model.loss(one).backward()
     saved = [one.tokens, one.rows, *([] if one.row_of_target is None else [one.row_of_target])]
@@ -205,6 +210,32 @@ def test_temporaries_are_the_peak_of_forward_and_backward(changes, tokens, loss_
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="plans of the interpreter's")
+@pytest.mark.parametrize("recompute", ["cheap", "block"])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize(
+    ("changes", "tokens", "loss_rows"), [(WHOLE | {"n_layers": 8}, 2048, 64), (NARROW | {"n_layers": 12}, 1024, 700)]
+)
+def test_gradients_that_leave_are_few_at_a_time(changes, tokens, loss_rows, micro_batches, recompute, monkeypatch):
+    """Copies to the host are made as late as the next group's backward lets them; beside gradients no others count."""
+    monkeypatch.setattr("engine.training.host_updates.Lane", lambda device: LateLane())
+    c = ModelConfig(**{"n_kv_heads": changes["n_heads"]} | changes)
+    model = new_model(c, "meta", torch.bfloat16, "triton", recompute, True)
+    host = HostUpdates(model, {name: p.data for name, p in model.named_parameters()}, torch.device("meta"), "triton")
+    one = meta_batch(c, tokens, loss_rows, loss_rows)
+    with Watch(model.parameters()) as watch:
+        for i in range(micro_batches):
+            with host.micro_batch(i + 1 == micro_batches):
+                model.loss(one).backward()
+    most = watch.most + one.tokens.nbytes + one.rows.nbytes
+    setting = Setting(recompute=recompute, offload=True, on_cpu=True)
+    used = memory(c, setting, BatchShape(tokens, loss_rows, one_micro_batch=micro_batches == 1))
+    of_kernels = max(0, used.head - loss_rows * (c.dim * 2 + 4))  # logits, which are not seen
+    wanted = used.gradients + used.activations + used.temporaries
+    assert most <= wanted and most >= 0.6 * (wanted - of_kernels)
+    assert used.gradients < 0.6 * used.weights
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="plans of the interpreter's")
 @pytest.mark.parametrize("in_backward", [False, True])
 @pytest.mark.parametrize("recompute", ["cheap", "block"])
 @pytest.mark.parametrize(
@@ -233,7 +264,7 @@ MODEL = MODELS["tinyllama-1.1b"]
 one_card_settings = st.builds(
     Setting, st.sampled_from(list(DTYPES.values())), st.sampled_from(("split", "fp32", "stochastic")),
     st.sampled_from(("fp32", "bf16", "8bit")), st.sampled_from(("none", "cheap", "block")), st.booleans(),
-    st.booleans(),
+    st.booleans(), on_cpu=st.booleans(),
 )  # fmt: skip
 
 
@@ -273,6 +304,11 @@ def test_state_is_that_of_a_real_model_and_optimizer(shape, dtype, master, state
     assert away.host == used.master + used.states and away.master == 0
     slots = make(offload=True).offload.slots
     assert 0 <= sum(t.nbytes for t in slots) - away.states < 3 * 5 * 128  # they are aligned
+    updated = memory(c, dataclasses.replace(setting, offload=True, on_cpu=True), BatchShape(64, 30))
+    host = make(offload=True, on_cpu=True).host_updates
+    beside = sum(t.nbytes for held in (host.grads, host.weights) for t in held.values())
+    assert updated.host == away.host + beside and updated.states == updated.master == 0
+    assert updated.gradients < used.gradients
 
 
 def test_a_plans_bytes_are_under_what_is_reserved(monkeypatch):
@@ -293,6 +329,19 @@ def test_llama_7b_fits_one_80_gb_card_with_8_bit_states():
     figures = used.weights, used.master, used.states, used.gradients, used.activations
     assert [round(n / 1e9, 1) for n in figures] == [13.5, 13.5, 13.7, 13.5, 24.7]
     assert used.total < CARDS["H100"].memory_gib * GIB
+
+
+@pytest.mark.parametrize("states", ["fp32", "8bit"])
+def test_llama_7b_fits_one_card_of_24_gb_where_the_cpu_updates_it(states):
+    """Three layers' gradients are beside the weights, 3 x 0.4 GB; the host holds 14 or 8 bytes a parameter."""
+    c = MODELS["llama-7b"]
+    setting = Setting(states=states, recompute="block", offload=True, on_cpu=True)
+    used = memory(c, setting, BatchShape(2048, 1434))
+    assert round(used.gradients / 1e9, 1) == 1.2 and used.master == used.states == 0
+    assert used.total < 0.8 * CARDS["RTX-4090"].memory_gib * GIB
+    assert used.host / c.n_parameters == pytest.approx({"fp32": 14, "8bit": 8.03}[states], abs=0.02)
+    visiting = memory(c, dataclasses.replace(setting, on_cpu=False), BatchShape(2048, 1434))
+    assert visiting.total > CARDS["RTX-4090"].memory_gib * GIB
 
 
 @pytest.mark.parametrize(("states", "shards"), [("fp32", 1), ("8bit", 2)])

@@ -6,7 +6,14 @@ import torch
 from engine.base.errors import UsageError
 from engine.model.config import MODELS
 from engine.planning.cards import find_rates
-from engine.planning.memory import CONTEXT_BYTES, PLAN_BYTES, activation_bytes, state_bytes, worst_moments
+from engine.planning.memory import (
+    CONTEXT_BYTES,
+    PLAN_BYTES,
+    activation_bytes,
+    leaving_bytes,
+    state_bytes,
+    worst_moments,
+)
 from engine.planning.setting import Setting
 from engine.planning.step_time import COMPUTING, block_seconds, step_seconds, step_traffic, update_seconds
 from engine.planning.workload import alpaca_mix
@@ -31,27 +38,32 @@ def test_savings_of_memory_and_slower_cards_cost_speed():
 
 @pytest.mark.parametrize("states", ["fp32", "8bit"])
 @pytest.mark.parametrize("recompute", ["cheap", "block"])
-@pytest.mark.parametrize("offload", [False, True])
-def test_one_gpu_has_no_communication(states, recompute, offload):
+@pytest.mark.parametrize(("offload", "on_cpu"), [(False, True), (True, False), (True, True)])
+def test_one_gpu_has_no_communication(states, recompute, offload, on_cpu, monkeypatch):
     """Bytes and seconds are exactly the sums of their kinds, without any of communication."""
+    if not on_cpu:
+        monkeypatch.setenv("CRIA_OPTIMIZER", "triton")
+    leaves = offload and on_cpu
     changes = {"optimizer_states": states, "recompute": recompute, "offload_optimizer": offload}
     found, c = estimate_of(**changes, micro_batch_tokens=4096), MODELS["llama-7b"]
     outcome, card, batch = found.outcome, found.card, found.outcome.cut.largest
-    setting = Setting(states=states, recompute=recompute, offload=offload)
+    setting = Setting(states=states, recompute=recompute, offload=offload, on_cpu=on_cpu)
     assert outcome.setting == setting
     state, moments, keeps = (f(c, setting, *more) for f, *more in (
         (state_bytes,), (worst_moments, batch), (activation_bytes, batch)
     ))  # fmt: skip
-    tensors = 2 * state.weights + (3 * state.largest if offload else state.master + state.states) + keeps
+    of_states = 0 if leaves else 3 * state.largest if offload else state.master + state.states
+    tensors = state.weights + (leaving_bytes(c, setting, False) if leaves else state.weights) + of_states + keeps
     tensors += batch.tokens * (8 + PLAN_BYTES) + 12 * batch.loss_rows
     tensors += max(moments.head, moments.backward, moments.embedding - keeps)
     assert outcome.memory.total == tensors + CONTEXT_BYTES + round(0.03 * tensors)
-    assert outcome.memory.host == (state.master + state.states if offload else 0) and outcome.memory.gathered == 0
+    on_host = offload * (state.master + state.states) + leaves * 2 * state.weights
+    assert outcome.memory.host == on_host and outcome.memory.gathered == 0
     projection = outcome.projection
     seconds = step_seconds(
         c, card, find_rates(card), projection.work, setting,
         update_s=update_seconds(card, find_rates(card), state, setting),
-        offload_bytes=state.master + state.states if offload else 0,
+        offload_bytes=state.weights if leaves else state.master + state.states if offload else 0,
     )  # fmt: skip
     assert projection.seconds == seconds and seconds["communication"] == 0 and projection.communication_bytes == 0
     assert seconds["total"] == sum(seconds[k] for k in ("gemm", "attention", "memory", "update", "host", "offload"))

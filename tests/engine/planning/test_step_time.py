@@ -15,13 +15,17 @@ from engine.planning.cards import BENCHMARKS, CARDS, find_rates
 from engine.planning.memory import state_bytes, whole_bytes
 from engine.planning.setting import Setting
 from engine.planning.step_time import (
+    COMPUTING,
     UPDATE_INSTRUCTIONS,
     Traffic,
     Work,
     block_seconds,
     bytes_of_update,
+    crossing_bytes,
     gemm_flops,
     host_update_bytes,
+    host_update_seconds,
+    step_seconds,
     step_traffic,
     update_seconds,
 )
@@ -43,11 +47,38 @@ def test_adamw_moves_what_its_table_says():
             assert found == pytest.approx(float(moved), abs=0.05), (name, states)
 
 
-def test_an_update_on_the_cpu_moves_gradients_and_weights_over_the_bus():
+def test_an_update_on_the_cpu_is_bound_by_the_hosts_memory_or_by_the_bus():
+    """Gradients that come in backward are not part of it; those of several GPUs, which share the memory, are."""
     c = MODELS["llama-7b"]
+    n, card = c.n_parameters, CARDS["RTX-4090"]
+    wide = dataclasses.replace(card, host_gb_per_s=10_000)
     for states, moved in (("fp32", 26), ("bf16", 18)):
-        over_bus, in_memory = host_update_bytes(state_bytes(c, Setting(torch.bfloat16, "split", states)), "split")
-        assert over_bus == 2 * c.n_parameters and in_memory == (moved + 4) * c.n_parameters
+        setting = Setting(states=states, offload=True, on_cpu=True)
+        state = state_bytes(c, setting)
+        assert host_update_bytes(state, setting) == (moved + 2) * n and crossing_bytes(state, setting) == 2 * n
+        assert host_update_seconds(card, state, setting) == (moved + 2) * n / 60e9
+        assert host_update_seconds(wide, state, setting) == 2 * n / 25e9
+        norm_s = 2 * n / (0.9 * find_rates(card).copy_bytes_per_s)
+        assert update_seconds(card, find_rates(card), state, setting) == norm_s + (moved + 2) * n / 60e9
+        of_two = dataclasses.replace(setting, shards=2)
+        half = state_bytes(c, of_two)
+        assert host_update_seconds(card, half, of_two) == pytest.approx((moved + 4) * n / 60e9, rel=1e-3)
+        visiting = dataclasses.replace(setting, on_cpu=False)
+        assert crossing_bytes(state, visiting) == state.master + state.states
+        assert update_seconds(card, find_rates(card), state, visiting) < 0.25
+    assert crossing_bytes(state, Setting(on_cpu=True)) == 0
+
+
+def test_what_leaves_in_backward_takes_time_only_where_backward_is_shorter():
+    c, setting = MODELS["llama-7b"], Setting(offload=True, on_cpu=True, recompute="block")
+    bus_s = 2 * c.n_parameters / 25e9
+    for micro_batches, tokens in ((1, 16000), (8, 16000), (4, 400)):
+        work = Work(tokens, 0.7 * tokens, 0, 0, micro_batches)
+        card = CARDS["RTX-4090"]
+        seconds = step_seconds(c, card, find_rates(card), work, setting, update_s=0.1, offload_bytes=2 * c.n_parameters)
+        blocks = block_seconds(c, work, "block", sum(seconds[k] for k in COMPUTING))
+        assert seconds["offload"] == pytest.approx(micro_batches * max(0, bus_s - 32 * blocks[1]), rel=1e-6)
+        assert (seconds["offload"] > 0) == (tokens == 400)
 
 
 def test_an_update_takes_as_long_as_its_bytes_or_its_instructions():

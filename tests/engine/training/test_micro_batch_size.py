@@ -99,7 +99,7 @@ def size_of(say, tokens=9024, multiple=64, out=None, ranks=1, device=CPU, **chan
     packing = Packing(tokens, multiple=multiple)
     plan = SimpleNamespace(
         config=dataclasses.replace(config_of(), **changes), device=device, dtype=BF16,
-        model_config=MODELS["llama-7b"], packing=packing, out=out, recompute="cheap",
+        model_config=MODELS["llama-7b"], packing=packing, out=out, recompute="cheap", on_cpu=None,
     )  # fmt: skip
     return fit.MicroBatchSize(plan, SimpleNamespace(packing=packing), SimpleNamespace(size=ranks, replicas=1), say)
 

@@ -85,18 +85,30 @@ def test_the_optimizer_of_cuda_is_a_choice(monkeypatch):
         choose_optimizer("triton")
 
 
-def test_updates_on_the_cpu_are_a_choice(monkeypatch):
-    assert not chooses_cpu(True)
+def test_the_cpu_updates_offloaded_states_of_one_rank_where_its_library_is(monkeypatch):
+    found = [object()]
+    monkeypatch.setattr(optimizer_module, "find_cpu", lambda: found[0])
+    assert chooses_cpu(True, "triton", 1) is True and chooses_cpu(False, "triton", 1) is None
+    assert chooses_cpu(True, "triton", 2) is False and chooses_cpu(True, "ref", 1) is False
+    for named in ("triton", "cuda"):
+        monkeypatch.setenv("CRIA_OPTIMIZER", named)
+        assert chooses_cpu(True, "triton", 1) is False
+    monkeypatch.delenv("CRIA_OPTIMIZER")
+    found[0] = None
+    assert chooses_cpu(True, "triton", 1) is False
+
+
+def test_updates_on_the_cpu_can_be_insisted_on(monkeypatch):
     monkeypatch.setenv("CRIA_OPTIMIZER", "cpu")
     assert choose_optimizer("triton") == "triton"
     with pytest.raises(UsageError, match=r"CRIA_OPTIMIZER is cpu, which .* add --offload-optimizer"):
-        chooses_cpu(False)
+        chooses_cpu(False, "triton", 1)
 
     def fail():
         raise NativeError("no g++")
 
     monkeypatch.setattr(optimizer_module, "load_cpu", fail)
     with pytest.raises(UsageError, match=r"CRIA_OPTIMIZER is cpu: no g\+\+"):
-        chooses_cpu(True)
+        chooses_cpu(True, "triton", 1)
     monkeypatch.setattr(optimizer_module, "load_cpu", lambda: None)
-    assert chooses_cpu(True)
+    assert chooses_cpu(True, "ref", 2)

@@ -16,14 +16,21 @@ def test_without_replicas_a_setting_is_one_over_all_cards():
         assert (setting.shards, setting.replicas) == mesh
 
 
-def test_every_flag_that_decides_bytes_arrives():
+def test_every_flag_that_decides_bytes_arrives(monkeypatch):
     config = config_of(
         master_weights="stochastic", optimizer_states="8bit", recompute="block", optimizer_in_backward=True,
         grad_clip=0.0, save_every="epoch",
     )  # fmt: skip
-    wanted = Setting(torch.float32, "stochastic", "8bit", "block", False, True, saves=True)
+    wanted = Setting(torch.float32, "stochastic", "8bit", "block", False, True, saves=True, on_cpu=True)
     assert setting_from_config(config, torch.float32) == wanted
-    assert setting_from_config(config_of(offload_optimizer=True), torch.bfloat16) == Setting(offload=True)
+    offloaded = config_of(offload_optimizer=True)
+    assert setting_from_config(offloaded, torch.bfloat16) == Setting(offload=True, on_cpu=True)
+    assert setting_from_config(offloaded, torch.bfloat16, 2) == Setting(offload=True, shards=2)
+    assert setting_from_config(offloaded, torch.bfloat16, on_cpu=False) == Setting(offload=True)
+    monkeypatch.setenv("CRIA_OPTIMIZER", "cpu")
+    assert setting_from_config(offloaded, torch.bfloat16, 2) == Setting(offload=True, shards=2, on_cpu=True)
+    monkeypatch.setenv("CRIA_OPTIMIZER", "triton")
+    assert setting_from_config(offloaded, torch.bfloat16) == Setting(offload=True)
     assert not setting_from_config(config_of(save_every="off"), torch.bfloat16).saves
 
 

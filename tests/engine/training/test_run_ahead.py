@@ -18,7 +18,6 @@ from engine.model.llama import new_model
 from engine.training.offload import Offload, count_bytes, lay_out_state
 from engine.training.optimizer import AdamW
 from engine.training.run_ahead import Figures, Mark, Prefetcher, find_cuda_tensors
-from kernels.native.cpu import find_cpu
 from tests.helpers.datasets import dataset
 
 ROWS = [[*range(40, 60), i, i + 1, i + 2] for i in range(12)]
@@ -136,30 +135,6 @@ def test_offloaded_states_are_bit_equal(device, master, states):
         model = model_of(device)
         ends.append(train(model, AdamW(model, master=master, states=states, offload=offload, **SETTINGS)))
     assert ends[0].keys() == ends[1].keys() and all(t.cpu().equal(ends[1][name].cpu()) for name, t in ends[0].items())
-
-
-@pytest.mark.parametrize(("master", "states"), KINDS)
-def test_updates_on_the_cpu_are_bit_equal(device, master, states):
-    """As on the device; and after a return to an earlier state, whose weights another wrote, and a step left out."""
-    impl = "ref" if device == "cuda" or find_cpu() is None else "native"
-    settings = SETTINGS | {"master": master, "states": states, "impl": impl}
-    model, other = model_of(device), model_of(device)
-    plain = train(model, AdamW(model, **settings))
-    optimizer = AdamW(other, offload=True, on_cpu=True, **settings)
-    earlier = train(other, optimizer, 2)
-    train(other, optimizer, 1, first=5)
-    optimizer.n_updates -= 1
-    for name, shard in optimizer.tensors().items():
-        shard.tensor.copy_(earlier[name])
-    before = {name: p.detach().clone() for name, p in optimizer.params.items()}
-    for batch in batches(range(6), scale=1 / 100):
-        other.loss(batch).backward()
-    optimizer.step(1e-3, optimizer.grad_norm(), 1.0, apply=torch.tensor(False, device=device))
-    assert all(p.equal(before[name]) for name, p in optimizer.params.items())
-    optimizer.n_updates -= 1
-    ours = train(other, optimizer, 2, first=2)
-    assert plain.keys() == ours.keys() and all(t.cpu().equal(ours[name].cpu()) for name, t in plain.items())
-    assert all(t.device.type == "cpu" for state in optimizer.states.values() for t in state.tensors().values())
 
 
 def test_offload_keeps_a_few_parameters_states_on_the_device(device):

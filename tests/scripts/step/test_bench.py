@@ -51,7 +51,7 @@ def test_variants_fit_the_card_they_are_for(card, monkeypatch):
         ]  # fmt: skip
         assert v.least_gib == 0 or len(batches) == 2, name  # a step at once
         largest = max(batches, key=lambda b: len(b.tokens))
-        setting = Setting(master=v.master, states=v.states, recompute=v.recompute, offload=v.offload)
+        setting = Setting(master=v.master, states=v.states, recompute=v.recompute, offload=v.offload, on_cpu=v.on_cpu)
         batch = BatchShape(len(largest.tokens), len(largest.targets), one_micro_batch=len(batches) == 2)
         used = memory(MODELS[v.model], setting, batch)
         room = gib - 0.6  # scripts.gpu_report has a context of its own there
