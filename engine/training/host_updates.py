@@ -52,8 +52,8 @@ class Lane:
         self.device = device
         self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def copy(self, pairs: Iterable[Pair], after: Copied | None = None) -> Copied:
-        """Copy sources to targets, after all that the device has been given, and after other copies.
+    def copy(self, pairs: Iterable[Pair]) -> Copied:
+        """Copy sources to targets, after all that the device has been given.
 
         Tensors on the device may be dropped at once: their memory is kept until the copies are done.
         """
@@ -63,8 +63,6 @@ class Lane:
             return Copied()
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            if after is not None:
-                after.wait_on_device()
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
                 (target if target.is_cuda else source).record_stream(self.stream)
@@ -133,10 +131,11 @@ class HostUpdates:
         """Send the sums of a group's gradients to the device, where backward will add to them, if there are any."""
         names = self.groups[group] if group >= 0 else []
         if names and names[0] in self.left:
+            self.left[names[0]].wait_on_host()  # in general it has long been there
             pairs = [(torch.empty_like(self.params[name]), self.grads[name]) for name in names]
             for name, (sums, _) in zip(names, pairs, strict=True):
                 self.params[name].grad = sums
-            self.arrived[group] = self.up.copy(pairs, after=self.left[names[0]])
+            self.arrived[group] = self.up.copy(pairs)
 
     def _await(self, group):
         if group in self.arrived:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_gen.base.cli import run_for_reader
-from scripts.pages.cpu_adamw import cpu_adamw
+from scripts.pages.cpu_adamw import cpu_adamw, offloaded
 from scripts.pages.decoding import decoding, decoding_row, spread
 from scripts.pages.gpu_table import format_report, format_targets, read_reports
 from scripts.pages.tokenizer_ids import tokenizer_ids
@@ -307,6 +307,7 @@ MEASUREMENTS = (
     ),
     Measurement("cpu_speed_fp32", "Fine-tuning on a CPU without bf16", script(*CPU_FP32), cpu_speed),
     Measurement("cpu_adamw", "AdamW on a CPU", script("scripts.speed.adamw", "cpu_adamw"), cpu_adamw),
+    Measurement("offload", "Offloaded updates on a CPU", script("scripts.speed.offload", "offload"), offloaded),
     Measurement(
         "decoding", "Decoding on a CPU",
         script("scripts.speed.decoding", "decoding", "--gguf smollm2-bf16.gguf --threads 1 --tokens 16 --rounds 3"),
@@ -317,8 +318,7 @@ MEASUREMENTS = (
         "OMP_NUM_THREADS=1 " + script("scripts.speed.dedup", "dedup", "--rows alpaca.json"), dedup, dedup_row,
     ),
     Measurement(
-        "data_gen", "A dataset from a server that fails",
-        script("scripts.speed.data_gen", "data_gen"), data_gen,
+        "data_gen", "A dataset from a server that fails", script("scripts.speed.data_gen", "data_gen"), data_gen,
     ),
     Measurement(
         "data_speed", "Reading, tokenising and packing",

@@ -1,4 +1,4 @@
-"""The section of docs/measurements.md on AdamW on a CPU."""
+"""The sections of docs/measurements.md on AdamW on a CPU, and on offloaded updates."""
 
 from scripts.pages.decoding import spread
 from scripts.pages.without_gpu import paragraph
@@ -23,4 +23,29 @@ def cpu_adamw(figures):
             f"{spread(f['of_copy'], '.2f')} | {spread(f['faster_than_torch'], '.2f')} |"
             for name, f in figures["figures"].items()
         ),
+    ]
+
+
+def offloaded(figures):
+    counts, held = figures["micro_batches"], figures["gradient_bytes"]
+    return [
+        paragraph(
+            f"Equal models of {figures['parameters']:,} parameters (six layers of SmolLM2-135M, {figures['dtype']}) "
+            f"take {figures['rounds']} equal steps of {min(counts)} to {max(counts)} micro-batches in turns, losses "
+            "and norms equal to the bit: with everything on the device, and with states and gradients on the host, "
+            "where gradients leave after backward or in it. Device and host are one CPU here, so each copy takes its "
+            "time and hides behind nothing; on a GPU copies run beside backward. Seconds are the process's CPU seconds "
+            f"in one thread. AdamW alone moves {spread(figures['update_gb_per_s'], '.1f')} GB/s, weights on their way "
+            f"back included. Of {held['all'] / 1e6:.0f} MB of gradients at most {held['at once'] / 1e6:.0f} are on the "
+            "device."
+        ),
+        "",
+        "| gradients | seconds a step | AdamW's, from the norm on |",
+        "|---|---|---|",
+        *(
+            f"| {way} | {spread(took, '.2f')} | {spread(figures['update_s'][way], '.3f')} |"
+            for way, took in figures["seconds"].items()
+        ),
+        "",
+        f"In backward over after it: {spread(figures['in_backward_over_after'], '.3f')}.",
     ]

@@ -10,15 +10,14 @@ Pair = tuple[torch.Tensor, torch.Tensor]  # target, source
 class LateCopies:
     """Copies that are made when something waits for them, or for later ones of their lane. Until then sources live."""
 
-    def __init__(self, pairs: list[Pair], before: "list[LateCopies | None]") -> None:
+    def __init__(self, pairs: list[Pair], before: "LateCopies | None") -> None:
         self.pairs, self.before = pairs, before
 
     def wait(self) -> None:
-        """Make the copies, after those that come before them. Between tensors without storage nothing is copied."""
-        before, self.before = self.before, []
-        for copies in before:
-            if copies is not None:
-                copies.wait()
+        """Make the copies, after those before them. Between tensors without storage nothing is copied."""
+        before, self.before = self.before, None
+        if before is not None:
+            before.wait()
         pairs, self.pairs = self.pairs, []
         for target, source in pairs:
             if not target.is_meta and not source.is_meta:
@@ -33,9 +32,9 @@ class LateLane:
     def __init__(self) -> None:
         self.copies: list[LateCopies] = []
 
-    def copy(self, pairs: Iterable[Pair], after: LateCopies | None = None) -> LateCopies:
-        """Note copies to be made after the lane's earlier ones, and after others."""
-        self.copies.append(LateCopies(list(pairs), [*self.copies[-1:], after]))
+    def copy(self, pairs: Iterable[Pair]) -> LateCopies:
+        """Note copies to be made after the lane's earlier ones."""
+        self.copies.append(LateCopies(list(pairs), self.copies[-1] if self.copies else None))
         return self.copies[-1]
 
     def waiting(self) -> list[Pair]:

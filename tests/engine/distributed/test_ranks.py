@@ -66,15 +66,19 @@ def reference(rows, tmp_path_factory):
         (2, ()),
         (4, ("--replicas", 2, "--micro-batch-tokens", 64)),
         (3, ("--micro-batch-tokens", 64, "--recompute", "block", "--offload-optimizer")),
+        (2, ("--micro-batch-tokens", 64, "--offload-optimizer")),
     ],
 )
-def test_ranks_give_one_curve(rows, reference, tmp_path, n, more):
+def test_ranks_give_one_curve(rows, reference, tmp_path, n, more, monkeypatch):
+    if n == 2 and more:
+        monkeypatch.setenv("CRIA_OPTIMIZER", "cpu")
     out = tmp_path / "out"
     said = several(n, *flags(
         rows, out, "--eval-fraction", 0.2, "--eval-every", 2, "--sample-every", "end", "--sample-tokens", 4, *more
     ))  # fmt: skip
     same(out, reference)
     assert "the model is in" in said
+    assert ("updated by the CPU; gradients go there after backward" in said) == (n == 2 and more != ())
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     theirs = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
     for event in ("eval", "sample"):

@@ -15,6 +15,7 @@ from engine.model.llama import new_model
 from engine.planning.memory import leaving_bytes
 from engine.planning.setting import Setting
 from engine.training import host_updates
+from engine.training.host_updates import HostUpdates, Lane
 from engine.training.optimizer import AdamW
 from kernels.native.cpu import find_cpu
 from kernels.ops import common
@@ -113,11 +114,14 @@ def test_updates_on_the_cpu_are_bit_equal(device, master, states, lanes):
 
 @pytest.mark.parametrize("recompute", ["cheap", "block"])
 @pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, "one layer, tied"])
 def test_gradients_that_leave_are_added_up_as_those_that_stay(device, shape, accumulate, recompute, lanes, fused):
     """By autograd, and in the kernels' products, which add to what has come back. No gradient stays behind."""
+    shapes = SHAPES | {"one layer, tied": {"n_layers": 1, "tied": True}}
     options = {"impl": fused if accumulate else "ref", "recompute": recompute, "accumulate": accumulate}
-    (model, plain), (other, ours) = pair_of(device, shape=dataclasses.replace(SHAPE, **SHAPES[shape]), **options)
+    (model, plain), (other, ours) = pair_of(device, shape=dataclasses.replace(SHAPE, **shapes[shape]), **options)
+    if shape == "one layer, tied":  # whose gradients are still on their way when they are wanted again
+        ours.host_updates.up = Lane(torch.device("cpu"))  # copies at once
     batches = micro_batches(0)
     for i, batch in enumerate(batches, 1):
         model.loss(batch).backward()
@@ -188,6 +192,7 @@ def test_a_run_may_change_to_updates_on_the_cpu_and_back(tmp_path, rows_file, mo
     assert "optimizer:" not in plain and len(curve) == 6
     if fused == "triton":
         monkeypatch.setenv("CRIA_OPTIMIZER", "cpu")
+    monkeypatch.setattr(HostUpdates, "send", None)  # which takes gradients after backward
     for out, more in (("new", ()), ("resumed", ("--resume", tmp_path / "plain" / "checkpoint-2"))):
         said, lines, ours = run(out, "--offload-optimizer", "--save-every", 2, *more)
         assert "updated by the CPU; gradients go there in backward" in said

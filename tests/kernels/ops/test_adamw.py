@@ -608,8 +608,26 @@ def test_grad_norm_lets_what_is_not_finite_through(at, bad, impl, device):
     assert norm.isnan() if math.isnan(bad) else norm.isinf()
 
 
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_norm_of_gradients_that_come_one_by_one_has_the_same_bits(dtype, impl, device):
+    """Tensors of one chunk and of many, aligned and not, with a number that is not finite at last."""
+    grads = [torch.randn(n, device=device).to(dtype) for n in (1, 255, 512, 513, 1500, 2048, 20000, 3)]
+    grads.append(torch.randn(6, 40, device=device).to(dtype).T)
+    for bad in (None, math.nan, math.inf):
+        if bad:
+            grads[4][7] = bad
+        parts = [kernels.sum_squares(g, impl) for g in grads]
+        norm, wanted = kernels.norm_of_sums(parts, impl), kernels.grad_norm(grads, impl)
+        assert norm.dtype == torch.float32 and norm.shape == () and norm.isfinite() == (bad is None)
+        assert norm.equal(wanted) or (norm.isnan() and wanted.isnan())
+
+
 def test_grad_norm_is_registered(device):
-    torch.library.opcheck(norm_op.norm, ([torch.randn(5, device=device), torch.randn(2, 3, device=device)],))
+    grads = [torch.randn(5, device=device), torch.randn(2, 3, device=device)]
+    torch.library.opcheck(norm_op.norm, (grads,))
+    torch.library.opcheck(norm_op.sums, (torch.randn(1500, device=device),))
+    torch.library.opcheck(norm_op.of_sums, (torch.rand(21, device=device),))
 
 
 # ---- full sizes -----------------------------------------------------------------------------------------------------
