@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import (
     HTMLResponse,
@@ -37,11 +38,14 @@ from engine.serving.openai_api import (
     whole_chat,
     whole_completion,
 )  # fmt: skip
+from engine.serving.openapi import describe_api
 from engine.serving.pages import read_page
 from engine.serving.prompts import encode_chat
 
 PAGE = Path(__file__).with_name("page.html")
-PATHS = ("/", "/compare", "/health", "/metrics", "/v1/models", "/v1/chat/completions", "/v1/completions")
+PATHS = (
+    "/", "/compare", "/health", "/metrics", "/openapi.json", "/v1/models", "/v1/chat/completions", "/v1/completions",
+)  # fmt: skip
 NO_COMPARISON = "Nothing to compare: start engine.serve with --compare-with and a second model or two files of answers."
 KEEP_ALIVE = 15.0  # seconds without a token after which a stream gets a comment
 STILL_HERE, DONE = ": still here\n\n", "data: [DONE]\n\n"
@@ -64,6 +68,7 @@ class Server:
             Route("/", self.page),
             Route("/health", self.health),
             Route("/metrics", self.tell_metrics),
+            Route("/openapi.json", self.describe),
             Route("/v1/models", self.list_models),
             Route("/v1/models/{name:path}", self.tell_model),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
@@ -73,7 +78,7 @@ class Server:
         handlers: Any = {
             ApiError: lambda request, error: error_response(error),
             404: lambda request, error: error_response(ApiError(404, f"there is no {request.url.path}")),
-            405: lambda request, error: error_response(ApiError(405, f"{request.method} is not for this path")),
+            405: refuse_method,
             500: lambda request, error: error_response(ApiError(500, "the server failed; its log says how")),
         }
         paths = {*PATHS, *(route.path for route in self.comparison)}
@@ -98,6 +103,11 @@ class Server:
         """Return Prometheus's text."""
         loads = [service.load() for service in self.services.values()]
         return PlainTextResponse(self.metrics.text(add_loads(loads)))
+
+    async def describe(self, request: Request) -> Response:
+        """Return the OpenAPI description of these endpoints."""
+        sizes = [service.model.config.vocab_size for service in self.services.values()]
+        return JSONResponse(describe_api(self.access.api_key is not None, min(sizes, default=1)))
 
     async def list_models(self, request: Request) -> Response:
         """Return the models."""
@@ -178,6 +188,13 @@ class Closing(Protocol):
 
     def close(self) -> None:
         """End what is still being written."""
+
+
+def refuse_method(request: Request, error: HTTPException) -> Response:
+    """Return status 405 with the methods that the path has, in Allow."""
+    response = error_response(ApiError(405, f"{request.method} is not for this path"))
+    response.headers.update(error.headers or {})
+    return response
 
 
 class EventStream(StreamingResponse):

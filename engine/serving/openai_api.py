@@ -26,6 +26,9 @@ SHARED = {
 CHAT = SHARED | {"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "modalities", "input"}
 COMPLETION = SHARED | {"prompt", "echo", "best_of", "suffix"}
 ROLES = ("system", "developer", "user", "assistant", "tool")
+FORMATS = {  # of response_format -> what it holds beside its type
+    "text": (), "json_object": ("schema",), "json_schema": ("json_schema",), "regex": ("pattern",)
+}  # fmt: skip
 MOST_CHOICES, MOST_LOGPROBS, MOST_STOPS = 16, 20, 16
 
 
@@ -95,8 +98,9 @@ def read_completion(body: Any) -> Wanted:
     if body.get("best_of") not in (None, 1, body.get("n")):
         raise ApiError(400, "best_of: wanted as many as n; ask for n answers and choose", "best_of")
     prompt = body.get("prompt")
-    prompts = [prompt] if isinstance(prompt, str) or (isinstance(prompt, list) and _is_ids(prompt)) else prompt
-    if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) or _is_ids(p) for p in prompts):
+    given = prompt if isinstance(prompt, list) and not _read_ids(prompt) else [prompt]
+    prompts = [p for p in (p if isinstance(p, str) else _read_ids(p) for p in given) if p is not None]
+    if not prompts or len(prompts) < len(given):
         raise ApiError(400, "prompt: wanted a text, a list of token ids, or a list of these", "prompt")
     logprobs = body.get("logprobs")
     wanted = None if logprobs is None else _read_number(body, "logprobs", 0, 0, MOST_LOGPROBS, integer=True)
@@ -107,10 +111,10 @@ def read_completion(body: Any) -> Wanted:
     )  # fmt: skip
 
 
-def _require_known(body: Any, known: set[str]) -> dict[str, Any]:
+def _require_known(body: Any, known: set[str], ignored: set[str] = IGNORED) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise ApiError(400, f"the body is a {type(body).__name__}, wanted a JSON object")
-    unknown = sorted(set(body) - known - IGNORED)
+    unknown = sorted(set(body) - known - ignored)
     if unknown:
         raise ApiError(400, f"unknown parameter {unknown[0]!r}; leave it out", unknown[0], "unknown_parameter")
     return body
@@ -131,6 +135,7 @@ def _read_number(
     value = body.get(name)
     if value is None:
         return default
+    value = _as_int(value) if integer else value
     is_number = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or not least <= value <= most:
         kind = "a whole number" if integer else "a number"
@@ -138,16 +143,24 @@ def _read_number(
     return value
 
 
-def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(id) is int for id in value)
+def _as_int(value: Any) -> Any:
+    """Return a number like 8.0, which JSON does not tell from 8, as a whole number, and anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _read_ids(value: Any) -> list[int] | None:
+    """Return a list of token ids, None if it is something else."""
+    ids = [_as_int(id) for id in value] if isinstance(value, list) else []
+    return ids if ids and all(type(id) is int for id in ids) else None
 
 
 def _read_shared(body: Mapping[str, Any], n_logprobs: int | None, longest: Any) -> dict[str, Any]:
     """Return the fields of Wanted that both endpoints have."""
+    longest = _as_int(longest)
     if longest is not None and (type(longest) is not int or longest < 1):
         raise ApiError(400, f"max_tokens is {longest!r}, wanted a whole number of 1 or more", "max_tokens")
-    stops = body.get("stop") or []
-    stops = [stops] if isinstance(stops, str) else stops
+    stops = body.get("stop")
+    stops = [] if stops is None or stops == "" else [stops] if isinstance(stops, str) else stops
     if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
         raise ApiError(400, f"stop: wanted a text, or a list of at most {MOST_STOPS} texts that are not empty", "stop")
     options = _read(body, "stream_options", dict, {})
@@ -176,26 +189,26 @@ def _read_shared(body: Mapping[str, Any], n_logprobs: int | None, longest: Any) 
 def _read_bias(value: Any) -> dict[int, float]:
     if value is None:
         return {}
-    try:
-        bias = {int(id): float(bias) for id, bias in value.items()}
-    except (AttributeError, TypeError, ValueError):
-        raise ApiError(400, "logit_bias: wanted an object of token ids and numbers", "logit_bias") from None
-    if not all(-100 <= b <= 100 for b in bias.values()):
-        raise ApiError(400, "logit_bias: wanted numbers of -100 to 100", "logit_bias")
-    return bias
+    if not isinstance(value, dict) or not all(id.isascii() and id.isdecimal() and len(id) < 10 for id in value):
+        raise ApiError(400, "logit_bias: wanted an object of token ids and numbers", "logit_bias")
+    return {int(id): _read_number({f"logit_bias.{id}": b}, f"logit_bias.{id}", 0, -100, 100) for id, b in value.items()}
 
 
 def _read_format(value: Any) -> tuple[Mapping[str, Any] | None, str | None]:
     """Return the JSON schema and the regular expression that an answer is to follow, None where there is none."""
     kind = value.get("type") if isinstance(value, dict) else None
+    if isinstance(kind, str) and kind in FORMATS:
+        _require_known(value, {"type", *FORMATS[kind]}, ignored=set())
     if value is None or kind == "text":
         return None, None
     if kind == "json_object":
-        return value.get("schema") or {"type": "object"}, None
+        return _read(value, "schema", dict, {"type": "object"}), None
     if kind == "json_schema" and isinstance(value.get("json_schema"), dict):
-        schema = value["json_schema"].get("schema")
-        if isinstance(schema, dict):
-            return schema, None
+        told = _require_known(value["json_schema"], {"schema", "name", "description", "strict"}, ignored=set())
+        for key, wanted in (("name", str), ("description", str), ("strict", bool)):
+            _read(told, key, wanted, None)
+        if isinstance(told.get("schema"), dict):
+            return told["schema"], None
     if kind == "regex" and isinstance(value.get("pattern"), str):
         return None, value["pattern"]
     raise ApiError(

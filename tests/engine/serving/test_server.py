@@ -270,7 +270,10 @@ def test_a_wrong_body_is_refused_with_its_parameter(running, body, param, words)
 def test_sizes_paces_and_places(running):
     big = b'{"messages": "' + b"x" * 30_000 + b'"}'
     assert running.send("/v1/chat/completions", big)[0] == 413
-    assert running.send("/v1/nothing")[0] == 404 and running.send("/v1/models", b"{}")[0] == 405
+    assert running.send("/v1/nothing")[0] == 404
+    status, headers, _ = running.send("/v1/models", b"{}")
+    assert status == 405 and "GET" in headers["Allow"]
+    assert "/v1/completions" in json.loads(running.send("/openapi.json")[2])["paths"]
     with socket.create_connection(("127.0.0.1", running.socket.getsockname()[1])) as slow:
         slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
         assert b" 408 " in slow.recv(200)
