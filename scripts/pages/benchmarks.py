@@ -243,7 +243,7 @@ MEASUREMENTS = (
         serving, serving_row,
     ),
     Measurement(
-        "serving_clients", "Other people's clients", script("scripts.serving.clients", "serving_clients"), clients,
+        "serving_clients", "Clients that people use", script("scripts.serving.clients", "serving_clients"), clients,
     ),
     Measurement("serving_crowd", "A crowd", script("scripts.serving.crowd", "serving_crowd"), crowd),
     Measurement(
