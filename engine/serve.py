@@ -150,14 +150,16 @@ def prepare_comparison(config: ServeConfig) -> "Callable[[Sequence[ModelService]
     if len(config.compare_with) == 2:
         files, questions = read_contestants(config.compare_with)
         votes = VoteFile(Path(config.votes))
-        return lambda services, access: Comparison(files, votes, access, questions, has_fixed_questions=True)
+        return lambda services, access: Comparison(
+            files, votes, access, questions, has_fixed_questions=True, can_talk=bool(services)
+        )
     asked = read_questions(Path(config.prompts)) if config.prompts else []
     votes = VoteFile(Path(config.votes))
 
     def compare(services: "Sequence[ModelService]", access: "Access") -> Comparison:
         first, second = (ModelContestant(service, service.name) for service in services)
         longest = min(service.limits.max_length for service in services)
-        return Comparison((first, second), votes, access, asked, longest=longest)
+        return Comparison((first, second), votes, access, asked, longest=longest, can_talk=True)
 
     return compare
 

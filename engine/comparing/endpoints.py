@@ -66,15 +66,16 @@ class Comparison:
     """Two contestants, the baseline first, and the votes on their answers.
 
     questions are those that voters are asked from the beginning; has_fixed_questions: nothing else can be answered.
-    longest: tokens of a prompt and its answer, 0 where nothing is written.
+    longest: tokens of a prompt and its answer, 0 where nothing is written. can_talk: the server has a model of its own.
     """
 
     def __init__(
         self, contestants: tuple[Contestant, Contestant], votes: VoteFile, access: Access,
-        questions: Sequence[Question] = (), has_fixed_questions: bool = False, longest: int = 0,
+        questions: Sequence[Question] = (), has_fixed_questions: bool = False, longest: int = 0, can_talk: bool = False,
     ):  # fmt: skip
         self.contestants, self.votes, self.access = contestants, votes, access
         self.questions, self.has_fixed_questions, self.longest = questions, has_fixed_questions, longest
+        self.can_talk = can_talk
         self.names = contestants[0].name, contestants[1].name
         self.rounds: OrderedDict[str, Round] = OrderedDict()
         self.writing = asyncio.Lock()
@@ -92,7 +93,7 @@ class Comparison:
 
     async def page(self, request: Request) -> Response:
         """Return the page."""
-        return HTMLResponse(read_page(PAGE))
+        return HTMLResponse(read_page(PAGE, '<a href="/">Talk</a>' if self.can_talk else ""))
 
     # ---- questions --------------------------------------------------------------------------------------------------
 

@@ -88,7 +88,9 @@ class Server:
 
     async def page(self, request: Request) -> Response:
         """Return the page, or lead to the comparison where there is no model to talk to."""
-        return HTMLResponse(read_page(PAGE)) if self.services else RedirectResponse("/compare")
+        if not self.services:
+            return RedirectResponse("/compare")
+        return HTMLResponse(read_page(PAGE, '<a href="/compare">Compare two models</a>' if self.comparison else ""))
 
     async def explain_comparison(self, request: Request) -> Response:
         """Return how a comparison is begun."""

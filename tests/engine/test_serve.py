@@ -102,7 +102,7 @@ def test_the_command_that_a_run_ends_with_opens_its_model(tmp_path, rows_file):
     assert told == "talk to it" and shlex.split(command)[1:3] == ["-m", "engine.serve"]
     with serving(*shlex.split(command)[3:], "--max-length", "50") as (_, url):
         assert [one["id"] for one in send(f"{url}/v1/models")[1]["data"]] == ["a model"]
-        assert "<title>Cria</title>" in send(url)[1]
+        assert "<title>Cria</title>" in (page := send(url)[1]) and '<a href="/compare">' not in page
 
 
 def post(url, **body):
@@ -116,7 +116,8 @@ def test_votes_on_two_files_outlive_sigkill(tmp_path):
     votes, told = tmp_path / "votes.jsonl", []
     for kept in (0, 2):  # the second server goes on where the first was killed
         with serving("--compare-with", *files, "--votes", votes) as (serve, url):
-            assert "Which answer is better?" in send(url)[1]  # and no model was loaded
+            page = send(url)[1]
+            assert "Which answer is better?" in page and '<a href="/">' not in page  # no model was loaded
             listed = post(f"{url}/compare/questions")["questions"]
             assert [one["is_done"] for one in listed] == [True] * kept + [False] * (3 - kept)
             for one in listed[kept:][:2]:
@@ -137,6 +138,7 @@ def test_two_models_are_compared_and_answer_by_their_names(tmp_path):
     with serving(*words, "--votes", tmp_path / "v.jsonl", "--prompts", tmp_path / "prompts.txt") as (_, url):
         names = [one["id"] for one in send(f"{url}/v1/models")[1]["data"]]
         assert names == [small_model().name, "other"]
+        assert '<a href="/compare">' in send(url)[1] and '<a href="/">' in send(f"{url}/compare")[1]
         (one,) = post(f"{url}/compare/questions")["questions"]
         text = post(f"{url}/compare/ask", instruction=one["instruction"], max_tokens=5, temperature=0)
         id, a, b = read_round(text)

@@ -251,6 +251,7 @@ def test_html_of_users_and_models_is_text(page, server, script):
 
 
 def test_nothing_lies_outside_of_a_phone_or_under_something(browser, server, script):
+    script.models = ("a-model-of-a-long-name-13b-instruct", "another")
     page = visit(browser, server, width=360, height=640, touch=True)
     script.answers = [Canned(("word " * 60 + "x" * 400,))]
     page.click("#ask")
@@ -259,13 +260,13 @@ def test_nothing_lies_outside_of_a_phone_or_under_something(browser, server, scr
     assert page.run("document.getElementById('ask').value.endsWith('\\n')") and not script.heard
     page.click("#send")
     page.wait("!answering && chat.turns.length === 1")
-    assert page.run("document.documentElement.scrollWidth <= innerWidth && log.scrollWidth <= log.clientWidth")
+    assert page.run("document.documentElement.scrollWidth <= 360 && log.scrollWidth <= log.clientWidth")
     page.click("#show-side")
     page.wait("getComputedStyle(side).transform === 'none'")
     page.click("#chats .open")
     page.wait("getComputedStyle(side).visibility === 'hidden'")
     page.click("#show-settings")
-    assert page.run("settings && document.getElementById('settings').getBoundingClientRect().right <= innerWidth")
+    assert page.run("settings && document.getElementById('settings').getBoundingClientRect().right <= 360")
     assert page.complaints() == []
 
 
