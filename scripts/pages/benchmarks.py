@@ -15,7 +15,7 @@ from scripts.pages.cpu_adamw import cpu_adamw, offloaded
 from scripts.pages.data import data_gen, data_speed, dedup, dedup_row
 from scripts.pages.decoding import decoding, decoding_row, spread
 from scripts.pages.gpu_table import format_report, format_targets, read_reports
-from scripts.pages.serving import clients, crowd, serving, serving_row
+from scripts.pages.serving import clients, crowd, lm_eval, serving, serving_row
 from scripts.pages.tokenizer_ids import tokenizer_ids
 from scripts.pages.without_gpu import paragraph, simulated, static, step_launches
 
@@ -246,6 +246,10 @@ MEASUREMENTS = (
         "serving_clients", "Clients that people use", script("scripts.serving.clients", "serving_clients"), clients,
     ),
     Measurement("serving_crowd", "A crowd", script("scripts.serving.crowd", "serving_crowd"), crowd),
+    Measurement(
+        "lm_eval", "lm-eval on an exported folder",
+        script("scripts.parity.lm_eval_harness", "lm_eval", "--model FOLDER"), lm_eval,
+    ),
     Measurement(
         "dedup", "Exact de-duplication",
         "OMP_NUM_THREADS=1 " + script("scripts.speed.dedup", "dedup", "--rows alpaca.json"), dedup, dedup_row,

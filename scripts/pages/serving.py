@@ -1,4 +1,4 @@
-"""The sections of docs/measurements.md on engine.serve: other servers, other people's clients, a crowd."""
+"""The sections of docs/measurements.md on a model in use: other servers, clients, a crowd, lm-eval."""
 
 from scripts.pages.decoding import spread
 from scripts.pages.without_gpu import paragraph
@@ -78,4 +78,16 @@ def crowd(figures):
             f"{after['resident_mb']:.0f} MB after, {before['files']} and {after['files']} open files; no answer was "
             "left being written or waited for."
         ),
+    ]
+
+
+def lm_eval(figures):
+    return [
+        paragraph(
+            f"lm-eval {figures['lm_eval']} scores {figures['answers']} answers with the exported folder of "
+            f"{figures['model']} through transformers {figures['transformers']} in fp32, offline; the engine scores "
+            f"the same tokens. Log-likelihoods sum to {figures['log_likelihood']['lm_eval']:,.2f} and "
+            f"{figures['log_likelihood']['ours']:,.2f}; one differs by {figures['largest_relative_difference']:.1e} of "
+            "itself at most."
+        )
     ]

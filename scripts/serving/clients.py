@@ -11,10 +11,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import venv
 from pathlib import Path
 
 from kernels.base.commands import run_command
+from scripts.base.environment import make_environment
 from scripts.base.results import new_parser, today, write_json
 from scripts.serving.server import serve_model
 
@@ -22,17 +22,6 @@ PROGRAMS = Path(__file__).with_name("clients")
 OF_PYTHON = {"openai": "with_openai.py", "langchain-openai": "with_langchain.py", "web pages": "with_web_pages.py"}
 PACKAGES = ("openai==3.57.0", "langchain-openai==1.7.4", "httpx>=0.28")
 OF_NPM = "openai@6"
-
-
-def make_python(folder: Path) -> tuple[str, dict[str, str]]:
-    """Install the Python clients into a new environment; return its interpreter and the versions."""
-    venv.create(folder, with_pip=True)
-    python = str(folder / "bin" / "python")
-    pip = [python, "-m", "pip", "--disable-pip-version-check"]
-    subprocess.run([*pip, "install", "--quiet", *PACKAGES], check=True)
-    listed = subprocess.run([*pip, "list", "--format", "json"], check=True, capture_output=True, text=True).stdout
-    versions = {package["name"]: package["version"] for package in json.loads(listed)}
-    return python, {name: versions[name] for name in OF_PYTHON if name in versions}
 
 
 def make_node(folder: Path) -> tuple[str, dict[str, str]]:
@@ -63,8 +52,9 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        python, versions = make_python(folder / "python")
-        programs = {name: [python, str(PROGRAMS / file)] for name, file in OF_PYTHON.items()}
+        commands, installed = make_environment(folder / "python", PACKAGES)
+        programs = {name: [str(commands / "python"), str(PROGRAMS / file)] for name, file in OF_PYTHON.items()}
+        versions = {name: installed[name] for name in OF_PYTHON if name in installed}
         if shutil.which("npm"):
             program, of_node = make_node(folder / "node")
             programs["openai-js"], versions = ["node", program], versions | of_node
