@@ -23,8 +23,41 @@ from engine.formats.tensor_files import Block, Stored
 
 BLOCK_ELEMENTS = 1 << 18  # dequantised at a time; the gguf package needs a few times their memory on the way
 SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))  # kind of value: struct's code
-FLOAT32, STRING, ARRAY = 6, 8, 9  # kinds of value
+FLOAT32, BOOL, STRING, ARRAY = 6, 7, 8, 9  # kinds of value
 MAX_DIMENSIONS = 4
+
+WHOLE, REAL, BOOLS, STRINGS = "a whole number", "a float", "a bool", "a string"
+KINDS = {0: WHOLE, 1: WHOLE, 2: WHOLE, 3: WHOLE, 4: WHOLE, 5: WHOLE, 6: REAL, 7: BOOLS, 8: STRINGS, 10: WHOLE}
+KINDS |= {11: WHOLE, 12: REAL}
+# The keys that are read, here and in other modules, and their kinds as llama.cpp wants them; lists are of these.
+KEYS = {
+    WHOLE: (
+        "general.alignment", "split.no", "split.count",
+        *(f"llama.{name}" for name in (
+            "block_count", "context_length", "embedding_length", "feed_forward_length", "expert_count", "vocab_size",
+            "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
+            "rope.dimension_count", "rope.scaling.original_context_length",
+        )),
+        *(f"tokenizer.ggml.{name}" for name in (
+            "token_type", "bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id", "eot_token_id",
+        )),
+    ),
+    REAL: (
+        "tokenizer.ggml.scores",
+        *(f"llama.{name}" for name in (
+            "attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.scale_linear", "rope.scaling.factor",
+            "rope.scaling.attn_factor", "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor",
+            "rope.scaling.yarn_log_multiplier", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
+        )),
+    ),
+    BOOLS: ("tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_space_prefix"),
+    STRINGS: (
+        "general.architecture", "general.type", "llama.rope.scaling.type", "tokenizer.chat_template",
+        *(f"tokenizer.ggml.{name}" for name in ("model", "pre", "tokens", "merges")),
+    ),
+}  # fmt: skip
+KIND_OF_KEY = {key: kind for kind, keys in KEYS.items() for key in keys}
+LISTS = {f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type", "merges")}
 
 
 def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
@@ -92,7 +125,11 @@ class Cursor:
 
 
 def read_header(file: str, pages: mmap.mmap, gguf: ModuleType) -> tuple[dict[str, Any], dict[str, Stored]]:
-    """Return (metadata, tensors). Raise ValueError, struct.error, RecursionError or OverflowError for a broken file."""
+    """Return (metadata, tensors). Raise ValueError, struct.error, RecursionError or OverflowError for a broken file.
+
+    The tensors must fill the file as llama.cpp lays them out: each begins at the padded end of the one before, with
+    zeros between, and the last one ends the file. So a flipped bit of a type or an offset loads nothing else.
+    """
     if pages[:4] != b"GGUF":
         raise ValueError("it does not begin with GGUF")
     cursor = Cursor(pages)
@@ -101,27 +138,61 @@ def read_header(file: str, pages: mmap.mmap, gguf: ModuleType) -> tuple[dict[str
     if version not in (2, 3):
         raise ValueError(f"version {version}, wanted 2 or 3, little-endian")
     n_tensors, n_values = cursor.read("Q"), cursor.read("Q")
-    metadata = {}
-    for _ in range(n_values):
-        name = cursor.read_text()
-        metadata[name] = cursor.read_value(cursor.read("I"))
+    metadata = read_metadata(cursor, n_values)
     infos = [read_tensor_info(cursor) for _ in range(n_tensors)]
     alignment = metadata.get("general.alignment", 32)
-    if type(alignment) is not int or alignment < 1:
-        raise ValueError(f"general.alignment is {alignment}")
-    base = cursor.position + -cursor.position % alignment
+    if alignment < 1 or alignment & (alignment - 1):
+        raise ValueError(f"general.alignment is {alignment}, wanted a power of two")
+    base = skip_padding(cursor, alignment)
     stored: dict[str, Stored] = {}
-    end = 0
     for name, shape, kind, offset in infos:
         if name in stored:
             raise ValueError(f"two tensors named {name}")
-        if offset != end:
-            raise ValueError(f"{name} begins at {offset}, wanted {end}, behind the tensor before it")
-        stored[name] = open_tensor(file, pages, gguf, name, shape, kind, base + offset)
-        block_elements, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
-        end += math.prod(shape) // block_elements * block_bytes
-        end += -end % alignment
+        if base + offset != cursor.position:
+            wanted = cursor.position - base
+            raise ValueError(f"{name} begins at {offset}, wanted {wanted}, behind the tensor before it")
+        stored[name] = open_tensor(file, cursor, gguf, name, shape, kind)
+        skip_padding(cursor, alignment)
+    if cursor.position < len(pages):
+        raise ValueError(f"its tensors end at {cursor.position}, the file at {len(pages)}")
     return metadata, stored
+
+
+def skip_padding(cursor: Cursor, alignment: int) -> int:
+    """Move to the next multiple of the alignment, or to the end of the file, and return the position there."""
+    n_bytes = min(-cursor.position % alignment, len(cursor.pages) - cursor.position)
+    start = cursor.skip(n_bytes)
+    if any(cursor.pages[start : cursor.position]):
+        raise ValueError(f"bytes that belong to no tensor at {start}")
+    return cursor.position
+
+
+def read_metadata(cursor: Cursor, n_values: int) -> dict[str, Any]:
+    """Return the metadata. Raise ValueError for a value whose kind is not that of its key, and a key that is damaged.
+
+    A key is taken as damaged where one bit makes it a key that is read, since the default of that one would count.
+    """
+    metadata: dict[str, Any] = {}
+    for _ in range(n_values):
+        key, kind = cursor.read_text(), cursor.read("I")
+        if key in metadata:
+            raise ValueError(f"two values of {key}")
+        if kind == ARRAY and key in LISTS:
+            (kind_of_items,) = struct.unpack_from("<I", cursor.pages, cursor.position)
+            got = KINDS.get(kind_of_items, "of no known kind")
+        else:
+            got = KINDS.get(kind, "a list")
+        if key in KIND_OF_KEY and (got != KIND_OF_KEY[key] or (key in LISTS) != (kind == ARRAY)):
+            raise ValueError(f"{key} is {got}, wanted {KIND_OF_KEY[key]}{' in a list' if key in LISTS else ''}")
+        metadata[key] = cursor.read_value(kind)
+    for key in metadata.keys() - KIND_OF_KEY.keys():
+        for known in KIND_OF_KEY.keys() - metadata.keys():
+            if (
+                len(key) == len(known)
+                and sum((ord(a) ^ ord(b)).bit_count() for a, b in zip(key, known, strict=True)) == 1
+            ):
+                raise ValueError(f"the key {key!r} is one bit from {known}")
+    return metadata
 
 
 def read_tensor_info(cursor: Cursor) -> tuple[str, tuple[int, ...], int, int]:
@@ -133,23 +204,23 @@ def read_tensor_info(cursor: Cursor) -> tuple[str, tuple[int, ...], int, int]:
     return name, shape, cursor.read("I"), cursor.read("Q")
 
 
-def open_tensor(
-    file: str, pages: mmap.mmap, gguf: ModuleType, name: str, shape: tuple[int, ...], kind: int, start: int
-) -> Stored:
-    """Return a tensor that begins at byte start. Raise ValueError when the file cannot hold it."""
+def open_tensor(file: str, cursor: Cursor, gguf: ModuleType, name: str, shape: tuple[int, ...], kind: int) -> Stored:
+    """Return the tensor that begins here, and move behind it. Raise ValueError when the file cannot hold it."""
     quantisation = gguf.GGMLQuantizationType(kind)  # ValueError for one that the package does not know
     block_elements, block_bytes = gguf.GGML_QUANT_SIZES[quantisation]
     n_elements = math.prod(shape)
     if not shape or 0 in shape or shape[-1] % block_elements:
         raise ValueError(f"{name} of shape {shape} is not made of {quantisation.name} blocks of {block_elements}")
-    if start + n_elements // block_elements * block_bytes > len(pages):
-        raise ValueError(f"{name} goes past the end of the file, {len(pages)} bytes")
+    try:
+        start = cursor.skip(n_elements // block_elements * block_bytes)
+    except ValueError as error:
+        raise ValueError(f"{name} goes past the end of the file: {error}") from None
     try:
         gguf.dequantize(np.zeros(block_bytes, np.uint8), quantisation)
         dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(quantisation.name, torch.float32)
     except NotImplementedError:
         dtype = quantisation.name
-    return Stored(file, shape, dtype, partial(dequantise_rows, gguf, pages, quantisation, start, shape))
+    return Stored(file, shape, dtype, partial(dequantise_rows, gguf, cursor.pages, quantisation, start, shape))
 
 
 def dequantise_rows(

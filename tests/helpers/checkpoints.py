@@ -208,10 +208,12 @@ def write_gguf(
         "vocab_size": config.vocab_size, **metadata,
     }  # fmt: skip
     for key, value in values.items():
-        if value is not None:
-            writer.add_string(f"llama.{key}", value) if isinstance(value, str) else writer.add_uint32(
-                f"llama.{key}", value
-            )
+        if isinstance(value, str):
+            writer.add_string(f"llama.{key}", value)
+        elif isinstance(value, float):
+            writer.add_float32(f"llama.{key}", value)
+        elif value is not None:
+            writer.add_uint32(f"llama.{key}", value)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", config.norm_eps)
     writer.add_float32("llama.rope.freq_base", config.rope_theta)
     scaling = config.rope_scaling

@@ -1,5 +1,6 @@
 """GGUF files as the gguf package writes them: parity with transformers, every quantisation, every fault refused."""
 
+import struct
 import sys
 from dataclasses import replace
 
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine.base.errors import UsageError
+from engine.base.errors import DataError, UsageError
+from engine.formats.gguf import open_gguf
 from engine.formats.source import open_source
 from engine.model.config import RopeScaling
 from tests.helpers.checkpoints import (
@@ -107,3 +109,77 @@ def test_a_bias_that_a_gguf_lacks_is_none(tmp_path):
     write_gguf(path, theirs, config, drop=["blk.0.attn_output.bias", "blk.1.attn_output.bias"])
     tokens = make_tokens(config)
     assert_close(logits(read_model(path), tokens), their_logits(theirs, tokens))
+
+
+def flip(path, raw, at, bit):
+    """Write the bytes with one bit changed."""
+    changed = bytearray(raw)
+    changed[at] ^= 1 << bit
+    path.write_bytes(changed)
+
+
+def find_infos(raw, n_dims_of):
+    """Return where the info of each tensor has its number of dimensions, and how many bytes follow."""
+    return {raw.index(struct.pack("<Q", len(name)) + name.encode()) + 8 + len(name): 4 + 8 * n_dims + 4 + 8
+            for name, n_dims in n_dims_of.items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("quantise", [None, "Q8_0"])
+def test_no_flipped_bit_of_a_tensors_place_loads_other_weights(quantise, tmp_path):
+    path, config = tmp_path / "m.gguf", replace(BASE, n_layers=1)
+    raw = write_gguf(path, make_theirs(config), config, quantise=quantise).read_bytes()
+    _, tensors = open_gguf(path)
+    read, n_tried = [], 0
+    dims_of = {name: len(tensor.shape) for name, tensor in list(tensors.items())[-4:]}
+    for start, length in find_infos(raw, dims_of).items():
+        for at in (start, *range(start + length - 12, start + length)):  # dimensions; kind and offset
+            for bit in range(8):
+                flip(path, raw, at, bit)
+                n_tried += 1
+                try:
+                    open_gguf(path)
+                    read.append((at - start, bit))
+                except DataError as error:
+                    assert "m.gguf" in str(error)
+    assert (read, n_tried) == ([], 4 * 13 * 8)
+
+
+def test_a_damaged_key_is_not_its_default(tmp_path):
+    """Of a key's name and of its kind."""
+    path, config = tmp_path / "m.gguf", replace(BASE, rope_theta=500000.0)
+    raw = write_gguf(path, make_theirs(config), config, **{"rope.scaling.factor": 4.0}).read_bytes()
+    for key in (b"llama.rope.freq_base", b"llama.rope.scaling.factor"):
+        start = raw.index(key)
+        for at in range(start, start + len(key) + 4):
+            for bit in range(8):
+                flip(path, raw, at, bit)
+                try:
+                    assert open_source(path).config == replace(config, rope_scaling=RopeScaling(4.0, kind="linear"))
+                except DataError as error:
+                    assert "m.gguf" in str(error)
+
+
+def test_a_gguf_ends_with_its_last_tensor_and_has_zeros_between(tmp_path):
+    path, config = tmp_path / "m.gguf", replace(BASE, n_layers=1)
+    raw = write_gguf(path, make_theirs(config), config, name="tiny").read_bytes()
+    path.write_bytes(raw + bytes(32))
+    assert_refused(path, "m.gguf", "its tensors end at")
+    path.write_bytes(raw)
+    _, tensors = open_gguf(path)
+    header_end = sum(max(find_infos(raw, {name: len(tensor.shape) for name, tensor in tensors.items()}).items()))
+    padding = -header_end % 32
+    assert padding
+    path.write_bytes(raw[:header_end] + b"\1" * padding + raw[header_end + padding :])
+    assert_refused(path, "m.gguf", "belong to no tensor")
+
+
+def test_an_alignment_of_a_gguf_is_a_power_of_two(tmp_path):
+    path = tmp_path / "m.gguf"
+    for alignment in (0, 33, 48):
+        write_gguf(
+            path,
+            make_theirs(BASE),
+            BASE,
+            add_tokenizer=lambda writer, _, n=alignment: writer.add_uint32("general.alignment", n),
+        )
+        assert_refused(path, f"general.alignment is {alignment}", "a power of two")

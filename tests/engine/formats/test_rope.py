@@ -321,26 +321,26 @@ def test_gguf_scaling_is_read_as_llama_cpp_reads_it(tmp_path):
         return open_source(path).config.rope_scaling
 
     linear = RopeScaling(kind="linear", factor=4.0)
-    assert scaling(**{"scaling.factor": 4}) == linear, "without a type it is linear"
-    assert scaling(scale_linear=4) == scaling(scale_linear=2, **{"scaling.factor": 4}) == linear
-    assert scaling(**{"scaling.type": "none", "scaling.factor": 4}) is None
+    assert scaling(**{"scaling.factor": 4.0}) == linear, "without a type it is linear"
+    assert scaling(scale_linear=4.0) == scaling(scale_linear=2.0, **{"scaling.factor": 4.0}) == linear
+    assert scaling(**{"scaling.type": "none", "scaling.factor": 4.0}) is None
     assert scaling(**{"scaling.type": "linear"}) is None
-    yarn = {"scaling.type": "yarn", "scaling.factor": 4}
+    yarn = {"scaling.type": "yarn", "scaling.factor": 4.0}
     recommended = 0.1 * math.log(4.0) + 1.0
     by_default = RopeScaling(kind="yarn", factor=4.0, original_max_seq_len=128, attention_factor=recommended)
     assert scaling(**yarn) == by_default
-    assert scaling(**yarn, **{"scaling.attn_factor": 2}) == replace(by_default, attention_factor=2 * recommended)
-    assert scaling(**yarn, **{"scaling.yarn_attn_factor": 2}) == replace(by_default, attention_factor=2.0)
+    assert scaling(**yarn, **{"scaling.attn_factor": 2.0}) == replace(by_default, attention_factor=2 * recommended)
+    assert scaling(**yarn, **{"scaling.yarn_attn_factor": 2.0}) == replace(by_default, attention_factor=2.0)
     for more, words in (
-        ({**yarn, "scaling.attn_factor": 2, "scaling.yarn_attn_factor": 3}, "are both there"),
-        ({**yarn, "scaling.yarn_log_multiplier": 1}, "yarn_log_multiplier is 1"),
+        ({**yarn, "scaling.attn_factor": 2.0, "scaling.yarn_attn_factor": 3.0}, "are both there"),
+        ({**yarn, "scaling.yarn_log_multiplier": 1.0}, "yarn_log_multiplier is 1.0"),
         ({"scaling.type": "longrope"}, "wanted none, linear or yarn"),
-        ({"scaling.attn_factor": 2}, "attn_factor is 2.0, which is not supported without yarn"),
+        ({"scaling.attn_factor": 2.0}, "attn_factor is 2.0, which is not supported without yarn"),
     ):
         path.unlink()
         write_gguf(path, theirs, BASE, **{f"rope.{key}": value for key, value in more.items()})
         assert_refused(path, words)
     path.unlink()
     factors = {"rope_freqs.weight": np.array([1, 1, 8, 8], np.float32)}
-    write_gguf(path, theirs, BASE, add=factors, **{"rope.scaling.factor": 4})
+    write_gguf(path, theirs, BASE, add=factors, **{"rope.scaling.factor": 4.0})
     assert_refused(path, "llama.rope.scaling is linear, but rope_freqs.weight scales RoPE too")
