@@ -4,6 +4,8 @@ torch rounds each allocation of pinned memory up to a power of two of bytes. So 
 they are pieces of a few large ones, the arenas.
 """
 
+from pathlib import Path
+
 import torch
 
 ALIGN = 128  # bytes; every piece of an arena begins at a multiple
@@ -42,6 +44,13 @@ class HostMemory:
         if arena == len(self.arenas):
             self.arenas.append(torch.empty(self.sizes[arena], dtype=torch.uint8, pin_memory=self.pinned))
         return self.arenas[arena][first : first + n_bytes]
+
+
+def read_free_bytes() -> int | None:
+    """Return the bytes of the host's memory that a process may still take, or None where the system does not tell."""
+    path = Path("/proc/meminfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def round_up(n_bytes: int) -> int:

@@ -81,6 +81,7 @@ def resolve_states(
     least_tokens: int,
     replicas: int | None,
     update_s: Callable[[Setting], float],
+    host_bytes: float = math.inf,
 ) -> Setting:
     """Return the setting with the optimizer states that states="auto" stands for.
 
@@ -89,7 +90,8 @@ def resolve_states(
     of least_tokens does; where nothing fits, they are fp32.
 
     Several GPUs keep as many replicas, or, with None, one over as many shards as the states allow. update_s returns the
-    seconds of an update. A setting with other states is returned as it is.
+    seconds of an update. host_bytes: of the host's memory for one GPU, where offloaded states must fit too. A setting
+    with other states is returned as it is.
     """
     if setting.states != "auto":
         return setting
@@ -101,6 +103,8 @@ def resolve_states(
         if replicas and way.n_cards // replicas not in counts:
             return 0
         sharded = way.with_replicas(replicas or way.n_cards // max(counts))
+        if memory(c, sharded, limits.batch(1)).host > host_bytes:
+            return 0
         return find_largest_micro_batch(c, sharded, available_bytes, limits)
 
     tokens = [count_tokens(way) for way in ways]

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 
 from engine.base.errors import CriaError, UsageError
 from engine.base.files import read_json
+from engine.base.host_memory import read_free_bytes
 from engine.data.batches import Batches
 from engine.data.dataset import Dataset
 from engine.data.packing import make_largest_micro_batch
@@ -20,7 +22,7 @@ from engine.distributed.fsdp import set_last_micro_batch
 from engine.distributed.world import World
 from engine.model.config import ModelConfig
 from engine.model.llama import Transformer
-from engine.planning.cards import CARDS, detect_card, find_rates
+from engine.planning.cards import CARDS, MACHINE_GPUS, detect_card, find_rates
 from engine.planning.fitting import (
     MOST_TOKENS,
     Limits,
@@ -30,7 +32,7 @@ from engine.planning.fitting import (
     resolve_recompute,
     resolve_states,
 )
-from engine.planning.memory import CONTEXT_BYTES, state_bytes
+from engine.planning.memory import CONTEXT_BYTES, BatchShape, memory, state_bytes
 from engine.planning.setting import Setting
 from engine.planning.step_time import update_seconds
 from engine.training.config import FinetuneConfig
@@ -69,14 +71,16 @@ def choose_mesh_and_tokens(
     least = round_up(config.max_length, TOKENS_MULTIPLE)
     most = min(MOST_TOKENS, most, config.micro_batch_tokens or most)
     limits, share = Limits(max(least, most), step if config.optimizer_in_backward else None), -(-step // ranks)
+    host_bytes = (read_free_bytes() or math.inf) / min(ranks, MACHINE_GPUS)
     setting = resolve_states(
         c, setting, available_bytes, limits, least_tokens=least, replicas=config.replicas,
-        update_s=lambda way: project_update(c, way, device),
+        update_s=lambda way: project_update(c, way, device), host_bytes=host_bytes,
     )  # fmt: skip
     counts = [ranks // config.replicas] if config.replicas else find_shard_counts(c, setting.states, ranks)
     setting, tokens = find_mesh_that_fits(
         c, setting, available_bytes, limits, share_tokens=share, least_tokens=least, counts=counts
     )
+    require_host_memory(c, setting, host_bytes)
     setting, tokens = resolve_recompute(c, setting, available_bytes, limits, share_tokens=share, tokens=tokens)
     tokens = tokens // TOKENS_MULTIPLE * TOKENS_MULTIPLE
     if tokens < config.max_length and not config.micro_batch_tokens:
@@ -86,6 +90,26 @@ def choose_mesh_and_tokens(
             f"{available_bytes / 1e9:.1f} GB that are free; {advice}"
         )
     return setting, tokens
+
+
+def require_host_memory(c: ModelConfig, setting: Setting, host_bytes: float) -> None:
+    """Raise UsageError, with settings that would do, where offloaded states do not fit a GPU's part of host memory."""
+
+    def need(way: Setting) -> int:
+        return memory(c, way, BatchShape(1, 1)).host
+
+    if need(setting) <= host_bytes:
+        return
+    ways = {f"--optimizer-states {name}": dataclasses.replace(setting, states=name) for name in ("bf16", "8bit")}
+    least = dataclasses.replace(setting, states="8bit", master="stochastic")
+    ways["--optimizer-states 8bit --master-weights stochastic"] = least
+    advice = [f"{flags} ({need(way) / 1e9:.1f} GB)" for flags, way in ways.items() if need(way) <= host_bytes]
+    a_rank = " a rank" if setting.n_cards > 1 else ""
+    raise UsageError(
+        f"--offload-optimizer keeps {need(setting) / 1e9:.1f} GB{a_rank} in the host's memory, of which "
+        f"{host_bytes / 1e9:.1f} GB are free; "
+        + (f"pass {', or '.join(advice)}" if advice else "take a machine with more memory")
+    )
 
 
 def project_update(c: ModelConfig, setting: Setting, device: torch.device) -> float:

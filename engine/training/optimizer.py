@@ -83,7 +83,7 @@ class AdamW:
     master says how the fp32 number behind a bf16 parameter is kept, and states how m and v are, with the names that
     kernels.adamw uses. A parameter in fp32 is its own master. seed is that of stochastic rounding. With offload, master
     and states are kept in the host's memory: see engine.training.offload. With on_cpu too, the CPU updates them there,
-    see engine.training.host_updates: impl "triton" and "cuda" then mean "auto". With in_backward, a step that was begun
+    see engine.training.host_updates: impl "triton" then means "auto" there. With in_backward, a step that was begun
     by begin_in_backward() updates each parameter as soon as its gradient is known, and drops the gradient. All
     gradients then never exist at one time, and cannot be clipped.
     """

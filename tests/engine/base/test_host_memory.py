@@ -1,11 +1,12 @@
 """Pieces of the host's memory, and the arenas they come from."""
 
+import os
 from itertools import pairwise
 
 import pytest
 import torch
 
-from engine.base.host_memory import ALIGN, HostMemory
+from engine.base.host_memory import ALIGN, HostMemory, read_free_bytes
 
 
 @pytest.fixture
@@ -50,3 +51,8 @@ def test_memory_that_is_not_pinned_is_allocated_piece_by_piece():
     memory = HostMemory(pinned=False, arena_bytes=1 << 20)
     memory.reserve_piece(1000), memory.reserve_piece(10)
     assert memory.sizes == [1000, 10]
+
+
+def test_what_is_free_is_part_of_the_machines_memory():
+    free = read_free_bytes()
+    assert free is None or 0 < free < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

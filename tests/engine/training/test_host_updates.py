@@ -1,6 +1,8 @@
 """Gradients that leave in backward, and updates on the CPU: the bits of a run that keeps everything on the device."""
 
+import contextlib
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -40,9 +42,11 @@ def lanes(monkeypatch):
 
 @pytest.fixture
 def fused(device, monkeypatch):
-    """Kernels whose backward adds to gradients in its products, compiled where they can be."""
-    if device == "cuda" or find_cpu() is None:
+    """Kernels whose backward adds to gradients in its products; the interpreter would take minutes."""
+    if device == "cuda":
         return "triton"
+    if find_cpu() is None:
+        pytest.skip("csrc/cpu is not built here")
     monkeypatch.setattr(common, "INTERPRETED", False)
     return "native"
 
@@ -115,10 +119,11 @@ def test_updates_on_the_cpu_are_bit_equal(device, master, states, lanes):
 @pytest.mark.parametrize("recompute", ["cheap", "block"])
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("shape", [*SHAPES, "one layer, tied"])
-def test_gradients_that_leave_are_added_up_as_those_that_stay(device, shape, accumulate, recompute, lanes, fused):
+def test_gradients_that_leave_are_added_up_as_those_that_stay(device, shape, accumulate, recompute, lanes, request):
     """By autograd, and in the kernels' products, which add to what has come back. No gradient stays behind."""
     shapes = SHAPES | {"one layer, tied": {"n_layers": 1, "tied": True}}
-    options = {"impl": fused if accumulate else "ref", "recompute": recompute, "accumulate": accumulate}
+    impl = request.getfixturevalue("fused") if accumulate else "ref"
+    options = {"impl": impl, "recompute": recompute, "accumulate": accumulate}
     (model, plain), (other, ours) = pair_of(device, shape=dataclasses.replace(SHAPE, **shapes[shape]), **options)
     if shape == "one layer, tied":  # whose gradients are still on their way when they are wanted again
         ours.host_updates.up = Lane(torch.device("cpu"))  # copies at once
@@ -172,14 +177,75 @@ def test_gradients_made_without_micro_batch_go_down_after_backward(device, lanes
         ours.step(1e-3, torch.ones((), device=device), 0.0)
 
 
+def test_a_lane_copies_on_a_stream_of_its_own_after_what_the_gpu_was_given(monkeypatch):
+    """Memory that is dropped meanwhile is kept for the copy, and nobody waits who does not ask for it."""
+    log, current, event = [], [], SimpleNamespace(synchronize=lambda: log.append("host waits"))
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            log.append(f"{self.name} after {other.name}")
+
+        def record_event(self):
+            log.append(f"event of {self.name}")
+            return event
+
+        def wait_event(self, waited):
+            log.append(f"{self.name} waits {waited is event}")
+
+    @contextlib.contextmanager
+    def on(stream):
+        current.append(stream)
+        yield
+        current.pop()
+
+    class Tensor:
+        def __init__(self, is_cuda):
+            self.is_cuda = is_cuda
+
+        def copy_(self, source, non_blocking):
+            log.append(f"copy on {current[-1].name}, {self.is_cuda} from {source.is_cuda}, {non_blocking}")
+
+        def record_stream(self, stream):
+            log.append(f"kept for {stream.name}, {self.is_cuda}")
+
+    current.append(Stream("main"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("lane"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: current[-1])
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    lane, host, gpu = Lane(torch.device("cuda")), Tensor(False), Tensor(True)
+    for pair, text in (((host, gpu), "False from True"), ((gpu, host), "True from False")):
+        log.clear()
+        copied = lane.copy([pair])
+        kept = "kept for lane, True"
+        assert log == ["lane after main", f"copy on lane, {text}, True", kept, "event of lane"]
+        log.clear()
+        copied.wait_on_device()
+        copied.wait_on_host()
+        assert log == ["main waits True", "host waits"]
+
+
 # ---- by the command --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(find_cpu() is None, reason="csrc/cpu is not built here")
 def test_a_run_may_change_to_updates_on_the_cpu_and_back(tmp_path, rows_file, monkeypatch, fused, capsys):
     """The CPU updates by itself where csrc/cpu is, and CRIA_OPTIMIZER insists; losses, norms and weights stay equal."""
     common_flags = ("--model", "tiny", "--random-init", "--data", rows_file, "--device", "cpu", "--dtype", "bf16")
-    common_flags += ("--kernels", "native") if fused == "native" else ()
-    common_flags += ("--global-batch-size", 8, "--micro-batch-tokens", 128, "--max-length", 64, "--max-steps", 6)
+    common_flags += (
+        "--kernels",
+        "native",
+        "--global-batch-size",
+        8,
+        "--micro-batch-tokens",
+        128,
+        "--max-length",
+        64,
+        "--max-steps",
+        6,
+    )
 
     def run(out, *more):
         args = map(str, (*common_flags, "--out", tmp_path / out, *more))
@@ -190,8 +256,6 @@ def test_a_run_may_change_to_updates_on_the_cpu_and_back(tmp_path, rows_file, mo
 
     plain, curve, weights = run("plain", "--save-every", 2, "--keep", 3)
     assert "optimizer:" not in plain and len(curve) == 6
-    if fused == "triton":
-        monkeypatch.setenv("CRIA_OPTIMIZER", "cpu")
     monkeypatch.setattr(HostUpdates, "send", None)  # which takes gradients after backward
     for out, more in (("new", ()), ("resumed", ("--resume", tmp_path / "plain" / "checkpoint-2"))):
         said, lines, ours = run(out, "--offload-optimizer", "--save-every", 2, *more)

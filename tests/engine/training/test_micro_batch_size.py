@@ -20,6 +20,12 @@ CUDA, CPU, BF16, GB = torch.device("cuda"), torch.device("cpu"), torch.bfloat16,
 LENGTHS = SimpleNamespace(lengths=lambda: torch.full((52002,), 128).numpy())
 
 
+@pytest.fixture(autouse=True)
+def host_memory(monkeypatch):
+    """A machine with much memory."""
+    monkeypatch.setattr(fit, "read_free_bytes", lambda: 128 * GB)
+
+
 def config_of(**changes):
     return FinetuneConfig(model="llama-7b", random_init=True, data=("rows.json",), optimizer_states="8bit", **changes)
 
@@ -54,6 +60,36 @@ def test_where_no_example_fits_what_does_is_said(monkeypatch):
         tokens_with(40, monkeypatch)
     with pytest.raises(UsageError, match=r"engine\.estimate tells which"):
         tokens_with(8, monkeypatch)
+
+
+def test_a_card_of_24_gb_trains_llama_7b_whose_gradients_leave_for_the_host(monkeypatch):
+    offload = {"offload_optimizer": True, "recompute": "block"}
+    assert tokens_with(24, monkeypatch, **offload) > 8192
+    assert tokens_with(24, monkeypatch, offload_optimizer=True) > 2048
+    monkeypatch.setenv("CRIA_OPTIMIZER", "triton")
+    with pytest.raises(UsageError, match="do not fit the 24"):
+        tokens_with(24, monkeypatch, **offload)
+
+
+def test_what_is_offloaded_must_fit_the_hosts_memory(monkeypatch):
+    """States that are left open are those that fit it; the memory is shared by the ranks of a machine."""
+
+    def states_with(host_gb, ranks=1, **changes):
+        monkeypatch.setattr(fit, "read_free_bytes", lambda: host_gb and host_gb * GB)
+        monkeypatch.setattr(fit, "detect_card", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * GB, 85 * GB))
+        config = dataclasses.replace(config_of(offload_optimizer=True), **{"optimizer_states": "auto"} | changes)
+        return fit.choose_mesh_and_tokens(MODELS["llama-7b"], config, LENGTHS, CUDA, BF16, ranks)[0].states
+
+    assert [states_with(gb) for gb in (None, 100, 60)] == ["fp32", "fp32", "8bit"]
+    with pytest.raises(UsageError, match=r"keeps 94\.3 GB in the host's memory, of which 30\.0 GB are free; take a"):
+        states_with(30)
+    advice = r"of which 60\.0 GB are free; pass --optimizer-states 8bit \(54\.1 GB\), or --optimizer-states 8bit --m"
+    with pytest.raises(UsageError, match=advice):
+        states_with(60, optimizer_states="fp32")
+    with pytest.raises(UsageError, match=r"keeps 33\.7 GB a rank in the host's memory, of which 30\.0 GB are free"):
+        states_with(60, ranks=2, optimizer_states="fp32")
+    assert states_with(70, ranks=2, optimizer_states="fp32") == "fp32"
 
 
 def test_on_a_cpu_2048(monkeypatch):
