@@ -26,6 +26,7 @@ from safetensors import safe_open
 
 from engine.base.errors import DataError, NotFiniteError, summarize_error
 from engine.base.files import sync_file
+from engine.formats.torch_zip import TensorZip
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 DTYPES = {  # by their names in safetensors
@@ -130,7 +131,10 @@ def write_safetensors(
 
 
 def open_pth(path: Path) -> dict[str, Stored]:
-    """Return the tensors of a torch.save file of {name: tensor}, mapped. No code in it runs. Raise DataError."""
+    """Return the tensors of a torch.save file of {name: tensor}, mapped. No code in it runs. Raise DataError.
+
+    The first tensor that is read compares the checksums of all, which torch does not.
+    """
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -145,16 +149,20 @@ def open_pth(path: Path) -> dict[str, Stored]:
         ) from error
     if not isinstance(tensors, dict):
         raise DataError(f"{path.name}: holds a {type(tensors).__name__}, wanted a dict of tensors")
-    stored = {}
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise DataError(f"{path.name}: {name!r} is no plain tensor; wanted a flat dict of tensors")
-        if 0 in tensor.stride() and tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
-            raise DataError(
-                f"{path.name}: {name!r} repeats a value to {tuple(tensor.shape)}; wanted all its numbers stored"
-            )
+    archive = TensorZip(path)
+    archive.check_tensors(tensors)
+
+    def load(tensor: torch.Tensor) -> torch.Tensor:
+        archive.check_sums_once()
+        return tensor.detach()
+
+    stored = {}
+    for name, tensor in tensors.items():
         dtype = tensor.dtype if tensor.dtype in DTYPE_NAMES else str(tensor.dtype)
-        stored[str(name)] = Stored(path.name, tuple(tensor.shape), dtype, as_one_block(tensor.detach))
+        stored[str(name)] = Stored(path.name, tuple(tensor.shape), dtype, as_one_block(partial(load, tensor)))
     return stored
 
 
