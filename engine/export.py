@@ -2,6 +2,7 @@
 
 python -m engine.export --model out/demo --out out/demo-meta --layout meta
 python -m engine.export --model out/demo/checkpoint-40 --out out/demo-40
+python -m engine.export --model out/demo --out demo.gguf --layout gguf --gguf-type q8_0
 """
 
 import sys
@@ -15,33 +16,46 @@ from engine.base.errors import CriaError, DataError, UsageError, run_main
 from engine.base.flags import flag, parse_flags
 from engine.formats.find import detect_kind, find_model
 from engine.formats.save import save_hf, save_meta
+from engine.formats.save_gguf import save_gguf
 from engine.formats.source import Source, open_source
 from engine.model.llama import new_model
 from engine.output.folder import RUN, read_prompt_style, require_disk_space
 from engine.output.state_as_model import TrainingState, open_training_state
 from engine.text.chat_templates import adopt_style, pin_date, settle_template
+from engine.text.gguf_vocabulary import make_vocabulary
 from engine.text.tokenizer import Tokenizer
 from engine.text.tokenizer_files import find_tokenizer
+
+Weights = TrainingState | Source
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write a model as a complete Hugging Face folder, or in Meta's layout."""
+    """Write a model as a complete Hugging Face folder, in Meta's layout, or as a GGUF file for llama.cpp."""
 
     model: str = flag(
         "smollm2-135m",
         "folder (Hugging Face or Meta layout), .gguf file, training state (checkpoint-N), or the embedded smollm2-135m",
     )
     tokenizer: str = flag("", "folder or .gguf of the tokenizer, where the model or the state's run has none at hand")
-    out: str = flag("", "folder to write; it must be new or empty")
-    layout: str = flag("hf", "of the folder written", ("hf", "meta"))
+    out: str = flag("", "folder to write, new or empty; with --layout gguf a new file that ends in .gguf")
+    layout: str = flag("hf", "of what is written", ("hf", "meta", "gguf"))
     dtype: str = flag("auto", "of the weights written; auto keeps what the model has", ("auto", "bf16", "fp16", "fp32"))
+    gguf_type: str = flag(
+        "auto", "of the matrices in a GGUF file; auto keeps what the model has", ("auto", "f32", "f16", "bf16", "q8_0")
+    )
     max_shard_bytes: int = flag(5_000_000_000, "largest safetensors file (hf)")
     debug: bool = flag(False, "show tracebacks")
 
     def __post_init__(self) -> None:
         if not self.out:
             raise ValueError("--out is missing")
+        if (self.layout == "gguf") != self.out.endswith(".gguf"):
+            raise ValueError(f"--out {self.out} and --layout {self.layout}: a GGUF is a file whose name ends in .gguf")
+        if self.gguf_type != "auto" and self.layout != "gguf":
+            raise ValueError("--gguf-type is for --layout gguf; --dtype is that of the other layouts")
+        if self.dtype != "auto" and self.layout == "gguf":
+            raise ValueError("--dtype is for folders; --gguf-type is that of --layout gguf")
         if self.max_shard_bytes < 1:
             raise ValueError(f"--max-shard-bytes is {self.max_shard_bytes}, wanted 1 or more")
 
@@ -68,10 +82,10 @@ def main(argv: list[str]) -> None:
     """Export the model that the command line asks for."""
     config, _ = parse_flags(ExportConfig, argv)
     out = Path(config.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"--out {out}: exists and is not empty; choose another folder")
+    if out.exists() and (config.layout == "gguf" or not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"--out {out}: exists and is not empty; choose another name")
     path = find_model(config.model)
-    source: TrainingState | Source
+    source: Weights
     if detect_kind(path) == "state":
         source = open_training_state(path)
         tokenizer = find_tokenizer_of_state(source, config.tokenizer)
@@ -86,6 +100,28 @@ def main(argv: list[str]) -> None:
         tokenizer = adopt_style(pin_date(tokenizer) if style == "template" else tokenizer, style)
     for warning in tokenizer.warnings:
         print(f"warning: {warning}")
+    if config.layout == "gguf":
+        write_file(out, source, tokenizer, config.gguf_type)
+    else:
+        write_folder(out, source, tokenizer, config)
+
+
+def write_file(out: Path, source: Weights, tokenizer: Tokenizer, kind: str) -> None:
+    """Write a GGUF file. kind: one of save_gguf's, or auto for what the model has."""
+    kinds = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+    kind = kinds[source.dtype] if kind == "auto" else kind
+    vocabulary = make_vocabulary(tokenizer, source.config.vocab_size)
+    size = source.config.n_parameters * {"f32": 4, "q8_0": 34 / 32}.get(kind, 2)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    require_disk_space(out.parent, int(size), "free some, or choose another folder")
+    model = new_model(source.config, "cpu", source.dtype)
+    source.read_into(model)
+    save_gguf(out, model, vocabulary, kind)
+    print(f"wrote {out}: {source.config.n_parameters / 1e6:.1f}M parameters, {kind}")
+
+
+def write_folder(out: Path, source: Weights, tokenizer: Tokenizer, config: ExportConfig) -> None:
+    """Write a folder in Hugging Face's or Meta's layout."""
     dtype = source.dtype if config.dtype == "auto" else DTYPES[config.dtype]
     out.mkdir(parents=True, exist_ok=True)
     require_disk_space(

@@ -61,6 +61,8 @@ DEFAULT_SPLIT = (
     "which may not be how the model was trained; a newer GGUF or the Hugging Face folder says it"
 )
 
+TO_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
 Values = dict[str, Any]  # metadata of a GGUF below tokenizer.ggml
 
 
@@ -117,6 +119,14 @@ def make_sentencepiece_files(values: Values, role_ids: dict[str, int], config: V
     return {"tokenizer.model": content, "tokenizer_config.json": json.dumps(config).encode()}
 
 
+def make_pre_tokenizer(pre: str) -> Values:
+    """Return the pre_tokenizer of a tokenizer.json that splits as SPLITS says."""
+    split = [
+        {"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated", "invert": False} for cut in SPLITS[pre]
+    ]
+    return {"type": "Sequence", "pretokenizers": [*split, TO_BYTES]}
+
+
 def make_byte_level_files(
     path: Path, values: Values, role_ids: dict[str, int], config: Values
 ) -> tuple[dict[str, bytes], list[str]]:
@@ -126,13 +136,9 @@ def make_byte_level_files(
     if pre not in SPLITS:
         known = ", ".join(sorted({*SPLITS, *ALIASES}))
         raise DataError(f"{path}: got the pre-tokenizer {pre!r}, wanted one of {known}; use the Hugging Face folder")
-    split = [
-        {"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated", "invert": False} for cut in SPLITS[pre]
-    ]
-    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     spec = {
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*split, to_bytes]},
-        "decoder": to_bytes,
+        "pre_tokenizer": make_pre_tokenizer(pre),
+        "decoder": TO_BYTES,
         "model": {
             "type": "BPE", "ignore_merges": pre in WHOLE_WORDS,
             "vocab": {token: id for id, token in enumerate(tokens)}, "merges": values.get("merges", []),

@@ -1,0 +1,154 @@
+"""Our Transformer written as a GGUF file, which llama.cpp and what is built on it read.
+
+    type    matrices                          vectors (norms, biases, factors of RoPE)
+    f32     fp32                              fp32
+    f16     fp16                              fp32
+    bf16    bf16                              fp32
+    q8_0    blocks of 32: an fp16 scale d and   fp32
+            codes round(x / d), d = max|x| / 127
+
+Rows of q and k stand in neighbouring pairs, as llama.cpp rotates them. A matrix whose rows are no multiple of 32 stays
+in fp16 under q8_0. Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import kernels
+from engine.base.errors import UsageError
+from engine.formats.folders import replace_files
+from engine.formats.names import halves_to_pairs, list_pieces
+from engine.model.config import ModelConfig, RopeScaling
+from engine.model.llama import Transformer
+from engine.model.rope import frequencies, yarn_attention_factor
+
+KINDS = {"f32": ("F32", "ALL_F32"), "f16": ("F16", "MOSTLY_F16"), "bf16": ("BF16", "MOSTLY_BF16"),
+         "q8_0": ("Q8_0", "MOSTLY_Q8_0")}  # fmt: skip
+
+
+def save_gguf(path: Path, model: Transformer, vocabulary: dict[str, Any], kind: str) -> None:
+    """Write a model as one file. vocabulary: the tokenizer's metadata; kind: one of KINDS.
+
+    Raise UsageError for a shape that GGUF cannot express and where the gguf package is missing, and OSError; the path
+    then holds what it held before.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise UsageError("--layout gguf wants the gguf package; pip install 'cria-engine[gguf]'") from error
+    metadata = describe_model(model.config) | vocabulary
+    path = Path(path)
+    replace_files(path.parent, {path.name: lambda file: write_gguf(gguf, file, model, metadata, kind)}, r"(?!)")
+
+
+def describe_model(config: ModelConfig) -> dict[str, Any]:
+    """Return the metadata of a shape. Raise UsageError for one that GGUF cannot express."""
+    return {
+        "general.type": "model",
+        "llama.block_count": config.n_layers,
+        "llama.context_length": config.max_seq_len,
+        "llama.embedding_length": config.dim,
+        "llama.feed_forward_length": config.hidden_dim,
+        "llama.attention.head_count": config.n_heads,
+        "llama.attention.head_count_kv": config.n_kv_heads,
+        "llama.rope.freq_base": float(config.rope_theta),
+        "llama.attention.layer_norm_rms_epsilon": float(config.norm_eps),
+        "llama.attention.key_length": config.head_dim,
+        "llama.attention.value_length": config.head_dim,
+        "llama.vocab_size": config.vocab_size,
+        "llama.rope.dimension_count": config.head_dim,
+        **describe_rope(config.rope_scaling),
+    }
+
+
+def describe_rope(scaling: RopeScaling | None) -> dict[str, Any]:
+    """Return the metadata of a scaling. That of llama3 is in a tensor. Raise UsageError for one that GGUF has not."""
+    prefix = "llama.rope.scaling."
+    if scaling is None or scaling.kind == "llama3":
+        return {}
+    if scaling.kind == "linear":
+        return {f"{prefix}type": "linear", f"{prefix}factor": float(scaling.factor)}
+    usual = RopeScaling(
+        kind="yarn", factor=scaling.factor, original_max_seq_len=scaling.original_max_seq_len,
+        attention_factor=yarn_attention_factor(scaling.factor),
+    )  # fmt: skip
+    if scaling != usual:
+        raise UsageError(
+            f"--layout gguf: llama.cpp's llama knows no RoPE like {scaling}; wanted linear, llama3 or the usual yarn"
+        )
+    return {
+        f"{prefix}type": "yarn", f"{prefix}factor": float(scaling.factor),
+        f"{prefix}original_context_length": scaling.original_max_seq_len,
+    }  # fmt: skip
+
+
+def write_gguf(gguf: Any, path: Path, model: Transformer, metadata: dict[str, Any], kind: str) -> None:
+    """Write the file, one tensor after the other."""
+    quantisation, file_type = KINDS[kind]
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in metadata.items():
+        add_value(writer, key, value)
+    writer.add_file_type(getattr(gguf.LlamaFileType, file_type))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    tensors = list_gguf_tensors(model)
+    types = {name: choose_type(gguf, quantisation, shape) for name, shape in tensors.items()}
+    for name, shape in tensors.items():
+        n_elements, n_bytes = gguf.GGML_QUANT_SIZES[types[name]]
+        size = int(np.prod(shape)) // n_elements * n_bytes
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), size, types[name])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, type in types.items():
+        rows = load_gguf_tensor(model, name).float().contiguous().numpy()
+        writer.write_tensor_data(np.ascontiguousarray(gguf.quantize(rows, type)))
+    writer.close()
+
+
+def add_value(writer: Any, key: str, value: Any) -> None:
+    """Add a number, a bool, a text, or a list of one kind of these to the metadata."""
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+def choose_type(gguf: Any, quantisation: str, shape: tuple[int, ...]) -> Any:
+    """Return how a tensor is stored: vectors in fp32, and a matrix whose rows no block divides in fp16."""
+    types = gguf.GGMLQuantizationType
+    if len(shape) == 1:
+        return types.F32
+    divides = shape[-1] % gguf.GGML_QUANT_SIZES[types[quantisation]][0] == 0
+    return types[quantisation] if divides else types.F16
+
+
+FACTORS = "rope_freqs.weight"
+
+
+def list_gguf_tensors(model: Transformer) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor by its name."""
+    config = model.config
+    tensors = {name: piece.shape for name, piece in list_pieces(config, "gguf").items()}
+    if config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
+        tensors[FACTORS] = (config.head_dim // 2,)
+    return tensors
+
+
+def load_gguf_tensor(model: Transformer, name: str) -> torch.Tensor:
+    """Return one tensor of the file, in the dtype of the model."""
+    config = model.config
+    if name == FACTORS:
+        scaled = frequencies(config.head_dim, config.rope_theta, config.rope_scaling).double()
+        return kernels.rope_frequencies(config.head_dim, config.rope_theta).double() / scaled
+    piece = list_pieces(config, "gguf")[name]
+    rows = piece.rows_of({name: p.detach() for name, p in model.named_parameters()})
+    return halves_to_pairs(rows, piece.paired_heads) if piece.paired_heads else rows
