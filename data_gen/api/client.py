@@ -66,16 +66,15 @@ class Client:
         # An older server knows only max_tokens, ignores the newer name and may then write for ever.
         self.dialect = Dialect(limit="max_completion_tokens" if host == OPENAI_HOST else "max_tokens")
         is_azure = AZURE.fullmatch(host) is not None
-        headers: dict[str, Any] = {"api-key": key} if key and (is_azure or "api-version" in query) else {}
-        if headers and is_azure:  # which takes another kind of key in this header
-            headers["Authorization"] = openai.Omit()
+        hooks = {"request": [drop_authorization]} if is_azure else {}
         self.api = openai.AsyncOpenAI(
             base_url=parts._replace(query="", fragment="").geturl(),
             api_key=key or "none",
             max_retries=0,
             timeout=openai.Timeout(None, connect=min(CONNECT_S, timeout_s)),  # wait_awake() has the limit
             default_query=query,
-            default_headers=headers,
+            default_headers={"api-key": key} if key and (is_azure or "api-version" in query) else {},
+            http_client=openai.DefaultAsyncHttpxClient(event_hooks=hooks),
         )
 
     async def close(self) -> None:
@@ -129,6 +128,11 @@ class Client:
         """Return the headers that Rate uses, with lower-case names."""
         lower = {name.lower(): self.hide_key(value) for name, value in headers.items()}
         return {name: value for name, value in lower.items() if name.startswith(("retry-after", "x-ratelimit-"))}
+
+
+async def drop_authorization(request: Any) -> None:
+    """Take the header out of a request in which Azure would look for another kind of key."""
+    request.headers.pop("authorization", None)
 
 
 async def wait_awake(call: Awaitable[Result], seconds: float) -> Result:

@@ -6,6 +6,7 @@ import itertools
 import json
 import socket
 import struct
+import time
 
 import pytest
 from hypothesis import given
@@ -13,8 +14,8 @@ from hypothesis import strategies as st
 
 from data_gen.api.answers import Answer, is_completion, judge_success, read_answer
 from data_gen.api.bill import Bill
-from data_gen.api.client import Client, Reply, find_api_key
-from data_gen.api.dialect import FORMAT_NAMES, Dialect, Sampling
+from data_gen.api.client import Client, Reply, find_api_key, hide_secrets, wait_awake
+from data_gen.api.dialect import FORMAT_NAMES, Dialect, Sampling, keeps_format
 from data_gen.api.errors import BLOCKED, OUT_OF_MONEY, classify_error, extract_message, read_json
 from data_gen.api.prompt import FORMATS, read_seed_tasks, read_topics
 from data_gen.base.cli import UsageError
@@ -683,3 +684,170 @@ def test_the_first_dialect_is_that_of_the_host():
     assert Client("http://localhost:1/v1", "", 1).dialect == Dialect("json_schema", "max_tokens", True)
     with pytest.raises(UsageError):
         Client("localhost:1/v1", "", 1)
+
+
+# ---- answers of reasoning alone, formats that are ignored, marks before the JSON -------------------------------------
+
+ALONE = {
+    "reasoning_content": ({"content": None, "reasoning_content": "Let me think."}, {}),
+    "reasoning": ({"content": "", "reasoning": "Let me think."}, {}),
+    "details": ({"content": " \n", "reasoning_details": [{"text": "Let me think."}]}, {}),
+    "parts": ({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "Let me think."}]}]}, {}),
+    "usage alone": ({"content": None}, {"completion_tokens_details": {"reasoning_tokens": 7}}),
+    "hidden usage": ({"content": ""}, {"total_tokens": 500, "reasoning_tokens": 488}),
+    "a thought without an end": ({"content": "<think>Let me see {\"tasks\": ["}, {}),
+    "a thought in capitals": ({"content": "\n<Thinking>Let me see"}, {}),
+}  # fmt: skip
+
+
+def think(message, usage, finish="length"):
+    choice = {"message": message, "finish_reason": finish}
+    return read_answer(json.dumps({"choices": [choice], "usage": COMPLETION["usage"] | usage}))
+
+
+@pytest.mark.parametrize("message, usage", ALONE.values(), ids=ALONE)
+def test_an_answer_of_reasoning_alone_is_known(message, usage):
+    assert think(message, usage).is_reasoning_alone and think(message, usage, "stop").is_reasoning_alone
+    assert not think(message, usage, "content_filter").is_reasoning_alone
+    assert not think(message | {"refusal": "No."}, usage).is_reasoning_alone
+
+
+@pytest.mark.parametrize("message", [
+    {"content": "hello", "reasoning_content": "Let me think."}, {"content": ""}, {"content": None},
+    {"content": "<think>Let me see.</think>hello"}, {"content": "hello <think>"},
+    {"content": [{"type": "thinking", "thinking": "x"}, {"type": "text", "text": "hello"}]},
+])  # fmt: skip
+def test_an_answer_of_another_kind_is_not_of_reasoning_alone(message):
+    assert not think(message, {}).is_reasoning_alone
+
+
+TASKS = '{"tasks": [{"instruction": "a", "input": "", "output": "b"}]}'
+
+
+@pytest.mark.parametrize("format, text, kept", [
+    ("json_schema", TASKS, True), ("json_schema", f"\n\ufeff{TASKS}\n", True), ("json_schema", '{"tasks": []}', True),
+    ("json_object+schema", TASKS, True), ("json_object", TASKS, True), ("json_object", "{}", True), ("text", "x", True),
+    ("json_schema", f"```json\n{TASKS}\n```", False), ("json_schema", "Sure!", False), ("json_schema", "{}", False),
+    ("json_schema", '{"tasks": {}}', False), ("json_schema", '{"tasks": [], "more": 1}', False),
+    ("json_schema", '{"tasks": [{"instruction": "a", "input": "", "output": 5}]}', False),
+    ("json_schema", '{"tasks": [{"instruction": "a", "output": "b"}]}', False), ("json_schema", "[" * 10_000, False),
+    ("json_object+schema", '{"tasks": 5}', False), ("json_object", "[]", False), ("json_object", "5", False),
+])  # fmt: skip
+def test_whether_an_answer_keeps_to_its_format(format, text, kept):
+    assert keeps_format(text, FORMATS[format]) is kept
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_mark_before_the_json_is_no_part_of_it(encoding):
+    text = ANSWER.replace("hello", "é")
+    data = text.encode(encoding)
+    head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+    reply = one(sends(head + data))
+    assert (reply.kind, reply.body) == ("answer", text)
+
+
+# ---- Azure, secrets of an address, a clock that stands still ---------------------------------------------------------
+
+
+def test_azures_version_and_header_are_sent():
+    async def main():
+        async def serve(reader, writer):
+            heads.append((await reader.readuntil(b"\r\n\r\n")).decode())
+            writer.write(response(ANSWER))
+            await writer.drain()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        client = Client(f"http://127.0.0.1:{port}/openai/deployments/d?api-version=2026-06-01&x=a+b", KEY, 5)
+        reply = await client.send({"model": "m", "messages": []})
+        await client.close()
+        server.close()
+        return reply
+
+    pytest.importorskip("openai")
+    heads = []
+    assert asyncio.run(main()).kind == "answer"
+    line, *headers = heads[0].split("\r\n")
+    assert line.split()[1] == "/openai/deployments/d/chat/completions?api-version=2026-06-01&x=a+b"
+    assert f"api-key: {KEY}" in headers
+
+
+@pytest.mark.parametrize("host, bearer, own", [
+    ("mine.openai.azure.com", False, True), ("mine.services.ai.azure.com", False, True), ("x.azure-api.net", False, True),
+    ("api.openai.com", True, False), ("azure.com.example.org", True, False),
+])  # fmt: skip
+def test_azure_takes_the_key_in_its_own_header_alone(host, bearer, own, monkeypatch):
+    pytest.importorskip("openai")
+    client, seen = Client(f"https://{host}/v1", KEY, 5), []
+
+    async def handle(request):
+        seen.append(request.headers)
+        raise client.openai.APIConnectionError(request=request)
+
+    monkeypatch.setattr(client.api._client._transport, "handle_async_request", handle)
+    monkeypatch.setattr(client.api._client, "_mounts", {})
+    assert asyncio.run(client.send({"model": "m", "messages": []})).kind == "lost"
+    (headers,) = seen
+    assert (headers.get("authorization") == f"Bearer {KEY}", headers.get("api-key") == KEY) == (bearer, own)
+
+
+@pytest.mark.parametrize("address, shown", [
+    ("https://x.org/v1?api-version=2026-06-01", "https://x.org/v1?api-version=2026-06-01"),
+    ("https://mary:Tr0ub4dor@x.org/v1", "https://x.org/v1"),
+    ("https://x.org/v1?key=AIza-0123456789&api-version=2", "https://x.org/v1?key=[key]&api-version=2"),
+])  # fmt: skip
+def test_an_address_is_shown_without_secrets(address, shown):
+    assert hide_secrets(address) == shown
+
+
+def test_a_404_from_an_address_without_a_version_says_what_may_be_missing():
+    pytest.importorskip("openai")
+    body = {"error": "Unexpected endpoint or method. (POST /chat/completions)"}
+    for path, hinted in (("", True), ("/api", True), ("/v1", False), ("/api/v1beta/openai", False)):
+        client = Client(f"http://localhost:1{path}", "", 1)
+        reply = client.make_reply(*judge_success(json.dumps(body)), json.dumps(body), {}, 0.0)
+        assert (reply.kind, reply.status) == ("fatal", 404) and ("/v1" in reply.hint) is hinted
+
+
+def test_a_router_that_limits_the_money_in_flight_is_waited_for():
+    pytest.importorskip("openai")
+    client = Client("http://localhost:1/v1", "", 1)
+    assert client.make_reply("fatal", 402, "{}", {}, 0.0).kind == "fatal"
+    reply = client.make_reply("fatal", 402, "{}", {"retry-after": "3"}, 0.0)
+    assert reply.kind == "failed" and reply.is_rate_limit and reply.describe_load()["retry_after"] == 3
+
+
+def test_a_process_that_did_not_run_has_not_waited(monkeypatch):
+    """The loop is held up for longer than the time-out, as on a machine that is asleep or too busy."""
+    from data_gen.api import client
+
+    monkeypatch.setattr(client, "TICK_S", 0.05)
+
+    async def main():
+        async def answer():
+            for _ in range(5):
+                await asyncio.sleep(0.02)
+                time.sleep(0.2)
+            return "answer"
+
+        return await wait_awake(answer(), 0.5)
+
+    assert asyncio.run(main()) == "answer"
+
+
+def test_a_call_that_takes_too_long_is_ended(monkeypatch):
+    ended = []
+
+    async def main():
+        async def hang():
+            try:
+                await asyncio.sleep(60)
+            finally:
+                ended.append(True)
+
+        with pytest.raises(asyncio.TimeoutError):
+            await wait_awake(hang(), 0.1)
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+    assert ended
