@@ -17,7 +17,7 @@ from tests.helpers.readers import READERS, find_patterns, list_all_units, measur
 @pytest.mark.parametrize("name", READERS)
 def test_time_grows_as_a_line_does(name):
     for unit, _, wrong in measure_reader(name):
-        assert not wrong, f"{ascii(unit)}: {wrong}"
+        assert not wrong, f"{unit!a}: {wrong}"
 
 
 def test_every_pattern_gives_texts():

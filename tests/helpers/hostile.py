@@ -72,16 +72,16 @@ def draw_member(items, rng):
 
 
 def list_units(pattern, most=160):
-    """Return pieces of texts that a pattern nearly matches, (lead, unit, tail), the same every time."""
-    rng, nodes, units = random.Random(ascii(pattern.pattern)), parser.parse(pattern.pattern, pattern.flags), {}
-    for _ in range(40 * most):
-        if len(units) == most:
-            break
-        text = draw_text(nodes, rng)
-        if not text:
-            continue
+    """Return pieces of texts that a pattern nearly matches, (lead, unit, tail), the same every time.
+
+    First come its characters, each alone; then so many random pieces.
+    """
+    rng, nodes = random.Random(ascii(pattern.pattern)), parser.parse(pattern.pattern, pattern.flags)
+    texts = [text for text in (draw_text(nodes, rng) for _ in range(4 * most)) if text]
+    units = {("", char, ""): None for char in sorted(set("".join(texts)))}
+    for text in texts[:most]:
         start = rng.randrange(len(text))
-        unit = text[start : start + rng.choice((1, 1, 2, 3, 5, 8, 13, 40))]
+        unit = text[start : start + rng.choice((1, 2, 3, 5, 8, 13, 40))]
         lead = text[:start] if rng.random() < 0.5 else ""
         units[lead, unit, rng.choice(TAILS)] = None
     return list(units)
@@ -102,10 +102,14 @@ def measure_cpu_s(call, *args, times=3):
     return min(seconds)
 
 
-def find_worst(call, units, n, most=3):
-    """Return the units whose texts of n characters take a call the longest, the longest first."""
-    timed = sorted(((measure_cpu_s(call, build_text(*unit, n), times=1), unit) for unit in units), reverse=True)
-    return [unit for _, unit in timed[:most]]
+def find_worst(call, units, n, most=2):
+    """Return the units whose texts take a call the longest, and those whose time grows most from n to 8 n characters."""
+    timed = [(measure_cpu_s(call, build_text(*unit, n), times=1), unit) for unit in units]
+    short = sorted(timed, reverse=True)[: 30 * most]
+    long = [(measure_cpu_s(call, build_text(*unit, 8 * n), times=1), seconds, unit) for seconds, unit in short]
+    slow = [unit for _, _, unit in sorted(long, reverse=True)[:most]]
+    growing = sorted(long, key=lambda found: found[0] / max(found[1], 1e-5), reverse=True)
+    return list(dict.fromkeys([*slow, *(unit for _, _, unit in growing[:most])]))
 
 
 def measure_growth(call, unit, n):
