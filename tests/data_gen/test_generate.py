@@ -1,5 +1,7 @@
 """data_gen.generate as a user runs it, against a server that fails on purpose: nothing is lost or paid for twice."""
 
+import base64
+import datetime
 import hashlib
 import json
 import os
@@ -19,12 +21,13 @@ pytest.importorskip("openai")
 pytest.importorskip("rapidfuzz")
 
 from data_gen import generate as module
+from data_gen.api import prices
 from data_gen.api.prompt import Prompter, read_seed_tasks
 from data_gen.api.running import stop_run
 from data_gen.base.cli import run_for_exit_code
 from engine.data.rows import read_rows
 from tests.helpers.forks import Started
-from tests.helpers.openai_server import DIALECTS, Reply, Server, request_key
+from tests.helpers.openai_server import DIALECTS, Reply, Server, error, request_key
 from tests.helpers.run import ROOT, command, environment
 
 FAULTS = {"429_ms": 0.1, "500": 0.1, "503": 0.05, "reset": 0.05, "reset_body": 0.1, "502_html": 0.05, "lost": 0.05}
@@ -78,6 +81,12 @@ def done(out):
     with sqlite3.connect(f"file:{out / 'ledger.sqlite'}?mode=ro", uri=True) as db:
         sql = "SELECT request FROM received JOIN sent USING (attempt) WHERE kind IN ('answer', 'refused')"
         return {number for (number,) in db.execute(sql)}
+
+
+def sent(out):
+    """Return the numbers of the requests whose intent is in the ledger."""
+    with sqlite3.connect(f"file:{out / 'ledger.sqlite'}?mode=ro", uri=True) as db:
+        return {number for (number,) in db.execute("SELECT request FROM sent")}
 
 
 def server_keys(numbers, **settings):
@@ -161,7 +170,10 @@ def test_killed_again_and_again_it_is_the_same_dataset_and_nothing_recorded_is_a
             process.kill()
             process.communicate()
             kills += 1
-            time.sleep(0.1)  # the server notices
+            while server.stats()["in_flight"]:  # until the server notices
+                time.sleep(0.01)
+            arrived = {entry["key"] for entry in server.log}
+            assert arrived <= server_keys(sent(tmp_path)), "a request reached the server before it was on the disk"
             known.append((len(server.log), server_keys(done(tmp_path))))
         assert kills >= 3, "it was done before it could be killed"
         assert generate(server, tmp_path, "--rows", 600) == 0
@@ -170,7 +182,11 @@ def test_killed_again_and_again_it_is_the_same_dataset_and_nothing_recorded_is_a
     for arrived, keys in known:
         assert not keys & set(log[arrived:]), "a request whose answer was recorded was sent again"
     assert (tmp_path / "dataset.json").read_bytes() == (unbroken / "dataset.json").read_bytes()
-    assert about(tmp_path)["cost"]["uncertain_usd"] > 0, "what was in flight at a kill may have been billed"
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as db:
+        sql = "SELECT coalesce(sum(reserved), 0) FROM sent LEFT JOIN received USING (attempt) WHERE kind"
+        in_flight, lost = (db.execute(f"{sql} {state}").fetchone()[0] for state in ("IS NULL", "= 'lost'"))
+    assert in_flight > 0, "nothing was in flight at a kill"
+    assert about(tmp_path)["cost"]["uncertain_usd"] == (in_flight + lost) / 10**12, "both may have been billed"
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
@@ -347,6 +363,77 @@ def test_a_tier_with_prices_of_its_own_needs_them(tmp_path, capsys):
     words = ["--model", "gpt-5.4", "--max-usd", "1", "--extra", '{"service_tier": "priority"}']
     assert run_for_exit_code(module.main, [*words, "--out", str(tmp_path / "out")]) == 2
     assert "pass its --price-in and --price-out" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_key_in_other_forms_is_nowhere(tmp_path, capsys):
+    """Neither escaped, nor encoded, nor in what the rows decode to."""
+    codes = "".join(f"\\u{ord(char):04x}" for char in KEY)
+    encoded = base64.b64encode(f"Bearer {KEY}".encode()).decode()
+    percents = "".join(f"%{ord(char):02x}" for char in KEY)
+
+    def echo(key, body):
+        rng = random.Random(key)
+        words = " ".join("".join(rng.choices("abcdefghij", k=6)) for _ in range(8))
+        fields = (
+            f'"instruction": "Explain {words}: {codes}", "input": "{encoded}", "output": "It is {codes} {percents}."'
+        )
+        return f'{{"tasks": [{{{fields}}}]}}'
+
+    with Server(seed=3, answer=echo) as server:
+        generate(server, tmp_path, "--rows", 5, "--tasks-per-request", 1)
+    assert len(rows_of(tmp_path)) == 5
+    said = capsys.readouterr()
+    for form in (KEY, encoded[10:-4], percents, KEY[3:]):
+        assert form not in said.out + said.err
+        for path in tmp_path.iterdir():
+            assert form.encode() not in path.read_bytes(), path.name
+    assert all("[key]" in row[field] for row in rows_of(tmp_path) for field in ("instruction", "input", "output"))
+
+
+def test_a_server_that_ignores_the_format_is_told_once(tmp_path, capsys):
+    with Server(seed=3, items=5, ignores=["response_format"]) as server:
+        assert generate(server, tmp_path, "--rows", 60, "--tasks-per-request", 5) == 0
+    said = capsys.readouterr().err
+    assert said.count("the server takes json_schema and does not keep to it") == 1 and "understands" not in said
+    assert len(rows_of(tmp_path)) == 60
+
+
+@pytest.mark.parametrize("enforced", [True, False])
+def test_a_schema_beside_json_object_is_tried_before_json_object_alone(tmp_path, enforced):
+    seen = []
+
+    class Strict(Server):
+        def gate(self, request, body, entry):
+            form = body.get("response_format") or {}
+            seen.append((form.get("type"), "schema" in form))
+            if form.get("type") == "json_schema" or ("schema" in form and not enforced):
+                return error(self.options, 400, "response_format: unknown")
+            return super().gate(request, body, entry)
+
+    with Strict(seed=3, items=5) as server:
+        assert generate(server, tmp_path, "--rows", 30, "--tasks-per-request", 5) == 0
+    assert seen[:2] == [("json_schema", False), ("json_object", True)]
+    assert set(seen[2:]) == {("json_object", enforced)}
+
+
+def test_a_price_that_would_never_end_is_refused_at_once(tmp_path, capsys):
+    words = ["--model", "m", "--price-in", "1e-99999999", "--price-out", "0", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="2"):
+        module.main(words)
+    assert "got '1e-99999999', wanted dollars from 0 to a million" in capsys.readouterr().err
+
+
+def test_a_model_near_its_end_is_told(tmp_path, capsys, monkeypatch):
+    class Day(datetime.date):
+        @classmethod
+        def today(cls):
+            return cls(2027, 3, 1)
+
+    monkeypatch.setattr(prices.datetime, "date", Day)
+    monkeypatch.setenv("OPENAI_API_KEY", "x y")
+    words = ["--model", "gpt-5.1", "--out", str(tmp_path / "out")]
+    assert run_for_exit_code(module.main, words) == 2
+    assert "warning: gpt-5.1 was announced to end on 2027-04-01, in 31 days" in capsys.readouterr().err
 
 
 def test_a_password_in_the_address_is_nowhere(tmp_path, capsys):

@@ -22,7 +22,7 @@ SAMPLES = {  # a member or two of each category
 }  # fmt: skip
 ANYTHING = string.ascii_lowercase + " .,:\"'\n-1é字"
 TAILS = ("", "\0", "\n", "a")
-FACTOR = 1000  # by which a reader may be slower than what finds words; a window of 2,000 characters makes it 5,000
+FACTOR = 2800  # by which a reader may be slower than what finds words; a window of 2,000 characters makes it 5,500
 MIN_S, ALLOWED = 0.05, 8  # growth for four times the text is judged above MIN_S; linear is 4, quadratic 16
 
 
@@ -103,7 +103,7 @@ def measure_cpu_s(call, *args, times=3):
 
 
 def find_worst(call, units, n, most=2):
-    """Return the units whose texts take a call the longest, and those whose time grows most from n to 8 n characters."""
+    """Return the units whose texts take a call the longest, and those whose time grows most from n to 8 n."""
     timed = [(measure_cpu_s(call, build_text(*unit, n), times=1), unit) for unit in units]
     short = sorted(timed, reverse=True)[: 30 * most]
     long = [(measure_cpu_s(call, build_text(*unit, 8 * n), times=1), seconds, unit) for seconds, unit in short]

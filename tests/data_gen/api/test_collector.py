@@ -1,8 +1,10 @@
 """The collecting loop against a server that is a function: caps hold, order is kept, failures are sorted out."""
 
 import asyncio
+import contextlib
 import json
 import random
+import sqlite3
 import time
 from collections import Counter
 from dataclasses import replace
@@ -152,6 +154,33 @@ def test_outcomes_are_taken_in_the_order_of_their_requests_however_they_come(mak
         assert [entry.request for entry in collector.curator.entries][:200] == list(range(200))
 
 
+def test_each_step_is_on_the_disk_before_the_next(make):
+    """The intent before the request, the answer before the curator has it: another process would find them there."""
+    collector, wrong = make(failing([("failed", 500)]), 60), []
+    send, add_outcome = collector.client.send, collector.curator.add_outcome
+
+    def count(table, number):
+        sql = {"sent": "SELECT count(*) FROM sent WHERE request = ?"}
+        sql["received"] = (
+            "SELECT count(*) FROM received JOIN sent USING (attempt) WHERE request = ? AND kind = 'answer'"
+        )
+        with contextlib.closing(sqlite3.connect(f"file:{collector.ledger.path}?mode=ro", uri=True)) as db:
+            return db.execute(sql[table], (number,)).fetchone()[0]
+
+    async def checked(body):
+        number, before = body["number"], collector.client.asked.count(body["number"])
+        wrong.extend(["sent"] * (count("sent", number) != before + 1))
+        return await send(body)
+
+    def take(entry):
+        wrong.extend(["received"] * (count("received", entry.request) != 1))
+        add_outcome(entry)
+
+    collector.client.send, collector.curator.add_outcome = checked, take
+    run(collector)
+    assert len(collector.client.asked) >= 120 and not wrong
+
+
 def test_nothing_is_asked_that_the_dataset_does_not_need(make):
     collector = run(make(answer, 10))
     assert sorted(collector.client.asked) == list(range(10))
@@ -203,6 +232,100 @@ def test_one_that_always_fails_is_left_out_when_nothing_else_is_needed(make, bad
     assert len(set(collector.client.asked)) <= 20 + 8
     totals, lost = collector.ledger.compute_totals(), collector.client.asked.count(bad) if kind == "lost" else 0
     assert totals.spent + totals.uncertain == 20 * totals.answers + 50 * lost == collector.budget.committed
+
+
+def thinking(number, times, body):
+    choice = {"message": {"content": None, "reasoning_content": "hm"}, "finish_reason": "length"}
+    usage = {"prompt_tokens": 10, "completion_tokens": 10}
+    return Reply("answer", 200, json.dumps({"choices": [choice], "usage": usage}))
+
+
+def test_answers_of_reasoning_alone_end_the_run_before_the_money_is_gone(make):
+    collector = make(thinking, 10**6)
+    with pytest.raises(
+        Failure, match=r"last \d answers are reasoning alone.*--max-output-tokens 50 .*reasoning_effort"
+    ):
+        run(collector)
+    assert len(collector.client.asked) <= 3 + 64
+    slow = make(thinking, 10**6, concurrency=1)
+    with pytest.raises(Failure, match="last 3 answers are reasoning alone"):
+        run(slow)
+    assert slow.client.asked == [0, 1, 2]
+
+
+def test_some_answers_of_reasoning_alone_are_borne(make):
+    def some(number, times, body):
+        return thinking(number, times, body) if number % 4 == 3 else answer(number, times, body)
+
+    assert run(make(some, 200)).curator.is_full
+    late = make(lambda n, t, b: answer(n, t, b) if n < 9 else thinking(n, t, b), 10**6, concurrency=1)
+    with pytest.raises(Failure, match="last 20 answers are reasoning alone"):
+        run(late)
+    assert late.client.asked == list(range(9 + 20))
+
+
+FORMAT = {"type": "json_object", "schema": {"type": "object", "required": ["tasks"]}}
+
+
+@pytest.mark.parametrize("texts, said", [
+    (["Sure!", "Sure!", '{"tasks": 1}'], 1), (['{"tasks": 1}'] * 3, 0), (['{"tasks": 1}', "Sure!"], 1), (["", " "], 0),
+])  # fmt: skip
+def test_a_server_that_takes_a_format_and_ignores_it_is_told_once(make, texts, said):
+    def reply(number, times, body):
+        message = {"content": texts[number % len(texts)]}
+        usage = {"prompt_tokens": 10, "completion_tokens": 10}
+        choice = {"message": message, "finish_reason": "stop"}
+        return Reply("answer", 200, json.dumps({"choices": [choice], "usage": usage}))
+
+    collector = make(reply, 30)
+    prepare = collector.builder.prepare
+
+    def with_format(number, dialect):
+        prepared = prepare(number, dialect)
+        return replace(prepared, body=prepared.body | {"response_format": FORMAT})
+
+    collector.builder.prepare = with_format
+    lines = [line for line in run(collector).progress.said if "does not keep to it" in line]
+    assert len(lines) == said and all("json_object with a schema" in line for line in lines)
+
+
+@pytest.mark.parametrize("usage, said", [
+    ({"total_tokens": 45}, "25 tokens more than completion_tokens; they are counted"),
+    ({"cost": 0.5}, "the server names $0.500000 for an answer of"), ({"completion_tokens": None}, "tells no usage"),
+])  # fmt: skip
+def test_a_bill_that_is_not_what_it_seems_is_told_once(make, usage, said):
+    told = {"prompt_tokens": 10, "completion_tokens": 10} | usage
+    choice = {"message": {"content": "{}"}, "finish_reason": "stop"}
+    body = json.dumps({"choices": [choice], "usage": told})
+    collector = run(make(lambda *_: Reply("answer", 200, body), 20))
+    assert sum(said in line for line in collector.progress.said) == 1
+
+
+def test_time_in_which_the_process_did_not_run_is_not_the_servers_silence(make):
+    """A machine that is asleep or too busy for a while has heard nothing, and the server is not at fault."""
+
+    def reply(number, times, body):
+        return Reply("failed", 500, "no") if number == 0 and times < 4 else answer(number, times, body)
+
+    collector, stood_still = make(reply, 5, patience_s=30), [0.0]
+    send = collector.client.send
+    collector.rate.clock = lambda: time.monotonic() + stood_still[0]
+
+    async def held_up(body):
+        stood_still[0] += 1000  # seconds on the clock, while nothing of the process runs
+        return await send(body)
+
+    collector.client.send = held_up
+    assert run(collector).curator.is_full
+
+
+def test_what_lies_behind_a_missing_answer_is_given_to_the_curator_in_the_end(make):
+    collector = make(lambda n, t, b: Reply("failed", 500, "no") if n == 2 else answer(n, t, b), 10**6, cap=50 * 40)
+    collector.limits = replace(collector.limits, max_attempts=10**6)
+    assert run(collector).status == "cap reached" and collector.curator.rows == [0, 1]
+    collector.take_rest()
+    assert collector.curator.rows == sorted(collector.done) and len(collector.done) > 20
+    assert collector.ledger.list_missing()[0] == 2
 
 
 class Votes(Curator):

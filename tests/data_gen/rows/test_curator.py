@@ -111,6 +111,26 @@ def test_what_is_lost_hides_no_later_twin():
     assert [row["output"] for row in curator.rows] == [GOOD["output"]]
 
 
+def test_what_decontamination_drops_hides_no_later_twin():
+    """Nor is a row that gives an evaluation prompt away in the index of duplicates."""
+    leaked = GOOD | {"output": "the prompt"}
+    decontaminator = SimpleNamespace(find_match=lambda item: "the prompt" if item["output"] == "the prompt" else None)
+    curator = curated(entry(0, [leaked]), entry(1, [GOOD, leaked, GOOD]), decontaminator=decontaminator)
+    assert [row["output"] for row in curator.rows] == [GOOD["output"]]
+    assert reasons(curator) == ["evaluation prompt", "evaluation prompt", "duplicate"]
+
+
+def test_an_answer_of_reasoning_alone_has_a_reason_of_its_own():
+    curator = curated(entry(0, "", finish="length", reasoning_content="Let me think."), entry(1, [GOOD]))
+    assert reasons(curator) == ["reasoning alone"] and len(curator.rows) == 1 and curator.items == 1
+    assert curator.kept_by_request == [0, 1] and curator.summarize()["answers"] == 2
+
+
+def test_requests_without_an_outcome_are_left_out():
+    curator = curated(entry(0, [GOOD]), entry(7, [OTHER]))
+    assert [row["provenance"]["request"] for row in curator.rows] == [0, 7] and curator.last_request == 7
+
+
 def test_it_stops_at_as_many_rows_as_wanted():
     curator = curated(entry(0, [GOOD, OTHER]), entry(1, [OTHER]), wanted=1)
     assert len(curator.rows) == 1 and curator.is_full and not curator.lost

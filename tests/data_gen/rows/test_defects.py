@@ -336,6 +336,27 @@ def test_tasks_in_other_languages_are_judged_by_their_own_rules():
     assert reason(task("Fasse ihn zusammen.", "https://spiegel.de/a", "Kurz."), "de") == "URL"
 
 
+LINE = "Wash the cups."  # of more than 12 characters
+
+
+@pytest.mark.parametrize("lines, looped", [
+    ([LINE] * 4, False), ([LINE] * 5, True), ([LINE] * 4 + ["Dry them at last."], False), ([LINE, ""] * 5, True),
+    ([LINE, "Dry all the cups."] * 5, False), ([LINE, "Dry all the cups."] * 5 + [LINE], True),
+    ([LINE[:12]] * 9, False), ([LINE[:13]] * 5, True), ([f"  {LINE}\t"] * 5, True), ([LINE, f"{LINE} "] * 3, True),
+    (["a" * 49], False), (["a" * 50], True), (["=" * 99], False), (["ab" * 60], False),
+    ([" ".join(f"w{i}" for i in range(58)) + " a a"], False), (["one two three " * 19], False),
+    (["one two three " * 20], True), (["one two three " * 8 + " ".join(f"w{i}" for i in range(36))], False),
+])  # fmt: skip
+def test_where_a_loop_begins(lines, looped):
+    """A character 50 times, a line 5 times and in most lines, 60 words with few different runs of 4."""
+    assert (reason(task(output="\n".join(lines))) == "repetition") is looped
+
+
+def test_an_instruction_beyond_what_is_scanned_is_long():
+    assert reason(task("Name a colour." + "." * (SCAN - 15))) is None
+    assert reason(task("Name a colour." + "." * SCAN + " word" * 999)) == "long instruction"
+
+
 # Real data
 
 
