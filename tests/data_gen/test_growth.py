@@ -27,18 +27,9 @@ def test_every_pattern_gives_texts():
         assert hostile.list_units(pattern, 3) or pattern.match(""), name
 
 
-@pytest.mark.parametrize("pattern, read", [
-    (r"a+b", "search"), (r"\n\s*\S", "search"), (r"(?:a|a)+$", "match"), ("\u201e[^\u201c]{2,2000}\u201c", "search"),
-    (r"(\w+\s?)*\.", "search"),
-])  # fmt: skip
-def test_a_pattern_that_takes_too_long_is_seen(pattern, read):
-    """Otherwise this test's other halves would show nothing."""
+@pytest.mark.parametrize("pattern", [r"a+b", r"\n\s*\S", "\u201e[^\u201c]{2,2000}\u201c", r"[a-z]+ ?x"])
+def test_a_pattern_that_takes_too_long_is_seen(pattern):
+    """Otherwise the other tests would show nothing."""
     compiled = re.compile(pattern)
-    call, units = getattr(compiled, read), hostile.list_units(compiled, 40)
-    short = [unit for unit in units if hostile.measure_cpu_s(call, hostile.build_text(*unit, 20), times=1) < 0.05]
-    slow = len(short) < len(units)  # not even 20 characters are read
-    for unit in [] if slow else hostile.find_worst(call, units, 18):
-        for n in (24, 5000):
-            seconds = hostile.measure_growth(call, unit, n) if n > 24 else [hostile.measure_cpu_s(call, "a" * 24)]
-            slow = slow or seconds[-1] > 1 or bool(hostile.describe_growth(seconds, 4 * n))
-    assert slow
+    worst = hostile.find_worst(compiled.search, hostile.list_units(compiled, 40), 800)
+    assert any(hostile.describe_growth(hostile.measure_growth(compiled.search, unit, 10_000), 40_000) for unit in worst)

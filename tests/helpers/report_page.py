@@ -16,6 +16,7 @@ TOPICS = """bread rain bicycles night trains maps winter gardens music bridges s
     tides""".split()  # noqa: SIM905
 REASONS = {"duplicate": 60, "empty output": 20, "given text missing": 9, "url": 4, "truncated": 6, "malformed": 3}
 REASONS |= {"refusal": 1}
+MODELS = {"gpt-5.4-mini": 3, "gpt-5.4": 9, "gpt-4.1": 1, "gpt-4o": 5}  # and their shares of the answers, in no order
 
 
 def make(n=400, seed=0):
@@ -48,11 +49,11 @@ def make(n=400, seed=0):
                     line |= {"duplicate_of": rng.choice(rows[:9])["instruction"], "similarity": rng.uniform(0.7, 1)}
                 lost.append(line)
             else:
-                source = {
-                    "model": "gpt-4.1-mini",
-                    "prompt_sha256": "0" * 64,
-                    "response_id": "chatcmpl-1",
-                    "usd": 0.0005,
+                source = {  # no two requests alike, so that a figure of another row shows
+                    "model": list(MODELS)[request % len(MODELS)],
+                    "prompt_sha256": f"{request:064x}",
+                    "response_id": f"chatcmpl-{request}",
+                    "usd": (1 + request * 7 % 11) / 10_000,
                 }
                 rows.append(item() | {"provenance": at | source})
         request += 1
@@ -63,8 +64,8 @@ def make(n=400, seed=0):
     cost |= {"usd_per_million_in": 0.4, "usd_per_million_out": 1.6, "batch": False}
     run = {"status": "done", "started": "2025-03-01T10:00:59+00:00", "seconds": 5234.5, "counts": counts, "cost": cost}
     run |= {
-        "settings": {"model": "gpt-4.1-mini", "rows": n, "batch": False, "seed-tasks": None},
-        "models": {"gpt-4.1-mini": request},
+        "settings": {"model": "gpt-5.4", "rows": n, "batch": False, "seed-tasks": None},
+        "models": {name: share * request for name, share in MODELS.items()},
     }
     return rows, lost, run | {"versions": {"openai": "3.1.0"}}
 

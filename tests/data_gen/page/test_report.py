@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -32,7 +33,9 @@ def test_key_figures_are_those_of_the_data(whole):
     rows, lost, _, page = whole
     inputs = [row["input"] for row in rows if row["input"]]
     assert f"<title>dataset.jsonl: {len(rows)} rows</title>" in page.source
-    assert "· done · started 2025-03-01 10:00 UTC · took 1h 27m · gpt-4.1-mini" in page.text
+    state = "· done · started 2025-03-01 10:00 UTC · took 1h 27m"
+    assert f"{state} · gpt-5.4-mini · gpt-5.4 · gpt-4.1 " in page.text.replace("Contents", " "), page.text[:400]
+    assert "gpt-4.1 · gpt-4o" not in page.text
     assert page.figure("Rows") == str(len(rows))
     assert page.figure("With input") == f"{100 * len(inputs) / len(rows):.1f}%|{len(inputs)}"
     for label, texts in (
@@ -205,6 +208,9 @@ def test_yield_over_the_run(whole, tmp_path, monkeypatch):
     assert [sum(column) for column in zip(*numbers, strict=True)] == [len(rows), same, len(lost) - same]
     first, last = (int(n) for n in re.match(r"requests (\d+) to (\d+)", tips[2][0]).groups())
     assert numbers[2][0] == sum(first <= row["provenance"]["request"] <= last for row in rows)
+    stretches = [[int(n) for n in re.match(r"requests (\d+) to (\d+)", tip).groups()] for tip, _ in tips]
+    assert stretches[0][0] == 0 and stretches[-1][1] == max(row["provenance"]["request"] for row in rows)
+    assert all(end + 1 == begin for (_, end), (begin, _) in itertools.pairwise(stretches))
     assert len(tips) <= 10 and last - first > 1 and page.source.count('<path class="curve') == 2
     top = max(float(v) for v in re.findall(r'dy=".35em" text-anchor="end">(\d+)<', page.section("yield")))
     (d,) = re.findall(r'<path class="curve " d="([^"]*)"', page.source)
@@ -222,12 +228,12 @@ def test_costs_are_those_of_the_run(whole, tmp_path):
     assert table["output tokens"] == "2,345,678" and table["input price"] == "$0.40 per million tokens"
     assert table["output price"] == "$1.60 per million tokens" and table["batch prices"] == "no"
     assert float(table["per request"][1:]) == pytest.approx(3.21 / run["counts"]["requests"], rel=0.05)
-    assert bars(page.section("cost"))[0] == {"gpt-4.1-mini": run["counts"]["answers"]}
+    assert bars(page.section("cost"))[0] == run["models"] and len(run["models"]) == 4
     page = report(tmp_path, rows)
-    assert (
-        page.figure("Spent") == f"${0.0005 * len(rows):.2f}|sum over the rows kept" and page.figure("Requests") is None
-    )
-    assert page.figure("Per 1,000 rows") == "$0.50" and page.figure("Yield") is None
+    spent = sum(row["provenance"]["usd"] for row in rows)
+    assert len({row["provenance"]["usd"] for row in rows}) > 5
+    assert page.figure("Spent") == f"${spent:.2f}|sum over the rows kept" and page.figure("Requests") is None
+    assert page.figure("Per 1,000 rows") == f"${1000 * spent / len(rows):.2f}" and page.figure("Yield") is None
 
 
 def test_sample_shows_rows_whole(tmp_path):
@@ -248,7 +254,7 @@ def test_sample_shows_rows_whole(tmp_path):
 
 def test_settings_and_versions_are_tables(whole):
     table = whole[3].table()
-    assert table["model"] == "gpt-4.1-mini" and table["batch"] == "no" and table["seed-tasks"] == "-"
+    assert table["model"] == "gpt-5.4" and table["batch"] == "no" and table["seed-tasks"] == "-"
     assert table["openai"] == "3.1.0"
 
 
