@@ -68,7 +68,7 @@ def spell_character(char: str) -> str:
     digits = "".join(f"[{digit}{digit.upper()}]" if digit.isalpha() else digit for digit in code)
     plain = re.escape(char) if char.isalnum() else rf"\\{{0,8}}{re.escape(char)}"
     escapes = rf"\\{{1,8}}(?:u(?:00{digits}|\{{0{{0,6}}{digits}\}})|x{digits})"
-    return rf"(?:{plain}|{escapes}|%(?:25){{0,3}}{digits}|&#(?:0{{0,6}}{ord(char)}|[xX]0{{0,6}}{digits});)"
+    return rf"(?:{escapes}|%(?:25){{0,3}}{digits}|&#(?:0{{0,6}}{ord(char)}|[xX]0{{0,6}}{digits});|{plain})"
 
 
 def list_base64(secret: str) -> list[str]:
