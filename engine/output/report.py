@@ -22,6 +22,7 @@ from engine.output.report_numbers import (
 )
 from engine.output.report_style import SCRIPT, STYLE
 
+FEW_UPDATES = 10  # fewer are told
 SAMPLES_BYTES = 400_000  # of all samples together; the page stays under 1 MB
 
 
@@ -137,6 +138,9 @@ def render_key_figures(
     rows.append(
         row("Steps", format_count(train[-1]["step"] if train else 0), "" if epoch is None else f"epoch {epoch:.4g}")
     )
+    n_updates = sum((finite_number(line.get("lr")) or 0) > 0 for line in train)
+    if train and n_updates < FEW_UPDATES:
+        rows.append(row("Updates", format_count(n_updates), "steps with a learning rate over 0; so few hardly train"))
     rows += [row("Examples", format_count(total("examples"))), row("Tokens", format_count(total("tokens")))]
     busy = total("step_seconds")
     took = next(

@@ -30,7 +30,7 @@ from engine.training.loop import train
 from engine.training.loss_spikes import SpikeDetector
 from engine.training.micro_batch_size import MicroBatchSize
 from engine.training.optimizer import AdamW, choose_optimizer
-from engine.training.plan import Plan, describe_plan
+from engine.training.plan import Plan, describe_few_updates, describe_plan
 from engine.training.resume import Start
 from engine.training.run import Run
 from engine.training.run_ahead import Prefetcher
@@ -90,7 +90,7 @@ def fine_tune(plan: Plan, world: World, signals: Signals, start: Start) -> None:
                 seconds = earlier_seconds + time.monotonic() - began
                 end_run(plan, run, record | {"status": status, "seconds": seconds})
     if world.is_main:
-        print(f"the model is in {out}, the report in {out / 'report.html'}")
+        print(f"the model is in {out}, the report in {out / 'report.html'}{describe_few_updates(plan)}")
         print(f"talk to it: {name_python()} -m engine.serve --model {shlex.quote(str(out))}")
 
 

@@ -39,6 +39,11 @@ def lr_factor(schedule: str, step: int, total_steps: int, warmup_ratio: float) -
     return max(0.0, 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(1, total_steps - warmup))))
 
 
+def count_updates(schedule: str, total_steps: int, warmup_ratio: float) -> int:
+    """Return how many steps have a learning rate over 0: the first of a warm-up changes no weight."""
+    return sum(lr_factor(schedule, step, total_steps, warmup_ratio) > 0 for step in range(1, total_steps + 1))
+
+
 def choose_optimizer(kernels_impl: str) -> str:
     """Return the kernels of the optimizer: those of the model, or "cuda" on a GPU where CRIA_OPTIMIZER names it.
 

@@ -1,5 +1,6 @@
 """The plan of a run: what is decided before its weights are loaded."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,11 @@ from engine.planning.memory import state_bytes
 from engine.planning.setting import describe_mesh
 from engine.text.tokenizer import Tokenizer
 from engine.training.config import FinetuneConfig
+from engine.training.optimizer import count_updates
 from engine.training.planning_input import setting_from_config
+
+FEW = 10  # updates: a run of fewer has hardly begun
+ENOUGH = 20  # updates that a run is advised to take at least
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,12 @@ class Plan:
     @property
     def order(self) -> Order:
         return Order(len(self.train), self.config.global_batch_size, self.config.seed, self.config.shuffle)
+
+    @property
+    def n_updates(self) -> int:
+        """Return the number of steps that can change a weight."""
+        config = self.config
+        return count_updates(config.lr_schedule, self.total_steps, config.warmup_ratio) if config.lr else 0
 
     @property
     def saves_during_run(self) -> bool:
@@ -96,11 +107,39 @@ def describe_plan(plan: Plan, world: World) -> str:
         f"model: {config.model}, {c.n_parameters / 1e6:.1f}M parameters, {plan.facts['dtype']} on {plan.device}, "
         f"kernels: {plan.kernels}{slow}; weights, gradients and optimizer (states in {states}) "
         f"{total_bytes / 1e9:.2f} GB{ranks}\n"
-        f"plan: {plan.total_steps} steps of {config.global_batch_size} examples in micro-batches of at most "
+        f"plan: {plural(plan.total_steps, 'step')} of {count_examples(plan)} in micro-batches of at most "
         f"{plan.packing.max_tokens} tokens{examples}; "
         f"{len(plan.train)} examples, {plural(config.epochs, 'epoch')}{' at most' if config.max_steps else ''}"
-        f"{recompute}{describe_offload(plan, world)}"
+        f"{recompute}{describe_offload(plan, world)}{describe_few_updates(plan)}"
     )
+
+
+def count_examples(plan: Plan) -> str:
+    """Return how many examples a step has: "128 examples", or "all 30 examples" where there are no more."""
+    size, n = plan.config.global_batch_size, len(plan.train)
+    return plural(size, "example") if size <= n else f"all {plural(n, 'example')}"
+
+
+def describe_few_updates(plan: Plan) -> str:
+    """Return a warning, on a line of its own, where fewer than FEW steps can change a weight; else nothing."""
+    n, steps = plan.n_updates, plural(plan.total_steps, "step")
+    if n >= FEW:
+        return ""
+    known = f"warning: of {steps} {n or 'none'} can change the weights"
+    if not plan.config.lr:
+        return f"\n{known}: --lr is 0"
+    return f"\n{known}, since the learning rate rises from 0; {suggest_more_updates(plan)}"
+
+
+def suggest_more_updates(plan: Plan) -> str:
+    """Return the flags that give a run more updates."""
+    config, n = plan.config, len(plan.train)
+    if config.max_steps and plan.total_steps == config.max_steps:
+        return "for more pass a larger --max-steps"
+    size = next((b for b in (64, 32, 16, 8, 4, 2) if config.epochs * n // b >= ENOUGH), 1)
+    smaller = f"--global-batch-size {size}, or " if size < min(config.global_batch_size, n) else ""
+    epochs = max(config.epochs + 1, math.ceil(ENOUGH / plan.order.steps_per_epoch))
+    return f"for more pass {smaller}--epochs {epochs}"
 
 
 def describe_offload(plan: Plan, world: World) -> str:

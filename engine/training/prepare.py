@@ -13,6 +13,7 @@ import torch
 from engine.base.device import choose_device, choose_dtype, choose_kernels
 from engine.base.errors import DataError, UsageError
 from engine.base.files import read_json
+from engine.base.terminal import plural
 from engine.data.batches import Order
 from engine.data.dataset import Dataset
 from engine.data.packing import Packing
@@ -30,7 +31,7 @@ from engine.training.config import FinetuneConfig
 from engine.training.datasets import read_datasets
 from engine.training.micro_batch_size import TOKENS_MULTIPLE, choose_mesh_and_tokens, round_up
 from engine.training.optimizer import chooses_cpu
-from engine.training.plan import Plan
+from engine.training.plan import Plan, suggest_more_updates
 
 SAMPLE_PROMPTS = (
     "Name three things you can do with an old glass jar.",
@@ -94,10 +95,23 @@ def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) ->
         "world_size": world.size,
         "random_state": "none: order and samples are functions of seed, epoch and step",
     }
-    return Plan(
+    plan = Plan(
         config, Path(config.out), device, dtype, kernels, model_config, source, tokenizer, train, held_out,
         read_prompts(config.sample_prompts), total_steps, packing, setting.replicas, setting.recompute, facts, on_cpu,
     )  # fmt: skip
+    require_updates(plan)
+    return plan
+
+
+def require_updates(plan: Plan) -> None:
+    """Raise UsageError for a run that would change no weight, unless --max-steps or --lr 0 asks for it."""
+    if plan.n_updates or plan.config.max_steps or not plan.config.lr:
+        return
+    raise UsageError(
+        f"--epochs {plan.config.epochs}, --global-batch-size {plan.config.global_batch_size}: {len(plan.train)} "
+        f"examples make {plural(plan.total_steps, 'step')}, and the learning rate, which rises from 0, is 0 in it: no "
+        f"weight would change; {suggest_more_updates(plan)}"
+    )
 
 
 def take_recorded_states(config: FinetuneConfig) -> FinetuneConfig:
