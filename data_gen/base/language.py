@@ -98,6 +98,7 @@ SHARE = 0.7  # this share of the letters must be of one script
 KANA = 0.1  # at least this share of the kana and Han letters of a Japanese text are kana
 LINK = re.compile(r"\bhttps?://\S+")
 WORD = re.compile(r"(?<!['\u2019])[^\W\d_]+|(?<=['\u2019])(?!s\b)[^\W\d_]+")  # without the "s" of "dog's"
+ASCII_WORD = re.compile("[a-z]+")
 
 # The best language must lead the second by this many votes, and by this share of its own votes.
 MIN_LEAD, LEAD_SHARE = 0.8, 0.15
@@ -120,7 +121,11 @@ LETTER_VOTES = invert_table(LETTERS)
 
 def guess_language(text: str) -> str:
     """Return the ISO 639-1 code, one of LANGUAGES, of a text's language, or "" when unsure."""
-    text = LINK.sub(" ", unicodedata.normalize("NFC", text[:SCAN]).lower())
+    text = unicodedata.normalize("NFC", text[:SCAN]).lower()
+    text = LINK.sub(" ", text) if "://" in text else text
+    if text.isascii():  # all letters are of one script
+        n_letters = sum(map(len, ASCII_WORD.findall(text)))
+        return guess_by_words(text, SCRIPTS["LATIN"].split()) if n_letters >= MIN_LETTERS else ""
     scripts: Counter[str] = Counter()
     for char, n in Counter(text).items():
         if char.isalpha():
@@ -144,22 +149,22 @@ def find_script(char: str) -> str:
 
 def guess_by_words(text: str, codes: list[str]) -> str:
     """Return the one of these languages that the words and letters of the text clearly favour, or ""."""
-    words = WORD.findall(text)
+    is_plain = text.isascii() and "'" not in text
+    words = (ASCII_WORD if is_plain else WORD).findall(text)
     if len(words) < MIN_WORDS:
         return ""
-    letters = Counter(letter for letter in text if letter > "z")
+    found = [(word, n, WORD_VOTES[word]) for word, n in Counter(words).items() if word in WORD_VOTES]
+    letters = Counter([] if is_plain else [letter for letter in text if letter in LETTER_VOTES])
+    found += [(letter, n, LETTER_VOTES[letter]) for letter, n in letters.items()]
     votes = dict.fromkeys(codes, 0.0)
-    n_found: Counter[str] = Counter()
-    found = dict.fromkeys(LANGUAGES, "")
-    for entries, table in ((Counter(words), WORD_VOTES), (letters, LETTER_VOTES)):
-        for entry, n in entries.items():
-            languages = table.get(entry, ())
-            for code in languages:
-                votes[code] = votes.get(code, 0.0) + n / len(languages)
-                n_found[code] += n
-                found[code] += f" {entry}"
+    for _, n, languages in found:
+        share = n / len(languages)
+        for code in languages:
+            votes[code] = votes.get(code, 0.0) + share
     (best, most), (_, second) = sorted(votes.items(), key=lambda item: -item[1])[:2]
     clear = most - second >= max(MIN_LEAD, LEAD_SHARE * most)
-    different = found[best].split()
-    common = len(different) > 1 and len("".join(different)) >= MIN_COMMON and n_found[best] >= MIN_SHARE * len(words)
-    return best if clear and common and best in codes else ""
+    if not clear or best not in codes:
+        return ""
+    common = [(entry, n) for entry, n, languages in found if best in languages]
+    is_common = len(common) > 1 and sum(len(entry) for entry, _ in common) >= MIN_COMMON
+    return best if is_common and sum(n for _, n in common) >= MIN_SHARE * len(words) else ""

@@ -4,9 +4,30 @@ All patterns take linear time. A pattern ABOUT_X finds instructions about X, whi
 """
 
 import re
+from dataclasses import dataclass
 
 from data_gen.base.language import LANGUAGES
 from data_gen.rows.repairs import ANY, NEEDED
+
+
+@dataclass(frozen=True)
+class Sought:
+    """A pattern that matches only where one of some lower-case texts occurs. Most fields have none, which is seen fast.
+
+    Where the pattern ignores case it also takes letters beyond ASCII for an s or a k, so only ASCII is seen fast.
+    """
+
+    pattern: re.Pattern[str]
+    needs: tuple[str, ...]
+
+    def search(self, text: str) -> re.Match[str] | None:
+        """Return the first match of the pattern."""
+        if text.isascii():
+            lower = text.lower()
+            if not any([need in lower for need in self.needs]):
+                return None
+        return self.pattern.search(text)
+
 
 # ---- any language ---------------------------------------------------------------------------------------------------
 
@@ -20,12 +41,15 @@ BROKEN = re.compile(
     r"|\t(?:ext(?:bf|it)?\{|imes\b|heta\b|frac\{|an\()|\n(?:abla\b|eq\b|ightarrow\b)"
 )
 DEBRIS = re.compile(r"[,;:!?)\]}|%&>]|\.(?!\w)|[-*\u2022\u2013\u2014]\s|#+\s|={2,9}|\d{1,9}[.)]?\Z")
-MERGED = re.compile(
-    r"^[ \t]*#{2,6}[ \t]*(?:instruction|response)[ \t]*(?::|$)|\n[ \t]*\*{0,2}instruction\*{0,2}[ \t]*:"
-    r"|[\"']instruction[\"'] ?: ?[\"']|^[ \t]*\d{1,3}[.)][ \t]*\*{0,2}instruction\*{0,2}[ \t]*(?::|$)"
-    r"|<\|(?:im_start|im_end|endoftext|eot_id|start_header_id|end_header_id|user|assistant|system)\|>"
-    r"|\[/?INST\]|<</?SYS>>",
-    ANY | re.MULTILINE,
+MERGED = Sought(
+    re.compile(
+        r"^[ \t]*#{2,6}[ \t]*(?:instruction|response)[ \t]*(?::|$)|\n[ \t]*\*{0,2}instruction\*{0,2}[ \t]*:"
+        r"|[\"']instruction[\"'] ?: ?[\"']|^[ \t]*\d{1,3}[.)][ \t]*\*{0,2}instruction\*{0,2}[ \t]*(?::|$)"
+        r"|<\|(?:im_start|im_end|endoftext|eot_id|start_header_id|end_header_id|user|assistant|system)\|>"
+        r"|\[/?INST\]|<</?SYS>>",
+        ANY | re.MULTILINE,
+    ),
+    ("instruction", "response", "<|", "inst]", "sys>>"),
 )
 MATERIAL = (
     "(?:text|article|passages?|paragraphs?|sentences?|essay|poem|story|image|photo|picture|video|audio|file|document|"
@@ -34,15 +58,21 @@ MATERIAL = (
 STANDS_FOR = re.compile(
     rf"[<(\[{{] ?(?:[a-z'\u2019-]{{1,20}} ){{0,6}}{MATERIAL}(?: [a-z'\u2019-]{{1,20}}){{0,6}}\.? ?[>)\]}}]", ANY
 )
-INSERT = re.compile(
-    r"[<(\[{] ?(?:insert|paste|attach(?:ed)?|upload(?:ed)?|enter|include)\b[^\n<>()\[\]{}]{0,80}[>)\]}]"
-    r"|[<\[](?:image|photo|picture|video|audio|attachment)[>\]]",
-    ANY,
+INSERT = Sought(
+    re.compile(
+        r"[<(\[{] ?(?:insert|paste|attach(?:ed)?|upload(?:ed)?|enter|include)\b[^\n<>()\[\]{}]{0,80}[>)\]}]"
+        r"|[<\[](?:image|photo|picture|video|audio|attachment)[>\]]",
+        ANY,
+    ),
+    ("<", "(", "[", "{"),
 )
-ATTACHED = re.compile(
-    r"\b(?:see|in|of|from|using|on|read|review|analy[sz]e|summari[sz]e|describe|open|edit|translate|check)"
-    r" (?:(?:the|this|an?) )?attached\b|\bis attached (?:below|above)\b",
-    ANY,
+ATTACHED = Sought(
+    re.compile(
+        r"\b(?:see|in|of|from|using|on|read|review|analy[sz]e|summari[sz]e|describe|open|edit|translate|check)"
+        r" (?:(?:the|this|an?) )?attached\b|\bis attached (?:below|above)\b",
+        ANY,
+    ),
+    ("attached",),
 )
 MEDIA_FILE = re.compile(
     r"\S{1,300}\.(?:jpe?g|png|gif|bmp|webp|tiff?|mp3|mp4|wav|avi|mov|flac|pdf|docx?|xlsx?|pptx?)", ANY
@@ -124,16 +154,24 @@ MEDIA = (
     r"3d models?|portraits?|screenshots?|diagrams?|flow ?charts?|sketch(?:es)?|cartoons?|wallpapers?|mood ?boards?|"
     r"podcasts?)"
 )
+MEDIA_STEMS = (  # one of these is in every word of MEDIA
+    "image", "picture", "photo", "drawing", "illustration", "logo", "icon", "painting", "poster", "infographic",
+    "animation", "gif", "video", "audio", "soundtrack", "sound track", "sound effect", "collage", "3d model", "portrait",
+    "screenshot", "diagram", "flow", "sketch", "cartoon", "wallpaper", "mood", "podcast",
+)  # fmt: skip
 NOT_OF_TEXT = (
     r"(?!(?:of|for|about|from|to|in|on|that|which|with|how|list|descriptions?|captions?|titles?|names?|ideas?|steps|plan|"
     r"story|tips|set)\b)"
 )
-MADE = re.compile(
-    r"(?:\A|[.!?,;]\s+|\b(?:please|and|then|you|to)\s+)(?:draw|sketch|paint|create|generate|make|design|produce|show|"
-    r"render|find|add|provide|compose|give)\s+(?:(?:me|us)\s+)?(?:an?|the|some|my|our|your|this|two|three|\d{1,3})\s+"
-    rf"(?:{NOT_OF_TEXT}[\w'-]{{1,25}}\s+){{0,4}}?{MEDIA}(?=[.,;!?]|\Z|\s+(?:of|for|that|which|with|showing|depicting|to|"
-    r"using|in|from|featuring|representing|about|illustrating|based|and|on)\b)",
-    ANY,
+MADE = Sought(
+    re.compile(
+        r"(?:\A|[.!?,;]\s+|\b(?:please|and|then|you|to)\s+)(?:draw|sketch|paint|create|generate|make|design|produce|show|"
+        r"render|find|add|provide|compose|give)\s+(?:(?:me|us)\s+)?(?:an?|the|some|my|our|your|this|two|three|\d{1,3})\s+"
+        rf"(?:{NOT_OF_TEXT}[\w'-]{{1,25}}\s+){{0,4}}?{MEDIA}(?=[.,;!?]|\Z|\s+(?:of|for|that|which|with|showing|depicting|to|"
+        r"using|in|from|featuring|representing|about|illustrating|based|and|on)\b)",
+        ANY,
+    ),
+    MEDIA_STEMS,
 )
 DRAWN = re.compile(
     r"\A(?:(?:please|can you|could you)\s+)?(?:draw\s+(?:me\s+)?(?:an?|the|some|my|your|two|three)\s+"
@@ -152,10 +190,13 @@ BY_TEXT = re.compile(
 )
 AI = r"(?:ai|artificial intelligence|(?:large )?language model)"
 ABOUT_AI = re.compile(rf"\b(?:{AI}|a\.i\.|chat ?bot|robot|assistant|android|machine|gpt)\b", ANY)
-AS_AI = re.compile(
-    rf"\bas an? {AI}(?: language)? (?:model|assistant)\b|\bas an? {AI},? I\b|\A\W{{0,5}}as an? {AI}\b"
-    rf"|\A[^.\n]{{0,80}}\bI(?:['\u2019]m| am) (?:just |only )?an? {AI}\b",
-    ANY,
+AS_AI = Sought(
+    re.compile(
+        rf"\bas an? {AI}(?: language)? (?:model|assistant)\b|\bas an? {AI},? I\b|\A\W{{0,5}}as an? {AI}\b"
+        rf"|\A[^.\n]{{0,80}}\bI(?:['\u2019]m| am) (?:just |only )?an? {AI}\b",
+        ANY,
+    ),
+    ("ai", "artificial", "language model"),
 )
 CANNOT = (
     r"(?:(?:I|we) (?:cannot|can ?not|can['\u2019]t|could not|couldn['\u2019]t|do not|don['\u2019]t|am unable to|"
@@ -191,8 +232,11 @@ SHOULD = re.compile(
     r"(?:will vary|varies|depends on the input))",
     ANY,
 )
-LEAKED = re.compile(
-    r"\bseed tasks?\b|\btask generat(?:or|ion)\b|\b(?:previous|preceding) (?:task|instruction)s?\b|\b(?:the|these) "
-    r"example tasks?\b|\btasks? \d{1,2} (?:above|from the list)\b",
-    ANY,
+LEAKED = Sought(
+    re.compile(
+        r"\bseed tasks?\b|\btask generat(?:or|ion)\b|\b(?:previous|preceding) (?:task|instruction)s?\b|\b(?:the|these) "
+        r"example tasks?\b|\btasks? \d{1,2} (?:above|from the list)\b",
+        ANY,
+    ),
+    ("task", "instruction"),
 )

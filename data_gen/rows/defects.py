@@ -100,6 +100,9 @@ def find_placeholder(item: Task) -> str | None:
 
 def find_url(item: Task) -> str | None:
     """Find a link that the task depends on. Reserved domains, tasks about URLs and long inputs pass."""
+    asked = item["instruction"] + item["input"]
+    if asked.isascii() and not ("http" in (lower := asked.lower()) or "www." in lower):
+        return None
     if patterns.ABOUT_URLS.search(patterns.URL.sub("", item["instruction"])):
         return None
     for field in ("instruction", "input"):
@@ -135,18 +138,24 @@ def find_repetition(item: Task) -> str | None:
     """
     if patterns.AGAIN.search(item["instruction"]):
         return None
-    found = patterns.CHARACTER_LOOP.search(item["output"])
-    if found:
-        return found[0]
-    lines = [line.strip() for line in item["output"].split("\n") if len(line.strip()) > 12]
-    line, n = Counter(lines).most_common(1)[0] if lines else ("", 0)
-    if n >= 5 and n > len(lines) / 2:
-        return line
-    words = tokenize(item["output"])
+    output = item["output"]
+    # A character 50 times in a row fills one of the stretches of 25.
+    if any([output[at] * 25 == output[at : at + 25] for at in range(0, len(output), 25)]):
+        found = patterns.CHARACTER_LOOP.search(output)
+        if found:
+            return found[0]
+    lines = [line for line in map(str.strip, output.split("\n")) if len(line) > 12]
+    if len(lines) >= 5:
+        line, n = Counter(lines).most_common(1)[0]
+        if n >= 5 and n > len(lines) / 2:
+            return line
+    if len(output) < 2 * 60 - 1 and output.isascii():  # tokens of one letter and blanks
+        return None
+    words = tokenize(output)
     if len(words) < 60:
         return None
-    runs = Counter(zip(*(words[i:] for i in range(4)), strict=False))
-    return " ".join(runs.most_common(1)[0][0]) if len(runs) < 0.4 * runs.total() else None
+    runs = list(zip(words, words[1:], words[2:], words[3:], strict=False))
+    return " ".join(Counter(runs).most_common(1)[0][0]) if len(set(runs)) < 0.4 * len(runs) else None
 
 
 def find_wrong_language(item: Task, language: str) -> str | None:
@@ -154,11 +163,13 @@ def find_wrong_language(item: Task, language: str) -> str | None:
     found = guess_language(patterns.QUOTED.sub(" ", item["instruction"]))
     if found not in ("", language):
         return f"{found}: {item['instruction']}"
-    if language != "en" or patterns.ABOUT_LANGUAGE.search(item["instruction"]):
+    if language != "en":
         return None
     output = item["output"][:SAMPLE]
     found = guess_language(output)
-    if found in ("", language, guess_language(item["input"])) or len(tokenize(output)) < MIN_OUTPUT:
+    if found in ("", language) or patterns.ABOUT_LANGUAGE.search(item["instruction"]):
+        return None
+    if found == guess_language(item["input"]) or len(tokenize(output)) < MIN_OUTPUT:
         return None
     return f"{found}: {output}"
 
@@ -169,23 +180,20 @@ def find_wrong_language(item: Task, language: str) -> str | None:
 def find_media_task(item: Task) -> str | None:
     """Find a task to make an image, sound or video."""
     text = item["instruction"]
-    return (
-        None if patterns.BY_TEXT.search(text) else find_first(patterns.MADE, text) or find_first(patterns.DRAWN, text)
-    )
+    found = patterns.MADE.search(text) or patterns.DRAWN.match(text)
+    return found[0] if found and not patterns.BY_TEXT.search(text) else None
 
 
 def find_missing_text(item: Task) -> str | None:
     """Find an instruction about a given text where none is given."""
     text = item["instruction"].rstrip()
-    if item["input"].strip() or patterns.QUOTED.search(text):
+    if item["input"].strip():
         return None
-    for pattern in (
-        (patterns.FOLLOWING, patterns.DONE_TO)
-        if patterns.ABOUT_CODE.search(text)
-        else (patterns.FOLLOWING, patterns.DONE_TO, patterns.GIVEN)
-    ):
+    for pattern in (patterns.FOLLOWING, patterns.DONE_TO, patterns.GIVEN):
         found = pattern.search(text)
-        if found and not patterns.IN_PLACE.search(text, found.end()):
+        if not found or (pattern is patterns.GIVEN and patterns.ABOUT_CODE.search(text)):
+            continue
+        if not patterns.QUOTED.search(text) and not patterns.IN_PLACE.search(text, found.end()):
             return found[0]
     return None
 
@@ -193,14 +201,19 @@ def find_missing_text(item: Task) -> str | None:
 def find_refusal(item: Task) -> str | None:
     """Find an output that refuses as an AI, or apologises for what it cannot do."""
     asked, output = item["instruction"] + "\n" + item["input"], item["output"]
-    seen = None if patterns.ABOUT_AI.search(asked) else find_first(patterns.AS_AI, output)
-    return seen or (None if patterns.ABOUT_LETTERS.search(asked) else find_first(patterns.UNABLE, output))
+    found = patterns.AS_AI.search(output)
+    if found and not patterns.ABOUT_AI.search(asked):
+        return found[0]
+    found = patterns.UNABLE.match(output)
+    return found[0] if found and not patterns.ABOUT_LETTERS.search(asked) else None
 
 
 def find_no_answer(item: Task) -> str | None:
     """Find an output that describes what an answer should be, or a field that speaks of the prompt."""
-    seen = None if patterns.ABOUT_OUTPUTS.search(item["instruction"]) else find_first(patterns.SHOULD, item["output"])
-    return seen or find_first(patterns.LEAKED, item["instruction"], item["output"][:400])
+    found = patterns.SHOULD.match(item["output"])
+    if found and not patterns.ABOUT_OUTPUTS.search(item["instruction"]):
+        return found[0]
+    return find_first(patterns.LEAKED, item["instruction"], item["output"][:400])
 
 
 # ---- all of them ----------------------------------------------------------------------------------------------------
@@ -239,7 +252,7 @@ def find_defect(item: Task, language: str = "en") -> tuple[str, str] | None:
     return ("wrong language", make_snippet(seen)) if seen else None
 
 
-def find_first(pattern: re.Pattern[str], *texts: str) -> str | None:
+def find_first(pattern: re.Pattern[str] | patterns.Sought, *texts: str) -> str | None:
     """Return the pattern's match in the first of the texts that has one, or None."""
     return next((found[0] for text in texts if (found := pattern.search(text))), None)
 

@@ -101,6 +101,7 @@ def find_patterns():
         for name, value in vars(importlib.import_module(module.name)).items():
             inner = value.values() if isinstance(value, dict) else (value,)
             for n, one in enumerate(inner):
+                one = getattr(one, "pattern", one) if isinstance(one, defects.patterns.Sought) else one
                 if isinstance(one, re.Pattern):
                     found.setdefault(one, f"{module.name}.{name}" + (f".{n}" if one is not value else ""))
     return {name: pattern for pattern, name in found.items()}

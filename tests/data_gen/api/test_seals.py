@@ -102,6 +102,18 @@ def test_a_damaged_row_is_named(copy, capsys, sql, said):
         assert not (copy / "dataset.json").exists()
 
 
+def test_a_damaged_index_is_found(copy, capsys):
+    """Its pages hold no row, but rows are read by it."""
+    db = sqlite3.connect(copy / LEDGER_NAME)
+    ((page,),) = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'sent_request'")
+    ((size,),) = db.execute("PRAGMA page_size")
+    db.close()
+    data = bytearray((copy / LEDGER_NAME).read_bytes())
+    data[page * size - 1] ^= 1  # the number of an attempt
+    (copy / LEDGER_NAME).write_bytes(data)
+    assert replay(copy) == 3 and "sent_request" in capsys.readouterr().err
+
+
 def test_many_damaged_rows_are_counted(copy, capsys):
     change(copy, "UPDATE received SET cost = 1")
     assert replay(copy) == 3

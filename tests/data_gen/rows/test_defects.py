@@ -2,11 +2,14 @@
 """Every reason with defects as models write them, and with tasks that look alike and are good."""
 
 import json
+import random
 
 import pytest
 
+from data_gen.rows import defect_patterns as patterns
 from data_gen.rows.defects import CHECKS, MAX_TOKENS, REASONS, SCAN, SEEN, find_defect
 from data_gen.rows.repairs import repair_item
+from tests.helpers import hostile
 from tests.helpers.linear import assert_linear_time
 from tests.helpers.run import ROOT, shared
 
@@ -350,6 +353,24 @@ LINE = "Wash the cups."  # of more than 12 characters
 def test_where_a_loop_begins(lines, looped):
     """A character 50 times, a line 5 times and in most lines, 60 words with few different runs of 4."""
     assert (reason(task(output="\n".join(lines))) == "repetition") is looped
+
+
+SOUGHT = {name: found for name, found in vars(patterns).items() if isinstance(found, patterns.Sought)}
+
+
+@pytest.mark.parametrize("name", SOUGHT)
+def test_a_pattern_that_is_sought_where_a_text_occurs_matches_nowhere_else(name):
+    """Of texts that the pattern nearly matches, those that it matches are found, in any case and beyond ASCII too."""
+    sought, rng, n = SOUGHT[name], random.Random(0), 0
+    nodes = hostile.parser.parse(sought.pattern.pattern, sought.pattern.flags)
+    for _ in range(3000):
+        text = hostile.draw_text(nodes, rng)
+        for one in (text, text.upper(), f"\n{text}.", f"See: {text} \u00e9", text.replace("s", "\u017f")):
+            found = sought.pattern.search(one)
+            n += found is not None and one.isascii()
+            assert (sought.search(one) is None) == (found is None), one
+    assert n > 1000
+    assert all(need == need.lower() for need in sought.needs)
 
 
 def test_an_instruction_beyond_what_is_scanned_is_long():
