@@ -156,8 +156,8 @@ MEDIA = (
 )
 MEDIA_STEMS = (  # one of these is in every word of MEDIA
     "image", "picture", "photo", "drawing", "illustration", "logo", "icon", "painting", "poster", "infographic",
-    "animation", "gif", "video", "audio", "soundtrack", "sound track", "sound effect", "collage", "3d model", "portrait",
-    "screenshot", "diagram", "flow", "sketch", "cartoon", "wallpaper", "mood", "podcast",
+    "animation", "gif", "video", "audio", "soundtrack", "sound track", "sound effect", "collage", "3d model",
+    "portrait", "screenshot", "diagram", "flow", "sketch", "cartoon", "wallpaper", "mood", "podcast",
 )  # fmt: skip
 NOT_OF_TEXT = (
     r"(?!(?:of|for|about|from|to|in|on|that|which|with|how|list|descriptions?|captions?|titles?|names?|ideas?|steps|plan|"
