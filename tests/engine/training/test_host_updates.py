@@ -17,7 +17,9 @@ from engine.model.llama import new_model
 from engine.planning.memory import leaving_bytes
 from engine.planning.setting import Setting
 from engine.training import host_updates
+from engine.training.config import FinetuneConfig
 from engine.training.host_updates import HostUpdates, Lane
+from engine.training.micro_batch_size import MicroBatchSize
 from engine.training.optimizer import AdamW
 from kernels.native.cpu import find_cpu
 from kernels.ops import common
@@ -46,7 +48,7 @@ def fused(device, monkeypatch):
     if device == "cuda":
         return "triton"
     if find_cpu() is None:
-        pytest.skip("csrc/cpu is not built here")
+        pytest.skip("the CPU library is compiled by g++, which is missing")
     monkeypatch.setattr(common, "INTERPRETED", False)
     return "native"
 
@@ -227,10 +229,26 @@ def test_a_lane_copies_on_a_stream_of_its_own_after_what_the_gpu_was_given(monke
         assert log == ["main waits True", "host waits"]
 
 
+def test_the_largest_micro_batch_is_tried_with_gradients_that_leave(device, monkeypatch):
+    """In two backward passes, the second with sums that come back: as much memory as a step will take."""
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 << 30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    _, (model, ours) = pair_of(device)
+    sent, send = [], ours.host_updates._send
+    ours.host_updates._send = lambda group: sent.append(group) or send(group)
+    config = FinetuneConfig(model="tiny", random_init=True, data=("rows.json",), max_length=32)
+    packing_ = packing.Packing(64)
+    plan = SimpleNamespace(config=config, train=dataset(ROWS), packing=packing_, model_config=SHAPE, device=device)
+    MicroBatchSize(plan, SimpleNamespace(packing=packing_), None, print).try_largest(model, ours)
+    assert sent == 2 * [4, 3, 2, 1, 0] and not ours.host_updates.left
+    assert all(p.grad is None for p in model.parameters())
+
+
 # ---- by the command --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(find_cpu() is None, reason="csrc/cpu is not built here")
+@pytest.mark.skipif(find_cpu() is None, reason="the CPU library is compiled by g++, which is missing")
 def test_a_run_may_change_to_updates_on_the_cpu_and_back(tmp_path, rows_file, monkeypatch, fused, capsys):
     """The CPU updates by itself where csrc/cpu is, and CRIA_OPTIMIZER insists; losses, norms and weights stay equal."""
     common_flags = ("--model", "tiny", "--random-init", "--data", rows_file, "--device", "cpu", "--dtype", "bf16")
