@@ -14,10 +14,10 @@ from pathlib import Path
 
 from engine.base.device import choose_device, choose_dtype, choose_kernels
 from engine.base.errors import DataError, print_error, run_main
-from engine.base.flags import KERNELS, KERNELS_HELP, flag, parse_flags
-from engine.inference.model_loader import load_model
+from engine.base.flags import KERNELS, KERNELS_HELP, MODEL_HELP, flag, parse_flags
 from engine.inference.sampling import Sampling
 from engine.inference.scheduler import CANCELLED
+from engine.serving.models import load_model
 from engine.serving.prompts import choose_style
 from engine.serving.terminal_chat import Chat, ChatSettings
 from engine.text.templates import STYLES
@@ -29,7 +29,7 @@ QUOTES = '"""'
 class ChatConfig:
     """Talk to a model in a terminal; /help tells its commands. Without a terminal each line of stdin is a turn."""
 
-    model: str = flag("smollm2-135m", "folder (Hugging Face or Meta layout), .gguf file, or the embedded smollm2-135m")
+    model: str = flag("smollm2-135m", MODEL_HELP)
     prompt_style: str = flag(
         "auto",
         "the template; auto is the one the model was fine-tuned with here, else its own chat template, else alpaca",
@@ -139,10 +139,10 @@ def main(argv: list[str]) -> None:
     config, _ = parse_flags(ChatConfig, argv)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    model, tokenizer, source = load_model(config.model, device, dtype, choose_kernels(config.kernels, device, dtype))
+    model, tokenizer, trained = load_model(config.model, device, dtype, choose_kernels(config.kernels, device, dtype))
     for warning in tokenizer.warnings:
         print_error(f"warning: {warning}")
-    style = choose_style(config.prompt_style, source.path, tokenizer)
+    style = choose_style(config.prompt_style, trained, tokenizer)
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal:
         keep_history()

@@ -25,9 +25,9 @@ from engine.data.packing import Packing, make_micro_batches
 from engine.data.prompts import ask_for, read_prompts
 from engine.data.rows import read_rows, resolve_data_paths
 from engine.inference.answers import answer_prompts
-from engine.inference.model_loader import load_model
 from engine.inference.sampling import Sampling
 from engine.model.llama import Transformer
+from engine.serving.models import load_model
 from engine.serving.prompts import choose_style
 from engine.text.templates import STYLES, Row, encode_prompt, find_stop_ids
 from engine.text.tokenizer import Tokenizer
@@ -39,7 +39,7 @@ CHUNK_EXAMPLES = 256  # that are packed together
 class EvaluateConfig:
     """Measure the loss of models on held-out rows, and write their answers to prompts for data_gen.judge."""
 
-    model: tuple[str, ...] = flag(("smollm2-135m",), "one or more: folders, .gguf files, or the embedded smollm2-135m")
+    model: tuple[str, ...] = flag(("smollm2-135m",), "one or more, each as engine.generate takes it")
     data: tuple[str, ...] = flag((), "rows with answers, as engine.finetune takes them: the loss of the answers")
     prompts: str = flag("", "a file: one instruction a line, or rows: answers to them are written")
     out: str = flag("out/evaluate", "folder for results.json and one NAME.json of answers a model")
@@ -163,10 +163,10 @@ def measure_model(name: str, rows: list[Row], prompts: list[Row], config: Evalua
     """Load one model and measure it."""
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    model, tokenizer, source = load_model(name, device, dtype, choose_kernels(config.kernels, device, dtype))
+    model, tokenizer, trained = load_model(name, device, dtype, choose_kernels(config.kernels, device, dtype))
     for warning in tokenizer.warnings:
         print(f"warning: {name}: {warning}", file=sys.stderr)
-    style = choose_style(config.prompt_style, source.path, tokenizer)
+    style = choose_style(config.prompt_style, trained, tokenizer)
     found: dict = measure_loss(model, tokenizer, style, rows, config) if rows else {}
     if prompts:
         found |= write_answers(model, tokenizer, style, prompts, config, name_model(name))

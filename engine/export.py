@@ -12,15 +12,16 @@ from pathlib import Path
 import torch
 
 from engine.base.device import DTYPES
-from engine.base.errors import CriaError, DataError, UsageError, run_main
+from engine.base.errors import UsageError, run_main
 from engine.base.flags import flag, parse_flags
 from engine.formats.find import detect_kind, find_model
 from engine.formats.save import save_hf, save_meta
 from engine.formats.save_gguf import save_gguf
 from engine.formats.source import Source, open_source
 from engine.model.llama import new_model
-from engine.output.folder import RUN, read_prompt_style, require_disk_space
+from engine.output.folder import read_prompt_style, require_disk_space
 from engine.output.state_as_model import TrainingState, open_training_state
+from engine.serving.models import find_tokenizer_of_state
 from engine.text.chat_templates import adopt_style, pin_date, settle_template
 from engine.text.gguf_vocabulary import make_vocabulary
 from engine.text.tokenizer import Tokenizer
@@ -58,24 +59,6 @@ class ExportConfig:
             raise ValueError("--dtype is for folders; --gguf-type is that of --layout gguf")
         if self.max_shard_bytes < 1:
             raise ValueError(f"--max-shard-bytes is {self.max_shard_bytes}, wanted 1 or more")
-
-
-def find_tokenizer_of_state(state: TrainingState, name: str) -> Tokenizer:
-    """Return the tokenizer called `name`, or, if that is "", the one of the run that wrote the state.
-
-    Raises UsageError where the run's tokenizer cannot be found.
-    """
-    own = Path(state.tokenizer) if state.tokenizer else state.base
-    if name:
-        return find_tokenizer(state.config, name, own)
-    try:
-        if state.tokenizer is None:
-            raise DataError(f"no {RUN} beside the state names it")
-        return find_tokenizer(state.config, state.tokenizer, None if state.tokenizer else own)
-    except CriaError as error:
-        raise UsageError(
-            f"{state.checkpoint.folder}: its run's tokenizer is not at hand ({error}); pass --tokenizer"
-        ) from None
 
 
 def main(argv: list[str]) -> None:

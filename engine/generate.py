@@ -9,10 +9,10 @@ from pathlib import Path
 
 from engine.base.device import choose_device, choose_dtype, choose_kernels
 from engine.base.errors import UsageError, run_main
-from engine.base.flags import KERNELS, KERNELS_HELP, flag, parse_flags
+from engine.base.flags import KERNELS, KERNELS_HELP, MODEL_HELP, flag, parse_flags
 from engine.data.prompts import ask_for, read_prompts
 from engine.inference.generation import generate
-from engine.inference.model_loader import load_model
+from engine.serving.models import load_model
 from engine.serving.prompts import choose_style
 from engine.text.templates import STYLES, Row, encode_prompt, find_stop_ids
 
@@ -21,8 +21,8 @@ from engine.text.templates import STYLES, Row, encode_prompt, find_stop_ids
 class GenerateConfig:
     """Answer prompts with a model. One --prompt is streamed to the terminal; a file's answers are printed in turn."""
 
-    model: str = flag("smollm2-135m", "folder (Hugging Face or Meta layout), .gguf file, or the embedded smollm2-135m")
-    prompt: str = flag("", "an instruction")
+    model: str = flag("smollm2-135m", MODEL_HELP)
+    prompt: str = flag("", "an instruction; - reads it from standard input")
     input: str = flag("", "the input that goes with --prompt, in the alpaca template")
     prompts: str = flag("", "a file: one instruction a line, or rows as engine.finetune --data takes them")
     prompt_style: str = flag(
@@ -56,15 +56,18 @@ class GenerateConfig:
 def main(argv: list[str]) -> None:
     """Generate and print the answers that the command line asks for."""
     config, _ = parse_flags(GenerateConfig, argv)
-    rows = [Row("--prompt", None, config.prompt, config.input)]
+    prompt = sys.stdin.read().strip() if config.prompt == "-" else config.prompt
+    if config.prompt and not prompt:
+        raise UsageError("--prompt -: standard input is empty; pipe an instruction in")
+    rows = [Row("--prompt", None, prompt, config.input)]
     if config.prompts:
         rows = read_prompts(Path(config.prompts))
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    model, tokenizer, source = load_model(config.model, device, dtype, choose_kernels(config.kernels, device, dtype))
+    model, tokenizer, trained = load_model(config.model, device, dtype, choose_kernels(config.kernels, device, dtype))
     for warning in tokenizer.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    style = choose_style(config.prompt_style, source.path, tokenizer)
+    style = choose_style(config.prompt_style, trained, tokenizer)
     stops = find_stop_ids(tokenizer, style)
 
     def encode(row: Row) -> list[int]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from engine.base.device import choose_device, choose_dtype, choose_kernels
 from engine.base.errors import CriaError, UsageError, run_main
 from engine.base.flags import KERNELS, KERNELS_HELP, flag, parse_flags
-from engine.inference.model_loader import load_model
+from engine.serving.models import load_model
 from engine.serving.prompts import choose_style
 from engine.text.templates import STYLES
 
@@ -33,8 +33,8 @@ class ServeConfig:
 
     model: str = flag(
         "",
-        "folder (Hugging Face or Meta layout), .gguf file, or the embedded smollm2-135m; auto is that one, and none "
-        "where --compare-with has two files",
+        "folder (Hugging Face or Meta layout), .gguf file, training state (checkpoint-N), or the embedded "
+        "smollm2-135m; auto is that one, and none where --compare-with has two files",
     )
     compare_with: tuple[str, ...] = flag(
         (),
@@ -132,10 +132,10 @@ def load_service(config: ServeConfig, model: str, name: str) -> "ModelService":
 
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    loaded, tokenizer, source = load_model(model, device, dtype, choose_kernels(config.kernels, device, dtype))
+    loaded, tokenizer, trained = load_model(model, device, dtype, choose_kernels(config.kernels, device, dtype))
     for warning in tokenizer.warnings:
         print(f"warning: {name}: {warning}", file=sys.stderr)
-    style = choose_style(config.prompt_style, source.path, tokenizer)
+    style = choose_style(config.prompt_style, trained, tokenizer)
     longest = min(config.max_length, loaded.config.max_positions)
     limits = Limits(config.max_concurrency, config.max_queue, longest)
     return ModelService(name, loaded, tokenizer, style, limits)

@@ -13,6 +13,9 @@ from typing import Any, TypeVar, cast
 T = TypeVar("T")
 
 KERNELS = ("auto", "triton", "native", "ref")
+MODEL_HELP = (
+    "folder (Hugging Face or Meta layout), .gguf file, training state (checkpoint-N), or the embedded smollm2-135m"
+)
 KERNELS_HELP = "auto: triton on CUDA, native (C++) on a CPU where it is built, else the torch references (ref)"
 
 # (raw flags {name: [words]}, problems) -> notes. Its attribute `flags` names the foreign flags that it accepts.

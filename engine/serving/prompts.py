@@ -1,11 +1,9 @@
 """The messages of a chat as the ids that the model goes on from, in the template it was trained with."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from engine.base.errors import DataError
-from engine.output.folder import read_prompt_style
 from engine.text.chat_templates import find_carried_style
 from engine.text.parts import Part, Special, Text
 from engine.text.templates import ALPACA_NO_INPUT, Message, Row, encode_parts, encode_prompt
@@ -15,9 +13,9 @@ PREAMBLE, REST = ALPACA_NO_INPUT.split("\n\n", 1)
 BEFORE, AFTER = f"\n\n{REST}".split("{instruction}")
 
 
-def choose_style(name: str, folder: Path, tokenizer: Tokenizer) -> str:
-    """Return what --prompt-style means; auto is the style that the model was fine-tuned with here, else its files'."""
-    return (read_prompt_style(folder) or find_carried_style(tokenizer)) if name == "auto" else name
+def choose_style(name: str, trained: str | None, tokenizer: Tokenizer) -> str:
+    """Return what --prompt-style means. auto is the style that the model was trained with here, else its files'."""
+    return (trained or find_carried_style(tokenizer)) if name == "auto" else name
 
 
 def encode_chat(

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from data_gen.api.prompt import read_seed_tasks
-from engine.inference.model_loader import load_model
 from engine.model.batch import MicroBatch
+from engine.serving.models import load_model
 from kernels.base.commands import run_command
 from scripts.base.environment import make_environment
 from scripts.base.results import new_json_parser, today, write_json

@@ -24,8 +24,8 @@ import transformers
 from data_gen.base.cli import run_for_reader
 from engine.base.device import choose_kernels
 from engine.inference.generation import generate
-from engine.inference.model_loader import load_model
 from engine.model.llama import new_model
+from engine.serving.models import load_model
 from engine.text.templates import Row, encode_prompt
 from kernels.native.cpu import load_cpu
 from kernels.native.few_rows import multiply_few_rows

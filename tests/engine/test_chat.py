@@ -19,8 +19,8 @@ import torch
 from engine import chat
 from engine.base.errors import DataError
 from engine.base.errors import run_main as run
-from engine.inference.model_loader import load_model
 from engine.inference.sampling import Sampling
+from engine.serving.models import load_model
 from engine.serving.prompts import encode_chat
 from engine.serving.terminal_chat import Chat, ChatSettings
 from engine.text.templates import Row, encode_prompt

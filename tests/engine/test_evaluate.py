@@ -10,7 +10,7 @@ import transformers
 from engine.base.errors import run_main
 from engine.evaluate import main
 from engine.inference.generation import generate
-from engine.inference.model_loader import load_model
+from engine.serving.models import load_model
 from engine.text.templates import ALPACA_NO_INPUT, Row, encode_prompt, find_stop_ids
 from tests.helpers.small_model import small_model
 

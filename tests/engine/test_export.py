@@ -15,13 +15,14 @@ from engine import export as command
 from engine import finetune
 from engine.base.errors import DataError, Stopped, run_main
 from engine.formats.save import save_hf
-from engine.inference.model_loader import load_model
+from engine.formats.source import open_source
 from engine.model.config import ModelConfig, RopeScaling
 from engine.model.llama import new_model
 from engine.output import checkpoint
+from engine.serving.models import load_model
 from engine.text.tokenizer_files import load_tokenizer
 from engine.training import fine_tuning
-from tests.helpers.run import ROOT, export
+from tests.helpers.run import ROOT, export, generate
 from tests.helpers.small_model import VOCAB_SIZE, small_model
 from tests.helpers.training_states import cut, flip, save_checkpoint, save_together
 
@@ -243,6 +244,18 @@ def test_where_the_tokenizer_is_from(state, tmp_path, monkeypatch):
     assert exported(without_one, tmp_path / "again", "--tokenizer", small_model()) == given
 
 
+def test_a_state_answers_as_the_model_that_is_made_of_it(state, tmp_path):
+    here("--model", state, "--out", tmp_path / "made")
+    told = [
+        generate("--model", model, "--prompt", "Hi", "--max-new-tokens", 8, "--raw").stdout
+        for model in (state, tmp_path / "made")
+    ]
+    assert told[0] == told[1] and told[0].strip()
+    (state.parent / "run.json").unlink()
+    done = generate("--model", state, "--prompt", "Hi", check=False)
+    assert done.returncode == 2 and "pass --tokenizer to engine.export" in done.stderr
+
+
 def test_who_wants_a_model_is_told_how_to_make_one(state, tmp_path):
     save_checkpoint(state.parent, 100, {"a": torch.ones(1)}, {}, keep=2)
     for path, message in (
@@ -250,6 +263,6 @@ def test_who_wants_a_model_is_told_how_to_make_one(state, tmp_path):
         (state.parent, f"no model yet; python -m engine.export --model {state.parent}/checkpoint-100 --out DIR"),
     ):
         with pytest.raises(DataError, match=re.escape(message)):
-            load_model(str(path), torch.device("cpu"), torch.float32)
+            open_source(path)
     here("--model", state.parent, "--out", tmp_path / "new", code=3)
     assert not (tmp_path / "new").exists()

@@ -158,7 +158,7 @@ def test_the_output_folder_is_complete_and_loads_elsewhere(small, tmp_path):
     model = transformers.LlamaForCausalLM.from_pretrained(out, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     ids = tokenizer("### Instruction:\nName a colour.\n\n### Response:", return_tensors="pt")["input_ids"]
-    from engine.inference.model_loader import load_model
+    from engine.serving.models import load_model
 
     ours, our_tokenizer, _ = load_model(str(out), torch.device("cpu"), torch.float32)
     assert our_tokenizer.encode("### Instruction:\nName a colour.\n\n### Response:") == ids[0].tolist()

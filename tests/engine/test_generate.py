@@ -1,17 +1,21 @@
 """Generation: greedy text identical to transformers', sampling that follows its seed and its distribution."""
 
+import io
 import re
 
 import pytest
 import torch
 import transformers
 
+from engine import generate as module
+from engine.base.errors import run_main
 from engine.inference.generation import generate, sample
-from engine.inference.model_loader import load_model
 from engine.model.config import MODELS
 from engine.model.llama import new_model
+from engine.serving.models import load_model
 from engine.text.templates import Row, encode_prompt
 from tests.helpers.run import generate as command
+from tests.helpers.small_model import small_model
 
 PROMPTS = ["Name three uses for a paper clip.", "Hi", "Translate to French: Good morning, my friends."]
 
@@ -117,6 +121,17 @@ def test_the_command_answers_a_prompt_and_a_file(smollm2, tmp_path):
     assert len(answers) == 2 and answers[0] == answers[1]
     raw = command("--prompt", "Once upon a time", "--raw", "--max-new-tokens", 8).stdout
     assert raw.strip() and raw != one
+
+
+def test_a_prompt_comes_from_standard_input(monkeypatch, capsys):
+    told = []
+    for prompt, typed in (("Say one.", ""), ("-", "Say one.\n"), ("-", " \n")):
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        flags = ["--model", str(small_model()), "--device", "cpu", "--prompt", prompt, "--max-new-tokens", "6"]
+        code = run_main(module.main, flags)
+        told.append((code, *capsys.readouterr()))
+    assert told[0] == told[1] and told[0][0] == 0 and told[0][1].strip()
+    assert told[2][0] == 2 and "--prompt -: standard input is empty" in told[2][2]
 
 
 @pytest.mark.parametrize(

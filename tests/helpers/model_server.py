@@ -32,7 +32,7 @@ import torch.nn.functional as F
 import kernels
 from engine.base.device import cpu_multiplies_bf16
 from engine.inference.generation import sample
-from engine.inference.model_loader import load_model
+from engine.serving.models import load_model
 from engine.text.templates import Row, encode_prompt, find_stop_ids
 
 FORMATS = ("json_schema",)
