@@ -8,9 +8,10 @@ import contextlib
 import functools
 import json
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
-from itertools import islice, pairwise
+from itertools import islice, pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ TOOL = {"name": "look", "description": "Looks.", "parameters": {"type": "object"
 PROBES: tuple[tuple[list[dict[str, str]], list[dict[str, Any]]], ...] = (  # messages, tools
     ([USER], []), ([SYSTEM, USER], []), ([USER], [{"type": "function", "function": TOOL}])
 )  # fmt: skip
+
+# A template without {% generation %} is run twice for each answer, over all before it.
+MAX_MESSAGES_RUN, MAX_CHARACTERS_RUN = 500_000, 1 << 28  # of one row: a second or two
 
 Chat = Sequence[Mapping[str, Any]]  # {"role": ..., "content": ..., ...}, as in a dataset
 Span = tuple[int, int]  # first character, end
@@ -73,7 +77,7 @@ class OwnTemplate:
         self.names = name_tokens(tokenizer)
         self.specials = tuple(sorted(tokenizer.special_ids, key=len, reverse=True))  # those first that contain others
         self.spelled = re.compile("|".join(map(re.escape, self.specials)) or "(?!)")
-        self.written = compile_written(tokenizer, self.specials)
+        self.swallows = {side: find_swallowing(tokenizer, side) for side in ("lstrip", "rstrip")}
 
     def render(
         self, messages: Chat, tools: Sequence[Any], answer_next: bool, source: str, learned: Sequence[bool]
@@ -110,6 +114,12 @@ class OwnTemplate:
         elif self.marks_loss[bool(tools)]:
             spans = choose_spans(spans, [learned[i] for i in answers], source)
         else:
+            n_runs = sum(learned[i] for i in answers)
+            if n_runs * len(messages) > MAX_MESSAGES_RUN or n_runs * len(text) > MAX_CHARACTERS_RUN:
+                raise DataError(
+                    f"{source}: a chat of {len(messages)} messages and {len(text)} characters, whose {n_runs} answers "
+                    "the checkpoint's chat template does not mark; split the chat, or choose another --prompt-style"
+                )
 
             def plain(n: int, answer_next: bool) -> str:
                 return read_signs(write(n, answer_next), signs[1:])[0]
@@ -146,13 +156,19 @@ class OwnTemplate:
     def split(self, text: str, spans: Sequence[Span], sign: str) -> list[Part]:
         """Return the parts of what the template wrote. spans: where it carries loss. sign: is taken out of texts."""
         parts: list[Part] = []
-        at = 0
-        for match in self.written.finditer(text):
-            parts += cut_text(text, at, match.start(), spans, sign)
-            token = next(token for token in self.specials if token in match[0])
-            place = match.start() + match[0].index(token)
-            parts.append(Special(token, any(start <= place < end for start, end in spans)))
-            at = match.end()
+        at, spans = 0, deque(sorted(spans))
+        for match in self.spelled.finditer(text) if self.specials else ():
+            token, start, end = match[0], match.start(), match.end()
+            if start < at:  # blanks that the token before it swallowed are special tokens themselves
+                continue
+            while token in self.swallows["lstrip"] and start > at and text[start - 1].isspace():
+                start -= 1
+            while token in self.swallows["rstrip"] and end < len(text) and text[end].isspace():
+                end += 1
+            parts += cut_text(text, at, start, spans, sign)
+            carries_loss = any(a <= match.start() < b for a, b in take_spans(spans, start, end))
+            parts.append(Special(token, carries_loss))
+            at = end
         return [*parts, *cut_text(text, at, len(text), spans, sign)]
 
 
@@ -189,16 +205,10 @@ def drop_none(message: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in message.items() if value is not None}
 
 
-def compile_written(tokenizer: Tokenizer, specials: Sequence[str]) -> re.Pattern[str]:
-    """Return a pattern of the special tokens in what a template writes, with the blanks that some of them swallow."""
+def find_swallowing(tokenizer: Tokenizer, side: str) -> set[str]:
+    """Return the special tokens that swallow the blanks on one side of them: lstrip or rstrip."""
     added = read_json(Path(), tokenizer.files, "tokenizer.json").get("added_tokens") or []
-    flags = {token["content"]: token for token in added}
-
-    def blanks(token: str, side: str) -> str:
-        return r"\s*" if flags.get(token, {}).get(side) else ""
-
-    tokens = (f"{blanks(token, 'lstrip')}{re.escape(token)}{blanks(token, 'rstrip')}" for token in specials)
-    return re.compile("|".join(tokens) or "(?!)")
+    return {token["content"] for token in added if token.get(side)}
 
 
 def read_signs(text: str, signs: Sequence[str]) -> tuple[str, list[Span]]:
@@ -226,10 +236,17 @@ def choose_spans(spans: list[Span], learned: Sequence[bool], source: str) -> lis
     return [span for span, is_learned in zip(spans, learned, strict=True) if is_learned]
 
 
-def cut_text(text: str, start: int, end: int, spans: Sequence[Span], sign: str) -> Iterator[Text]:
+def take_spans(spans: deque[Span], start: int, end: int) -> list[Span]:
+    """Return the sorted spans that touch text[start:end], and take those out that end before: text is read forward."""
+    while spans and spans[0][1] <= start:
+        spans.popleft()
+    return [(a, b) for a, b in takewhile(lambda span: span[0] < end, spans) if b > start]
+
+
+def cut_text(text: str, start: int, end: int, spans: deque[Span], sign: str) -> Iterator[Text]:
     """Yield text[start:end], cut where loss begins and ends; nothing where it is empty."""
     if start < end:
-        inside = [(max(a, start), min(b, end)) for a, b in spans if a < end and b > start]
+        inside = [(max(a, start), min(b, end)) for a, b in take_spans(spans, start, end)]
         cuts = [start, *(place for span in inside for place in span), end]
         runs = [text[a:b].replace(sign, "") for a, b in pairwise(cuts)]
         yield Text(runs[0], runs[1] if len(runs) > 1 else "", tuple(runs[2:]), follows_special=start > 0)

@@ -7,6 +7,7 @@ transformers use the tokenizer.json unchanged.
 import base64
 import json
 import re
+from bisect import bisect_left
 from typing import Any
 
 from engine.text.sentencepiece_file import NORMAL, UNIGRAM, UNKNOWN, UNUSED, USER_DEFINED, SentencePieceModel
@@ -75,8 +76,11 @@ def make_bpe(model: SentencePieceModel) -> dict[str, Any]:
     tokens, scores = model.tokens, model.scores
     ids = {token: id for id, (token, kind) in enumerate(zip(tokens, model.types, strict=True)) if kind == NORMAL}
     merges = []
+    lengths = sorted({len(piece) for piece in ids})  # few: a long piece is not cut where no piece is so short
+    known_lengths = set(lengths)
     for piece in sorted(ids, key=lambda piece: (-scores[ids[piece]], ids[piece])):
-        pairs = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
+        cuts = (at for at in lengths[: bisect_left(lengths, len(piece))] if len(piece) - at in known_lengths)
+        pairs = ((piece[:at], piece[at:]) for at in cuts)
         known = [(left, right) for left, right in pairs if left in ids and right in ids]
         merges += [f"{left} {right}" for left, right in sorted(known, key=lambda pair: (ids[pair[0]], ids[pair[1]]))]
     unknown = find_unknown(model)
