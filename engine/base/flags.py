@@ -33,9 +33,16 @@ def name_to_flag(name: str) -> str:
 
 
 def suggest_nearest(name: str, known: Iterable[str]) -> str:
-    """Return "; did you mean X?" for the known name most like this one, or "" when none is like it."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    """Return "; did you mean X?" for the known name most like this one, or "" when none is like it.
+
+    Of several that begin with it, all are named.
+    """
+    bare, name = {other.lstrip("-"): other for other in known}, name.lstrip("-")
+    longer = [other for other in bare if other.lower().startswith(name.lower() + "-")]
+    if len(longer) > 1:
+        return f"; which one, {' or '.join(bare[other] for other in longer)}?"
+    close = longer or difflib.get_close_matches(name, bare, n=1, cutoff=0.7)
+    return f"; did you mean {bare[close[0]]}?" if close else ""
 
 
 def parse_flags(
@@ -56,7 +63,7 @@ def parse_flags(
         print(format_help(cls, translate, embedded))
         raise SystemExit(0)
     problems: list[str] = []
-    raw = split_flags(argv, names, fields, problems)
+    raw = split_flags(argv, names, fields, problems, getattr(translate, "hints", {}))
     notes = translate(raw, problems) if translate else []
     values = {name: convert_words(fields[name], words, problems) for name, words in raw.items()}
     if embedded and not {"model", "data"} & set(values):
@@ -79,9 +86,12 @@ YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 def split_flags(
-    argv: Sequence[str], names: dict[str, str], fields: dict[str, Any], problems: list[str]
+    argv: Sequence[str], names: dict[str, str], fields: dict[str, Any], problems: list[str], hints: dict[str, str]
 ) -> dict[str, list[str]]:
-    """Return {field: [words]} of a command line. Unknown flags and stray words become problems."""
+    """Return {field: [words]} of a command line. Unknown flags and stray words become problems.
+
+    Of a flag given twice the last counts, which is said on stderr. hints: {unknown flag: the one that does that}.
+    """
     raw: dict[str, list[str]] = {}
     name: str | None = None
     for word in argv:
@@ -99,14 +109,13 @@ def split_flags(
             raw[negated.name] = ["no"]
             continue
         if name is None:
-            problems.append(
-                f"unknown flag {word.partition('=')[0]}{suggest_nearest(name_to_flag(head), map(name_to_flag, names))}"
-            )
+            nearest = suggest_nearest(name_to_flag(head), map(name_to_flag, names))
+            meant = f"; {name_to_flag(hints[head])} does that" if head in hints else nearest
+            problems.append(f"unknown flag {word.partition('=')[0]}{meant}")
             name = "unknown " + head
         elif name in raw:
-            problems.append(
-                f"{name_to_flag(name)} is given twice{'' if name == head else f' (as {name_to_flag(head)})'}"
-            )
+            other = "" if name == head else f" (as {name_to_flag(head)})"
+            print(f"warning: {name_to_flag(name)} is given twice{other}; the last one counts", file=sys.stderr)
         raw[name] = [value] if equals else []
     return {name: words for name, words in raw.items() if not name.startswith("unknown ")}
 

@@ -30,8 +30,18 @@ def find_model(name: str) -> Path:
         return find_embedded_gguf()
     path = Path(name).expanduser()
     if not path.exists():
-        raise DataError(f"model {name}: no such folder or file; give a folder, a .gguf, or {EMBEDDED_MODEL}")
+        raise DataError(
+            f"model {name}: no such folder or file; give a folder, a .gguf, or {EMBEDDED_MODEL}{suggest_download(name)}"
+        )
     return path
+
+
+def suggest_download(name: str) -> str:
+    """Return how to fetch a model that is named as on Hugging Face's hub, ORGANISATION/MODEL; "" for another name."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", name):
+        return ""
+    folder = name.split("/")[1]
+    return f". From Hugging Face's hub: hf download {name} --local-dir {folder}, then --model {folder}"
 
 
 def detect_kind(path: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""The flags of Stanford Alpaca's train.py, translated into those of engine.finetune."""
+"""The flags of Stanford Alpaca's train.py and of transformers' trainer, translated into those of engine.finetune."""
 
 import os
 
@@ -10,7 +10,14 @@ UNNEEDED = {
     "fsdp_transformer_layer_cls_to_wrap": "every layer is a group of its own",
     "per_device_eval_batch_size": "evaluation fills its forwards by tokens",
     "tf32": "bf16 matrices run on the tensor cores already",
+    "run_name": "--out names the run",
+    "logging_dir": "metrics.jsonl and report.html lie in --out",
+    "do_train": "this command does nothing else",
+    "dataloader_num_workers": "a thread packs the next step",
 }
+HINTS = {"batch_size": "global_batch_size", "num_epochs": "epochs", "max_seq_length": "max_length"}
+TORCHS_ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf")
+ADAMW_8BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
 DEFAULT_MICRO_BATCH, DEFAULT_ACCUMULATION, DEFAULT_STEPS = 8, 1, 500  # what transformers takes for an absent flag
 
 Raw = dict[str, list[str]]  # {flag: its words}, as the command line has them
@@ -19,8 +26,9 @@ Raw = dict[str, list[str]]  # {flag: its words}, as the command line has them
 def translate_stanford_flags(raw: Raw, problems: list[str]) -> list[str]:
     """Let Stanford Alpaca's own training command work unchanged. Its flags that have no twin here are translated:
     --bf16, --per_device_train_batch_size, --gradient_accumulation_steps, --evaluation_strategy, --eval_steps,
-    --save_strategy, --save_steps. Accepted and not needed: --fsdp, --fsdp_transformer_layer_cls_to_wrap, --tf32,
-    --per_device_eval_batch_size."""
+    --save_strategy, --save_steps. So are transformers' --gradient_checkpointing, --optim (AdamW's names), --report_to,
+    --warmup_steps 0 and --lr_scheduler_kwargs {}. Accepted and not needed: --fsdp, --tf32, --run_name, --logging_dir,
+    --fsdp_transformer_layer_cls_to_wrap, --per_device_eval_batch_size, --do_train, --dataloader_num_workers."""
     notes = [
         f"{name_to_flag(name)} is accepted and not needed: {why}"
         for name, why in UNNEEDED.items()
@@ -31,13 +39,17 @@ def translate_stanford_flags(raw: Raw, problems: list[str]) -> list[str]:
     evaluation = pop_word(raw, "evaluation_strategy", problems), pop_word(raw, "eval_strategy", problems)
     translate_strategy(raw, "eval_every", evaluation[0] or evaluation[1], "off", problems)
     translate_strategy(raw, "save_every", pop_word(raw, "save_strategy", problems), "end", problems)
+    translate_checkpointing(raw, problems)
+    notes += translate_trainer_words(raw, problems)
     return notes
 
 
 translate_stanford_flags.flags = (  # type: ignore[attr-defined]
     *UNNEEDED, "bf16", "per_device_train_batch_size", "gradient_accumulation_steps", "evaluation_strategy",
-    "eval_strategy", "eval_steps", "save_strategy", "save_steps",
+    "eval_strategy", "eval_steps", "save_strategy", "save_steps", "gradient_checkpointing", "optim", "report_to",
+    "warmup_steps", "lr_scheduler_kwargs",
 )  # fmt: skip
+translate_stanford_flags.hints = HINTS  # type: ignore[attr-defined]
 
 
 MAX_DIGITS = 18  # of a whole number; Python refuses those of more than 4,300
@@ -75,6 +87,48 @@ def translate_bf16(raw: Raw, problems: list[str]) -> None:
         raw.setdefault("dtype", ["fp32"])
     else:
         problems.append(f"--bf16 is {bf16!r}, wanted True or False")
+
+
+def translate_checkpointing(raw: Raw, problems: list[str]) -> None:
+    """Turn --gradient_checkpointing True into --recompute block, and False into nothing."""
+    words = raw.pop("gradient_checkpointing", None)
+    if words is None:
+        return
+    word = words[0] if len(words) == 1 else "true" if not words else ""
+    if word.lower() in YES:
+        set_ours(raw, "recompute", "block", "--gradient-checkpointing", problems)
+    elif word.lower() not in NO:
+        problems.append(f"--gradient-checkpointing is {' '.join(words)!r}, wanted True or False")
+
+
+def set_ours(raw: Raw, name: str, value: str, theirs: str, problems: list[str]) -> None:
+    """Set a flag of ours that a foreign one stands for. A flag of ours that says another thing becomes a problem."""
+    if raw.setdefault(name, [value]) != [value]:
+        problems.append(f"{theirs} contradicts {name_to_flag(name)} {' '.join(raw[name])}; give one")
+
+
+def translate_trainer_words(raw: Raw, problems: list[str]) -> list[str]:
+    """Translate --optim, --report_to, --warmup_steps and --lr_scheduler_kwargs, or say what does that here."""
+    notes: list[str] = []
+    optim = pop_word(raw, "optim", problems)
+    if optim in ADAMW_8BIT:
+        set_ours(raw, "optimizer_states", "8bit", f"--optim {optim}", problems)
+    elif optim in TORCHS_ADAMW:
+        notes.append(f"--optim {optim} is accepted and not needed: AdamW is the optimizer")
+    elif optim is not None:
+        problems.append(f"--optim is {optim[:80]!r}, wanted one of {', '.join((*TORCHS_ADAMW, *ADAMW_8BIT))}")
+    report = pop_word(raw, "report_to", problems)
+    if report is not None and report not in ("none", "off"):
+        set_ours(raw, "tracker", report, f"--report-to {report}", problems)
+    warmup = pop_word(raw, "warmup_steps", problems)
+    if warmup == "0":
+        set_ours(raw, "warmup_ratio", "0", "--warmup-steps 0", problems)
+    elif warmup is not None:
+        problems.append(f"--warmup-steps {warmup[:80]}: pass --warmup-ratio, the share of all steps")
+    settings = pop_word(raw, "lr_scheduler_kwargs", problems)
+    if settings is not None and settings.replace(" ", "") not in ("{}", ""):
+        problems.append(f"--lr-scheduler-kwargs {settings[:80]}: the schedules here have no settings; leave it out")
+    return notes
 
 
 def translate_batch_size(raw: Raw, problems: list[str]) -> list[str]:

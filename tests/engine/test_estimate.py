@@ -61,6 +61,7 @@ def test_help_is_complete(monkeypatch, capsys):
     [
         ("--modle x", "unknown flag --modle; did you mean --model?"),
         ("--gpu H10", "did you mean H100?"),
+        ("--gpu A100", "; which one, A100-40 or A100-80?"),
         ("--gpu abacus", "of another card give --gpu-memory"),
         ("--gpus 0", "--gpus is 0, wanted 1 to 64"),
         ("--gpus 65", "--gpus is 65, wanted 1 to 64"),

@@ -84,8 +84,13 @@ def test_every_problem_is_told_at_once(capsys):
         ("--seed", "--seed wants one value, got 0"),
         ("--seed 1 2", "--seed wants one value, got 2: 1 2"),
         ("--seed 1.5", "--seed is '1.5', wanted a whole number"),
-        ("--seed 1 --seed 1", "--seed is given twice"),
-        ("--lr 1 --learning_rate 1", "--lr is given twice (as --learning-rate)"),
+        ("--batch-size 4", "unknown flag --batch-size; --global-batch-size does that"),
+        ("--gradient_checkpointing maybe", "--gradient-checkpointing is 'maybe', wanted True or False"),
+        ("--gradient_checkpointing --recompute cheap", "--gradient-checkpointing contradicts --recompute cheap"),
+        ("--optim sgd", "--optim is 'sgd', wanted one of adamw_torch"),
+        ("--warmup_steps 10", "--warmup-steps 10: pass --warmup-ratio, the share of all steps"),
+        ("--lr_scheduler_kwargs {'min_lr':1}", "the schedules here have no settings; leave it out"),
+        ("--report_to mlflow", "--tracker is 'mlflow', wanted one of off, tensorboard, wandb, trackio"),
         ("--shuffle maybe", "--shuffle is 'maybe', wanted true or false"),
         ("--no-lr", "unknown flag --no-lr"),
         ("--out=", "--out is empty, wanted a folder"),
@@ -109,6 +114,33 @@ def test_every_problem_is_told_at_once(capsys):
 )
 def test_bad_flags(text, problem, capsys):
     assert any(problem in line for line in problems(text, capsys))
+
+
+def test_of_a_flag_given_twice_the_last_counts_and_is_named(capsys):
+    config, _ = parse("--seed 1 --seed 2 --lr 1 --learning_rate 3 --shuffle")
+    assert (config.seed, config.lr) == (2, 3.0)
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "warning: --seed is given twice; the last one counts",
+        "warning: --lr is given twice (as --learning-rate); the last one counts",
+    ]
+
+
+def test_the_trainers_other_flags():
+    config, notes = parse(
+        "--gradient_checkpointing True --optim adamw_torch --report_to wandb --run_name x --logging_dir y "
+        "--warmup_steps 0 --lr_scheduler_kwargs {} --do_train"
+    )
+    assert (config.recompute, config.tracker, config.warmup_ratio) == ("block", "wandb", 0.0)
+    assert sum("not needed" in note for note in notes) == 3
+    config, _ = parse("--gradient_checkpointing False --optim adamw_bnb_8bit --report_to none")
+    assert (config.recompute, config.optimizer_states, config.tracker) == ("cheap", "8bit", "off")
+
+
+@pytest.mark.parametrize("text", ["--zzz 1", "--val_size 0.1", "--preset x", "--push_to_hub True"])
+def test_what_is_not_near_is_not_suggested(text, capsys):
+    (line,) = problems(text, capsys)
+    assert line == f"unknown flag {text.split()[0]}"
 
 
 def test_help_names_every_flag_with_its_default(capsys):

@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from engine.base.errors import DataError
+from engine.formats.find import find_model
 from engine.formats.names import list_pieces
 from engine.formats.save import save_hf
 from engine.formats.source import open_source
@@ -259,3 +261,19 @@ def test_gradients_of_biases_are_transformers(tmp_path):
     for name, piece in list_pieces(config, "hf").items():
         ours, reference = piece.rows_of(gradients), theirs.get_parameter(name).grad
         assert (ours - reference).abs().max() < 1e-5 * max(1, reference.abs().max()), name
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("meta-llama/Llama-3.2-1B", "hf download meta-llama/Llama-3.2-1B --local-dir Llama-3.2-1B, then --model"),
+        ("/models/llama", None),
+        ("a/b/c", None),
+        ("../x", None),
+    ],
+)
+def test_a_name_of_the_hub_is_told_how_to_come_here(name, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="no such folder or file") as error:
+        find_model(name)
+    assert said in str(error.value) if said else "hf download" not in str(error.value)
