@@ -10,8 +10,8 @@ gradient are checked against the reference in fp32: an error over twice that of 
 the record "wrong", without a time. A fraction is the roofline's time over the measured one; the roofline's time is the
 larger of FLOPs / GEMM rate and bytes / copy rate (the formulas are in kernels/measure/cases.py).
 
-Without a GPU the references are timed at toy sizes, and with TRITON_INTERPRET=1 the kernels are checked in Triton's
-interpreter; such times say nothing of a GPU.
+Without a GPU, or with --smoke, the references run at toy sizes, and with TRITON_INTERPRET=1 the kernels are checked in
+Triton's interpreter. That says nothing of speed, and no rates are printed.
 """
 
 import argparse
@@ -51,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         cases, args.repeats = list(toy_cases()), 1
     if not GPU:
         kernels = "the kernels in Triton's interpreter" if INTERPRETED else "no kernels (TRITON_INTERPRET=1 adds them)"
-        print(f"No GPU: the references and {kernels}, at toy sizes. These times say nothing of a GPU.")
+        print(f"No GPU: the references and {kernels}, at toy sizes, which say nothing of speed.")
         args.repeats = min(args.repeats, 5)
-    benchmark = Benchmark(args.json, args.minutes, args.repeats)
+    benchmark = Benchmark(args.json, args.minutes, args.repeats, is_toy=args.smoke or not GPU)
     for case in cases:
         if case.op in args.op:
             benchmark.run_case(case, peers=not args.no_peers)

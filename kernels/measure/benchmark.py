@@ -65,7 +65,8 @@ def time_passes(
 class Benchmark:
     """One run and its result, which is written after every record.
 
-    minutes: no measurement begins after them. dtype: bf16 on a GPU, fp32 elsewhere, if none is given.
+    minutes: no measurement begins after them. dtype: bf16 on a GPU, fp32 elsewhere, if none is given. is_toy: the cases
+    are so small that no rate is printed; the file has them all the same.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Benchmark:
         minutes: float | None = None,
         repeats: int = REPEATS,
         dtype: torch.dtype | None = None,
+        is_toy: bool = False,
     ) -> None:
         self.path, self.repeats = path, repeats
         self.dtype = dtype or (torch.bfloat16 if GPU else torch.float32)
@@ -81,7 +83,7 @@ class Benchmark:
         self.flush = make_l2_flush()
         self.result: Result = {
             "what": "kernels.bench", "machine": describe_machine(), "dtype": str(self.dtype).removeprefix("torch."),
-            "records": [], "absent": [], "left_out": [],
+            "is_toy": is_toy, "records": [], "absent": [], "left_out": [],
         }  # fmt: skip
         self.result["ceilings"] = measure_peak_rates(repeats, self.flush)
         self.save()
@@ -160,5 +162,5 @@ class Benchmark:
 
     def _add(self, record: Record) -> None:
         self.result["records"].append(record)
-        print(format_record(record), flush=True)
+        print(format_record(record, self.result["is_toy"]), flush=True)
         self.save()

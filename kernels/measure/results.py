@@ -39,13 +39,15 @@ def add_ratios(records: list[Record]) -> None:
             r["times_gemm"] = r["ms"] / ms["bare GEMM", r["pass"]]
 
 
-def format_record(r: Record) -> str:
-    """Return a record as one line."""
+def format_record(r: Record, is_toy: bool = False) -> str:
+    """Return a record as one line. is_toy: of a toy's size, whose times say nothing and are left out."""
     head = f"{r['op']:<21}{r['shape']:<42}{r['who']:<25}"
     if "wrong" in r:
         return f"{head}WRONG RESULT: {r['wrong']}"
     if "failed" in r:
         return f"{head}failed: {r['failed']}"
+    if is_toy:
+        return f"{head}{r['pass']:<8}{'ran' if r.get('error_over_torch') is None else 'right'}"
     rate = f"{r['tflops']:8.1f} TFLOP/s" if r["bound"] == "gemm" else f"{r['gb_per_s']:8.1f} GB/s   "
     times = f"  {r['times_ours']:5.2f}x ours" if "times_ours" in r and r["who"] != "ours" else ""
     gemm = f"  {r['times_gemm']:5.2f}x bare GEMM" if "times_gemm" in r and r["who"] == "ours" else ""
@@ -65,9 +67,10 @@ def find_absent(result: Result) -> list[tuple[str, str, str, list[str]]]:
 
 def format_summary(result: Result) -> str:
     """Return the last lines of a run: the ceilings, every record, the absent peers, and what was left out for time."""
-    ceilings, device = result["ceilings"], result["machine"]["device"]
-    lines = ["", f"{device}: copy {ceilings['copy_gb_per_s']:.1f} GB/s, GEMM {ceilings['gemm_tflops']:.2f} TFLOP/s"]
-    lines += [format_record(record) for record in result["records"]]
+    ceilings, device, is_toy = result["ceilings"], result["machine"]["device"], result["is_toy"]
+    rates = f"copy {ceilings['copy_gb_per_s']:.1f} GB/s, GEMM {ceilings['gemm_tflops']:.2f} TFLOP/s"
+    lines = ["", f"{device}: {'toy sizes, nothing is said of speed' if is_toy else rates}"]
+    lines += [format_record(record, is_toy) for record in result["records"]]
     for op, who, reason, shapes in find_absent(result):
         where = f" at {'; '.join(shapes)}" if shapes else ""
         lines.append(f"{op}: without {who}{where}: {reason}")
