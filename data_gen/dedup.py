@@ -1,12 +1,15 @@
 """Drop the rows of a file whose text nearly repeats an earlier one: ROUGE-L F of 0.7 or more, exactly.
 
 python -m data_gen.dedup rows.json --out kept.json --rejected dropped.jsonl
+
+Rows of tasks repeat an instruction over other inputs, so both are compared. `--field instruction` is the rule by which
+data_gen.generate keeps the instructions that it makes, and Stanford's.
 """
 
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +26,24 @@ def main(argv: list[str]) -> None:
     parser = Parser("dedup", "Keeps the first of rows whose ROUGE-L F is 0.7 or more, exactly.")
     parser.add_argument("file", help="Alpaca JSON (a list) or JSONL")
     parser.add_argument("--out", required=True, help="where the kept rows go: .json or .jsonl")
-    parser.add_argument("--field", default="instruction", help="the text that is compared")
+    parser.add_argument(
+        "--field",
+        default="instruction+input",
+        help="the text that is compared; several with + between, the later may lack",
+    )
     parser.add_argument("--rejected", help="JSONL of the dropped rows, what they duplicate and how similar they are")
     args = parser.parse_args(argv)
     check_paths(args)
-    rows = read_rows(args.file)
-    texts = [get_text(row, args.field, f"{args.file}, row {number}") for number, row in enumerate(rows, 1)]
-
-    began, deduplicator = time.monotonic(), Deduplicator()
-    kept: list[int] = []
-    dropped: list[tuple[int, int]] = []  # a row, and the row that it duplicates
-    for index, text in enumerate(show_progress(texts)):
-        found = deduplicator.add(text)
+    rows, (first, *others) = read_rows(args.file), args.field.split("+")
+    places = [f"{args.file}, row {number}" for number in range(1, len(rows) + 1)]
+    texts = [get_text(row, first, where) for row, where in zip(rows, places, strict=True)]
+    rests = [get_rest(row, others, where) for row, where in zip(rows, places, strict=True)]
+    began, kept, dropped = time.monotonic(), [], []  # dropped: a row, and the row that it duplicates
+    for index, found in enumerate(find_duplicates(show_progress(texts), rests)):
         if found is None:
             kept.append(index)
         else:
-            dropped.append((index, kept[found]))
+            dropped.append((index, found))
     seconds = time.monotonic() - began
 
     lines = [to_json_line(rows[index]) for index in kept]
@@ -48,6 +53,9 @@ def main(argv: list[str]) -> None:
     if args.rejected:
         write_lines(args.rejected, (to_json_line(describe_rejection(rows, texts, *pair)) for pair in dropped))
     print(f"{len(rows):,} rows, {len(kept):,} kept, {len(dropped):,} dropped in {seconds:.1f} s: {args.out}")
+    n_other = sum(rows[a].get("input", "") != rows[b].get("input", "") for a, b in dropped)
+    if n_other and "input" not in (first, *others):
+        print(f"{n_other:,} of the dropped rows have another input; --field {args.field}+input compares it too")
 
 
 def check_paths(args: Namespace) -> None:
@@ -64,6 +72,31 @@ def check_paths(args: Namespace) -> None:
         raise UsageError("; ".join(problems))
 
 
+def find_duplicates(texts: Iterable[str], rests: Sequence[str]) -> Iterator[int | None]:
+    """Yield for each row the index of the earlier one that it duplicates, None for one that is kept.
+
+    A row is a duplicate where its text repeats the text of a kept row, and its rest (other fields) the rest of a row
+    that was kept with that text.
+    """
+    heads, rows_of_heads = Deduplicator(), []  # texts of which no two are duplicates, and the first row of each
+    rests_of_heads: dict[int, tuple[Deduplicator, list[int]]] = {}  # of those that came again: their rests, and rows
+    for index, (text, rest) in enumerate(zip(texts, rests, strict=True)):
+        head = heads.add(text)
+        if head is None:
+            rows_of_heads.append(index)
+            yield None
+            continue
+        if head not in rests_of_heads:
+            first = Deduplicator()
+            first.add(rests[rows_of_heads[head]])
+            rests_of_heads[head] = first, [rows_of_heads[head]]
+        known, rows = rests_of_heads[head]
+        found = known.add(rest)
+        if found is None:
+            rows.append(index)
+        yield None if found is None else rows[found]
+
+
 def get_text(row: dict[str, Any], field: str, where: str) -> str:
     """Return a row's text in the given field. Raise DataError, which begins with where, if it is absent or no text."""
     if field not in row:
@@ -71,6 +104,11 @@ def get_text(row: dict[str, Any], field: str, where: str) -> str:
     if not isinstance(row[field], str):
         raise DataError(f"{where}: {field!r} is of type {type(row[field]).__name__}, wanted a string")
     return row[field]
+
+
+def get_rest(row: dict[str, Any], fields: Sequence[str], where: str) -> str:
+    """Return the texts of other fields, one a line; those that are absent or null are left out."""
+    return "\n".join(get_text(row, field, where) for field in fields if row.get(field) is not None)
 
 
 def describe_rejection(rows: list[dict[str, Any]], texts: list[str], dropped: int, kept: int) -> dict[str, Any]:

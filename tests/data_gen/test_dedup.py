@@ -124,3 +124,24 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, capsys
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert list(dedup.show_progress(["a", "b"])) == ["a", "b"]
     assert "rows compared" not in capsys.readouterr().err
+
+
+def test_an_instruction_over_other_inputs_is_no_duplicate(tmp_path, capsys):
+    """However long the instruction, and however short its inputs."""
+    asked = "Translate the following sentence into French, and keep its tone"
+    inputs = ["Good morning.", "A red house.", "", "good MORNING", "", "A red house!"]
+    rows = [{"instruction": asked + "!" * n, "input": text} for n, text in enumerate(inputs)]
+    rows += [{"instruction": asked, "output": "no input"}]
+    file, out, rejected = written(tmp_path / "rows.json", rows), tmp_path / "out.json", tmp_path / "no.jsonl"
+    assert run_for_exit_code(dedup.main, [str(file), "--out", str(out), "--rejected", str(rejected)]) == 0
+    assert read(out) == rows[:3] and "another input" not in capsys.readouterr().out
+    assert [line["duplicates_row"] for line in read(rejected)] == [1, 3, 2, 3]
+    assert run_for_exit_code(dedup.main, [str(file), "--out", str(out), "--field", "instruction"]) == 0
+    assert read(out) == rows[:1]
+    assert "6 of the dropped rows have another input; --field instruction+input" in capsys.readouterr().out
+
+
+def test_an_input_that_is_no_text_is_named(tmp_path, capsys):
+    file = written(tmp_path / "rows.json", [{"instruction": "a", "input": 3}])
+    assert run_for_exit_code(dedup.main, [str(file), "--out", str(tmp_path / "out.json")]) == 3
+    assert "row 1: 'input' is of type int, wanted a string" in capsys.readouterr().err
