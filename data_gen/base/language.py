@@ -98,7 +98,7 @@ SHARE = 0.7  # this share of the letters must be of one script
 KANA = 0.1  # at least this share of the kana and Han letters of a Japanese text are kana
 LINK = re.compile(r"\bhttps?://\S+")
 WORD = re.compile(r"(?<!['\u2019])[^\W\d_]+|(?<=['\u2019])(?!s\b)[^\W\d_]+")  # without the "s" of "dog's"
-ASCII_WORD = re.compile("[a-z]+")
+ASCII_WORD, ASCII_S = re.compile("[a-z]+"), re.compile(r"'s\b")  # the same for ASCII
 
 # The best language must lead the second by this many votes, and by this share of its own votes.
 MIN_LEAD, LEAD_SHARE = 0.8, 0.15
@@ -149,12 +149,11 @@ def find_script(char: str) -> str:
 
 def guess_by_words(text: str, codes: list[str]) -> str:
     """Return the one of these languages that the words and letters of the text clearly favour, or ""."""
-    is_plain = text.isascii() and "'" not in text
-    words = (ASCII_WORD if is_plain else WORD).findall(text)
+    words = ASCII_WORD.findall(ASCII_S.sub("'", text)) if text.isascii() else WORD.findall(text)
     if len(words) < MIN_WORDS:
         return ""
     found = [(word, n, WORD_VOTES[word]) for word, n in Counter(words).items() if word in WORD_VOTES]
-    letters = Counter([] if is_plain else [letter for letter in text if letter in LETTER_VOTES])
+    letters = Counter([] if text.isascii() else [letter for letter in text if letter in LETTER_VOTES])
     found += [(letter, n, LETTER_VOTES[letter]) for letter, n in letters.items()]
     votes = dict.fromkeys(codes, 0.0)
     for _, n, languages in found:
