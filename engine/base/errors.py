@@ -4,10 +4,12 @@ An error's message says in a line or two what is wrong, what was found, what was
 """
 
 import contextlib
+import errno
 import os
+import struct
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from kernels.base.commands import has_reader_left, run_for_reader
 
@@ -59,6 +61,26 @@ class Stopped(BaseException):
     exit_code = 143
 
 
+# What Python raises where the content of a file is not what the code that reads it takes it for.
+DAMAGE = (
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, EOFError, OSError,
+    struct.error,
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def reading(what: object, remedy: str = "repair the file, or copy it again") -> Iterator[None]:
+    """Raise whatever Python raises in a with block that reads what a user's file holds as a DataError naming the file.
+
+    Only the reading belongs into the block: a fault in what comes after must stay the error that it is.
+    """
+    try:
+        yield
+    except DAMAGE as error:
+        found = f"{type(error).__name__}: {summarize_error(error)}"
+        raise DataError(f"{what}: is damaged, or not what it should be ({found}); {remedy}") from error
+
+
 def summarize_error(error: BaseException) -> str:
     """Return the first line of an error's text, 200 characters at most, or the error's type when it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
@@ -96,7 +118,8 @@ def call_main(main: Callable[[list[str]], None], argv: list[str]) -> int:
             print_error(f"error: {error}")
             return error.exit_code
         print_error(f"error: {type(error).__name__}: {error}; --debug shows where")
-        return 1
+        # A name as long as this comes from the command line: names in files are checked where they are read.
+        return UsageError.exit_code if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG else 1
     return 0
 
 

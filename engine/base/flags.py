@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import math
 import sys
 import types
 import typing
@@ -82,6 +81,7 @@ def parse_flags(
 INVALID = (
     object()
 )  # a value that did not convert; the field keeps its default, so that the other fields are still checked
+MAX_NUMBER = 1e18  # of any flag: products of flags stay numbers
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -120,6 +120,11 @@ def split_flags(
     return {name: words for name, words in raw.items() if not name.startswith("unknown ")}
 
 
+def shorten_word(word: str) -> str:
+    """Return a word of the command line as a message shows it: a very long one without its end."""
+    return repr(word if len(word) <= 80 else f"{word[:80]}...")
+
+
 def convert_words(field: Any, words: list[str], problems: list[str]) -> Any:
     """Return the value of a field from its words, or INVALID after adding a problem."""
     kind, name = field.type, name_to_flag(field.name)
@@ -143,18 +148,21 @@ def convert_words(field: Any, words: list[str], problems: list[str]) -> Any:
         return INVALID
     if isinstance(kind, types.UnionType):  # int | None
         kind = typing.get_args(kind)[0]
+    limit = ""
     try:
         if kind is int and not word.lstrip("+-").isdecimal():  # 3.0 and 5e9 are whole numbers too
             value = int(float(word))
             if value != float(word):
                 raise ValueError
-            return value
-        value = kind(word)
-        if kind is float and not math.isfinite(value):  # also a number too large for a float: 1e999 is inf
+        else:
+            value = kind(word)
+        if kind in (int, float) and not abs(value) <= MAX_NUMBER:  # also nan, and 1e999, which is inf
+            limit = f" of at most {MAX_NUMBER:g}" if value < float("inf") else ""
             raise ValueError
         return value
     except (ValueError, OverflowError):
-        problems.append(f"{name} is {word!r}, wanted {'a whole number' if kind is int else 'a finite number'}")
+        wanted = "a whole number" if kind is int else "a finite number"
+        problems.append(f"{name} is {shorten_word(word)}, wanted {wanted}{limit}")
         return INVALID
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from data_gen.base.files import to_json_line
 from data_gen.judging.humans import Vote, parse_vote
-from engine.base.errors import DataError, UsageError
+from engine.base.errors import DataError, UsageError, reading
 from engine.base.files import sync_folder
 from engine.comparing.questions import as_own_errors
 
@@ -68,7 +68,7 @@ class VoteFile:
         if rest.startswith(BEGIN) or BEGIN.startswith(rest):
             try:
                 json.loads(rest)
-            except ValueError:
+            except (ValueError, RecursionError):
                 print(f"warning: {place}: a vote that was cut off is taken out, {len(rest)} bytes", file=sys.stderr)
                 os.ftruncate(self.file, os.fstat(self.file).st_size - len(rest))
                 os.fsync(self.file)
@@ -83,5 +83,5 @@ class VoteFile:
             raise DataError(f"{place}: is not JSON ({error}); repair the line or name another file") from None
         if not isinstance(row, dict):
             raise DataError(f"{place}: got a {type(row).__name__}, wanted the object of a vote")
-        with as_own_errors():
+        with as_own_errors(), reading(place, "repair the line or name another file"):
             self.kept.append(Kept(row, parse_vote(row, place)))

@@ -25,7 +25,7 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from engine.base.errors import DataError
+from engine.base.errors import DAMAGE, DataError
 from engine.base.files import sync_file, sync_folder
 from engine.data import chats, data_files, json_files, rows, table_files, values
 from engine.data import dataset as data
@@ -113,11 +113,11 @@ def load_entry(
     if not os.path.exists(entry):
         return None
     try:
-        manifest = json.loads((entry / MANIFEST).read_text())
+        manifest = json.loads((entry / MANIFEST).read_bytes())
         arrays = {name: read_array(entry / f"{name}.npy", manifest[name]) for name in ARRAYS}
         skipped = [Skipped(f"{names[file]}:{number}", reason) for file, number, reason in manifest["skipped"]]
         unread = Counter({str(name): int(n_rows) for name, n_rows in manifest["unread"].items()})
-    except (OSError, DataError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (*DAMAGE, DataError):
         report(f"note: the cached tokens in {entry} are damaged; the data is tokenised again")
         remove_entry(entry)
         return None

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from engine.base.errors import DataError
+from engine.base.errors import DataError, reading
 from engine.formats.configs import config_from_gguf, config_from_hf, config_from_meta
 from engine.formats.find import detect_kind, explain_no_model, explain_other_content
 from engine.formats.folders import StandInError, find_member, read_json_member
@@ -104,6 +104,14 @@ def open_source(path: Path) -> Source:
     path = Path(path)
     problems: list[str] = []
     try:
+        return read_source(path, problems)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def read_source(path: Path, problems: list[str]) -> Source:
+    """Return the source at a path. Raise DataError with the problems, which do not name the path."""
+    with reading("the model"):
         kind = detect_kind(path)
         if kind is None or kind not in OPENERS:
             raise DataError(explain_no_model(path))
@@ -115,8 +123,6 @@ def open_source(path: Path) -> Source:
             check_tensors(opened.config, kind, opened.stored, opened.unreadable, problems)
         if problems or opened.config is None:
             raise DataError(join_problems(problems))
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
     dtype = most_common_dtype(opened.stored)
     return Source(path, kind, opened.config, dtype, generation_config or {}, opened.stored)
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from engine.base.errors import DataError
+from engine.base.errors import DAMAGE, DataError
 from engine.base.files import sync_folder
 from engine.formats.find import list_checkpoints
 from engine.model.shard import Shard, as_shards
@@ -97,11 +97,16 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint, its form checked and the files it names unread. Raises DataError."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_bytes())
         kind = manifest["format"]
         if kind not in (ONE_FILE, SHARDED):
             raise DataError(f"{folder / MANIFEST}: format {kind}, this version reads {ONE_FILE} and {SHARDED}")
-        require(type(manifest["step"]) is int, "its step is no number")
+        require(type(manifest["step"]) is int and manifest["step"] >= 0, "its step is no number")
+        for name in ("n_updates", "max_tokens"):
+            value = manifest.get(name, 1)
+            require(type(value) is int and 0 <= value < 2**63, f"its {name} is no number")
+        for name in ("settings", "model"):
+            require(type(manifest.get(name, {})) is dict, f"its {name} are no object")
         files, known = manifest["files"], re.escape(STATE) if kind == ONE_FILE else r"state-\d{5}-of-\d{5}\.safetensors"
         for name, entry in files.items():
             require(re.fullmatch(known, name, re.ASCII), f"a file named {name!r}")
@@ -113,7 +118,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         return manifest
     except FileNotFoundError:
         raise DataError(f"{folder}: no {MANIFEST}, so its save never finished; choose another checkpoint") from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except DAMAGE as error:
         what = f"{type(error).__name__} {error}"
         raise DataError(f"{folder / MANIFEST}: not a manifest of ours ({what}); choose another checkpoint") from None
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from engine.base.errors import UsageError
+from engine.base.errors import UsageError, reading
 from engine.base.files import read_json
 
 RUN, LOCK, METRICS = "run.json", ".lock", "metrics.jsonl"
@@ -68,7 +68,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def read_prompt_style(folder: Path) -> str | None:
     """Return the --prompt-style of the run that wrote a folder, None where it has no run.json of ours."""
-    return read_json(folder / RUN).get("config", {}).get("prompt_style")
+    with reading(folder / RUN):
+        style = read_json(folder / RUN).get("config", {}).get("prompt_style")
+        if not isinstance(style, str | None):
+            raise TypeError("its prompt_style is no text")
+    return style
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:

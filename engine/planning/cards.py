@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+from engine.base.errors import reading
 from engine.base.flags import suggest_nearest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -186,7 +187,8 @@ def find_reports(card: Card, folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     """Return (path, parts) of each report of this GPU in the folder, the newest first."""
     found = []
     for path in sorted(folder.glob("*.json")):
-        report = json.loads(path.read_text())
+        with reading(path):
+            report = json.loads(path.read_bytes())
         if report.get("what") != "scripts.gpu_report" or report.get("smoke"):
             continue
         if card.device in report["parts"].get("machine", {}).get("device", ""):

@@ -23,7 +23,7 @@ from typing import Any
 
 import tokenizers
 
-from engine.base.errors import DataError, UsageError
+from engine.base.errors import DataError, UsageError, reading
 from engine.formats.find import find_embedded_gguf, find_model
 from engine.formats.folders import explain_stand_in
 from engine.model.config import EMBEDDED_MODEL, MODELS, ModelConfig
@@ -98,7 +98,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """Load the tokenizer of a checkpoint's folder or .gguf file. Raise DataError when it is missing or corrupt."""
     path = Path(path)
     warnings: list[str] = []
-    try:
+    with reading(f"{path}: the tokenizer"):
         if path.is_file():
             files, warnings = read_files_from_gguf(path)
         else:
@@ -110,8 +110,6 @@ def load_tokenizer(path: Path) -> Tokenizer:
             return load_tokenizer_json(path, files, warnings)
         if "tokenizer.model" in files:
             return load_sentencepiece(path, files)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise DataError(f"{path}: got a tokenizer that cannot be read, {error!r}; copy its files again") from error
     raise DataError(f"{path}: got neither tokenizer.model nor tokenizer.json, wanted one; copy it from the checkpoint")
 
 
@@ -183,7 +181,9 @@ def make_backend(path: Path, spec: dict[str, Any]) -> tokenizers.Tokenizer:
     """Return the tokenizers library's tokenizer of a tokenizer.json. Special tokens are text like any other to it."""
     try:
         backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
-    except Exception as error:  # the library raises no narrower one
+    except BaseException as error:  # the library raises no narrower one, and where it panics a wider one
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise DataError(f"{path / 'tokenizer.json'}: the tokenizers library cannot read it: {error}") from error
     backend.encode_special_tokens = True
     return backend

@@ -85,7 +85,7 @@ def make_tokenizer(
         config = read_json(path, files, name)
         for role, found in from_config.items():
             value = config.get(role)
-            found += [id for id in (value if isinstance(value, list) else [value]) if id in vocabulary.pieces]
+            found += [id for id in read_ids(path / name, role, value) if id in vocabulary.pieces]
     ids = vocabulary.ids
     by_name = {role: ids[token] for role, token in (*names.items(), *stated.items()) if token in ids}
     bos_ids = [by_name["bos_token"]] if "bos_token" in by_name else from_config["bos_token_id"]
@@ -96,6 +96,19 @@ def make_tokenizer(
     eos_id = by_name["eos_token"] if "eos_token" in by_name else (from_config["eos_token_id"] or stop_ids)[0]
     saved = {name: files[name] for name in SAVED if name in files}
     return Tokenizer(encode, vocabulary, saved, bos_id=bos_id, add_bos=add_bos, eos_id=eos_id, stop_ids=stop_ids)
+
+
+def read_ids(path: Path, key: str, value: Any) -> list[int]:
+    """Return the token ids that a config has under a key: one, several or none. Raise DataError for anything else."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(id) is int for id in ids):  # False is 0 to Python
+        raise DataError(f"{path}: {key} is {shorten(value)}, wanted a whole number or a list of them; repair it")
+    return ids
+
+
+def shorten(value: Any) -> str:
+    """Return a value of a file as a message shows it."""
+    return json.dumps(value)[:80]
 
 
 def piece_to_bytes(piece: str, byte_level: bool = False) -> bytes:

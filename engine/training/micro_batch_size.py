@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.base.errors import CriaError, UsageError
+from engine.base.errors import CriaError, DataError, UsageError
 from engine.base.files import read_json
 from engine.base.host_memory import read_free_bytes
 from engine.data.batches import Batches
@@ -283,6 +283,8 @@ def read_halving(plan: Plan, tokens: int, say: Callable[[str], None]) -> int | N
     They replace `tokens` if that is the size that ran out, or a larger one that --micro-batch-tokens did not ask for.
     """
     note = read_json(plan.out / HALVED)
+    if note and not all(type(note.get(key)) is int and note[key] > 0 for key in ("from", "to")):
+        raise DataError(f"{plan.out / HALVED}: its from and to are no numbers of tokens; remove the file")
     is_larger = plan.config.micro_batch_tokens is None and tokens > note.get("to", tokens)
     if is_larger or tokens in (note.get("from"), note.get("to")):
         say(f"micro-batches of {note['to']} tokens: those of {note['from']} ran out of memory")

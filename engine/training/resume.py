@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.base.errors import DataError, UsageError
+from engine.base.errors import DataError, UsageError, reading
 from engine.base.files import read_json
 from engine.formats.find import list_checkpoints
-from engine.output.checkpoint import Checkpoint, find_newest, open_checkpoint
+from engine.output.checkpoint import MANIFEST, Checkpoint, find_newest, open_checkpoint
 from engine.output.folder import RUN
 from engine.training.micro_batch_size import read_halving
 from engine.training.plan import Plan
@@ -41,7 +41,8 @@ def is_finished(plan: Plan) -> bool:
     run = read_json(plan.out / RUN)
     if plan.config.resume == "never" or run.get("status") != "done":
         return False
-    changed = find_changes(plan, run.get("facts", {}))
+    with reading(plan.out / RUN):
+        changed = find_changes(plan, run.get("facts", {}))
     if changed and not (plan.config.allow_changed and list_checkpoints(plan.out)):
         raise UsageError(
             f"--out {plan.out}: holds a finished run with other settings ({'; '.join(changed)}); "
@@ -69,7 +70,8 @@ def find_checkpoint(plan: Plan, say: Callable[[str], None]) -> Checkpoint | None
             )
     if found is None:
         return None
-    changed = find_changes(plan, found.manifest)
+    with reading(found.folder / MANIFEST, "choose another checkpoint"):
+        changed = find_changes(plan, found.manifest)
     if changed and not config.allow_changed:
         raise UsageError(
             f"{found.folder}: saved by a run with other settings ({'; '.join(changed)}); "

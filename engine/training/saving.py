@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NoReturn
 
-from engine.base.errors import CriaError, NotFiniteError, Stopped
+from engine.base.errors import CriaError, NotFiniteError, Stopped, reading
 from engine.data.batches import Batches
 from engine.distributed import fsdp
 from engine.formats.find import list_checkpoints
@@ -33,7 +33,8 @@ def require_disk_space(plan: Plan) -> None:
 def load_checkpoint(found: Checkpoint, optimizer: AdamW) -> None:
     """Load a training state into the model and its optimizer."""
     checkpoint.load(found, optimizer.tensors())
-    optimizer.n_updates = found.manifest["n_updates"]
+    with reading(found.folder / checkpoint.MANIFEST, "choose another checkpoint"):
+        optimizer.n_updates = found.manifest["n_updates"]
 
 
 class Checkpoints:

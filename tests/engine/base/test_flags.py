@@ -107,6 +107,8 @@ def test_every_problem_is_told_at_once(capsys):
         ("--save-every 5 --save_strategy no", "--save-every and --save-strategy say the same thing; give one"),
         ("--kernels magic", "--kernels is 'magic', wanted one of auto, triton, native, ref"),
         ("--lr nan", "--lr is 'nan', wanted a finite number"),
+        ("--lr 1e300", "--lr is '1e300', wanted a finite number of at most 1e+18"),
+        ("--seed " + "9" * 5000, f"--seed is '{'9' * 80}...', wanted a whole number"),
         (f"--save_strategy steps --save_steps {'9' * 5000}", "--save-steps is '9999"),
         (f"--save-every {'9' * 5000}", "wanted off, end, epoch, or a number of steps"),
     ],

@@ -268,3 +268,22 @@ def test_each_file_of_several_is_verified(tmp_path):
             damage(path)
             with pytest.raises(DataError, match=f"{path.name}: {message}"):
                 checkpoint.open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("n_updates", "3"),
+        ("n_updates", 1.5),
+        ("max_tokens", None),
+        ("max_tokens", -1),
+        ("settings", "x"),
+        ("model", []),
+    ],
+)
+def test_a_manifest_whose_facts_are_of_another_type(key, value, tmp_path):
+    folder = save_checkpoint(tmp_path, 1, tensors(1), FACTS, 1)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {key: value}))
+    with pytest.raises(DataError, match=rf"manifest.json: not a manifest of ours .*{key}"):
+        checkpoint.open_checkpoint(folder)
