@@ -136,7 +136,7 @@ class Transformer(nn.Module):
     def forward(
         self,
         tokens: torch.Tensor,
-        positions: torch.Tensor,
+        positions: torch.Tensor | None = None,
         documents: torch.Tensor | None = None,
         cache: Any = None,
         rows: torch.Tensor | None = None,
@@ -145,11 +145,16 @@ class Transformer(nn.Module):
         """Return the final norm (T, D) of the last layer's output, of tokens and positions (T,) int64.
 
         One of three says which rows attend to which: documents (N, 4) int32 on the CPU, see kernels.attention; plans,
-        which plan_attention() made from documents; cache, an engine.inference.kv_cache.KVCache of earlier tokens. rows
+        which plan_attention() made from documents; cache, an engine.inference.kv_cache.KVCache of earlier tokens.
+        Without them the tokens are one document, and without positions they are counted from 0. rows
         (U,) int64, increasing: the only rows whose output (U, D) is wanted. The last layer then computes queries and
         the feed-forward of these rows only.
         """
         config = self.config
+        if positions is None:
+            positions = torch.arange(len(tokens), device=tokens.device)
+        if documents is None and cache is None and plans is None:
+            documents = torch.tensor([[0, len(tokens), 0, 0]], dtype=torch.int32)
         # Shared by all layers. A cache without documents takes one token of each sequence.
         cos, sin = rope_tables(config, positions, cache is not None and cache.documents is None)
         x = F.embedding(tokens, self.tok_embeddings)
