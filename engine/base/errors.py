@@ -117,9 +117,12 @@ def call_main(main: Callable[[list[str]], None], argv: list[str]) -> int:
         if isinstance(error, CriaError):
             print_error(f"error: {error}")
             return error.exit_code
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            # It comes from the command line: names in files are checked where they are read.
+            print_error(f"error: {str(error.filename)[:40]}...: {error.strerror}; give a shorter name")
+            return UsageError.exit_code
         print_error(f"error: {type(error).__name__}: {error}; --debug shows where")
-        # A name as long as this comes from the command line: names in files are checked where they are read.
-        return UsageError.exit_code if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG else 1
+        return 1
     return 0
 
 

@@ -1,7 +1,5 @@
 """From rows to masked tokens to micro-batches."""
 
-import shutil
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,7 +10,7 @@ from engine.data import dataset as data
 from engine.data.batches import Order, count_steps_per_epoch, permute_examples
 from engine.text.templates import ALPACA_NO_INPUT, Row, encode_prompt
 from engine.text.tokenizer_files import load_tokenizer
-from tests.helpers.run import shared
+from tests.helpers.spm_tokenizers import train_sentencepiece
 
 ALPACA = Row("f:1", None, "Name a colour.", "", "Red.")
 WITH_INPUT = Row("f:2", None, "Add the numbers.", "2 3", "5")
@@ -27,7 +25,7 @@ def smol(smollm2):
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
-    shutil.copy(shared("llama_tokenizer.model"), folder / "tokenizer.model")
+    train_sentencepiece(folder)
     return load_tokenizer(folder)
 
 
