@@ -161,3 +161,10 @@ def test_held_out_rows_are_apart(n, fraction, seed):
     kept, held = data.hold_out(list(range(n)), fraction, seed)
     assert sorted(kept + held) == list(range(n)) and len(held) == max(1, round(fraction * n))
     assert data.hold_out(list(range(n)), fraction, seed) == (kept, held)
+
+
+def test_a_row_of_exactly_the_maximum_length_is_not_cut(smol):
+    length = len(one(ALPACA, smol).tokens)
+    for max_length, n_cut in ((length + 1, 0), (length, 0), (length - 1, 1)):
+        got = data.encode_rows([ALPACA], smol, max_length=max_length).select()
+        assert (got.counts["truncated"], len(got.tokens)) == (n_cut, min(length, max_length))

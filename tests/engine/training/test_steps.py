@@ -1,0 +1,74 @@
+"""Steps that change nothing, and the number of those that changed something."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from engine.data import packing
+from engine.data.batches import StepBatch
+from engine.model.config import ModelConfig
+from engine.model.llama import new_model
+from engine.output.checkpoint import open_checkpoint
+from engine.output.saver import WriterGroup, write_checkpoint
+from engine.training.optimizer import AdamW
+from engine.training.run_ahead import Prefetcher
+from engine.training.saving import load_checkpoint
+from engine.training.step import Steps
+from tests.helpers.datasets import dataset
+
+ROWS = [[*range(10, 20), i] for i in range(20, 24)]
+
+
+SHAPE = ModelConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=2, hidden_dim=32, vocab_size=64, max_seq_len=64)
+
+
+def make_model():
+    """Return a small model in fp32."""
+    model = new_model(SHAPE, "cpu", torch.float32, "ref")
+    model.init_weights(0)
+    return model
+
+
+def make_optimizer(model):
+    return AdamW(model, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
+
+
+def take_steps(model, optimizer, n, spoil=None):
+    """Take n steps; the gradient of one norm is spoilt at one of them. Return the reports."""
+    step = 0
+
+    def change(gradient):
+        return torch.full_like(gradient, float("inf")) if step == spoil else gradient
+
+    handle = model.norm.register_hook(change)
+    batch = packing.make_micro_batches(dataset(ROWS).get_examples(np.arange(4)), packing.Packing(10**6))
+    plan = SimpleNamespace(make_step=lambda step: StepBatch(batch, np.arange(4), 0, 0, 0))
+    with Prefetcher(plan, model, last_step=n) as prefetcher:
+        steps = Steps(model, optimizer, prefetcher, grad_clip=1.0)
+        for step in range(1, n + 1):
+            assert steps.take_step(step, 1e-2)
+        handle.remove()
+        return steps.take_reports(wait=True)
+
+
+def test_an_infinite_gradient_under_a_finite_loss_changes_nothing():
+    model = make_model()
+    optimizer = make_optimizer(model)
+    take_steps(model, optimizer, 1)
+    before = {name: shard.tensor.clone() for name, shard in optimizer.tensors().items()}
+    (report,) = take_steps(model, optimizer, 1, spoil=1)
+    assert np.isfinite(report.loss) and not report.is_finite and optimizer.n_updates == 1
+    assert all(torch.equal(shard.tensor, before[name]) for name, shard in optimizer.tensors().items())
+
+
+def test_a_skipped_step_is_no_update_also_after_a_resume(tmp_path):
+    model = make_model()
+    optimizer = make_optimizer(model)
+    reports = take_steps(model, optimizer, 3, spoil=2)
+    assert [report.is_finite for report in reports] == [True, False, True] and optimizer.n_updates == 2
+    facts = {"n_updates": optimizer.n_updates}
+    folder = write_checkpoint(tmp_path, 1, 3, optimizer.tensors, facts, WriterGroup()).folder
+    other = make_optimizer(make_model())
+    load_checkpoint(open_checkpoint(folder), other)
+    assert other.n_updates == 2
