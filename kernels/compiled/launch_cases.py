@@ -279,8 +279,16 @@ def grad_norm_cases() -> Iterator[Case]:
 
         return build
 
+    def sums(make):
+        return grad_norm.sums, make(make.size(11008), make.size(4096))
+
+    def of_sums(make):
+        return grad_norm.of_sums, make(make.size(4096), dtype=FP32)
+
     yield Case("grad_norm", "bf16", norm(None))
     yield Case("grad_norm", "fp32", norm(FP32))
+    yield Case("grad_norm", "bf16, one gradient's sums", sums)
+    yield Case("grad_norm", "the norm of sums", of_sums)
 
 
 OPS = (

@@ -16,7 +16,7 @@ MAX_LENGTH = 512  # tokens; longer rows are cut
 EPOCHS = 3
 VOCAB_SIZE = 32_000
 TOY = ModelConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=128, vocab_size=256, max_seq_len=64)
-TOY_ROWS = 4
+TOY_ROWS = 6
 TOY_TOKENS = 384  # of a micro-batch
 
 

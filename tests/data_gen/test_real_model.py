@@ -225,7 +225,7 @@ def test_a_server_without_schemas_and_a_model_that_writes_none_end_it_cleanly(
     assert "the last 2 answers held nothing new that can be kept" in said.err and "rejected.jsonl" in said.err
     assert "0 rows of" in said.out and "Traceback" not in said.err
     asked = [(entry["status"], entry["format"]) for entry in server.log]
-    stepped = [(400, "json_schema"), (400, "json_object"), (200, None)]
+    stepped = [(400, "json_schema"), (400, "json_object"), (400, "json_object"), (200, None)]  # with a schema, without
     assert asked == ([*stepped, (200, None)] if refuses else [(200, "json_schema")] * 2)
     told = json.loads((tmp_path / "run.json").read_text())
     assert told["status"] == "failed" and told["counts"]["kept"] == 0 and told["counts"]["answers"] == 2
