@@ -81,7 +81,7 @@ def parse_flags(
 INVALID = (
     object()
 )  # a value that did not convert; the field keeps its default, so that the other fields are still checked
-MAX_NUMBER = 1e18  # of any flag: products of flags stay numbers
+MOST = {int: 1e18, float: 1e38}  # of any flag: whole numbers fit 64 bits, and products of flags stay numbers
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
@@ -156,8 +156,8 @@ def convert_words(field: Any, words: list[str], problems: list[str]) -> Any:
                 raise ValueError
         else:
             value = kind(word)
-        if kind in (int, float) and not abs(value) <= MAX_NUMBER:  # also nan, and 1e999, which is inf
-            limit = f" of at most {MAX_NUMBER:g}" if value < float("inf") else ""
+        if kind in MOST and not abs(value) <= MOST[kind]:  # also nan, and 1e999, which is inf
+            limit = f" of at most {MOST[kind]:g}" if value < float("inf") else ""
             raise ValueError
         return value
     except (ValueError, OverflowError):

@@ -196,7 +196,7 @@ REFUSED = {
     "manifest missing": (lambda state: (state / "manifest.json").unlink(), 3, "its save never finished"),
     "weights missing": (lambda state: (state / checkpoint.STATE).unlink(), 3, "state.safetensors: missing"),
     "no model": (manifest(model=None), 3, "model is missing"),
-    "model odd": (manifest(model=[1]), 3, "model is '[1]', wanted an object"),
+    "model odd": (manifest(model=[1]), 3, "its model are no object"),
     "no settings": (manifest(settings=None), 3, "settings is missing"),
     "no base": (manifest("settings", model=None), 3, "do not name the model"),
     "dtype odd": (manifest(dtype=["int8"]), 3, "dtype is"),
