@@ -173,7 +173,6 @@ def main() -> None:
         "what": f"{args.requests} requests at once, greedy, at most {args.tokens} tokens each, in turns",
         "model": Path(args.model).name, "dtype": args.dtype, "torch": torch.__version__, "date": today(),
         "load_average": os.getloadavg()[0], "rounds": args.rounds,
-        "commands": {name: command for name, command in commands.items() if name != OURS},
     }  # fmt: skip
     found = describe_peers(peers)
     write_json(args.json, facts | describe_cpu() | {"servers": found})
