@@ -12,8 +12,8 @@ def serving(figures):
             f"Servers of SmolLM2-135M in {figures['dtype']} get {figures['what']}; there were {figures['rounds']} "
             "rounds, and the medians stand here, with the extremes of the ratios. Tokens are counted by the model's "
             "tokenizer. Asking and answering share the cores; the load average was "
-            f"{figures['load_average']:.1f}, and the servers' CPU time stands beside the time on the clock. The prompts are "
-            "the same in each round: from the second on, servers that keep prompts have them. Answers in bf16 differ "
+            f"{figures['load_average']:.1f}, and the servers' CPU time stands beside the time on the clock. The prompts "
+            "are the same in each round: from the second on, servers that keep prompts have them. Answers in bf16 differ "
             "with the order of sums."
         ),
         "",
