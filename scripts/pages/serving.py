@@ -12,9 +12,9 @@ def serving(figures):
             f"Servers of SmolLM2-135M in {figures['dtype']} get {figures['what']}; there were {figures['rounds']} "
             "rounds, and the medians stand here, with the extremes of the ratios. Tokens are counted by the model's "
             "tokenizer. Asking and answering share the cores; the load average was "
-            f"{figures['load_average']:.1f}, and the servers' CPU time stands beside the time on the clock. The prompts "
-            "are the same in each round: from the second on, servers that keep prompts have them. Answers in bf16 differ "
-            "with the order of sums."
+            f"{figures['load_average']:.1f}, and the servers' CPU time stands beside the time on the clock. The "
+            "prompts are the same in each round: from the second on, servers that keep prompts have them. Answers in "
+            "bf16 differ with the order of sums."
         ),
         "",
         "| | tokens/s | ours is faster by | CPU ms a token | ours takes less CPU by | first token, s | equal answers |",
