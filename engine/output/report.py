@@ -22,7 +22,7 @@ from engine.output.report_numbers import (
 )
 from engine.output.report_style import SCRIPT, STYLE
 
-FEW_UPDATES = 10  # fewer are told
+FEW_UPDATES = 8  # fewer are told
 SAMPLES_BYTES = 400_000  # of all samples together; the page stays under 1 MB
 
 
