@@ -276,6 +276,9 @@ def explain_collective_error(error: RuntimeError) -> tuple[str, bool]:
     return f"{type(error).__name__}: {text}", bool(re.search(r"[Tt]imed? ?out", text))
 
 
+STOP_S = 10  # seconds for a report that is under way
+
+
 class Watchdog:
     """A thread that reports to the store that this rank is alive and what it is doing, and checks on the others."""
 
@@ -287,8 +290,11 @@ class Watchdog:
         self.thread.start()
 
     def stop(self) -> None:
-        """End the thread."""
+        """End the thread, and wait until it has: one that is still in the store's C++ code when Python ends aborts the
+        process. Where the store answers no more, the wait ends too.
+        """
         self.stopped.set()
+        self.thread.join(STOP_S)
 
     def run(self) -> None:
         """Report at each beat and check on the others. End the process when one of them is silent for too long."""
