@@ -10,22 +10,12 @@ pytest.importorskip("openai")
 from data_gen.base.files import read_rows
 from engine.comparing.questions import Question
 from engine.serving.guard import Access
-from scripts.base.browser import Browser, find_chromium
 from tests.helpers.comparisons import FULL, Compared, Scripted, Told
 from tests.helpers.judging import read_annotations
 from tests.helpers.pages import CONTRAST, NAMELESS, XSS
 
 QUESTIONS = [Question(f"Question {n}", f"input {n}" if n % 2 else "") for n in range(4)]
 VOTING = "round?.state === 'voting'"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    binary = find_chromium()
-    if binary is None:
-        pytest.skip("no chromium on PATH")
-    with Browser(binary, tmp_path_factory.mktemp("profile")) as browser:
-        yield browser
 
 
 @pytest.fixture

@@ -5,18 +5,8 @@ import pytest
 pytest.importorskip("starlette")  # the headers and the reader of requests are the server's own
 
 from engine.serving.openai_api import ApiError
-from scripts.base.browser import Browser, find_chromium
 from tests.helpers.page_server import Canned, PageServer
 from tests.helpers.pages import CONTRAST, NAMELESS, XSS
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    binary = find_chromium()
-    if binary is None:
-        pytest.skip("no chromium on PATH")
-    with Browser(binary, tmp_path_factory.mktemp("profile")) as browser:
-        yield browser
 
 
 @pytest.fixture
