@@ -5,16 +5,19 @@ import functools
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from engine.base.errors import CriaError, UsageError
+from engine.data.batches import StepBatch
 from engine.data.packing import Packing
 from engine.model.config import MODELS
 from engine.planning.memory import CONTEXT_BYTES, BatchShape, memory
 from engine.training import micro_batch_size as fit
 from engine.training.config import FinetuneConfig
 from engine.training.planning_input import setting_from_config
+from engine.training.run_ahead import Prefetcher
 
 CUDA, CPU, BF16, GB = torch.device("cuda"), torch.device("cpu"), torch.bfloat16, 10**9
 LENGTHS = SimpleNamespace(lengths=lambda: torch.full((52002,), 128).numpy())
@@ -163,6 +166,21 @@ def test_a_rank_halves_nothing_without_the_others_but_at_the_next_start(tmp_path
     assert size.max_tokens == 9024
     for asked, taken in ((9024, 4480), (4480, 4480), (8960, 4480), (2048, None)):
         assert fit.read_halving(size.plan, asked, print) == taken
+
+
+def test_what_was_prepared_before_a_halving_is_dropped():
+    """The step that failed and the next one are of the new size; the failed pass leaves no gradients."""
+    size, dropped = size_of(print), []
+    model = SimpleNamespace(norm=torch.zeros(1), prepare_batch=lambda tokens: tokens)
+    size.batches.make_step = lambda step: StepBatch([size.max_tokens], np.arange(1), 0, 0, 0)
+    optimizer = SimpleNamespace(step_in_backward=None, zero_grad=lambda: dropped.append(size.max_tokens))
+    with Prefetcher(size.batches, model, last_step=9) as prefetcher:
+        assert prefetcher.take(1).micro_batches == [9024]
+        prefetcher.ahead[1].result()  # step 2, of the old size
+        size.recover("no room", optimizer, prefetcher)
+        assert prefetcher.take(2).micro_batches == [4480]
+        assert prefetcher.take(1).micro_batches == [4480]
+    assert dropped == [9024], "before what would fit is counted"
 
 
 def layout(model, ranks, free_gb, monkeypatch, **changes):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import linear_cross_entropy
+from kernels.native.cpu import find_cpu
 from kernels.ops import linear_cross_entropy as module
 from tests.helpers.kernels import CHIP, CUDA, DEVICE, needs_compiler, needs_gpu, sized
 from tests.helpers.run import worst
@@ -393,6 +394,25 @@ def test_the_operators_without_triton_agree(device, chunks):
         for run, grad in zip((module._forward_cpu, module.forward), into, strict=True):
             assert not run(x, weight, targets, weights, -100, 0.1, 0.1, True, True, grad, beta)[2].numel()
         assert worst(into[0] - into[1]) <= 4e-3 * (1 + worst(into[0])) and not into[0].equal(there)
+
+
+@pytest.mark.parametrize("impl", ["triton", "native"])
+@pytest.mark.parametrize("rows", [4, 9])
+def test_dw_is_added_to_the_gradient_that_is_there(device, rows, impl, chunks):
+    """By forward, in place, to that of an earlier loss or into a new one; dx is as ever. Over one chunk and more."""
+    if impl == "native" and (device == "cuda" or find_cpu() is None):
+        pytest.skip("the CPU library is compiled by g++, on a machine without a GPU")
+    chunks(rows)
+    x, weight, *args = inputs(device)
+    _, dx, dw = grads(linear_cross_entropy(x, weight, *args, impl), x, weight, upstream=1.0)
+    for n_losses in (1, 2, 3):
+        place, x.grad = weight.grad, None
+        linear_cross_entropy(x, weight, *args, impl, accumulate=True).backward()
+        assert place is None or weight.grad is place
+        assert worst(weight.grad - n_losses * dw) <= 1e-6 * n_losses * worst(dw) and x.grad.equal(dx), n_losses
+    with torch.no_grad():
+        linear_cross_entropy(x, weight, *args, impl, accumulate=True)
+    assert worst(weight.grad - 3 * dw) <= 3e-6 * worst(dw), "a loss that is not differentiated adds nothing"
 
 
 @pytest.mark.parametrize("n", [0, 1, 255, 256, 257, 1000])

@@ -146,6 +146,21 @@ def test_nothing_that_is_read_is_written_and_two_runs_are_bit_equal(device):
     assert not {t.data_ptr() for t in (q, k, dq, dk)} & {t.data_ptr() for t in (*first, *again)}
 
 
+@pytest.mark.parametrize(("low", "high", "original"), [(1.0, 4.0, 8192), (2.0, 3.0, 512)])
+def test_llama3_scaling_ends_at_both_ends(low, high, original):
+    """Pairs of at least `high` turns in the original length are kept, of at most `low` divided; between, a line."""
+    plain = kernels.rope_frequencies(128, 500000.0)
+    ours = kernels.rope_frequencies(128, 500000.0, RopeScaling(8.0, low, high, original))
+    kept = [False] * 3
+    for f, found in zip(plain.double(), ours.double(), strict=True):
+        turns = original * f / (2 * torch.pi)
+        share = (turns - low) / (high - low)
+        wanted = f if turns >= high else f / 8 if turns <= low else share * f + (1 - share) * f / 8
+        kept[int(turns >= high) + int(turns > low)] = True
+        assert abs(found / wanted - 1) < 1e-5, turns
+    assert all(kept), "a pair of each kind"
+
+
 @pytest.mark.parametrize("inverse", [False, True])
 def test_operators_without_kernels_are_the_formula(inverse):
     (q, k), (cos, sin) = random("cpu", (5, 2, 8), (5, 1, 8), dtype=torch.float64), tables(5, 8, "cpu")
