@@ -30,7 +30,8 @@ from tests.helpers.judging import (
     write_answers,
 )
 from tests.helpers.openai_server import Server
-from tests.helpers.run import command, environment, shared
+from tests.helpers.own_rows import EVALUATION
+from tests.helpers.run import command, environment
 
 KEY = "sk-test-5f3a9c1e77d04b21"
 FAULTS = {"429_ms": 0.1, "500": 0.1, "reset": 0.05, "reset_body": 0.1, "502_html": 0.05, "lost": 0.05, "html_200": 0.05}
@@ -361,15 +362,16 @@ def test_files_of_other_instructions_are_told_and_the_common_ones_can_be_judged(
 
 def test_the_answers_of_davinci_load_as_they_are(tmp_path):
     """The file has instruction, input and response; AlpacaEval's has both in one instruction."""
-    davinci = shared("text-davinci-003_predictions.jsonl")
-    rows = [json.loads(line) for line in davinci.read_text().splitlines()]
+    rows = [{"instruction": f"{ask} ", "input": given, "response": told} for _, ask, given, told in EVALUATION]
+    davinci = tmp_path / "predictions.jsonl"
+    davinci.write_text("".join(json.dumps(row) + "\n" for row in rows))
     mine = [
         {"instruction": row["instruction"].strip() + f"\n\n{row['input']}" * bool(row["input"]), "output": "Mine."}
         for row in rows
     ]
     (tmp_path / "mine.json").write_text(json.dumps(mine))
     questions = module.match_answers([module.read_answers(path) for path in (davinci, tmp_path / "mine.json")])
-    assert len(questions.instructions) == len(rows) == 252
+    assert len(questions.instructions) == len(rows)
     assert [outputs[0] for outputs in questions.outputs] == [row["response"] for row in rows]
 
 

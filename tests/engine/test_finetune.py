@@ -13,11 +13,11 @@ from engine.model.config import RopeScaling
 from engine.output.state_as_model import open_training_state
 from scripts.parity.transformers_loop import TransformersLoop, encode_rows
 from tests.helpers.checkpoints import logits, read_model, their_logits
-from tests.helpers.run import SHARED, events, finetune
+from tests.helpers.own_rows import write_alpaca
+from tests.helpers.run import events, finetune
 from tests.helpers.small_model import SEED_TASKS, VOCAB_SIZE, write_model, write_tokenizer
 
 STEPS, BATCH, MAX_LENGTH, LR = 20, 8, 256, 1e-3  # no row is cut so far that it has no response
-DATA = {"alpaca": SHARED / "alpaca_en_demo.json", "seed tasks": SEED_TASKS}
 
 
 def run(*args):
@@ -65,10 +65,7 @@ def assert_same(ours, theirs, steps=STEPS):
         assert a == pytest.approx(b, rel=1e-4), f"step {step}"
 
 
-def read(name):
-    path = DATA[name]
-    if not path.exists():
-        pytest.skip(f"needs {path.name}, which is not part of the project")
+def read(path):
     text = path.read_text()
     return path, json.loads(text) if text[0] == "[" else [json.loads(line) for line in text.splitlines()]
 
@@ -76,7 +73,7 @@ def read(name):
 @pytest.mark.parametrize(
     ("name", "cuts"),
     [
-        ("alpaca", [("--micro-batch-size", n) for n in (8, 1)]),
+        ("made rows", [("--micro-batch-size", n) for n in (8, 1)]),
         (
             "seed tasks",
             [  # each pair of packing, sharing and size once
@@ -88,11 +85,11 @@ def read(name):
             ],
         ),
     ],
-    ids=DATA,
+    ids=["made rows", "seed tasks"],
 )
 def test_one_loss_curve(small, tmp_path, name, cuts):
     """fp32, 12 steps: transformers with padding, and ours however the same global batch is cut into forwards."""
-    path, rows = read(name)
+    path, rows = read(SEED_TASKS if name == "seed tasks" else write_alpaca(tmp_path))
     theirs = transformers_curve(small, rows, steps=12)
     assert theirs[-1][0] < theirs[0][0] - 0.3, "the loss must move, or equal curves prove little"
     for cut in cuts:
@@ -100,13 +97,13 @@ def test_one_loss_curve(small, tmp_path, name, cuts):
 
 
 def test_block_recompute_changes_nothing(small, tmp_path):
-    path, _ = read("seed tasks")
+    path, _ = read(SEED_TASKS)
     plain = our_curve(small, path, tmp_path / "a", steps=6)
     assert our_curve(small, path, tmp_path / "b", "--recompute", "block", steps=6) == plain
 
 
 def test_micro_mean_is_the_2023_trainer(small, tmp_path):
-    path, rows = read("seed tasks")
+    path, rows = read(SEED_TASKS)
     ours = our_curve(small, path, tmp_path, "--loss-norm", "micro-mean", "--micro-batch-size", 2, steps=8)
     assert_same(ours, transformers_curve(small, rows, micro=2, loss_norm="micro-mean", steps=8), steps=8)
     token = our_curve(small, path, tmp_path / "token", "--micro-batch-size", 2, steps=8)
@@ -114,7 +111,7 @@ def test_micro_mean_is_the_2023_trainer(small, tmp_path):
 
 
 def test_bf16_follows_fp32(small, tmp_path):
-    path, _ = read("seed tasks")
+    path, _ = read(SEED_TASKS)
     fp32 = our_curve(small, path, tmp_path / "fp32", steps=8)
     run(
         "--model", small, "--data", path, "--out", tmp_path / "bf16", "--max-steps", 8, "--bf16", "True",
@@ -126,7 +123,7 @@ def test_bf16_follows_fp32(small, tmp_path):
 
 
 def test_the_output_folder_is_complete_and_loads_elsewhere(small, tmp_path):
-    path, _ = read("seed tasks")
+    path, _ = read(SEED_TASKS)
     out = tmp_path / "out"
     our_curve(
         small, path, out, "--eval-fraction", 0.1, "--eval-every", 10, "--sample-every", 10, "--sample-tokens", 8,

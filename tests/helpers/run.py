@@ -7,19 +7,9 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import pytest
-
 from tests.helpers.forks import Started
 
 ROOT = Path(__file__).parents[2]
-SHARED = ROOT.parent / "shared" / "data"  # real data that some checkouts have beside them; tests skip without it
-
-
-def shared(name):
-    path = SHARED / name
-    if not path.exists():
-        pytest.skip(f"needs {name}, which is not part of the project")
-    return path
 
 
 def command(module, *args, check=True):

@@ -20,7 +20,8 @@ from data_gen.base.language import (
     guess_language,
 )
 from tests.helpers.linear import measure_cpu_s
-from tests.helpers.run import ROOT, shared
+from tests.helpers.own_rows import alpaca_rows
+from tests.helpers.run import ROOT
 
 SENTENCES = {
     "en": ["Write a short story about a dog that wants to learn how to swim.",
@@ -149,8 +150,8 @@ def test_seed_tasks_are_english():
     assert set(guesses) <= {"en", ""} and guesses.count("") < 30
 
 
-def test_alpaca_is_english():
-    rows = json.loads(shared("alpaca_en_demo.json").read_text())
+def test_many_rows_are_english():
+    rows = alpaca_rows()
     assert {guess_language(row["instruction"]) for row in rows} <= {"en", ""}
     long = [guess_language(row["output"]) for row in rows if len(row["output"]) > 400]
     assert long.count("en") > 0.9 * len(long)

@@ -16,8 +16,8 @@ from data_gen.base.cli import DataError, UsageError, run_for_exit_code
 from data_gen.page.report import write_report
 from data_gen.report import main
 from data_gen.rows.tokens import tokenize
+from tests.helpers.own_rows import alpaca_rows
 from tests.helpers.report_page import EVIL, Page, arcs, bars, make, plain, report
-from tests.helpers.run import shared
 
 
 @pytest.fixture(scope="module")
@@ -398,11 +398,15 @@ def test_same_bytes_and_its_own_blocks_alone(whole, tmp_path):
     assert not re.search(r"https?:|url\(|@import|//[a-z]", page.source)
 
 
-def test_real_rows_have_a_page(tmp_path):
-    path = shared("alpaca_en_demo.json")
-    page = Page(write_report(path, tmp_path / "r.html").read_text())
-    assert page.figure("Rows") == "999" and not page.section("rejections") and not page.section("cost")
-    assert arcs(page)["rewrite", "sentence"] > 10 and len([1 for _, noun in arcs(page) if noun is None]) == 20
+def test_rows_of_any_origin_have_a_page(tmp_path):
+    """Of a file without a run: many verbs, of which the page shows the most frequent with what they are said of."""
+    rows = alpaca_rows() + [
+        {"instruction": f"Rewrite the sentence about {i} hats.", "input": "", "output": "Done."} for i in range(60)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    page = Page(write_report(tmp_path / "rows.json", tmp_path / "r.html").read_text())
+    assert page.figure("Rows") == "1,059" and not page.section("rejections") and not page.section("cost")
+    assert arcs(page)["rewrite", "sentence"] == 60 and len([1 for _, noun in arcs(page) if noun is None]) == 20
 
 
 # ---- in a browser ---------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from data_gen.base.cli import DataError
 from data_gen.rows.contamination import N_GRAM, Decontaminator
 from data_gen.rows.rouge import is_duplicate
 from data_gen.rows.tokens import tokenize
-from tests.helpers.run import ROOT, shared
+from tests.helpers.own_rows import EVALUATION, alpaca_rows, write_evaluation
+from tests.helpers.run import ROOT
 
 PROMPT = "Suggest a better and more professional rephrasing of the following sentence."
 INPUT = "If you have any questions about my rate or find it necessary to change the scope, please let me know."
@@ -184,25 +185,26 @@ def test_text_that_is_not_utf_8(tmp_path):
         Decontaminator([tmp_path / "eval.txt"])
 
 
-# Real data
+# Instructions that people wrote
 
 
 @pytest.fixture(scope="module")
-def user_oriented():
-    return Decontaminator([shared("user_oriented_instructions.jsonl")])
+def evaluation(tmp_path_factory):
+    return Decontaminator([write_evaluation(tmp_path_factory.mktemp("evaluation"))])
 
 
-def test_alpaca_and_seed_tasks_are_clean(user_oriented):
-    assert len(user_oriented.prompts) == 252
-    rows = json.loads(shared("alpaca_en_demo.json").read_text())
+def test_other_rows_and_seed_tasks_are_clean(evaluation):
+    assert len(evaluation.prompts) == len(EVALUATION)
+    rows = alpaca_rows()
     rows += [json.loads(line) for line in (ROOT / "data_gen" / "seed_tasks.jsonl").read_text().splitlines()]
-    assert [row["instruction"] for row in rows if user_oriented.find_match(row)] == []
+    assert [row["instruction"] for row in rows if evaluation.find_match(row)] == []
 
 
-def test_every_prompt_is_found_again(user_oriented):
-    for line in shared("user_oriented_instructions.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        instance = row["instances"][0]
-        assert user_oriented.find_match(task(row["instruction"].upper(), instance["input"]))
-        quoting = task("Answer.", output=f"You asked: {row['instruction']} {instance['input']}")
-        assert bool(user_oriented.find_match(quoting)) == (len(tokenize(quoting["output"])) >= N_GRAM + 2)
+def test_every_prompt_is_found_again(evaluation):
+    found = []
+    for _, instruction, given, _ in EVALUATION:
+        assert evaluation.find_match(task(instruction.upper(), given))
+        quoting = task("Answer.", output=f"You asked: {instruction} {given}")
+        found.append(bool(evaluation.find_match(quoting)))
+        assert found[-1] == (len(tokenize(quoting["output"])) >= N_GRAM + 2)
+    assert 5 < sum(found) < len(found)

@@ -11,7 +11,8 @@ from data_gen.rows.defects import CHECKS, MAX_TOKENS, REASONS, SCAN, SEEN, find_
 from data_gen.rows.repairs import repair_item
 from tests.helpers import hostile
 from tests.helpers.linear import assert_linear_time
-from tests.helpers.run import ROOT, shared
+from tests.helpers.own_rows import EVALUATION, alpaca_rows
+from tests.helpers.run import ROOT
 
 
 def task(instruction="Name three primary colours.", input="", output="Red, yellow and blue."):
@@ -378,7 +379,7 @@ def test_an_instruction_beyond_what_is_scanned_is_long():
     assert reason(task("Name a colour." + "." * SCAN + " word" * 999)) == "long instruction"
 
 
-# Real data
+# Rows that are no examples of a defect
 
 
 def test_seed_tasks_pass():
@@ -388,19 +389,18 @@ def test_seed_tasks_pass():
         assert repair_item(row) == (row, []) and find_defect(row) is None
 
 
-def test_few_alpaca_rows_are_dropped():
-    found = [reason(repair_item(row)[0]) for row in rows_of(shared("alpaca_en_demo.json"))]
-    dropped = [name for name in found if name]
-    assert 0.02 * len(found) < len(dropped) < 0.05 * len(found)
-    assert len(dropped) - dropped.count("refusal") < 0.015 * len(found)
-    assert {"refusal", "URL", "missing text", "media task"} <= set(dropped)
+def test_few_of_many_rows_are_dropped():
+    dropped = [[reason(repair_item(row)[0]) for row in alpaca_rows(defects=share)] for share in (0.0, 0.1)]
+    none, some = ([name for name in names if name] for names in dropped)
+    assert len(none) <= 2, none
+    assert 0.04 * len(dropped[1]) < len(some) < 0.1 * len(dropped[1])
+    assert {"refusal", "URL", "missing text", "media task"} <= set(some)
 
 
 def test_tasks_that_people_wrote_pass():
-    rows = rows_of(shared("user_oriented_instructions.jsonl"))
-    items = [{"instruction": row["instruction"], **row["instances"][0]} for row in rows]
-    found = [reason(repair_item(item)[0]) for item in items]
-    assert len(found) - found.count(None) <= 1
+    for _, instruction, given, told in EVALUATION:
+        item = {"instruction": instruction, "input": given, "output": told}
+        assert reason(repair_item(item)[0]) is None, item
 
 
 # Text that is made to hurt

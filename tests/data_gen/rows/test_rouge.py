@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.run import ROOT, shared
+from tests.helpers.own_rows import alpaca_rows
+from tests.helpers.run import ROOT
 
 pytest.importorskip("rapidfuzz")
 from rapidfuzz import process
@@ -255,9 +256,9 @@ def test_when_it_rebuilds_changes_nothing(first, growth, rebuilds, seed_instruct
 
 
 @pytest.mark.parametrize("fields", [("instruction",), ("output",), ("instruction", "input", "output")])
-def test_alpaca_rows_are_decided_as_by_all_pairs(fields, rebuilds):
+def test_many_rows_are_decided_as_by_all_pairs(fields, rebuilds):
     rebuilds(100)
-    rows = json.loads(shared("alpaca_en_demo.json").read_text())
+    rows = alpaca_rows()
     texts = [" ".join(row[field] for field in fields) for row in rows]
     answers = streamed(texts)
     assert len(answers) == 999 and answers == by_matrix(texts)

@@ -105,10 +105,8 @@ def assert_equal(found, truth):
 
 @pytest.fixture(scope="module")
 def alpaca():
-    """13 real rows, two of them the same question."""
-    path = ROOT.parent / "shared" / "data" / "alpaca_en_demo.json"
-    path = path if path.exists() else ROOT / "data_gen" / "seed_tasks.jsonl"
-    rows = [row for row in read_rows([path])[0] if len(row.output) < 200][:11]
+    """13 rows, two of them the same question."""
+    rows = [row for row in read_rows([ROOT / "data_gen" / "seed_tasks.jsonl"])[0] if len(row.output) < 200][:11]
     again = [type(row)(row.source, None, row.instruction, row.input, "Not the same.") for row in rows[:2]]
     return rows + again, load_tokenizer(small_model())
 

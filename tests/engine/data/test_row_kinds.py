@@ -14,7 +14,7 @@ from engine.data.rows import read_rows
 from engine.text.templates import encode_prompt
 from engine.text.tokenizer_files import load_tokenizer
 from tests.helpers.chat_tokenizers import CHATML, LLAMA3, write_byte_level
-from tests.helpers.run import shared
+from tests.helpers.own_rows import EVALUATION, write_evaluation
 
 ALPACA = {"instruction": "Who are you?", "input": "", "output": "A captain!"}
 USER, ANSWER = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
@@ -490,6 +490,7 @@ def test_other_instances_are_refused(write, row, told):
     assert told in refusal(write({"instruction": "Add."} | row))
 
 
-def test_the_252_evaluation_instructions_keep_their_inputs():
-    rows = read(shared("user_oriented_instructions.jsonl"), require_answers=False)
-    assert len(rows) == 252 and sum(bool(row.input) for row in rows) > 100
+def test_evaluation_instructions_keep_their_inputs(tmp_path):
+    rows = read(write_evaluation(tmp_path), require_answers=False)
+    assert [(row.instruction, row.input) for row in rows] == [(ask, given) for _, ask, given, _ in EVALUATION]
+    assert any(given for _, _, given, _ in EVALUATION) and not all(given for _, _, given, _ in EVALUATION)

@@ -17,9 +17,9 @@ from engine.data.json_files import MAX_NESTING
 from engine.data.rows import read_rows
 from engine.data.values import MAX_ROW_BYTES
 from engine.text.templates import Row
+from tests.helpers.own_rows import write_alpaca
 
 ROOT = Path(__file__).parents[3]
-SHARED = ROOT.parent / "shared" / "data"
 
 GOOD = {"instruction": "Add.", "input": "1 2", "output": "3"}
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
@@ -121,10 +121,8 @@ def test_nesting_up_to_the_limit(form, write):
     assert len(read_rows([write(form(good))])[0]) == 1
 
 
-def test_the_real_file():
-    path = SHARED / "alpaca_en_demo.json"
-    if not path.exists():
-        pytest.skip("needs alpaca_en_demo.json, which is not part of the project")
+def test_a_file_of_many_rows(tmp_path):
+    path = write_alpaca(tmp_path)
     read, skipped = read_rows([path])
     rows = json.loads(path.read_text("utf-8"))
     assert len(rows) == 999 and not skipped
