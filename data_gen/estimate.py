@@ -90,7 +90,9 @@ def measure_means(folder: Path) -> Means:
     try:
         about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         kept = about["counts"]["kept"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if type(kept) is not int or kept < 0:
+            raise ValueError(f"its count of kept rows is {str(kept)[:40]!r}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{folder}/run.json tells no rows ({error}); wanted the folder of a run") from error
     ledger = Ledger(folder, create=False)
     totals = ledger.compute_totals()

@@ -2,11 +2,12 @@
 
 import re
 import statistics
+import sys
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from data_gen.base.cli import UsageError
+from data_gen.base.cli import UsageError, print_text
 from data_gen.base.files import read_rows, write_atomically
 from data_gen.base.language import guess_language
 from data_gen.page.blocks import EXAMPLE_CHARS
@@ -50,7 +51,10 @@ def write_report(path: str | Path, out: str | Path | None = None) -> Path:
         raise UsageError(f"--out: there is no folder {out.parent}; make it first")
     rows = parse_rows(read_rows(path), path)
     rejected = read_rejected(beside[1])
-    page = render_page(path.name, rows, rejected, read_run(beside[2]))
+    run = read_run(beside[2])
+    if run.fault:
+        print_text(f"warning: {path.parent}: {run.fault}", sys.stderr)
+    page = render_page(path.name, rows, rejected, run)
     write_atomically(out, [page.encode("utf-8", "replace").decode()])
     return out
 
@@ -82,6 +86,8 @@ def render_page(name: str, rows: Sequence[Row], rejected: Rejected | None, run: 
 def render_state(rows: Sequence[Row], run: RunRecord) -> str:
     """Return the line under the title: status, start, duration and models of the run."""
     parts = []
+    if run.fault:
+        parts.append(f'<span class="open">{escape(clip_text(run.fault, 120))}</span>')
     if run.status is not None:
         status = clip_text(as_text(run.status), 100)
         parts.append(f'<span class="{"" if status == "done" else "open"}">{escape(status)}</span>')

@@ -85,6 +85,7 @@ class RunRecord:
     cost: dict[str, Any] = field(default_factory=dict)
     models: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
+    fault: str = ""  # why nothing of the file could be read
 
 
 def parse_rows(rows: list[dict[str, Any]], path: Path) -> list[Row]:
@@ -117,12 +118,19 @@ def read_rejected(path: Path) -> Rejected | None:
 
 
 def read_run(path: Path) -> RunRecord:
-    """Return the record of a run.json, or an empty one if there is none. A part that is no object is left empty."""
+    """Return the record of a run.json, or an empty one if there is none or it is that of another kind of run.
+
+    A part that is no object is left empty, and so is the record of a file that holds no JSON object, but for its fault.
+    """
     try:
         found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or not any(isinstance(found.get(part), dict) for part in ("counts", "cost")):
+    except FileNotFoundError:
+        return RunRecord()
+    except (OSError, ValueError, RecursionError) as error:
+        return RunRecord(fault=f"{path.name} is damaged and left out: {error}")
+    if not isinstance(found, dict):
+        return RunRecord(fault=f"{path.name} is damaged and left out: it holds no JSON object")
+    if not any(isinstance(found.get(part), dict) for part in ("counts", "cost")):
         return RunRecord()
     parts = {part: found[part] for part in OBJECTS if isinstance(found.get(part), dict)}
     return RunRecord(found.get("status"), found.get("started"), found.get("seconds"), **parts)

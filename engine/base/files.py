@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
+from engine.base.errors import reading
+
 
 def write_atomically(path: Path, content: bytes | Iterable[bytes]) -> None:
     """Write a file so that a reader, even after a crash, finds the old content or all of the new, nothing between.
@@ -34,13 +36,20 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, or {} when there is no file or it holds no JSON object."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def read_json(path: Path, remedy: str = "repair the file, or copy it again") -> dict[str, Any]:
+    """Return the object in a JSON file, or {} when there is no file.
+
+    Raise DataError, with the remedy, for one that cannot be read or holds no JSON object: nothing may follow from
+    damage that would not follow from the file.
+    """
+    with reading(path, remedy):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        if not isinstance(content, dict):
+            raise TypeError("it holds no JSON object")
+    return content
 
 
 def sync_file(file: IO[bytes] | IO[str]) -> None:

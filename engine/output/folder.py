@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import math
 import platform
 import shutil
 import subprocess
@@ -18,6 +19,8 @@ from engine.base.errors import UsageError, reading
 from engine.base.files import read_json
 
 RUN, LOCK, METRICS = "run.json", ".lock", "metrics.jsonl"
+RESUME_REMEDY = "copy it again, go on in another --out by --resume STATE, or pass --resume never to start over"
+STATUSES = ("running", "done", "stopped", "failed")  # of a run, in its run.json
 
 
 @contextlib.contextmanager
@@ -66,10 +69,29 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def read_run(folder: Path, remedy: str = RESUME_REMEDY) -> dict[str, Any]:
+    """Return the run.json of a folder, {} where it has none. Raise DataError, with the remedy, where it is damaged."""
+    run = read_json(folder / RUN, remedy)
+    with reading(folder / RUN, remedy):
+        if run and run.get("status") not in STATUSES:
+            raise ValueError(f"its status is {str(run.get('status'))[:40]!r}, wanted one of {', '.join(STATUSES)}")
+        for name, kind in (("config", dict), ("facts", dict), ("tracked_as", str)):
+            if not isinstance(run.get(name, kind()), kind):
+                raise TypeError(f"its {name} is {str(run[name])[:40]!r}")
+        if not 0 <= run.get("seconds", 0.0) < math.inf:
+            raise ValueError(f"its seconds are {run['seconds']}")
+    return run
+
+
 def read_prompt_style(folder: Path) -> str | None:
-    """Return the --prompt-style of the run that wrote a folder, None where it has no run.json of ours."""
-    with reading(folder / RUN):
-        style = read_json(folder / RUN).get("config", {}).get("prompt_style")
+    """Return the --prompt-style of the run that wrote a folder, None where it has no run.json of ours.
+
+    Raise DataError for a damaged one: the model would be asked in another style than it was trained in.
+    """
+    remedy = "copy the file again, or remove it and pass --prompt-style"
+    run = read_json(folder / RUN, remedy)
+    with reading(folder / RUN, remedy):
+        style = run.get("config", {}).get("prompt_style")
         if not isinstance(style, str | None):
             raise TypeError("its prompt_style is no text")
     return style

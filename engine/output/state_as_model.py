@@ -16,7 +16,7 @@ from engine.model.config import ROPE_KINDS, ModelConfig, RopeScaling
 from engine.model.llama import Transformer, new_model
 from engine.model.shard import Shard, as_shards
 from engine.output import checkpoint
-from engine.output.folder import RUN
+from engine.output.folder import read_run
 from engine.output.tensor_rows import check_fit
 
 # Fields that the first version's states lack.
@@ -81,7 +81,7 @@ def open_training_state(folder: Path) -> TrainingState:
 def find_base(folder: Path, settings: dict[str, Any]) -> tuple[Path | None, str | None]:
     """Return (base, tokenizer) of the run that wrote a state; TrainingState explains both."""
     out = folder.resolve().parent
-    run = read_json(out / RUN)
+    run = read_run(out, "copy it again, or remove it and name the model and --tokenizer")
     if run.get("status") == "done" and detect_kind(out) == "hf":  # the finished model has both
         return out, ""
     base = None if settings.get("random_init") else Path(settings["model"])

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from engine.base.errors import Stopped
-from engine.base.files import read_json, write_json
+from engine.base.files import write_json
 from engine.base.signals import Signals
 from engine.base.terminal import Progress
 from engine.data.batches import Batches
@@ -21,7 +21,7 @@ from engine.distributed.world import World
 from engine.model.llama import Transformer, new_model
 from engine.output import checkpoint
 from engine.output.checkpoint import Checkpoint
-from engine.output.folder import METRICS, RUN, describe_environment, read_metrics
+from engine.output.folder import METRICS, RUN, describe_environment, read_metrics, read_run
 from engine.output.metrics import Metrics, NoMetrics
 from engine.output.report import write_report
 from engine.output.trackers import TrackedMetrics, make_run_name, open_tracker
@@ -59,7 +59,7 @@ def fine_tune(plan: Plan, world: World, signals: Signals, start: Start) -> None:
         checkpoint.remove_checkpoints_after(out, start_step)
         print(f"going on after step {start_step}, from {found.folder}")
 
-    earlier = read_json(out / RUN) if found else {}
+    earlier = read_run(out) if found else {}
     record = describe_run(plan, world, earlier)
     earlier_seconds = earlier.get("seconds", 0.0)
     began, status = time.monotonic(), "failed"

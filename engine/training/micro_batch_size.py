@@ -282,7 +282,7 @@ def read_halving(plan: Plan, tokens: int, say: Callable[[str], None]) -> int | N
 
     They replace `tokens` if that is the size that ran out, or a larger one that --micro-batch-tokens did not ask for.
     """
-    note = read_json(plan.out / HALVED)
+    note = read_json(plan.out / HALVED, "remove the file")
     if note and not all(type(note.get(key)) is int and note[key] > 0 for key in ("from", "to")):
         raise DataError(f"{plan.out / HALVED}: its from and to are no numbers of tokens; remove the file")
     is_larger = plan.config.micro_batch_tokens is None and tokens > note.get("to", tokens)

@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 from engine.base.device import choose_device, choose_dtype, choose_kernels
-from engine.base.errors import DataError, UsageError
-from engine.base.files import read_json
+from engine.base.errors import DataError, UsageError, reading
 from engine.base.terminal import plural
 from engine.data.batches import Order
 from engine.data.dataset import Dataset
@@ -21,8 +20,8 @@ from engine.distributed.world import World
 from engine.formats.find import find_model
 from engine.formats.source import Source, open_source
 from engine.model.config import MODELS, ModelConfig
-from engine.output.checkpoint import read_manifest
-from engine.output.folder import RUN
+from engine.output.checkpoint import MANIFEST, read_manifest
+from engine.output.folder import RESUME_REMEDY, RUN, read_run
 from engine.output.trackers import require_tracker
 from engine.planning.fitting import find_shard_counts
 from engine.text.chat_templates import pin_date
@@ -32,6 +31,7 @@ from engine.training.datasets import read_datasets
 from engine.training.micro_batch_size import TOKENS_MULTIPLE, choose_mesh_and_tokens, round_up
 from engine.training.optimizer import chooses_cpu
 from engine.training.plan import Plan, suggest_more_updates
+from kernels.ops.adamw import STATES
 
 SAMPLE_PROMPTS = (
     "Name three things you can do with an old glass jar.",
@@ -122,10 +122,13 @@ def take_recorded_states(config: FinetuneConfig) -> FinetuneConfig:
     if config.optimizer_states != "auto" or config.resume == "never":
         return config
     if config.resume == "auto":
-        recorded = read_json(Path(config.out) / RUN).get("facts", {})
+        file, recorded = Path(config.out) / RUN, read_run(Path(config.out)).get("facts", {})
     else:
-        recorded = read_manifest(Path(config.resume))
-    states = recorded.get("settings", {}).get("optimizer_states")
+        file, recorded = Path(config.resume) / MANIFEST, read_manifest(Path(config.resume))
+    with reading(file, RESUME_REMEDY):
+        states = recorded.get("settings", {}).get("optimizer_states")
+        if states not in (None, *STATES):
+            raise ValueError(f"its optimizer_states are {str(states)[:40]!r}")
     return dataclasses.replace(config, optimizer_states=states) if states else config
 
 

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.base.errors import DataError, UsageError, reading
-from engine.base.files import read_json
 from engine.formats.find import list_checkpoints
 from engine.output.checkpoint import MANIFEST, Checkpoint, find_newest, open_checkpoint
-from engine.output.folder import RUN
+from engine.output.folder import RUN, read_run
 from engine.training.micro_batch_size import read_halving
 from engine.training.plan import Plan
 
@@ -38,8 +37,10 @@ def is_finished(plan: Plan) -> bool:
 
     Raises UsageError when it holds another finished run.
     """
-    run = read_json(plan.out / RUN)
-    if plan.config.resume == "never" or run.get("status") != "done":
+    if plan.config.resume == "never":
+        return False
+    run = read_run(plan.out)
+    if run.get("status") != "done":
         return False
     with reading(plan.out / RUN):
         changed = find_changes(plan, run.get("facts", {}))

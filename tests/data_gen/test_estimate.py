@@ -100,6 +100,10 @@ def test_a_run_that_is_there_gives_its_own_means(capsys, tmp_path, monkeypatch):
 def test_a_folder_without_a_run_is_told(capsys, tmp_path):
     assert run_for_exit_code(estimate.main, ["--model", "gpt-5.4-mini", "--out", str(tmp_path)]) == 2
     assert "wanted the folder of a run" in capsys.readouterr().err
+    for content in ("", '{"counts": {"kept": "9"}}', '{"counts": {"kept": 1.5}}', "[" * 100_000):
+        (tmp_path / "run.json").write_text(content)
+        assert run_for_exit_code(estimate.main, ["--model", "gpt-5.4-mini", "--out", str(tmp_path)]) == 2
+        assert "run.json tells no rows" in capsys.readouterr().err
     (tmp_path / "run.json").write_text('{"counts": {"kept": 0}}')
     Ledger(tmp_path).close()
     assert run_for_exit_code(estimate.main, ["--model", "gpt-5.4-mini", "--out", str(tmp_path)]) == 2

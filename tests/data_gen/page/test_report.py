@@ -341,6 +341,16 @@ def test_a_run_of_another_kind_is_left_alone(tmp_path):
     assert "done" not in page.text and "2025" not in page.text and not page.section("settings")
 
 
+@pytest.mark.parametrize("content", [b"", b'{"counts": {', b"[1]", b'{"a": "\xff"}', b"[" * 100_000])
+def test_a_damaged_run_is_named(tmp_path, capsys, content):
+    """A page without the run's costs and rejections would else look like that of a dataset without a run."""
+    (tmp_path / "run.json").write_bytes(content)
+    (tmp_path / "d.jsonl").write_text('{"instruction": "Write.", "output": "x"}\n')
+    assert run_for_exit_code(main, [str(tmp_path / "d.jsonl")]) == 0
+    assert "run.json is damaged and left out: " in capsys.readouterr().err
+    assert "run.json is damaged and left out" in Page((tmp_path / "report.html").read_text()).text
+
+
 def test_a_dataset_without_rows_has_a_page(tmp_path):
     page = report(tmp_path, [])
     assert page.figure("Rows") == "0" and page.figure("Median output") == "-" and "<section>" not in page.source

@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from engine.base.errors import DataError
 from engine.base.files import read_json, write_atomically, write_json
 
 
@@ -27,12 +28,15 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert calls == ["fsync", "replace"] and (tmp_path / "file").read_bytes() == b"ab"
 
 
-def test_json_comes_back_and_what_is_no_object_is_empty(tmp_path):
+def test_json_comes_back_and_what_is_no_object_is_damage(tmp_path):
     path = tmp_path / "x.json"
     write_json(path, {"a": [1, "é"], "b": None})
     assert read_json(path) == {"a": [1, "é"], "b": None}
     assert path.read_text() == json.dumps({"a": [1, "é"], "b": None}, indent=1) + "\n"
-    for text in ("", "[1]", "{", '{"a":' + "[" * 100_000):
-        path.write_text(text)
-        assert read_json(path) == {}
-    assert read_json(tmp_path / "missing") == {}
+    for content in (b"", b"[1]", b"{", b'{"a": "\xff"}', b'{"a":' + b"[" * 100_000):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"x\.json: is damaged, .*; ask for it again"):
+            read_json(path, "ask for it again")
+    assert read_json(tmp_path / "missing") == read_json(path / "in a file") == {}
+    with pytest.raises(DataError, match="IsADirectoryError"):
+        read_json(tmp_path)

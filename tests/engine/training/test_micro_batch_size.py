@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.base.errors import CriaError, UsageError
+from engine.base.errors import CriaError, DataError, UsageError
 from engine.data.batches import StepBatch
 from engine.data.packing import Packing
 from engine.model.config import MODELS
@@ -164,6 +164,12 @@ def test_a_rank_halves_nothing_without_the_others_but_at_the_next_start(tmp_path
     with pytest.raises(CriaError, match=r"micro-batches of 9024 tokens .* the same command goes on with 4480"):
         size.halve("no room")
     assert size.max_tokens == 9024
+    whole = (tmp_path / "halved.json").read_text()
+    for damaged in ("", whole[:9], whole.replace("to", "tp"), whole.replace("4480", "0")):
+        (tmp_path / "halved.json").write_text(damaged)
+        with pytest.raises(DataError, match=r"halved\.json.*remove the file"):
+            fit.read_halving(size.plan, 9024, print)
+    (tmp_path / "halved.json").write_text(whole)
     for asked, taken in ((9024, 4480), (4480, 4480), (8960, 4480), (2048, None)):
         assert fit.read_halving(size.plan, asked, print) == taken
 

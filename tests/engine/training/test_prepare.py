@@ -45,7 +45,7 @@ def test_a_run_goes_on_with_the_states_that_it_recorded(tmp_path):
     config = FinetuneConfig(model="tiny", random_init=True, data=("rows.json",), out=str(tmp_path))
     assert take_recorded_states(config) is config
     recorded = {"settings": {"optimizer_states": "8bit"}}
-    (tmp_path / "run.json").write_text(json.dumps({"facts": recorded}))
+    (tmp_path / "run.json").write_text(json.dumps({"status": "stopped", "facts": recorded}))
     assert take_recorded_states(config).optimizer_states == "8bit"
     for changes in ({"resume": "never"}, {"optimizer_states": "fp32"}):
         changed = dataclasses.replace(config, **changes)

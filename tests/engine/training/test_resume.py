@@ -1,10 +1,13 @@
 """What a recorded run may differ in."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
 
-from engine.base.errors import DataError
+from engine import finetune as command
+from engine import generate
+from engine.base.errors import DataError, run_main
 from engine.training.resume import find_changes
 from tests.helpers.run import finetune
 from tests.helpers.small_model import small_model
@@ -22,6 +25,48 @@ def test_a_manifest_whose_parts_are_no_objects_is_a_data_error(part, odd):
     assert find_changes(plan, facts) == []
     with pytest.raises(DataError, match=f"its {part} are no object"):
         find_changes(plan, facts | {part: odd})
+
+
+DAMAGED = {
+    "cut off": lambda text: text[:100],
+    "no JSON": lambda text: text.replace(":", ";", 1),
+    "no UTF-8": lambda text: text.encode().replace(b"s", b"\xf3", 1),
+    "another status": lambda text: text.replace('"done"', '"dong"'),
+    "no status": lambda text: text.replace('"status"', '"statvs"'),
+    "facts are no object": lambda text: re.sub(r'"facts": \{.*?\n \},', '"facts": [1],', text, flags=re.DOTALL),
+    "seconds are no number": lambda text: re.sub(r'"seconds": [\d.e-]+', '"seconds": "1"', text),
+    "states of no kind": lambda text: text.replace('"optimizer_states": "fp32"', '"optimizer_states": "fp3r"'),
+}
+
+
+def test_a_damaged_record_of_a_run_is_named_and_nothing_is_lost(tmp_path, rows_file, capsys):
+    """A finished model must not be trained anew and replaced, nor asked in another style than it was trained in."""
+    out = tmp_path / "out"
+    arguments = [
+        "--model", small_model(), "--data", rows_file, "--out", out, "--dtype", "fp32", "--global-batch-size", 2,
+        "--max-length", 64, "--max-steps", 1, "--save-every", 1,
+    ]  # fmt: skip
+
+    def call(*more, main=command.main):
+        code = run_main(main, [str(argument) for argument in more])
+        return code, "".join(capsys.readouterr())
+
+    assert call(*arguments)[0] == 0
+    whole, model = (out / "run.json").read_text(), (out / "model.safetensors").read_bytes()
+    made = (out / "model.safetensors").stat().st_mtime_ns
+    for name, damage in DAMAGED.items():
+        content = damage(whole)
+        (out / "run.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+        assert (out / "run.json").read_bytes() != whole.encode(), name
+        code, said = call(*arguments)
+        assert code == 3 and "run.json" in said and "--resume never to start over" in said, (name, said)
+        code, said = call("--model", out, "--prompt", "Hi", "--max-new-tokens", 1, main=generate.main)
+        assert code == (3 if name in ("cut off", "no JSON", "no UTF-8") else 0), (name, said)
+        assert code == 0 or ("run.json" in said and "--prompt-style" in said), (name, said)
+    assert (out / "model.safetensors").stat().st_mtime_ns == made
+    code, said = call(*arguments, "--resume", "never")
+    assert code == 0 and (out / "model.safetensors").read_bytes() == model, said
+    assert (out / "model.safetensors").stat().st_mtime_ns != made
 
 
 def test_a_run_goes_on_only_as_it_began(tmp_path, rows_file):
