@@ -14,7 +14,7 @@ from pathlib import Path
 
 from engine.base.device import choose_device, choose_dtype, choose_kernels
 from engine.base.errors import DataError, print_error, run_main
-from engine.base.flags import KERNELS, KERNELS_HELP, MODEL_HELP, flag, parse_flags
+from engine.base.flags import ADAPTER_HELP, KERNELS, KERNELS_HELP, MODEL_HELP, flag, parse_flags
 from engine.inference.sampling import Sampling
 from engine.inference.scheduler import CANCELLED
 from engine.serving.models import load_model
@@ -30,6 +30,7 @@ class ChatConfig:
     """Talk to a model in a terminal; /help tells its commands. Without a terminal each line of stdin is a turn."""
 
     model: str = flag("smollm2-135m", MODEL_HELP)
+    adapter_dir: str = flag("", ADAPTER_HELP)
     prompt_style: str = flag(
         "auto",
         "the template; auto is the one the model was fine-tuned with here, else its own chat template, else alpaca",
@@ -139,7 +140,8 @@ def main(argv: list[str]) -> None:
     config, _ = parse_flags(ChatConfig, argv)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    model, tokenizer, trained = load_model(config.model, device, dtype, choose_kernels(config.kernels, device, dtype))
+    kernels = choose_kernels(config.kernels, device, dtype)
+    model, tokenizer, trained = load_model(config.model, device, dtype, kernels, config.adapter_dir)
     for warning in tokenizer.warnings:
         print_error(f"warning: {warning}")
     style = choose_style(config.prompt_style, trained, tokenizer)

@@ -19,7 +19,7 @@ from rich.table import Table
 from engine.base.device import choose_device, choose_dtype, choose_kernels
 from engine.base.errors import UsageError, run_main
 from engine.base.files import write_atomically
-from engine.base.flags import KERNELS, KERNELS_HELP, flag, parse_flags
+from engine.base.flags import ADAPTER_HELP, KERNELS, KERNELS_HELP, flag, parse_flags
 from engine.data.dataset import encode_rows
 from engine.data.packing import Packing, make_micro_batches
 from engine.data.prompts import ask_for, read_prompts
@@ -40,6 +40,7 @@ class EvaluateConfig:
     """Measure the loss of models on held-out rows, and write their answers to prompts for data_gen.judge."""
 
     model: tuple[str, ...] = flag(("smollm2-135m",), "one or more, each as engine.generate takes it")
+    adapter_dir: str = flag("", ADAPTER_HELP + "; it is measured beside the model")
     data: tuple[str, ...] = flag((), "rows with answers, as engine.finetune takes them: the loss of the answers")
     prompts: str = flag("", "a file: one instruction a line, or rows: answers to them are written")
     out: str = flag("out/evaluate", "folder for results.json and one NAME.json of answers a model")
@@ -71,7 +72,9 @@ class EvaluateConfig:
             problems.append("--micro-batch-tokens wants at least --max-length")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             problems.append("--temperature wants 0 or more, --top-p more than 0 and at most 1")
-        names = [name_model(model) for model in self.model]
+        if self.adapter_dir and len(self.model) > 1:
+            problems.append("--adapter-dir goes with one --model; adapters' folders may stand in --model themselves")
+        names = [name_model(model) for model in (*self.model, *filter(None, [self.adapter_dir]))]
         if len(set(names)) < len(names):
             problems.append(f"--model: two are called {max(names, key=names.count)}; their answers want other names")
         if problems:
@@ -159,11 +162,13 @@ def write_answers(
     }  # fmt: skip
 
 
-def measure_model(name: str, rows: list[Row], prompts: list[Row], config: EvaluateConfig) -> Result:
-    """Load one model and measure it."""
+def measure_model(name: str, adapter_dir: str, rows: list[Row], prompts: list[Row], config: EvaluateConfig) -> Result:
+    """Load one model, with the adapter of a folder if one is named, and measure it under its or that folder's name."""
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    model, tokenizer, trained = load_model(name, device, dtype, choose_kernels(config.kernels, device, dtype))
+    kernels = choose_kernels(config.kernels, device, dtype)
+    model, tokenizer, trained = load_model(name, device, dtype, kernels, adapter_dir)
+    name = adapter_dir or name
     for warning in tokenizer.warnings:
         print(f"warning: {name}: {warning}", file=sys.stderr)
     style = choose_style(config.prompt_style, trained, tokenizer)
@@ -198,7 +203,9 @@ def main(argv: list[str]) -> None:
     prompts = read_prompts(Path(config.prompts)) if config.prompts else []
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    results = [measure_model(name, rows, prompts, config) for name in config.model]
+    results = [measure_model(name, "", rows, prompts, config) for name in config.model]
+    if config.adapter_dir:
+        results.append(measure_model(config.model[0], config.adapter_dir, rows, prompts, config))
     content = {"config": asdict(config), "results": [asdict(result) for result in results]}
     write_atomically(out / "results.json", (json.dumps(content, indent=1) + "\n").encode())
     Console(width=None if sys.stdout.isatty() else 200).print(make_table(results))

@@ -3,6 +3,7 @@
 python -m engine.export --model out/demo --out out/demo-meta --layout meta
 python -m engine.export --model out/demo/checkpoint-40 --out out/demo-40
 python -m engine.export --model out/demo --out demo.gguf --layout gguf --gguf-type q8_0
+python -m engine.export --model out/lora --merge --out out/merged
 """
 
 import sys
@@ -13,21 +14,17 @@ import torch
 
 from engine.base.device import DTYPES
 from engine.base.errors import UsageError, run_main
-from engine.base.flags import flag, parse_flags
-from engine.formats.find import detect_kind, find_model
+from engine.base.flags import ADAPTER_HELP, flag, parse_flags
+from engine.formats.adapters import MergedSource
 from engine.formats.save import save_hf, save_meta
 from engine.formats.save_gguf import save_gguf
-from engine.formats.source import Source, open_source
 from engine.model.llama import new_model
-from engine.output.folder import read_prompt_style, require_disk_space
-from engine.output.state_as_model import TrainingState, open_training_state
-from engine.serving.models import find_tokenizer_of_state
+from engine.output.folder import require_disk_space
+from engine.output.state_as_model import TrainingState
+from engine.serving.models import Weights, find_tokenizer_of, open_weights
 from engine.text.chat_templates import adopt_style, pin_date, settle_template
 from engine.text.gguf_vocabulary import make_vocabulary
 from engine.text.tokenizer import Tokenizer
-from engine.text.tokenizer_files import find_tokenizer
-
-Weights = TrainingState | Source
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,8 @@ class ExportConfig:
         "folder (Hugging Face or Meta layout), .gguf file, training state (checkpoint-N), or the embedded smollm2-135m",
     )
     tokenizer: str = flag("", "folder or .gguf of the tokenizer, where the model or the state's run has none at hand")
+    adapter_dir: str = flag("", ADAPTER_HELP)
+    merge: bool = flag(False, "write an adapter's base with the updates added to its weights, rounded once")
     out: str = flag("", "folder to write, new or empty; with --layout gguf a new file that ends in .gguf")
     layout: str = flag("hf", "of what is written", ("hf", "meta", "gguf"))
     dtype: str = flag("auto", "of the weights written; auto keeps what the model has", ("auto", "bf16", "fp16", "fp32"))
@@ -67,16 +66,10 @@ def main(argv: list[str]) -> None:
     out = Path(config.out)
     if out.exists() and (config.layout == "gguf" or not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out}: exists and is not empty; choose another name")
-    path = find_model(config.model)
-    source: Weights
-    if detect_kind(path) == "state":
-        source = open_training_state(path)
-        tokenizer = find_tokenizer_of_state(source, config.tokenizer)
-        style = source.prompt_style
-    else:
-        source = open_source(path)
-        tokenizer = find_tokenizer(source.config, config.tokenizer, path)
-        style = read_prompt_style(path)
+    source = open_weights(config.model, config.adapter_dir)
+    if not config.merge and (config.adapter_dir or holds_adapter(source)):
+        raise UsageError("--model is an adapter: --merge writes its base with the updates in the weights; add it")
+    tokenizer, style = find_tokenizer_of(source, config.tokenizer)
     if style is None:
         tokenizer = settle_template(tokenizer)
     else:
@@ -87,6 +80,11 @@ def main(argv: list[str]) -> None:
         write_file(out, source, tokenizer, config.gguf_type)
     else:
         write_folder(out, source, tokenizer, config)
+
+
+def holds_adapter(source: Weights) -> bool:
+    """Return whether an opened model is a base with an adapter, or the training state of an adapter."""
+    return isinstance(source, MergedSource) or (isinstance(source, TrainingState) and source.adapter is not None)
 
 
 def write_file(out: Path, source: Weights, tokenizer: Tokenizer, kind: str) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from engine.base.device import choose_device, choose_dtype, choose_kernels
 from engine.base.errors import CriaError, UsageError, run_main
 from engine.base.flags import KERNELS, KERNELS_HELP, flag, parse_flags
-from engine.serving.models import load_model
+from engine.serving.models import load_adapted, load_model
 from engine.serving.prompts import choose_style
 from engine.text.templates import STYLES
 
@@ -35,6 +35,11 @@ class ServeConfig:
         "",
         "folder (Hugging Face or Meta layout), .gguf file, training state (checkpoint-N), or the embedded "
         "smollm2-135m; auto is that one, and none where --compare-with has two files",
+    )
+    adapter_dir: tuple[str, ...] = flag(
+        (),
+        "folders of adapters of this model, ours or PEFT's. One is merged into the weights; of several, each is a "
+        "model named by its folder, beside the base, whose weights are in memory once",
     )
     compare_with: tuple[str, ...] = flag(
         (),
@@ -72,6 +77,8 @@ class ServeConfig:
             problems.append("--max-queue wants 0 or more")
         if self.host not in LOOPBACK and not self.api_key_env:
             problems.append(f"--host {self.host} lets other machines in; name a key by --api-key-env")
+        if len(self.adapter_dir) > 1 and self.compare_with:
+            problems.append("--compare-with compares two models; name an adapter's folder there, or one --adapter-dir")
         if len(self.compare_with) > 2:
             problems.append(f"--compare-with wants a model or two files of answers, got {len(self.compare_with)} names")
         if len(self.compare_with) == 1 and self.compare_with[0].endswith((".json", ".jsonl")):
@@ -105,10 +112,7 @@ def main(argv: list[str]) -> None:
         raise UsageError(f"engine.serve needs {error.name}; pip install 'cria-engine[serve]'") from None
     access = Access(NAMES if config.host in NAMES else (), key, config.max_body_bytes, config.timeout)
     prepared = prepare_comparison(config) if config.compare_with else None
-    models = list(config.compare_with) if len(config.compare_with) == 1 else []
-    if config.model or len(config.compare_with) < 2:
-        models = [config.model or "smollm2-135m", *models]
-    services = [load_service(config, model, name) for model, name in zip(models, name_models(models), strict=True)]
+    services = load_services(config)
     comparison = prepared(services, access).routes() if prepared else []
     try:
         listen(Server(services, access, comparison), config.host, config.port)
@@ -122,23 +126,38 @@ def name_models(models: list[str]) -> list[str]:
     if len(set(names)) < len(names):
         names = [str(Path(model)) for model in models]
     if len(set(names)) < len(names):
-        raise UsageError(f"--compare-with {names[0]} is the model itself; name another")
+        raise UsageError(f"{max(names, key=names.count)} is named twice; name another model or adapter")
     return names
 
 
-def load_service(config: ServeConfig, model: str, name: str) -> "ModelService":
-    """Return a model that is ready to answer."""
+def load_services(config: ServeConfig) -> "list[ModelService]":
+    """Return the models that the settings name, ready to answer."""
     from engine.serving.model_service import Limits, ModelService
 
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    loaded, tokenizer, trained = load_model(model, device, dtype, choose_kernels(config.kernels, device, dtype))
-    for warning in tokenizer.warnings:
-        print(f"warning: {name}: {warning}", file=sys.stderr)
-    style = choose_style(config.prompt_style, trained, tokenizer)
-    longest = min(config.max_length, loaded.config.max_positions)
-    limits = Limits(config.max_concurrency, config.max_queue, longest)
-    return ModelService(name, loaded, tokenizer, style, limits)
+    kernels = choose_kernels(config.kernels, device, dtype)
+    others = list(config.compare_with) if len(config.compare_with) == 1 else []
+    model, adapters = config.model or "smollm2-135m", config.adapter_dir
+    if not config.model and not adapters and len(config.compare_with) == 2:
+        names, loaded = [], []
+    elif len(adapters) > 1:
+        names = name_models([model, *adapters])
+        loaded = load_adapted(model, adapters, device, dtype, kernels)
+    else:
+        own = adapters[0] if adapters else ""
+        names = name_models([own or model, *others])
+        loaded = [load_model(model, device, dtype, kernels, own)]
+        loaded += [load_model(other, device, dtype, kernels) for other in others]
+    services = []
+    for name, (transformer, tokenizer, trained) in zip(names, loaded, strict=True):
+        for warning in tokenizer.warnings:
+            print(f"warning: {name}: {warning}", file=sys.stderr)
+        style = choose_style(config.prompt_style, trained, tokenizer)
+        longest = min(config.max_length, transformer.config.max_positions)
+        limits = Limits(config.max_concurrency, config.max_queue, longest)
+        services.append(ModelService(name, transformer, tokenizer, style, limits))
+    return services
 
 
 def prepare_comparison(config: ServeConfig) -> "Callable[[Sequence[ModelService], Access], Comparison]":

@@ -9,6 +9,7 @@ from kernels.ops.decode_attention import DecodeCache, decode_attention
 from kernels.ops.grad_norm import grad_norm, norm_of_sums, sum_squares
 from kernels.ops.linear import linear
 from kernels.ops.linear_cross_entropy import linear_cross_entropy
+from kernels.ops.low_rank import LowRank
 from kernels.ops.norm_linear import norm_linear, norm_linear_rows
 from kernels.ops.rms_norm import rms_norm
 from kernels.ops.rope import rope, rope_cos_sin, rope_frequencies
@@ -17,6 +18,7 @@ from kernels.ops.swiglu import swiglu, swiglu_linear
 __all__ = [
     "INTERPRETED",
     "DecodeCache",
+    "LowRank",
     "adamw",
     "adamw_many",
     "adamw_state",

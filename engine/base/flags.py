@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 T = TypeVar("T")
 
 KERNELS = ("auto", "triton", "native", "ref")
+ADAPTER_HELP = "folder of an adapter of this model, ours or PEFT's, that is added to its weights"
 MODEL_HELP = (
     "folder (Hugging Face or Meta layout), .gguf file, training state (checkpoint-N), or the embedded smollm2-135m"
 )

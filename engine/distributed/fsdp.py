@@ -53,14 +53,14 @@ def local_shard(p: Any) -> Shard:
 
 
 def gather_parameters(model: Any, world: World) -> dict[str, torch.Tensor]:
-    """Return the whole parameters in the host's memory on rank 0, and {} on the others.
+    """Return the whole trained parameters in the host's memory on rank 0, and {} on the others.
 
     They are gathered one after the other, so that each GPU holds at most one whole parameter.
     """
     whole = {}
     for module in (*model.layers, model):
         module.reshard()  # the last forward may have left them whole, as plain parameters
-    for name, p in model.named_parameters():
+    for name, p in model.trained_parameters().items():
         full = p.full_tensor()
         if world.is_main:
             whole[name] = full.to("cpu", copy=True)

@@ -45,13 +45,15 @@ def suggest_download(name: str) -> str:
 
 
 def detect_kind(path: Path) -> str | None:
-    """Return "hf", "meta" or "gguf" for a model, "state" for a training state, None for anything else."""
+    """Return "hf", "meta" or "gguf" for a model, "state" for a training state, "adapter", None for anything else."""
     if path.is_file():
         return "gguf" if path.suffix == ".gguf" else None
     if os.path.lexists(path / "config.json"):
         return "hf"
     if os.path.lexists(path / "params.json"):
         return "meta"
+    if os.path.lexists(path / "adapter_config.json"):
+        return "adapter"
     return "state" if is_training_state(path) else None
 
 
@@ -89,10 +91,7 @@ def explain_other_content(folder: Path) -> str | None:
     if any(re.fullmatch(r"adapter_(config\.json|model\.(safetensors|bin))", name) for name in names):
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         of_base = f" of {base[:200]}" if isinstance(base, str) and base else ""
-        return (
-            f"an adapter (LoRA){of_base}, not a model; merge it into its base first, by peft's merge_and_unload() and "
-            "save_pretrained()"
-        )
+        return f"an adapter (LoRA){of_base}, not a model; name its base by --model and this folder by --adapter-dir"
     if ggufs := [name for name in names if name.endswith(".gguf")]:
         return f"holds {ggufs[0]}; give that file itself"
     weights = [name for name in names if name.endswith((".safetensors", ".bin", ".pth"))]

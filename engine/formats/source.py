@@ -68,35 +68,49 @@ class Source:
         """
         if model.config != self.config:
             raise ValueError(f"read_into: the model is {model.config}, {self.path} holds {self.config}")
-        parameters = dict(model.named_parameters())
-        for name, piece in list_pieces(self.config, self.kind).items():
-            shard = shards[piece.parameter] if shards else None
-            if shard is None or not shard.rows:
-                self.read_piece(name, piece, piece.rows_of(parameters))
-                continue
-            first, end = piece.first_row, piece.first_row + piece.shape[0]
-            first, end = max(first, shard.first), min(end, shard.first + len(shard.tensor))
-            if first < end:
-                whole = shard.tensor.new_empty(piece.shape)
-                self.read_piece(name, piece, whole)
-                wanted = whole[first - piece.first_row : end - piece.first_row]
-                shard.tensor[first - shard.first : end - shard.first] = wanted
+        pieces = list_pieces(self.config, self.kind)
+        read_pieces(self.path, self.stored, pieces, dict(model.named_parameters()), shards)
 
-    def read_piece(self, name: str, piece: Piece, rows: torch.Tensor) -> None:
-        """Read a tensor into all the rows of its piece. Raise DataError when they then hold NaN or an infinity."""
-        for row, column, part in self.stored[name].blocks():
-            target = rows[row : row + len(part)]
-            if part.ndim == 2:
-                target = target[:, column : column + part.shape[1]]
-            target.copy_(part)
-        if not is_finite(rows):
-            stored = self.stored[name]
-            problem = "holds NaN or an infinity; copy the model anew from where it comes from"
-            if all(is_finite(part) for _, _, part in stored.blocks()):
-                problem = f"has values beyond {str(rows.dtype).removeprefix('torch.')}; choose another --dtype"
-            raise DataError(f"{self.path}: {stored.file}: {name} {problem}")
-        if piece.paired_heads:
-            rows.copy_(pairs_to_halves(rows, piece.paired_heads))
+
+def read_pieces(
+    path: Path,
+    stored: Mapping[str, Stored],
+    pieces: Mapping[str, Piece],
+    parameters: Mapping[str, torch.Tensor],
+    shards: Mapping[str, Shard] | None,
+) -> None:
+    """Read every tensor into the rows of its piece; of a sharded parameter only into those that this rank holds.
+
+    path: of the model, for messages. Raise DataError for a tensor that is not finite.
+    """
+    for name, piece in pieces.items():
+        shard = shards[piece.parameter] if shards else None
+        if shard is None or not shard.rows:
+            read_piece(path, name, stored[name], piece, piece.rows_of(parameters))
+            continue
+        first, end = piece.first_row, piece.first_row + piece.shape[0]
+        first, end = max(first, shard.first), min(end, shard.first + len(shard.tensor))
+        if first < end:
+            whole = shard.tensor.new_empty(piece.shape)
+            read_piece(path, name, stored[name], piece, whole)
+            wanted = whole[first - piece.first_row : end - piece.first_row]
+            shard.tensor[first - shard.first : end - shard.first] = wanted
+
+
+def read_piece(path: Path, name: str, stored: Stored, piece: Piece, rows: torch.Tensor) -> None:
+    """Read a tensor into all the rows of its piece. Raise DataError when they then hold NaN or an infinity."""
+    for row, column, part in stored.blocks():
+        target = rows[row : row + len(part)]
+        if part.ndim == 2:
+            target = target[:, column : column + part.shape[1]]
+        target.copy_(part)
+    if not is_finite(rows):
+        problem = "holds NaN or an infinity; copy the model anew from where it comes from"
+        if all(is_finite(part) for _, _, part in stored.blocks()):
+            problem = f"has values beyond {str(rows.dtype).removeprefix('torch.')}; choose another --dtype"
+        raise DataError(f"{path}: {stored.file}: {name} {problem}")
+    if piece.paired_heads:
+        rows.copy_(pairs_to_halves(rows, piece.paired_heads))
 
 
 def open_source(path: Path) -> Source:

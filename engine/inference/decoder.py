@@ -60,13 +60,13 @@ def find_decoder(model: Transformer, cache: KVCache) -> Decoder | None:
     """Return the decoder of a model and its cache; None where torch is to run.
 
     None without the CPU library, on another device, in a dtype other than fp32 and bf16, for --kernels triton and ref,
-    for weights that lie in shards or parts, and with autograd.
+    for weights that lie in shards or parts, under an adapter, and with autograd.
     """
     parameters = list(model.parameters())
     plain = all(type(p) is torch.nn.Parameter and p.device.type == "cpu" and p.is_contiguous() for p in parameters)
     same_dtype = len({t.dtype for t in (*parameters, cache.k)}) == 1 and model.norm.dtype in TYPES
-    suits = type(model) is Transformer and plain and same_dtype and model.impl in ("auto", "native")
-    if not suits or torch.is_grad_enabled():
+    suits = type(model) is Transformer and model.adapter is None and model.impl in ("auto", "native")
+    if not (suits and plain and same_dtype) or torch.is_grad_enabled():
         return None
     library = find_cpu()
     return Decoder(library, model, cache) if library else None

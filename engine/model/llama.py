@@ -8,6 +8,8 @@ H heads    K key/value heads    Dh head dim    F hidden dim of the feed-forward
                      x = x + w2 (silu(w1 norm(x)) * w3 norm(x))
     logits = output norm(x)
 
+With an adapter every map may have a low-rank update, see engine.model.adapter, and the weights are frozen.
+
 There is no padding and no batch axis. A row is one token; `documents` says which rows attend to which, see
 kernels.attention.
 Source: arXiv:2302.13971, arXiv:2407.21783.
@@ -23,6 +25,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import kernels
+from engine.model.adapter import MAPS, AdapterConfig, is_of_adapter, list_updates, make_loras, trained_whole
 from engine.model.batch import DeviceMicroBatch, MicroBatch
 from engine.model.config import ModelConfig
 from engine.model.rope import rope_tables
@@ -38,10 +41,10 @@ class Block(nn.Module):
     """One layer. wqkv holds the rows of wq, then of wk and wv; w13 those of w1 (gate), then of w3 (up).
 
     bqkv, bo, b13 and b2 are the biases of wqkv, wo, w13 and w2, or None. They are added by torch, outside the kernels.
-    keep: the outputs of norms and SwiGLU are kept for backward rather than computed again.
+    keep: the outputs of norms and SwiGLU are kept for backward rather than computed again. lora: {weight: its updates}.
     """
 
-    def __init__(self, config: ModelConfig, impl: str, keep: bool, accumulate: bool):
+    def __init__(self, config: ModelConfig, impl: str, keep: bool, accumulate: bool, lora: dict[str, Any]):
         super().__init__()
         dim, heads, kv_heads, head_dim = config.dim, config.n_heads, config.n_kv_heads, config.head_dim
         self.config = config
@@ -57,6 +60,15 @@ class Block(nn.Module):
         self.bo = new_parameter(dim) if config.attention_bias else None
         self.b13 = new_parameter(len(self.w13)) if config.mlp_bias else None
         self.b2 = new_parameter(dim) if config.mlp_bias else None
+        self.lora = nn.ModuleDict(lora)
+        self.dropout_seed: int | None = None
+
+    def update_of(self, weight: str) -> kernels.LowRank | None:
+        """Return the updates of a weight of this layer, None where it has none."""
+        if weight not in self.lora:
+            return None
+        seed = self.dropout_seed
+        return self.lora[weight](None if seed is None else (4 * seed + list(MAPS).index(weight)) % 2**63)
 
     def forward(
         self,
@@ -74,22 +86,27 @@ class Block(nn.Module):
         c, eps, keeping = self.config, self.config.norm_eps, self.keeping
 
         if rows is None:
-            qkv, residual = kernels.norm_linear(x, self.attention_norm, self.wqkv, eps, residual=residual, **keeping)
+            qkv, residual = kernels.norm_linear(
+                x, self.attention_norm, self.wqkv, eps, residual=residual, low_rank=self.update_of("wqkv"), **keeping
+            )
             qkv = qkv if self.bqkv is None else qkv + self.bqkv
             o = attend(qkv.unflatten(1, (-1, c.head_dim)))  # (T, (H + 2K) Dh) -> (T, H, Dh)
         else:
             q, kv, residual = kernels.norm_linear_rows(
-                x, self.attention_norm, self.wqkv, rows, c.n_heads * c.head_dim, eps, **keeping
-            )
+                x, self.attention_norm, self.wqkv, rows, c.n_heads * c.head_dim, eps,
+                low_rank=self.update_of("wqkv"), **keeping,
+            )  # fmt: skip
             if self.bqkv is not None:
                 q, kv = q + self.bqkv[: q.shape[1]], kv + self.bqkv[q.shape[1] :]
             o = attend(q.unflatten(1, (-1, c.head_dim)), kv.unflatten(1, (-1, c.head_dim)))
-        x = kernels.linear(o.flatten(1), self.wo, **self.options)
+        x = kernels.linear(o.flatten(1), self.wo, low_rank=self.update_of("wo"), **self.options)
         x = x if self.bo is None else x + self.bo
 
-        x, residual = kernels.norm_linear(x, self.ffn_norm, self.w13, eps, residual=residual, **keeping)  # x: (T, 2F)
+        x, residual = kernels.norm_linear(
+            x, self.ffn_norm, self.w13, eps, residual=residual, low_rank=self.update_of("w13"), **keeping
+        )  # x: (T, 2F)
         x = x if self.b13 is None else x + self.b13
-        x = kernels.swiglu_linear(x, self.w2, consume=True, **keeping)
+        x = kernels.swiglu_linear(x, self.w2, consume=True, low_rank=self.update_of("w2"), **keeping)
         return x if self.b2 is None else x + self.b2, residual
 
 
@@ -107,18 +124,33 @@ class Transformer(nn.Module):
 
     on_gradients, where it is set, is called in backward with the place of a group in parameter_groups() when all
     gradients of the group are there. It is not called for the first group, whose gradients are there at the end.
+
+    adapter: the low-rank updates that are trained in place of the weights; None trains the weights.
     """
 
-    def __init__(self, config: ModelConfig, impl: str = "auto", recompute: str = "cheap", accumulate: bool = False):
+    def __init__(
+        self, config: ModelConfig, impl: str = "auto", recompute: str = "cheap", accumulate: bool = False,
+        adapter: AdapterConfig | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.config, self.impl, self.recompute, self.accumulate = config, impl, recompute, accumulate
+        self.adapter = adapter
         self.on_gradients: Callable[[int], None] | None = None
         self.tok_embeddings = new_parameter(config.vocab_size, config.dim)
-        blocks = (Block(config, impl, recompute == "none", accumulate) for _ in range(config.n_layers))
-        self.layers = nn.ModuleList(blocks)
+        self.layers = nn.ModuleList(
+            Block(config, impl, recompute == "none", accumulate, make_loras(config, adapter, layer) if adapter else {})
+            for layer in range(config.n_layers)
+        )
         self.norm = new_parameter(config.dim)
         if not config.tied:
             self.output = new_parameter(config.vocab_size, config.dim)
+        if adapter is not None:
+            for name, p in self.named_parameters():
+                p.requires_grad_(is_of_adapter(name) or name in trained_whole(adapter))
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that get gradients, by name: all of them, or those of the adapter."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     @property
     def head(self) -> torch.Tensor:
@@ -215,8 +247,14 @@ class Transformer(nn.Module):
             send(row_of_target), plans,
         )  # fmt: skip
 
-    def loss(self, batch: MicroBatch | DeviceMicroBatch) -> torch.Tensor:
-        """Return the summed loss of the batch's targets, each times its weight, a scalar in fp32."""
+    def loss(self, batch: MicroBatch | DeviceMicroBatch, dropout_seed: int | None = None) -> torch.Tensor:
+        """Return the summed loss of the batch's targets, each times its weight, a scalar in fp32.
+
+        dropout_seed: of an adapter's dropout, here and in backward; None drops nothing.
+        """
+        layers: list[Any] = list(self.layers)
+        for i, layer in enumerate(layers):
+            layer.dropout_seed = None if dropout_seed is None else dropout_seed * len(layers) + i
         batch = self.prepare_batch(batch) if isinstance(batch, MicroBatch) else batch
         # Not self(...): FSDP2 hooks both loss and forward, and would reshard the weights between forward and the head.
         x = self.forward(batch.tokens, batch.positions, rows=batch.rows, plans=batch.plans)
@@ -234,6 +272,8 @@ class Transformer(nn.Module):
         generator = torch.Generator(self.norm.device).manual_seed(seed)
         for name, p in self.named_parameters():
             shard = shards[name] if shards else None
+            if is_of_adapter(name):
+                continue
             if p.ndim == 1:
                 (shard.tensor if shard else p).fill_(name.endswith("norm"))
             elif shard and shard.rows:
@@ -241,6 +281,24 @@ class Transformer(nn.Module):
                 shard.tensor.copy_(whole[shard.first : shard.end])
             else:
                 p.normal_(std=0.02, generator=generator)
+
+    @torch.no_grad()
+    def init_adapter(self, seed: int, shards: dict[str, Shard] | None = None) -> None:
+        """Draw each A uniformly from +-1 / sqrt(in), as PEFT does, and set each B to 0: the updates change nothing yet.
+
+        The As are drawn on the CPU in the order of list_updates(), so they depend on the seed alone. shards: as in
+        init_weights().
+        """
+        generator, parameters = torch.Generator().manual_seed(seed), dict(self.named_parameters())
+        for update in list_updates(self.config, self.adapter) if self.adapter else ():
+            drawn = torch.empty(update.rank, update.columns).uniform_(-1, 1, generator=generator)
+            b = shards[update.b].tensor if shards else parameters[update.b]
+            b.zero_()
+            shard = shards[update.a] if shards else Shard(parameters[update.a].detach())
+            first, end = max(shard.first, update.first_rank), min(shard.end, update.first_rank + update.rank)
+            if first < end:
+                rows = drawn[first - update.first_rank : end - update.first_rank]
+                shard.tensor[first - shard.first : end - shard.first].copy_(rows / update.columns**0.5)
 
 
 def new_model(
@@ -251,13 +309,14 @@ def new_model(
     recompute: str = "cheap",
     accumulate: bool = False,
     shard: Callable[["Transformer"], "Transformer"] | None = None,
+    adapter: AdapterConfig | None = None,
 ) -> Transformer:
-    """Return a Transformer with uninitialised weights of this dtype.
+    """Return a Transformer with uninitialised weights of this dtype. adapter: the updates that it has, if any.
 
     shard: called with the model before anything is allocated; it may reduce each parameter to the rows of this rank.
     """
     with torch.device("meta"):
-        model = Transformer(config, impl, recompute, accumulate).to(dtype)
+        model = Transformer(config, impl, recompute, accumulate, adapter).to(dtype)
     if shard:
         return shard(model).to_empty(device=device)
     if str(device) == "meta":

@@ -10,8 +10,11 @@ import torch
 from engine.base.device import DTYPES
 from engine.base.errors import DataError
 from engine.base.files import read_json
+from engine.formats.adapters import merge_factors, new_factors
 from engine.formats.find import detect_kind
 from engine.formats.settings import REQUIRED, Settings, join_problems
+from engine.formats.source import open_source
+from engine.model.adapter import AdapterConfig, adapter_from_settings
 from engine.model.config import ROPE_KINDS, ModelConfig, RopeScaling
 from engine.model.llama import Transformer, new_model
 from engine.model.shard import Shard, as_shards
@@ -35,15 +38,37 @@ class TrainingState:
     tokenizer: str | None  # the run's --tokenizer, "" where it named none; None: no run.json says
     generation_config: dict[str, Any]  # of base
     prompt_style: str | None  # of the run
+    adapter: AdapterConfig | None = None  # that the run trains, beside the frozen weights of base
+
+    @property
+    def path(self) -> Path:
+        return self.checkpoint.folder
 
     def read_into(self, model: Transformer) -> None:
-        """Fill every parameter of a model of this config, converted to its dtype. No optimizer state is read."""
-        checkpoint.load(self.checkpoint, parameters_of(model), PARAMETERS)
+        """Fill every parameter of a model of this config, converted to its dtype. No optimizer state is read.
+
+        The updates of an adapter are added to the weights of the run's base. Raises DataError where that is gone.
+        """
+        if self.adapter is None:
+            checkpoint.load(self.checkpoint, parameters_of(model), PARAMETERS)
+            return
+        source = open_source(self.base) if self.base is not None else None
+        if source is None or source.config != self.config:
+            raise DataError(f"{self.path}: an adapter's state, whose base {self.base} is not the model that it was")
+        source.read_into(model)
+        merge_factors(model, self.adapter, self.read_factors())
+
+    def read_factors(self) -> dict[str, torch.Tensor]:
+        """Return {parameter: its values} of what an adapter's run trains, in the dtype of the run."""
+        assert self.adapter is not None, "a state of whole weights"
+        factors = new_factors(self.config, self.adapter, self.dtype)
+        checkpoint.load(self.checkpoint, {PARAMETERS + name: t for name, t in factors.items()}, PARAMETERS)
+        return factors
 
 
 def parameters_of(model: Transformer) -> dict[str, torch.Tensor | Shard]:
-    """Return the parameters of a model under their names in a training state."""
-    return {PARAMETERS + name: p.detach() for name, p in model.named_parameters()}
+    """Return the parameters of a model that a training state holds, under their names there."""
+    return {PARAMETERS + name: p.detach() for name, p in model.trained_parameters().items()}
 
 
 def open_training_state(folder: Path) -> TrainingState:
@@ -63,19 +88,30 @@ def open_training_state(folder: Path) -> TrainingState:
     settings = facts.get("settings", dict) or {}
     if type(settings.get("model")) is not str:
         facts.add_problem("settings do not name the model that the run began with")
+    adapter = adapter_from_state(settings, facts)
     n_bytes = sum(entry["bytes"] for entry in manifest["files"].values())
-    if config and dtype and config.n_parameters * dtype.itemsize > n_bytes:  # before a model of that size is made
+    # Before a model of that size is made.
+    if config and dtype and adapter is None and config.n_parameters * dtype.itemsize > n_bytes:
         facts.add_problem(f"{config.n_parameters} parameters by its model, but there are only {n_bytes} bytes")
     if problems or config is None or dtype is None:
         raise DataError(f"{folder}: {join_problems(problems)}")
-    check_fit(
-        folder, checkpoint.read_row_map(found), as_shards(parameters_of(new_model(config, "meta", dtype))), PARAMETERS
-    )
+    wanted = parameters_of(new_model(config, "meta", dtype, adapter=adapter))
+    check_fit(folder, checkpoint.read_row_map(found), as_shards(wanted), PARAMETERS)
     base, tokenizer = find_base(folder, settings)
     generation_config = {}
     if base is not None and detect_kind(base) == "hf":
         generation_config = read_json(base / "generation_config.json")
-    return TrainingState(found, config, dtype, base, tokenizer, generation_config, settings.get("prompt_style"))
+    style = settings.get("prompt_style")
+    return TrainingState(found, config, dtype, base, tokenizer, generation_config, style, adapter)
+
+
+def adapter_from_state(settings: dict[str, Any], facts: Settings) -> AdapterConfig | None:
+    """Return the adapter that a run's recorded settings ask for, None without one or after adding a fault to facts."""
+    try:
+        return adapter_from_settings(settings)
+    except (ValueError, TypeError, KeyError) as error:
+        facts.add_problem(f"its adapter is not known ({type(error).__name__}: {error})")
+        return None
 
 
 def find_base(folder: Path, settings: dict[str, Any]) -> tuple[Path | None, str | None]:

@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 
+from engine.model.adapter import AdapterConfig
 from engine.model.config import ModelConfig
 from engine.model.shard import first_row
-from engine.planning.memory import BatchShape, Memory, Shape, memory, parameter_shapes
+from engine.planning.memory import BatchShape, Memory, Shape, memory, trained_shapes
 from engine.planning.setting import MOST_CARDS, Setting
 from kernels.ops.adamw import LEAST_8BIT
 from kernels.ops.eight_bit import BLOCK
@@ -99,7 +100,7 @@ def resolve_states(
     ways[1:] = sorted(ways[1:], key=update_s)
 
     def count_tokens(way: Setting) -> int:
-        counts = find_shard_counts(c, way.states, way.n_cards)
+        counts = find_shard_counts(c, way.states, way.n_cards, way.adapter)
         if replicas and way.n_cards // replicas not in counts:
             return 0
         sharded = way.with_replicas(replicas or way.n_cards // max(counts))
@@ -133,17 +134,17 @@ def find_uncut_counts(shapes: Iterable[Shape], most: int = MOST_CARDS) -> list[i
 
 
 @functools.cache
-def find_8bit_shard_counts(c: ModelConfig, most: int = MOST_CARDS) -> list[int]:
+def find_8bit_shard_counts(c: ModelConfig, most: int = MOST_CARDS, adapter: AdapterConfig | None = None) -> list[int]:
     """Return the numbers of shards, up to `most`, into which the model can be cut with 8-bit states."""
-    return find_uncut_counts(parameter_shapes(c), most)
+    return find_uncut_counts(trained_shapes(c, adapter), most)
 
 
-def find_shard_counts(c: ModelConfig, states: str, n_cards: int) -> list[int]:
+def find_shard_counts(c: ModelConfig, states: str, n_cards: int, adapter: AdapterConfig | None = None) -> list[int]:
     """Return the numbers of shards that n_cards GPUs allow: divisors of n_cards that cut no block of 8-bit states."""
     divisors = [n for n in range(1, n_cards + 1) if n_cards % n == 0]
     if states != "8bit" or n_cards == 1:
         return divisors
-    allowed = find_8bit_shard_counts(c, n_cards)
+    allowed = find_8bit_shard_counts(c, n_cards, adapter)
     return [n for n in divisors if n in allowed]
 
 

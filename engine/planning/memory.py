@@ -40,6 +40,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from engine.base.host_memory import COPY_ARENA_BYTES, SLOTS, HostMemory
+from engine.model.adapter import AdapterConfig
 from engine.model.config import ModelConfig
 from engine.model.llama import new_model
 from engine.planning.setting import Setting
@@ -105,15 +106,23 @@ class StateBytes:
     """Bytes of what one GPU holds of the weights and of AdamW's tensors."""
 
     weights: int
+    trained: int  # of the weights that are trained, all but those under an adapter
     master: int  # fp32 masters, or the 16 bits that split weights lack
     states: int  # m and v
     largest: int  # master and states of the one parameter that has most
 
 
 @functools.cache
-def parameter_shapes(c: ModelConfig) -> tuple[Shape, ...]:
+def parameter_shapes(c: ModelConfig, adapter: AdapterConfig | None = None) -> tuple[Shape, ...]:
     """Return the shape of each parameter, in the model's order."""
-    return tuple(tuple(p.shape) for p in new_model(c, "meta", torch.bfloat16).parameters())
+    return tuple(tuple(p.shape) for p in new_model(c, "meta", torch.bfloat16, adapter=adapter).parameters())
+
+
+@functools.cache
+def trained_shapes(c: ModelConfig, adapter: AdapterConfig | None = None) -> tuple[Shape, ...]:
+    """Return the shape of each parameter that is trained, in the model's order."""
+    model = new_model(c, "meta", torch.bfloat16, adapter=adapter)
+    return tuple(tuple(p.shape) for p in model.trained_parameters().values())
 
 
 def shard_shape(shape: Shape, shards: int) -> Shape:
@@ -129,26 +138,30 @@ def adamw_bytes(shape: Shape, dtype: torch.dtype, master: str, states: str) -> d
 
 
 @functools.cache
-def _state_bytes(c: ModelConfig, dtype: torch.dtype, master: str, states: str, shards: int) -> StateBytes:
-    weights, masters, moments, largest = 0, 0, 0, 0
-    for shape, n in Counter(shard_shape(shape, shards) for shape in parameter_shapes(c)).items():
+def _state_bytes(
+    c: ModelConfig, dtype: torch.dtype, master: str, states: str, shards: int, adapter: AdapterConfig | None
+) -> StateBytes:
+    weights = sum(math.prod(shard_shape(shape, shards)) for shape in parameter_shapes(c, adapter)) * dtype.itemsize
+    trained, masters, moments, largest = 0, 0, 0, 0
+    for shape, n in Counter(shard_shape(shape, shards) for shape in trained_shapes(c, adapter)).items():
         kept = adamw_bytes(shape, dtype, master, states)
         of_master = kept.get("low", 0) + kept.get("master", 0)
-        weights += n * math.prod(shape) * dtype.itemsize
+        trained += n * math.prod(shape) * dtype.itemsize
         masters += n * of_master
         moments += n * (sum(kept.values()) - of_master)
         largest = max(largest, sum(kept.values()))
-    return StateBytes(weights, masters, moments, largest)
+    return StateBytes(weights, trained, masters, moments, largest)
 
 
 def state_bytes(c: ModelConfig, setting: Setting) -> StateBytes:
     """Return the bytes of one GPU's weights, masters and optimizer states, counted on the real model's shapes."""
-    return _state_bytes(c, setting.dtype, setting.master, setting.states, setting.shards)
+    return _state_bytes(c, setting.dtype, setting.master, setting.states, setting.shards, setting.adapter)
 
 
 @functools.cache
-def _copy_bytes(c: ModelConfig, dtype: torch.dtype, master: str, states: str, shards: int, arena_bytes: int) -> int:
-    shapes = [shard_shape(shape, shards) for shape in parameter_shapes(c)]
+def _copy_bytes(c: ModelConfig, setting: Setting, arena_bytes: int) -> int:
+    dtype, master, states = setting.dtype, setting.master, setting.states
+    shapes = [shard_shape(shape, setting.shards) for shape in trained_shapes(c, setting.adapter)]
     sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
     for shape in shapes:
         sizes += adamw_bytes(shape, dtype, master, states).values()
@@ -160,7 +173,7 @@ def _copy_bytes(c: ModelConfig, dtype: torch.dtype, master: str, states: str, sh
 
 def copy_bytes(c: ModelConfig, setting: Setting) -> int:
     """Return the bytes of pinned memory into which a save copies one GPU's weights, masters and optimizer states."""
-    return _copy_bytes(c, setting.dtype, setting.master, setting.states, setting.shards, COPY_ARENA_BYTES)
+    return _copy_bytes(c, setting, COPY_ARENA_BYTES)
 
 
 # ---- whole weights of a sharded model -------------------------------------------------------------------------------
@@ -362,7 +375,9 @@ def memory(c: ModelConfig, setting: Setting, batch: BatchShape) -> Memory:
     moments, gathered = worst_moments(c, setting, batch), gathered_bytes(c, setting)
     backward = moments.backward
     if several:  # whole gradients are among what is gathered, the embedding's too
-        gradients = state.weights + sums_bytes(state.weights, setting)
+        gradients = state.trained + sums_bytes(state.trained, setting)
+    elif setting.adapter is not None:  # gradients of the adapter, which are small, and of what is trained whole
+        gradients = state.trained
     elif setting.gradients_leave:
         gradients = leaving_bytes(c, setting, batch.one_micro_batch)
         backward = max(backward, moments.embedding - kept)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from engine.model.adapter import AdapterConfig
+
 MOST_CARDS = 64  # that are projected
 
 
@@ -25,6 +27,7 @@ class Setting:
     replicas: int = 1
     saves: bool = False  # training states are saved between steps, from a copy in the host's memory
     on_cpu: bool = False  # the host's CPU updates states that are offloaded; else they visit the GPU
+    adapter: AdapterConfig | None = None  # what is trained beside frozen weights; None: the weights
 
     @property
     def number_bytes(self) -> int:

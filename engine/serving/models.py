@@ -1,10 +1,12 @@
-"""A model of any layout, named by --model, ready to generate text."""
+"""A model of any layout, named by --model and --adapter-dir, ready to be read or to generate text."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from engine.base.errors import CriaError, DataError, UsageError
+from engine.formats.adapters import MergedSource, open_adapter, read_base_name
 from engine.formats.find import detect_kind, find_model
 from engine.formats.source import Source, open_source
 from engine.model.llama import Transformer, new_model
@@ -13,26 +15,86 @@ from engine.output.state_as_model import TrainingState, open_training_state
 from engine.text.tokenizer import Tokenizer
 from engine.text.tokenizer_files import find_tokenizer
 
+Weights = Source | MergedSource | TrainingState  # whose read_into() fills a model
+
+
+def open_weights(name: str, adapter_dir: str = "") -> Weights:
+    """Open a model by its name, folder, file, training state (checkpoint-N) or adapter, with an adapter added to it.
+
+    A folder of an adapter stands for its base with the adapter. Raise DataError or UsageError where it is not found.
+    """
+    path = find_model(name)
+    kind = detect_kind(path)
+    if kind == "adapter" and not adapter_dir:
+        base = read_base_name(path)
+        try:
+            return open_weights(base, str(path))
+        except CriaError as error:
+            raise DataError(
+                f"{path}: the adapter's base cannot be read ({error}); name it by --model, and this folder by "
+                "--adapter-dir"
+            ) from None
+    if kind == "state" and not adapter_dir:
+        return open_training_state(path)
+    source = open_source(path)
+    return MergedSource(source, open_adapter(Path(adapter_dir), source.config)) if adapter_dir else source
+
+
+def find_tokenizer_of(weights: Weights, name: str = "") -> tuple[Tokenizer, str | None]:
+    """Return the tokenizer of an opened model, and the prompt style that a run of ours trained it with, or None.
+
+    name: of another tokenizer. An adapter's folder has its own, which knows the style; one of PEFT may have none.
+    """
+    if isinstance(weights, TrainingState):
+        return find_tokenizer_of_state(weights, name), weights.prompt_style
+    if isinstance(weights, MergedSource):
+        try:
+            return find_tokenizer(weights.config, name, weights.path), read_prompt_style(weights.path)
+        except CriaError:
+            if (weights.path / "tokenizer_config.json").exists() or name:
+                raise
+        return find_tokenizer(weights.config, name, weights.base.path), read_prompt_style(weights.base.path)
+    return find_tokenizer(weights.config, name, weights.path), read_prompt_style(weights.path)
+
 
 def load_model(
-    name: str, device: torch.device, dtype: torch.dtype, impl: str = "auto"
+    name: str, device: torch.device, dtype: torch.dtype, impl: str = "auto", adapter_dir: str = ""
 ) -> tuple[Transformer, Tokenizer, str | None]:
     """Return (model, tokenizer, prompt style) of a model by its name, folder, file or training state (checkpoint-N).
 
-    The model is on the device. The style is the one that a run of ours trained it with, None where none did. Raise
-    DataError or UsageError when it cannot be found or read.
+    The model is on the device, with the adapter of --adapter-dir merged into its weights. The style is the one that a
+    run of ours trained it with, None where none did. Raise DataError or UsageError when it cannot be found or read.
     """
-    path = find_model(name)
-    source: Source | TrainingState
-    if detect_kind(path) == "state":
-        source = open_training_state(path)
-        tokenizer, style = find_tokenizer_of_state(source, ""), source.prompt_style
-    else:
-        source = open_source(path)
-        tokenizer, style = find_tokenizer(source.config, "", path), read_prompt_style(path)
-    model = new_model(source.config, device, dtype, impl)
-    source.read_into(model)
+    weights = open_weights(name, adapter_dir)
+    tokenizer, style = find_tokenizer_of(weights)
+    model = new_model(weights.config, device, dtype, impl)
+    weights.read_into(model)
     return model, tokenizer, style
+
+
+def load_adapted(
+    name: str, adapter_dirs: Sequence[str], device: torch.device, dtype: torch.dtype, impl: str = "auto"
+) -> list[tuple[Transformer, Tokenizer, str | None]]:
+    """Return load_model()'s of a model, and of the model with each of several adapters beside its weights.
+
+    The weights are in memory once: the adapters are not merged, so that each of their models costs its updates alone.
+    """
+    weights = open_weights(name)
+    adapters = [open_adapter(Path(folder), weights.config) for folder in adapter_dirs]
+    if not isinstance(weights, Source):
+        raise UsageError(f"--model {name}: several adapters want one base, and this is a state or an adapter itself")
+    loaded = [load_model(name, device, dtype, impl)]
+    base = dict(loaded[0][0].named_parameters())
+    for adapter in adapters:
+        model = new_model(weights.config, "meta", dtype, impl, adapter=adapter.config)
+        parameters = {
+            name: torch.nn.Parameter(torch.empty_like(p, device=device)) if p.requires_grad else base[name]
+            for name, p in model.named_parameters()
+        }
+        model.load_state_dict(parameters, assign=True)
+        adapter.read_into(model)
+        loaded.append((model, *find_tokenizer_of(MergedSource(weights, adapter))))
+    return loaded
 
 
 def find_tokenizer_of_state(state: TrainingState, name: str) -> Tokenizer:

@@ -3,10 +3,16 @@
 from dataclasses import dataclass
 
 from engine.base.flags import KERNELS, KERNELS_HELP, flag, name_to_flag, suggest_nearest
+from engine.model.adapter import ALL_LINEAR, adapter_from_settings
 from engine.model.config import EMBEDDED_MODEL, MODELS
 from engine.output.trackers import TRACKERS
 from engine.text.templates import STYLES
 
+ADAPTERS = ("none", "lora")
+LORA_FLAGS = (
+    "adapter_dir", "lora_r", "lora_alpha", "lora_dropout", "lora_targets", "rslora", "lora_rank_pattern",
+    "lora_alpha_pattern", "lora_save",
+)  # fmt: skip
 EVERY = "off, end, epoch, or a number of steps"
 
 
@@ -59,6 +65,22 @@ class FinetuneConfig:
     dtype: str = flag("auto", "of weights and activations; auto is bf16 on CUDA, fp32 on CPU", ("auto", "bf16", "fp32"))
     prompt_style: str = flag("alpaca", "the template; template is the checkpoint's own chat template", STYLES)
     train_on_prompt: bool = flag(False, "loss on the prompt too, not on the response alone")
+    adapter: str = flag(
+        "none", "what is trained: all weights, or low-rank updates of them beside a frozen model", ADAPTERS
+    )
+    adapter_dir: str = flag(
+        "", "folder of an adapter (ours or PEFT's) to go on from; its shape takes the place of --lora-*"
+    )
+    lora_r: int = flag(16, "rank of the updates")
+    lora_alpha: float = flag(32.0, "updates are scaled by alpha / r")
+    lora_dropout: float = flag(0.0, "share of a map's inputs that its update does not see in a step")
+    lora_targets: tuple[str, ...] = flag(
+        ("all-linear",), "the maps with an update: " + ", ".join(ALL_LINEAR) + ", or ends of their paths"
+    )
+    rslora: bool = flag(False, "scale the updates by alpha / sqrt(r)")
+    lora_rank_pattern: tuple[str, ...] = flag((), "ranks of some maps, as down_proj=8; the first that fits counts")
+    lora_alpha_pattern: tuple[str, ...] = flag((), "alphas of some maps, as down_proj=16")
+    lora_save: tuple[str, ...] = flag((), "what is trained whole beside the updates: embed_tokens, lm_head")
     loss_norm: str = flag(
         "token",
         "token: by the loss tokens of the global batch; micro-mean: as the 2023 trainer",
@@ -145,6 +167,7 @@ class FinetuneConfig:
                 f"--micro-batch-tokens {self.micro_batch_tokens} is under --max-length {self.max_length}; "
                 "an example must fit one forward"
             )
+        problems += self._find_adapter_problems()
         if self.optimizer_in_backward and self.grad_clip:
             problems.append("--optimizer-in-backward drops the gradients that --grad-clip needs; pass --grad-clip 0")
         if self.optimizer_in_backward and self.offload_optimizer:
@@ -169,6 +192,22 @@ class FinetuneConfig:
         problems += [f"{name_to_flag(name)} is missing" for name in ("model", "data") if not getattr(self, name)]
         if problems:
             raise ValueError("\n".join(problems))
+
+    def _find_adapter_problems(self) -> list[str]:
+        """Return what is wrong with the flags of adapters."""
+        given = [name for name in LORA_FLAGS if getattr(self, name) != type(self).__dataclass_fields__[name].default]
+        if self.adapter == "none":
+            return [f"{name_to_flag(name)} is for --adapter lora; add it" for name in given]
+        problems = []
+        if self.random_init:
+            problems.append("--random-init with --adapter: updates of weights that are not kept are of no use")
+        if self.offload_optimizer:
+            problems.append("--offload-optimizer with --adapter: the states of an adapter are small; leave it out")
+        try:
+            adapter_from_settings(vars(self))
+        except ValueError as error:
+            problems.append(f"--lora flags: {error}")
+        return problems
 
 
 EMBEDDED_DEFAULTS = dict(  # of the demo: a real model and real rows, minutes on two cores

@@ -75,7 +75,7 @@ def fine_tune(plan: Plan, world: World, signals: Signals, start: Start) -> None:
                 size.try_largest(model, optimizer)
             evaluate_if_due(plan, run, checkpoints, model, start_step)
             with Prefetcher(batches, model, plan.total_steps) as prefetcher:
-                steps = Steps(model, optimizer, prefetcher, config.grad_clip, world, signals.pending, size)
+                steps = Steps(model, optimizer, prefetcher, config.grad_clip, world, signals.pending, size, config.seed)
                 train(plan, run, checkpoints, steps, model, start_step + 1)
             require_finite_end(plan, run, checkpoints)
             write_model(plan, run, checkpoints, model)
@@ -104,20 +104,25 @@ def name_python() -> str:
 def build_model(plan: Plan, world: World, found: Checkpoint | None) -> tuple[Transformer, AdamW]:
     """Return the model and its optimizer, with the state of the checkpoint, or, without one, of step 0.
 
+    Under an adapter the frozen weights are those of the base, also with a checkpoint.
+
     Each rank allocates and reads only the rows of its own shard.
     """
     config = plan.config
     shard = partial(fsdp.shard_model, world=world) if world.size > 1 else None
     model = new_model(
         plan.model_config, plan.device, plan.dtype, plan.kernels, plan.recompute,
-        accumulate=not config.optimizer_in_backward, shard=shard,
+        accumulate=not config.optimizer_in_backward, shard=shard, adapter=plan.adapter,
     )  # fmt: skip
-    if found is None:
-        local = fsdp.local_shards(model)
-        if plan.source:
-            world.run_on_all_ranks(partial(plan.source.read_into, model, local))
-        else:
-            model.init_weights(config.seed, local)
+    local = fsdp.local_shards(model)
+    if plan.source and (found is None or plan.adapter is not None):  # a checkpoint holds what is trained alone
+        world.run_on_all_ranks(partial(plan.source.read_into, model, local))
+    elif found is None:
+        model.init_weights(config.seed, local)
+    if plan.start_adapter is not None and found is None:
+        world.run_on_all_ranks(partial(plan.start_adapter.read_into, model, local))
+    elif found is None:
+        model.init_adapter(config.seed, local)
     optimizer = AdamW(
         model, beta1=config.beta1, beta2=config.beta2, eps=config.adam_eps, weight_decay=config.weight_decay,
         master=config.master_weights, states=config.optimizer_states, seed=config.seed,

@@ -63,7 +63,7 @@ def choose_mesh_and_tokens(
     if device.type == "cpu":
         recompute = "cheap" if config.recompute == "auto" else config.recompute
         states = "fp32" if config.optimizer_states == "auto" else config.optimizer_states
-        replicas = config.replicas or ranks // max(find_shard_counts(c, states, ranks))
+        replicas = config.replicas or ranks // max(find_shard_counts(c, states, ranks, setting.adapter))
         setting = dataclasses.replace(setting.with_replicas(replicas), recompute=recompute, states=states)
         return setting, max(2048, config.max_length)
     available_bytes = torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES  # the context is in use already
@@ -76,7 +76,9 @@ def choose_mesh_and_tokens(
         c, setting, available_bytes, limits, least_tokens=least, replicas=config.replicas,
         update_s=lambda way: project_update(c, way, device), host_bytes=host_bytes,
     )  # fmt: skip
-    counts = [ranks // config.replicas] if config.replicas else find_shard_counts(c, setting.states, ranks)
+    counts = (
+        [ranks // config.replicas] if config.replicas else find_shard_counts(c, setting.states, ranks, setting.adapter)
+    )
     setting, tokens = find_mesh_that_fits(
         c, setting, available_bytes, limits, share_tokens=share, least_tokens=least, counts=counts
     )

@@ -98,7 +98,8 @@ class AdamW:
         states: str = "fp32", seed: int = 0, impl: str = "auto", offload: bool = False, on_cpu: bool = False,
         in_backward: bool = False,
     ) -> None:  # fmt: skip
-        self.params, self.local = dict(model.named_parameters()), local_shards(model)
+        self.params, local = model.trained_parameters(), local_shards(model)
+        self.local = {name: local[name] for name in self.params}
         device = next(iter(self.params.values())).device
         self.states: dict[str, AdamWState] = {}
         host = HostMemory(device.type == "cuda", STATE_ARENA_BYTES)

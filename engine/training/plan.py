@@ -12,9 +12,11 @@ from engine.data.batches import Order
 from engine.data.dataset import Dataset
 from engine.data.packing import Packing
 from engine.distributed.world import World
+from engine.formats.adapters import Adapter
 from engine.formats.source import Source
+from engine.model.adapter import AdapterConfig, list_updates
 from engine.model.config import ModelConfig
-from engine.planning.memory import state_bytes
+from engine.planning.memory import state_bytes, trained_shapes
 from engine.planning.setting import describe_mesh
 from engine.text.tokenizer import Tokenizer
 from engine.training.config import FinetuneConfig
@@ -46,6 +48,8 @@ class Plan:
     recompute: str  # "none", "cheap" or "block"
     facts: dict  # recorded in checkpoints and compared on resume; recorded_facts() adds max_tokens
     on_cpu: bool | None = None  # whether the CPU updates offloaded states; None: none are offloaded
+    adapter: AdapterConfig | None = None  # the updates that are trained; None: the weights are
+    start_adapter: Adapter | None = None  # the adapter to go on from, of --adapter-dir
 
     @property
     def order(self) -> Order:
@@ -95,7 +99,7 @@ def describe_plan(plan: Plan, world: World) -> str:
     """Return two lines that describe the model and the plan, and one on offloaded states."""
     c, config = plan.model_config, plan.config
     state = state_bytes(c, setting_from_config(config, plan.dtype))
-    total_bytes = 2 * state.weights + state.master + state.states
+    total_bytes = state.weights + state.trained + state.master + state.states
     ranks = f", on {world.size} ranks: {describe_mesh(world.n_shards, world.replicas)}" if world.size > 1 else ""
     states = "8 bits" if config.optimizer_states == "8bit" else config.optimizer_states
     slow = ""
@@ -106,11 +110,25 @@ def describe_plan(plan: Plan, world: World) -> str:
     return (
         f"model: {config.model}, {c.n_parameters / 1e6:.1f}M parameters, {plan.facts['dtype']} on {plan.device}, "
         f"kernels: {plan.kernels}{slow}; weights, gradients and optimizer (states in {states}) "
-        f"{total_bytes / 1e9:.2f} GB{ranks}\n"
+        f"{total_bytes / 1e9:.2f} GB{ranks}{describe_adapter(plan)}\n"
         f"plan: {plural(plan.total_steps, 'step')} of {count_examples(plan)} in micro-batches of at most "
         f"{plan.packing.max_tokens} tokens{examples}; "
         f"{len(plan.train)} examples, {plural(config.epochs, 'epoch')}{' at most' if config.max_steps else ''}"
         f"{recompute}{describe_offload(plan, world)}{describe_few_updates(plan)}"
+    )
+
+
+def describe_adapter(plan: Plan) -> str:
+    """Return a line on what an adapter trains, or nothing where the weights are trained."""
+    if plan.adapter is None:
+        return ""
+    n = sum(math.prod(shape) for shape in trained_shapes(plan.model_config, plan.adapter))
+    ranks = sorted({update.rank for update in list_updates(plan.model_config, plan.adapter)})
+    share, start = 100 * n / plan.model_config.n_parameters, plan.config.adapter_dir
+    return (
+        f"\nadapter: {n / 1e6:.2f}M parameters are trained ({share:.2g}%), updates of rank "
+        f"{', '.join(map(str, ranks))} of {', '.join(plan.config.lora_targets)}"
+        + (f", going on from {start}" if start else "")
     )
 
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from engine.model.adapter import adapter_from_settings
 from engine.planning.setting import Recipe, Setting
 from engine.training.config import FinetuneConfig
 from engine.training.optimizer import prefers_cpu
@@ -18,7 +19,7 @@ def setting_from_config(
     return Setting(
         dtype, config.master_weights, config.optimizer_states, config.recompute, config.offload_optimizer,
         config.optimizer_in_backward, n_cards // replicas, replicas, config.save_every not in ("off", "end"),
-        prefers_cpu(n_cards) if on_cpu is None else on_cpu,
+        prefers_cpu(n_cards) if on_cpu is None else on_cpu, adapter_from_settings(vars(config)),
     )  # fmt: skip
 
 

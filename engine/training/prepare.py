@@ -17,8 +17,10 @@ from engine.data.batches import Order
 from engine.data.dataset import Dataset
 from engine.data.packing import Packing
 from engine.distributed.world import World
+from engine.formats.adapters import CONFIG, Adapter, open_adapter
 from engine.formats.find import find_model
 from engine.formats.source import Source, open_source
+from engine.model.adapter import AdapterConfig, adapter_from_settings, settings_from_adapter
 from engine.model.config import MODELS, ModelConfig
 from engine.output.checkpoint import MANIFEST, read_manifest
 from engine.output.folder import RESUME_REMEDY, RUN, read_run
@@ -26,7 +28,7 @@ from engine.output.trackers import require_tracker
 from engine.planning.fitting import find_shard_counts
 from engine.text.chat_templates import pin_date
 from engine.text.tokenizer_files import find_tokenizer
-from engine.training.config import FinetuneConfig
+from engine.training.config import LORA_FLAGS, FinetuneConfig
 from engine.training.datasets import read_datasets
 from engine.training.micro_batch_size import TOKENS_MULTIPLE, choose_mesh_and_tokens, round_up
 from engine.training.optimizer import chooses_cpu
@@ -41,14 +43,14 @@ SAMPLE_PROMPTS = (
 # Settings that may differ when a run is resumed: they change where things go or how often, not what is computed. Data
 # is compared by the hash of its tokens, which depends on the tokenizer too, not by the names of its files.
 MAY_CHANGE = {
-    "tokenizer", "data", "eval_data", "token_cache", "out", "device", "micro_batch_tokens", "micro_batch_size",
-    "packing", "share_prefix", "recompute", "offload_optimizer", "optimizer_in_backward",
+    "adapter_dir", "tokenizer", "data", "eval_data", "token_cache", "out", "device", "micro_batch_tokens",
+    "micro_batch_size", "packing", "share_prefix", "recompute", "offload_optimizer", "optimizer_in_backward",
     "eval_every", "sample_every", "sample_prompts", "sample_tokens", "save_every", "keep", "resume", "max_shard_bytes",
     "kernels", "deterministic", "replicas", "rank_timeout", "dry_run", "skip_bad_rows", "allow_changed", "max_skips",
     "spike_threshold", "spike_rollback", "log_every", "debug", "profile", "tracker",
 }  # fmt: skip
 # Settings that name places of one machine; ranks on different machines may differ in them.
-PATHS = {"model", "tokenizer", "data", "eval_data", "token_cache", "out", "sample_prompts", "resume"}
+PATHS = {"model", "adapter_dir", "tokenizer", "data", "eval_data", "token_cache", "out", "sample_prompts", "resume"}
 
 
 def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) -> Plan:
@@ -74,7 +76,9 @@ def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) ->
     if config.max_length > model_config.max_positions:
         raise UsageError(f"--max-length {config.max_length} is over the model's {model_config.max_positions} positions")
     config = take_recorded_states(config)
-    check_ranks(config, model_config, world)
+    config, start_adapter = take_adapter(config, model_config)
+    adapter = adapter_from_settings(vars(config))
+    check_ranks(config, model_config, adapter, world)
 
     train, held_out = read_datasets(config, tokenizer, world, say)
     order = Order(len(train), config.global_batch_size, config.seed, config.shuffle)
@@ -98,6 +102,7 @@ def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) ->
     plan = Plan(
         config, Path(config.out), device, dtype, kernels, model_config, source, tokenizer, train, held_out,
         read_prompts(config.sample_prompts), total_steps, packing, setting.replicas, setting.recompute, facts, on_cpu,
+        adapter, start_adapter,
     )  # fmt: skip
     require_updates(plan)
     return plan
@@ -112,6 +117,26 @@ def require_updates(plan: Plan) -> None:
         f"examples make {plural(plan.total_steps, 'step')}, and the learning rate, which rises from 0, is 0 in it: no "
         f"weight would change; {suggest_more_updates(plan)}"
     )
+
+
+def take_adapter(config: FinetuneConfig, model_config: ModelConfig) -> tuple[FinetuneConfig, Adapter | None]:
+    """Return the settings with the shape of --adapter-dir's adapter, and that adapter, None without.
+
+    Raises UsageError for updates that the model cannot have, or where --out holds a model of the other kind.
+    """
+    kept = None
+    if config.adapter_dir:
+        kept = open_adapter(Path(config.adapter_dir), model_config)
+        config = dataclasses.replace(config, **settings_from_adapter(model_config, kept.config))
+    adapter = adapter_from_settings(vars(config))
+    problems = adapter.check(model_config) if adapter is not None else []
+    if problems:
+        raise UsageError(f"--adapter {config.adapter}: {'; '.join(problems)}")
+    other, what = (CONFIG, "an adapter") if adapter is None else ("config.json", "a whole model")
+    if (Path(config.out) / other).exists():
+        raise UsageError(f"--out {config.out}: holds {what} ({other}), beside which this run's would be misread; "
+                         "choose another folder")  # fmt: skip
+    return config, kept
 
 
 def take_recorded_states(config: FinetuneConfig) -> FinetuneConfig:
@@ -134,7 +159,9 @@ def take_recorded_states(config: FinetuneConfig) -> FinetuneConfig:
 
 def select_fixed_settings(config: FinetuneConfig, source: Source | None) -> dict:
     """Return the settings that must be equal when a run is resumed, because they decide what is computed."""
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in MAY_CHANGE}
+    left_out = MAY_CHANGE if config.adapter != "none" else {*MAY_CHANGE, "adapter", *LORA_FLAGS}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in left_out}
+    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}  # as JSON gives them back
     settings["model"] = config.model if source is None else str(source.path.resolve())
     if config.loss_norm == "micro-mean":  # the loss then depends on how a step is cut
         settings["micro_batch_size"] = config.micro_batch_size
@@ -143,7 +170,7 @@ def select_fixed_settings(config: FinetuneConfig, source: Source | None) -> dict
     return settings
 
 
-def check_ranks(config: FinetuneConfig, model_config: ModelConfig, world: World) -> None:
+def check_ranks(config: FinetuneConfig, model_config: ModelConfig, adapter: AdapterConfig | None, world: World) -> None:
     """Raise UsageError for settings that several ranks cannot follow."""
     if world.size > 1 and config.optimizer_in_backward:
         raise UsageError(f"--optimizer-in-backward with {world.size} ranks: gradients are summed first; leave it out")
@@ -156,7 +183,7 @@ def check_ranks(config: FinetuneConfig, model_config: ModelConfig, world: World)
         raise UsageError(f"--replicas {config.replicas} of {world.size} ranks; wanted one of {join_numbers(counts)}")
     shards = world.size // (config.replicas or 1)
     if config.replicas and shards not in (
-        counts := find_shard_counts(model_config, config.optimizer_states, world.size)
+        counts := find_shard_counts(model_config, config.optimizer_states, world.size, adapter)
     ):
         raise UsageError(
             f"--optimizer-states 8bit on {shards} shards would cut a block of 256 elements; wanted one of "

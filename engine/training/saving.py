@@ -6,8 +6,10 @@ from typing import NoReturn
 from engine.base.errors import CriaError, NotFiniteError, Stopped, reading
 from engine.data.batches import Batches
 from engine.distributed import fsdp
+from engine.formats.adapters import save_adapter
 from engine.formats.find import list_checkpoints
 from engine.formats.save import save_hf
+from engine.model.config import EMBEDDED_MODEL
 from engine.model.llama import Transformer, new_model
 from engine.output import checkpoint, folder
 from engine.output.checkpoint import Checkpoint
@@ -26,7 +28,7 @@ def require_disk_space(plan: Plan) -> None:
     config = plan.config
     n_states = config.keep + 1 - len(list_checkpoints(plan.out)) if plan.saves_during_run else 0
     state = state_bytes(plan.model_config, setting_from_config(config, plan.dtype))
-    need_bytes = state.weights + (state.weights + state.master + state.states) * max(0, n_states)
+    need_bytes = state.trained + (state.trained + state.master + state.states) * max(0, n_states)
     folder.require_disk_space(plan.out, need_bytes, "free some, choose another folder, or lower --keep")
 
 
@@ -128,7 +130,7 @@ class Checkpoints:
 
 
 def write_model(plan: Plan, run: Run, checkpoints: Checkpoints, model: Transformer) -> None:
-    """Write the model as a complete Hugging Face folder. On a full disk save the training state, if that fits.
+    """Write the model as a complete Hugging Face folder, an adapter as PEFT's. On a full disk save the training state.
 
     Raises CriaError on every rank where the model could not be written, NotFiniteError where it holds NaN or an
     infinity.
@@ -157,20 +159,25 @@ def write_model(plan: Plan, run: Run, checkpoints: Checkpoints, model: Transform
 def write_files(plan: Plan, model: Transformer, out: Path) -> None:
     """Write the files of the model and of its tokenizer. An OSError or NotFiniteError leaves the folder as it was."""
     tokenizer = adopt_style(plan.tokenizer, plan.config.prompt_style)
-    save_hf(
-        out, model, max_shard_bytes=plan.config.max_shard_bytes, bos_id=tokenizer.bos_id,
-        eos_ids=sorted(tokenizer.stop_ids), generation_config=plan.source.generation_config if plan.source else None,
-    )  # fmt: skip
+    if plan.adapter is not None:
+        named = plan.config.model
+        save_adapter(out, model, named if named == EMBEDDED_MODEL else plan.facts["settings"]["model"])
+    else:
+        save_hf(
+            out, model, max_shard_bytes=plan.config.max_shard_bytes, bos_id=tokenizer.bos_id,
+            eos_ids=sorted(tokenizer.stop_ids),
+            generation_config=plan.source.generation_config if plan.source else None,
+        )  # fmt: skip
     tokenizer.save(out)
     (out / HALVED).unlink(missing_ok=True)
 
 
 def gather_model(plan: Plan, run: Run, model: Transformer) -> Transformer | None:
-    """Return the whole model in the host's memory of rank 0, None on other ranks."""
+    """Return the model with all that was trained in the host's memory of rank 0, None on other ranks."""
     run.world.note_place("the model's export")
     tensors = fsdp.gather_parameters(model, run.world)
     if not run.world.is_main:
         return None
-    whole = new_model(plan.model_config, "meta", plan.dtype)
-    whole.load_state_dict(tensors, assign=True)
+    whole = new_model(plan.model_config, "meta", plan.dtype, adapter=plan.adapter)
+    whole.load_state_dict(tensors, strict=plan.adapter is None, assign=True)
     return whole

@@ -37,6 +37,11 @@ class StepReport:
     examples: np.ndarray  # of the global batch, as places in the dataset
 
 
+def seed_draw(*numbers: int) -> int:
+    """Return a seed of 48 bits that depends on all the numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 16
+
+
 @dataclass(frozen=True)
 class PendingStep:
     """A step that the device has been given and whose figures the host has not read."""
@@ -52,7 +57,8 @@ class PendingStep:
 class Steps:
     """Takes the optimizer steps of a model, and reads how each went when the device is busy with the next.
 
-    has_signal says whether a signal asks this process to stop; size halves micro-batches that run out of memory.
+    has_signal says whether a signal asks this process to stop; size halves micro-batches that run out of memory. seed:
+    of an adapter's dropout, which depends on step, rank and micro-batch too, so that a resumed run draws the same.
     """
 
     def __init__(
@@ -64,9 +70,10 @@ class Steps:
         world: World | None = None,
         has_signal: Callable[[], bool] = lambda: False,
         size: MicroBatchSize | None = None,
+        seed: int = 0,
     ) -> None:
         self.model, self.optimizer, self.prefetcher, self.grad_clip = model, optimizer, prefetcher, grad_clip
-        self.world, self.has_signal, self.size = world or World(), has_signal, size
+        self.world, self.has_signal, self.size, self.seed = world or World(), has_signal, size, seed
         self.pending: PendingStep | None = None
         self.reports: list[StepReport] = []  # read, and not yet handed out
 
@@ -122,7 +129,7 @@ class Steps:
             is_last = i == len(batch.micro_batches)
             set_last_micro_batch(self.model, is_last)
             with self.optimizer.micro_batch(is_last):
-                part = self.model.loss(micro_batch)
+                part = self.model.loss(micro_batch, seed_draw(self.seed, step, self.world.rank, i))
                 if self.optimizer.in_backward and len(batch.micro_batches) == 1:
                     self.optimizer.begin_in_backward(lr, part)
                 part.backward()

@@ -4,7 +4,7 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy
 import torch
@@ -99,12 +99,49 @@ def weight_gradient(dy: torch.Tensor, x: torch.Tensor, into: torch.Tensor | None
     return None
 
 
-def accumulator(op: str, weight: torch.Tensor, accumulate: bool) -> torch.Tensor | None:
-    """Return the weight if accumulate, else None: what weight_gradient takes as `into`.
+class PackedWeight(Protocol):
+    """A frozen weight that is not stored as a matrix, as kernels.ops.nf4's."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Return (N, D)."""
+        ...
+
+    def dequantise(self) -> torch.Tensor:
+        """Return the matrix (N, D) that it stands for, made anew."""
+        ...
+
+
+Weight = torch.Tensor | PackedWeight
+
+
+def dense(weight: Weight) -> torch.Tensor:
+    """Return a weight as a matrix (N, D). A packed one is made anew: 2 N D bytes in bf16, written and read once."""
+    return weight if isinstance(weight, torch.Tensor) else weight.dequantise()
+
+
+def hold_weight(ctx: Any, weight: Weight) -> torch.Tensor | None:
+    """Keep a packed weight on an autograd context; return another, for save_for_backward."""
+    ctx.packed = None
+    if isinstance(weight, torch.Tensor):
+        return weight
+    ctx.packed = weight
+    return None
+
+
+def held_weight(ctx: Any, saved: torch.Tensor | None) -> torch.Tensor:
+    """Return the matrix (N, D) of a weight that hold_weight() kept. saved: what save_for_backward gives back."""
+    return dense(ctx.packed) if saved is None else saved
+
+
+def accumulator(op: str, weight: Weight, accumulate: bool) -> torch.Tensor | None:
+    """Return the weight if accumulate, else None: what weight_gradient takes as `into`. A frozen weight takes nothing.
 
     Raises ValueError for a weight that is no leaf, which has no .grad.
     """
-    if accumulate and weight.requires_grad and not weight.is_leaf:
+    if not isinstance(weight, torch.Tensor) or not weight.requires_grad:
+        return None
+    if accumulate and not weight.is_leaf:
         raise ValueError(f"{op}: accumulate=True wants a parameter, weight is a view or a result; pass the parameter")
     return weight if accumulate else None
 

@@ -1,7 +1,7 @@
 """SwiGLU, and SwiGLU followed by the projection whose output the next norm adds to the residual stream.
 
     swiglu(gate_up) = silu(gate) * up                  gate_up = [gate, up] side by side; in fp32
-    swiglu_linear   = swiglu(gate_up) @ weight.T
+    swiglu_linear   = swiglu(gate_up) @ weight.T, with the updates of kernels.ops.low_rank
 
 The element-wise passes are bound by memory. Forward reads gate_up and writes the product h, 6 bytes an element of h in
 bf16. Backward reads gate_up and dh and writes d(gate_up), and h again for weight's gradient, 12 bytes, or 10 with keep.
@@ -15,7 +15,20 @@ import triton
 import triton.language as tl
 
 from kernels.native import training as native
-from kernels.ops.common import accumulator, choose_impl, launch_config, operator, weight_gradient, widen
+from kernels.ops import low_rank as updates
+from kernels.ops.common import (
+    Weight,
+    accumulator,
+    choose_impl,
+    dense,
+    held_weight,
+    hold_weight,
+    launch_config,
+    operator,
+    weight_gradient,
+    widen,
+)
+from kernels.ops.low_rank import LowRank
 
 # ---- reference: the specification, and the path on CPU --------------------------------------------------------------
 
@@ -26,9 +39,9 @@ def swiglu_ref(gate_up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up  # silu computes in fp32 and rounds
 
 
-def swiglu_linear_ref(gate_up: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """swiglu(gate_up) @ weight.T in plain torch."""
-    return F.linear(swiglu_ref(gate_up), weight)
+def swiglu_linear_ref(gate_up: torch.Tensor, weight: Weight, low_rank: LowRank | None = None) -> torch.Tensor:
+    """swiglu(gate_up) @ weight.T, with updates of weight, in plain torch."""
+    return updates.linear_ref(swiglu_ref(gate_up), dense(weight), low_rank)
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------
@@ -152,30 +165,43 @@ class _SwiGLU(torch.autograd.Function):
 
 class _SwiGLULinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate_up, weight, consume, keep, accumulate):
-        ctx.consume, ctx.into = consume, accumulator("swiglu_linear", weight, accumulate)
+    def forward(ctx, gate_up, weight, consume, keep, accumulate, low_rank, *factors):
+        ctx.consume, ctx.into, ctx.low_rank = consume, accumulator("swiglu_linear", weight, accumulate), low_rank
         gate_up = gate_up.contiguous()
         h = forward(gate_up)
-        ctx.save_for_backward(gate_up, weight, h if keep else None)
-        return F.linear(h, weight)
+        y, u = F.linear(h, dense(weight)), None
+        if low_rank is not None:
+            u = updates.take_factors(h, low_rank)
+            updates.add_updates(y, u, low_rank)
+        ctx.save_for_backward(gate_up, hold_weight(ctx, weight), h if keep else None, u, *factors)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
-        gate_up, weight, h = ctx.saved_tensors
+        gate_up, weight, h, u, *factors = ctx.saved_tensors
         want_gate_up, want_weight, *_ = ctx.needs_input_grad
-        dgate_up = dweight = None
+        want_h = (want_weight or bool(factors)) and h is None
+        low_rank = ctx.low_rank.with_factors(factors) if factors else None
+        dgate_up, dweight, dfactors = None, None, []
+        if low_rank is not None:
+            du = updates.gradient_of_u(dy, low_rank)
+        if want_gate_up:
+            dh = dy @ held_weight(ctx, weight)
+            if low_rank is not None:
+                updates.add_gradient_of_h(dh, du, low_rank)
         if want_gate_up and ctx.consume:
-            dh = dy @ weight
-            backward_over(dh, gate_up, h is None)
+            backward_over(dh, gate_up, want_h)
             dgate_up, h = gate_up.detach(), dh if h is None else h
         elif want_gate_up:
-            dgate_up, made = backward(dy @ weight, gate_up, want_weight and h is None)
+            dgate_up, made = backward(dh, gate_up, want_h)
             h = made if h is None else h
-        elif want_weight and h is None:
+        elif want_h:
             h = forward(gate_up)
         if want_weight:
             dweight = weight_gradient(dy, h, ctx.into)
-        return dgate_up, dweight, None, None, None
+        if low_rank is not None:
+            dfactors = [updates.gradient_of_a(du, h, low_rank), *updates.gradients_of_b(dy, u, low_rank)]
+        return dgate_up, dweight, *[None] * 4, *dfactors
 
 
 # ---- public ---------------------------------------------------------------------------------------------------------
@@ -196,24 +222,28 @@ def swiglu(gate_up: torch.Tensor, impl: str = "auto") -> torch.Tensor:
 
 def swiglu_linear(
     gate_up: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Weight,
     impl: str = "auto",
     consume: bool = False,
     keep: bool = False,
     accumulate: bool = False,
+    low_rank: LowRank | None = None,
 ) -> torch.Tensor:
-    """swiglu(gate_up) @ weight.T. gate_up: (T, 2F). weight: (D, F). Returns (T, D).
+    """swiglu(gate_up) @ weight.T. gate_up: (T, 2F). weight: (D, F), a matrix or packed. Returns (T, D).
 
     consume: backward writes gate_up's gradient over gate_up, which saves 4F bytes a token in bf16, for a caller that
     uses gate_up nowhere else. Autograd then refuses a second backward, and the backward of any other op that saved
     gate_up. keep: keep h, 2F bytes a token in bf16, which backward would otherwise compute again. accumulate: see
-    kernels.ops.common.weight_gradient. The reference leaves all three to autograd.
+    kernels.ops.common.weight_gradient. The reference leaves all three to autograd. low_rank: updates of weight, see
+    kernels.ops.low_rank.
     Raises ValueError if the shapes do not fit.
     """
-    if gate_up.ndim != 2 or weight.ndim != 2 or gate_up.shape[1] != 2 * weight.shape[1]:
+    updates.check_low_rank("swiglu_linear", low_rank, weight.shape)
+    if gate_up.ndim != 2 or len(weight.shape) != 2 or gate_up.shape[1] != 2 * weight.shape[1]:
         raise ValueError(
             f"swiglu_linear: gate_up {tuple(gate_up.shape)}, weight {tuple(weight.shape)}; wanted (T, 2F), (D, F)"
         )
     if choose_impl("swiglu_linear", impl, gate_up, has_native=True) == "ref":
-        return swiglu_linear_ref(gate_up, weight)
-    return _SwiGLULinear.apply(gate_up, weight, consume, keep, accumulate)
+        return swiglu_linear_ref(gate_up, weight, low_rank)
+    factors = updates.list_factors(low_rank)
+    return _SwiGLULinear.apply(gate_up, weight, consume, keep, accumulate, low_rank, *factors)

@@ -309,6 +309,8 @@ MANY_PARAMETERS = {
     "kernels/ops/linear_cross_entropy.py::forward": OPERATOR,
     "kernels/ops/linear_cross_entropy.py::_forward_in_chunks": OPERATOR,
     "kernels/ops/linear_cross_entropy.py::linear_cross_entropy": "an op's public function names what it computes from",
+    "kernels/ops/norm_linear.py::_NormLinear.forward": OPERATOR,
+    "kernels/ops/norm_linear.py::norm_linear": "an op's public function names what it computes from",
     "kernels/ops/norm_linear.py::_NormLinearRows.forward": OPERATOR,
     "kernels/ops/norm_linear.py::norm_linear_rows": "an op's public function names what it computes from",
     "engine/training/optimizer.py::AdamW.__init__": ADAMW,
