@@ -10,6 +10,7 @@ from kernels.ops.grad_norm import grad_norm, norm_of_sums, sum_squares
 from kernels.ops.linear import linear
 from kernels.ops.linear_cross_entropy import linear_cross_entropy
 from kernels.ops.low_rank import LowRank
+from kernels.ops.nf4 import NF4Matrix, dequantise_nf4, nf4_shapes, quantise_nf4
 from kernels.ops.norm_linear import norm_linear, norm_linear_rows
 from kernels.ops.rms_norm import rms_norm
 from kernels.ops.rope import rope, rope_cos_sin, rope_frequencies
@@ -19,6 +20,7 @@ __all__ = [
     "INTERPRETED",
     "DecodeCache",
     "LowRank",
+    "NF4Matrix",
     "adamw",
     "adamw_many",
     "adamw_state",
@@ -27,13 +29,16 @@ __all__ = [
     "attention_plan",
     "chip",
     "decode_attention",
+    "dequantise_nf4",
     "grad_norm",
     "linear",
     "linear_cross_entropy",
     "master_of",
+    "nf4_shapes",
     "norm_linear",
     "norm_linear_rows",
     "norm_of_sums",
+    "quantise_nf4",
     "rms_norm",
     "rope",
     "rope_attention",

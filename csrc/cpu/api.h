@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-constexpr int ABI_VERSION = 2;
+constexpr int ABI_VERSION = 3;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 

@@ -5,6 +5,7 @@ the GPU for the tuner. There is a case for each combination of sizes and optiona
 code.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from kernels.ops import (
     attention_plan,
     grad_norm,
     linear_cross_entropy,
+    nf4,
     rms_norm,
     rope,
     swiglu,
@@ -291,8 +293,27 @@ def grad_norm_cases() -> Iterator[Case]:
     yield Case("grad_norm", "the norm of sums", of_sums)
 
 
+def nf4_cases() -> Iterator[Case]:
+    """Yield the cases of dequantising: whole tiles, and numbers that they do not divide."""
+
+    def dequantise(dtype, *shape):
+        def build(make):
+            n = math.prod(map(make.size, shape))
+            n_codes, n_blocks, n_blocks2 = nf4.nf4_shapes(n)
+            codes, code8 = (make.integers(size, high=256, dtype=torch.uint8) for size in (n_codes, n_blocks))
+            absmax2, offset = make(n_blocks2, dtype=FP32, low=0.5), make(dtype=FP32, low=0.5)
+            return nf4.dequantise, make(n, dtype=dtype), codes, code8, absmax2, offset
+
+        return build
+
+    yield Case("nf4", "bf16 11008 x 4096", dequantise(BF16, 11008, 4096))
+    yield Case("nf4", "fp32 11008 x 4096", dequantise(FP32, 11008, 4096))
+    yield Case("nf4", "bf16 3001 x 576", dequantise(BF16, 3001, 576))
+
+
 OPS = (
     rms_norm_cases, rope_cases, attention_cases, linear_cross_entropy_cases, swiglu_cases, adamw_cases, grad_norm_cases,
+    nf4_cases,
 )  # fmt: skip
 
 

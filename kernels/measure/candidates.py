@@ -51,6 +51,7 @@ CANDIDATES: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
         "partial": dict(TILES=(4, 8, 16), BLOCK=(2048, 4096, 8192), num_warps=(4, 8)),
         "total": dict(BLOCK=(4096, 8192, 16384), num_warps=(8, 16, 32)),
     },
+    "nf4": {"dequantise": dict(BLOCK=(1024, 2048, 4096, 8192), num_warps=(2, 4, 8))},
 }
 # (op, kernel) -> another kernel of the op that must have the same tile, and the constants that it copies.
 FOLLOWS = {("attention", "forward"): ("dq", ("BLOCK_M", "BLOCK_N"))}  # one plan serves both

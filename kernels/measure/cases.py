@@ -15,6 +15,7 @@ measured (2 for bf16); fp32 statistics of a row are left out. Per op:
     linear_cross_entropy 2 L D V forward, 4 L D V backward; never a (L, V) tensor
     adamw                bytes a parameter of each mode, see ADAMW
     grad_norm            every gradient read once
+    nf4                  codes and maxima read, the matrix written
 """
 
 import math
@@ -27,7 +28,8 @@ from typing import Any, NamedTuple
 import torch
 
 from kernels.measure.documents import Document, draw_alpaca_rows, pack_equal, pack_whole, pack_with_shared_prefixes
-from kernels.ops import adamw, attention, grad_norm, linear_cross_entropy, norm_linear, rms_norm, rope, swiglu
+from kernels.measure.quantised import dequantise, make_quantised
+from kernels.ops import adamw, attention, grad_norm, linear_cross_entropy, nf4, norm_linear, rms_norm, rope, swiglu
 
 STATES = ("fp32", "bf16", "8bit")
 BLOCK_BYTES = 2 * 2 * 4 / 256  # an fp32 maximum of each 256 elements, of m and v, read and written
@@ -321,6 +323,15 @@ def adamw_case(shape: tuple[int, ...], master: str | None, states: str, main: bo
     )  # fmt: skip
 
 
+def nf4_case(*shape: int, main: bool = False) -> BenchCase:
+    """Return a case of dequantising, checked against the reference."""
+    n, reference = math.prod(shape), partial(dequantise, impl="ref")
+    n_codes, n_blocks, n_blocks2 = nf4.nf4_shapes(n)
+    work = {"fwd": Work(0, n, n_codes + n_blocks + 4 * n_blocks2)}
+    label, inputs = " x ".join(map(str, shape)), partial(make_quantised, shape)
+    return BenchCase("nf4", label, inputs, reference, dequantise, (), work, main, passes=("fwd",), truth=reference)
+
+
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
@@ -352,6 +363,8 @@ def full_cases() -> Iterator[BenchCase]:
     yield linear_cross_entropy_case(TOKENS // 2, 4096, 128256, "llama3-8b ")
     layer = [(4096, 4096), (12288, 4096), (22016, 4096), (4096, 11008), (4096,), (4096,)]
     yield grad_norm_case(layer * 4, f"{4 * len(layer)} tensors, 4 layers of 7b", True)
+    yield nf4_case(11008, 4096, main=True)
+    yield nf4_case(4096, 4096)
     yield adamw_case((22016, 4096), "split", "8bit", True)
     for master in ("split", "stochastic", "fp32", None):
         for states in STATES:
@@ -376,5 +389,6 @@ def toy_cases() -> Iterator[BenchCase]:
     yield swiglu_linear_case(16, 48, 32, True)
     yield linear_cross_entropy_case(16, 32, 96, main=True)
     yield grad_norm_case([(33, 7), (5,)], "2 tensors", True)
+    yield nf4_case(5, 192, main=True)
     yield adamw_case((4, 1088), "split", "8bit", True)
     yield adamw_case((3, 100), "stochastic", "bf16")

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.measure.cases import BenchCase, Inputs
+from kernels.measure.quantised import as_bitsandbytes
 from kernels.ops import rope
 from kernels.ops.common import INTERPRETED
 
@@ -348,6 +349,13 @@ def torchao_adamw(params: list[torch.Tensor], common: dict[str, Any]) -> Any:
     return import_peer("torchao", "torchao.optim").AdamW8bit(params, bf16_stochastic_round=True, **common)
 
 
+def bitsandbytes_nf4(case: BenchCase, inputs: Inputs, upstream: tuple[torch.Tensor, ...]) -> Ready:
+    """Prepare bitsandbytes' dequantising of our codes."""
+    functional = import_peer("bitsandbytes", "bitsandbytes.functional")
+    codes, state = as_bitsandbytes(functional, inputs)
+    return Ready(lambda: functional.dequantize_4bit(codes, state))
+
+
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 COMPILED = {"torch.compile": compiled}
@@ -383,5 +391,6 @@ PEERS: dict[str, dict[str, Prepare]] = {
         "cut-cross-entropy, exact": cut_cross_entropy(exact=True),
     },
     "grad_norm": {"torch foreach": foreach_norm, **COMPILED},
+    "nf4": {**COMPILED, "bitsandbytes": bitsandbytes_nf4},
     "adamw": OPTIMIZERS,
 }

@@ -18,6 +18,7 @@ from kernels.measure.cases import (
     Inputs,
     adamw_case,
     grad_norm_case,
+    nf4_case,
     norm_linear_case,
     rms_norm_case,
     rope_attention_case,
@@ -296,6 +297,14 @@ def optimizer_cases() -> Iterator[SimulatedCase]:
             yield SimulatedCase(case, dtype)
 
 
+def nf4_cases() -> Iterator[SimulatedCase]:
+    """Yield the cases of dequantising: whole tiles, whole words of codes, and numbers that neither divides."""
+    for dtype in (BF16, FP16, FP32):
+        yield SimulatedCase(nf4_case(12, 4096), dtype)
+        yield SimulatedCase(nf4_case(35, 576), dtype)
+        yield SimulatedCase(nf4_case(263, 67), dtype)
+
+
 def csrc_cases() -> Iterator[SimulatedCase]:
     """Yield the cases of csrc/cuda; none without nvcc."""
     if not has_nvcc():
@@ -311,4 +320,4 @@ def csrc_cases() -> Iterator[SimulatedCase]:
 
 def simulated_cases() -> list[SimulatedCase]:
     """Return every case, in the order of the ops."""
-    return [*attention_cases(), *row_cases(), *loss_cases(), *optimizer_cases(), *csrc_cases()]
+    return [*attention_cases(), *row_cases(), *loss_cases(), *optimizer_cases(), *nf4_cases(), *csrc_cases()]

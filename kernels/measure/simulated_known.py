@@ -17,8 +17,9 @@ from kernels.measure.simulated_records import load_records
 
 PACKAGE = Path(__file__).parents[1]
 SOURCES = (  # of kernels/ and of what it is compiled from
-    "compiled/*.py", "measure/*cases.py", "measure/documents.py", "measure/peers.py", "measure/simulated_records.py",
-    "measure/truth.py", "native/cuda.py", "ops/*.py", "launch/*.json", "../csrc/ptx/*", "../csrc/cuda/*",
+    "compiled/*.py", "measure/*cases.py", "measure/documents.py", "measure/peers.py", "measure/quantised.py",
+    "measure/simulated_records.py", "measure/truth.py", "native/cuda.py", "ops/*.py", "launch/*.json", "../csrc/ptx/*",
+    "../csrc/cuda/*",
 )  # fmt: skip
 
 

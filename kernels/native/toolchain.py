@@ -20,7 +20,7 @@ from pathlib import Path
 CXX_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 EXACT = "-ffp-contract=off"  # an addition and a multiplication are rounded one by one, as PyTorch and PTX round them
 FUSED = "-ffp-contract=fast"  # sums of products, which have no prescribed order
-EXACT_SOURCES = ("adamw.cpp",)  # of csrc/cpu/isa; all others there are fused
+EXACT_SOURCES = ("adamw.cpp", "nf4.cpp")  # of csrc/cpu/isa; all others there are fused
 INSTRUCTION_SETS = {  # by processor, in rising order; csrc/cpu/instruction_set.cpp chooses the last that runs here
     "x86_64": {
         "plain": (),

@@ -15,6 +15,7 @@ from scripts.pages.cpu_adamw import cpu_adamw, offloaded
 from scripts.pages.data import data_gen, data_speed, dedup, dedup_row
 from scripts.pages.decoding import decoding, decoding_row, spread
 from scripts.pages.gpu_table import format_report, format_targets, read_reports
+from scripts.pages.nf4 import nf4
 from scripts.pages.serving import clients, crowd, lm_eval, serving, serving_row
 from scripts.pages.tokenizer_ids import tokenizer_ids
 from scripts.pages.without_gpu import paragraph, simulated, static, step_launches
@@ -31,7 +32,7 @@ behind these figures record which one was used. A range in brackets is the least
 """
 MACHINE = (  # what a file may say about where it was measured
     "cpu", "cores", "python", "torch", "triton", "transformers", "openai", "rapidfuzz", "numpy",
-    "sentencepiece", "tokenizers", "llama_cpp_python",
+    "sentencepiece", "tokenizers", "llama_cpp_python", "bitsandbytes",
 )  # fmt: skip
 
 
@@ -218,6 +219,7 @@ MEASUREMENTS = (
         "accumulation", "Gradients added up in bf16",
         script("scripts.parity.gradient_sums", "accumulation"), accumulation,
     ),
+    Measurement("nf4", "NF4 with bitsandbytes' bits", script("scripts.parity.nf4", "nf4"), nf4),
     Measurement(
         "tokenizer_ids", "The same ids after export",
         script(

@@ -47,6 +47,7 @@ def test_work_by_hand(case, forward, backward):
 
 def test_bytes_a_parameter():
     assert bench_cases.grad_norm_case([(2, 3), (4,)], "").work["fwd"] == Work(0, 10)
+    assert bench_cases.nf4_case(3, 100).work["fwd"] == Work(0, 300, 150 + 5 + 4)  # codes, maxima, their maxima
     assert bench_cases.adamw_case((2, 3), "split", "fp32").work["fwd"].bytes == 26 * 6  # w, low, g, m, v; w, low, m, v
     assert bench_cases.adamw_case((2, 3), "split", "8bit").work["fwd"].bytes == pytest.approx(14.0625 * 6)
     assert bench_cases.adamw_case((2, 3), None, "fp32").work["fwd"].bytes == 28 * 6
