@@ -8,6 +8,7 @@ and the parameters that were trained whole. Facts read in peft 0.21, vllm 0.33, 
 written loads in all of them: rsLoRA as the plain alpha of the same scale, since llama.cpp ignores use_rslora.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,10 +20,17 @@ import torch
 
 from engine.base.errors import DataError, reading
 from engine.formats.folders import make_json_writer, read_json_member, replace_files
-from engine.formats.names import Piece
+from engine.formats.names import Piece, list_pieces
 from engine.formats.settings import join_problems
 from engine.formats.source import Source, open_each, read_pieces
-from engine.formats.tensor_files import Stored, TensorToWrite, open_pth, open_safetensors, write_safetensors
+from engine.formats.tensor_files import (
+    Stored,
+    TensorToWrite,
+    open_pth,
+    open_safetensors,
+    read_metadata,
+    write_safetensors,
+)
 from engine.model.adapter import ALL_LINEAR, SAVED, AdapterConfig, Update, is_of_adapter, list_updates
 from engine.model.config import ModelConfig
 from engine.model.llama import Transformer, new_model
@@ -30,6 +38,8 @@ from engine.model.shard import Shard
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
+BASE_HASH = "cria.base_sha256"  # in the metadata of WEIGHTS: hash_base() of the base that it was trained on
+HASHED_ROWS = 4  # of each matrix that hash_base() reads
 # Keys of PEFT's LoraConfig that change nothing of what a saved adapter computes.
 HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "revision", "task_type", "peft_version",
@@ -49,6 +59,7 @@ class Adapter:
     base: str  # as the folder names it; "" where it does not
     dtype: torch.dtype
     stored: dict[str, Stored] = field(repr=False)
+    base_sha256: str = ""  # hash_base() of the base that it was trained on; "" where the folder does not tell
 
     @torch.no_grad()
     def read_into(self, model: Transformer, shards: Mapping[str, Shard] | None = None) -> None:
@@ -90,6 +101,39 @@ class MergedSource:
         """Fill a model of this config without an adapter: each weight with its update added, rounded once."""
         self.base.read_into(model)
         merge_factors(model, self.adapter.config, self.adapter.read_factors(self.config))
+
+
+# ---- the base -------------------------------------------------------------------------------------------------------
+
+
+def hash_base(source: Source) -> str:
+    """Return a hash of a model's weights: of the first rows of wv in its first, middle and last layer, in fp32.
+
+    A fine-tune of the model has another one, a copy in another layout the same one. Some milliseconds; a GGUF's three
+    matrices are dequantised whole.
+    """
+    c, digest = source.config, hashlib.sha256()
+    first_row = (c.n_heads + c.n_kv_heads) * c.head_dim
+    layers = {f"layers.{i}.wqkv" for i in (0, c.n_layers // 2, c.n_layers - 1)}
+    for name, piece in list_pieces(c, source.kind).items():
+        if piece.parameter in layers and piece.first_row == first_row and len(piece.shape) == 2:
+            rows = torch.zeros(HASHED_ROWS, c.dim)
+            for row, column, part in source.stored[name].blocks():
+                if row < len(rows):
+                    part = part[: len(rows) - row]
+                    rows[row : row + len(part), column : column + part.shape[1]] = part
+            digest.update(rows.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def describe_other_base(adapter: Adapter, source: Source) -> str | None:
+    """Return a warning where an adapter was trained on other weights than a base of its shape has; None otherwise."""
+    if not adapter.base_sha256 or adapter.base_sha256 == hash_base(source):
+        return None
+    return (
+        f"{adapter.path}: trained beside other weights than those of {source.path}; answers are right only if this is "
+        f"{adapter.base or 'its base'} in another type of numbers"
+    )
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------
@@ -156,7 +200,9 @@ def open_adapter(folder: Path, config: ModelConfig) -> Adapter:
         raise DataError(f"{folder}: {error}") from error
     dtypes = {tensor.dtype for tensor in stored.values()}
     dtype = max((d for d in dtypes if isinstance(d, torch.dtype)), key=lambda d: d.itemsize)
-    return Adapter(folder, adapter, str(raw.get("base_model_name_or_path") or ""), dtype, stored)
+    told = read_metadata(folder / WEIGHTS) if (folder / WEIGHTS).exists() else {}
+    named = str(raw.get("base_model_name_or_path") or "")
+    return Adapter(folder, adapter, named, dtype, stored, told.get(BASE_HASH, ""))
 
 
 def read_base_name(folder: Path) -> str:
@@ -283,10 +329,10 @@ def config_to_peft(config: ModelConfig, adapter: AdapterConfig, base: str) -> di
     }  # fmt: skip
 
 
-def save_adapter(folder: Path, model: Transformer, base: str) -> None:
+def save_adapter(folder: Path, model: Transformer, base: str, base_sha256: str = "") -> None:
     """Write a model's adapter as PEFT does. base: the name of its base, a folder or a name at Hugging Face's hub.
 
-    Raise OSError, or NotFiniteError; the folder then holds what it held before.
+    base_sha256: hash_base() of the base. Raise OSError, or NotFiniteError; the folder then holds what it held before.
     """
     assert model.adapter is not None, "a model without an adapter"
     trained = {name: p.detach() for name, p in model.trained_parameters().items()}
@@ -294,8 +340,9 @@ def save_adapter(folder: Path, model: Transformer, base: str) -> None:
         (name, piece.shape, trained[piece.parameter].dtype, partial(piece.rows_of, trained))
         for name, piece in sorted(list_factors(model.config, model.adapter).items())
     ]
+    metadata = {"format": "pt"} | ({BASE_HASH: base_sha256} if base_sha256 else {})
     writers: dict[str, Callable[[Path], object]] = {
-        WEIGHTS: lambda path: write_safetensors(path, tensors, {"format": "pt"}),
+        WEIGHTS: lambda path: write_safetensors(path, tensors, metadata),
         CONFIG: make_json_writer(config_to_peft(model.config, model.adapter, base)),
     }
     replace_files(Path(folder), writers, r"adapter_model\.(safetensors|bin)")

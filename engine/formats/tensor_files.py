@@ -91,6 +91,11 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
         raise DataError(f"{path.name}: not a sound safetensors file: {summarize_error(error)}") from error
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file that open_safetensors() has opened."""
+    return safe_open(path, framework="pt").metadata() or {}
+
+
 def write_safetensors(
     path: Path, tensors: Iterable[TensorToWrite], metadata: dict[str, str] | None = None, *, sha256: bool = False
 ) -> str | None:

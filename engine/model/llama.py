@@ -61,13 +61,11 @@ class Block(nn.Module):
         self.b13 = new_parameter(len(self.w13)) if config.mlp_bias else None
         self.b2 = new_parameter(dim) if config.mlp_bias else None
         self.lora = nn.ModuleDict(lora)
-        self.dropout_seed: int | None = None
 
-    def update_of(self, weight: str) -> kernels.LowRank | None:
-        """Return the updates of a weight of this layer, None where it has none."""
+    def update_of(self, weight: str, seed: int | None) -> kernels.LowRank | None:
+        """Return the updates of a weight of this layer, None where it has none. seed: of the layer's dropout."""
         if weight not in self.lora:
             return None
-        seed = self.dropout_seed
         return self.lora[weight](None if seed is None else (4 * seed + list(MAPS).index(weight)) % 2**63)
 
     def forward(
@@ -76,37 +74,39 @@ class Block(nn.Module):
         residual: torch.Tensor | None,
         attend: Callable[..., torch.Tensor],
         rows: torch.Tensor | None = None,
+        dropout_seed: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return two tensors (T, D), the sum of which is the layer's output. The next norm adds them.
 
         x, residual: (T, D), the sum of which is the layer's input; without a residual it is x. attend(qkv (T, H + 2K,
         Dh)) -> (T, H, Dh) rotates and masks. rows (U,): the only rows whose output (U, D) is wanted; attend then takes
-        q (U, H, Dh) and kv (T, 2K, Dh), and there is no residual.
+        q (U, H, Dh) and kv (T, 2K, Dh), and there is no residual. dropout_seed: of the adapter; None drops nothing.
         """
         c, eps, keeping = self.config, self.config.norm_eps, self.keeping
+        update_of = partial(self.update_of, seed=dropout_seed)
 
         if rows is None:
             qkv, residual = kernels.norm_linear(
-                x, self.attention_norm, self.wqkv, eps, residual=residual, low_rank=self.update_of("wqkv"), **keeping
+                x, self.attention_norm, self.wqkv, eps, residual=residual, low_rank=update_of("wqkv"), **keeping
             )
             qkv = qkv if self.bqkv is None else qkv + self.bqkv
             o = attend(qkv.unflatten(1, (-1, c.head_dim)))  # (T, (H + 2K) Dh) -> (T, H, Dh)
         else:
             q, kv, residual = kernels.norm_linear_rows(
                 x, self.attention_norm, self.wqkv, rows, c.n_heads * c.head_dim, eps,
-                low_rank=self.update_of("wqkv"), **keeping,
+                low_rank=update_of("wqkv"), **keeping,
             )  # fmt: skip
             if self.bqkv is not None:
                 q, kv = q + self.bqkv[: q.shape[1]], kv + self.bqkv[q.shape[1] :]
             o = attend(q.unflatten(1, (-1, c.head_dim)), kv.unflatten(1, (-1, c.head_dim)))
-        x = kernels.linear(o.flatten(1), self.wo, low_rank=self.update_of("wo"), **self.options)
+        x = kernels.linear(o.flatten(1), self.wo, low_rank=update_of("wo"), **self.options)
         x = x if self.bo is None else x + self.bo
 
         x, residual = kernels.norm_linear(
-            x, self.ffn_norm, self.w13, eps, residual=residual, low_rank=self.update_of("w13"), **keeping
+            x, self.ffn_norm, self.w13, eps, residual=residual, low_rank=update_of("w13"), **keeping
         )  # x: (T, 2F)
         x = x if self.b13 is None else x + self.b13
-        x = kernels.swiglu_linear(x, self.w2, consume=True, low_rank=self.update_of("w2"), **keeping)
+        x = kernels.swiglu_linear(x, self.w2, consume=True, low_rank=update_of("w2"), **keeping)
         return x if self.b2 is None else x + self.b2, residual
 
 
@@ -173,6 +173,7 @@ class Transformer(nn.Module):
         cache: Any = None,
         rows: torch.Tensor | None = None,
         plans: tuple[Any, Any] | None = None,
+        dropout_seed: int | None = None,
     ) -> torch.Tensor:
         """Return the final norm (T, D) of the last layer's output, of tokens and positions (T,) int64.
 
@@ -180,7 +181,8 @@ class Transformer(nn.Module):
         which plan_attention() made from documents; cache, an engine.inference.kv_cache.KVCache of earlier tokens.
         Without them the tokens are one document, and without positions they are counted from 0. rows
         (U,) int64, increasing: the only rows whose output (U, D) is wanted. The last layer then computes queries and
-        the feed-forward of these rows only.
+        the feed-forward of these rows only. dropout_seed: of an adapter's dropout, in backward
+        too; None drops nothing.
         """
         config = self.config
         if positions is None:
@@ -199,10 +201,11 @@ class Transformer(nn.Module):
             attend_rows = partial(kernels.rope_attention_rows, **rope_rows)
         recomputed = self.recompute == "block" and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
-            arguments: tuple[Any, ...] = (attend if cache is None else cache.attend_in_layer(i, cos, sin),)
+            seed = None if dropout_seed is None else dropout_seed * len(self.layers) + i
+            arguments: tuple[Any, ...] = attend if cache is None else cache.attend_in_layer(i, cos, sin), None, seed
             is_last = layer is self.layers[-1]
             if rows is not None and is_last:
-                arguments = attend_rows, rows
+                arguments = attend_rows, rows, seed
             if residual is not None and (recomputed or is_last):
                 # A checkpoint would keep both, and both would live in the last layer's forward, when memory is fullest.
                 x, residual = x + residual, None
@@ -252,12 +255,9 @@ class Transformer(nn.Module):
 
         dropout_seed: of an adapter's dropout, here and in backward; None drops nothing.
         """
-        layers: list[Any] = list(self.layers)
-        for i, layer in enumerate(layers):
-            layer.dropout_seed = None if dropout_seed is None else dropout_seed * len(layers) + i
         batch = self.prepare_batch(batch) if isinstance(batch, MicroBatch) else batch
         # Not self(...): FSDP2 hooks both loss and forward, and would reshard the weights between forward and the head.
-        x = self.forward(batch.tokens, batch.positions, rows=batch.rows, plans=batch.plans)
+        x = self.forward(batch.tokens, batch.positions, rows=batch.rows, plans=batch.plans, dropout_seed=dropout_seed)
         x = x if batch.row_of_target is None else x[batch.row_of_target]
         return kernels.linear_cross_entropy(x, self.head, batch.targets, batch.weights, self.impl, self.accumulate)
 

@@ -10,7 +10,7 @@ import torch
 from engine.base.device import DTYPES
 from engine.base.errors import DataError
 from engine.base.files import read_json
-from engine.formats.adapters import merge_factors, new_factors
+from engine.formats.adapters import hash_base, merge_factors, new_factors
 from engine.formats.find import detect_kind
 from engine.formats.settings import REQUIRED, Settings, join_problems
 from engine.formats.source import open_source
@@ -55,6 +55,8 @@ class TrainingState:
         source = open_source(self.base) if self.base is not None else None
         if source is None or source.config != self.config:
             raise DataError(f"{self.path}: an adapter's state, whose base {self.base} is not the model that it was")
+        if self.checkpoint.manifest.get("base_sha256") != hash_base(source):
+            raise DataError(f"{self.path}: an adapter's state, whose base {self.base} has other weights than it had")
         source.read_into(model)
         merge_factors(model, self.adapter, self.read_factors())
 

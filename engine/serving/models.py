@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from engine.base.errors import CriaError, DataError, UsageError
-from engine.formats.adapters import MergedSource, open_adapter, read_base_name
+from engine.base.errors import CriaError, DataError, UsageError, print_error
+from engine.formats.adapters import Adapter, MergedSource, describe_other_base, open_adapter, read_base_name
 from engine.formats.find import detect_kind, find_model
 from engine.formats.source import Source, open_source
 from engine.model.llama import Transformer, new_model
@@ -37,7 +37,15 @@ def open_weights(name: str, adapter_dir: str = "") -> Weights:
     if kind == "state" and not adapter_dir:
         return open_training_state(path)
     source = open_source(path)
-    return MergedSource(source, open_adapter(Path(adapter_dir), source.config)) if adapter_dir else source
+    return MergedSource(source, open_adapter_of(source, adapter_dir)) if adapter_dir else source
+
+
+def open_adapter_of(source: Source, folder: str) -> Adapter:
+    """Open an adapter of a base. Warn where it was trained on other weights; raise DataError where it does not fit."""
+    adapter = open_adapter(Path(folder), source.config)
+    if warning := describe_other_base(adapter, source):
+        print_error(f"warning: {warning}")
+    return adapter
 
 
 def find_tokenizer_of(weights: Weights, name: str = "") -> tuple[Tokenizer, str | None]:
@@ -80,9 +88,9 @@ def load_adapted(
     The weights are in memory once: the adapters are not merged, so that each of their models costs its updates alone.
     """
     weights = open_weights(name)
-    adapters = [open_adapter(Path(folder), weights.config) for folder in adapter_dirs]
     if not isinstance(weights, Source):
         raise UsageError(f"--model {name}: several adapters want one base, and this is a state or an adapter itself")
+    adapters = [open_adapter_of(weights, folder) for folder in adapter_dirs]
     loaded = [load_model(name, device, dtype, impl)]
     base = dict(loaded[0][0].named_parameters())
     for adapter in adapters:

@@ -17,7 +17,7 @@ from engine.data.batches import Order
 from engine.data.dataset import Dataset
 from engine.data.packing import Packing
 from engine.distributed.world import World
-from engine.formats.adapters import CONFIG, Adapter, open_adapter
+from engine.formats.adapters import CONFIG, Adapter, describe_other_base, hash_base, open_adapter
 from engine.formats.find import find_model
 from engine.formats.source import Source, open_source
 from engine.model.adapter import AdapterConfig, adapter_from_settings, settings_from_adapter
@@ -77,6 +77,8 @@ def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) ->
         raise UsageError(f"--max-length {config.max_length} is over the model's {model_config.max_positions} positions")
     config = take_recorded_states(config)
     config, start_adapter = take_adapter(config, model_config)
+    if start_adapter and source and (warning := describe_other_base(start_adapter, source)):
+        say(f"warning: {warning}")
     adapter = adapter_from_settings(vars(config))
     check_ranks(config, model_config, adapter, world)
 
@@ -99,6 +101,8 @@ def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) ->
         "world_size": world.size,
         "random_state": "none: order and samples are functions of seed, epoch and step",
     }
+    if source is not None and adapter is not None:
+        facts["base_sha256"] = hash_base(source)  # a state holds what is trained alone
     plan = Plan(
         config, Path(config.out), device, dtype, kernels, model_config, source, tokenizer, train, held_out,
         read_prompts(config.sample_prompts), total_steps, packing, setting.replicas, setting.recompute, facts, on_cpu,
@@ -225,7 +229,8 @@ def agree_on_plan(plan: Plan, world: World) -> Plan:
         "sample prompts": plan.sample_prompts,
         "settings": {k: v for k, v in dataclasses.asdict(plan.config).items() if k not in PATHS | {"optimizer_states"}},
         "optimizer states (choose them by --optimizer-states)": plan.config.optimizer_states,
-        "model": plan.facts["model"], "dtype": plan.facts["dtype"], "kernels": plan.kernels,
+        "model": plan.facts["model"], "base": plan.facts.get("base_sha256"), "dtype": plan.facts["dtype"],
+        "kernels": plan.kernels,
     }  # fmt: skip
     first, *rest = world.gather(mine)
     for rank, theirs in enumerate(rest, 1):

@@ -104,4 +104,6 @@ def find_changes(plan: Plan, recorded: dict) -> list[str]:
         found.append(f"dtype: {recorded.get('dtype')} -> {facts['dtype']}")
     if recorded.get("data_sha256") != facts["data_sha256"]:
         found.append("the data: its tokens have another sha256")
+    if recorded.get("base_sha256") != facts.get("base_sha256"):
+        found.append("the base: its weights are other ones")
     return found

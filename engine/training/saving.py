@@ -161,7 +161,8 @@ def write_files(plan: Plan, model: Transformer, out: Path) -> None:
     tokenizer = adopt_style(plan.tokenizer, plan.config.prompt_style)
     if plan.adapter is not None:
         named = plan.config.model
-        save_adapter(out, model, named if named == EMBEDDED_MODEL else plan.facts["settings"]["model"])
+        base = named if named == EMBEDDED_MODEL else plan.facts["settings"]["model"]
+        save_adapter(out, model, base, plan.facts["base_sha256"])
     else:
         save_hf(
             out, model, max_shard_bytes=plan.config.max_shard_bytes, bos_id=tokenizer.bos_id,

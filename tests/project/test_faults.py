@@ -554,10 +554,10 @@ def test_a_model_that_is_not_there(tmp_path, rows_file):
 # A card on which a second forward of more than LIMIT tokens in a step finds no memory beside the first one's gradients.
 SMALL_CARD = """
 real = Transformer.loss
-def loss(model, batch):
+def loss(model, batch, *seed):
     if len(batch.tokens) > LIMIT and model.norm.grad is not None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has no more.")
-    return real(model, batch)
+    return real(model, batch, *seed)
 Transformer.loss = loss
 """
 

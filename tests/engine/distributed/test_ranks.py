@@ -229,10 +229,10 @@ def test_out_of_memory_on_one_rank_ends_the_run_and_the_restart_halves(rows, ref
     """The others wait in the step: it cannot be taken again with smaller micro-batches without them."""
     small = """
 real = Transformer.loss
-def loss(model, batch):
+def loss(model, batch, *seed):
     if RANK == 1 and len(batch.tokens) > 64 and torch.is_grad_enabled():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has no more.")
-    return real(model, batch)
+    return real(model, batch, *seed)
 Transformer.loss = loss
 """
     out = tmp_path / "out"
@@ -323,7 +323,7 @@ def test_a_loss_that_is_no_number_on_one_rank_updates_none(rows, tmp_path):
     patch = """
 if RANK == 1:
     real = Transformer.loss
-    Transformer.loss = lambda self, batch: real(self, batch) * float("nan")
+    Transformer.loss = lambda self, batch, *seed: real(self, batch, *seed) * float("nan")
 """
     out = tmp_path / "out"
     codes, said = patched(2, patch, *flags(rows, out, "--max-skips", 1))
@@ -348,9 +348,9 @@ def test_ranks_that_end_without_a_finite_loss_save_what_was_before(rows, tmp_pat
     patch = """
 real = Transformer.loss
 calls = []
-def loss(self, batch):
+def loss(self, batch, *seed):
     calls.append(1)
-    return real(self, batch) * (float("nan") if len(calls) > 2 and RANK == 1 else 1)
+    return real(self, batch, *seed) * (float("nan") if len(calls) > 2 and RANK == 1 else 1)
 Transformer.loss = loss
 """
     out = tmp_path / "out"

@@ -75,7 +75,7 @@ def test_an_adapter_alone(with_config, tmp_path, folder):
     (model / "adapter_model.safetensors").write_bytes(b"\0" * 64)
     if with_config:
         (model / "config.json").write_bytes((folder / "config.json").read_bytes())
-    assert_one_line(model, "an adapter (LoRA) of meta-llama/Llama-3.1-8B, not a model; merge it into its base first")
+    assert_one_line(model, "an adapter (LoRA) of meta-llama/Llama-3.1-8B, not a model; name its base by --model")
 
 
 def test_shards_without_their_index(folder):

@@ -7,9 +7,9 @@ import torch
 
 import kernels
 from engine.inference.generation import generate
-from engine.model.batch import MicroBatch
 from engine.model.config import ModelConfig
 from engine.model.llama import Transformer, new_model
+from tests.helpers.datasets import packed_micro_batch
 from tests.helpers.run import command, events, finetune, worst
 from tests.helpers.small_model import small_model
 
@@ -19,20 +19,6 @@ CONFIG = dict(
 TILES = {  # the interpreter's own tiles of 256 x 256 compute mostly padding here
     "attention": {kernel: {"BLOCK_M": 64, "BLOCK_N": 64} for kernel in ("forward", "dq", "dkdv")}
 }
-DOCUMENTS = [[0, 9, 0, 0], [9, 24, 0, 9], [24, 25, 0, 9], [25, 58, 0, 0], [58, 58, 0, 0], [60, 70, 0, 0]]
-
-
-def batch(n=70):
-    documents = torch.tensor(DOCUMENTS, dtype=torch.int32)
-    positions = torch.zeros(n, dtype=torch.int64)
-    for start, end, prefix_start, prefix_end in DOCUMENTS:
-        positions[start:end] = torch.arange(end - start) + prefix_end - prefix_start
-    loss_rows = torch.cat([torch.arange(start + (end - start) // 2, end) for start, end, *_ in DOCUMENTS])
-    loss_rows = torch.cat((loss_rows, loss_rows[3:5], loss_rows[4:5])).sort().values  # some predict several targets
-    return MicroBatch(
-        tokens=torch.randint(301, (n,)), positions=positions, documents=documents, loss_rows=loss_rows,
-        targets=torch.randint(301, loss_rows.shape), weights=torch.rand(loss_rows.shape),
-    )  # fmt: skip
 
 
 def model_of(impl, device, dtype=torch.float32, recompute="cheap", accumulate=False, **changes):
@@ -64,7 +50,7 @@ def loss_and_gradients(model, *batches):
     ],
 )
 def test_loss_and_every_gradient(recompute, accumulate, tied, device):
-    one, options = batch(), {"recompute": recompute, "tied": tied}
+    one, options = packed_micro_batch(), {"recompute": recompute, "tied": tied}
     truth = loss_and_gradients(model_of("ref", "cpu", torch.float64, **options), one)
     torch_ = loss_and_gradients(model_of("ref", device, **options), one)
     ours = loss_and_gradients(model_of("triton", device, **options, accumulate=accumulate), one)
@@ -75,7 +61,7 @@ def test_loss_and_every_gradient(recompute, accumulate, tied, device):
 
 @pytest.mark.parametrize("biases", [{"attention_bias": True}, {"mlp_bias": True}], ids=str)
 def test_biases_and_their_gradients(biases, device):
-    one = batch()
+    one = packed_micro_batch()
     truth = loss_and_gradients(model_of("ref", "cpu", torch.float64, **biases), one)
     ours = loss_and_gradients(model_of("triton", device, **biases, accumulate=True), one)
     assert len(truth) == len(loss_and_gradients(model_of("ref", "cpu"), one)) + 4
@@ -86,7 +72,7 @@ def test_biases_and_their_gradients(biases, device):
 @pytest.mark.parametrize("tied", [False, True])
 def test_gradients_of_micro_batches_add_up_in_the_gemms(tied, device):
     """Into the tensors that are there, in place; where there are none, into new ones."""
-    parts = batch(), batch()
+    parts = packed_micro_batch(), packed_micro_batch()
     separate = [loss_and_gradients(model_of("triton", device, tied=tied), part) for part in parts]
     model = model_of("triton", device, tied=tied, accumulate=True)
     found = loss_and_gradients(model, parts[0])
@@ -104,7 +90,7 @@ def test_gradients_of_micro_batches_add_up_in_the_gemms(tied, device):
 
 def test_only_rows_with_a_loss_pass_the_last_layer(device):
     for impl in ("triton", "ref"):
-        model, one = model_of(impl, device), batch()
+        model, one = model_of(impl, device), packed_micro_batch()
         ready, seen = model.prepare_batch(one), []
         model.layers[-1].register_forward_hook(lambda block, args, out, seen=seen: seen.append(sum(out)))
         model(ready.tokens, ready.positions, one.documents)
@@ -121,7 +107,7 @@ def test_a_gradient_that_is_added_to_nothing_is_refused(device):
 
 def test_what_a_layer_keeps_for_backward(device):
     """The residual stream before and after attention, q k v, attention's output, gate and up, per-row statistics."""
-    model, one, kept = model_of("triton", device), batch(), {}
+    model, one, kept = model_of("triton", device), packed_micro_batch(), {}
 
     def keep(t):
         if not any(
@@ -160,7 +146,7 @@ def attend_of(model, one):
 
 
 def test_torch_compile_traces_a_layer_whole(device):
-    model, one = model_of("triton", device), batch()
+    model, one = model_of("triton", device), packed_micro_batch()
     attend = attend_of(model, one)
     inputs = [torch.randn(len(one.tokens), model.config.dim, device=device, requires_grad=True) for _ in range(2)]
     compile_ = partial(torch.compile, fullgraph=True, backend="aot_eager")
@@ -202,4 +188,4 @@ def test_kernels_are_not_silently_replaced_on_a_cpu(tmp_path, rows_file, monkeyp
 def test_the_model_takes_the_kernels_its_user_names(device):
     model = Transformer(ModelConfig(**CONFIG), impl="magic")
     with pytest.raises(ValueError, match="impl is 'magic'"):
-        model.to_empty(device=device).loss(batch())
+        model.to_empty(device=device).loss(packed_micro_batch())
