@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from engine.base.device import DTYPES
-from engine.base.errors import DataError
+from engine.base.errors import CriaError, DataError
 from engine.base.files import read_json
 from engine.formats.adapters import hash_base, merge_factors, new_factors
 from engine.formats.find import detect_kind
 from engine.formats.settings import REQUIRED, Settings, join_problems
-from engine.formats.source import open_source
+from engine.formats.source import Source, open_source
 from engine.model.adapter import AdapterConfig, adapter_from_settings
 from engine.model.config import ROPE_KINDS, ModelConfig, RopeScaling
 from engine.model.llama import Transformer, new_model
@@ -38,7 +38,8 @@ class TrainingState:
     tokenizer: str | None  # the run's --tokenizer, "" where it named none; None: no run.json says
     generation_config: dict[str, Any]  # of base
     prompt_style: str | None  # of the run
-    adapter: AdapterConfig | None = None  # that the run trains, beside the frozen weights of base
+    adapter: AdapterConfig | None = None  # that the run trains, beside the frozen weights of source
+    source: Source | None = None  # base, opened, where there is an adapter
 
     @property
     def path(self) -> Path:
@@ -47,17 +48,12 @@ class TrainingState:
     def read_into(self, model: Transformer) -> None:
         """Fill every parameter of a model of this config, converted to its dtype. No optimizer state is read.
 
-        The updates of an adapter are added to the weights of the run's base. Raises DataError where that is gone.
+        The updates of an adapter are added to the weights of the run's base.
         """
-        if self.adapter is None:
+        if self.adapter is None or self.source is None:
             checkpoint.load(self.checkpoint, parameters_of(model), PARAMETERS)
             return
-        source = open_source(self.base) if self.base is not None else None
-        if source is None or source.config != self.config:
-            raise DataError(f"{self.path}: an adapter's state, whose base {self.base} is not the model that it was")
-        if self.checkpoint.manifest.get("base_sha256") != hash_base(source):
-            raise DataError(f"{self.path}: an adapter's state, whose base {self.base} has other weights than it had")
-        source.read_into(model)
+        self.source.read_into(model)
         merge_factors(model, self.adapter, self.read_factors())
 
     def read_factors(self) -> dict[str, torch.Tensor]:
@@ -103,8 +99,23 @@ def open_training_state(folder: Path) -> TrainingState:
     generation_config = {}
     if base is not None and detect_kind(base) == "hf":
         generation_config = read_json(base / "generation_config.json")
+    source = None if adapter is None else open_base(found, base, config)
     style = settings.get("prompt_style")
-    return TrainingState(found, config, dtype, base, tokenizer, generation_config, style, adapter)
+    return TrainingState(found, config, dtype, base, tokenizer, generation_config, style, adapter, source)
+
+
+def open_base(found: checkpoint.Checkpoint, base: Path | None, config: ModelConfig) -> Source:
+    """Open the base of an adapter's state. Raise DataError where it is gone, or is not what it was."""
+    state = f"{found.folder}: an adapter's state, whose base"
+    if base is None:
+        raise DataError(f"{state} is not named")
+    try:
+        source = open_source(base)
+    except CriaError as error:
+        raise DataError(f"{state} cannot be read ({error})") from None
+    if source.config != config or found.manifest.get("base_sha256") != hash_base(source):
+        raise DataError(f"{state} {base} has another shape or other weights than it had; put the old one back")
+    return source
 
 
 def adapter_from_state(settings: dict[str, Any], facts: Settings) -> AdapterConfig | None:

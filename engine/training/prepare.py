@@ -77,8 +77,9 @@ def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) ->
         raise UsageError(f"--max-length {config.max_length} is over the model's {model_config.max_positions} positions")
     config = take_recorded_states(config)
     config, start_adapter = take_adapter(config, model_config)
-    if start_adapter and source and (warning := describe_other_base(start_adapter, source)):
-        say(f"warning: {warning}")
+    other_base = describe_other_base(start_adapter, source) if start_adapter and source else None
+    if other_base:
+        say(f"warning: {other_base}")
     adapter = adapter_from_settings(vars(config))
     check_ranks(config, model_config, adapter, world)
 

@@ -57,7 +57,7 @@ def test_it_serves_until_a_signal(tmp_path):
         (["--compare-with", "a.json", "b.json", "--prompts", "p.txt"], "--prompts goes with --compare-with MODEL"),
         (
             ["--model", "out/x", "--compare-with", "out/x/", "--votes", "{tmp}/v"],
-            "--compare-with out/x is the model itself",
+            "out/x is named twice; name another model or adapter",
         ),
         (["--compare-with", "out/x", "--votes", "{tmp}/none/v"], "cannot be written"),
     ],

@@ -23,8 +23,11 @@ HAND_OVERS = [
     ("training/step.py", "training/optimizer.py", "step"),
 ]
 # Calls between these files that hand no batch on: the schedule, FSDP2 switched and asked, the optimizer told of a
-# micro-batch, figures read later.
-OTHERS = {"lr_factor", "micro_batch", "set_last_micro_batch", "take_reports", "read", "seconds_since", "local_shards"}
+# micro-batch, figures read later, and once what is trained.
+OTHERS = {
+    "lr_factor", "micro_batch", "set_last_micro_batch", "take_reports", "read", "seconds_since", "local_shards",
+    "trained_parameters",
+}  # fmt: skip
 FLOORS = ["model", "distributed", "data", "training"]  # lower ones first; training's own files call each other
 ON_THE_WAY = {file for call in HAND_OVERS for file in call[:2]} | {
     "distributed/fsdp.py",
