@@ -19,7 +19,7 @@ from engine.training.config import FinetuneConfig
 from engine.training.prepare import check_ranks
 from tests.helpers.forks import Started, ranks, start_ranks, start_torchrun
 from tests.helpers.run import BEFORE_CALL, PARTS_OF_A_RUN, events
-from tests.helpers.small_model import small_model
+from tests.helpers.small_model import small_model, write_model
 
 STEPS = 6
 COMMON = ("--device", "cpu", "--dtype", "fp32", "--lr", "1e-3", "--max-length", 64)
@@ -47,7 +47,8 @@ def curve(out):
 def same(out, reference, weights=2e-5):
     for ours, theirs in zip(curve(out), curve(reference), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
-    a, b = (load_file(folder / "model.safetensors") for folder in (out, reference))
+    name = "adapter_model.safetensors" if (out / "adapter_config.json").exists() else "model.safetensors"
+    a, b = (load_file(folder / name) for folder in (out, reference))
     assert a.keys() == b.keys()
     for name in a:
         assert torch.dist(a[name], b[name]) <= weights * b[name].norm(), name
@@ -149,6 +150,26 @@ def test_two_ranks_then_one_then_four_are_one_run(rows, reference, tmp_path):
     said = several(4, *flags(rows, out, *SAVES))
     assert "going on after step 4" in said
     same(out, reference)
+
+
+def test_an_adapter_of_two_ranks_then_of_one_is_one_run(rows, tmp_path):
+    """Frozen weights are sharded and not saved; factors of odd ranks and a head that is trained whole, too."""
+    base = tmp_path / "base"
+    base.mkdir()
+    write_model(base, tied=False)
+    lora = (
+        "--adapter", "lora", "--lora-r", 3, "--lora-targets", "q_proj", "v_proj", "down_proj",
+        "--lora-rank-pattern", "down_proj=5", "--lora-save", "lm_head", "--lr", "1e-2", "--model", base,
+    )  # fmt: skip
+    args = (*flags(rows, tmp_path / "out", *SAVES)[2:], *lora)
+    alone(*flags(rows, tmp_path / "one", *SAVES)[2:], *lora)
+    codes, said = patched(2, "if RANK == 1: before(step.Steps, 'compute_gradients', 4, term)", *args)
+    assert codes == [143, 143] and steps_of(tmp_path / "out") == [1, 2, 3, 4], said
+    codes, said = patched(1, "", *args)
+    assert codes == [0] and "going on after step 4" in said, said
+    same(tmp_path / "out", tmp_path / "one")
+    several(2, *flags(rows, tmp_path / "two", *SAVES)[2:], *lora)
+    same(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.parametrize(

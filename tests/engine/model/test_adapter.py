@@ -217,7 +217,8 @@ RULES = {  # (targets, names of maps of layer 1 that they adapt), as PEFT 0.21 d
     "no part of a name": (("proj",), set()),
     "no substring": (("layers.1",), set()),
     "a regular expression of the whole path": (r".*\.1\.self_attn\..*", {"q_proj", "k_proj", "v_proj", "o_proj"}),
-    "not of a part": (r"self_attn\..*", set()),
+    "not of its end": (r"self_attn\..*", set()),
+    "not of its beginning": (r"model\.layers\.1", set()),
 }
 
 

@@ -1,0 +1,121 @@
+"""Models by their names, alone, with an adapter merged into them, and with several beside them."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine.base.errors import DataError, UsageError
+from engine.formats.source import open_source
+from engine.model.adapter import AdapterConfig
+from engine.serving.models import load_adapted, load_model
+from tests.helpers.adapters import write_adapter
+from tests.helpers.run import worst
+from tests.helpers.small_model import small_model, write_model
+
+CPU = torch.device("cpu"), torch.float32
+TOKENS = torch.arange(30) * 97 % 3000
+
+
+@torch.no_grad()
+def logits(model):
+    return model.logits(model(TOKENS))
+
+
+def edit(folder, **changes):
+    raw = json.loads((folder / "adapter_config.json").read_text()) | changes
+    (folder / "adapter_config.json").write_text(json.dumps(raw))
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    """Two adapters of the small model, without tokenizers, as PEFT writes them."""
+    return [write_adapter(tmp_path / name, seed) for seed, name in enumerate(("first", "second"))]
+
+
+def test_an_adapters_folder_stands_for_its_base_with_it(adapters):
+    by_name, by_flag = load_model(str(adapters[0]), *CPU), load_model(str(small_model()), *CPU, adapter_dir=adapters[0])
+    base = load_model(str(small_model()), *CPU)
+    assert logits(by_name[0]).equal(logits(by_flag[0]))
+    assert worst(logits(by_name[0]) - logits(base[0])) > 0.1
+    assert by_name[0].adapter is None and by_name[1].encode("A word") == base[1].encode(
+        "A word"
+    )  # the base's tokenizer
+
+
+def test_several_adapters_share_the_weights_of_one_base(adapters):
+    """Each model's logits are those of its merge; the weights are in memory once."""
+    base, *others = load_adapted(str(small_model()), [str(folder) for folder in adapters], *CPU)
+    assert logits(base[0]).equal(logits(load_model(str(small_model()), *CPU)[0]))
+    kept = {name: p.data_ptr() for name, p in base[0].named_parameters()}
+    for (model, tokenizer, _), folder in zip(others, adapters, strict=True):
+        merged, *_ = load_model(str(folder), *CPU)
+        assert worst(logits(model) - logits(merged)) < 1e-4 * worst(logits(merged))
+        found = dict(model.named_parameters())
+        assert {name: found[name].data_ptr() for name in kept} == kept
+        assert len(found) > len(kept) and tokenizer.encode("A word") == base[1].encode("A word")
+    first, second = (dict(model.named_parameters()) for model, *_ in others)
+    assert not {p.data_ptr() for n, p in first.items() if n not in kept} & {p.data_ptr() for p in second.values()}
+
+
+def test_weights_that_are_trained_whole_are_each_adapters_own(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    write_model(base, tied=False)
+    config = AdapterConfig(r=2, targets=("q_proj",), saved=("lm_head",))
+    folders = [str(write_adapter(tmp_path / name, seed, base, config)) for seed, name in enumerate(("a", "b"))]
+    plain, *others = load_adapted(str(base), folders, *CPU)
+    outputs = [model.output for model, *_ in (plain, *others)]
+    assert len({p.data_ptr() for p in outputs}) == 3
+    for (model, *_), folder in zip(others, folders, strict=True):
+        merged = load_model(folder, *CPU)[0]
+        assert worst(logits(model) - logits(merged)) < 1e-4 * worst(logits(merged))
+
+
+def test_an_adapter_on_other_weights_is_told(adapters, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    write_model(other, norm_eps=1e-5)
+    load_model(str(adapters[0]), *CPU)
+    assert "warning" not in capsys.readouterr().err
+    weights = load_file(other / "model.safetensors")
+    save_file({name: t * 1.5 for name, t in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    load_model(str(other), *CPU, adapter_dir=str(adapters[0]))
+    told = capsys.readouterr().err
+    assert told.count("warning: ") == 1 and f"{adapters[0]}: trained beside other weights than those of {other}" in told
+    load_adapted(str(other), [str(folder) for folder in adapters], *CPU)
+    assert capsys.readouterr().err.count("trained beside other weights") == 2
+
+
+def test_a_base_that_cannot_be_read_is_told_with_what_to_do(adapters):
+    edit(adapters[0], base_model_name_or_path="meta-llama/Llama-3.1-8B")
+    wanted = f"{adapters[0]}: the adapter's base cannot be read (model meta-llama/Llama-3.1-8B: no such folder or file"
+    with pytest.raises(DataError, match=re.escape(wanted)) as caught:
+        load_model(str(adapters[0]), *CPU)
+    assert "name it by --model, and this folder by --adapter-dir" in str(caught.value)
+    edit(adapters[0], base_model_name_or_path=None)
+    with pytest.raises(DataError, match="base_model_name_or_path is None; name the base by --model"):
+        load_model(str(adapters[0]), *CPU)
+    load_model(str(small_model()), *CPU, adapter_dir=str(adapters[0]))
+
+
+def test_an_adapter_whose_base_is_itself_is_refused(adapters):
+    edit(adapters[0], base_model_name_or_path=str(adapters[0]))
+    with pytest.raises(DataError, match="cannot be read"):
+        load_model(str(adapters[0]), *CPU)
+
+
+def test_several_adapters_want_a_base(adapters):
+    with pytest.raises(UsageError, match="several adapters want one base, and this is a state or an adapter itself"):
+        load_adapted(str(adapters[0]), [str(adapters[1])] * 2, *CPU)
+
+
+def test_an_adapter_of_another_shape_is_refused(adapters, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    write_model(other, hidden_dim=112)
+    with pytest.raises(DataError, match=r"is it of another base or rank\?"):
+        load_model(str(other), *CPU, adapter_dir=str(adapters[0]))
+    assert open_source(other).config.hidden_dim == 112
