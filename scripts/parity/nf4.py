@@ -24,7 +24,7 @@ import torch
 import kernels
 from engine.formats.find import find_model
 from engine.formats.names import list_pieces
-from engine.formats.source import open_source
+from engine.formats.source import open_source, read_piece
 from engine.model.config import EMBEDDED_MODEL
 from kernels.base.commands import run_command
 from scripts.base.environment import make_environment
@@ -85,7 +85,7 @@ class Peer:
     """bitsandbytes in a process of its own environment, which answers lines of JSON."""
 
     def __init__(self, python: Path, folder: Path) -> None:
-        command = ["env", "OMP_NUM_THREADS=1", "TORCH_COMPILE_DISABLE=1", str(python), "-c", PEER]
+        command = ["env", "-u", "PYTHONPATH", "OMP_NUM_THREADS=1", "TORCH_COMPILE_DISABLE=1", str(python), "-c", PEER]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder)
         self.file = folder / "tensor.pt"
         self.read()
@@ -127,7 +127,7 @@ def model_tensors() -> Iterator[tuple[str, torch.Tensor]]:
     for name, piece in list_pieces(source.config, source.kind).items():
         if len(piece.shape) == 2 and name in source.stored:
             weight = torch.empty(piece.shape, dtype=torch.bfloat16)
-            source.read_piece(name, piece, weight)
+            read_piece(source.path, name, source.stored[name], piece, weight)
             yield name, weight
 
 

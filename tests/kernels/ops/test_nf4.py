@@ -221,6 +221,13 @@ def test_bits_of_bitsandbytes_over_several_blocks_of_maxima():
     assert [digest(t) for t in values] == ["0d8ab180d2b1707e", "5dd516ad12a8fdf6"]
 
 
+def test_maxima_near_the_mean_take_the_codes_of_65536_places():
+    """The nearest entries of 13 maxima are others, and so are 25 codes of places rounded down. bitsandbytes 0.50.2."""
+    maxima = torch.cat([1 + torch.arange(-60, 61) / 2**16, torch.tensor([0.25, 1.75])])
+    q = kernels.quantise_nf4(maxima[:, None].expand(-1, 64).to(DEVICE))
+    assert digest(q.absmax_codes) == "34dd13b38455b69a" and q.absmax2.item() == 0.75 and q.offset.item() == 1
+
+
 @has_bitsandbytes
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != (5, 80)], ids=str)
