@@ -29,6 +29,7 @@ from engine.formats.settings import join_problems
 from engine.formats.tensor_files import Block, Stored, as_one_block, is_finite, open_pth, open_safetensors
 from engine.model.config import ModelConfig
 from engine.model.llama import Transformer
+from engine.model.nf4_weight import NF4Weight
 from engine.model.shard import Shard
 
 # Frequencies of RoPE in checkpoints of 2023. They follow from the config.
@@ -69,21 +70,27 @@ class Source:
         if model.config != self.config:
             raise ValueError(f"read_into: the model is {model.config}, {self.path} holds {self.config}")
         pieces = list_pieces(self.config, self.kind)
-        read_pieces(self.path, self.stored, pieces, dict(model.named_parameters()), shards)
+        read_pieces(self.path, self.stored, pieces, dict(model.named_parameters()) | model.nf4_weights(), shards)
 
 
 def read_pieces(
     path: Path,
     stored: Mapping[str, Stored],
     pieces: Mapping[str, Piece],
-    parameters: Mapping[str, torch.Tensor],
+    parameters: Mapping[str, Any],
     shards: Mapping[str, Shard] | None,
 ) -> None:
     """Read every tensor into the rows of its piece; of a sharded parameter only into those that this rank holds.
 
+    parameters: {name: a tensor, or a weight in 4 bits}, which is quantised from the dtype of the norms, map after map.
     path: of the model, for messages. Raise DataError for a tensor that is not finite.
     """
     for name, piece in pieces.items():
+        if isinstance(packed := parameters[piece.parameter], NF4Weight):
+            whole = torch.empty(piece.shape, dtype=parameters["norm"].dtype, device=packed.device)
+            read_piece(path, name, stored[name], piece, whole)
+            packed.store(piece.first_row, whole)
+            continue
         shard = shards[piece.parameter] if shards else None
         if shard is None or not shard.rows:
             read_piece(path, name, stored[name], piece, piece.rows_of(parameters))

@@ -49,6 +49,7 @@ class AdapterConfig:
     alpha_pattern: tuple[tuple[str, float], ...] = ()
     layers: tuple[int, ...] | None = None  # layers_to_transform; None is all
     saved: tuple[str, ...] = ()  # of WHOLE: trained whole
+    nf4_base: bool = False  # QLoRA: the frozen maps are kept in 4 bits; no field of PEFT's
 
     def __post_init__(self) -> None:
         ranks, alphas = (self.r, *dict(self.rank_pattern).values()), (self.alpha, *dict(self.alpha_pattern).values())
@@ -118,7 +119,7 @@ def adapter_from_settings(settings: Mapping[str, Any]) -> AdapterConfig | None:
         ALL_LINEAR if targets == ("all-linear",) else targets, settings["rslora"],
         _read_pattern("--lora-rank-pattern", settings["lora_rank_pattern"], int),
         _read_pattern("--lora-alpha-pattern", settings["lora_alpha_pattern"], float),
-        None, tuple(settings["lora_save"]),
+        None, tuple(settings["lora_save"]), settings["adapter"] == "qlora",
     )  # fmt: skip
 
 
@@ -183,22 +184,26 @@ class Update:
         return f"layers.{self.layer}.lora.{self.parameter}.{self.path.split('.')[-1]}"
 
 
-@functools.cache
-def list_updates(config: ModelConfig, adapter: AdapterConfig) -> tuple[Update, ...]:
-    """Return the updates of a model of this shape, in the order of layers and maps."""
+def map_shapes(config: ModelConfig, parameter: str) -> tuple[tuple[int, ...], int]:
+    """Return the rows of each map that a parameter of a layer merges, and its columns."""
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     rows = {"wqkv": (q, kv, kv), "wo": (config.dim,), "w13": (config.hidden_dim,) * 2, "w2": (config.dim,)}
     columns = {"wqkv": config.dim, "wo": q, "w13": config.dim, "w2": config.hidden_dim}
+    return rows[parameter], columns[parameter]
+
+
+@functools.cache
+def list_updates(config: ModelConfig, adapter: AdapterConfig) -> tuple[Update, ...]:
+    """Return the updates of a model of this shape, in the order of layers and maps."""
     updates = []
     for layer in range(config.n_layers):
         for parameter, paths in MAPS.items():
+            rows, columns = map_shapes(config, parameter)
             first_row = first_rank = 0
-            for path, n in zip(paths, rows[parameter], strict=True):
+            for path, n in zip(paths, rows, strict=True):
                 if adapter.adapts(layer, path):
                     rank, scale = adapter.rank_and_scale(layer, path)
-                    updates.append(
-                        Update(layer, path, parameter, first_row, n, columns[parameter], rank, first_rank, scale)
-                    )
+                    updates.append(Update(layer, path, parameter, first_row, n, columns, rank, first_rank, scale))
                     first_rank += rank
                 first_row += n
     return tuple(updates)

@@ -25,9 +25,18 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from engine.model.adapter import MAPS, AdapterConfig, is_of_adapter, list_updates, make_loras, trained_whole
+from engine.model.adapter import (
+    MAPS,
+    AdapterConfig,
+    is_of_adapter,
+    list_updates,
+    make_loras,
+    map_shapes,
+    trained_whole,
+)
 from engine.model.batch import DeviceMicroBatch, MicroBatch
 from engine.model.config import ModelConfig
+from engine.model.nf4_weight import NF4Weight
 from engine.model.rope import rope_tables
 from engine.model.shard import Shard
 
@@ -37,28 +46,37 @@ def new_parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape))
 
 
+def new_weight(config: ModelConfig, name: str, nf4: bool) -> nn.Parameter | NF4Weight:
+    """Return an uninitialised weight of a layer: a parameter, or a frozen one in 4 bits."""
+    rows, columns = map_shapes(config, name)
+    return NF4Weight(rows, columns) if nf4 else new_parameter(sum(rows), columns)
+
+
 class Block(nn.Module):
     """One layer. wqkv holds the rows of wq, then of wk and wv; w13 those of w1 (gate), then of w3 (up).
 
     bqkv, bo, b13 and b2 are the biases of wqkv, wo, w13 and w2, or None. They are added by torch, outside the kernels.
     keep: the outputs of norms and SwiGLU are kept for backward rather than computed again. lora: {weight: its updates}.
+    nf4: the four weights are frozen, in 4 bits.
     """
 
-    def __init__(self, config: ModelConfig, impl: str, keep: bool, accumulate: bool, lora: dict[str, Any]):
+    def __init__(
+        self, config: ModelConfig, impl: str, keep: bool, accumulate: bool, lora: dict[str, Any], nf4: bool = False
+    ):
         super().__init__()
-        dim, heads, kv_heads, head_dim = config.dim, config.n_heads, config.n_kv_heads, config.head_dim
+        dim = config.dim
         self.config = config
         self.options: dict[str, Any] = {"impl": impl, "accumulate": accumulate}
         self.keeping: dict[str, Any] = self.options | {"keep": keep}
         self.attention_norm = new_parameter(dim)
-        self.wqkv = new_parameter((heads + 2 * kv_heads) * head_dim, dim)
-        self.wo = new_parameter(dim, heads * head_dim)
+        self.wqkv = new_weight(config, "wqkv", nf4)
+        self.wo = new_weight(config, "wo", nf4)
         self.ffn_norm = new_parameter(dim)
-        self.w13 = new_parameter(2 * config.hidden_dim, dim)
-        self.w2 = new_parameter(dim, config.hidden_dim)
-        self.bqkv = new_parameter(len(self.wqkv)) if config.attention_bias else None
+        self.w13 = new_weight(config, "w13", nf4)
+        self.w2 = new_weight(config, "w2", nf4)
+        self.bqkv = new_parameter(self.wqkv.shape[0]) if config.attention_bias else None
         self.bo = new_parameter(dim) if config.attention_bias else None
-        self.b13 = new_parameter(len(self.w13)) if config.mlp_bias else None
+        self.b13 = new_parameter(self.w13.shape[0]) if config.mlp_bias else None
         self.b2 = new_parameter(dim) if config.mlp_bias else None
         self.lora = nn.ModuleDict(lora)
 
@@ -137,8 +155,9 @@ class Transformer(nn.Module):
         self.adapter = adapter
         self.on_gradients: Callable[[int], None] | None = None
         self.tok_embeddings = new_parameter(config.vocab_size, config.dim)
+        keep, nf4 = recompute == "none", adapter is not None and adapter.nf4_base
         self.layers = nn.ModuleList(
-            Block(config, impl, recompute == "none", accumulate, make_loras(config, adapter, layer) if adapter else {})
+            Block(config, impl, keep, accumulate, make_loras(config, adapter, layer) if adapter else {}, nf4)
             for layer in range(config.n_layers)
         )
         self.norm = new_parameter(config.dim)
@@ -147,6 +166,10 @@ class Transformer(nn.Module):
         if adapter is not None:
             for name, p in self.named_parameters():
                 p.requires_grad_(is_of_adapter(name) or name in trained_whole(adapter))
+
+    def nf4_weights(self) -> dict[str, NF4Weight]:
+        """Return the weights in 4 bits, by the names that they would have as parameters."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, NF4Weight)}
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that get gradients, by name: all of them, or those of the adapter."""

@@ -8,7 +8,7 @@ from engine.model.config import EMBEDDED_MODEL, MODELS
 from engine.output.trackers import TRACKERS
 from engine.text.templates import STYLES
 
-ADAPTERS = ("none", "lora")
+ADAPTERS = ("none", "lora", "qlora")
 LORA_FLAGS = (
     "adapter_dir", "lora_r", "lora_alpha", "lora_dropout", "lora_targets", "rslora", "lora_rank_pattern",
     "lora_alpha_pattern", "lora_save",
@@ -66,7 +66,10 @@ class FinetuneConfig:
     prompt_style: str = flag("alpaca", "the template; template is the checkpoint's own chat template", STYLES)
     train_on_prompt: bool = flag(False, "loss on the prompt too, not on the response alone")
     adapter: str = flag(
-        "none", "what is trained: all weights, or low-rank updates of them beside a frozen model", ADAPTERS
+        "none",
+        "what is trained: none, all weights; lora, low-rank updates beside frozen weights; qlora, such updates beside "
+        "weights in 4 bits",
+        ADAPTERS,
     )
     adapter_dir: str = flag(
         "", "folder of an adapter (ours or PEFT's) to go on from; its shape takes the place of --lora-*"
@@ -197,7 +200,7 @@ class FinetuneConfig:
         """Return what is wrong with the flags of adapters."""
         given = [name for name in LORA_FLAGS if getattr(self, name) != type(self).__dataclass_fields__[name].default]
         if self.adapter == "none":
-            return [f"{name_to_flag(name)} is for --adapter lora; add it" for name in given]
+            return [f"{name_to_flag(name)} is for --adapter lora or qlora; add one" for name in given]
         problems = []
         if self.random_init:
             problems.append("--random-init with --adapter: updates of weights that are not kept are of no use")

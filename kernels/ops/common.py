@@ -107,7 +107,7 @@ class PackedWeight(Protocol):
         """Return (N, D)."""
         ...
 
-    def dequantise(self) -> torch.Tensor:
+    def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the matrix (N, D) that it stands for, made anew."""
         ...
 
@@ -115,9 +115,9 @@ class PackedWeight(Protocol):
 Weight = torch.Tensor | PackedWeight
 
 
-def dense(weight: Weight) -> torch.Tensor:
-    """Return a weight as a matrix (N, D). A packed one is made anew: 2 N D bytes in bf16, written and read once."""
-    return weight if isinstance(weight, torch.Tensor) else weight.dequantise()
+def dense(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+    """Return a weight as a matrix (N, D). A packed one is made anew in a dtype, 2 N D bytes in bf16, for one use."""
+    return weight if isinstance(weight, torch.Tensor) else weight.dequantise(dtype)
 
 
 def hold_weight(ctx: Any, weight: Weight) -> torch.Tensor | None:
@@ -129,9 +129,9 @@ def hold_weight(ctx: Any, weight: Weight) -> torch.Tensor | None:
     return None
 
 
-def held_weight(ctx: Any, saved: torch.Tensor | None) -> torch.Tensor:
+def held_weight(ctx: Any, saved: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """Return the matrix (N, D) of a weight that hold_weight() kept. saved: what save_for_backward gives back."""
-    return dense(ctx.packed) if saved is None else saved
+    return dense(ctx.packed, dtype) if saved is None else saved
 
 
 def accumulator(op: str, weight: Weight, accumulate: bool) -> torch.Tensor | None:

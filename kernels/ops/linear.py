@@ -20,7 +20,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, accumulate, low_rank, *factors):
         ctx.into, ctx.low_rank = accumulator("linear", weight, accumulate), low_rank
-        y, u = F.linear(x, dense(weight)), None
+        y, u = F.linear(x, dense(weight, x.dtype)), None
         if low_rank is not None:
             u = updates.take_factors(x, low_rank)
             updates.add_updates(y, u, low_rank)
@@ -31,7 +31,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, u, *factors = ctx.saved_tensors
         want_x, want_weight, *_ = ctx.needs_input_grad
-        dx = dy @ held_weight(ctx, weight) if want_x else None
+        dx = dy @ held_weight(ctx, weight, dy.dtype) if want_x else None
         dweight = weight_gradient(dy, x, ctx.into) if want_weight else None
         dfactors = []
         if factors:
@@ -62,5 +62,5 @@ def linear(
         raise ValueError(f"linear: x {tuple(x.shape)}, weight {tuple(weight.shape)}; wanted (T, N), (D, N)")
     updates.check_low_rank("linear", low_rank, weight.shape)
     if choose_impl("linear", impl, x, has_native=True) == "ref":
-        return updates.linear_ref(x, dense(weight), low_rank)
+        return updates.linear_ref(x, dense(weight, x.dtype), low_rank)
     return _Linear.apply(x, weight, accumulate, low_rank, *updates.list_factors(low_rank))

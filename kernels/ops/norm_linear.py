@@ -37,7 +37,7 @@ def norm_linear_ref(
     """Compute norm_linear in plain torch."""
     s = x if residual is None else x + residual
     h = rms_norm_ref(s, norm_weight, eps)
-    return updates.linear_ref(h, dense(weight), low_rank), s
+    return updates.linear_ref(h, dense(weight, x.dtype), low_rank), s
 
 
 def norm_linear_rows_ref(
@@ -50,7 +50,7 @@ def norm_linear_rows_ref(
     low_rank: LowRank | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute norm_linear_rows in plain torch."""
-    h, matrix = rms_norm_ref(x, norm_weight, eps), dense(weight)
+    h, matrix = rms_norm_ref(x, norm_weight, eps), dense(weight, x.dtype)
     y_rows, y = F.linear(h[rows], matrix[:n]), F.linear(h, matrix[n:])
     if low_rank is not None:
         updated = updates.low_rank_ref(h, low_rank, len(matrix))
@@ -68,7 +68,7 @@ class _NormLinear(torch.autograd.Function):
         ctx.eps, ctx.into, ctx.low_rank = eps, accumulator("norm_linear", weight, accumulate), low_rank
         rows, residual = x.contiguous(), residual if residual is None else residual.contiguous()
         h, s, rstd = norm_forward(rows, residual, norm_weight, eps)
-        y, u = F.linear(h, dense(weight)), None
+        y, u = F.linear(h, dense(weight, x.dtype)), None
         if low_rank is not None:
             u = updates.take_factors(h, low_rank)
             updates.add_updates(y, u, low_rank)
@@ -88,7 +88,7 @@ class _NormLinear(torch.autograd.Function):
             du = updates.gradient_of_u(dy, low_rank)
         if dy is not None and (want_x or want_residual or want_norm_weight):
             ds = ds if ds is None else ds.contiguous()
-            dh = dy @ held_weight(ctx, weight)
+            dh = dy @ held_weight(ctx, weight, dy.dtype)
             if low_rank is not None:
                 updates.add_gradient_of_h(dh, du, low_rank)
             dx, dnorm_weight, made = norm_backward(dh, s, norm_weight, rstd, ds, want_h)
@@ -108,7 +108,7 @@ class _NormLinearRows(torch.autograd.Function):
         ctx.n, ctx.into, ctx.low_rank = n, accumulator("norm_linear_rows", weight, accumulate), low_rank
         ctx.eps, x = eps, x.contiguous()
         h, _, rstd = norm_forward(x, None, norm_weight, eps)
-        matrix, u = dense(weight), None
+        matrix, u = dense(weight, x.dtype), None
         y_rows, y = F.linear(h[rows], matrix[:n]), F.linear(h, matrix[n:])
         if low_rank is not None:
             u = updates.take_factors(h, low_rank)
@@ -128,7 +128,7 @@ class _NormLinearRows(torch.autograd.Function):
             du = updates.gradient_of_u(dy, low_rank, ctx.n)
             du.index_add_(0, rows, updates.gradient_of_u(dy_rows, low_rank))  # rows are distinct: one order
         if want_x or want_norm_weight:
-            matrix = held_weight(ctx, weight)
+            matrix = held_weight(ctx, weight, dy.dtype)
             dh = (dy @ matrix[ctx.n :]).index_add_(0, rows, dy_rows @ matrix[: ctx.n])
             if low_rank is not None:
                 updates.add_gradient_of_h(dh, du, low_rank)

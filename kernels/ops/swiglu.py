@@ -41,7 +41,7 @@ def swiglu_ref(gate_up: torch.Tensor) -> torch.Tensor:
 
 def swiglu_linear_ref(gate_up: torch.Tensor, weight: Weight, low_rank: LowRank | None = None) -> torch.Tensor:
     """swiglu(gate_up) @ weight.T, with updates of weight, in plain torch."""
-    return updates.linear_ref(swiglu_ref(gate_up), dense(weight), low_rank)
+    return updates.linear_ref(swiglu_ref(gate_up), dense(weight, gate_up.dtype), low_rank)
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ class _SwiGLULinear(torch.autograd.Function):
         ctx.consume, ctx.into, ctx.low_rank = consume, accumulator("swiglu_linear", weight, accumulate), low_rank
         gate_up = gate_up.contiguous()
         h = forward(gate_up)
-        y, u = F.linear(h, dense(weight)), None
+        y, u = F.linear(h, dense(weight, gate_up.dtype)), None
         if low_rank is not None:
             u = updates.take_factors(h, low_rank)
             updates.add_updates(y, u, low_rank)
@@ -186,7 +186,7 @@ class _SwiGLULinear(torch.autograd.Function):
         if low_rank is not None:
             du = updates.gradient_of_u(dy, low_rank)
         if want_gate_up:
-            dh = dy @ held_weight(ctx, weight)
+            dh = dy @ held_weight(ctx, weight, dy.dtype)
             if low_rank is not None:
                 updates.add_gradient_of_h(dh, du, low_rank)
         if want_gate_up and ctx.consume:
