@@ -4,6 +4,7 @@ python -m engine.export --model out/demo --out out/demo-meta --layout meta
 python -m engine.export --model out/demo/checkpoint-40 --out out/demo-40
 python -m engine.export --model out/demo --out demo.gguf --layout gguf --gguf-type q8_0
 python -m engine.export --model out/lora --merge --out out/merged
+python -m engine.export --model out/lora --out lora.gguf --layout gguf
 """
 
 import sys
@@ -17,7 +18,7 @@ from engine.base.errors import UsageError, run_main
 from engine.base.flags import ADAPTER_HELP, flag, parse_flags
 from engine.formats.adapters import MergedSource
 from engine.formats.save import save_hf, save_meta
-from engine.formats.save_gguf import save_gguf
+from engine.formats.save_gguf import save_gguf, save_gguf_adapter
 from engine.model.llama import new_model
 from engine.output.folder import require_disk_space
 from engine.output.state_as_model import TrainingState
@@ -67,8 +68,11 @@ def main(argv: list[str]) -> None:
     if out.exists() and (config.layout == "gguf" or not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out}: exists and is not empty; choose another name")
     source = open_weights(config.model, config.adapter_dir)
-    if not config.merge and (config.adapter_dir or holds_adapter(source)):
-        raise UsageError("--model is an adapter: --merge writes its base with the updates in the weights; add it")
+    if holds_adapter(source) and not config.merge:
+        write_adapter(out, source, config)
+        return
+    if config.merge and not holds_adapter(source):
+        raise UsageError(f"--merge: {config.model} is no adapter; name one by --adapter-dir, or leave out --merge")
     tokenizer, style = find_tokenizer_of(source, config.tokenizer)
     if style is None:
         tokenizer = settle_template(tokenizer)
@@ -85,6 +89,27 @@ def main(argv: list[str]) -> None:
 def holds_adapter(source: Weights) -> bool:
     """Return whether an opened model is a base with an adapter, or the training state of an adapter."""
     return isinstance(source, MergedSource) or (isinstance(source, TrainingState) and source.adapter is not None)
+
+
+def write_adapter(out: Path, source: Weights, config: ExportConfig) -> None:
+    """Write an adapter alone, as a GGUF file. Raise UsageError for another layout."""
+    if config.layout != "gguf":
+        raise UsageError(
+            f"{config.adapter_dir or config.model} is an adapter: --merge writes its base with the updates in the "
+            "weights, --layout gguf without it the updates alone, for llama.cpp"
+        )
+    if isinstance(source, MergedSource):
+        adapter, factors = source.adapter.config, source.adapter.read_factors(source.config)
+    else:
+        assert isinstance(source, TrainingState) and source.adapter is not None
+        adapter, factors = source.adapter, source.read_factors()
+    kinds = {torch.float16: "f16", torch.bfloat16: "bf16"}
+    of_factors = next(iter(factors.values())).dtype
+    kind = kinds.get(of_factors, "f32") if config.gguf_type == "auto" else config.gguf_type
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_gguf_adapter(out, source.config, adapter, factors, kind)
+    n = sum(t.numel() for t in factors.values())
+    print(f"wrote {out}: an adapter of {n / 1e6:.2f}M parameters, {kind}")
 
 
 def write_file(out: Path, source: Weights, tokenizer: Tokenizer, kind: str) -> None:

@@ -1,4 +1,4 @@
-"""Our Transformer written as a GGUF file, which llama.cpp and what is built on it read.
+"""Our Transformer, or an adapter of one, written as a GGUF file, which llama.cpp and what is built on it read.
 
     type    matrices                          vectors (norms, biases, factors of RoPE)
     f32     fp32                              fp32
@@ -11,6 +11,10 @@ Rows of q and k stand in neighbouring pairs, as llama.cpp rotates them. A matrix
 in fp16 under q8_0. Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,8 @@ import torch
 import kernels
 from engine.base.errors import UsageError
 from engine.formats.folders import replace_files
-from engine.formats.names import halves_to_pairs, list_pieces
+from engine.formats.names import LAYER_NAMES, Piece, halves_to_pairs, list_pieces
+from engine.model.adapter import AdapterConfig, Update, list_updates
 from engine.model.config import ModelConfig, RopeScaling
 from engine.model.llama import Transformer
 from engine.model.rope import frequencies, yarn_attention_factor
@@ -29,19 +34,54 @@ KINDS = {"f32": ("F32", "ALL_F32"), "f16": ("F16", "MOSTLY_F16"), "bf16": ("BF16
          "q8_0": ("Q8_0", "MOSTLY_Q8_0")}  # fmt: skip
 
 
+@dataclass(frozen=True)
+class GGUFTensor:
+    """A tensor to write: its shape, slowest axis first, and a function that makes its values."""
+
+    shape: tuple[int, ...]
+    load: Callable[[], torch.Tensor]
+
+
 def save_gguf(path: Path, model: Transformer, vocabulary: dict[str, Any], kind: str) -> None:
     """Write a model as one file. vocabulary: the tokenizer's metadata; kind: one of KINDS.
 
     Raise UsageError for a shape that GGUF cannot express and where the gguf package is missing, and OSError; the path
     then holds what it held before.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise UsageError("--layout gguf wants the gguf package; pip install 'cria-engine[gguf]'") from error
-    metadata = describe_model(model.config) | vocabulary
-    path = Path(path)
-    replace_files(path.parent, {path.name: lambda file: write_gguf(gguf, file, model, metadata, kind)}, r"(?!)")
+    write_gguf(path, list_gguf_tensors(model), describe_model(model.config) | vocabulary, kind)
+
+
+def save_gguf_adapter(
+    path: Path, config: ModelConfig, adapter: AdapterConfig, factors: Mapping[str, torch.Tensor], kind: str
+) -> None:
+    """Write the updates of a model of this shape as llama.cpp's --lora reads them. kind: one of KINDS but q8_0.
+
+    factors: {our parameter: its values}. llama.cpp scales an update by alpha / rank with one alpha for all, so B of an
+    update of another alpha is multiplied by the quotient. Raise UsageError as save_gguf(), and for parameters that were
+    trained whole.
+    """
+    if adapter.saved:
+        raise UsageError(f"--layout gguf: a GGUF adapter cannot hold {', '.join(adapter.saved)}; add --merge")
+    if kind == "q8_0":
+        raise UsageError("--gguf-type q8_0: factors are narrower than its blocks of 32; choose f16, bf16 or f32")
+    updates = list_updates(config, adapter)
+    alpha = updates[0].scale * updates[0].rank
+    heads = {"self_attn.q_proj": config.n_heads, "self_attn.k_proj": config.n_kv_heads}
+    names = {  # {path in a layer at Hugging Face: llama.cpp's name}
+        theirs[0].removesuffix(".weight"): theirs[2] for theirs in LAYER_NAMES.values()
+    }
+
+    def load_b(update: Update) -> torch.Tensor:
+        b = factors[update.b].float() * (update.scale * update.rank / alpha)
+        return halves_to_pairs(b, heads[update.path]) if update.path in heads else b
+
+    tensors = {}
+    for u in updates:
+        name = f"blk.{u.layer}.{names[u.path]}"
+        rows = slice(u.first_rank, u.first_rank + u.rank)
+        tensors[f"{name}.lora_a"] = GGUFTensor((u.rank, u.columns), partial(operator.getitem, factors[u.a], rows))
+        tensors[f"{name}.lora_b"] = GGUFTensor((u.rows, u.rank), partial(load_b, u))
+    write_gguf(path, tensors, {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": alpha}, kind)
 
 
 def describe_model(config: ModelConfig) -> dict[str, Any]:
@@ -85,27 +125,35 @@ def describe_rope(scaling: RopeScaling | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_gguf(gguf: Any, path: Path, model: Transformer, metadata: dict[str, Any], kind: str) -> None:
-    """Write the file, one tensor after the other."""
+def write_gguf(path: Path, tensors: Mapping[str, GGUFTensor], metadata: dict[str, Any], kind: str) -> None:
+    """Write the file, one tensor after the other. Raise UsageError without the gguf package."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise UsageError("--layout gguf wants the gguf package; pip install 'cria-engine[gguf]'") from error
     quantisation, file_type = KINDS[kind]
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, value in metadata.items():
-        add_value(writer, key, value)
-    writer.add_file_type(getattr(gguf.LlamaFileType, file_type))
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    tensors = list_gguf_tensors(model)
-    types = {name: choose_type(gguf, quantisation, shape) for name, shape in tensors.items()}
-    for name, shape in tensors.items():
-        n_elements, n_bytes = gguf.GGML_QUANT_SIZES[types[name]]
-        size = int(np.prod(shape)) // n_elements * n_bytes
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), size, types[name])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for name, type in types.items():
-        rows = load_gguf_tensor(model, name).float().contiguous().numpy()
-        writer.write_tensor_data(np.ascontiguousarray(gguf.quantize(rows, type)))
-    writer.close()
+    types = {name: choose_type(gguf, quantisation, tensor.shape) for name, tensor in tensors.items()}
+
+    def write(file: Path) -> None:
+        writer = gguf.GGUFWriter(file, "llama")
+        for key, value in metadata.items():
+            add_value(writer, key, value)
+        writer.add_file_type(getattr(gguf.LlamaFileType, file_type))
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for name, tensor in tensors.items():
+            n_elements, n_bytes = gguf.GGML_QUANT_SIZES[types[name]]
+            size = int(np.prod(tensor.shape)) // n_elements * n_bytes
+            writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), size, types[name])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, tensor in tensors.items():
+            rows = tensor.load().float().contiguous().numpy()
+            writer.write_tensor_data(np.ascontiguousarray(gguf.quantize(rows, types[name])))
+        writer.close()
+
+    path = Path(path)
+    replace_files(path.parent, {path.name: write}, r"(?!)")
 
 
 def add_value(writer: Any, key: str, value: Any) -> None:
@@ -134,21 +182,21 @@ def choose_type(gguf: Any, quantisation: str, shape: tuple[int, ...]) -> Any:
 FACTORS = "rope_freqs.weight"
 
 
-def list_gguf_tensors(model: Transformer) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor by its name."""
-    config = model.config
-    tensors = {name: piece.shape for name, piece in list_pieces(config, "gguf").items()}
+def list_gguf_tensors(model: Transformer) -> dict[str, GGUFTensor]:
+    """Return a model's tensors by their names in the file."""
+    config, parameters = model.config, {name: p.detach() for name, p in model.named_parameters()}
+
+    def load(piece: Piece) -> torch.Tensor:
+        rows = piece.rows_of(parameters)
+        return halves_to_pairs(rows, piece.paired_heads) if piece.paired_heads else rows
+
+    tensors = {name: GGUFTensor(p.shape, partial(load, p)) for name, p in list_pieces(config, "gguf").items()}
     if config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
-        tensors[FACTORS] = (config.head_dim // 2,)
+        tensors[FACTORS] = GGUFTensor((config.head_dim // 2,), partial(rope_factors, config))
     return tensors
 
 
-def load_gguf_tensor(model: Transformer, name: str) -> torch.Tensor:
-    """Return one tensor of the file, in the dtype of the model."""
-    config = model.config
-    if name == FACTORS:
-        scaled = frequencies(config.head_dim, config.rope_theta, config.rope_scaling).double()
-        return kernels.rope_frequencies(config.head_dim, config.rope_theta).double() / scaled
-    piece = list_pieces(config, "gguf")[name]
-    rows = piece.rows_of({name: p.detach() for name, p in model.named_parameters()})
-    return halves_to_pairs(rows, piece.paired_heads) if piece.paired_heads else rows
+def rope_factors(config: ModelConfig) -> torch.Tensor:
+    """Return by what llama3's scaling divides each frequency of RoPE."""
+    scaled = frequencies(config.head_dim, config.rope_theta, config.rope_scaling).double()
+    return kernels.rope_frequencies(config.head_dim, config.rope_theta).double() / scaled

@@ -53,8 +53,12 @@ class NF4Weight(nn.Module):
         return NF4Matrix(codes, absmax_codes, absmax2.view(torch.float32), offset.view(torch.float32), shape)
 
     def store(self, first_row: int, weight: torch.Tensor) -> None:
-        """Quantise the rows of the map that begins at first_row: weight (n, D). Raises ValueError for NaN and Inf."""
+        """Quantise the rows of the map that begins at first_row: weight (n, D), of fp64 what fp32 holds of it.
+
+        Raises ValueError for NaN and Inf.
+        """
         i = self.map_at(first_row)
+        weight = weight.float() if weight.dtype == torch.float64 else weight
         for old, new in zip(self.matrix(i).tensors, quantise_nf4(weight).tensors, strict=True):
             old.copy_(new)
 
