@@ -1,4 +1,4 @@
-"""Weights in 4 bits in a model: what is read into them, what they multiply by, and what never becomes a whole matrix."""
+"""Weights in 4 bits in a model: what is read into them, what they multiply by, what never is in memory whole."""
 
 from dataclasses import replace
 
