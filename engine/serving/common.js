@@ -109,4 +109,19 @@ function isSendKey(event, isInput) {
   return event.ctrlKey || event.metaKey || (!isInput && !matchMedia("(pointer: coarse)").matches);
 }
 
+// The dialog of settings: it has a field for each of the defaults, begins with current() and hands what is saved to save().
+function bindSettings(defaults, current, save) {
+  const names = Object.keys(defaults), dialog = $("settings");
+  const fill = from => { for (const name of names) $(name).value = from[name]; };
+  for (const field of dialog.querySelectorAll("input, textarea")) if (!(field.id in defaults)) field.parentElement.remove();
+  $("show-settings").addEventListener("click", () => { fill(current()); dialog.returnValue = ""; dialog.showModal(); });
+  dialog.addEventListener("close", () => {
+    if (dialog.returnValue !== "save") return;
+    const read = field => field.type !== "number" || field.value === "" ? field.value : Number(field.value);
+    save(Object.fromEntries(names.map(name => [name, read($(name))])));
+  });
+  $("defaults").addEventListener("click", () => fill(defaults));
+  $("no-settings").addEventListener("click", () => dialog.close(""));
+}
+
 $("no-key").addEventListener("click", () => $("key-dialog").close(""));
