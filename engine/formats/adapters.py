@@ -21,8 +21,9 @@ import torch
 from engine.base.errors import DataError, reading
 from engine.formats.folders import make_json_writer, read_json_member, replace_files
 from engine.formats.names import Piece, list_pieces
+from engine.formats.pieces import read_pieces
 from engine.formats.settings import join_problems
-from engine.formats.source import Source, open_each, read_pieces
+from engine.formats.source import Source, open_each
 from engine.formats.tensor_files import (
     Stored,
     TensorToWrite,

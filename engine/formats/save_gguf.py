@@ -11,7 +11,6 @@ Rows of q and k stand in neighbouring pairs, as llama.cpp rotates them. A matrix
 in fp16 under q8_0. Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -78,8 +77,8 @@ def save_gguf_adapter(
     tensors = {}
     for u in updates:
         name = f"blk.{u.layer}.{names[u.path]}"
-        rows = slice(u.first_rank, u.first_rank + u.rank)
-        tensors[f"{name}.lora_a"] = GGUFTensor((u.rank, u.columns), partial(operator.getitem, factors[u.a], rows))
+        a = factors[u.a][u.first_rank : u.first_rank + u.rank]
+        tensors[f"{name}.lora_a"] = GGUFTensor((u.rank, u.columns), a.clone)
         tensors[f"{name}.lora_b"] = GGUFTensor((u.rows, u.rank), partial(load_b, u))
     write_gguf(path, tensors, {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": alpha}, kind)
 

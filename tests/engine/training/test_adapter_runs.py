@@ -214,7 +214,7 @@ REFUSED = {
     "a changed rank": (("--lora-r", 8), 2, "other settings (lora_r: 4 -> 8); pass --allow-changed"),
     "no dropout": (("--lora-dropout", 0), 2, "lora_dropout: 0.2 -> 0.0"),
     "other maps": (("--lora-targets", "q_proj"), 2, "lora_targets: ['all-linear'] -> ['q_proj']"),
-    "whole weights": (("--adapter", "none"), 2, "is for --adapter lora; add it"),
+    "whole weights": (("--adapter", "none"), 2, "is for --adapter lora or qlora; add one"),
 }
 
 
