@@ -1,6 +1,8 @@
 """Drop the rows of a file whose text nearly repeats an earlier one: ROUGE-L F of 0.7 or more, exactly.
 
 python -m data_gen.dedup rows.json --out kept.json --rejected dropped.jsonl
+python -m data_gen.dedup rows.jsonl --out kept.jsonl --field instruction
+python -m data_gen.dedup chats.jsonl --out kept.jsonl --field prompt+context
 
 Rows of tasks repeat an instruction over other inputs, so both are compared. `--field instruction` is the rule by which
 data_gen.generate keeps the instructions that it makes, and Stanford's.
@@ -23,7 +25,7 @@ REPORT_EVERY_S = 10  # between lines of progress, if stderr is no terminal
 
 def main(argv: list[str]) -> None:
     """Read FILE, keep the first of near-duplicate rows, and write the kept and dropped ones."""
-    parser = Parser("dedup", "Keeps the first of rows whose ROUGE-L F is 0.7 or more, exactly.")
+    parser = Parser("dedup", __doc__)
     parser.add_argument("file", help="Alpaca JSON (a list) or JSONL")
     parser.add_argument("--out", required=True, help="where the kept rows go: .json or .jsonl")
     parser.add_argument(

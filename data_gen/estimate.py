@@ -44,7 +44,7 @@ class Means:
 
 def build_parser() -> Parser:
     """Return the parser of the command line."""
-    flags = Parser("estimate", (__doc__ or "").split("\n\n")[0])
+    flags = Parser("estimate", __doc__)
     add_request_flags(flags)
     flags.add_argument("--out", type=Path, help="folder of a run, whose tokens and yield are taken")
     flags.add_argument("--concurrency", type=parse_count, default=32, help="requests in flight")

@@ -43,7 +43,7 @@ from data_gen.rows.run_record import describe_run, format_ranges
 
 def build_parser() -> Parser:
     """Return the parser of the command line."""
-    flags = Parser("generate", (__doc__ or "").split("\n\n")[0])
+    flags = Parser("generate", __doc__)
     add_request_flags(flags)
     add = flags.add_argument
     add("--out", type=Path, default=Path("out/data"), help="folder of the ledger, the dataset and the report")

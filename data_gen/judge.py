@@ -32,7 +32,7 @@ parse_canaries = make_value_parser("a whole number of at least 0", int, lambda n
 
 def build_parser() -> Parser:
     """Return the parser of the command line."""
-    flags = Parser("judge", (__doc__ or "").split("\n\n")[0])
+    flags = Parser("judge", __doc__)
     add = flags.add_argument
     add("files", nargs="+", type=Path, metavar="FILE", help="answers of one model each, the baseline first")
     add("--judge", type=parse_utf8, help="the judge's name at the server; a dated one stays the same")

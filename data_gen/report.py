@@ -1,6 +1,7 @@
 """Write an HTML page about an instruction dataset.
 
-    python -m data_gen.report out/dataset.jsonl
+    python -m data_gen.report out/data/dataset.json
+    python -m data_gen.report rows.jsonl --out rows.html
 
 FILE is Alpaca JSON or JSONL. The page also uses rejected.jsonl and run.json of a generation run if they lie beside it.
 """
@@ -11,7 +12,7 @@ from data_gen.page.report import write_report
 
 def main(argv: list[str]) -> None:
     """Write the report and print its path."""
-    parser = Parser("report", "Writes an HTML page about an instruction dataset.")
+    parser = Parser("report", __doc__)
     parser.add_argument("file", metavar="FILE", help="Alpaca .json or .jsonl")
     parser.add_argument("--out", metavar="PATH", help="the page; without it report.html beside FILE")
     args = parser.parse_args(argv)

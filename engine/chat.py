@@ -1,6 +1,7 @@
 """Talk to a model in a terminal. Earlier turns are not computed again.
 
 python -m engine.chat --model out/demo
+python -m engine.chat --model model.gguf --temperature 0.7
 """
 
 import math

@@ -1,6 +1,8 @@
 """Will a fine-tune fit a GPU, how long will it take, and what will it cost?
 
     python -m engine.estimate --model llama-7b --gpu H100
+    python -m engine.estimate --model llama2-7b --gpu "A100 40GB" --optimizer-states 8bit
+    python -m engine.estimate --model /models/llama-13b --data rows.jsonl --gpus 8 --json out.json
 
 engine.planning computes the bytes and the seconds. No GPU is needed. Figures are labelled projected unless a report in
 benchmarks/ measured them on the GPU. Figures of several GPUs are always projected, because none was measured.
@@ -12,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from engine.base.device import DTYPES
 from engine.base.errors import CriaError, UsageError, run_main
@@ -28,7 +30,7 @@ from engine.planning.setting import Recipe, find_mesh_problems
 from engine.planning.tables import estimate_as_json, print_estimate
 from engine.planning.workload import Mix, alpaca_mix, dataset_mix
 from engine.text.tokenizer_files import find_tokenizer
-from engine.training.config import FinetuneConfig
+from engine.training.config import GROUPS, HINTS, FinetuneConfig
 from engine.training.planning_input import recipe_from_config, setting_from_config
 
 
@@ -45,6 +47,12 @@ class EstimateConfig:
     Without --data the rows are Alpaca's: 52,002, with the lengths of 9,229 of them.
     """
 
+    GROUPS: ClassVar = {
+        "the card": (
+            "gpu", "gpus", "gpu_memory", "gpu_tflops", "gpu_bandwidth", "host_bandwidth", "price_per_hour",
+        ),
+    } | GROUPS  # fmt: skip
+    HINTS: ClassVar = HINTS
     model: str = flag("", "named shape, folder (Hugging Face or Meta layout) or .gguf file", alias="model_name_or_path")
     gpu: str = flag("H100", "the card, one of " + ", ".join(CARDS))
     gpus: int = flag(1, "cards; several are projected")

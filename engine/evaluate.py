@@ -1,6 +1,7 @@
 """Measure models: the loss on rows they have not seen, and answers to prompts, for a judge.
 
 python -m engine.evaluate --model out/alpaca smollm2-135m --data held_out.json --prompts prompts.jsonl --out out/eval
+python -m engine.evaluate --model out/alpaca --data held_out.json
 """
 
 import json

@@ -1,6 +1,8 @@
 """Generate text, greedy or sampled. One prompt is streamed; the prompts of a file are answered in batches.
 
 python -m engine.generate --model out/demo --prompt "Name three uses for a paper clip."
+python -m engine.generate --model out/alpaca/checkpoint-200 --prompt -   # of standard input
+python -m engine.generate --model smollm2-135m --prompts questions.txt > answers.txt
 """
 
 import sys

@@ -1,6 +1,8 @@
 """Microbenchmarks of every kernel against the memory, the matrix units and other libraries, in one run.
 
-    python -m kernels.bench [--op NAME ...] [--json FILE] [--plot DIR] [--minutes M] [--smoke]
+    python -m kernels.bench --json bench.json --plot rooflines
+    python -m kernels.bench --op attention linear_cross_entropy --minutes 2
+    python -m kernels.bench --smoke                                     # no GPU: that it works
 
 A time is the median over at least 20 repetitions of device time between CUDA events. Each repetition takes the next
 of several sets of random inputs, together over three times the L2, and the L2 is read full between forward and
@@ -18,6 +20,7 @@ import argparse
 from collections.abc import Sequence
 
 from kernels.base.commands import run_command
+from kernels.base.help_text import HelpParser
 from kernels.measure.benchmark import REPEATS, Benchmark
 from kernels.measure.cases import full_cases, toy_cases
 from kernels.measure.clock import parse_finite
@@ -28,17 +31,13 @@ from kernels.ops.common import INTERPRETED
 
 def parse_arguments(argv: Sequence[str] | None, ops: Sequence[str]) -> argparse.Namespace:
     """Parse the command line. ops: the names that --op takes."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kernels.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--op", nargs="+", metavar="NAME", choices=ops, default=ops, help=f"of {', '.join(ops)} (all)")
-    parser.add_argument(
-        "--json", metavar="FILE", help="where the figures go; written after every measurement (nowhere)"
-    )
-    parser.add_argument("--plot", metavar="DIR", help="draw rooflines there; needs matplotlib (no pictures)")
-    parser.add_argument("--minutes", type=parse_finite, help="begin no measurement after this long (no limit)")
-    parser.add_argument("--repeats", type=int, default=REPEATS, help=f"of each measurement ({REPEATS})")
-    parser.add_argument("--no-peers", action="store_true", help="ours and torch eager alone (all that are installed)")
+    parser = HelpParser("kernels.bench", __doc__)
+    parser.add_argument("--op", nargs="+", metavar="NAME", choices=ops, default=ops, help=f"of {', '.join(ops)}")
+    parser.add_argument("--json", metavar="FILE", help="where the figures go; written after every measurement")
+    parser.add_argument("--plot", metavar="DIR", help="draw rooflines there; needs matplotlib")
+    parser.add_argument("--minutes", type=parse_finite, help="begin no measurement after this many minutes")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="of each measurement")
+    parser.add_argument("--no-peers", action="store_true", help="ours and torch eager alone, of all that are installed")
     parser.add_argument("--smoke", action="store_true", help="toy sizes, each measured once, to see that it works")
     return parser.parse_args(argv)
 

@@ -1,12 +1,12 @@
 """What of the kernels is in use on this machine, and why.
 
-    python -m kernels.info [--json FILE]
+    python -m kernels.info
+    python -m kernels.info --json info.json
 
 Prints the GPU, the Triton and torch versions, and each library of csrc: whether it is in use, what it was built with or
 why it is not there, and what does its work instead. Always exits with 0: a missing library is no error.
 """
 
-import argparse
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -17,6 +17,7 @@ import triton
 
 from kernels import chip
 from kernels.base.commands import run_command
+from kernels.base.help_text import HelpParser
 from kernels.compiled.machine_library import PtxError, load_library
 from kernels.native.cpu import load_cpu
 from kernels.native.cuda import load_cuda
@@ -71,7 +72,7 @@ def describe_library(name: str) -> Part:
 
 def main() -> None:
     """Print one line for each part."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.info", description=__doc__.split("\n")[0])
+    parser = HelpParser("kernels.info", __doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what is printed there too")
     args = parser.parse_args()
     versions = Part("triton", torch.cuda.is_available(), f"Triton {triton.__version__}, torch {torch.__version__}")

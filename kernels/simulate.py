@@ -1,6 +1,8 @@
 """Execute every compiled kernel without a GPU, and check it as a sanitizer would.
 
-    python -m kernels.simulate [--op NAME ...] [--chip sm_90 ...] [--json FILE]       exits 1 if anything is wrong
+    python -m kernels.simulate --op rope --chip sm_90
+    python -m kernels.simulate --json benchmarks/simulated/cases.json
+    python -m kernels.simulate --check benchmarks/simulated/cases.json --changed
 
 Every op runs forward and backward, in the dtypes that ship, as this version of Triton compiles it for the chip. The
 cases are in kernels/measure/simulated_cases.py, and kernels/measure/simulated_records.py says how one is judged. A run
@@ -9,8 +11,9 @@ kernels are executed by the PTX machine (csrc/ptx, kernels/compiled/ptx.py); it 
 
     --json FILE     writes the records of this version of Triton, and keeps those of others
     --check FILE    fails if the file lacks a case, or if a counter in it differs
-    --changed       with --check: executes only one case of each op and dtype, the chips in turn, if no code has changed
-                    since the file was written by a run of all cases (kernels/measure/simulated_known.py)
+    --changed       with --check: executes only one case of each op and dtype, the chips in turn, if
+                    no code has changed since the file was written by a run of all cases
+                    (kernels/measure/simulated_known.py)
 """
 
 import argparse
@@ -27,6 +30,7 @@ from rich.progress import track
 from triton import knobs
 
 from kernels.base.commands import run_command
+from kernels.base.help_text import HelpParser
 from kernels.compiled.rules import find_unused
 from kernels.measure.simulated_cases import simulated_cases
 from kernels.measure.simulated_known import choose_samples, digest_sources, is_recorded
@@ -38,8 +42,8 @@ CHIPS = ("sm_80", "sm_90")  # that the machine executes
 
 def parse_arguments(argv: Sequence[str] | None, ops: Sequence[str]) -> argparse.Namespace:
     """Parse the command line. ops: the names that --op takes."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.simulate", description=__doc__.split("\n")[0])
-    parser.add_argument("--op", nargs="+", metavar="NAME", choices=ops, default=[], help=f"of {', '.join(ops)} (all)")
+    parser = HelpParser("kernels.simulate", __doc__)
+    parser.add_argument("--op", nargs="+", metavar="NAME", choices=ops, default=[], help=f"of {', '.join(ops)}")
     parser.add_argument("--chip", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
     parser.add_argument("--check", type=Path, metavar="FILE", help="fail when this Triton's records there differ")

@@ -1,18 +1,22 @@
 """The static gate: compile every launch that ships for chips that are not here, and judge the machine code.
 
-    python -m kernels.static [--op NAME ...] [--chip sm_90 ...] [--json FILE] [--check FILE]      exits 1 on a violation
+    python -m kernels.static --op attention --chip sm_90
+    python -m kernels.static --json records.json
+    python -m kernels.static --check records.json --changed
 
 The launches are found by running the launch functions (kernels/compiled/launch_cases.py); the rules are listed
 in kernels/compiled/rules.py. The gate needs no GPU and does not run under TRITON_INTERPRET=1. Machine code depends on
-the version of Triton, so a file may hold the records of several versions:
+the version of Triton, so a file may hold the records of several versions.
 
 csrc/cuda is judged too, where nvcc has built it (kernels/compiled/cuda_code.py; `--op csrc` judges it alone). Its
 records, of one version of nvcc, lie in cuda.json beside FILE.
 
-    --json FILE     writes the records of this version, of the ops and chips that were compiled, and keeps all others
+    --json FILE     writes the records of this version, of the ops and chips that were compiled, and
+                    keeps all others
     --check FILE    fails if the file's records of this version differ from the new ones
-    --changed       with --check: compiles only one launch of each kernel, each for another chip, and every launch whose
-                    source, arguments or options have changed since its record was written (kernels/compiled/known.py)
+    --changed       with --check: compiles only one launch of each kernel, each for another chip,
+                    and every launch whose source, arguments or options have changed since its
+                    record was written (kernels/compiled/known.py)
 """
 
 import argparse
@@ -24,6 +28,7 @@ import triton
 from triton import knobs
 
 from kernels.base.commands import run_command
+from kernels.base.help_text import HelpParser
 from kernels.compiled.cuda_code import find_cuda_differences, format_cuda_record, judge_library, save_cuda_records
 from kernels.compiled.launch_cases import all_cases
 from kernels.compiled.machine_code import CHIPS
@@ -34,7 +39,7 @@ from kernels.ops import common
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.static", description=__doc__.split("\n")[0])
+    parser = HelpParser("kernels.static", __doc__)
     parser.add_argument("--op", nargs="+", default=[], help="only these; nothing is then found unused or unplayed")
     parser.add_argument("--chip", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there")

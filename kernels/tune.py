@@ -1,8 +1,8 @@
 """Finds launch configurations by measuring them on the GPU at hand, and writes kernels/launch/<op>.json.
 
-    python -m kernels.tune [--op NAME ...] [--minutes M] [--out DIR] [--dry-run]
-    python -m kernels.tune --static [--op NAME ...] [--chip sm_90]    no GPU: ranks by what the machine code shows
-    TRITON_INTERPRET=1 python -m kernels.tune --smoke                 no GPU: the whole flow at toy size, writes nothing
+    python -m kernels.tune --op swiglu --minutes 5
+    python -m kernels.tune --static --chip sm_90        # no GPU: ranks by what the machine code shows
+    TRITON_INTERPRET=1 python -m kernels.tune --smoke   # no GPU: the whole flow at toy size, writes nothing
 
 For each entry of the launch tables that this chip reads, the candidates (kernels/measure/candidates.py) are compiled as
 the static gate does, and what it would refuse is left out. The rest are checked against the operator's plain torch
@@ -11,7 +11,6 @@ compared by the geometric mean. The entry changes when one is faster by more tha
 measurements differ by. It is written as soon as it is known, so that running out of time loses nothing.
 """
 
-import argparse
 import os
 import sys
 import warnings
@@ -24,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kernels.base.commands import run_command
+from kernels.base.help_text import HelpParser
 from kernels.compiled.launch_cases import Make, all_cases
 from kernels.compiled.machine_code import CHIPS
 from kernels.measure.candidates import drop_source, find_entries, rank_candidates, write_launch_table
@@ -87,10 +87,10 @@ def tune(ops: Sequence[str], minutes: float, smoke: bool, out: Path | None, work
 
 def main() -> None:
     """Tune, or rank by the machine code, as the command line says."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.tune", description=__doc__.split("\n")[0])
+    parser = HelpParser("kernels.tune", __doc__)
     parser.add_argument("--op", nargs="+", default=[], help="only these")
-    parser.add_argument("--minutes", type=parse_finite, default=10, help="stop after this long (default 10)")
-    parser.add_argument("--out", type=Path, metavar="DIR", default=common.LAUNCH, help="for tables (kernels/launch)")
+    parser.add_argument("--minutes", type=parse_finite, default=10, help="stop after this many minutes")
+    parser.add_argument("--out", type=Path, metavar="DIR", default=common.LAUNCH, help="for the tables")
     parser.add_argument("--dry-run", action="store_true", help="measure, write nothing")
     parser.add_argument("--static", action="store_true", help="without a GPU: rank by the machine code")
     parser.add_argument("--chip", nargs="+", choices=CHIPS, default=list(CHIPS), help="for --static")

@@ -56,7 +56,7 @@ parse_fields = make_value_parser(
 
 def add_request_flags(flags: Parser) -> None:
     """Add the flags that decide the requests for a dataset and their price."""
-    add = flags.add_argument
+    add = flags.add_argument_group("the rows").add_argument
     add("--model", type=parse_utf8, help="the model's name at the server")
     add("--rows", type=parse_count, default=52_000, help="rows to keep")
     add("--seed-tasks", type=Path, help="seed tasks of your own: Alpaca's fields, or self-instruct's instances")
@@ -69,7 +69,7 @@ def add_request_flags(flags: Parser) -> None:
 
 def add_server_flags(flags: Parser, temperature: float, max_output_tokens: int) -> None:
     """Add the flags about the server, its prices and sampling, with these defaults."""
-    add = flags.add_argument
+    add = flags.add_argument_group("server, prices and sampling").add_argument
     add("--base-url", default=os.environ.get("OPENAI_BASE_URL") or OPENAI, help="the server; also $OPENAI_BASE_URL")
     add("--api-key-env", default="OPENAI_API_KEY", help="environment variable that holds the key")
     add(
@@ -97,7 +97,7 @@ def add_server_flags(flags: Parser, temperature: float, max_output_tokens: int) 
 
 def add_run_flags(flags: Parser) -> None:
     """Add the flags about money, limits and patience of a run."""
-    add = flags.add_argument
+    add = flags.add_argument_group("money, limits and patience").add_argument
     most_help = "never spend more than this, lost answers counted at the most they can have cost"
     add("--max-usd", type=parse_dollars, help=most_help)
     in_flight_help = "requests in flight at most; the server's limits are found out"

@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, TextIO
 
+from data_gen.base.help_text import HelpParser
+
 READER_LEFT = 141  # what a shell tells of a program that SIGPIPE ended
 
 
@@ -36,34 +38,15 @@ class Stopped(Failure):
     exit_code = 143
 
 
-class HelpFormatter(argparse.HelpFormatter):
-    """Shows the default of every flag."""
-
-    def _get_help_string(self, action):
-        if action.default is argparse.SUPPRESS or action.required or not action.option_strings:
-            return action.help
-        default = action.default
-        if isinstance(default, bool):
-            default = "on" if default else "off"
-        elif default in (None, "", [], {}):
-            default = "none"
-        return f"{action.help} (default: {str(default).replace('%', '%%')})"
-
-
-class Parser(argparse.ArgumentParser):
-    """The argument parser of `python -m data_gen.NAME`.
+class Parser(HelpParser):
+    """The argument parser of `python -m data_gen.NAME`. doc: the command's docstring, with its examples.
 
     Flags take dashes or underscores and no abbreviations. The error for an unknown flag names the nearest one; every
     error is one line and exit code 2. --debug shows tracebacks.
     """
 
-    def __init__(self, name: str, description: str):
-        super().__init__(
-            prog=f"python -m data_gen.{name}",
-            description=description,
-            formatter_class=HelpFormatter,
-            allow_abbrev=False,
-        )
+    def __init__(self, name: str, doc: str | None):
+        super().__init__(f"data_gen.{name}", doc)
         self.add_argument("--debug", action="store_true", help="show where an error came from")
 
     def parse_args(  # type: ignore[override]

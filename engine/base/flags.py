@@ -2,12 +2,15 @@
 
 import dataclasses
 import difflib
+import inspect
 import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
+
+from kernels.base.help_text import render_help, split_examples
 
 T = TypeVar("T")
 
@@ -63,7 +66,7 @@ def parse_flags(
         print(format_help(cls, translate, embedded))
         raise SystemExit(0)
     problems: list[str] = []
-    raw = split_flags(argv, names, fields, problems, getattr(translate, "hints", {}))
+    raw = split_flags(argv, names, fields, problems, getattr(cls, "HINTS", {}))
     notes = translate(raw, problems) if translate else []
     values = {name: convert_words(fields[name], words, problems) for name, words in raw.items()}
     if embedded and not {"model", "data"} & set(values):
@@ -168,24 +171,36 @@ def convert_words(field: Any, words: list[str], problems: list[str]) -> Any:
 
 
 def format_help(cls: Any, translate: Translate | None = None, embedded: dict[str, Any] | None = None) -> str:
-    """Return the text of --help: every flag with its default and meaning."""
+    """Return the text of --help: every flag with its default and meaning, in the groups that cls.GROUPS names.
+
+    The examples are those of the docstring of the module that cls is from.
+    """
     module = ".".join(Path(sys.argv[0]).with_suffix("").parts[-2:])
-    lines = [f"usage: python -m {module} [--flag value ...]", "", cls.__doc__.strip(), ""]
-    for field in dataclasses.fields(cls):
-        default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
-        choices = field.metadata["choices"]
-        if isinstance(default, bool):
-            default = "on" if default else "off"
-        elif default in (None, ""):
-            default = "auto" if "auto" in field.metadata["help"] else "none"
-        name = name_to_flag(field.name) + (f" / {name_to_flag('no_' + field.name)}" if field.default is True else "")
-        values = f" {{{','.join(choices)}}}" if choices else ""
-        also = f"; also {name_to_flag(field.metadata['alias'])}" if field.metadata["alias"] else ""
-        lines.append(f"  {name}{values}\n        {field.metadata['help']} (default: {default}{also})")
-    lines.append("  --help\n        this text")
+    flags = {field.name: describe_flag(field) for field in dataclasses.fields(cls)}
+    groups: dict[str, Sequence[str]] = dict(getattr(cls, "GROUPS", {}))
+    rest = [name for name in flags if not any(name in names for names in groups.values())]
+    groups["other" if groups else "flags"] = rest
+    shown = {title: [flags[name] for name in names if name in flags] for title, names in groups.items()}
+    sections = [(title, texts) for title, texts in shown.items() if texts]
+    sections[-1][1].append(("--help", "this text"))
+    description = inspect.cleandoc(cls.__doc__)
     if embedded:
-        flags = (f"{name_to_flag(k)} {' '.join(v) if isinstance(v, tuple) else v}" for k, v in embedded.items())
-        lines += ["", "With neither --model nor --data, these stand in: " + " ".join(flags)]
-    if translate:
-        lines += ["", str(translate.__doc__).strip()]
-    return "\n".join(lines)
+        words = (f"{name_to_flag(k)} {' '.join(v) if isinstance(v, tuple) else v}" for k, v in embedded.items())
+        description += "\n\nWith neither --model nor --data, these stand in: " + " ".join(words)
+    notes = inspect.cleandoc(str(translate.__doc__)) if translate else ""
+    examples = split_examples(sys.modules[cls.__module__].__doc__)[1]
+    return render_help(module, "", description, sections, examples, notes)
+
+
+def describe_flag(field: Any) -> tuple[str, str]:
+    """Return (a flag as its line of --help begins, what it does with its default)."""
+    default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
+    if isinstance(default, bool):
+        default = "on" if default else "off"
+    elif default in (None, ""):
+        default = "auto" if "auto" in field.metadata["help"] else "none"
+    name = name_to_flag(field.name) + (f" / {name_to_flag('no_' + field.name)}" if field.default is True else "")
+    choices = field.metadata["choices"]
+    also = f"; also {name_to_flag(field.metadata['alias'])}" if field.metadata["alias"] else ""
+    values = f" {{{','.join(choices)}}}" if choices else ""
+    return f"{name}{values}", f"{field.metadata['help']} (default: {default}{also})"

@@ -1,6 +1,12 @@
-"""Every setting of a fine-tuning run: a flat frozen dataclass whose fields are the flags of engine.finetune."""
+"""Every setting of a fine-tuning run: a flat frozen dataclass whose fields are the flags of engine.finetune.
+
+python -m engine.finetune --model /models/llama-7b --data alpaca_data.json --out out/alpaca
+python -m engine.finetune --model smollm2-135m --data rows.jsonl --eval-fraction 0.05 --dry-run
+torchrun --nproc-per-node=8 -m engine.finetune --model /models/llama-13b --data rows.jsonl --out out/rows
+"""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from engine.base.flags import KERNELS, KERNELS_HELP, flag, name_to_flag, suggest_nearest
 from engine.model.adapter import ALL_LINEAR, adapter_from_settings
@@ -14,6 +20,29 @@ LORA_FLAGS = (
     "lora_alpha_pattern", "lora_save",
 )  # fmt: skip
 EVERY = "off, end, epoch, or a number of steps"
+HINTS = {"batch_size": "global_batch_size", "num_epochs": "epochs", "max_seq_length": "max_length"}  # for unknown flags
+# The groups of --help, in its order. A flag that stands in none comes under "other".
+GROUPS = {
+    "model": ("model", "random_init", "tokenizer", "dtype"),
+    "data": (
+        "data", "eval_data", "eval_fraction", "prompt_style", "train_on_prompt", "max_length", "skip_bad_rows",
+        "token_cache", "shuffle", "seed",
+    ),
+    "recipe": (
+        "epochs", "max_steps", "global_batch_size", "lr", "lr_schedule", "warmup_ratio", "weight_decay", "beta1",
+        "beta2", "adam_eps", "grad_clip", "loss_norm", "max_skips", "spike_threshold", "spike_rollback",
+    ),
+    "memory and speed": (
+        "micro_batch_tokens", "micro_batch_size", "packing", "share_prefix", "recompute", "master_weights",
+        "optimizer_states", "offload_optimizer", "optimizer_in_backward", "device", "kernels", "deterministic",
+    ),
+    "several GPUs": ("replicas", "rank_timeout"),
+    "saving": ("out", "save_every", "keep", "resume", "allow_changed", "max_shard_bytes"),
+    "looking": (
+        "dry_run", "eval_every", "sample_every", "sample_prompts", "sample_tokens", "log_every", "tracker", "profile",
+        "debug",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -23,6 +52,8 @@ class FinetuneConfig:
     With neither --model nor --data it fine-tunes SmolLM2-135M on the embedded seed tasks, in a few minutes on a CPU.
     """
 
+    GROUPS: ClassVar = GROUPS
+    HINTS: ClassVar = HINTS
     model: str = flag(
         "", "folder (Hugging Face or Meta layout), .gguf file, or named model", alias="model_name_or_path"
     )

@@ -15,7 +15,6 @@ UNNEEDED = {
     "do_train": "this command does nothing else",
     "dataloader_num_workers": "a thread packs the next step",
 }
-HINTS = {"batch_size": "global_batch_size", "num_epochs": "epochs", "max_seq_length": "max_length"}
 TORCHS_ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf")
 ADAMW_8BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
 DEFAULT_MICRO_BATCH, DEFAULT_ACCUMULATION, DEFAULT_STEPS = 8, 1, 500  # what transformers takes for an absent flag
@@ -49,7 +48,6 @@ translate_stanford_flags.flags = (  # type: ignore[attr-defined]
     "eval_strategy", "eval_steps", "save_strategy", "save_steps", "gradient_checkpointing", "optim", "report_to",
     "warmup_steps", "lr_scheduler_kwargs",
 )  # fmt: skip
-translate_stanford_flags.hints = HINTS  # type: ignore[attr-defined]
 
 
 MAX_DIGITS = 18  # of a whole number; Python refuses those of more than 4,300

@@ -111,6 +111,7 @@ def test_the_flags_of_the_pages_are_in_help():
     helps = read_helps(sorted({module for _, module, _ in used}), ROOT, ROOT)
     for module, text in helps.items():
         assert text.startswith(f"usage: python -m {module}") or module.startswith("scripts."), module
+        assert module.startswith("scripts.") or max(map(len, text.splitlines())) <= 100, module
     wrong = [found for found in used if found[2].replace("_", "-") not in helps[found[1]].replace("_", "-")]
     assert not wrong
 

@@ -145,3 +145,21 @@ def test_a_process_ends_with_the_code():
     text = f"from data_gen.base.cli import *\nrun_command({main})"
     done = subprocess.run([sys.executable, "-c", text, "here"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (3, "", "error: \\ud800 here\n")
+
+
+def test_the_layout_of_help_is_that_of_the_other_commands():
+    ours, theirs = (ROOT / folder / "base" / "help_text.py" for folder in ("data_gen", "kernels"))
+    assert ours.read_text() == theirs.read_text()
+
+
+def test_help_groups_flags_and_ends_with_examples_that_a_shell_reads(capsys):
+    long = "python -m data_gen.x " + "--rows 1 " * 12
+    parser = Parser("x", f"Does x.\n\npython -m data_gen.x --rows 1\n{long}\n\nMore of it.")
+    parser.add_argument("file", metavar="FILE", nargs="+", help="what is read")
+    parser.add_argument_group("money").add_argument("--rows", default=3, help="rows, " + "of them " * 20)
+    text = parser.format_help()
+    assert max(map(len, text.splitlines())) <= 100
+    assert text.startswith("usage: python -m data_gen.x FILE ... [--flag value ...]\n\nDoes x.\n\nMore of it.\n")
+    assert text.index("files:") < text.index("flags:") < text.index("money:\n  --rows\n      rows, of them")
+    assert "(default: 3)" in text and "examples:\n  python -m data_gen.x --rows 1\n" in text
+    assert text[text.rindex("python") :].replace("\\\n", "").split() == long.split()

@@ -7,7 +7,7 @@ import pytest
 
 from engine.base.flags import parse_flags
 from engine.model.config import MODELS, ModelConfig
-from engine.training.config import EMBEDDED_DEFAULTS, FinetuneConfig
+from engine.training.config import EMBEDDED_DEFAULTS, GROUPS, FinetuneConfig
 from engine.training.stanford_flags import translate_stanford_flags
 
 STANFORD = """--model_name_or_path tiny --data_path ./alpaca_data.json --bf16 True --output_dir out/x
@@ -149,11 +149,23 @@ def test_what_is_not_near_is_not_suggested(text, capsys):
 def test_help_names_every_flag_with_its_default(capsys):
     with pytest.raises(SystemExit) as stop:
         parse("--help")
-    text = capsys.readouterr().out
+    lines = capsys.readouterr().out
+    text = " ".join(lines.split())
     assert stop.value.code == 0
     for field in dataclasses.fields(FinetuneConfig):
-        assert f"  --{field.name.replace('_', '-')}" in text and field.metadata["help"] in text
+        assert f"\n  --{field.name.replace('_', '-')}" in lines and " ".join(field.metadata["help"].split()) in text
     assert "(default: 2e-05; also --learning-rate)" in text
+
+
+def test_help_has_groups_and_three_examples(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.endswith(":") and not line.startswith(" ")] == [
+        *(f"{title}:" for title in GROUPS), "examples:"
+    ]  # fmt: skip
+    assert sum("engine.finetune" in line for line in lines[lines.index("examples:") :]) == 3
+    assert lines.index("saving:") < lines.index("  --out") < lines.index("looking:") < lines.index("  --dry-run")
 
 
 def test_named_models_have_the_parameters_they_are_known_for():
