@@ -16,7 +16,10 @@ from engine.data.data_files import map_file, read_records
 from engine.data.values import BadRow, get_text, is_empty, name_kind, require_text, require_type, shorten
 from engine.text.templates import Message, Row
 
-SEED_TASKS = Path(__file__).parents[2] / "data_gen" / "seed_tasks.jsonl"  # embedded: --data seed-tasks
+EMBEDDED = {  # names that --data and --eval-data take for files that come along
+    name: Path(__file__).parents[2] / "data_gen" / f"{name.replace('-', '_')}.jsonl"
+    for name in ("seed-tasks", "orders", "orders-held-out")
+}
 SHOWN = 5  # bad rows that an error describes
 ALPACA = {"instruction", "input", "output"}
 SYSTEM = ("system", "system_prompt")  # a system message of its own key
@@ -30,8 +33,8 @@ READ = {  # the keys of each kind of row, of which the first is what tells it
 
 
 def resolve_data_paths(names: Iterable[str]) -> list[Path]:
-    """Return the files that --data names. "seed-tasks" names the embedded seed tasks."""
-    return [SEED_TASKS if name == "seed-tasks" else Path(name) for name in names]
+    """Return the files that --data names: embedded ones by their name, others by their path."""
+    return [EMBEDDED.get(name) or Path(name) for name in names]
 
 
 @dataclass(slots=True)

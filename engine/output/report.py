@@ -21,6 +21,7 @@ from engine.output.report_numbers import (
     read_column,
 )
 from engine.output.report_style import SCRIPT, STYLE
+from engine.output.summary import summarize_losses, summarize_scores
 
 FEW_UPDATES = 8  # fewer are told
 SAMPLES_BYTES = 400_000  # of all samples together; the page stays under 1 MB
@@ -56,7 +57,7 @@ def read_events(path: Path) -> dict[str, list[Line]]:
     Of an event that was written twice for a step the later line is taken. A torn line is left out.
     """
     events: dict[str, dict[tuple, Line]] = {
-        name: {} for name in ("train", "eval", "sample", "save", "skip", "spike", "end")
+        name: {} for name in ("train", "eval", "score", "answer", "sample", "save", "skip", "spike", "end")
     }
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
@@ -75,15 +76,18 @@ def render_page(run: dict[str, Any], events: dict[str, list[Line]]) -> str:
     final = next(
         (value for line in (end, *reversed(train)) if (value := finite_number(line.get("loss"))) is not None), None
     )
-    title = f"{name}: {'no loss yet' if final is None else f'loss {final:.4f}'}"
+    title = f"{name}: {summarize_losses(events)}".replace("->", "→")
     status = str(end.get("status") or "done") if events["end"] else "in progress or interrupted"
     parameters, started = finite_number(run["model"].get("parameters")), run.get("started")
     facts = [f"{format_si(parameters)} parameters".replace("G", "B")] if parameters else []
     facts += [f"started {started}"] if started else []
+    if score := summarize_scores(events["score"]).replace("->", "→"):
+        facts.insert(0, score)
     state = f'<span class="{"" if status == "done" else "open"}">{escape(status)}</span>'
     style, script = hash_inline_block(STYLE), hash_inline_block(SCRIPT)
     policy = f"default-src 'none'; style-src '{style}'; script-src '{script}'; form-action 'none'"
     data, environment = render_table("Data", run["data"], format_entry), render_table("Environment", run["environment"])
+    use = render_commands(run) if status == "done" else render_commands(run | {"use": {}})
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -105,10 +109,12 @@ def render_page(run: dict[str, Any], events: dict[str, list[Line]]) -> str:
 {render_chart("Gradient norm", {"train": read_column(train, "grad_norm")}, zero=True)}
 {render_chart("Tokens per second", smooth_points(read_column(train, "tokens_per_second")), zero=True)}
 </div>
-{render_samples(events["sample"])}
+{render_samples("Held-out answers", events["answer"])}
+{render_samples("Samples", events["sample"])}
+{use}
 <div class="tables">
+<section>{render_settings(run)}</section>
 <section>{data}{environment}{render_events(events)}</section>
-<section>{render_table("Settings", run["config"])}</section>
 </div>
 <script>{SCRIPT}</script>
 </body>
@@ -129,11 +135,12 @@ def render_key_figures(
         return f"<div><dt>{escape(label)}</dt><dd>{escape(value)}{note}</dd></div>"
 
     losses = [loss for _, loss in read_column(train, "loss") if loss is not None]
-    rows = [row("Final train loss", format_figure(final), f"from {losses[0]:.4f}" if losses else "")]
+    rows = []
     if evals:
         perplexity = finite_number(evals[-1].get("perplexity"))
         note = "" if perplexity is None else f"perplexity {format_figure(perplexity)}"
-        rows.append(row("Eval loss", format_figure(finite_number(evals[-1].get("loss"))), note))
+        rows.append(row("Held-out loss", format_figure(finite_number(evals[-1].get("loss"))), note))
+    rows.append(row("Last step's loss", format_figure(final), f"from {losses[0]:.4f}" if losses else ""))
     epoch = finite_number(train[-1].get("epoch")) if train else None
     rows.append(
         row("Steps", format_count(train[-1]["step"] if train else 0), "" if epoch is None else f"epoch {epoch:.4g}")
@@ -171,8 +178,35 @@ def render_loss_chart(train: list[Line], evals: list[Line]) -> str:
     return f'<div class="wide">{chart}{note}</div>'
 
 
-def render_samples(lines: list[Line]) -> str:
-    """Return each prompt with the model's answers before and after training side by side."""
+def render_settings(run: dict[str, Any]) -> str:
+    """Return the settings: those that differ from their defaults, then the others folded up.
+
+    A run.json without the names of those that differ has one table of all.
+    """
+    config, changed = run["config"], run.get("changed")
+    if not isinstance(changed, list):
+        return render_table("Settings", config)
+    first = {name: value for name, value in config.items() if name in changed}
+    rest = {name: value for name, value in config.items() if name not in changed}
+    folded = f"<summary>{len(rest)} settings as they are by default</summary>{render_table('', rest)}"
+    others = f"<details>{folded}</details>"
+    return render_table("Settings that differ from the defaults", first) + (others if rest else "")
+
+
+def render_commands(run: dict[str, Any]) -> str:
+    """Return the command of the run and those that use its model, each on a line that can be copied."""
+    use = run["use"] if isinstance(run.get("use"), dict) else {}
+    commands = [("train it again", run.get("command")), *use.items()]
+    lines = "".join(
+        f'<p class="label">{escape(str(what))}</p><pre>{escape(clip_text(command))}</pre>'
+        for what, command in commands
+        if isinstance(command, str)
+    )
+    return f"<h2>Commands</h2>{lines}" if lines else ""
+
+
+def render_samples(title: str, lines: list[Line]) -> str:
+    """Return each prompt with the model's answers before and after training side by side, under a title."""
     prompts: dict[str, list[Line]] = {}
     cards: list[str] = []
     size = 0
@@ -184,6 +218,8 @@ def render_samples(lines: list[Line]) -> str:
         between = answers[bool(before) : len(answers) - bool(after)]
         between = between[:: -(-len(between) // 8) or 1]  # eight at most, evenly
         card = f'<article><div class="prompt"><span class="label">Prompt</span>{render_text(prompt)}</div>'
+        if isinstance(wanted := answers[-1].get("wanted"), str):
+            card += f'<div class="prompt"><span class="label">Wanted</span>{render_text(wanted)}</div>'
         card += '<div class="pair">' + render_answer("before", "Before training", before)
         card += (
             render_answer("after", f"After step {format_count(after['step'])}" if after else "After training", after)
@@ -200,7 +236,7 @@ def render_samples(lines: list[Line]) -> str:
             cards.append(f'<p class="note">{len(prompts) - len(cards)} more prompts are in metrics.jsonl.</p>')
             break
         cards.append(card + "</article>")
-    return f"<h2>Samples</h2>{''.join(cards)}" if cards else ""
+    return f"<h2>{title}</h2>{''.join(cards)}" if cards else ""
 
 
 def render_answer(kind: str, label: str, line: Line | None) -> str:
@@ -239,7 +275,8 @@ def render_table(title: str, entries: dict[str, Any], show: Callable[[Any], str]
     rows = "".join(
         f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in flatten_entries(entries, show)
     )
-    return f"<h2>{escape(title)}</h2><table>{rows}</table>" if rows else ""
+    heading = f"<h2>{escape(title)}</h2>" if title else ""
+    return f"{heading}<table>{rows}</table>" if rows else ""
 
 
 def flatten_entries(entries: dict[str, Any], show: Callable[[Any], str], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -42,6 +42,8 @@ article { margin: 0 0 1.25rem; border: 1px solid var(--line); border-radius: 8px
 .pair > div + div { border-left: 1px solid var(--line) } .pair .before { color: var(--soft) }
 details { padding: .6rem 1rem; border-top: 1px solid var(--line) } details > div { margin-top: .8rem }
 summary { cursor: pointer; color: var(--soft); font-size: .87rem } .label { color: var(--soft); font-size: .8rem }
+.label { margin: .8rem 0 0 } pre { margin: .2rem 0 0; padding: .6rem .8rem; background: var(--panel); font-size: .87rem;
+  border-radius: 8px; white-space: pre-wrap; overflow-wrap: anywhere; user-select: all }
 .tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 0 3rem }
 table { width: 100%; border-collapse: collapse; font-size: .87rem } tr { border-bottom: 1px solid var(--line) }
 th, td { padding: .35rem 0; text-align: left; vertical-align: top; overflow-wrap: anywhere } th { width: 45%;

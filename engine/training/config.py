@@ -36,11 +36,12 @@ GROUPS = {
         "micro_batch_tokens", "micro_batch_size", "packing", "share_prefix", "recompute", "master_weights",
         "optimizer_states", "offload_optimizer", "optimizer_in_backward", "device", "kernels", "deterministic",
     ),
+    "adapters": ("adapter", *LORA_FLAGS),
     "several GPUs": ("replicas", "rank_timeout"),
     "saving": ("out", "save_every", "keep", "resume", "allow_changed", "max_shard_bytes"),
     "looking": (
-        "dry_run", "eval_every", "sample_every", "sample_prompts", "sample_tokens", "log_every", "tracker", "profile",
-        "debug",
+        "dry_run", "eval_every", "score_answers", "sample_every", "sample_prompts", "sample_tokens", "log_every",
+        "tracker", "profile", "debug",
     ),
 }  # fmt: skip
 
@@ -49,7 +50,7 @@ GROUPS = {
 class FinetuneConfig:
     """Fine-tune a LLaMA on instruction data.
 
-    With neither --model nor --data it fine-tunes SmolLM2-135M on the embedded seed tasks, in a few minutes on a CPU.
+    With neither --model nor --data it teaches SmolLM2-135M to write customers' messages as orders, in minutes on a CPU.
     """
 
     GROUPS: ClassVar = GROUPS
@@ -149,6 +150,9 @@ class FinetuneConfig:
     eval_data: tuple[str, ...] = flag((), "files of held-out examples")
     eval_fraction: float = flag(0.0, "share of --data held out, chosen by the seed")
     eval_every: str = flag("epoch", f"held-out loss, where there is held-out data: {EVERY}")
+    score_answers: int = flag(
+        0, "held-out examples that are answered, and compared with the answers they have, where held-out loss is due"
+    )
     sample_every: str = flag("off", f"answers to a few prompts, before, during and after: {EVERY}")
     sample_prompts: str = flag("", "file of prompts, one a line; without it three of our own")
     sample_tokens: int = flag(64, "longest sampled answer")
@@ -183,7 +187,7 @@ class FinetuneConfig:
                 ("epochs", 1), ("max_steps", 1), ("global_batch_size", 1), ("micro_batch_tokens", 1),
                 ("micro_batch_size", 1), ("max_length", 2), ("lr", 0), ("weight_decay", 0), ("grad_clip", 0),
                 ("seed", 0), ("keep", 1), ("max_shard_bytes", 1), ("sample_tokens", 1), ("log_every", 1),
-                ("max_skips", 0), ("replicas", 1), ("rank_timeout", 1), ("spike_threshold", 0),
+                ("max_skips", 0), ("score_answers", 0), ("replicas", 1), ("rank_timeout", 1), ("spike_threshold", 0),
             ]
             if getattr(self, name) is not None and not getattr(self, name) >= least
         ]  # fmt: skip
@@ -212,6 +216,10 @@ class FinetuneConfig:
             )
         if self.loss_norm == "micro-mean" and self.packing:
             object.__setattr__(self, "packing", False)  # its micro-batches hold the rows in their order
+        if self.score_answers and not (self.eval_data or self.eval_fraction):
+            problems.append("--score-answers wants held-out rows; pass --eval-data FILE or --eval-fraction 0.05")
+        if self.score_answers and self.train_on_prompt:
+            problems.append("--score-answers and --train-on-prompt exclude each other: the answer has no beginning")
         if self.eval_data and self.eval_fraction:
             problems.append("--eval-data and --eval-fraction exclude each other")
         if self.random_init and self.model not in MODELS:
@@ -245,6 +253,6 @@ class FinetuneConfig:
 
 
 EMBEDDED_DEFAULTS = dict(  # of the demo: a real model and real rows, minutes on two cores
-    model=EMBEDDED_MODEL, data=("seed-tasks",), out="out/demo", epochs=1, global_batch_size=16, lr=1e-4,
-    eval_fraction=0.1, eval_every="end", sample_every="end", sample_tokens=48,
+    model=EMBEDDED_MODEL, data=("orders",), eval_data=("orders-held-out",), out="out/demo", epochs=1,
+    global_batch_size=8, lr=1e-4, eval_every="end", score_answers=24,
 )  # fmt: skip

@@ -12,6 +12,7 @@ from engine.text.templates import Row, encode_prompt, find_stop_ids
 from engine.training.plan import Plan
 from engine.training.run import Run
 from engine.training.saving import Checkpoints
+from engine.training.scoring import score_answers
 
 CHUNK_EXAMPLES = 256  # held-out examples that are packed together
 
@@ -24,6 +25,8 @@ def evaluate_if_due(plan: Plan, run: Run, checkpoints: Checkpoints, model: Trans
     config = plan.config
     if plan.held_out and plan.is_due(config.eval_every, step) and ("eval", step) not in run.reported:
         evaluate(plan, run, checkpoints, model, step)
+        if config.score_answers:
+            score_answers(plan, run, model, step)
     if plan.is_due(config.sample_every, step) and ("sample", step) not in run.reported:
         show_samples(plan, run, model, step)
 

@@ -2,9 +2,6 @@
 
 import dataclasses
 import os
-import shlex
-import shutil
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -23,12 +20,14 @@ from engine.output import checkpoint
 from engine.output.checkpoint import Checkpoint
 from engine.output.folder import METRICS, RUN, describe_environment, read_metrics, read_run
 from engine.output.metrics import Metrics, NoMetrics
-from engine.output.report import write_report
+from engine.output.report import read_events, write_report
+from engine.output.summary import summarize_run
 from engine.output.trackers import TrackedMetrics, make_run_name, open_tracker
 from engine.training.evaluation import evaluate_if_due
 from engine.training.loop import train
 from engine.training.loss_spikes import SpikeDetector
 from engine.training.micro_batch_size import MicroBatchSize
+from engine.training.next_commands import describe_use, format_command
 from engine.training.optimizer import AdamW, choose_optimizer
 from engine.training.plan import Plan, describe_few_updates, describe_plan
 from engine.training.resume import Start
@@ -91,14 +90,10 @@ def fine_tune(plan: Plan, world: World, signals: Signals, start: Start) -> None:
                 end_run(plan, run, record | {"status": status, "seconds": seconds})
     if world.is_main:
         print(f"the model is in {out}, the report in {out / 'report.html'}{describe_few_updates(plan)}")
-        print(f"talk to it: {name_python()} -m engine.serve --model {shlex.quote(str(out))}")
-
-
-def name_python() -> str:
-    """Return what a shell in this folder calls this Python: "python", or its path where that is another one or none."""
-    if os.path.abspath(shutil.which("python") or "") == os.path.abspath(sys.executable):
-        return "python"
-    return shlex.quote(min(sys.executable, os.path.relpath(sys.executable), key=len))
+        for line in summarize_run(read_events(out / METRICS)):
+            print(line)
+        for what, command in record["use"].items():
+            print(f"{what}: {command}")
 
 
 def build_model(plan: Plan, world: World, found: Checkpoint | None) -> tuple[Transformer, AdamW]:
@@ -138,7 +133,10 @@ def describe_run(plan: Plan, world: World, earlier: dict[str, Any]) -> dict[str,
     """Return what run.json records of a run that has just begun. earlier: what it held before a resume."""
     return {
         "status": "running",
+        "command": format_command(world.size),
         "config": dataclasses.asdict(plan.config),
+        "changed": [f.name for f in dataclasses.fields(plan.config) if getattr(plan.config, f.name) != f.default],
+        "use": describe_use(plan.config),
         "model": {
             "name": plan.config.model,
             "parameters": plan.model_config.n_parameters,

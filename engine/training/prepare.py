@@ -33,6 +33,7 @@ from engine.training.datasets import read_datasets
 from engine.training.micro_batch_size import TOKENS_MULTIPLE, choose_mesh_and_tokens, round_up
 from engine.training.optimizer import chooses_cpu
 from engine.training.plan import Plan, suggest_more_updates
+from engine.training.scoring import require_questions
 from kernels.ops.adamw import STATES
 
 SAMPLE_PROMPTS = (
@@ -45,7 +46,8 @@ SAMPLE_PROMPTS = (
 MAY_CHANGE = {
     "adapter_dir", "tokenizer", "data", "eval_data", "token_cache", "out", "device", "micro_batch_tokens",
     "micro_batch_size", "packing", "share_prefix", "recompute", "offload_optimizer", "optimizer_in_backward",
-    "eval_every", "sample_every", "sample_prompts", "sample_tokens", "save_every", "keep", "resume", "max_shard_bytes",
+    "eval_every", "score_answers", "sample_every", "sample_prompts", "sample_tokens", "save_every", "keep", "resume",
+    "max_shard_bytes",
     "kernels", "deterministic", "replicas", "rank_timeout", "dry_run", "skip_bad_rows", "allow_changed", "max_skips",
     "spike_threshold", "spike_rollback", "log_every", "debug", "profile", "tracker",
 }  # fmt: skip
@@ -110,6 +112,7 @@ def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) ->
         adapter, start_adapter,
     )  # fmt: skip
     require_updates(plan)
+    require_questions(plan)
     return plan
 
 

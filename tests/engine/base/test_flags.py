@@ -30,7 +30,7 @@ def problems(text, capsys):
 
 def test_no_arguments_is_the_embedded_run():
     config, notes = parse("")
-    assert (config.model, config.data, notes) == ("smollm2-135m", ("seed-tasks",), [])
+    assert (config.model, config.data, notes) == ("smollm2-135m", ("orders",), [])
 
 
 def test_the_defaults_are_the_alpaca_recipe():
@@ -165,6 +165,7 @@ def test_help_has_groups_and_three_examples(capsys):
         *(f"{title}:" for title in GROUPS), "examples:"
     ]  # fmt: skip
     assert sum("engine.finetune" in line for line in lines[lines.index("examples:") :]) == 3
+    assert lines.index("  --help") > lines.index("  --dry-run")
     assert lines.index("saving:") < lines.index("  --out") < lines.index("looking:") < lines.index("  --dry-run")
 
 

@@ -40,11 +40,20 @@ def train(step, **changes):
 
 def realistic(steps=300):
     lines = [train(step) for step in range(1, steps + 1)]
-    lines += [dict(event="eval", step=s, loss=1.2, perplexity=math.exp(1.2)) for s in range(50, steps + 1, 50)]
+    lines += [
+        dict(event="eval", step=s, loss=1.2 + 0.1 * (s == 50), perplexity=math.exp(1.2))
+        for s in range(50, steps + 1, 50)
+    ]
     for step in (0, steps // 2, steps):
         lines += [
             dict(event="sample", step=step, prompt=p + EVIL, text=f"{p} at {step} {EVIL}") for p in ("z", "b", "c")
         ]
+    for step, equal in ((0, 1), (steps, 2)):
+        for i in range(2):
+            lines += [
+                dict(event="answer", step=step, prompt=f"q{i}", wanted=EVIL, text=f"a{i} at {step}", equal=i < equal)
+            ]
+        lines += [dict(event="score", step=step, equal=equal, answers=2, overlap=0.5)]
     lines += [dict(event="skip", step=7, reason=EVIL), dict(event="save", step=9, path=EVIL, seconds=1, bytes=5e9)]
     return [*lines, dict(event="end", step=steps, seconds=320, loss=1.1742, status="done")]
 
@@ -103,7 +112,7 @@ def report(folder, lines, run=RUN):
     allowed = (
         "html head meta title style body header h1 p span dl div dt dd small figure figcaption h3 output svg rect line"
     )
-    allowed += " text path circle h2 article details summary section table tr th td script"
+    allowed += " text path circle h2 article details summary section table tr th td script pre"
     assert {tag for tag, _ in page.tags} <= set(allowed.split())
     assert sum(tag == "script" for tag, _ in page.tags) == 1
     assert not [a for _, a in page.tags for name in a if name.startswith("on") or name in ("src", "href", "style")]
@@ -113,9 +122,10 @@ def report(folder, lines, run=RUN):
 
 def test_a_whole_run(tmp_path):
     page = report(tmp_path, realistic())
-    assert page.of("title") == ["smollm2-135m: loss 1.1742"] and "· done · 135M parameters · started 2025" in page.text
-    assert page.figure("Final train loss").startswith("1.1742from 2.")
-    assert page.figure("Eval loss") == "1.2000perplexity 3.3201"
+    assert page.of("title") == ["smollm2-135m: held-out loss 1.3000 → 1.2000"] == page.of("h1")
+    assert "done · held-out answers as wanted: 1 → 2 of 2 · 135M parameters · started 2025" in page.text
+    assert page.figure("Last step's loss").startswith("1.1742from 2.")
+    assert page.figure("Held-out loss") == "1.2000perplexity 3.3201"
     assert page.figure("Steps") == "300epoch 3" and page.figure("Examples") == "2,400"
     assert page.figure("Tokens") == "300,000" and page.figure("Tokens per second").startswith("2,000")
     assert page.figure("Time") == "5m 18s2m 30s in steps" and page.figure("Peak memory") == "2.00 GiB"
@@ -133,10 +143,32 @@ def test_a_whole_run(tmp_path):
 def test_samples_stand_side_by_side(tmp_path):
     page = report(tmp_path, realistic())
     prompts = [text.removeprefix("Prompt") for text in page.of("div", "prompt")]
-    assert prompts == [p + EVIL for p in "zbc"]  # in the order of the run
-    assert page.of("div", "before") == [f"Before training{p} at 0 {EVIL}" for p in "zbc"]
-    assert page.of("div", "after") == [f"After step 300{p} at 300 {EVIL}" for p in "zbc"]
+    answers = ["q0", f"Wanted{EVIL}", "q1", f"Wanted{EVIL}"]
+    assert prompts == [*answers, *(p + EVIL for p in "zbc")]  # in the order of the run
+    befores, afters = page.of("div", "before"), page.of("div", "after")
+    assert befores == [
+        *(f"Before traininga{i} at 0" for i in range(2)),
+        *(f"Before training{p} at 0 {EVIL}" for p in "zbc"),
+    ]
+    assert afters[:2] == [f"After step 300a{i} at 300" for i in range(2)]
+    assert afters[2:] == [f"After step 300{p} at 300 {EVIL}" for p in "zbc"]
     assert len(page.of("details")) == 3 and f"Step 150z at 150 {EVIL}" in page.of("details")[0]
+
+
+def test_settings_that_differ_come_first_and_commands_can_be_copied(tmp_path):
+    run = RUN | {"changed": ["data", "evil"], "command": f"python -m x '{EVIL}'", "use": {"ask it": "python -m y"}}
+    page = report(tmp_path, realistic(), run)
+    assert page.of("pre") == [f"python -m x '{EVIL}'", "python -m y"]
+    changed, others = "differ from the defaults data a.json evil", "3 settings as they are by default lr 2e-05"
+    assert 0 < page.text.index(changed) < page.text.index(others)
+    stopped = report(tmp_path, [*realistic()[:-1], dict(event="end", status="stopped")], run)
+    assert stopped.of("pre") == [f"python -m x '{EVIL}'"]  # there is no model to use
+
+
+def test_without_held_out_rows_the_headline_is_the_train_loss_of_both_ends(tmp_path):
+    lines = [train(step, loss=3.0 if step <= 10 else 1.0 if step > 30 else 9.0) for step in range(1, 41)]
+    assert report(tmp_path, lines).of("h1") == ["smollm2-135m: train loss 3.0000 → 1.0000 (means of 10 steps)"]
+    assert report(tmp_path, [train(1, loss=2.5)]).of("h1") == ["smollm2-135m: train loss 2.5000"]
 
 
 def test_the_page_is_a_function_of_the_run(tmp_path):
@@ -153,7 +185,7 @@ def test_the_policy_lets_in_this_page_s_own_blocks_alone(tmp_path):
 
 def test_no_eval_no_samples(tmp_path):
     page = report(tmp_path, [train(step) for step in range(1, 31)])
-    assert "Samples" not in page.text and "Eval loss" not in page.text and "eval" not in page.of("figcaption")[0]
+    assert "Samples" not in page.text and "Held-out loss" not in page.text and "eval" not in page.of("figcaption")[0]
 
 
 def test_without_an_end_it_says_so(tmp_path):
@@ -172,7 +204,7 @@ def test_one_step(tmp_path):
     page = report(tmp_path, [train(1, loss=2.5)])
     circles = [a for t, a in page.tags if t == "circle"]
     assert len(circles) == 4 and all(a["cx"] == "50.00%" for a in circles)
-    assert page.figure("Final train loss").startswith("2.5000")
+    assert page.figure("Last step's loss").startswith("2.5000")
 
 
 def test_losses_that_are_no_number(tmp_path):
@@ -182,7 +214,7 @@ def test_losses_that_are_no_number(tmp_path):
     raw = page.curves()[0]
     assert raw.count("M") == 3 and len(re.findall("[ML]", raw)) == 25  # gaps at 3-4 and at 6, none told as a number
     assert "5 of 30 steps have no finite loss." in page.text and page.text.count("no data") == 1
-    assert page.figure("Final train loss").startswith("30.0000from 3.0000")
+    assert page.figure("Last step's loss").startswith("30.0000from 3.0000")
     page = report(tmp_path, [train(1, loss=None), train(2, loss=None)])
     assert "no loss yet" in page.of("title")[0] and "2 of 2 steps" in page.text
 
@@ -233,7 +265,7 @@ def test_what_is_missing_or_broken_is_left_out(tmp_path):
 
 def test_a_step_told_twice_counts_once(tmp_path):
     page = report(tmp_path, [train(2, loss=5.0), train(2, loss=3.0), train(1, loss=4.0)])
-    assert page.figure("Final train loss").startswith("3.0000from 4.0000") and page.figure("Tokens") == "2,000"
+    assert page.figure("Last step's loss").startswith("3.0000from 4.0000") and page.figure("Tokens") == "2,000"
 
 
 # In a browser
@@ -261,7 +293,7 @@ def chromium(tmp_path_factory):
 def test_in_a_browser(tmp_path, chromium):
     report(tmp_path, realistic())
     dom, console = chromium(tmp_path / "report.html")
-    assert console == [] and "<title>smollm2-135m: loss 1.1742</title>" in dom
+    assert console == [] and "<title>smollm2-135m: held-out loss 1.3000 → 1.2000</title>" in dom
     curves = re.findall(r'<path class="\w+" d="([^"]*)"', dom)
     assert len(curves) == 7 and all(len(re.findall("[ML]", curve)) >= 6 for curve in curves)
 
