@@ -17,6 +17,7 @@ from engine.base.device import cpu_multiplies_bf16
 from engine.base.errors import run_main
 from engine.base.flags import parse_flags
 from engine.base.signals import Signals
+from engine.base.terminal import print_wrapped
 from engine.distributed.world import World, start_ranks
 from engine.output.folder import LOCK, lock_output_folder
 from engine.planning import tables
@@ -43,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     signals = Signals()
     with ExitStack() as stack:
         world = stack.enter_context(start_ranks(config.device, config.rank_timeout))
-        say = print if world.is_main else say_nothing
+        say = print_wrapped if world.is_main else say_nothing
         for note in notes:
             say(note)
         out = Path(config.out)

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from data_gen.base.cli import UsageError, print_text
-from data_gen.base.files import read_rows, write_atomically
+from data_gen.base.files import write_atomically
 from data_gen.base.language import guess_language
 from data_gen.page.blocks import EXAMPLE_CHARS
 from data_gen.page.document import render_document, render_figure
@@ -22,6 +22,7 @@ from data_gen.page.formatting import (
     format_percent,
     format_rows,
 )
+from data_gen.page.row_files import read_any_rows
 from data_gen.page.run_files import Rejected, Row, RunRecord, parse_rows, read_rejected, read_run
 from data_gen.page.sections import (
     find_spending,
@@ -38,7 +39,7 @@ from data_gen.rows.tokens import tokenize
 
 
 def write_report(path: str | Path, out: str | Path | None = None) -> Path:
-    """Write a page about the rows of a .json or .jsonl file, and return its path. Equal files give equal bytes.
+    """Write a page about the rows of a file, and return its path. Equal files give equal bytes.
 
     Raise DataError for a file without rows of instructions, UsageError for a path that the page cannot have.
     """
@@ -49,18 +50,19 @@ def write_report(path: str | Path, out: str | Path | None = None) -> Path:
         raise UsageError(f"--out: got {out}, which the report is made from; wanted another file")
     if not out.parent.is_dir():
         raise UsageError(f"--out: there is no folder {out.parent}; make it first")
-    rows = parse_rows(read_rows(path), path)
+    found, n_bad = read_any_rows(path)
+    rows = parse_rows(found)
     rejected = read_rejected(beside[1])
     run = read_run(beside[2])
     if run.fault:
         print_text(f"warning: {path.parent}: {run.fault}", sys.stderr)
-    page = render_page(path.name, rows, rejected, run)
+    page = render_page(path.name, rows, rejected, run, n_bad)
     write_atomically(out, [page.encode("utf-8", "replace").decode()])
     return out
 
 
-def render_page(name: str, rows: Sequence[Row], rejected: Rejected | None, run: RunRecord) -> str:
-    """Return the HTML of the whole page. name is that of the file of rows."""
+def render_page(name: str, rows: Sequence[Row], rejected: Rejected | None, run: RunRecord, n_bad: int = 0) -> str:
+    """Return the HTML of the whole page. name is that of the file of rows, of which n_bad could not be read."""
     tokens = [tokenize(row.instruction) for row in rows]
     lengths = {
         "instruction": sorted(map(len, tokens)),
@@ -80,7 +82,7 @@ def render_page(name: str, rows: Sequence[Row], rejected: Rejected | None, run: 
     }
     title = clip_text(f"{name}: {format_rows(len(rows))}", EXAMPLE_CHARS)
     lead = f"Cria instruction dataset{render_state(rows, run)}"
-    return render_document(title, lead, render_key_figures(rows, lengths, rejected, run), sections)
+    return render_document(title, lead, render_key_figures(rows, lengths, rejected, run, n_bad), sections)
 
 
 def render_state(rows: Sequence[Row], run: RunRecord) -> str:
@@ -110,7 +112,7 @@ def format_moment(iso: str) -> str:
 
 
 def render_key_figures(
-    rows: Sequence[Row], lengths: dict[str, list[int]], rejected: Rejected | None, run: RunRecord
+    rows: Sequence[Row], lengths: dict[str, list[int]], rejected: Rejected | None, run: RunRecord, n_bad: int
 ) -> str:
     """Return the key figures at the top of the page. lengths are the sorted lengths of each field in words."""
     counts, n = run.counts, len(rows)
@@ -121,6 +123,8 @@ def render_key_figures(
         render_figure("Rows", format_count(n), other),
         render_figure("With input", format_percent(inputs, n), format_count(inputs)),
     ]
+    if n_bad:
+        parts.append(render_figure("Bad rows", format_count(n_bad), "left out: not readable, or of no known kind"))
     for name, found in lengths.items():
         note = "where there is one" if name == "input" else ""
         parts.append(render_figure(f"Median {name}", f"{statistics.median(found):,g} words" if found else "-", note))

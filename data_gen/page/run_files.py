@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_gen.base.cli import DataError
 from data_gen.base.files import FIELDS
 from data_gen.page.formatting import as_number, as_text
 
@@ -88,10 +87,8 @@ class RunRecord:
     fault: str = ""  # why nothing of the file could be read
 
 
-def parse_rows(rows: list[dict[str, Any]], path: Path) -> list[Row]:
-    """Return the rows of a file with any value made a text. Raise DataError if no row has an instruction."""
-    if rows and not any("instruction" in row for row in rows):
-        raise DataError(f'{path}: no row has an "instruction"; wanted Alpaca rows: instruction, input, output')
+def parse_rows(rows: list[dict[str, Any]]) -> list[Row]:
+    """Return rows with Alpaca's keys as Rows, any value made a text."""
     parsed = []
     for row in rows:
         found = row.get("provenance")

@@ -1,8 +1,10 @@
 """Progress for people: a live bar on a terminal, plain lines elsewhere. Rank 0 alone shows it."""
 
 import os
+import shutil
 import statistics
 import sys
+import textwrap
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -187,6 +189,17 @@ class Output:
                 os.close(null)
             except (OSError, ValueError):
                 pass
+
+
+def print_wrapped(text: object) -> None:
+    """Print a text, its lines wrapped between words where stdout is a terminal; elsewhere lines stay whole."""
+    if not sys.stdout.isatty():
+        print(text)
+        return
+    columns = max(shutil.get_terminal_size().columns, 20)
+    for line in str(text).split("\n"):
+        indent = line[: len(line) - len(line.lstrip())] + "  "
+        print(textwrap.fill(line, columns, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False))
 
 
 def count_items(iterable: Any, total: int | None) -> int | None:

@@ -231,7 +231,14 @@ class FinetuneConfig:
             problems.append(f"--model {self.model} is a shape without weights; give a folder, or add --random-init")
         if not self.out:
             problems.append("--out is empty, wanted a folder")
-        problems += [f"{name_to_flag(name)} is missing" for name in ("model", "data") if not getattr(self, name)]
+        wanted = {
+            "model": f"a folder (Hugging Face or Meta layout), a .gguf file, or {EMBEDDED_MODEL}, which comes along; "
+            "docs/models.md has a table of tested ones",
+            "data": "files of rows (docs/data.md), or seed-tasks or orders, which come along",
+        }
+        problems += [
+            f"{name_to_flag(name)} is missing: {what}" for name, what in wanted.items() if not getattr(self, name)
+        ]
         if problems:
             raise ValueError("\n".join(problems))
 

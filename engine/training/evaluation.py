@@ -54,7 +54,9 @@ def show_samples(plan: Plan, run: Run, model: Transformer, step: int) -> None:
     """Write greedy answers to the sample prompts, to the terminal and to metrics.jsonl."""
     tokenizer, style = plan.tokenizer, plan.config.prompt_style
     prompts = [encode_prompt(Row("", None, prompt), tokenizer, style) for prompt in plan.sample_prompts]
-    answers = generate(model, prompts, find_stop_ids(tokenizer, style), plan.config.sample_tokens)
+    n = plan.config.sample_tokens
+    run.progress.print_message(f"answering {len(prompts)} sample prompts, {n} tokens each at most")
+    answers = generate(model, prompts, find_stop_ids(tokenizer, style), n)
     titles = {0: "before", plan.total_steps: "after"}
     title = titles.get(step, f"after {step} steps")
     for prompt, answer in zip(plan.sample_prompts, answers, strict=True):

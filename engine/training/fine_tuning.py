@@ -11,7 +11,7 @@ from typing import Any
 from engine.base.errors import Stopped
 from engine.base.files import write_json
 from engine.base.signals import Signals
-from engine.base.terminal import Progress
+from engine.base.terminal import Progress, print_wrapped
 from engine.data.batches import Batches
 from engine.distributed import fsdp
 from engine.distributed.world import World
@@ -50,7 +50,7 @@ def fine_tune(plan: Plan, world: World, signals: Signals, start: Start) -> None:
         checkpoint.remove_temporaries(out)
         if config.resume == "never":
             checkpoint.remove_checkpoints_after(out, -1)
-        print(describe_plan(plan, world))
+        print_wrapped(describe_plan(plan, world))
     model, optimizer = build_model(plan, world, found)
     world.wait_for_all()  # every rank has read the checkpoint before any may remove it
     start_step = found.step if found else 0

@@ -18,6 +18,8 @@ def train(plan: Plan, run: Run, checkpoints: Checkpoints, steps: Steps, model: T
     Raises Stopped, with the state saved, on a signal, and DivergedError when the loss stops being a number.
     """
     config = plan.config
+    if plan.device.type == "cpu" and first_step <= plan.total_steps:
+        run.progress.print_message(f"step {first_step} begins; its line comes when it has ended")
     for step in range(first_step, plan.total_steps + 1):
         lr = config.lr * lr_factor(config.lr_schedule, step, plan.total_steps, config.warmup_ratio)
         run.world.note_place(f"step {step}")

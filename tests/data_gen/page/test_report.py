@@ -1,6 +1,7 @@
 """The page about a dataset: its figures are those of the data, odd files do no harm, no text is ever markup."""
 
 import base64
+import gzip
 import hashlib
 import itertools
 import json
@@ -14,6 +15,7 @@ import pytest
 
 from data_gen.base.cli import DataError, UsageError, run_for_exit_code
 from data_gen.page.report import write_report
+from data_gen.page.row_files import read_turns
 from data_gen.report import main
 from data_gen.rows.tokens import tokenize
 from tests.helpers.own_rows import alpaca_rows
@@ -382,7 +384,7 @@ def test_wrong_files_are_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "d.jsonl"
     path.write_text('{"messages": []}\n')
-    with pytest.raises(DataError, match='no row has an "instruction"'):
+    with pytest.raises(DataError, match="none of its 1 rows has an instruction"):
         write_report(path)
     path.write_text('{"instruction": "Write.", "output": "x"}\n')
     for out in (path, "d.jsonl", tmp_path / "run.json", tmp_path / "." / "rejected.jsonl"):
@@ -455,3 +457,57 @@ def test_nothing_sticks_out_and_charts_answer(chromium, tmp_path, width):
     _, console = chromium(source, width)
     assert len(console) == 3 and f"width {width} scroll {width} out undefined" in console[0], console
     assert "says true" in console[1] and "then true" in console[2]
+
+
+# ---- every kind of file and row -------------------------------------------------------------------------------------
+
+CHAT = [{"role": "user", "content": "Name a tree."}, {"role": "assistant", "content": "An oak."}]
+KINDS = {
+    "alpaca": {"instruction": "Name a tree.", "input": "", "output": "An oak."},
+    "messages": {"messages": [{"role": "system", "content": "Be short."}, *CHAT]},
+    "conversations": {
+        "conversations": [{"from": "human", "value": "Name a tree."}, {"from": "gpt", "value": "An oak."}]
+    },
+    "completion": {"prompt": "Name a tree.", "completion": "An oak."},
+    "chats of two parts": {"prompt": CHAT[:1], "completion": CHAT[1:]},
+}
+
+
+def write_file(path, rows):
+    """Write rows as the file's name says."""
+    if ".csv" in path.suffixes:
+        text = "prompt,completion\n" + "".join(f"{row['prompt']},{row['completion']}\n" for row in rows)
+    elif path.suffix == ".parquet":
+        pytest.importorskip("pyarrow.parquet").write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), path)
+        return
+    else:
+        text = json.dumps(rows) if ".json" in path.suffixes else "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_row_is_read(tmp_path, kind):
+    write_file(tmp_path / "rows.jsonl", [KINDS[kind]])
+    page = Page(write_report(tmp_path / "rows.jsonl").read_text())
+    assert page.figure("Rows") == "1" and page.figure("Median instruction").startswith("3 words")
+    assert page.figure("Median output").startswith("2 words") and "Bad rows" not in page.text
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl.gz", "rows.csv", "rows.csv.gz", "rows.parquet"])
+def test_every_kind_of_file_is_read(tmp_path, name):
+    write_file(tmp_path / name, [KINDS["completion"]] * 3)
+    page = Page(write_report(tmp_path / name).read_text())
+    assert page.figure("Rows") == "3" and page.figure("Median output").startswith("2 words")
+
+
+def test_a_turn_between_the_first_question_and_the_last_answer_is_input():
+    turns = [*CHAT, {"role": "user", "content": "Another?"}, {"role": "assistant", "content": "An elm."}]
+    expected = {"instruction": "Name a tree.", "input": "assistant: An oak.\n\nuser: Another?", "output": "An elm."}
+    assert read_turns(turns) == expected
+
+
+def test_bad_rows_are_counted_and_left_out(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(KINDS["alpaca"]) + '\n{"instruction": "cut\n5\n{"other": 1}\n\n[]\n')
+    page = Page(write_report(path).read_text())
+    assert page.figure("Rows") == "1" and page.figure("Bad rows").startswith("4|left out")

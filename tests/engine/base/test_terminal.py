@@ -210,3 +210,15 @@ def test_clock():
     assert [format_duration(s) for s in (None, 0, 59.4, 59.6, 80, 3600, 7500, 273600)] == [
         "-", "0s", "59s", "1m00s", "1m20s", "1h00m", "2h05m", "3d04h"
     ]  # fmt: skip
+
+
+def test_lines_wrap_between_words_on_a_terminal_alone(monkeypatch, capsys):
+    text = "data: " + ", ".join(f"{n} examples" for n in range(12)) + "\n  short"
+    log.print_wrapped(text)
+    assert capsys.readouterr().out == text + "\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "40")
+    log.print_wrapped(text)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 40 and len(lines) > 4 and lines[-1] == "  short"
+    assert " ".join(" ".join(lines).split()) == " ".join(text.split())
