@@ -155,10 +155,13 @@ def render_key_figures(
     )
     rows.append(row("Time", format_time(took), f"{format_time(busy)} in steps" if busy else ""))
     if busy:
-        rows.append(row("Tokens per second", format_count(total("tokens") / busy), "mean over the steps"))
+        note, computed = "mean over the steps", total("computed_tokens")
+        if 0 < computed < total("tokens"):  # a prefix that examples share is computed once
+            note = f"effective; {format_count(computed / busy)} of them computed"
+        rows.append(row("Tokens per second", format_count(total("tokens") / busy), note))
     mfu = [value for _, value in read_column(train, "mfu") if value is not None]
     if mfu:
-        rows.append(row("MFU", f"{100 * sum(mfu) / len(mfu):.1f}%", "6 · parameters · tokens/s ÷ dense bf16 peak"))
+        rows.append(row("MFU", f"{100 * sum(mfu) / len(mfu):.1f}%", "6 · parameters · computed tokens/s ÷ bf16 peak"))
     peak = max((value for _, value in read_column(train, "peak_memory_bytes") if value is not None), default=None)
     if peak is not None:
         rows.append(row("Peak memory", f"{peak / 2**30:.2f} GiB"))

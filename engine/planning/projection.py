@@ -41,7 +41,7 @@ class Projection:
     block_s: tuple[float, float]  # of a block's forward and backward in a micro-batch
     traffic: Traffic  # that each GPU sends
     tokens_per_s: float  # logical, of all GPUs
-    mfu: float  # 6 N logical tokens a second / peak
+    mfu: float  # 6 N computed tokens a second / peak
     steps: int
     total_s: float
     dollars: float | None
@@ -112,7 +112,7 @@ def project(
     total_s = seconds["total"] * min(steps, recipe.epochs * mix.examples / per_step)  # an epoch's last step is smaller
     rate = cards * mix.logical / seconds["total"]
     dollars = None if card.price_per_hour is None else total_s / 3600 * cards * card.price_per_hour
-    mfu = 6 * c.n_parameters * rate / (1e12 * card.peak_tflops * cards)
+    mfu = 6 * c.n_parameters * cards * tokens / seconds["total"] / (1e12 * card.peak_tflops * cards)
     return Projection(work, seconds, blocks, sent, rate, mfu, steps, total_s, dollars)
 
 

@@ -257,8 +257,10 @@ def print_speed(estimate: Estimate, own_price: bool) -> None:
     print_table(title, ("part", "ms", "at"), time_rows(estimate))
     if cards > 1:
         print_communication(estimate.outcome)
+    computed = cards * projection.work.tokens / projection.seconds["total"]
     print(
-        f"{projection.tokens_per_s:,.0f} tokens/s ({speed.source}), MFU {projection.mfu:.0%}: "
+        f"{projection.tokens_per_s:,.0f} tokens/s ({speed.source}), effective: a shared prefix is computed once\n"
+        f"{computed:,.0f} computed tokens/s, MFU {projection.mfu:.0%}: "
         f"6 x {estimate.model.n_parameters:.3g} x tokens/s / {of_cards}{card.peak_tflops:g}e12"
     )
     duration = format_duration(projection.total_s)

@@ -216,10 +216,6 @@ class FinetuneConfig:
             )
         if self.loss_norm == "micro-mean" and self.packing:
             object.__setattr__(self, "packing", False)  # its micro-batches hold the rows in their order
-        if self.score_answers and not (self.eval_data or self.eval_fraction):
-            problems.append("--score-answers wants held-out rows; pass --eval-data FILE or --eval-fraction 0.05")
-        if self.score_answers and self.train_on_prompt:
-            problems.append("--score-answers and --train-on-prompt exclude each other: the answer has no beginning")
         if self.eval_data and self.eval_fraction:
             problems.append("--eval-data and --eval-fraction exclude each other")
         if self.random_init and self.model not in MODELS:
@@ -231,16 +227,23 @@ class FinetuneConfig:
             problems.append(f"--model {self.model} is a shape without weights; give a folder, or add --random-init")
         if not self.out:
             problems.append("--out is empty, wanted a folder")
+        problems += self._find_missing()
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def _find_missing(self) -> list[str]:
+        """Return which flags lack others, and what they may be."""
         wanted = {
             "model": f"a folder (Hugging Face or Meta layout), a .gguf file, or {EMBEDDED_MODEL}, which comes along; "
             "docs/models.md has a table of tested ones",
             "data": "files of rows (docs/data.md), or seed-tasks or orders, which come along",
         }
-        problems += [
-            f"{name_to_flag(name)} is missing: {what}" for name, what in wanted.items() if not getattr(self, name)
-        ]
-        if problems:
-            raise ValueError("\n".join(problems))
+        found = [f"{name_to_flag(name)} is missing: {what}" for name, what in wanted.items() if not getattr(self, name)]
+        if self.score_answers and not (self.eval_data or self.eval_fraction):
+            found.append("--score-answers wants held-out rows; pass --eval-data FILE or --eval-fraction 0.05")
+        if self.score_answers and self.train_on_prompt:
+            found.append("--score-answers and --train-on-prompt exclude each other: the answer has no beginning")
+        return found
 
     def _find_adapter_problems(self) -> list[str]:
         """Return what is wrong with the flags of adapters."""

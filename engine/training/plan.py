@@ -15,7 +15,7 @@ from engine.distributed.world import World
 from engine.formats.adapters import Adapter
 from engine.formats.source import Source
 from engine.model.adapter import AdapterConfig, list_updates
-from engine.model.config import ModelConfig
+from engine.model.config import EMBEDDED_MODEL, ModelConfig
 from engine.planning.memory import state_bytes, trained_shapes
 from engine.planning.setting import describe_mesh
 from engine.text.tokenizer import Tokenizer
@@ -106,10 +106,13 @@ def describe_plan(plan: Plan, world: World) -> str:
     if plan.device.type == "cpu" and plan.dtype == torch.bfloat16 and not cpu_multiplies_bf16():
         slow = " (this CPU has no bf16 instructions: --dtype fp32 is faster)"
     recompute = f"; --recompute auto is {plan.recompute}" if config.recompute == "auto" else ""
+    is_embedded = config.model == EMBEDDED_MODEL and not config.random_init
+    origin = " (SmolLM2-135M-Instruct, dequantised from Q4_1)" if is_embedded else ""
     examples = f" and {config.micro_batch_size} examples" if config.micro_batch_size else ""
     return (
-        f"model: {config.model}, {c.n_parameters / 1e6:.1f}M parameters, {plan.facts['dtype']} on {plan.device}, "
-        f"kernels: {plan.kernels}{slow}; weights, gradients and optimizer (states in {states}) "
+        f"model: {config.model}{origin}, {c.n_parameters / 1e6:.1f}M parameters, "
+        f"{plan.facts['dtype']} on {plan.device}, kernels: {plan.kernels}{slow}; "
+        f"weights, gradients and optimizer (states in {states}) "
         f"{total_bytes / 1e9:.2f} GB{ranks}{describe_adapter(plan)}\n"
         f"plan: {plural(plan.total_steps, 'step')} of {count_examples(plan)} in micro-batches of at most "
         f"{plan.packing.max_tokens} tokens{examples}; "

@@ -16,7 +16,6 @@ from engine.training.plan import Plan
 from engine.training.run import Run
 
 SHOWN = 3  # answers that the terminal shows; metrics.jsonl and the report have all
-SPARE_TOKENS = 4  # that an answer may be longer than the longest wanted one before it is cut
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,8 @@ def score_answers(plan: Plan, run: Run, model: Transformer, step: int) -> None:
     config, tokenizer = plan.config, plan.tokenizer
     stop_ids = find_stop_ids(tokenizer, config.prompt_style)
     questions = find_questions(plan.held_out, config.score_answers, stop_ids)
-    n = max(len(question.reference) for question in questions) + SPARE_TOKENS
+    n = max(len(question.reference) for question in questions)
+    n += n // 2 + 8  # a longer answer is not the wanted one; this much shows how it goes on
     longest = max(len(question.prompt) for question in questions)
     n = min(n, plan.model_config.max_positions - longest)
     run.progress.print_message(f"answering {len(questions)} held-out examples, {n} tokens each at most")

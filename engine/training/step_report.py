@@ -65,7 +65,8 @@ def log_step(plan: Plan, run: Run, report: StepReport) -> None:
         memory = torch.cuda.max_memory_allocated(plan.device)
         card = detect_card(plan.device)
         if card:
-            mfu = 6 * plan.model_config.n_parameters * rate / (run.world.size * 1e12 * card.peak_tflops)
+            computed_rate = report.n_computed_tokens / report.seconds  # without what examples share
+            mfu = 6 * plan.model_config.n_parameters * computed_rate / (run.world.size * 1e12 * card.peak_tflops)
     run.progress.show_step(
         report.step, loss=report.loss, lr=report.lr, grad_norm=report.grad_norm, tokens_per_second=rate
     )

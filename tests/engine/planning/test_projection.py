@@ -104,8 +104,9 @@ def test_a_step_waits_for_communication_that_is_not_hidden(card, offload, replic
     assert shards * seconds["update"] == pytest.approx(whole, rel=0.001)
     assert projection.tokens_per_s == 8 * mix.logical / seconds["total"]
     assert projection.mfu == pytest.approx(
-        projection.tokens_per_s * 6 * c.n_parameters / (8e12 * found.card.peak_tflops)
+        projection.work.tokens / seconds["total"] * 6 * c.n_parameters / (1e12 * found.card.peak_tflops)
     )
+    assert projection.work.tokens < mix.logical
     assert projection.steps == 3 * 102 and projection.total_s == seconds["total"] * (3 * 52002 / 512)
     assert projection.dollars == pytest.approx(8 * found.card.price_per_hour * projection.total_s / 3600)
 

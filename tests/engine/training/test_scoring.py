@@ -82,7 +82,7 @@ def test_a_run_counts_the_answers_that_are_as_wanted(tmp_path, monkeypatch, caps
 
     def answer(model, prompts, stop_ids, n):  # nothing before training; after it all but the second are right
         right, is_before = [question.reference for question in asked[-1]], len(asked) == 2  # prepare() asked too
-        assert prompts == [question.prompt for question in asked[-1]] and n == max(map(len, right)) + 4
+        assert prompts == [question.prompt for question in asked[-1]] and n > max(map(len, right)) + 8
         return [[] for _ in right] if is_before else [right[0], right[0], right[2]]
 
     monkeypatch.setattr(scoring, "find_questions", find)
