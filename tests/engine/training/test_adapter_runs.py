@@ -282,7 +282,7 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_loaded(rows,
 def test_a_state_is_merged_as_the_adapter_it_would_be(plain, tmp_path, capsys):
     state = plain / "checkpoint-6"
     run("--model", state, "--out", tmp_path / "no", main=export.main, code=2)
-    assert "--merge writes its base with the updates in the weights; add it" in capsys.readouterr().err
+    assert "is an adapter: --merge writes its base with the updates in the weights" in capsys.readouterr().err
     for name, model in (("state", state), ("run", plain)):
         run("--model", model, "--merge", "--out", tmp_path / name, main=export.main)
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("state", "run"))
