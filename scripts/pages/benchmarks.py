@@ -14,6 +14,7 @@ from data_gen.base.cli import run_for_reader
 from scripts.pages.cpu_adamw import cpu_adamw, offloaded
 from scripts.pages.data import data_gen, data_speed, dedup, dedup_row
 from scripts.pages.decoding import decoding, decoding_row, spread
+from scripts.pages.demo import demo, demo_row
 from scripts.pages.gpu_table import format_report, format_targets, read_reports
 from scripts.pages.nf4 import nf4
 from scripts.pages.serving import clients, crowd, lm_eval, serving, serving_row
@@ -218,6 +219,9 @@ MEASUREMENTS = (
     Measurement(
         "accumulation", "Gradients added up in bf16",
         script("scripts.parity.gradient_sums", "accumulation"), accumulation,
+    ),
+    Measurement(
+        "demo", "The demo", "OMP_NUM_THREADS=1 " + script("scripts.speed.demo", "demo"), demo, demo_row,
     ),
     Measurement("nf4", "NF4 with bitsandbytes' bits", script("scripts.parity.nf4", "nf4"), nf4),
     Measurement(

@@ -1,0 +1,36 @@
+"""The demo's section of docs/measurements.md and its row of README."""
+
+from scripts.pages.without_gpu import paragraph
+
+
+def demo(figures):
+    """Return the lines about the demo over several seeds."""
+    runs, before = figures["runs"], figures["seed_tasks"]
+    ratio = figures["cpu_ratio"]
+    return [
+        paragraph(
+            f"`make demo` teaches SmolLM2-135M ({figures['dtype']}) to write messages as orders, from 144 rows, and "
+            f"asks it for {runs[0]['answers']} that share no name, town, thing or wording with them. The seed is of the "
+            f"order of the rows. The demo of before, on the seed tasks, took {before['cpu_seconds']:.0f} CPU seconds "
+            f"({before['seconds']:.0f} by the clock of a machine with other work) and went from a held-out loss of "
+            f"{before['loss'][0]:.4f} to {before['loss'][-1]:.4f}; this one takes {ratio['median']:.2f} of its CPU "
+            f"seconds ({ratio['min']:.2f} to {ratio['max']:.2f})."
+        ),
+        "",
+        "| seed | held-out loss before | after | answers as wanted before | after | CPU seconds | seconds |",
+        "|---|---|---|---|---|---|---|",
+        *(
+            f"| {run['seed']} | {run['loss'][0]:.4f} | {run['loss'][-1]:.4f} | {run['equal'][0]} of {run['answers']} | "
+            f"{run['equal'][-1]} of {run['answers']} | {run['cpu_seconds']:.0f} | {run['seconds']:.0f} |"
+            for run in runs
+        ),
+    ]
+
+
+def demo_row(figures):
+    """Return README's cells: what, ours, peer, ratio."""
+    runs = figures["runs"]
+    after = sorted(run["equal"][-1] for run in runs)
+    what = f"held-out answers as wanted after `make demo`, {len(runs)} seeds"
+    ours, most = f"{after[0]} to {after[-1]} of {runs[0]['answers']}", max(run["equal"][0] for run in runs)
+    return what, ours, f"{most} (before it)", f"{figures['cpu_ratio']['median']:.2f} of the old demo's CPU time"
