@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.base.errors import DataError
-from engine.data.rows import SEED_TASKS, read_rows
+from engine.data.rows import EMBEDDED, read_rows
 from kernels.base.commands import run_command
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
@@ -116,7 +116,7 @@ def list_files(tasks: Rows) -> list[tuple[str, str, bytes]]:
 
 def make_table() -> str:
     """Return the table: rows read, rows refused and the first reason, keys counted, for each file."""
-    tasks = [json.loads(line) for line in SEED_TASKS.read_text().splitlines()]
+    tasks = [json.loads(line) for line in EMBEDDED["seed-tasks"].read_text().splitlines()]
     lines = ["| file | read | refused | counted, not read |", "|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
         for what, name, content in list_files(tasks):

@@ -10,9 +10,9 @@ def demo(figures):
     return [
         paragraph(
             f"`make demo` teaches SmolLM2-135M ({figures['dtype']}) to write messages as orders, from 144 rows, and "
-            f"asks it for {runs[0]['answers']} that share no name, town, thing or wording with them. The seed is of the "
-            f"order of the rows. The demo of before, on the seed tasks, took {before['cpu_seconds']:.0f} CPU seconds "
-            f"({before['seconds']:.0f} by the clock of a machine with other work) and went from a held-out loss of "
+            f"asks it for {runs[0]['answers']} that share no name, town, thing or wording with them. The seed is "
+            f"of the order of the rows. The demo of before, on the seed tasks, took {before['cpu_seconds']:.0f} CPU "
+            f"seconds ({before['seconds']:.0f} by the clock of a machine with other work) and went from a held-out loss of "
             f"{before['loss'][0]:.4f} to {before['loss'][-1]:.4f}; this one takes {ratio['median']:.2f} of its CPU "
             f"seconds ({ratio['min']:.2f} to {ratio['max']:.2f})."
         ),
