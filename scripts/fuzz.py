@@ -9,22 +9,32 @@ CPU seconds of the slowest. The command exits with 1 where any was wrong, anothe
 """
 
 import argparse
+import contextlib
+import io
 import json
 import random
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data_gen.api.ledger import LEDGER_NAME, Ledger
+from data_gen.api.prices import read_price_table
 from data_gen.base.cli import DataError as DataGenError
+from data_gen.base.cli import UsageError as DataGenUsageError
+from data_gen.judging.answers import read_answers
+from data_gen.page.report import write_report as write_dataset_report
+from data_gen.rows.contamination import Decontaminator
 from engine.base.errors import DataError, UsageError
 from engine.comparing.vote_file import VoteFile
+from engine.data import token_cache
+from engine.data.dataset import encode_rows
 from engine.data.prompts import read_prompts
 from engine.data.rows import read_rows
 from engine.formats.names import list_pieces
@@ -39,13 +49,10 @@ from engine.output.report import write_report
 from engine.output.saver import WriterGroup, write_checkpoint
 from engine.text.tokenizer_files import load_tokenizer
 from kernels.base.commands import run_for_reader
+from scripts.base.damaged import damage
 
 CONFIG = ModelConfig(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, hidden_dim=32, vocab_size=260, max_seq_len=64)
-REFUSED = (DataError, UsageError, DataGenError)
-HOSTILE: tuple[Any, ...] = (
-    None, True, False, -1, 0, 1.5, 10**30, 10**400, 1e308, float("nan"), "", "\ud800", "x" * 300, "../x", [], {}, [[]],
-    {"a": None}, [1, "a"],
-)  # fmt: skip
+REFUSED = (DataError, UsageError, DataGenError, DataGenUsageError)
 ROWS = [{"instruction": f"Say {i}.", "input": "", "output": f"It is {i}."} for i in range(3)]
 CHAT = [{"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Ho."}]}] * 2
 
@@ -163,6 +170,89 @@ def write_rows(name: str, rows: list[dict[str, Any]]) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_text(text) and None
 
 
+def write_sentencepiece(folder: Path) -> None:
+    """Write a tokenizer.model of 300 pieces, as LLaMA's."""
+    import sentencepiece
+
+    content = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([f"line {i}: the quick brown fox {i * i}" for i in range(99)]), model_writer=content,
+        vocab_size=300, model_type="bpe", byte_fallback=True, normalization_rule_name="identity", minloglevel=2,
+    )  # fmt: skip
+    (folder / "tokenizer.model").write_bytes(content.getvalue())
+
+
+def read_sentencepiece(folder: Path) -> Any:
+    """Return the ids of a text and the special tokens of a tokenizer.model."""
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer.encode_batch(["the quick brown fox, 12 \u00e9"])
+    return [list(one) for one in ids], tokenizer.bos_id, tokenizer.eos_id, sorted(tokenizer.stop_ids)
+
+
+def write_tokens(folder: Path) -> None:
+    """Write an entry of the token cache."""
+    write_tokenizer(folder)
+    (folder / "rows.json").write_text(json.dumps(ROWS))
+    rows, _ = read_rows([folder / "rows.json"])
+    table = encode_rows(rows, load_tokenizer(folder), max_length=64)
+    for path in folder.iterdir():
+        path.unlink()
+    token_cache.save_entry(folder, "0" * 64, table, [], Counter({"id": 3}), [folder / "rows.json"], print)
+
+
+def read_tokens(folder: Path) -> Any:
+    """Return the numbers of an entry of the token cache. Raise DataError where it is taken for none."""
+    found = token_cache.load_entry(folder, "0" * 64, [folder / "rows.json"], 64, lambda text: None)
+    if found is None:
+        raise DataError("it is tokenised again")
+    table, skipped, unread = found
+    return table.tokens.tolist(), table.is_target.tolist(), table.rows.tolist(), len(skipped), dict(unread)
+
+
+def write_ledger(folder: Path) -> None:
+    """Write a ledger of five requests."""
+    ledger = Ledger(folder)
+    ledger.write_settings(seed=0, dialect={"format": "json_object"})
+    for request in range(5):
+        attempt, intent = ledger.prepare_intent(request, "0" * 64, "m", 1000)
+        answer = {"choices": [{"message": {"content": "Yes."}, "finish_reason": "stop"}], "model": "m"}
+        body = json.dumps(answer | {"usage": {"prompt_tokens": 9, "completion_tokens": request}})
+        ledger.commit([intent, ledger.prepare_outcome(attempt, "answer", 200, body, (9, request), 70 + request)])
+    ledger.close()
+
+
+def read_ledger(folder: Path) -> Any:
+    """Return all that a ledger tells."""
+    ledger = Ledger(folder, create=False)
+    try:
+        return list(ledger.read_outcomes()), ledger.read_settings(), ledger.compute_totals(), ledger.list_missing()
+    finally:
+        ledger.close()
+
+
+def write_dataset(folder: Path) -> None:
+    """Write what data_gen.generate leaves: dataset.jsonl, rejected.jsonl and run.json."""
+    rows = [row | {"provenance": {"request": i, "item": 0, "model": "m", "usd": 0.1}} for i, row in enumerate(ROWS)]
+    lost = [{"request": 1, "item": 2, "reason": "duplicate", "detail": "", "similarity": 0.8, **ROWS[0]}]
+    counts = {"kept": 3, "items": 4, "requests": 2, "rejected": {"duplicate": 1}, "repaired": {}}
+    run = {"status": "done", "settings": {"seed": 0}, "counts": counts, "cost": {"spent_usd": 0.3}, "models": {"m": 2}}
+    for name, lines in (("dataset", rows), ("rejected", lost)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "run.json").write_text(json.dumps(run))
+
+
+def read_dataset(folder: Path) -> str:
+    """Return the page about a dataset, without the warning of a damaged run.json."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        return write_dataset_report(folder / "dataset.jsonl").read_text()
+
+
+def write_prices(folder: Path) -> None:
+    """Write a table of prices."""
+    models = {"a": [1, 2.5], "b": {"input": 0.1, "output": 3, "as_of": "2026-01-02", "ends": "2027-03-04"}}
+    (folder / "p.json").write_text(json.dumps({"as_of": "2026-11-30", "host": "h", "batch": 0.5, "models": models}))
+
+
 VOTE = {"prompt": "Say 1.", "models": ["A", "B"], "vote": "A"}
 READERS = {
     "hf": Reader(lambda folder: save_hf(folder, make_model(), eos_ids=(0,)), read_weights),
@@ -175,49 +265,19 @@ READERS = {
     "prompts": Reader(write_rows("p.jsonl", ROWS), lambda folder: read_prompts(folder / "p.jsonl")),
     "state": Reader(write_state, read_state, ("state.safetensors",)),
     "run": Reader(write_run, read_run),
+    "shards": Reader(lambda folder: save_hf(folder, make_model(), max_shard_bytes=9000, eos_ids=(0,)), read_weights),
+    "tokenizer.model": Reader(write_sentencepiece, read_sentencepiece),
+    "tokens": Reader(write_tokens, read_tokens, ("tokens.npy", "is_target.npy", "rows.npy")),
+    "ledger": Reader(write_ledger, read_ledger, (LEDGER_NAME,)),
+    "dataset": Reader(write_dataset, read_dataset),
+    "prices": Reader(write_prices, lambda folder: read_price_table(folder / "p.json")),
+    "answers": Reader(write_rows("a.json", ROWS), lambda folder: read_answers(folder / "a.json")),
+    "evaluation": Reader(write_rows("e.jsonl", ROWS), lambda folder: Decontaminator([folder / "e.jsonl"]).prompts),
     "votes": Reader(write_rows("votes.jsonl", [VOTE] * 3), read_votes),
 }
 
 
-# ---- damage ---------------------------------------------------------------------------------------------------------
-
-
-def replace_one(value: Any, new: Any, rng: random.Random) -> Any:
-    """Return a JSON value in which one value, chosen at random, is another one."""
-    if isinstance(value, dict) and value and rng.random() < 0.9:
-        key = rng.choice(list(value))
-        return value | {key: replace_one(value[key], new, rng)}
-    if isinstance(value, list) and value and rng.random() < 0.9:
-        at = rng.randrange(len(value))
-        return [*value[:at], replace_one(value[at], new, rng), *value[at + 1 :]]
-    return new
-
-
-def change_json(raw: bytes, rng: random.Random) -> bytes | None:
-    """Return a JSON or JSONL file with one of its values changed, None where it is none."""
-    lines = raw.splitlines() if raw.count(b"}\n{") else [raw]
-    at = rng.randrange(len(lines))
-    try:
-        value = json.loads(lines[at])
-    except ValueError:
-        return None
-    mark = "a mark that is not there"
-    deep, digits = "[" * 5000 + "]" * 5000, "9" * 5000
-    new = rng.choice([*HOSTILE, mark, mark])
-    text = json.dumps(replace_one(value, new, rng)).replace(json.dumps(mark), rng.choice([deep, digits, "[" * 100_000]))
-    return b"\n".join([*lines[:at], text.encode(), *lines[at + 1 :]])
-
-
-def damage(raw: bytes, name: str, rng: random.Random) -> tuple[str, bytes]:
-    """Return (kind of damage, the bytes of a file damaged)."""
-    kind = rng.choice(["bit", "bit", "end", "json", "json"])
-    if kind == "json" and "json" in name and (changed := change_json(raw, rng)) is not None:
-        return kind, changed
-    if kind == "end":
-        return kind, raw[: rng.randrange(len(raw))]
-    flipped = bytearray(raw)
-    flipped[rng.randrange(min(len(raw), 4096) if rng.random() < 0.7 else len(raw))] ^= 1 << rng.randrange(8)
-    return "bit", bytes(flipped)
+# ---- reading what is damaged ----------------------------------------------------------------------------------------
 
 
 def is_same(a: Any, b: Any) -> bool:
@@ -244,7 +304,7 @@ def fuzz(reader: Reader, folder: Path, seed: int, more: Callable[[int], bool]) -
     """Damage a reader's files again and again, while more(inputs tried) says so, and return what came of it."""
     reader.make(folder)
     originals = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-    files = [path for path in originals if not path.name.endswith(".html")]
+    files = [path for path, raw in originals.items() if raw and not path.name.endswith(".html")]
     wanted, rng, tally = reader.read(folder), random.Random(seed), Tally(Counter(), 0.0, [])
     while more(tally.counts["tried"]):
         path = rng.choice(files)
@@ -264,17 +324,18 @@ def fuzz(reader: Reader, folder: Path, seed: int, more: Callable[[int], bool]) -
             tally.faults.append(f"{path.name}, {kind}: read otherwise")
         tally.counts[found] += 1
         tally.slowest = max(tally.slowest, time.process_time() - began)
-        for original, raw in restore(folder, originals):
-            original.write_bytes(raw)
+        restore(folder, originals)
     return tally
 
 
-def restore(folder: Path, originals: dict[Path, bytes]) -> Iterator[tuple[Path, bytes]]:
-    """Yield the files that are not as they were."""
+def restore(folder: Path, originals: dict[Path, bytes]) -> None:
+    """Write the files that are not as they were again, and remove those that a reader made."""
+    for path in [path for path in folder.rglob("*") if path.is_file() and path not in originals]:
+        path.unlink()
     for path, raw in originals.items():
         if not path.exists() or path.read_bytes() != raw:
             path.parent.mkdir(exist_ok=True)
-            yield path, raw
+            path.write_bytes(raw)
 
 
 def main() -> int:

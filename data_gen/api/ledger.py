@@ -35,6 +35,8 @@ Statement: TypeAlias = tuple[str, tuple[Any, ...]]  # a table and the values of 
 Usage: TypeAlias = tuple[int | None, int | None]  # input and output tokens
 
 LEDGER_NAME = "ledger.sqlite"
+# What reading a damaged file raises: sqlite3 itself falls over an error's text that quotes bytes that are no UTF-8.
+DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS setting (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS sent (
@@ -113,14 +115,14 @@ class Ledger:
         try:
             self.db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
             prepare_tables(self.db)
-        except sqlite3.DatabaseError as error:
+        except DAMAGE as error:
             self.lock.close()
             raise DataError(f"{self.path} is not a ledger ({error}); move it away or pass another --out") from error
         try:
             has_seals = self.db.execute("SELECT count(*) FROM seal").fetchone() != (0,)
             check_seals(self.db) if has_seals else seal_all(self.db)  # one from before there were seals has none
             self.next_attempt = 1 + (self.db.execute("SELECT max(attempt) FROM sent").fetchone()[0] or 0)
-        except sqlite3.DatabaseError as error:
+        except DAMAGE as error:
             self.db.close()
             self.lock.close()
             raise self.make_damage_error(error) from error
@@ -133,7 +135,7 @@ class Ledger:
         self.db.close()
         self.lock.close()
 
-    def make_damage_error(self, error: sqlite3.Error) -> DataError:
+    def make_damage_error(self, error: Exception) -> DataError:
         """Return the error for a ledger whose content is damaged."""
         return DataError(f"{self.path} is damaged: {error}; put back a copy of it, or pass another --out")
 
@@ -143,7 +145,7 @@ class Ledger:
         """Yield the rows of a query. Raise DataError where the file cannot be read."""
         try:
             yield from self.db.execute(sql, values)
-        except sqlite3.DatabaseError as error:
+        except DAMAGE as error:
             raise self.make_damage_error(error) from error
 
     def read_settings(self) -> dict[str, Any]:

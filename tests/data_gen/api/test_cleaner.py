@@ -61,6 +61,7 @@ def test_what_decodes_to_the_key_is_taken_out_of_the_body():
     found = json.loads(Cleaner([key]).clean_body(body))
     assert found["id"] == MARK
     assert found["choices"][0]["message"] == {"content": [{"type": "text", "text": f"<{MARK}>"}], MARK: 1}
+    assert Cleaner([key]).clean_value([{key: {key: key}}], 9) == [{MARK: {MARK: MARK}}]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Damage to a ledger is named and never passed over; ledgers from before there were seals are read."""
 
 import random
+import re
 import shutil
 import sqlite3
 
@@ -100,6 +101,18 @@ def test_a_damaged_row_is_named(copy, capsys, sql, said):
         told = capsys.readouterr().err
         assert said in told and "is damaged" in told and "put back a copy" in told
         assert not (copy / "dataset.json").exists()
+
+
+@pytest.mark.parametrize("text", [b"CREATE TABLE", b"received", b"attempt", b"request"])
+def test_a_schema_that_is_no_utf8_is_damage(copy, capsys, text):
+    """The text of sqlite's own error holds the damaged bytes then, which sqlite3 cannot decode."""
+    whole = (copy / LEDGER_NAME).read_bytes()
+    places = [found.start() for found in re.finditer(text, whole)][:8]
+    for place in places:
+        (copy / LEDGER_NAME).write_bytes(whole[: place + 1] + b"\xe5" + whole[place + 2 :])
+        assert replay(copy) == 3
+        told = capsys.readouterr().err
+        assert told.startswith("error: ") and LEDGER_NAME in told and "Traceback" not in told
 
 
 def test_a_damaged_index_is_found(copy, capsys):

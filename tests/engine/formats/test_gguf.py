@@ -88,6 +88,9 @@ def test_gguf_faults(tmp_path):
     whole = write_gguf(path, theirs, BASE).read_bytes()
     path.write_bytes(whole[:-1])
     assert_refused(path, "m.gguf", "truncated")
+    for version in (0, 1, 4, 3 << 24):  # the last is that of a big-endian file
+        path.write_bytes(whole[:4] + version.to_bytes(4, "little") + whole[8:])
+        assert_refused(path, f"version {version}, wanted 2 or 3")
     path.write_bytes(b"")
     assert_refused(path, "m.gguf")
 

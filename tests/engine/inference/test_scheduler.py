@@ -216,6 +216,7 @@ def test_top_k_top_p_and_min_p_keep_the_likeliest():
     assert count_ids(logits, top_k=2) == {2, 3}
     assert count_ids(logits, top_p=0.6) == {3}
     assert count_ids(logits, top_p=0.65) == {2, 3}
+    assert count_ids([0.0, 0.0], top_p=0.5) == {0}  # half and half: the first one is top_p already
     assert count_ids(logits, min_p=0.3) == {2, 3}
     assert count_ids(logits, top_k=3, top_p=0.7) == {2, 3}  # p of the three that stay: 0.09, 0.24, 0.66
 
@@ -223,6 +224,8 @@ def test_top_k_top_p_and_min_p_keep_the_likeliest():
 def test_penalties_and_biases():
     assert [d.id for d in draw([0.0, 1.0, 0.9], times=3, frequency_penalty=0.2)] == [1, 2, 1]
     assert [d.id for d in draw([0.0, 1.0, 0.5], times=3, presence_penalty=0.8)] == [1, 2, 1]
+    assert [d.id for d in draw([0.0, 1.0], times=3, presence_penalty=0.6)] == [1, 1, 1]  # once, however often it came
+    assert [d.id for d in draw([0.0, 1.0, 0.9], times=3, repetition_penalty=1.5)] == [1, 2, 1]
     assert draw([0.0, 1.0, 0.9], prompt=[1], repetition_penalty=1.5)[0].id == 2
     assert draw([-1.0, -0.9], prompt=[1], repetition_penalty=1.5)[0].id == 0
     assert draw([0.0, 1.0], bias={0: 2.0})[0].id == 0

@@ -33,7 +33,7 @@ def train(step, **changes):
     return (
         dict(event="train", step=step)
         | figures
-        | dict(tokens_per_second=2000, mfu=None, peak_memory_bytes=2**31)
+        | dict(tokens_per_second=2000, mfu=None, peak_memory_bytes=2**31 - step * 2**21)
         | changes
     )
 
@@ -55,6 +55,7 @@ def realistic(steps=300):
             ]
         lines += [dict(event="score", step=step, equal=equal, answers=2, overlap=0.5)]
     lines += [dict(event="skip", step=7, reason=EVIL), dict(event="save", step=9, path=EVIL, seconds=1, bytes=5e9)]
+    lines.append(dict(event="end", step=None, seconds=9, loss=2.9, status="stopped"))  # by a signal; then it went on
     return [*lines, dict(event="end", step=steps, seconds=320, loss=1.1742, status="done")]
 
 
@@ -189,8 +190,8 @@ def test_no_eval_no_samples(tmp_path):
 
 
 def test_without_an_end_it_says_so(tmp_path):
-    assert report(tmp_path, realistic()[:-1]).of("span", "open") == ["in progress or interrupted"]
-    assert report(tmp_path, [*realistic()[:-1], dict(event="end", status="stopped")]).of("span", "open") == ["stopped"]
+    assert report(tmp_path, realistic()[:-2]).of("span", "open") == ["in progress or interrupted"]
+    assert report(tmp_path, realistic()[:-1]).of("span", "open") == ["stopped"]
     assert report(tmp_path, realistic()).of("span", "open") == []
 
 

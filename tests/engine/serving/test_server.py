@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import openai
 import pytest
@@ -21,8 +22,9 @@ from engine.inference.generation import generate
 from engine.model.config import ModelConfig
 from engine.model.llama import new_model
 from engine.serving.app import Server
-from engine.serving.guard import Access
+from engine.serving.guard import Access, read_body
 from engine.serving.model_service import Limits, ModelService
+from engine.serving.openai_api import ApiError
 from engine.serving.prompts import encode_chat
 from engine.text.tokenizer_files import load_tokenizer
 from tests.helpers.chat_tokenizers import SPECIALS, write_byte_level
@@ -279,6 +281,24 @@ def test_sizes_paces_and_places(running):
         assert b" 408 " in slow.recv(200)
 
 
+@pytest.mark.parametrize(("n_bytes", "is_told"), [(9, True), (9, False), (10, True), (10, False)])
+def test_the_largest_body_is_as_large_as_said(n_bytes, is_told):
+    """Also where its length is not told beforehand, as in a chunked request."""
+
+    async def stream():
+        for _ in range(n_bytes):
+            yield b"x"
+
+    headers = {"content-length": str(n_bytes)} if is_told else {}
+    reading = read_body(SimpleNamespace(headers=headers, stream=stream), Access(max_body_bytes=9))
+    if n_bytes == 9:
+        assert asyncio.run(reading) == b"x" * 9
+    else:
+        with pytest.raises(ApiError, match="the body is over 9 bytes") as raised:
+            asyncio.run(reading)
+        assert raised.value.status == 413
+
+
 @pytest.mark.parametrize(
     ("headers", "status"),
     [
@@ -286,6 +306,8 @@ def test_sizes_paces_and_places(running):
         ({"Host": "127.0.0.1.evil.example:80"}, 403),
         ({"Origin": "https://evil.example"}, 403),
         ({"Origin": "null"}, 403),
+        ({"Host": "localhost", "Origin": "http://localhost.evil.example"}, 403),
+        ({"Host": "localhost:80", "Origin": "http://localhost:8000"}, 403),
         ({"Host": "localhost:1", "Origin": "http://localhost:1"}, 200),
         ({"Host": "[::1]:8000"}, 200),
     ],
