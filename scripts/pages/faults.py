@@ -197,7 +197,7 @@ LATER = {  # number: found since, by trying public reports of other projects' us
           (B, "test_a_full_disk_leaves_the_file_as_it_was"), (B, "test_a_file_of_something_else_is_refused_and_stays"),
           (L, "test_a_vote_counts_once_though_it_is_sent_again"), (L, "test_votes_sent_at_once_count_once"),
           ("engine/test_serve.py", "test_votes_on_two_files_outlive_sigkill")]),
-    49: ("a flipped bit or a cut end of a GGUF, a .pth, a state, a tokenizer, rows, run.json, votes",
+    49: ("a flipped bit or a cut end of weights, a state, a tokenizer, a token cache, rows, run.json, votes, a ledger",
          "refused with the file's name, exit 3, or read as before; what no checksum covers is counted apart", [
           ("scripts/test_fuzz.py", "test_damage_is_refused_or_harmless"),
           ("engine/formats/test_gguf.py", "test_no_flipped_bit_of_a_tensors_place_loads_other_weights"),
@@ -205,6 +205,9 @@ LATER = {  # number: found since, by trying public reports of other projects' us
           ("engine/formats/test_torch_zip.py", "test_no_flipped_bit_loads_other_tensors"),
           ("engine/formats/test_torch_zip.py", "test_a_record_that_is_shorter_than_its_tensor"),
           (C, "test_a_manifest_whose_facts_are_of_another_type"),
+          ("engine/training/test_resume.py", "test_a_damaged_record_of_a_run_is_named_and_nothing_is_lost"),
+          ("data_gen/page/test_report.py", "test_a_damaged_run_is_named"),
+          ("data_gen/api/test_seals.py", "test_a_schema_that_is_no_utf8_is_damage"),
           ("engine/text/test_tokenizer_parts.py", "test_what_is_no_token_id"),
           ("engine/base/test_errors.py", "test_reading_names_the_file_and_leaves_our_own_errors")]),
     50: ("a few bytes that claim a large model", "refused before anything is allocated", [

@@ -76,6 +76,30 @@ def test_vectors_keep_fp32_states_for_8_bit_ones():
     assert 8 in find_uncut_counts(tuple(p.shape) for p in model.parameters())
 
 
+@pytest.mark.parametrize("place", [{}, {"offload": True}, {"offload": True, "on_cpu": True}], ids=str)
+@pytest.mark.parametrize(("master", "states"), [("stochastic", "fp32"), ("split", "bf16")])
+def test_each_tensor_rounds_by_random_bits_of_its_own(master, states, place):
+    """Layers that are equal, with equal gradients, are rounded differently: else errors of rounding would add up."""
+    model = new_model(dataclasses.replace(MODELS["tiny"], n_layers=2, vocab_size=64), "cpu", torch.bfloat16)
+    model.init_weights(0)
+    model.layers[1].load_state_dict(model.layers[0].state_dict())
+    optimizer = AdamW(
+        model, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, master=master, states=states, impl="ref", **place
+    )
+    grads = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        p.grad = grads[name.replace("layers.1.", "layers.0.")].clone()
+    if optimizer.host_updates:
+        optimizer.is_sharded = True  # gradients that were made outside of micro_batch()
+    optimizer.step(1e-3, torch.ones(()), 0.0)
+    found = {name: shard.tensor.float() for name, shard in optimizer.tensors().items()}
+    rounded = "param" if master == "stochastic" else "m"
+    for name in (name for name in found if name.startswith(f"{rounded}.layers.0.") and found[name].ndim > 1):
+        first, second = found[name], found[name.replace("layers.0.", "layers.1.")]
+        differ = (first != second).float().mean()
+        assert 0.1 < differ < 0.9 and torch.allclose(first, second, rtol=2**-7), name
+
+
 def test_the_optimizer_of_cuda_is_a_choice(monkeypatch):
     assert choose_optimizer("triton") == "triton"
     monkeypatch.setenv("CRIA_OPTIMIZER", "cuda")
