@@ -17,6 +17,8 @@ def tokenizer(tmp_path_factory):
     [
         ("one two", [], "one two"),
         ("one two", ["two"], "one "),
+        ("one two", ["two", "wo"], "one "),  # both are whole at once: the earlier one counts
+        ("one two", ["wo", "two"], "one "),
         ("one two", ["twofold", "e t"], "on"),
         ("aaab", ["aab"], "a"),
         ("ends with tw", ["two"], "ends with tw"),
