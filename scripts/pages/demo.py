@@ -12,9 +12,9 @@ def demo(figures):
             f"`make demo` teaches SmolLM2-135M ({figures['dtype']}) to write messages as orders, from 144 rows, and "
             f"asks it for {runs[0]['answers']} that share no name, town, thing or wording with them. The seed is "
             f"of the order of the rows. The demo of before, on the seed tasks, took {before['cpu_seconds']:.0f} CPU "
-            f"seconds ({before['seconds']:.0f} by the clock of a machine with other work) and went from a held-out loss of "
-            f"{before['loss'][0]:.4f} to {before['loss'][-1]:.4f}; this one takes {ratio['median']:.2f} of its CPU "
-            f"seconds ({ratio['min']:.2f} to {ratio['max']:.2f})."
+            f"seconds ({before['seconds']:.0f} by the clock of a machine with other work) and went "
+            f"from a held-out loss of {before['loss'][0]:.4f} to {before['loss'][-1]:.4f}; this one "
+            f"takes {ratio['median']:.2f} of its CPU seconds ({ratio['min']:.2f} to {ratio['max']:.2f})."
         ),
         "",
         "| seed | held-out loss before | after | answers as wanted before | after | CPU seconds | seconds |",
