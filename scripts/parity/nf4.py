@@ -24,7 +24,8 @@ import torch
 import kernels
 from engine.formats.find import find_model
 from engine.formats.names import list_pieces
-from engine.formats.source import open_source, read_piece
+from engine.formats.pieces import read_piece
+from engine.formats.source import open_source
 from engine.model.config import EMBEDDED_MODEL
 from kernels.base.commands import run_command
 from scripts.base.environment import make_environment
