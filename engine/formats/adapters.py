@@ -231,7 +231,7 @@ def open_weights(folder: Path, problems: list[str]) -> dict[str, Stored]:
 def check_factors(config: ModelConfig, adapter: AdapterConfig, stored: dict[str, Stored], problems: list[str]) -> None:
     """Add a problem for every tensor that is missing, not wanted, or of another shape or type than the config says."""
     wanted = list_factors(config, adapter)
-    if stored:
+    if stored or not problems:  # else the file did not open, which is told already
         missing = [name for name in wanted if name not in stored]
         problems += [f"{name} is missing" for name in missing[:3]]
         if len(missing) > 3:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_gen.base.cli import run_for_reader
+from scripts.pages.adapters import adapters, adapters_row
 from scripts.pages.cpu_adamw import cpu_adamw, offloaded
 from scripts.pages.data import data_gen, data_speed, dedup, dedup_row
 from scripts.pages.decoding import decoding, decoding_row, spread
@@ -33,7 +34,7 @@ behind these figures record which one was used. A range in brackets is the least
 """
 MACHINE = (  # what a file may say about where it was measured
     "cpu", "cores", "python", "torch", "triton", "transformers", "openai", "rapidfuzz", "numpy",
-    "sentencepiece", "tokenizers", "llama_cpp_python", "bitsandbytes",
+    "sentencepiece", "tokenizers", "llama_cpp_python", "peft", "xllamacpp", "bitsandbytes",
 )  # fmt: skip
 
 
@@ -207,6 +208,10 @@ MEASUREMENTS = (
     Measurement(
         "parity", "The same loss as transformers",
         script("scripts.parity.loss_curve", "parity", ALPACA), parity, parity_row,
+    ),
+    Measurement(
+        "adapters", "Adapters as PEFT has them",
+        script("scripts.parity.adapters", "adapters", ALPACA), adapters, adapters_row,
     ),
     Measurement(
         "kernel_parity", "Kernels against references",

@@ -35,16 +35,19 @@ class TransformersLoop:
     """Steps of a LlamaForCausalLM under a cosine schedule that total_steps and warmup_ratio define.
 
     exact_norm computes the gradients' norm in fp64, for curves that are compared. On a CPU torch's own norm is off by
-    1e-3 over a large tensor, and every clipped update would be off by as much.
+    1e-3 over a large tensor, and every clipped update would be off by as much. adapt: called with the model, returns
+    what is trained in its place, as PEFT's get_peft_model does.
     """
 
     def __init__(
-        self, folder, *, lr, total_steps, dtype=torch.float32, warmup_ratio=0.03, fused=False, exact_norm=False
-    ):
+        self, folder, *, lr, total_steps, dtype=torch.float32, warmup_ratio=0.03, fused=False, exact_norm=False,
+        adapt=lambda model: model,
+    ):  # fmt: skip
         self.exact_norm = exact_norm
-        self.model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
+        self.model = adapt(transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype))
         self.model.train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, weight_decay=0.0, fused=fused)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=lr, weight_decay=0.0, fused=fused)
         warmup = math.ceil(warmup_ratio * total_steps)
         self.schedule = transformers.get_cosine_schedule_with_warmup(self.optimizer, warmup, total_steps)
 
@@ -67,9 +70,8 @@ class TransformersLoop:
 
     def clip(self):
         """Clip the gradients at a norm of 1.0 and return the norm they had."""
-        parameters = list(self.model.parameters())
         if not self.exact_norm:
-            return torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        norm = torch.stack([p.grad.double().norm() for p in parameters]).norm().float()
-        torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
+            return torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        norm = torch.stack([p.grad.double().norm() for p in self.trained]).norm().float()
+        torch.nn.utils.clip_grads_with_norm_(self.trained, 1.0, norm)
         return norm

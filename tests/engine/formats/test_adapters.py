@@ -190,6 +190,42 @@ def test_what_cannot_be_read_is_refused_by_name(how, tmp_path):
     assert str(caught.value).startswith(f"{tmp_path / 'a'}: ")
 
 
+def test_odd_values_of_any_key_are_data_errors(tmp_path):
+    """None of them ends in a traceback: what is odd is refused, what changes nothing is read."""
+    write_pefts(tmp_path / "a")
+    refused = 0
+    for key in PEFTS:
+        for odd in (
+            3,
+            -1,
+            1e400,
+            "x",
+            "(",
+            [],
+            [1],
+            [["q_proj"]],
+            [None],
+            {},
+            {"a": []},
+            {"(": 1},
+            {"q_proj": "x"},
+            True,
+        ):
+            (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(PEFTS | {key: odd}))
+            try:
+                open_adapter(tmp_path / "a", BASE)
+            except DataError as error:
+                assert f"{tmp_path / 'a'}: " in str(error)
+                refused += 1
+    assert refused > 100
+
+
+def test_a_file_without_tensors_is_refused(tmp_path):
+    write_pefts(tmp_path / "a", lambda raw, tensors: tensors.clear())
+    with pytest.raises(DataError, match="and 10 more are missing"):
+        open_adapter(tmp_path / "a", BASE)
+
+
 def damaged(folder, name, cut):
     raw = (folder / name).read_bytes()
     (folder / name).write_bytes(cut(raw))
