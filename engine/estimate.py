@@ -76,6 +76,15 @@ class EstimateConfig:
     grad_clip: float = shared_flag("grad_clip")
     seed: int = shared_flag("seed")
     dtype: str = shared_flag("dtype")
+    adapter: str = shared_flag("adapter")
+    lora_r: int = shared_flag("lora_r")
+    lora_alpha: float = shared_flag("lora_alpha")
+    lora_dropout: float = shared_flag("lora_dropout")
+    lora_targets: tuple[str, ...] = shared_flag("lora_targets")
+    rslora: bool = shared_flag("rslora")
+    lora_rank_pattern: tuple[str, ...] = shared_flag("lora_rank_pattern")
+    lora_alpha_pattern: tuple[str, ...] = shared_flag("lora_alpha_pattern")
+    lora_save: tuple[str, ...] = shared_flag("lora_save")
     prompt_style: str = shared_flag("prompt_style")
     train_on_prompt: bool = shared_flag("train_on_prompt")
     share_prefix: bool = shared_flag("share_prefix")
@@ -115,7 +124,7 @@ class EstimateConfig:
 
     def to_finetune_config(self) -> FinetuneConfig:
         """Return engine.finetune's settings with these flags. Raises ValueError naming every problem."""
-        stand_ins = {"model": self.model or "none", "random_init": self.model in MODELS, "data": self.data or ("none",)}
+        stand_ins = {"model": "none", "data": self.data or ("none",)}  # a named shape has weights for all we know
         return FinetuneConfig(**{name: getattr(self, name) for name in SHARED_FLAGS} | stand_ins)
 
 
@@ -154,9 +163,12 @@ def estimate(config: EstimateConfig) -> Estimate:
     if config.max_length > c.max_positions:
         raise UsageError(f"--max-length {config.max_length} is over the model's {c.max_positions} positions")
     finetuning, dtype = config.to_finetune_config(), DTYPES["bf16" if config.dtype == "auto" else config.dtype]
-    recipe = recipe_from_config(finetuning, config.gpus)
+    recipe = replace(recipe_from_config(finetuning, config.gpus), model=config.model)
+    setting = setting_from_config(finetuning, dtype, config.gpus)
+    if setting.adapter is not None and (problems := setting.adapter.check(c)):
+        raise UsageError(f"--adapter {config.adapter}: {'; '.join(problems)}")
     mix = read_mix(config, recipe, c, None if source is None else source.path)
-    return estimate_run(c, card, mix, recipe, setting_from_config(finetuning, dtype, config.gpus))
+    return estimate_run(c, card, mix, recipe, setting)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 Memory is torch's total_memory, as the out-of-memory messages of each GPU print it ("a total capacity of 79.11 GiB").
 Peaks are dense bf16 with fp32 sums. Peaks, bandwidths, numbers of SMs and clocks come from NVIDIA's data sheets (A100,
 H100, H200, L40S, HGX B200) and whitepapers (GA102, AD102, RTX Blackwell). GeForce cards sum in fp32 at half the rate of
-their fp16 headline.
+their fp16 headline, 512 operations a cycle and SM.
 
 A large GEMM reaches 271 of 312 TFLOP/s on an A100 and 750 of 989 on an H100, whose power limit sets the clock. B200 and
 L40S (the 4090's chip at the full rate, on 350 W) are assumed to be bound by power too, at 0.75 and 0.7 of the peak.
@@ -101,7 +101,10 @@ CARDS = {
         Card("H200", "NVIDIA H200", 139.80, 989, 4800, 0.758, 50, 132, 1.83, 3.59, 450),
         Card("B200", "NVIDIA B200", 178.35, 2250, 7700, 0.75, 50, 148, 1.86, 5.98, 900),
         Card("L40S", "L40S", 44.39, 362, 864, 0.7, 25, 142, 2.49, 0.79),
+        Card("RTX-3060", "RTX 3060", 11.75, 25.5, 360, 0.85, 25, 28, 1.78, None, host_gb_per_s=60),
         Card("RTX-3090", "RTX 3090", 23.69, 71, 936, 0.85, 25, 82, 1.70, 0.22, host_gb_per_s=60),
+        Card("RTX-4060", "RTX 4060", 7.75, 30, 272, 0.85, 12.5, 24, 2.46, None, host_gb_per_s=60),
+        Card("RTX-4080", "RTX 4080", 15.60, 97.5, 717, 0.85, 25, 76, 2.51, None, host_gb_per_s=60),
         Card("RTX-4090", "RTX 4090", 23.64, 165, 1008, 0.85, 25, 128, 2.52, 0.34, host_gb_per_s=60),
         Card("RTX-5090", "RTX 5090", 31.36, 209, 1792, 0.85, 50, 170, 2.41, 0.69, host_gb_per_s=60),
     )
@@ -145,8 +148,10 @@ def change_card(
 
 
 def find_card_by_device_name(device_name: str) -> Card | None:
-    """Return the GPU whose name torch reports so, or None. NVL cards are left out, because their clocks are lower."""
-    return next((card for card in CARDS.values() if card.device in device_name and "NVL" not in device_name), None)
+    """Return the GPU whose name torch reports so, or None. Kinds of other sizes and clocks are left out."""
+    if any(kind in device_name for kind in ("NVL", " Ti", "SUPER", "Laptop")):
+        return None
+    return next((card for card in CARDS.values() if card.device in device_name), None)
 
 
 def detect_card(device: torch.device) -> Card | None:

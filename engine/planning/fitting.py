@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from engine.model.adapter import AdapterConfig
 from engine.model.config import ModelConfig
 from engine.model.shard import first_row
-from engine.planning.memory import BatchShape, Memory, Shape, memory, trained_shapes
+from engine.planning.memory import BatchShape, Memory, memory
 from engine.planning.setting import MOST_CARDS, Setting
+from engine.planning.weights import Shape, trained_shapes
 from kernels.ops.adamw import LEAST_8BIT
 from kernels.ops.eight_bit import BLOCK
 
@@ -226,9 +227,16 @@ def apply_savings(setting: Setting, savings: Iterable[Saving]) -> Setting:
 
 
 def find_useful_savings(c: ModelConfig, setting: Setting, batch: BatchShape) -> list[Saving]:
-    """Return the changes after which a step takes less memory. --optimizer-in-backward is for one GPU only."""
-    now = memory(c, setting, batch).total
-    known = [s for s in SAVINGS if s.field != "in_backward" or setting.n_cards == 1]
+    """Return the changes after which a step takes less memory.
+
+    --optimizer-in-backward is for one GPU only. --offload-optimizer is not for adapters, whose states are small.
+    """
+    now, refused = memory(c, setting, batch).total, set()
+    if setting.n_cards > 1:
+        refused.add("in_backward")
+    if setting.adapter is not None:
+        refused.add("offload")
+    known = [s for s in SAVINGS if s.field not in refused]
     return [s for s in known if memory(c, apply_savings(setting, [s]), batch).total < now]
 
 
@@ -280,11 +288,19 @@ def drop_needless(found: list[tuple[int, set[str], Fit]]) -> list[Fit]:
 def find_least_bytes(c: ModelConfig, setting: Setting, tokens: int) -> int:
     """Return the fewest bytes that any setting takes with a micro-batch of `tokens`, all of which have a loss.
 
-    Either all state is in the host's memory, or, on one GPU, there are no gradients in steps of one micro-batch.
+    Either all state is in the host's memory, or, on one GPU, there are no gradients in steps of one micro-batch. Under
+    an adapter no state leaves.
     """
-    least = replace(setting, states="8bit", recompute="block", master="stochastic", offload=True, in_backward=False)
+    least = replace(setting, states="8bit", recompute="block", master="stochastic", in_backward=False)
+    least = replace(least, offload=setting.adapter is None)
     totals = [memory(c, least, BatchShape(tokens, tokens)).total]
     if setting.n_cards == 1:
         in_backward = replace(least, offload=False, in_backward=True)
         totals.append(memory(c, in_backward, BatchShape(tokens, tokens, one_micro_batch=True)).total)
     return min(totals)
+
+
+def find_least_bytes_of_adapters(c: ModelConfig, setting: Setting, tokens: int) -> dict[str, int]:
+    """Return what find_least_bytes() returns with each kind of --adapter, of the default rank, in place of none."""
+    kinds = {"lora": AdapterConfig(), "qlora": AdapterConfig(nf4_base=True)}
+    return {name: find_least_bytes(c, replace(setting, adapter=adapter), tokens) for name, adapter in kinds.items()}

@@ -3,7 +3,8 @@
 A micro-batch has T tokens. L of its targets have a loss, and U distinct rows predict them. At the worst moment of a
 step a GPU holds:
 
-    weights, gradients     the size of each parameter's dtype, twice: gradients are added to in place
+    weights, gradients     the size of each parameter's dtype, twice: gradients are added to in place. Under an adapter
+                           only what it trains has gradients, masters and states; see engine.planning.weights
     master, states         the tensors of kernels.adamw_state; with offload they are in the host's memory. Where the
                            CPU updates them, gradients go there too while backward goes on: leaving_bytes()
     activations            exactly what autograd keeps for backward: activation_bytes()
@@ -15,44 +16,43 @@ Activations and temporaries are those of the GPU's own micro-batch. engine.distr
 one of the embedding, norm and head. When most of them are whole on the GPU, it also holds:
 
     gathered      the weights E of the embedding and the head, from a step's begin to its end; the weights of two
-                  neighbouring blocks B, the one being computed and the next, which is fetched ahead; the gradients of
-                  E until the end; and a block's with the fp32 that is reduced:
-                                                                        2 E + 2 B + (B + F B), with F = 4 / dtype's size
-                  or, at the end, E's gradients with the fp32 of them:  2 E + F E
+                  neighbouring blocks B, the one being computed and the next, which is fetched ahead; the gradients E'
+                  of E until the end; and a block's B' with the fp32 that is reduced:
+                                                                       E + E' + 2 B + B' + F B', F = 4 / dtype's size
+                  or, at the end, E's gradients with the fp32 of them: E + E' + F E'
 
-B is a block's size with the padding of S equal shards. R replicas of S shards sum their gradients once a step. Until
-then each keeps fp32 sums of its shard's gradients, and FSDP2 keeps what it sends, in fp32 too, until backward has
-ended: 4 bytes a parameter beside its gradient in bf16. With S = 1 nothing has to be gathered, but FSDP2 copies the
-weights of E and of the block being computed. Of a gradient to be summed it has an fp32 copy, that copy divided by 1,
-and the sum of earlier micro-batches:
+B is a block's size with the padding of S equal shards; E' and B' are E and B, or what an adapter trains of them. R
+replicas of S shards sum their gradients once a step. Until then each keeps fp32 sums of its shard's gradients, and
+FSDP2 keeps what it sends, in fp32 too, until backward has ended: 4 bytes a parameter beside its gradient in bf16. With
+S = 1 nothing has to be gathered, but FSDP2 copies the weights of E and of the block being computed. Of a gradient to be
+summed it has an fp32 copy, that copy divided by 1, and the sum of earlier micro-batches:
 
-    gathered, S = 1    2 E + max(2 B + F B, 3 F B), or at the end 3 F E
+    gathered, S = 1    E + E' + max(2 B + F B', 3 F B'), or at the end 3 F E'
 
 Figures of several GPUs are projected: no run on several was measured.
 """
 
-import functools
-import math
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-import torch
-
-from engine.base.host_memory import COPY_ARENA_BYTES, SLOTS, HostMemory
-from engine.model.adapter import AdapterConfig
+from engine.base.host_memory import SLOTS
+from engine.model.adapter import MAPS
 from engine.model.config import ModelConfig
-from engine.model.llama import new_model
 from engine.planning.setting import Setting
-from kernels.ops.adamw import adamw_state, states_of
+from engine.planning.weights import (
+    LayerUpdates,
+    copy_bytes,
+    layer_updates,
+    packed_weights,
+    state_bytes,
+    whole_bytes,
+)
 from kernels.ops.linear_cross_entropy import LOGITS_BYTES, PAD, ROWS
 
 CONTEXT_BYTES = 640 << 20  # CUDA's context, cuBLAS with its workspace, the kernels' code: 0.5 to 0.6 GiB on an H100
 NCCL_BYTES = 512 << 20  # buffers of NCCL's channels on each of several GPUs: assumed
 SLACK = 0.03  # of all tensors' bytes: what the allocator loses by rounding up and by gaps
 PLAN_BYTES = 64  # a token: the attention plans of all layers but the last, and of the last
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ class Memory:
     backward: int  # temporaries while backward is in its worst layer
     overhead: int
     host: int  # of the host's memory, for this GPU
+    trained: int = 0  # of the weights
     host_copy: int = 0  # of the host's memory while a state is saved, for a GPU whose shards are in the checkpoint
 
     @property
@@ -98,107 +99,20 @@ class Memory:
         return state + self.gathered + self.activations + self.temporaries + self.overhead
 
 
-# ---- weights and optimizer states -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class StateBytes:
-    """Bytes of what one GPU holds of the weights and of AdamW's tensors."""
-
-    weights: int
-    trained: int  # of the weights that are trained, all but those under an adapter
-    master: int  # fp32 masters, or the 16 bits that split weights lack
-    states: int  # m and v
-    largest: int  # master and states of the one parameter that has most
-
-
-@functools.cache
-def parameter_shapes(c: ModelConfig, adapter: AdapterConfig | None = None) -> tuple[Shape, ...]:
-    """Return the shape of each parameter, in the model's order."""
-    return tuple(tuple(p.shape) for p in new_model(c, "meta", torch.bfloat16, adapter=adapter).parameters())
-
-
-@functools.cache
-def trained_shapes(c: ModelConfig, adapter: AdapterConfig | None = None) -> tuple[Shape, ...]:
-    """Return the shape of each parameter that is trained, in the model's order."""
-    model = new_model(c, "meta", torch.bfloat16, adapter=adapter)
-    return tuple(tuple(p.shape) for p in model.trained_parameters().values())
-
-
-def shard_shape(shape: Shape, shards: int) -> Shape:
-    """Return the shape of the largest shard of a tensor (n, ...): (ceil(n / shards), ...)."""
-    return (-(-shape[0] // shards), *shape[1:])
-
-
-@functools.cache
-def adamw_bytes(shape: Shape, dtype: torch.dtype, master: str, states: str) -> dict[str, int]:
-    """Return the bytes of each tensor that AdamW keeps for a parameter: {"m": ..., "v": ..., "low": ...}."""
-    p = torch.empty(shape, dtype=dtype, device="meta")
-    return {name: t.nbytes for name, t in adamw_state(p, master, states_of(p, states)).tensors().items()}
-
-
-@functools.cache
-def _state_bytes(
-    c: ModelConfig, dtype: torch.dtype, master: str, states: str, shards: int, adapter: AdapterConfig | None
-) -> StateBytes:
-    weights = sum(math.prod(shard_shape(shape, shards)) for shape in parameter_shapes(c, adapter)) * dtype.itemsize
-    trained, masters, moments, largest = 0, 0, 0, 0
-    for shape, n in Counter(shard_shape(shape, shards) for shape in trained_shapes(c, adapter)).items():
-        kept = adamw_bytes(shape, dtype, master, states)
-        of_master = kept.get("low", 0) + kept.get("master", 0)
-        trained += n * math.prod(shape) * dtype.itemsize
-        masters += n * of_master
-        moments += n * (sum(kept.values()) - of_master)
-        largest = max(largest, sum(kept.values()))
-    return StateBytes(weights, trained, masters, moments, largest)
-
-
-def state_bytes(c: ModelConfig, setting: Setting) -> StateBytes:
-    """Return the bytes of one GPU's weights, masters and optimizer states, counted on the real model's shapes."""
-    return _state_bytes(c, setting.dtype, setting.master, setting.states, setting.shards, setting.adapter)
-
-
-@functools.cache
-def _copy_bytes(c: ModelConfig, setting: Setting, arena_bytes: int) -> int:
-    dtype, master, states = setting.dtype, setting.master, setting.states
-    shapes = [shard_shape(shape, setting.shards) for shape in trained_shapes(c, setting.adapter)]
-    sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
-    for shape in shapes:
-        sizes += adamw_bytes(shape, dtype, master, states).values()
-    host = HostMemory(pinned=True, arena_bytes=arena_bytes)
-    for n_bytes in sizes:
-        host.place_piece(n_bytes)
-    return sum(host.sizes)
-
-
-def copy_bytes(c: ModelConfig, setting: Setting) -> int:
-    """Return the bytes of pinned memory into which a save copies one GPU's weights, masters and optimizer states."""
-    return _copy_bytes(c, setting, COPY_ARENA_BYTES)
-
-
-# ---- whole weights of a sharded model -------------------------------------------------------------------------------
-
-
-@functools.cache
-def whole_bytes(c: ModelConfig, dtype: torch.dtype, shards: int) -> tuple[int, int]:
-    """Return the bytes of a block's weights, and of those outside of blocks, with the padding of equal shards."""
-    model = new_model(c, "meta", dtype)
-
-    def gathered(parameters: Iterable[torch.nn.Parameter]) -> int:
-        return sum(shards * math.prod(shard_shape(tuple(p.shape), shards)) * dtype.itemsize for p in parameters)
-
-    return gathered(model.layers[0].parameters()), gathered(model.parameters(recurse=False))
+# ---- several GPUs ---------------------------------------------------------------------------------------------------
 
 
 def gathered_bytes(c: ModelConfig, setting: Setting) -> int:
     """Return the most that one of several GPUs holds of whole weights and gradients: see the top of the file."""
     if setting.n_cards == 1:
         return 0
-    block, others = whole_bytes(c, setting.dtype, setting.shards)
-    wide = 4 // setting.number_bytes  # F
+    whole = whole_bytes(c, setting.dtype, setting.shards, setting.adapter)
+    wide, outside = 4 // setting.number_bytes, whole.others + whole.trained_others  # F, E + E'
     if setting.shards == 1:
-        return max(2 * others + max(2 * block + wide * block, 3 * wide * block), 3 * wide * others)
-    return 2 * others + max(3 * block + wide * block, wide * others)
+        of_block = max(2 * whole.block + wide * whole.trained_block, 3 * wide * whole.trained_block)
+        return max(outside + of_block, 3 * wide * whole.trained_others)
+    of_block = 2 * whole.block + (1 + wide) * whole.trained_block
+    return outside + max(of_block, wide * whole.trained_others)
 
 
 def sums_bytes(gradient_bytes: int, setting: Setting) -> int:
@@ -211,39 +125,54 @@ def sums_bytes(gradient_bytes: int, setting: Setting) -> int:
 # ---- activations ----------------------------------------------------------------------------------------------------
 
 
-def layer_bytes(c: ModelConfig, setting: Setting, batch: BatchShape, last: bool) -> int:
+def layer_bytes(
+    c: ModelConfig, setting: Setting, batch: BatchShape, last: bool, updates: LayerUpdates | None = None
+) -> int:
     """Return what one layer keeps for backward.
 
         x, residual, q k v, attention's output, gate and up        2 D + (H + 2 K) Dh + H Dh + 2 F numbers a token
         two norms' rstd, logsumexp of each head                    2 + H fp32
         recompute="none" also the norms' outputs and SwiGLU's      2 D + F
+        an adapter also u of each matrix                           the ranks of its updates
 
-    The last layer keeps x, its norm, k and v of all tokens, and the rest of U rows with their places (int64). With
-    recompute="block" a layer keeps only x, and the last one the places.
+    The last layer keeps x, its norm, k and v, and the first u, of all tokens, and the rest of U rows with their places
+    (int64). With recompute="block" a layer keeps only x, and the last one the places. Under an adapter the layer that
+    backward ends in keeps nothing of what comes before its first update, and the layers below it nothing.
     """
-    t, size = batch.tokens, setting.number_bytes
-    rows = batch.query_rows if last else t
-    places = 8 * batch.query_rows if last else 0
+    t, size, updates = batch.tokens, setting.number_bytes, updates or LayerUpdates()
+    rows, places = (batch.query_rows, 8 * batch.query_rows) if last else (t, 0)
+    if updates.first == len(MAPS):
+        return 0
     if setting.recompute == "block":
         return t * c.dim * size + places
-    of_all = t * (c.dim + 2 * c.n_kv_heads * c.head_dim) * size + 4 * t
-    of_rows = rows * (c.dim + 2 * c.n_heads * c.head_dim + 2 * c.hidden_dim) * size + 4 * rows * (1 + c.n_heads)
-    if setting.recompute == "none":
-        of_all += t * c.dim * size
-        of_rows += rows * (c.dim + c.hidden_dim) * size
-    return of_all + of_rows + places
+    heads, keeps = c.n_heads * c.head_dim, setting.recompute == "none"
+    parts = (  # what is kept from the input of each of MAPS on
+        t * ((1 + keeps) * c.dim + 2 * c.n_kv_heads * c.head_dim) * size + 4 * t
+        + rows * (heads * size + 4 * c.n_heads) + places,
+        rows * heads * size,
+        rows * ((1 + keeps) * c.dim * size + 4),
+        rows * (2 + keeps) * c.hidden_dim * size,
+    )  # fmt: skip
+    return sum(parts[updates.first :]) + updates.u_numbers(rows, t) * size
 
 
 def activation_bytes(c: ModelConfig, setting: Setting, batch: BatchShape) -> int:
     """Return what autograd keeps of a micro-batch between forward and backward, without attention's plans.
 
-    Besides the layers it keeps the tokens (int64), the tables of cos and sin (T, Dh/2) in fp32, the final norm's input
-    (U, D) and rstd, the loss's dx (L, D), and, where a row has several targets, the row of each target (int64).
+    Besides the layers it keeps the tokens (int64) for the embedding's gradient, the tables of cos and sin (T, Dh/2) in
+    fp32, the final norm's input (U, D) and rstd, the loss's dx (L, D), and, where a row has several targets, the row of
+    each target (int64). Where nothing but the head is trained it keeps nothing.
     """
     t, loss_rows, u, size = batch.tokens, batch.loss_rows, batch.query_rows, setting.number_bytes
-    layers = (c.n_layers - 1) * layer_bytes(c, setting, batch, last=False) + layer_bytes(c, setting, batch, last=True)
+    *below, last = layer_updates(c, setting.adapter)
+    if last.first == len(MAPS):
+        return 0
+    layers = layer_bytes(c, setting, batch, True, last)
+    layers += sum(n * layer_bytes(c, setting, batch, False, updates) for updates, n in Counter(below).items())
     head = u * (c.dim * size + 4) + loss_rows * c.dim * size + (8 * loss_rows if u != loss_rows else 0)
-    return layers + head + 8 * t + 4 * t * c.head_dim
+    tokens = 8 * t if setting.trains_embedding else 0
+    tables = 4 * t * c.head_dim if last.first == 0 else 0
+    return layers + head + tokens + tables
 
 
 # ---- the worst moments ----------------------------------------------------------------------------------------------
@@ -269,10 +198,8 @@ def most_logit_rows(c: ModelConfig, size: int) -> int:
     return max(1, LOGITS_BYTES // (padded_vocab(c) * size) // ROWS) * ROWS
 
 
-def worst_moments(c: ModelConfig, setting: Setting, batch: BatchShape) -> Moments:
-    """Return the bytes at the moments of a step that can be the worst.
-
-    The head needs normed rows (L, D), one chunk of logits (as linear_cross_entropy makes them, or more) and losses.
+def layer_moment(c: ModelConfig, setting: Setting, batch: BatchShape, last: bool, updates: LayerUpdates) -> int:
+    """Return what one layer's backward needs beside what is kept when it begins.
 
     Backward frees what it has used, so a moment needs what it makes less what is gone by then. A layer makes (numbers a
     token), beside the gradient dy (T, D) of the residual stream, which always exists:
@@ -285,38 +212,69 @@ def worst_moments(c: ModelConfig, setting: Setting, batch: BatchShape) -> Moment
 
     The last layer makes these for its U rows, but dk, dv, dh, dx, the norm's output and the residual's gradient for all
     tokens. It is gone whole before another layer's backward. With recompute="block" what a layer keeps is made again,
-    with h and the layer's output (T, F + D) beside dy, before its backward begins. At the end the embedding's gradient
-    (V, D) is made whole beside dy, and then added.
+    with h and the layer's output (T, F + D) beside dy, before its backward begins.
+
+    An adapter makes u's gradient. Dropout of h makes two copies and a mask of bytes, of what is added to dh three. A
+    matrix in 4 bits exists whole while it is multiplied by: in backward beside dy and the product, in forward beside
+    the product, which is kept, the norm's output and input, and in the last layer the residual.
     """
-    t, loss_rows, u, size, d, f = (
-        batch.tokens, batch.loss_rows, batch.query_rows, setting.number_bytes, c.dim, c.hidden_dim
-    )  # fmt: skip
+    t, size, d, f = batch.tokens, setting.number_bytes, c.dim, c.hidden_dim
+    rows, ranks, matrices = batch.query_rows if last else t, updates.ranks, matrix_bytes(c, setting)
     heads, kv_heads = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    is_recomputed = setting.recompute == "block"
+    is_recomputed, keeps = setting.recompute == "block", setting.recompute == "none"
+    drops = bool(setting.adapter and setting.adapter.dropout)
+
+    def dropping(numbers: int, copies: int) -> int:
+        """Return the bytes that dropout of so many numbers makes: copies of them and a mask."""
+        return numbers * (copies * size + 1) if drops else 0
+
+    recomputed = 0
+    if is_recomputed:
+        recomputed = layer_bytes(c, replace(setting, recompute="cheap"), batch, last, updates)
+        recomputed -= layer_bytes(c, setting, batch, last, updates)
+    mlp = max(
+        rows * (d + f) * size + max(dropping(rows * f, 3), matrices["w2"]),
+        rows * 4 * d * size + dropping(rows * d, 2), rows * 2 * d * size + matrices["w13"],
+    ) + rows * max(ranks) * size  # fmt: skip
+    freed = rows * (d + 2 * f + sum(ranks[2:])) * size
+    parts = 4 * c.n_heads * rows + kv_heads * t
+    attention = rows * (d + 2 * heads) * size + t * 2 * kv_heads * size + parts - freed
+    attention = max(attention, rows * (d + heads) * size + matrices["wo"] - freed)
+    freed += (rows * (2 * heads + ranks[1]) + t * 2 * kv_heads) * size
+    qkv = rows * (heads + (2 * d if last else 0)) * size + t * (2 * d + 2 * kv_heads + ranks[0]) * size
+    qkv += max(t * d * 2 * size + dropping(t * d, 2), matrices["wqkv"]) - freed
+    forward = rows * (2 * d + f) * size + max(dropping(rows * f, 2), matrices["w2"]) if is_recomputed else 0
+    if setting.packed:
+        made = (2 + last + is_recomputed) * d - keeps * (d + f) - sum(ranks[2:])
+        forward = max(forward, rows * made * size + matrices["w13"])
+    return recomputed + max(mlp, attention, qkv, forward)
+
+
+def worst_moments(c: ModelConfig, setting: Setting, batch: BatchShape) -> Moments:
+    """Return the bytes at the moments of a step that can be the worst.
+
+    The head needs normed rows (L, D), one chunk of logits (as linear_cross_entropy makes them, or more) and losses.
+    At the end the embedding's gradient (V, D) is made whole beside dy, and then added.
+    """
+    t, loss_rows, u, size, d = batch.tokens, batch.loss_rows, batch.query_rows, setting.number_bytes, c.dim
+    *below, of_last = layer_updates(c, setting.adapter)
+    ranks = zip(*(updates.ranks for updates in below or [of_last]), strict=True)
+    most = LayerUpdates(tuple(map(max, ranks)))  # of any layer but the last
     logits = min(loss_rows, most_logit_rows(c, size)) * padded_vocab(c) * size
-
-    def layer(rows: int, last: bool) -> int:
-        """Return what one layer's backward needs beside what is kept when it begins."""
-        recomputed = 0
-        if is_recomputed:
-            recomputed = layer_bytes(c, replace(setting, recompute="cheap"), batch, last)
-            recomputed -= layer_bytes(c, setting, batch, last)
-        mlp = rows * max(d + f, 4 * d) * size
-        freed = rows * (d + 2 * f) * size
-        parts = 4 * c.n_heads * rows + kv_heads * t
-        attention = rows * (d + 2 * heads) * size + t * 2 * kv_heads * size + parts - freed
-        freed += (rows * 2 * heads + t * 2 * kv_heads) * size
-        qkv = rows * (heads + (2 * d if last else 0)) * size + t * (4 * d + 2 * kv_heads) * size - freed
-        forward = rows * (2 * d + f) * size if is_recomputed else 0
-        return recomputed + max(mlp, attention, qkv, forward)
-
+    last, other = (layer_moment(c, setting, batch, is_last, of_last if is_last else most) for is_last in (True, False))
     freed = loss_rows * d * size + u * (d * size + 4)  # the loss's dx and the final norm
-    moments = [layer(u, True) - freed]
-    if c.n_layers > 1:
-        moments.append(layer(t, False) - freed - layer_bytes(c, setting, batch, last=True))
-    only = c.n_layers == 1
-    first = layer_bytes(c, setting, batch, last=only) + layer(u if only else t, only) + t * (8 + 4 * c.head_dim)
+    moments = [last - freed] if of_last.first < len(MAPS) else []
+    if below and below[-1].first < len(MAPS):
+        moments.append(other - freed - layer_bytes(c, setting, batch, True, of_last))
+    only, of_first = not below, (below or [of_last])[0]
+    first = layer_bytes(c, setting, batch, only, of_first) + (last if only else other) + t * (8 + 4 * c.head_dim)
     return Moments(loss_rows * (d * size + 4) + logits, max(0, *moments), first, (t + c.vocab_size) * d * size)
+
+
+def matrix_bytes(c: ModelConfig, setting: Setting) -> dict[str, int]:
+    """Return the bytes of each of a layer's matrices as it is multiplied by, where it is in 4 bits; else 0."""
+    sizes = packed_weights(c, setting.adapter).of_layer
+    return {name: n * setting.number_bytes for name, n in zip(MAPS, sizes, strict=True)}
 
 
 def gradients_at_once(c: ModelConfig, loss_rows: int, size: int, in_backward: bool) -> int:
@@ -340,7 +298,8 @@ def leaving_bytes(c: ModelConfig, setting: Setting, one_micro_batch: bool) -> in
     is made while the one before it leaves. Otherwise the sums of a third one arrive, and when a micro-batch begins, the
     embedding's leave while the head's and the last layer's arrive. A tied head's stay until the last micro-batch.
     """
-    block, others = whole_bytes(c, setting.dtype, 1)
+    whole = whole_bytes(c, setting.dtype, 1)
+    block, others = whole.block, whole.others
     embedding = c.vocab_size * c.dim * setting.number_bytes
     if c.tied:
         return embedding + (2 if one_micro_batch else 3) * block
@@ -370,14 +329,16 @@ def memory(c: ModelConfig, setting: Setting, batch: BatchShape) -> Memory:
         master, states, host = 0, SLOTS * state.largest, state.master + state.states
         if setting.on_cpu:
             states, host = 0, host + 2 * state.weights
-    # Besides: positions and plans, targets and their weights.
-    activations = kept + batch.tokens * (8 + PLAN_BYTES) + 12 * batch.loss_rows
+    # Besides: positions and plans, targets and their weights; tokens, if autograd does not keep them.
+    others = batch.tokens * (8 + PLAN_BYTES) + 12 * batch.loss_rows
+    activations = kept + others + (0 if setting.trains_embedding else 8 * batch.tokens)
     moments, gathered = worst_moments(c, setting, batch), gathered_bytes(c, setting)
     backward = moments.backward
     if several:  # whole gradients are among what is gathered, the embedding's too
         gradients = state.trained + sums_bytes(state.trained, setting)
     elif setting.adapter is not None:  # gradients of the adapter, which are small, and of what is trained whole
         gradients = state.trained
+        backward = max(backward, moments.embedding - kept) if setting.trains_embedding else backward
     elif setting.gradients_leave:
         gradients = leaving_bytes(c, setting, batch.one_micro_batch)
         backward = max(backward, moments.embedding - kept)
@@ -394,5 +355,5 @@ def memory(c: ModelConfig, setting: Setting, batch: BatchShape) -> Memory:
     libraries = CONTEXT_BYTES + (NCCL_BYTES if several else 0)
     return Memory(
         state.weights, master, states, gradients, gathered, activations, moments.head, backward,
-        libraries + round(SLACK * tensors), host, copy_bytes(c, setting) if setting.saves else 0,
+        libraries + round(SLACK * tensors), host, state.trained, copy_bytes(c, setting) if setting.saves else 0,
     )  # fmt: skip

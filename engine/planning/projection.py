@@ -17,7 +17,7 @@ from engine.planning.fitting import (
     resolve_recompute,
     resolve_states,
 )
-from engine.planning.memory import Memory, memory, state_bytes
+from engine.planning.memory import Memory, memory
 from engine.planning.setting import Recipe, Setting
 from engine.planning.step_time import (
     COMPUTING,
@@ -25,10 +25,12 @@ from engine.planning.step_time import (
     Work,
     block_seconds,
     crossing_bytes,
+    flops_per_token,
     step_seconds,
     step_traffic,
     update_seconds,
 )
+from engine.planning.weights import state_bytes
 from engine.planning.workload import Cut, Mix, cut_into_micro_batches
 
 
@@ -41,7 +43,7 @@ class Projection:
     block_s: tuple[float, float]  # of a block's forward and backward in a micro-batch
     traffic: Traffic  # that each GPU sends
     tokens_per_s: float  # logical, of all GPUs
-    mfu: float  # 6 N computed tokens a second / peak
+    mfu: float  # flops_per_token() of computed tokens / peak
     steps: int
     total_s: float
     dollars: float | None
@@ -99,20 +101,20 @@ def project(
     cards, state = setting.n_cards, state_bytes(c, setting)
     tokens = min(mix.logical, mix.own + mix.prefix * cut.micro_batches)
     work = Work(tokens, mix.loss_rows, mix.pairs, mix.query_pairs, cut.micro_batches)
-    sent = step_traffic(c, card, setting.dtype, setting.shards, setting.replicas)
+    sent = step_traffic(c, card, setting)
     seconds = step_seconds(
         c, card, speed, work, setting,
         update_s=update_seconds(card, speed, state, setting),
         offload_bytes=crossing_bytes(state, setting), traffic=sent,
     )  # fmt: skip
-    blocks = block_seconds(c, work, setting.recompute, sum(seconds[kind] for kind in COMPUTING))
+    blocks = block_seconds(c, work, setting, sum(seconds[kind] for kind in COMPUTING))
     per_step = min(recipe.global_batch_size, mix.examples)
     steps = recipe.epochs * count_steps_per_epoch(mix.examples, recipe.global_batch_size)
     steps = min(steps, recipe.max_steps or steps)
     total_s = seconds["total"] * min(steps, recipe.epochs * mix.examples / per_step)  # an epoch's last step is smaller
     rate = cards * mix.logical / seconds["total"]
     dollars = None if card.price_per_hour is None else total_s / 3600 * cards * card.price_per_hour
-    mfu = 6 * c.n_parameters * cards * tokens / seconds["total"] / (1e12 * card.peak_tflops * cards)
+    mfu = flops_per_token(c, setting.adapter) * tokens / seconds["total"] / (1e12 * card.peak_tflops)
     return Projection(work, seconds, blocks, sent, rate, mfu, steps, total_s, dollars)
 
 
@@ -124,7 +126,7 @@ def choose_mesh(
     Raises UsageError where shards would cut blocks of 8-bit states.
     """
     n = recipe.n_cards
-    counts = find_8bit_shard_counts(c) if setting.states == "8bit" and n > 1 else None
+    counts = find_8bit_shard_counts(c, adapter=setting.adapter) if setting.states == "8bit" and n > 1 else None
     if n > 1 and recipe.replicas is None:
         least = min(recipe.max_length, limits.most_tokens)
         return find_mesh_that_fits(
@@ -169,6 +171,6 @@ def estimate_run(c: ModelConfig, card: Card, mix: Mix, recipe: Recipe, setting: 
     wish = min(most, recipe.micro_batch_tokens or GOOD_TOKENS)
     ways = find_cheapest_fits(c, setting, available_bytes, limits, tokens=wish, least_tokens=recipe.max_length)
     if recipe.n_cards > 1:
-        counts = find_8bit_shard_counts(c)
+        counts = find_8bit_shard_counts(c, adapter=setting.adapter)
         ways = [way for way in ways if way.setting.states != "8bit" or way.setting.shards in counts]
     return replace(estimate, alternatives=tuple(outcome(way.tokens, way.setting, way.flags) for way in ways))

@@ -35,6 +35,16 @@ class Setting:
         return self.dtype.itemsize
 
     @property
+    def packed(self) -> bool:
+        """Return whether the frozen matrices of the layers are in 4 bits."""
+        return self.adapter is not None and self.adapter.nf4_base
+
+    @property
+    def trains_embedding(self) -> bool:
+        """Return whether the embedding gets a gradient."""
+        return self.adapter is None or "embed_tokens" in self.adapter.saved
+
+    @property
     def n_cards(self) -> int:
         """Return the number of GPUs of the run."""
         return self.shards * self.replicas

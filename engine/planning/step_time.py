@@ -6,12 +6,17 @@ long the others' computing does not hide it. No run on several GPUs was measured
 
 from dataclasses import dataclass
 
-import torch
-
+from engine.model.adapter import MAPS, AdapterConfig, list_updates
 from engine.model.config import ModelConfig
 from engine.planning.cards import MACHINE_GPUS, Card, Rates, is_within_machines
-from engine.planning.memory import StateBytes, whole_bytes
 from engine.planning.setting import Setting
+from engine.planning.weights import (
+    StateBytes,
+    count_trained,
+    layer_updates,
+    packed_weights,
+    whole_bytes,
+)
 
 KERNEL_SHARE = 0.9  # of the copy rate: what kernels bound by memory are built to reach
 ATTENTION_SHARE = 0.4  # of the GEMM rate: FlashAttention-2's 294 TFLOP/s of 750 on an H100
@@ -19,7 +24,8 @@ MASKED_KEYS = 100  # that a query multiplies and does not see: at Alpaca's 82 se
 UPDATE_INSTRUCTIONS = {"fp32": 45.0, "bf16": 66.8, "8bit": 80.6}  # of AdamW, a parameter: benchmarks/static.json
 LAUNCH_S = 8e-6  # the host's time for one launch under autograd
 LAUNCHES = 45  # of a layer, forward and backward
-COMPUTING = ("gemm", "attention", "memory", "host")  # the parts of a step that hide communication
+UPDATED_LAUNCHES = 3, 3  # more for each matrix that has an update, no dW among them, and for each update
+COMPUTING = ("gemm", "attention", "memory", "dequantise", "host")  # the parts of a step that hide communication
 
 
 @dataclass(frozen=True)
@@ -36,16 +42,43 @@ class Work:
 # ---- computing ------------------------------------------------------------------------------------------------------
 
 
-def gemm_flops(c: ModelConfig, work: Work, recompute: str) -> float:
+def flops_per_token(c: ModelConfig, adapter: AdapterConfig | None = None) -> int:
+    """Return the operations a token that MFU counts: 6 a parameter, 4 a frozen one, whose gradient nobody computes."""
+    trained = count_trained(c, adapter)
+    return 6 * trained if adapter is None else 4 * c.n_parameters + 6 * trained
+
+
+def gemm_flops(c: ModelConfig, work: Work, recompute: str, adapter: AdapterConfig | None = None) -> float:
     """Return the floating point operations of a step's matrix products.
 
     A full layer takes 6 a token and weight, or 8 with recompute="block". The head, and the last layer except for k and
-    v, compute only the rows with a loss.
+    v, compute only the rows with a loss. Under an adapter a frozen matrix takes 4, or 2 where backward ends in it or
+    above it, and an update 6 a token and number of A and B.
     """
-    t, u = work.tokens, work.loss_rows
-    query_side, key_value = count_layer_weights(c)
-    layers = (c.n_layers - 1) * t * (query_side + key_value) + u * query_side + t * key_value
-    return (8 if recompute == "block" else 6) * layers + 6 * u * c.dim * c.vocab_size
+    t, u, again = work.tokens, work.loss_rows, 2 if recompute == "block" else 0
+    sides = count_layer_weights(c)
+    head = (6 if adapter is None or "lm_head" in adapter.saved else 4) * u * c.dim * c.vocab_size
+    if adapter is None:
+        return (6 + again) * ((c.n_layers - 1) * t * sum(sides) + u * sides[0] + t * sides[1]) + head
+    layers, flops, is_end = layer_updates(c, adapter), float(head), []
+    for i, layer in enumerate(layers):
+        rows = t if i < c.n_layers - 1 else u
+        is_end.append(layers[i - 1].first == len(MAPS) if i else "embed_tokens" not in adapter.saved)
+        sizes = (
+            t * sides[1] + rows * c.dim * c.n_heads * c.head_dim, rows * c.dim * c.n_heads * c.head_dim,
+            2 * rows * c.dim * c.hidden_dim, rows * c.dim * c.hidden_dim,
+        )  # fmt: skip
+        flops += 2 * sum(sizes)
+        if layer.first < len(MAPS):  # where backward ends, the matrix's input gets no gradient
+            flops += again * sum(sizes) + 2 * sum(sizes[layer.first + is_end[i] :])
+    for update in list_updates(c, adapter):
+        last = update.layer == c.n_layers - 1
+        of_a = u if last and update.parameter != "wqkv" else t
+        of_b = u if last and not update.path.endswith(("k_proj", "v_proj")) else t
+        first = layers[update.layer].first == list(MAPS).index(update.parameter)
+        ends = first and is_end[update.layer]
+        flops += update.rank * ((6 + again - 2 * ends) * of_a * update.columns + (6 + again) * of_b * update.rows)
+    return flops
 
 
 def count_layer_weights(c: ModelConfig) -> tuple[int, int]:
@@ -56,17 +89,46 @@ def count_layer_weights(c: ModelConfig) -> tuple[int, int]:
     )
 
 
-def block_seconds(c: ModelConfig, work: Work, recompute: str, computing_s: float) -> tuple[float, float]:
+def block_seconds(c: ModelConfig, work: Work, setting: Setting, computing_s: float) -> tuple[float, float]:
     """Return the mean seconds of one block's forward and of its backward in one micro-batch.
 
     computing_s is a step's time for computing. The blocks get their share of the step's matrix products. A third of a
-    block's time is forward, or a quarter with recompute="block".
+    block's time is forward, or a quarter with recompute="block"; under an adapter half, or a third.
     """
-    flops = gemm_flops(c, work, recompute)
-    share = 1 - 6 * work.loss_rows * c.dim * c.vocab_size / flops
+    flops = gemm_flops(c, work, setting.recompute, setting.adapter)
+    share = 1 - (6 if setting.adapter is None else 4) * work.loss_rows * c.dim * c.vocab_size / flops
     each = computing_s * share / (c.n_layers * work.micro_batches)
-    forward = each / (4 if recompute == "block" else 3)
+    forward = each / ((3 if setting.adapter is None else 2) + (setting.recompute == "block"))
     return forward, each - forward
+
+
+def moved_by_updates(c: ModelConfig, setting: Setting) -> int:
+    """Return the numbers a token that an adapter's updates move beside those of its frozen model.
+
+    Forward reads a matrix's input for u, and reads and writes the columns of y of each update. Backward reads these
+    columns' gradient twice and the input once, and reads and writes the input's gradient.
+    """
+    updates = list_updates(c, setting.adapter) if setting.adapter else ()
+    again = setting.recompute == "block"
+    inputs = sum({(update.layer, update.parameter): update.columns for update in updates}.values())
+    return (4 + again) * inputs + (4 + 2 * again) * sum(update.rows for update in updates)
+
+
+def bytes_of_dequantising(c: ModelConfig, setting: Setting) -> int:
+    """Return the bytes that dequantising every matrix in 4 bits once reads and writes."""
+    packed = packed_weights(c, setting.adapter)
+    return packed.n_bytes + packed.numbers * setting.number_bytes
+
+
+def launches_of_adapter(c: ModelConfig, setting: Setting) -> int:
+    """Return the launches of a micro-batch beyond those of a step that trains all weights."""
+    updates = list_updates(c, setting.adapter) if setting.adapter else ()
+    matrices = {(update.layer, update.parameter) for update in updates}
+    of_matrix, of_update = UPDATED_LAUNCHES
+    return of_matrix * len(matrices) + of_update * len(updates) + 2 * setting.packed * c.n_layers * len(MAPS)
+
+
+# ---- updates --------------------------------------------------------------------------------------------------------
 
 
 def bytes_of_update(state: StateBytes, master: str) -> int:
@@ -75,7 +137,7 @@ def bytes_of_update(state: StateBytes, master: str) -> int:
     Gradients are only read. Weights with an fp32 master beside them are only written. The rest is read and written.
     """
     passes = 2 if master == "fp32" and state.master else 3
-    return state.weights * passes + 2 * (state.master + state.states)
+    return state.trained * passes + 2 * (state.master + state.states)
 
 
 def host_update_bytes(state: StateBytes, setting: Setting) -> int:
@@ -83,7 +145,7 @@ def host_update_bytes(state: StateBytes, setting: Setting) -> int:
 
     Beside AdamW's own, weights are read on their way to the GPU, and gradients written if they come only then.
     """
-    return bytes_of_update(state, setting.master) + (1 if setting.gradients_leave else 2) * state.weights
+    return bytes_of_update(state, setting.master) + (1 if setting.gradients_leave else 2) * state.trained
 
 
 def host_update_seconds(card: Card, state: StateBytes, setting: Setting) -> float:
@@ -92,7 +154,7 @@ def host_update_seconds(card: Card, state: StateBytes, setting: Setting) -> floa
     All GPUs of a machine share its memory.
     """
     memory_s = host_update_bytes(state, setting) * min(setting.n_cards, MACHINE_GPUS) / (1e9 * card.host_gb_per_s)
-    return max(memory_s, state.weights / (1e9 * card.pcie_gb_per_s))
+    return max(memory_s, state.trained / (1e9 * card.pcie_gb_per_s))
 
 
 def crossing_bytes(state: StateBytes, setting: Setting) -> int:
@@ -102,7 +164,7 @@ def crossing_bytes(state: StateBytes, setting: Setting) -> int:
     """
     if not setting.offload:
         return 0
-    return state.weights if setting.on_cpu else state.master + state.states
+    return state.trained if setting.on_cpu else state.master + state.states
 
 
 def update_seconds(card: Card, speed: Rates, state: StateBytes, setting: Setting) -> float:
@@ -113,10 +175,10 @@ def update_seconds(card: Card, speed: Rates, state: StateBytes, setting: Setting
     """
     kernels_per_s = KERNEL_SHARE * speed.copy_bytes_per_s
     if setting.offload and setting.on_cpu:
-        return state.weights / kernels_per_s + host_update_seconds(card, state, setting)
-    instructions = UPDATE_INSTRUCTIONS[setting.states] * state.weights / setting.number_bytes
+        return state.trained / kernels_per_s + host_update_seconds(card, state, setting)
+    instructions = UPDATE_INSTRUCTIONS[setting.states] * state.trained / setting.number_bytes
     moved_s = bytes_of_update(state, setting.master) / kernels_per_s
-    return state.weights / kernels_per_s + max(moved_s, instructions / card.instructions_per_s)
+    return state.trained / kernels_per_s + max(moved_s, instructions / card.instructions_per_s)
 
 
 def step_seconds(
@@ -133,9 +195,10 @@ def step_seconds(
     """Return the seconds of one step by what bounds them; "total" is their sum.
 
     gemm       gemm_flops, but never less than the weights' own traffic: they are read twice a micro-batch, and
-               their gradients are read and written once
+               their gradients, unless the weights are frozen, are read and written once
     attention  4 H Dh operations a pair in forward, 14 in backward (two passes, seven products)
-    memory     the bytes that norms, RoPE, SwiGLU, attention, the loss and the embedding move
+    memory     the bytes that norms, RoPE, SwiGLU, attention, the loss and the embedding move, and an adapter's updates
+    dequantise the bytes of matrices in 4 bits, read and written in the dtype, twice a micro-batch
     update     update_s: see update_seconds
     offload    offload_bytes, those of crossing_bytes(), over PCIe; what leaves in backward is hidden by as much as the
                layers' backward takes
@@ -146,7 +209,7 @@ def step_seconds(
     heads, kv_heads, full = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_layers - 1
     again, kept = int(setting.recompute == "block"), int(setting.recompute == "none")
     weights = c.n_layers * sum(count_layer_weights(c)) + c.dim * c.vocab_size
-    gemm_bytes = (4 + again) * weights * size * work.micro_batches
+    gemm_bytes = ((4 if setting.adapter is None else 2) + again) * weights * size * work.micro_batches
     pairs = full * (work.pairs + MASKED_KEYS * t) + work.query_pairs + MASKED_KEYS * u
     attention_flops = (18 + 4 * again) * pairs * heads
     rows = full * t + u
@@ -154,19 +217,21 @@ def step_seconds(
         rows * (1 + again) * (8 * c.dim + 3 * c.hidden_dim + 4 * (heads + kv_heads))  # forward
         + rows * ((10 - 2 * kept) * c.dim + (6 - kept) * c.hidden_dim + 6 * (heads + kv_heads))  # backward
         + 2 * u * c.vocab_size + 4 * t * c.dim  # logits; the embedding
-        + 3 * c.vocab_size * c.dim * work.micro_batches  # the embedding's gradient: zeroed, and added
+        + rows / c.n_layers * moved_by_updates(c, setting)
+        + 3 * c.vocab_size * c.dim * work.micro_batches * setting.trains_embedding  # its gradient: zeroed, and added
     )  # fmt: skip
-    flops = gemm_flops(c, work, setting.recompute)
+    flops = gemm_flops(c, work, setting.recompute, setting.adapter)
     kernels_per_s = KERNEL_SHARE * speed.copy_bytes_per_s
     seconds = {
         "gemm": max(flops / speed.gemm_flops_per_s, gemm_bytes / speed.copy_bytes_per_s),
         "attention": attention_flops / (ATTENTION_SHARE * speed.gemm_flops_per_s),
         "memory": moved / kernels_per_s,
+        "dequantise": (2 + again) * work.micro_batches * bytes_of_dequantising(c, setting) / kernels_per_s,
         "update": update_s,
     }
-    launching = work.micro_batches * (c.n_layers + 2) * LAUNCHES * LAUNCH_S
+    launching = work.micro_batches * ((c.n_layers + 2) * LAUNCHES + launches_of_adapter(c, setting)) * LAUNCH_S
     seconds["host"] = max(0.0, launching - sum(seconds.values()))
-    blocks = block_seconds(c, work, setting.recompute, sum(seconds.values()) - seconds["update"])
+    blocks = block_seconds(c, work, setting, sum(seconds.values()) - seconds["update"])
     seconds["communication"] = sum(traffic.not_hidden_seconds(work.micro_batches, *blocks).values()) if traffic else 0.0
     crossing_s = offload_bytes / (1e9 * card.pcie_gb_per_s)
     if setting.gradients_leave:
@@ -255,18 +320,20 @@ class Traffic:
         return waits
 
 
-def step_traffic(c: ModelConfig, card: Card, dtype: torch.dtype, shards: int, replicas: int) -> Traffic:
+def step_traffic(c: ModelConfig, card: Card, setting: Setting) -> Traffic:
     """Return the bytes that each GPU sends when it trains the model with others.
 
     An all-gather sends (S - 1) / S of the weights. A reduce-scatter sends (S - 1) / S of the gradients and an
     all-reduce 2 (R - 1) / R of a shard's, both in fp32.
     """
-    wide = 4 // dtype.itemsize
-    block, others = whole_bytes(c, dtype, shards)
-    gather = block * (shards - 1) // shards, others * (shards - 1) // shards
-    sums = tuple(2 * (replicas - 1) * wide * n // shards // replicas for n in (block, others))
+    shards, replicas, wide = setting.shards, setting.replicas, 4 // setting.number_bytes
+    whole = whole_bytes(c, setting.dtype, shards, setting.adapter)
+    gradients = whole.trained_block, whole.trained_others
+    gather = whole.block * (shards - 1) // shards, whole.others * (shards - 1) // shards
+    reduce = [wide * (n * (shards - 1) // shards) for n in gradients]
+    sums = [2 * (replicas - 1) * wide * n // shards // replicas for n in gradients]
     return Traffic(
-        c.n_layers, gather, (wide * gather[0], wide * gather[1]), (sums[0], sums[1]),
+        c.n_layers, gather, (reduce[0], reduce[1]), (sums[0], sums[1]),
         card.bus_bytes_per_s(shards, replicas), card.sum_bytes_per_s(shards, replicas),
         apart=is_within_machines(shards, replicas) and shards * replicas > MACHINE_GPUS,
     )  # fmt: skip

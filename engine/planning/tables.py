@@ -13,11 +13,12 @@ from rich.table import Table
 from engine.base.files import make_json_safe
 from engine.base.terminal import Output
 from engine.planning.cards import CARDS, GIB, MACHINE_GPUS, PORT_GB_PER_S, PRICES_DATE
-from engine.planning.fitting import find_least_bytes
-from engine.planning.memory import Memory, state_bytes
+from engine.planning.fitting import find_least_bytes, find_least_bytes_of_adapters
+from engine.planning.memory import Memory
 from engine.planning.projection import Estimate, Outcome, Projection
 from engine.planning.setting import Setting, describe_mesh
 from engine.planning.step_time import ATTENTION_SHARE, KERNEL_SHARE, gemm_flops, host_update_bytes
+from engine.planning.weights import count_trained, state_bytes
 
 Row = tuple[str, ...]
 WIDTH = 80  # columns of a paragraph
@@ -83,12 +84,17 @@ def memory_rows(used: Memory, available_bytes: int, tokens: int, setting: Settin
     if used.host:
         where = "on the host" if setting.on_cpu else f"{format_gb(used.host)} GB of master and states on the host"
         of_states += f"; {where}"
-    of_gradients = dtype
+    of_gradients = dtype if setting.adapter is None else f"{dtype}, of what is trained"
+    of_weights = f"{dtype}, 1/{shards} of them" if shards > 1 else dtype
+    if setting.adapter is not None:
+        of_weights += f", {format_gb(used.trained)} GB of them trained"
+    if setting.packed:
+        of_weights = f"matrices in 4 bits; the rest {of_weights}"
     if replicas > 1 and used.gradients > used.weights:
         of_gradients += ", and fp32 to be summed"
     if setting.gradients_leave:
         of_gradients += ", those there at once: they leave in backward"
-    elif used.gradients < used.weights:
+    elif setting.adapter is None and used.gradients < used.weights:
         of_gradients += ", those there at once"
     which = "the head's logits" if used.head >= used.backward else "a layer's backward"
     of_temporaries = f"{which}: the larger of {format_gb(used.head)} and {format_gb(used.backward)}"
@@ -97,7 +103,7 @@ def memory_rows(used: Memory, available_bytes: int, tokens: int, setting: Settin
     left = available_bytes - used.total
     verdict = f"fits, {format_gb(left)} left" if left >= 0 else f"does not fit, {format_gb(-left)} too much"
     rows = [
-        ("weights", used.weights, f"{dtype}, 1/{shards} of them" if shards > 1 else dtype),
+        ("weights", used.weights, of_weights),
         ("fp32 master", used.master, of_master),
         ("optimizer states", used.states, of_states),
         ("gradients", used.gradients, of_gradients),
@@ -124,11 +130,12 @@ def time_rows(estimate: Estimate) -> list[Row]:
         estimate.outcome.projection,
     )
     seconds, work = projection.seconds, projection.work
-    flops = gemm_flops(estimate.model, work, setting.recompute)
+    flops = gemm_flops(estimate.model, work, setting.recompute, setting.adapter)
     why = {
         "gemm": f"{flops:.3g} FLOP at {speed.gemm_flops_per_s / 1e12:.0f} of {card.peak_tflops:g} TFLOP/s",
         "attention": f"at {ATTENTION_SHARE} of that, masked tiles and all",
         "memory": f"norms, RoPE, SwiGLU, loss: {KERNEL_SHARE} of a copy's {speed.copy_bytes_per_s / 1e9:,.0f} GB/s",
+        "dequantise": "matrices in 4 bits, made whole for each product: that rate",
         "update": "gradient norm, AdamW: that rate, or instructions",
         "host": "launches that the card waits for",
     } | offload_texts(estimate)
@@ -261,7 +268,7 @@ def print_speed(estimate: Estimate, own_price: bool) -> None:
     print(
         f"{projection.tokens_per_s:,.0f} tokens/s ({speed.source}), effective: a shared prefix is computed once\n"
         f"{computed:,.0f} computed tokens/s, MFU {projection.mfu:.0%}: "
-        f"6 x {estimate.model.n_parameters:.3g} x tokens/s / {of_cards}{card.peak_tflops:g}e12"
+        f"{describe_flops(estimate)} x tokens/s / {of_cards}{card.peak_tflops:g}e12"
     )
     duration = format_duration(projection.total_s)
     print(
@@ -275,20 +282,33 @@ def print_speed(estimate: Estimate, own_price: bool) -> None:
         )
 
 
+def describe_flops(estimate: Estimate) -> str:
+    """Return the operations a token that MFU counts, in words."""
+    n, adapter = estimate.model.n_parameters, estimate.outcome.setting.adapter
+    if adapter is None:
+        return f"6 x {n:.3g}"
+    return f"(4 x {n:.3g} + 6 x {count_trained(estimate.model, adapter):.3g})"
+
+
 def print_alternatives(estimate: Estimate) -> None:
-    """Print the settings that fit instead, or the least memory that any setting takes."""
+    """Print the settings that fit instead, or the least memory that any setting takes; and what adapters take."""
+    setting, tokens = estimate.outcome.setting, estimate.recipe.max_length
     if estimate.alternatives:
         title = f"What fits, the cheapest in speed and mathematics first; {estimate.rates.source}"
         rows = [alternative_row(outcome) for outcome in estimate.alternatives]
         print_table(title, ("GB", "tokens/s", "time", "cost", "with"), rows)
+    if setting.adapter is None:
+        least_bytes = find_least_bytes_of_adapters(estimate.model, setting, tokens)
+        ways = [f"--adapter {name} (from {format_gb(least)} GB)" for name, least in least_bytes.items()]
+        print_paragraph(f"Adapters take less: {', '.join(ways)}.")
+    if estimate.alternatives:
         return
-    setting = estimate.outcome.setting
-    least = find_least_bytes(estimate.model, setting, estimate.recipe.max_length)
+    least = find_least_bytes(estimate.model, setting, tokens)
     a_card = "a card " if setting.n_cards > 1 else ""
     print(f"Nothing fits: {format_gb(least)} GB {a_card}are the least that any setting takes.")
     fitting = [card.name for card in CARDS.values() if card.memory_gib * GIB >= least]
     if fitting:
-        print(f"These cards have as much: {', '.join(fitting)}")
+        print(textwrap.fill(f"These cards have as much: {', '.join(fitting)}", WIDTH))
 
 
 def print_estimate(estimate: Estimate, own_price: bool = False) -> None:
@@ -324,6 +344,9 @@ def find_measured_steps(estimate: Estimate) -> list[dict[str, Any]]:
     setting = estimate.outcome.setting
     wanted: dict[str, Any] = {"model": estimate.recipe.model, "sharing": estimate.recipe.share_prefix}
     wanted |= {name: getattr(setting, name) for name in ("master", "states", "recompute", "offload")}
+    wanted["adapter"] = setting.adapter and (
+        "qlora" if setting.packed else "lora"
+    )  # reports name it where there is one
     if setting.offload:
         wanted["on_cpu"] = setting.on_cpu
     if setting.n_cards > 1:

@@ -32,9 +32,10 @@ from engine.planning.fitting import (
     resolve_recompute,
     resolve_states,
 )
-from engine.planning.memory import CONTEXT_BYTES, BatchShape, memory, state_bytes
+from engine.planning.memory import CONTEXT_BYTES, BatchShape, memory
 from engine.planning.setting import Setting
 from engine.planning.step_time import update_seconds
+from engine.planning.weights import state_bytes
 from engine.training.config import FinetuneConfig
 from engine.training.optimizer import AdamW
 from engine.training.plan import Plan

@@ -16,8 +16,8 @@ from engine.formats.adapters import Adapter
 from engine.formats.source import Source
 from engine.model.adapter import AdapterConfig, list_updates
 from engine.model.config import EMBEDDED_MODEL, ModelConfig
-from engine.planning.memory import state_bytes, trained_shapes
 from engine.planning.setting import describe_mesh
+from engine.planning.weights import count_trained, state_bytes
 from engine.text.tokenizer import Tokenizer
 from engine.training.config import FinetuneConfig
 from engine.training.optimizer import count_updates
@@ -125,7 +125,7 @@ def describe_adapter(plan: Plan) -> str:
     """Return a line on what an adapter trains, or nothing where the weights are trained."""
     if plan.adapter is None:
         return ""
-    n = sum(math.prod(shape) for shape in trained_shapes(plan.model_config, plan.adapter))
+    n = count_trained(plan.model_config, plan.adapter)
     ranks = sorted({update.rank for update in list_updates(plan.model_config, plan.adapter)})
     share, start = 100 * n / plan.model_config.n_parameters, plan.config.adapter_dir
     return (

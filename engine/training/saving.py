@@ -14,7 +14,7 @@ from engine.model.llama import Transformer, new_model
 from engine.output import checkpoint, folder
 from engine.output.checkpoint import Checkpoint
 from engine.output.saver import Saver
-from engine.planning.memory import state_bytes
+from engine.planning.weights import state_bytes
 from engine.text.chat_templates import adopt_style
 from engine.training.micro_batch_size import HALVED
 from engine.training.optimizer import AdamW

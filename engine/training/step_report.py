@@ -8,6 +8,7 @@ import torch
 from engine.base.errors import CriaError, DivergedError
 from engine.base.terminal import plural
 from engine.planning.cards import detect_card
+from engine.planning.step_time import flops_per_token
 from engine.training.loss_spikes import Spike
 from engine.training.plan import Plan
 from engine.training.run import Run
@@ -66,7 +67,8 @@ def log_step(plan: Plan, run: Run, report: StepReport) -> None:
         card = detect_card(plan.device)
         if card:
             computed_rate = report.n_computed_tokens / report.seconds  # without what examples share
-            mfu = 6 * plan.model_config.n_parameters * computed_rate / (run.world.size * 1e12 * card.peak_tflops)
+            flops = flops_per_token(plan.model_config, plan.adapter) * computed_rate
+            mfu = flops / (run.world.size * 1e12 * card.peak_tflops)
     run.progress.show_step(
         report.step, loss=report.loss, lr=report.lr, grad_norm=report.grad_norm, tokens_per_second=rate
     )

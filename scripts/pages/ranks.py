@@ -211,13 +211,13 @@ def tokens_that_hide(card_name: str, model: str, replicas: int) -> int:
     c, card = MODELS[model], find_card(card_name)
     speed, mix = find_rates(card), alpaca_mix(recipe_from_config(config_of(model), GPUS))
     whole = mix.own + mix.prefix
-    sent = step_traffic(c, card, torch.bfloat16, GPUS // replicas, replicas)
+    sent = step_traffic(c, card, Setting(shards=GPUS // replicas, replicas=replicas))
 
     def waits(tokens: int) -> bool:
         part = tokens / whole
         work = Work(tokens, part * mix.loss_rows, part * mix.pairs, part * mix.query_pairs, micro_batches=1)
         seconds = step_seconds(c, card, speed, work, Setting(), update_s=0.0)
-        late = sent.not_hidden_seconds(1, *block_seconds(c, work, "cheap", sum(seconds[kind] for kind in COMPUTING)))
+        late = sent.not_hidden_seconds(1, *block_seconds(c, work, Setting(), sum(seconds[kind] for kind in COMPUTING)))
         return late["forward"] + late["backward"] > 0
 
     few, many = 0, 1 << 16

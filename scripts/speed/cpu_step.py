@@ -54,10 +54,11 @@ SIZES = {"cria": (1024, 2048, 4096), "transformers": (1, 2, PADDED, 8)}  # token
 class Ours:
     """Steps with engine.finetune's parts. A micro-batch is a budget of tokens."""
 
-    def __init__(self, source, dataset, dtype, impl):
+    def __init__(self, source, dataset, dtype, impl, adapter=None):
         self.dataset = dataset
-        self.model = new_model(source.config, "cpu", dtype, impl, accumulate=True)
+        self.model = new_model(source.config, "cpu", dtype, impl, accumulate=True, adapter=adapter)
         source.read_into(self.model)
+        self.model.init_adapter(0)
         self.optimizer = AdamW(self.model, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, impl=impl)
 
     def step(self, examples, micro):
@@ -101,11 +102,14 @@ def pick_like_alpaca(dataset, n, generator):
     return np.array(picked)
 
 
-def probe(make, lengths, examples, dtypes):
-    """Return every setting's tokens a second as records, and the best record of each contender."""
+def probe(make, sizes_of, lengths, examples, dtypes):
+    """Return every setting's tokens a second as records, and the best record of each contender.
+
+    sizes_of: the micro-batches of each contender that are tried.
+    """
     cores, best, probes = torch.get_num_threads(), {}, []
-    for name, dtype in itertools.product(SIZES, dtypes):
-        stepper, sizes = make[name](DTYPES[dtype]), SIZES[name]
+    for name, dtype in itertools.product(sizes_of, dtypes):
+        stepper, sizes = make[name](DTYPES[dtype]), sizes_of[name]
         time_step(stepper, examples, sizes[1], cores)  # warms up
         for threads, micro in itertools.product(sorted({1, cores}), sizes):
             if threads < cores and micro != sizes[1]:
@@ -162,7 +166,7 @@ def main():
             TORCH: lambda dtype: Ours(source, dataset, dtype, "ref"),
             "transformers": lambda dtype: Theirs(folder, examples, dtype),
         }
-        probes, best = probe(make, lengths, steps[0][:16], args.dtypes)
+        probes, best = probe(make, SIZES, lengths, steps[0][:16], args.dtypes)
         settings = {name: {k: best[name][k] for k in ("dtype", "threads", "micro")} for name in SIZES}
         settings[TORCH] = settings["cria"]
         settings["transformers, padded"] = settings["transformers"] | {"micro": PADDED}

@@ -22,9 +22,10 @@ from data_gen.base.cli import run_for_reader
 from engine.data.packing import Packing, make_micro_batches
 from engine.model.config import MODELS
 from engine.model.llama import new_model
-from engine.planning.memory import leaving_bytes, state_bytes
+from engine.planning.memory import leaving_bytes
 from engine.planning.setting import Setting
 from engine.planning.step_time import host_update_bytes
+from engine.planning.weights import state_bytes
 from engine.training.optimizer import AdamW
 from kernels.native.cpu import load_cpu
 from scripts.base.results import describe_cpu, new_json_parser, summarize, summarize_ratios, today, write_json

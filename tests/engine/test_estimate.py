@@ -127,6 +127,32 @@ def test_llama_7b_fits_24_gb_where_gradients_leave_for_the_host(tmp_path, capsys
     assert seconds[0] - seconds[1] == pytest.approx(28 * n / 120e9) and seconds[1] > seconds[2] > 2 * n / 25e9
 
 
+def test_adapters_take_a_small_cards_memory(tmp_path, capsys):
+    """LLaMA-7B on a card of 8 GiB with weights in 4 bits, and what an 8B that does not fit is told."""
+    path = tmp_path / "found.json"
+    lora = ("--model", "llama-7b", "--gpu", "RTX-4090", "--json", path, "--adapter")
+    found = {}
+    for kind, memory in (("lora", 24), ("qlora", 24), ("qlora", 8)):
+        assert run(*lora, kind, "--gpu-memory", memory) == 0
+        found[kind, memory], out = strict_json(path), capsys.readouterr().out
+        assert found[kind, memory]["fits"] and "(4 x 6.74e+09 + 6 x 4e+07) x tokens/s" in out
+        assert ("dequantise" in out) == (kind == "qlora") and "0.08 GB of them trained" in out
+    whole, small = found["lora", 24], found["qlora", 8]
+    assert whole["tokens_per_s"] > found["qlora", 24]["tokens_per_s"] > small["tokens_per_s"]
+    assert small["memory_bytes"]["weights"] < 0.3 * whole["memory_bytes"]["weights"]
+    seconds, flops = whole["step_s"], (4 * 6738415616 + 6 * 39976960) * whole["computed_tokens"]
+    assert whole["mfu"] == pytest.approx(flops / seconds["total"] / 165e12)
+    assert whole["alternatives"] == [] and seconds["dequantise"] == 0 < found["qlora", 24]["step_s"]["dequantise"]
+    assert run("--model", "llama3-8b", "--gpu", "RTX-4090", "--gpu-memory", 20) == 0
+    assert "Adapters take less: --adapter lora (from 17." in capsys.readouterr().out
+    assert run(*lora, "lora", "--gpu-memory", 16.5, "--lora-r", 64, "--micro-batch-tokens", 2048) == 0
+    assert "Adapters take less" not in (out := capsys.readouterr().out) and "--recompute block" in out
+    assert "--offload-optimizer" not in out
+    assert run(*lora, "lora", "--lora-targets", "q_prj") == 2
+    assert "no map of the model is among the targets" in capsys.readouterr().err
+    assert run(*lora, "none", "--lora-r", 8) == 2
+
+
 def test_another_card_by_its_figures(tmp_path, capsys):
     path = tmp_path / "found.json"
     card = ("--gpu-memory", 48, "--gpu-tflops", 100, "--gpu-bandwidth", 500)

@@ -10,11 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import kernels
-from engine.model.batch import DeviceMicroBatch, MicroBatch
 from engine.model.config import MODELS, ModelConfig
 from engine.model.llama import new_model
 from engine.model.shard import Shard
@@ -26,62 +24,25 @@ from engine.planning.memory import (
     PLAN_BYTES,
     BatchShape,
     activation_bytes,
-    copy_bytes,
     layer_bytes,
     memory,
-    parameter_shapes,
-    shard_shape,
-    state_bytes,
     worst_moments,
 )
 from engine.planning.setting import Setting
 from engine.planning.step_time import Work, gemm_flops
+from engine.planning.weights import copy_bytes, parameter_shapes, shard_shape, state_bytes
 from engine.training.host_updates import HostUpdates
 from engine.training.optimizer import AdamW
 from kernels.ops.adamw import adamw_state, states_of
 from tests.helpers.late_copies import LateLane
 from tests.helpers.planning import DTYPES, SHAPES, SMALL, TINY, sharded_model
+from tests.helpers.step_bytes import N, Watch, meta_batch, meta_plan, ready, saved_bytes, watched
 
 WHOLE = {"dim": 4096, "n_heads": 32, "hidden_dim": 11008, "vocab_size": 32000, "n_layers": 4}  # four layers of 7B
 NARROW = {"dim": 576, "n_heads": 9, "n_kv_heads": 3, "hidden_dim": 1536, "vocab_size": 49152, "tied": True}
 
 
 # ---- what is kept for backward --------------------------------------------------------------------------------------
-
-
-N = 27  # tokens of ready(): the interpreter's time grows with them
-
-
-def ready(model, several_targets, n=N):
-    """Return a micro-batch with a prefix, padding and documents. If several_targets, one row predicts two tokens."""
-    documents = [[0, 5, 0, 0], [5, 12, 0, 5], [12, 13, 0, 5], [13, 22, 0, 0], [24, n, 0, 0]]
-    positions = torch.zeros(n, dtype=torch.int64)
-    for start, end, prefix_start, prefix_end in documents:
-        positions[start:end] = torch.arange(end - start) + prefix_end - prefix_start
-    rows = torch.cat([torch.arange(start + (end - start) // 2, end) for start, end, *_ in documents])
-    rows = torch.cat((rows[:4], rows[3:])) if several_targets else rows
-    batch = MicroBatch(
-        torch.randint(301, (n,)), positions, torch.tensor(documents, dtype=torch.int32), rows,
-        torch.randint(301, rows.shape), torch.rand(rows.shape),
-    )  # fmt: skip
-    one = model.prepare_batch(batch)
-    return dataclasses.replace(one, rows=one.rows.clone())  # on a CPU a view of as many as there are targets
-
-
-def saved_bytes(work, but=()):
-    """Return the bytes of the distinct storages that autograd saves in work(), except those of the tensors in but."""
-    found, but = {}, {t.untyped_storage()._cdata for t in but}
-
-    def keep(t):
-        storage = t.untyped_storage()
-        if storage._cdata not in but:
-            found[storage._cdata] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        alive = work()  # storages stay, so that none takes another's place
-    del alive
-    return sum(found.values())
 
 
 @pytest.mark.parametrize(
@@ -109,15 +70,6 @@ def test_activations_are_what_autograd_keeps_to_the_byte(shape, dtype, recompute
     assert found + tables == activation_bytes(c, Setting(DTYPES[dtype], recompute=recompute), batch)
 
 
-def meta(n, dtype=torch.int64):
-    return torch.empty(n, dtype=dtype, device="meta")
-
-
-def meta_plan(c, n, n_queries=None):
-    rows = None if n_queries is None else torch.arange(n_queries)
-    return kernels.attention_plan(torch.tensor([[0, n, 0, 0]]), n, c.head_dim, "cpu", "triton", rows)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="plans of the interpreter's")
 @pytest.mark.parametrize("recompute", ["none", "cheap"])
 def test_a_layer_of_llama_7b_keeps_what_the_formula_says(recompute):
@@ -135,47 +87,6 @@ def test_a_layer_of_llama_7b_keeps_what_the_formula_says(recompute):
 
 
 # ---- the worst moment -----------------------------------------------------------------------------------------------
-
-
-class Watch(TorchDispatchMode):
-    """Counts the most bytes that operators' outputs hold at once, and the operations of matrix products."""
-
-    def __init__(self, but):
-        super().__init__()
-        self.but, self.live = {t.untyped_storage()._cdata for t in but}, {}
-        self.now = self.most = self.flops = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for key in [key for key, (storage, _) in self.live.items() if storage.expired()]:
-            self.now -= self.live.pop(key)[1]
-        for t in tree_iter(out):
-            key = t.untyped_storage()._cdata if isinstance(t, torch.Tensor) else None
-            if key is not None and key not in self.but and key not in self.live:
-                self.live[key] = StorageWeakRef(t.untyped_storage()), t.untyped_storage().nbytes()
-                self.now += self.live[key][1]
-        self.most = max(self.most, self.now)
-        if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
-            a, b = args[-2:]
-            self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
-        return out
-
-
-def meta_batch(c, tokens, loss_rows, query_rows):
-    return DeviceMicroBatch(
-        meta(tokens), meta(tokens), meta(loss_rows), meta(loss_rows, torch.float32), meta(query_rows),
-        meta(loss_rows) if loss_rows > query_rows else None, (meta_plan(c, tokens), meta_plan(c, tokens, query_rows)),
-    )  # fmt: skip
-
-
-def watched(model, tokens, loss_rows, query_rows):
-    """Return the Watch of a micro-batch's forward and backward on the meta device. Its inputs count from the start."""
-    one = meta_batch(model.config, tokens, loss_rows, query_rows)
-    with Watch([t for p in model.parameters() for t in (p, p.grad) if t is not None]) as watch:
-        model.loss(one).backward()
-    saved = [one.tokens, one.rows, *([] if one.row_of_target is None else [one.row_of_target])]
-    watch.most += sum(t.nbytes for t in saved)
-    return watch
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="plans of the interpreter's")
@@ -348,7 +259,7 @@ def test_llama_7b_fits_one_card_of_24_gb_where_the_cpu_updates_it(states):
 def test_the_copy_of_a_state_takes_the_memory_that_was_planned(states, shards, monkeypatch):
     """The arenas that HostCopy allocates are counted, with tensors smaller and larger than an arena."""
     monkeypatch.setattr("engine.output.tensor_rows.COPY_ARENA_BYTES", 1 << 16)
-    monkeypatch.setattr("engine.planning.memory.COPY_ARENA_BYTES", 1 << 16)
+    monkeypatch.setattr("engine.planning.weights.COPY_ARENA_BYTES", 1 << 16)
     c, asked = ModelConfig(**SMALL | {"dim": 96, "vocab_size": 2000}), []
     model = new_model(c, "cpu", torch.bfloat16, "ref")
     held = {name: p.new_empty(shard_shape(p.shape, shards)) for name, p in model.named_parameters()}
@@ -364,7 +275,7 @@ def test_the_copy_of_a_state_takes_the_memory_that_was_planned(states, shards, m
     monkeypatch.setattr(torch, "empty", ask)
     HostCopy(pinned=True).copy_shards(tensors)
     monkeypatch.undo()
-    monkeypatch.setattr("engine.planning.memory.COPY_ARENA_BYTES", 1 << 16)
+    monkeypatch.setattr("engine.planning.weights.COPY_ARENA_BYTES", 1 << 16)
     assert len(asked) > 4 and copy_bytes(c, Setting(states=states, shards=shards)) == sum(asked)
 
 

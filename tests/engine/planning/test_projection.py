@@ -1,7 +1,6 @@
 """Speed, cost and mesh of whole runs."""
 
 import pytest
-import torch
 
 from engine.base.errors import UsageError
 from engine.model.config import MODELS
@@ -85,12 +84,12 @@ def test_a_step_waits_for_communication_that_is_not_hidden(card, offload, replic
     )  # fmt: skip
     projection, seconds, mix = found.outcome.projection, found.outcome.projection.seconds, found.mix
     c, shards = MODELS["llama-7b"], 8 // replicas
-    sent = step_traffic(c, found.card, torch.bfloat16, shards, replicas).step_bytes(2)
+    sent = step_traffic(c, found.card, Setting(shards=shards, replicas=replicas)).step_bytes(2)
     assert projection.work.micro_batches == 2 and projection.communication_bytes == sum(sent.values())
     link = {"A100-80": 0.8 * 300e9, "L40S": 0.8 * 25e9}[card]
     assert projection.communication_s == pytest.approx(sum(sent.values()) / link)
     computing = sum(seconds[k] for k in COMPUTING)
-    assert projection.block_s == block_seconds(c, projection.work, "cheap", computing)
+    assert projection.block_s == block_seconds(c, projection.work, Setting(), computing)
     assert seconds["communication"] == sum(projection.not_hidden_seconds.values()) > 0
     assert (projection.not_hidden_seconds["backward"] == projection.not_hidden_seconds["forward"] == 0) == (
         card == "A100-80"
@@ -153,5 +152,5 @@ def test_blocks_of_8_bit_states_are_not_cut(monkeypatch):
         return {way.setting.states for way in estimate_of("4090", 8, replicas=1, model="llama-13b").alternatives}
 
     assert "8bit" in proposed()
-    monkeypatch.setattr("engine.planning.projection.find_8bit_shard_counts", lambda c: [1, 2, 4])
+    monkeypatch.setattr("engine.planning.projection.find_8bit_shard_counts", lambda c, **others: [1, 2, 4])
     assert proposed() and "8bit" not in proposed()

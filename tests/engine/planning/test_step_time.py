@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_iter
 
 from engine.model.config import MODELS, ModelConfig
 from engine.planning.cards import BENCHMARKS, CARDS, find_rates
-from engine.planning.memory import state_bytes, whole_bytes
 from engine.planning.setting import Setting
 from engine.planning.step_time import (
     COMPUTING,
@@ -29,6 +28,7 @@ from engine.planning.step_time import (
     step_traffic,
     update_seconds,
 )
+from engine.planning.weights import state_bytes, whole_bytes
 from kernels.ops.adamw import adamw_state, states_of
 from tests.helpers.planning import SHAPES, SMALL, TINY, sharded_model
 
@@ -76,7 +76,7 @@ def test_what_leaves_in_backward_takes_time_only_where_backward_is_shorter():
         work = Work(tokens, 0.7 * tokens, 0, 0, micro_batches)
         card = CARDS["RTX-4090"]
         seconds = step_seconds(c, card, find_rates(card), work, setting, update_s=0.1, offload_bytes=2 * c.n_parameters)
-        blocks = block_seconds(c, work, "block", sum(seconds[k] for k in COMPUTING))
+        blocks = block_seconds(c, work, setting, sum(seconds[k] for k in COMPUTING))
         assert seconds["offload"] == pytest.approx(micro_batches * max(0, bus_s - 32 * blocks[1]), rel=1e-6)
         assert (seconds["offload"] > 0) == (tokens == 400)
 
@@ -107,7 +107,7 @@ def test_an_update_takes_as_long_as_its_bytes_or_its_instructions():
 @pytest.mark.parametrize(("recompute", "forward"), [("cheap", 1 / 3), ("block", 1 / 4)])
 def test_a_blocks_seconds_are_its_share_of_a_steps(recompute, forward):
     c, work = MODELS["llama-7b"], Work(4000, 3000, 0, 0, 2)
-    ahead, back = block_seconds(c, work, recompute, 1.0)
+    ahead, back = block_seconds(c, work, Setting(recompute=recompute), 1.0)
     head = 6 * 3000 * c.dim * c.vocab_size / gemm_flops(c, work, recompute)
     assert 64 * (ahead + back) == pytest.approx(1 - head) and ahead == pytest.approx(forward * (ahead + back))
 
@@ -128,7 +128,7 @@ def test_waits_are_those_worked_out_by_hand():
 
 def sent(c, dtype, shards, replicas=1):
     """Return the bytes that a GPU sends for a micro-batch, and for the sums over replicas."""
-    kinds = step_traffic(c, CARDS["H100"], dtype, shards, replicas).step_bytes(1)
+    kinds = step_traffic(c, CARDS["H100"], Setting(dtype, shards=shards, replicas=replicas)).step_bytes(1)
     return kinds["gather_forward"] + kinds["gather_backward"] + kinds["reduce"], kinds["sum"]
 
 
@@ -136,7 +136,8 @@ def test_bytes_sent_are_those_worked_out_by_hand():
     """Four GPUs, each with 3 of the embedding's 10 rows. A block: two norms of 8, 16, 8 and 24 rows of 8, 8 of 12."""
     block, embedding = 2 * (8 + 8 + 16 * 8 + 8 * 8 + 24 * 8 + 8 * 12), 2 * 12 * 8
     whole = 2 * block + 2 * embedding + 2 * 8
-    assert whole_bytes(TINY, torch.bfloat16, 4) == (block, 2 * embedding + 16)
+    found = whole_bytes(TINY, torch.bfloat16, 4)
+    assert (found.block, found.others) == (block, 2 * embedding + 16)
     assert sent(TINY, torch.bfloat16, 4)[0] == (3 * whole + block) * 3 / 4
     assert sent(TINY, torch.float32, 4)[0] == 2 * (2 * whole + block) * 3 / 4
     assert sent(TINY, torch.bfloat16, 1)[0] == sent(TINY, torch.bfloat16, 4, 1)[1] == 0
@@ -148,7 +149,9 @@ def test_bytes_sent_are_those_worked_out_by_hand():
 
 def test_sums_are_beside_gathers_where_replicas_lie_in_machines_of_their_own():
     meshes = ((8, 1), (4, 2), (8, 2), (2, 8), (16, 2))
-    apart = {mesh: step_traffic(TINY, CARDS["H100"], torch.bfloat16, *mesh).apart for mesh in meshes}
+    apart = {
+        mesh: step_traffic(TINY, CARDS["H100"], Setting(shards=mesh[0], replicas=mesh[1])).apart for mesh in meshes
+    }
     assert apart == {(8, 1): False, (4, 2): False, (8, 2): True, (2, 8): True, (16, 2): False}
 
 
@@ -182,7 +185,7 @@ def test_shards_and_bytes_sent_are_fsdp2s(shape, recompute, fake_ranks, replicas
     with Sent() as sent:
         step()
     gathered, reduced, summed = sent.bytes.values()
-    traffic = step_traffic(c, CARDS["H100"], torch.bfloat16, shards, replicas).step_bytes(2)
+    traffic = step_traffic(c, CARDS["H100"], Setting(shards=shards, replicas=replicas)).step_bytes(2)
     assert (traffic["gather_forward"] + traffic["gather_backward"]) * shards == gathered * (shards - 1)
     assert traffic["reduce"] * shards == reduced * (shards - 1)
     assert traffic["sum"] * replicas == summed * 2 * (replicas - 1)
