@@ -33,6 +33,7 @@ from engine.training.prepare import agree_on_plan, prepare
 from engine.training.resume import find_start, is_finished
 from engine.training.saving import require_disk_space
 from engine.training.stanford_flags import translate_stanford_flags
+from engine.training.trial import try_on_cpu
 
 
 def main(argv: Sequence[str]) -> None:
@@ -73,7 +74,16 @@ def say_nothing(*_: object) -> None:
 
 
 def print_plan_estimate(plan: Plan, world: World) -> None:
-    """Print the estimate of the run on this machine's GPU, or on an H100 where that is unknown or missing."""
+    """Print how long the run takes: on a CPU from a step that is tried, on this machine's GPU by an estimate.
+
+    For a GPU whose figures are not known, and a CPU with too little memory for the trial, the estimate is an H100's.
+    """
+    if plan.device.type == "cpu" and world.size == 1:
+        trial = try_on_cpu(plan)
+        print("too little memory for a trial on this CPU" if trial is None else trial)
+        if trial is not None:
+            print("on a GPU: python -m engine.estimate takes the same flags, and --gpu")
+            return
     card = detect_card(plan.device)
     if card is None:
         card = CARDS["H100"]

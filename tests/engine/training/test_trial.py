@@ -1,0 +1,55 @@
+"""How long a run would take on this CPU: the arithmetic of the trial, and what it needs."""
+
+import dataclasses
+import json
+
+import pytest
+
+from engine.distributed.world import World
+from engine.training import trial
+from engine.training.config import FinetuneConfig
+from engine.training.prepare import prepare
+from engine.training.trial import try_on_cpu
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """Return the plan of a run of 30 rows, all of them in one step, three times."""
+    rows = [{"instruction": f"Count to {i}.", "output": " ".join(map(str, range(i)))} for i in range(30)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    config = FinetuneConfig(
+        model="tiny", random_init=True, data=(str(tmp_path / "rows.json"),), out=str(tmp_path / "out"), device="cpu",
+        token_cache="off", micro_batch_tokens=8192, kernels="ref",
+    )  # fmt: skip
+    return prepare(config, World(), print)
+
+
+def test_layers_are_added_up_and_steps_are_counted(plan, monkeypatch):
+    """A layer takes 2 s of a micro-batch and 0.25 s of an update, all else 1 and 0.5."""
+    seconds = {1: (3.0, 0.75), 2: (5.0, 1.0)}
+    asked = []
+
+    def time_layers(plan, shape, batch):
+        asked.append((shape, len(batch.tokens)))
+        return seconds[shape.n_layers]
+
+    monkeypatch.setattr(trial, "_time_layers", time_layers)
+    shape = dataclasses.replace(plan.model_config, n_layers=10)
+    found = try_on_cpu(dataclasses.replace(plan, model_config=shape))
+    assert (found.micro_batch_s, found.update_s) == (21.0, 3.0)
+    assert [dataclasses.replace(s, n_layers=10) for s, _ in asked] == [shape, shape]
+    n_computed, n_own = found.n_tokens, plan.train.counts["tokens"]  # one micro-batch, all rows, one step an epoch
+    assert plan.order.steps_per_epoch == 1 and 0 < n_computed <= n_own
+    assert found.run_s == pytest.approx(plan.total_steps * 24.0)
+    assert "projected from a micro-batch of" in str(found)
+
+
+def test_a_trial_runs_and_leaves_no_gradient_behind(plan):
+    found = try_on_cpu(plan)
+    assert found.micro_batch_s > 0 and found.update_s > 0 and found.run_s > 0
+
+
+def test_without_the_memory_of_two_layers_nothing_is_tried(plan, monkeypatch):
+    monkeypatch.setattr(trial, "read_free_bytes", lambda: 1000)
+    monkeypatch.setattr(trial, "_time_layers", None)
+    assert try_on_cpu(plan) is None
