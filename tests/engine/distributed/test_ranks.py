@@ -172,6 +172,17 @@ def test_an_adapter_of_two_ranks_then_of_one_is_one_run(rows, tmp_path):
     same(tmp_path / "two", tmp_path / "one")
 
 
+def test_two_ranks_beside_weights_in_4_bits_are_one_run(rows, tmp_path):
+    """Each rank holds all of the frozen weights."""
+    base = tmp_path / "base"
+    base.mkdir()
+    write_model(base, tied=False)
+    qlora = ("--adapter", "qlora", "--lora-r", 3, "--lr", "1e-2", "--model", base)
+    alone(*flags(rows, tmp_path / "one", *SAVES)[2:], *qlora)
+    several(2, *flags(rows, tmp_path / "two", *SAVES)[2:], *qlora)
+    same(tmp_path / "two", tmp_path / "one")
+
+
 @pytest.mark.parametrize(
     "where",
     [

@@ -162,6 +162,22 @@ def test_kill_9_then_resume_is_bit_equal(rows, dropped, tmp_path, kill):
     assert_same(tmp_path / "out", dropped)
 
 
+def test_qlora_is_one_run_through_a_kill(rows, dropped, tmp_path, capsys):
+    """The frozen weights are read and quantised again; the state holds none of them."""
+    qlora = (*SHAPE, *DROPPED, "--adapter", "qlora")
+    run(*arguments(rows, tmp_path / "whole", *qlora))
+    args = arguments(rows, tmp_path / "out", *qlora)
+    killed("before(Transformer, 'loss', 12, die)", *args)
+    run(*args)
+    assert_same(tmp_path / "out", tmp_path / "whole")
+    for (_, a, _), (_, b, _) in zip(curve(tmp_path / "out"), curve(dropped), strict=True):
+        assert a != b and a == pytest.approx(b, rel=0.1)  # weights in 4 bits are near those in 32
+    state = load_file(tmp_path / "out" / "checkpoint-6" / "state.safetensors")
+    assert state.keys() == load_file(dropped / "checkpoint-6" / "state.safetensors").keys()
+    run(*arguments(rows, tmp_path / "out", *SHAPE, *DROPPED), code=2)
+    assert "other settings (adapter: qlora -> lora)" in capsys.readouterr().err
+
+
 def test_a_full_disk_costs_a_repetition_of_the_command(rows, dropped, tmp_path, monkeypatch, capsys):
     args = arguments(rows, tmp_path / "out", *SHAPE, *DROPPED, "--save-every", "off")
 
