@@ -226,10 +226,9 @@ def compare_merged(peer: Peer, folder: Path, rows: list[dict[str, str]]) -> dict
     for action, name in (("answer", "transformers"), ("answer_by_llama_cpp", "llama_cpp")):
         out = folder / f"{action}-answers.json"
         peer.run(action, [job | {"out": str(out)}])
-        theirs = json.loads(out.read_text())
-        found[f"same_in_{name}"] = sum(
-            cut_at_stop(a, stops) == cut_at_stop(b, stops) for a, b in zip(ours, theirs, strict=True)
-        )
+        pairs = zip(ours, json.loads(out.read_text()), strict=True)
+        texts = [[tokenizer.decode(cut_at_stop(ids, stops)) for ids in pair] for pair in pairs]
+        found[f"same_in_{name}"] = sum(a == b for a, b in texts)
     of_merged = load_model(str(merged), torch.device("cpu"), DTYPES["fp32"], "ref")[0]
     found["merged_logits"] = largest_difference(our_logits(of_merged, prompts[0]), our_logits(model, prompts[0]))
     return found

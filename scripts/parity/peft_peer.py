@@ -118,16 +118,21 @@ def answer(job: dict[str, Any]) -> None:
 
 
 def answer_by_llama_cpp(job: dict[str, Any]) -> None:
-    """Write llama.cpp's greedy answers, as ids, to prompts of ids. job: gguf, prompts, tokens, out."""
+    """Write llama.cpp's greedy answers to prompts of ids. job: gguf, base, prompts, tokens, out.
+
+    It gives texts; they are written as the ids that the tokenizer in the folder base makes of them.
+    """
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel = job["gguf"], 1024, 1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # f16 by default
     server, answers = xllamacpp.Server(params), []
+    tokenizer = transformers.AutoTokenizer.from_pretrained(job["base"])
     for ids in job["prompts"]:
-        wanted = {"prompt": ids, "n_predict": job["tokens"], "temperature": 0.0, "return_tokens": True}
-        answers.append(server.handle_completions(wanted)["tokens"])
+        wanted = {"prompt": ids, "max_tokens": job["tokens"], "temperature": 0.0}
+        text = server.handle_completions(wanted)["choices"][0]["text"]
+        answers.append(tokenizer(text, add_special_tokens=False)["input_ids"])
     Path(job["out"]).write_text(json.dumps(answers))
 
 

@@ -60,7 +60,7 @@ def test_merged_folders_hold_the_adapters_model_in_every_layout(adapter, merged,
 def test_an_adapter_is_not_exported_without_a_word(adapter, tmp_path, capsys):
     for more in (("--model", adapter), ("--model", small_model(), "--adapter-dir", adapter)):
         run(export.main, *more, "--out", tmp_path / "out", code=2)
-        assert "--model is an adapter: --merge writes its base with the updates" in capsys.readouterr().err
+        assert f"{adapter} is an adapter: --merge writes its base with the updates" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
