@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# make demo ADAPTER=lora (or qlora) trains an adapter in place of all weights; updates want a higher rate than weights.
 demo: $(READY)
-	$(BIN)/python -m engine.finetune --resume never
+	$(BIN)/python -m engine.finetune --resume never$(if $(ADAPTER), --adapter $(ADAPTER) --lr 2e-3 --out out/demo-$(ADAPTER))
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist worksteal
