@@ -45,5 +45,5 @@ def adapters_row(figures: dict[str, Any]) -> tuple[str, str, str, str]:
     curve = figures["curve"]
     ours, theirs = (f"{losses[0]:.4f} to {losses[-1]:.4f}" for losses in (curve["loss"], curve["peft_loss"]))
     worst = curve["worst_relative_difference"]["loss"]
-    what = f"LoRA's loss over {figures['steps']} steps, SmolLM2-135M in fp32"
+    what = f"LoRA's loss over {figures['steps']} steps, {figures['model']} in fp32"
     return what, ours, f"{theirs} (PEFT)", f"{worst:.1e} apart at most"
