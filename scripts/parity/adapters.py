@@ -240,11 +240,18 @@ def make_prompt(row: dict[str, str]) -> str:
 
 
 def read_short_rows(args: Namespace, tokenizer: Tokenizer) -> list[dict[str, str]]:
-    """Return the first rows of --data that --max-length does not cut: one that loses its answer has no loss."""
+    """Return the first rows of --data that --max-length does not cut: one that loses its answer has no loss.
+
+    Raise SystemExit where they are too few.
+    """
     found = []
     for row in map(row_as_dict, read_rows([Path(args.data)])[0]):
         if len(tokenizer.encode(make_prompt(row) + row["output"])) < args.max_length:
             found.append(row)
+    if len(found) < args.steps * args.batch:
+        raise SystemExit(
+            f"--data {args.data}: {len(found)} rows are under --max-length; {args.steps * args.batch} wanted"
+        )
     return found[: args.steps * args.batch]
 
 
