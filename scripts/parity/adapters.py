@@ -1,4 +1,6 @@
-"""LoRA against PEFT: gradients in fp64, a curve of losses, adapters read by each other, merged models elsewhere.
+"""LoRA against PEFT: gradients in fp64, curves of losses, adapters read by each other, merged models elsewhere.
+
+QLoRA's curve is compared with that of PEFT on a base in bitsandbytes' 4 bits.
 
     python -m scripts.parity.adapters --data alpaca.json --json benchmarks/adapters.json
 
@@ -43,7 +45,7 @@ from scripts.parity.curves import (
     worst_difference,
 )
 
-PACKAGES = ("peft>=0.21,<0.22", "torch>=2.11,<2.14", "transformers>=5,<6", "xllamacpp")
+PACKAGES = ("bitsandbytes>=0.50,<0.51", "peft>=0.21,<0.22", "torch>=2.11,<2.14", "transformers>=5,<6", "xllamacpp")
 SHAPE = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": True,
@@ -64,7 +66,7 @@ CASES: dict[str, dict[str, Any]] = {  # of LoraConfig
 }  # fmt: skip
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}  # of the run
 ANSWERS, ANSWER_TOKENS = 6, 24
-BOUNDS = {"fp64": 1e-10, "loss": 1e-4, "logits": 1e-5}
+BOUNDS = {"fp64": 1e-10, "loss": 1e-4, "qlora": 1e-3, "logits": 1e-5}
 
 
 class Peer:
@@ -169,16 +171,23 @@ def our_logits(model: Transformer, tokens: Sequence[int]) -> torch.Tensor:
     return model.logits(model(torch.tensor(tokens)))
 
 
-def train_twice(peer: Peer, args: Namespace, folder: Path, rows: list[dict[str, str]]) -> dict[str, Any]:
-    """Train an adapter that PEFT has made, by PEFT's loop and by engine.finetune. Return both curves' figures."""
-    base, data = folder / "base", folder / "rows.json"
+def train_twice(
+    peer: Peer, args: Namespace, base: Path, folder: Path, rows: list[dict[str, str]], kind: str
+) -> dict[str, Any]:
+    """Train an adapter that PEFT has made, by PEFT's loop and by engine.finetune. Return both curves' figures.
+
+    kind: lora, or qlora, for which bitsandbytes keeps PEFT's base in 4 bits.
+    """
+    folder.mkdir(exist_ok=True)
+    data = folder / "rows.json"
     data.write_text(json.dumps(rows))
     peer.run("train", [
-        {"base": str(base), "lora": LORA, "rows": str(data), "folder": str(folder), **describe_settings(args)}
+        {"base": str(base), "nf4": kind == "qlora", "lora": LORA, "rows": str(data), "folder": str(folder),
+         **describe_settings(args)}
     ])  # fmt: skip
     theirs = [tuple(step) for step in json.loads((folder / "curve.json").read_text())]
     ours = finetune_curve(
-        args, folder / "out", "--model", base, "--adapter", "lora", "--adapter-dir", folder / "initial", "--data", data,
+        args, folder / "out", "--model", base, "--adapter", kind, "--adapter-dir", folder / "initial", "--data", data,
         "--no-shuffle", "--device", "cpu", "--epochs", 1,
     )  # fmt: skip
     worst = worst_difference(ours, theirs)
@@ -266,6 +275,7 @@ def find_excesses(result: dict[str, Any]) -> list[str]:
         f"{case}, {name}": (value, BOUNDS["fp64"]) for case, of in result["fp64"].items() for name, value in of.items()
     }
     figures["a step's loss"] = result["curve"]["worst_relative_difference"]["loss"], BOUNDS["loss"]
+    figures["a QLoRA step's loss"] = result["qlora"]["worst_relative_difference"]["loss"], BOUNDS["qlora"]
     figures |= {name: (value, BOUNDS["logits"]) for name, value in result["crossed"].items()}
     figures["merged logits"] = result["merged"]["merged_logits"], BOUNDS["logits"]
     over = [f"{name} is {value:.1e} off, wanted {bound}" for name, (value, bound) in figures.items() if value > bound]
@@ -290,13 +300,15 @@ def main() -> int:
         run_module("engine.export", "--model", args.model, "--out", folder / "base", "--dtype", "fp32")
         tokenizer = load_model(str(folder / "base"), torch.device("cpu"), DTYPES["fp32"], "ref")[1]
         rows = read_short_rows(args, tokenizer)
-        curve = train_twice(peer, args, folder, rows)
+        curve = train_twice(peer, args, folder / "base", folder, rows, "lora")
+        in_4_bits = train_twice(peer, args, folder / "base", folder / "qlora", rows, "qlora")
         crossed = cross_adapters(peer, folder, tokenizer.encode(rows[0]["output"] * 8)[:100])
         merged = compare_merged(peer, folder, rows)
     result = {
         "what": "LoRA against PEFT: fp64 gradients, a curve, adapters both ways, merged models",
         "model": args.model, "data": Path(args.data).name, **describe_settings(args), "lora": LORA,
-        "date": today(), **peer.read_versions(), "fp64": fp64, "curve": curve, "crossed": crossed, "merged": merged,
+        "date": today(), **peer.read_versions(), "fp64": fp64, "curve": curve, "qlora": in_4_bits,
+        "crossed": crossed, "merged": merged,
     }  # fmt: skip
     write_json(args.json, result)
     print(f"losses differ by {curve['worst_relative_difference']['loss']:.1e} at most; logits {crossed}; {merged}")

@@ -86,15 +86,23 @@ def compute_logits(job: dict[str, Any]) -> None:
 
 
 def train(job: dict[str, Any]) -> None:
-    """Make an adapter with PEFT, and train it on rows by a plain loop. job: base, lora, rows, lr, steps, batch,
-    max_length, folder. Writes folder/initial and folder/trained, and the losses to folder/curve.json."""
+    """Make an adapter with PEFT, and train it on rows by a plain loop. job: base, nf4, lora, rows, lr, steps, batch,
+    max_length, folder. nf4: bitsandbytes keeps the base in 4 bits. Writes folder/initial and folder/trained, and the
+    losses to folder/curve.json."""
     folder = Path(job["folder"])
     torch.manual_seed(0)
 
     def adapt(model: torch.nn.Module) -> torch.nn.Module:
         return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **job["lora"]))
 
-    loop = TransformersLoop(job["base"], lr=job["lr"], total_steps=job["steps"], exact_norm=True, adapt=adapt)
+    quantised = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )  # fmt: skip
+    loop = TransformersLoop(
+        job["base"], lr=job["lr"], total_steps=job["steps"], exact_norm=True, adapt=adapt,
+        options={"quantization_config": quantised} if job["nf4"] else {},
+    )  # fmt: skip
     loop.model.save_pretrained(folder / "initial")
     rows, size = json.loads(Path(job["rows"]).read_text()), job["batch"]
     examples = encode_rows(rows, transformers.AutoTokenizer.from_pretrained(job["base"]), job["max_length"])
