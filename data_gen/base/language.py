@@ -115,6 +115,7 @@ def invert_table(table: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
     return votes
 
 
+LATIN = SCRIPTS["LATIN"].split()
 WORD_VOTES = invert_table({code: words.split() for code, words in WORDS.items()})
 LETTER_VOTES = invert_table(LETTERS)
 
@@ -123,9 +124,8 @@ def guess_language(text: str) -> str:
     """Return the ISO 639-1 code, one of LANGUAGES, of a text's language, or "" when unsure."""
     text = unicodedata.normalize("NFC", text[:SCAN]).lower()
     text = LINK.sub(" ", text) if "://" in text else text
-    if text.isascii():  # all letters are of one script
-        n_letters = sum(map(len, ASCII_WORD.findall(text)))
-        return guess_by_words(text, SCRIPTS["LATIN"].split()) if n_letters >= MIN_LETTERS else ""
+    if text.isascii():  # all letters are of one script, and MIN_WORDS words have MIN_LETTERS
+        return guess_by_words(text, LATIN)
     scripts: Counter[str] = Counter()
     for char, n in Counter(text).items():
         if char.isalpha():
@@ -149,18 +149,22 @@ def find_script(char: str) -> str:
 
 def guess_by_words(text: str, codes: list[str]) -> str:
     """Return the one of these languages that the words and letters of the text clearly favour, or ""."""
-    words = ASCII_WORD.findall(ASCII_S.sub("'", text)) if text.isascii() else WORD.findall(text)
+    if text.isascii():
+        words, letters = ASCII_WORD.findall(ASCII_S.sub("'", text) if "'s" in text else text), ""
+    else:
+        words, letters = WORD.findall(text), "".join(filter(LETTER_VOTES.__contains__, text))
     if len(words) < MIN_WORDS:
         return ""
-    found = [(word, n, WORD_VOTES[word]) for word, n in Counter(words).items() if word in WORD_VOTES]
-    letters = Counter([] if text.isascii() else [letter for letter in text if letter in LETTER_VOTES])
-    found += [(letter, n, LETTER_VOTES[letter]) for letter, n in letters.items()]
+    found = [(word, n, WORD_VOTES[word]) for word, n in Counter(filter(WORD_VOTES.__contains__, words)).items()]
+    found += [(letter, n, LETTER_VOTES[letter]) for letter, n in Counter(letters).items()]
     votes = dict.fromkeys(codes, 0.0)
     for _, n, languages in found:
         share = n / len(languages)
         for code in languages:
             votes[code] = votes.get(code, 0.0) + share
-    (best, most), (_, second) = sorted(votes.items(), key=lambda item: -item[1])[:2]
+    best = max(votes, key=votes.__getitem__)  # of several the first
+    most = votes.pop(best)
+    second = max(votes.values())
     clear = most - second >= max(MIN_LEAD, LEAD_SHARE * most)
     if not clear or best not in codes:
         return ""

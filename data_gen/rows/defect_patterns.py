@@ -123,16 +123,23 @@ THE, SOME = r"(?:the|these|those|this)", r"(?:(?!following\b|given\b)[a-z'-]{2,1
 OF_WHAT = (
     r"(?:\s+of\s+(?:[a-z]{2,15}\s+)?(?:numbers|integers|words|names|sentences|items|data|text|code|values|events))?"
 )
-FOLLOWING = re.compile(
-    rf"\b(?:{THE}\s+)?(?:following|attached)\s+{SOME}{TEXT}{OF_WHAT}{GOES_ON}|\b{THE}\s+above\s+{SOME}{TEXT}{GOES_ON}"
-    rf"|\b{THE}\s+{SOME}{TEXT}{OF_WHAT}\s+(?:below|above|that follows?)(?=[.,;!?]|\Z|\s+(?:in|into|to|and)\b)"
-    r"|\b(?:the following|as follows|(?:given|listed|shown) below|(?:shown|mentioned) above)[.?!]{0,3}\Z",
-    ANY,
+FOLLOWING = Sought(
+    re.compile(
+        rf"\b(?:{THE}\s+)?(?:following|attached)\s+{SOME}{TEXT}{OF_WHAT}{GOES_ON}"
+        rf"|\b{THE}\s+above\s+{SOME}{TEXT}{GOES_ON}"
+        rf"|\b{THE}\s+{SOME}{TEXT}{OF_WHAT}\s+(?:below|above|that follows?)(?=[.,;!?]|\Z|\s+(?:in|into|to|and)\b)"
+        r"|\b(?:the following|as follows|(?:given|listed|shown) below|(?:shown|mentioned) above)[.?!]{0,3}\Z",
+        ANY,
+    ),
+    ("follow", "attached", "above", "below"),
 )
-GIVEN = re.compile(
-    rf"\b{THE}\s+(?:given|provided|supplied)\s+{SOME}{TEXT}{OF_WHAT}{GOES_ON}"
-    rf"|\Agiven\s+(?:an?|some|two|three|the|a set of)\s+{SOME}{TEXT}{OF_WHAT}{GOES_ON}",
-    ANY,
+GIVEN = Sought(
+    re.compile(
+        rf"\b{THE}\s+(?:given|provided|supplied)\s+{SOME}{TEXT}{OF_WHAT}{GOES_ON}"
+        rf"|\Agiven\s+(?:an?|some|two|three|the|a set of)\s+{SOME}{TEXT}{OF_WHAT}{GOES_ON}",
+        ANY,
+    ),
+    ("given", "provided", "supplied"),
 )
 DONE_TO = re.compile(
     r"\A(?:please\s+)?(?:summari[sz]e|translate|rewrite|paraphrase|edit|proofread|correct|shorten|classify|rephrase|"
@@ -196,7 +203,7 @@ AS_AI = Sought(
         rf"|\A[^.\n]{{0,80}}\bI(?:['\u2019]m| am) (?:just |only )?an? {AI}\b",
         ANY,
     ),
-    ("ai", "artificial", "language model"),
+    ("a ai", "an ai", "artificial", "language model"),
 )
 CANNOT = (
     r"(?:(?:I|we) (?:cannot|can ?not|can['\u2019]t|could not|couldn['\u2019]t|do not|don['\u2019]t|am unable to|"

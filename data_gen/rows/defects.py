@@ -64,7 +64,8 @@ def find_no_output(item: Task) -> str | None:
 
 def find_broken_characters(item: Task) -> str | None:
     """Find control characters, wrongly decoded text, or LaTeX without its backslashes."""
-    return find_first(patterns.BROKEN, *item.values())
+    # In a line of ASCII that can be printed nothing is broken.
+    return find_first(patterns.BROKEN, *[text for text in item.values() if not (text.isascii() and text.isprintable())])
 
 
 def find_short_instruction(item: Task) -> str | None:
@@ -152,7 +153,7 @@ def find_repetition(item: Task) -> str | None:
     if len(output) < 2 * 60 - 1 and output.isascii():  # tokens of one letter and blanks
         return None
     words = tokenize(output)
-    if len(words) < 60:
+    if len(words) < 60 or len(set(words[:-3])) >= 0.4 * (len(words) - 3):  # each begins a run that no other begins
         return None
     runs = list(zip(words, words[1:], words[2:], words[3:], strict=False))
     return " ".join(Counter(runs).most_common(1)[0][0]) if len(set(runs)) < 0.4 * len(runs) else None
@@ -160,7 +161,9 @@ def find_repetition(item: Task) -> str | None:
 
 def find_wrong_language(item: Task, language: str) -> str | None:
     """Find an instruction, or an output that nobody asked to translate, in another language."""
-    found = guess_language(patterns.QUOTED.sub(" ", item["instruction"]))
+    asked = item["instruction"]
+    has_quotes = not asked.isascii() or any([mark in asked for mark in "\"'`"])
+    found = guess_language(patterns.QUOTED.sub(" ", asked) if has_quotes else asked)
     if found not in ("", language):
         return f"{found}: {item['instruction']}"
     if language != "en":

@@ -14,6 +14,10 @@ texts share, they share at most m - p and n - q tokens. Duplicates share 7 (m + 
 Each right side depends on one text only and is called the reach of that text at that place. The index lists a text
 under the tokens at which its reach is at least 7 times the shortest length that could match: about its 46% (6/13)
 rarest tokens.
+
+Of the texts that are found so, most are dropped by their signatures (a bitmap filter: Sandes et al. 2020,
+doi.org/10.1109/TKDE.2018.2889695), 64 bits of which each token sets one. A bit of one text alone is a token of that
+text alone, and duplicates have at most m + n - 2 LCS <= 3 (m + n) / 10 such tokens.
 """
 
 from array import array
@@ -90,6 +94,14 @@ def decode_numbers(code: Code) -> list[int]:
     return list(map(ord, code)) if isinstance(code, str) else list(code)
 
 
+def make_signature(values: Sequence[int]) -> int:
+    """Return 64 bits, of which bit v mod 64 is set for each token number v."""
+    signature = 0
+    for value in values:
+        signature |= 1 << (value & 63)
+    return signature
+
+
 class Deduplicator:
     """Keeps texts of which no two are duplicates: 20 LCS < 7 (m + n) for each pair.
 
@@ -97,13 +109,15 @@ class Deduplicator:
         kept = [text for text in texts if deduplicator.add(text) is None]
 
     Decisions and indices equal those of a comparison with every kept text. A text takes O(m log m), each candidate
-    O(m n / 64), with about 50 candidates at 52,000 kept texts. benchmarks/dedup.json times 63,000 instructions.
+    O(m n / 64). At 52,000 kept texts that repeat each other's beginnings there are 12 candidates, 305 without
+    signatures. benchmarks/dedup.json times 63,000 instructions.
     """
 
     def __init__(self) -> None:
         self.texts: list[str] = []  # the kept ones
         self._codes: list[Code] = []  # token numbers of each kept text
         self._lengths = np.empty(64, np.int64)  # 7 n of each kept text, with room to grow
+        self._signatures = np.empty(64, np.uint64)  # of each kept text, with the same room
         self._index_of: dict[Code, int] = {}
         self._numbers = TokenNumbers()
         self._ranks: list[int] = []  # number -> rank, the rarest first; below 0 for tokens since the last rebuild
@@ -116,21 +130,21 @@ class Deduplicator:
     def add(self, text: str) -> int | None:
         """Keep a text and return None. For a duplicate, return the index of the kept text with the largest F; of
         several with an equal F, the first."""
-        code, places = self._prepare(text)
-        found = self._find(code, places)
+        code, places, signature = self._prepare(text)
+        found = self._find(code, places, signature)
         if found is None:
-            self._keep(text, code, places)
+            self._keep(text, code, places, signature)
         return found
 
     def find(self, text: str) -> int | None:
         """Return what add(text) would return, and keep nothing."""
         return self._find(*self._prepare(text))
 
-    def _prepare(self, text: str) -> tuple[Code, dict[int, int]]:
+    def _prepare(self, text: str) -> tuple[Code, dict[int, int], int]:
         numbers, ranks = self._numbers, self._ranks
         values = [numbers[token] for token in tokenize(text)]
         ranks += range(-1 - len(ranks), -1 - numbers.end, -1)
-        return encode_numbers(values), self._compute_places(values)
+        return encode_numbers(values), self._compute_places(values), make_signature(values)
 
     def _compute_places(self, values: Sequence[int]) -> dict[int, int]:
         """Return {rank: reach at its first place} for the ranks under which a text is posted and looked up."""
@@ -140,7 +154,7 @@ class Deduplicator:
         # From the last place to the first, so that of a repeated token the first place wins.
         return dict(zip(ordered[len(reaches) - 1 :: -1], reaches[::-1], strict=False))
 
-    def _find(self, code: Code, places: dict[int, int]) -> int | None:
+    def _find(self, code: Code, places: dict[int, int], signature: int) -> int | None:
         from rapidfuzz import process
         from rapidfuzz.distance import Indel, LCSseq
 
@@ -155,7 +169,12 @@ class Deduplicator:
         near = joined >= 7 * len(code) << BITS
         indices = joined[near] & (1 << BITS) - 1
         bounds = np.array(reaches).repeat([len(posting) for posting in lists])[near]
-        found = sorted(set(indices[self._lengths[indices] <= bounds].tolist()))
+        lengths = self._lengths[indices]
+        bits = np.bitwise_count(self._signatures[indices] ^ np.uint64(signature))
+        is_candidate = (lengths <= bounds) & (bits <= (21 * len(code) + 3 * lengths) // 70)
+        found = sorted(set(indices[is_candidate].tolist()))
+        if not found:
+            return None
         codes = self._codes
         # Returns the first of the most similar; equal fractions are equal floats.
         best = process.extractOne(
@@ -169,14 +188,16 @@ class Deduplicator:
             return None
         return found[best[2]]
 
-    def _keep(self, text: str, code: Code, places: dict[int, int]) -> None:
+    def _keep(self, text: str, code: Code, places: dict[int, int], signature: int) -> None:
         index = len(self.texts)
         self.texts.append(text)
         self._codes.append(code)
         self._index_of[code] = index
         if index == len(self._lengths):
             self._lengths = np.concatenate((self._lengths, np.empty_like(self._lengths)))
+            self._signatures = np.concatenate((self._signatures, np.empty_like(self._signatures)))
         self._lengths[index] = 7 * len(code)
+        self._signatures[index] = signature
         if len(self.texts) == self._rebuild_at:
             self._rebuild_at *= GROWTH
             self._rebuild()

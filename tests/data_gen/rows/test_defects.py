@@ -356,6 +356,20 @@ def test_where_a_loop_begins(lines, looped):
     assert (reason(task(output="\n".join(lines))) == "repetition") is looped
 
 
+@pytest.mark.parametrize("period, looped", [(1, True), (30, True), (38, True), (39, False)])
+def test_of_which_period_words_are_a_loop(period, looped):
+    """A hundred words have 97 runs of 4, of which fewer than 38.8 may differ in a loop."""
+    words = " ".join(f"word{at % period}" for at in range(100))
+    assert (reason(task(output=words)) == "repetition") is looped
+
+
+@pytest.mark.parametrize("marks", ['""', "''", "``", "\u201c\u201d", "\u00ab\u00bb"])
+def test_what_is_quoted_tells_nothing_of_an_instructions_language(marks):
+    asked = "What does {}der Hund ist nicht in dem Haus und das ist auch nicht schlecht{} mean, and who says that?"
+    assert reason(task(instruction=asked.format("", ""))) == "wrong language"
+    assert reason(task(instruction=asked.format(*marks))) is None
+
+
 SOUGHT = {name: found for name, found in vars(patterns).items() if isinstance(found, patterns.Sought)}
 
 
