@@ -106,6 +106,7 @@ def test_every_duplicate_counts_also_of_prompts_that_are_alike(knowing):
     assert known.find_match(task("5 q r s t u 3 4 1 2")) == c  # F with b is 0.7 - 0.1
     assert known.find_match(task("5 6 q r s t u 3 4 1 2")) == c
     assert known.find_match(task("p q r s t u v w 1 9")) in (a, b)
+    assert known.find_match(task("5 6 r s t u v w 1 2")) == b  # 8 of 10 words are b's, 6 a's and 6 c's
 
 
 @pytest.mark.parametrize("field", ["instruction", "input", "output"])

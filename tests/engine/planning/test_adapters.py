@@ -22,6 +22,7 @@ ADAPTERS = {
     "gate": AdapterConfig(r=3, targets=("gate_proj",)), "down": AdapterConfig(r=4, targets=("down_proj",)),
     "one way out": AdapterConfig(r=4, targets=("layers.1.self_attn.o_proj",)), "patterned": PATTERNED,
     "last layer's up": AdapterConfig(r=2, targets=("layers.2.mlp.up_proj",)),
+    "embedding far below": AdapterConfig(r=2, targets=("layers.2.mlp.up_proj",), saved=("embed_tokens",)),
     "head alone": AdapterConfig(targets=("layers.0.none",), saved=("lm_head",)),
 }  # fmt: skip
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="plans of the interpreter's")

@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from engine.base.errors import DataError, UsageError
 from engine.formats.source import open_source
 from engine.model.adapter import AdapterConfig
+from engine.output.folder import RUN
 from engine.serving.models import load_adapted, load_model
 from tests.helpers.adapters import write_adapter
 from tests.helpers.run import worst
-from tests.helpers.small_model import small_model, write_model
+from tests.helpers.small_model import small_model, write_model, write_tokenizer
 
 CPU = torch.device("cpu"), torch.float32
 TOKENS = torch.arange(30) * 97 % 3000
@@ -43,6 +44,20 @@ def test_an_adapters_folder_stands_for_its_base_with_it(adapters):
     assert by_name[0].adapter is None and by_name[1].encode("A word") == base[1].encode(
         "A word"
     )  # the base's tokenizer
+
+
+def test_an_adapter_is_asked_in_its_own_runs_style(tmp_path):
+    """The run that trained it wrote a tokenizer and run.json; the base's style counts for an adapter without them."""
+    base = tmp_path / "base"
+    base.mkdir()
+    write_model(base)
+    folder = write_adapter(tmp_path / "own", base=base)
+    (base / RUN).write_text(json.dumps({"config": {"prompt_style": "alpaca"}}))
+    assert load_model(str(folder), *CPU)[2] == "alpaca"
+    write_tokenizer(folder)
+    (folder / RUN).write_text(json.dumps({"config": {"prompt_style": "chatml"}}))
+    assert load_model(str(folder), *CPU)[2] == "chatml"
+    assert [style for *_, style in load_adapted(str(base), [str(folder)], *CPU)] == ["alpaca", "chatml"]
 
 
 def test_several_adapters_share_the_weights_of_one_base(adapters):

@@ -322,13 +322,15 @@ def test_shards_round_as_the_whole(master, states, impl, device):
 
 @both
 def test_shards_of_8_bit_states(impl, device):
-    n, cut = 2 * op.LEAST_8BIT + 512, op.LEAST_8BIT + 256
+    """The size of the whole decides: each of these shards alone would keep fp32 states."""
+    n, cut = op.LEAST_8BIT + 512, 9 * 256
     whole, state, gradient = start(n, torch.bfloat16, "stochastic", "8bit", device)
     grad = gradient()
     parts = []
     for a, b in ((0, cut), (cut, n)):
         param = whole[a:b].clone()
-        parts.append(run(param, kernels.adamw_state(param, "stochastic", "8bit"), [grad[a:b]], impl, seed=9, offset=a))
+        kept = kernels.adamw_state(param, "stochastic", "8bit", whole=n)
+        parts.append(run(param, kept, [grad[a:b]], impl, seed=9, offset=a))
     run(whole, state, [grad], impl, seed=9)
     assert same(torch.cat([p for p, _ in parts]), whole)
     for name, t in state.tensors().items():
