@@ -130,6 +130,7 @@ class _NormLinearRows(torch.autograd.Function):
         if want_x or want_norm_weight:
             matrix = held_weight(ctx, weight, dy.dtype)
             dh = (dy @ matrix[ctx.n :]).index_add_(0, rows, dy_rows @ matrix[: ctx.n])
+            del matrix  # a packed weight's is freed before the norm's backward
             if low_rank is not None:
                 updates.add_gradient_of_h(dh, du, low_rank)
             ds = torch.zeros_like(x).index_copy_(0, rows, ds_rows)
