@@ -13,7 +13,7 @@ from pathlib import Path
 from data_gen.base.cli import run_for_reader
 from scripts.pages.adapters import adapters, adapters_row
 from scripts.pages.cpu_adamw import cpu_adamw, offloaded
-from scripts.pages.data import data_gen, data_speed, dedup, dedup_row
+from scripts.pages.data import data_gen, data_servers, data_speed, dedup, dedup_row
 from scripts.pages.decoding import decoding, decoding_row, spread
 from scripts.pages.demo import demo, demo_row
 from scripts.pages.gpu_table import format_report, format_targets, read_reports
@@ -267,6 +267,10 @@ MEASUREMENTS = (
     ),
     Measurement(
         "data_gen", "A dataset from a server that fails", script("scripts.speed.data_gen", "data_gen"), data_gen,
+    ),
+    Measurement(
+        "data_servers", "Datasets from real servers",
+        script("scripts.serving.data_servers", "data_servers"), data_servers,
     ),
     Measurement(
         "data_speed", "Reading, tokenising and packing",

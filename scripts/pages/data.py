@@ -57,6 +57,42 @@ def data_gen(figures):
     ]  # fmt: skip
 
 
+def data_servers(figures):
+    servers = figures["servers"]
+    assert not any(found["recorded_and_sent_again"] for found in servers.values())
+    lines = [
+        paragraph(
+            "`data_gen.generate` asks real servers of SmolLM2-135M for three tasks a request, at $0.1 and $0.4 a "
+            "million tokens (nobody was paid), is killed (SIGKILL) once, and goes on to its cap. The bill is the sum "
+            "of the usages of the recorded answers; what was in flight at the kill is in doubt at the most it can "
+            "have cost, and is asked again. Whole answers are those that the token limit did not cut."
+        ),
+        "",
+        "| | " + " | ".join(found["version"] for found in servers.values()) + " |",
+        "|---" * (len(servers) + 1) + "|",
+    ]
+    rows = {
+        "taken at once": lambda found: f"`{found['format']}`",
+        "whole answers that keep to it": lambda found: f"{found['whole_in_the_format']} of {found['whole']}",
+        "what is told of it": lambda found: next(
+            (line.partition(";")[0] for line in found["told_before_the_kill"] if "does not keep" in line), ""
+        ),
+        "answers recorded, and in flight, at the kill": lambda found: (
+            f"{found['recorded_at_the_kill']}, {found['in_flight_at_the_kill']}"
+        ),
+        "recorded answers asked for again": lambda found: found["recorded_and_sent_again"],
+        "answers at the end": lambda found: found["counts"]["answers"],
+        "billed; by the usages; in doubt": lambda found: "; ".join(
+            f"${usd:.6f}" for usd in (found["cost"]["spent_usd"], found["usage_usd"], found["cost"]["uncertain_usd"])
+        ),
+        "rows of tasks": lambda found: f"{found['counts']['kept']} of {found['counts']['items']}",
+        "the end": lambda found: f"{found['status']}, exit {found['exit_code']}",
+    }
+    return lines + [
+        f"| {name} | " + " | ".join(str(of(found)) for found in servers.values()) + " |" for name, of in rows.items()
+    ]
+
+
 def data_speed(figures):
     start, mix = figures["start"], figures["alpaca_lengths"]
     return [
