@@ -94,6 +94,12 @@ def read_beside(source, adapter, dtype=torch.float64):
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
+def test_an_older_file_beside_the_weights_is_not_read(tmp_path):
+    write_pefts(tmp_path / "a")
+    (tmp_path / "a" / "adapter_model.bin").write_bytes(b"old")
+    assert {t.file for t in open_adapter(tmp_path / "a", BASE).stored.values()} == {"adapter_model.safetensors"}
+
+
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "bin"])
 def test_pefts_unfused_factors_are_stacked_into_merged_weights(kind, base, tmp_path):
     """y = W x + scale B A x for each of PEFT's maps; q's, alone of wqkv, and up's, the second of w13."""

@@ -1,6 +1,7 @@
 """Held-out answers beside those that are wanted."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -60,6 +61,24 @@ def test_words_are_counted_as_often_as_they_are():
 def test_the_template_s_lines_are_dropped():
     assert drop_common_lines(["head\n\nq: one\nmore\ntail", "head\n\nq: two\ntail"]) == ["q: one\nmore", "q: two"]
     assert drop_common_lines(["same", "same"]) == ["same", "same"] and drop_common_lines(["a\nb"]) == ["b"]
+
+
+def test_answers_end_where_the_positions_do(tokenizer, monkeypatch):
+    """With room for 100 tokens half as many again as are wanted, and 8; with room for 5 no more than these."""
+    held_out = encode_rows([Row("x:1", None, "Say it", "", "one two three")], tokenizer).select()
+    (question,) = find_questions(held_out, 1, find_stop_ids(tokenizer, "alpaca"))
+    asked = []
+    monkeypatch.setattr(scoring, "generate", lambda model, prompts, stop_ids, n: asked.append(n) or [[]])
+    ignore = SimpleNamespace(write=lambda *_, **__: None, print_message=lambda _: None)
+    for room in (100, 5):
+        plan = SimpleNamespace(
+            held_out=held_out, tokenizer=tokenizer, total_steps=1,
+            config=SimpleNamespace(score_answers=1, prompt_style="alpaca"),
+            model_config=SimpleNamespace(max_positions=len(question.prompt) + room),
+        )  # fmt: skip
+        scoring.score_answers(plan, SimpleNamespace(progress=ignore, metrics=ignore), None, 0)
+    n = len(question.reference)
+    assert asked == [n + n // 2 + 8, 5]
 
 
 def test_score_answers_wants_held_out_rows():
