@@ -168,7 +168,7 @@ def main() -> int:
     parser.add_argument("--json", required=True, help="where the figures go")
     parser.add_argument("--environments", type=Path, help="folder that keeps the servers' environments")
     parser.add_argument("--only", choices=list(PACKAGES), help="one server alone; the others' figures stay")
-    parser.add_argument("--max-usd", type=float, default=0.002, help="cap of each run")
+    parser.add_argument("--max-usd", type=float, default=0.0025, help="cap of each run")
     parser.add_argument("--max-output-tokens", type=int, default=200)
     parser.add_argument("--kill-after", type=int, default=2, help="answers after which the run is killed")
     options = parser.parse_args()
