@@ -92,17 +92,17 @@ def train(job: dict[str, Any]) -> None:
     folder = Path(job["folder"])
     torch.manual_seed(0)
 
-    def adapt(model: torch.nn.Module) -> torch.nn.Module:
-        return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **job["lora"]))
-
     quantised = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )  # fmt: skip
-    loop = TransformersLoop(
-        job["base"], lr=job["lr"], total_steps=job["steps"], exact_norm=True, adapt=adapt,
-        options={"quantization_config": quantised} if job["nf4"] else {},
-    )  # fmt: skip
+
+    def load(folder: str, dtype: torch.dtype) -> torch.nn.Module:
+        options = {"quantization_config": quantised} if job["nf4"] else {}
+        base = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        return peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **job["lora"]))
+
+    loop = TransformersLoop(job["base"], lr=job["lr"], total_steps=job["steps"], exact_norm=True, load=load)
     loop.model.save_pretrained(folder / "initial")
     rows, size = json.loads(Path(job["rows"]).read_text()), job["batch"]
     examples = encode_rows(rows, transformers.AutoTokenizer.from_pretrained(job["base"]), job["max_length"])

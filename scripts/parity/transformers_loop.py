@@ -35,16 +35,16 @@ class TransformersLoop:
     """Steps of a LlamaForCausalLM under a cosine schedule that total_steps and warmup_ratio define.
 
     exact_norm computes the gradients' norm in fp64, for curves that are compared. On a CPU torch's own norm is off by
-    1e-3 over a large tensor, and every clipped update would be off by as much. adapt: called with the model, returns
-    what is trained in its place, as PEFT's get_peft_model does. options: more of from_pretrained().
+    1e-3 over a large tensor, and every clipped update would be off by as much. load: called with the folder
+    and dtype, returns the model, which may be one under an adapter.
     """
 
     def __init__(
         self, folder, *, lr, total_steps, dtype=torch.float32, warmup_ratio=0.03, fused=False, exact_norm=False,
-        adapt=lambda model: model, options=None,
+        load=transformers.LlamaForCausalLM.from_pretrained,
     ):  # fmt: skip
         self.exact_norm = exact_norm
-        self.model = adapt(transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype, **(options or {})))
+        self.model = load(folder, dtype=dtype)
         self.model.train()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=lr, weight_decay=0.0, fused=fused)

@@ -48,10 +48,12 @@ class Peft:
     def __init__(self, folder, examples, dtype):
         self.examples = examples
         config = peft.LoraConfig(r=ADAPTER.r, lora_alpha=ADAPTER.alpha, target_modules=list(ALL_LINEAR))
-        self.loop = TransformersLoop(
-            folder, lr=1e-4, total_steps=1000, dtype=dtype, fused=True,
-            adapt=lambda model: peft.get_peft_model(model, config, autocast_adapter_dtype=False),
-        )  # fmt: skip
+
+        def load(folder, dtype):
+            base = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
+            return peft.get_peft_model(base, config, autocast_adapter_dtype=False)
+
+        self.loop = TransformersLoop(folder, lr=1e-4, total_steps=1000, dtype=dtype, fused=True, load=load)
 
     def step(self, examples, micro):
         """Take one optimizer step."""
