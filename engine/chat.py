@@ -15,7 +15,7 @@ from pathlib import Path
 
 from engine.base.device import choose_device, choose_dtype, choose_kernels
 from engine.base.errors import DataError, print_error, run_main
-from engine.base.flags import ADAPTER_HELP, KERNELS, KERNELS_HELP, MODEL_HELP, flag, parse_flags
+from engine.base.flags import ADAPTER_HELP, KERNELS, KERNELS_HELP, MODEL_HELP, find_empty, flag, parse_flags
 from engine.inference.sampling import Sampling
 from engine.inference.scheduler import CANCELLED
 from engine.serving.models import load_model
@@ -31,7 +31,7 @@ class ChatConfig:
     """Talk to a model in a terminal; /help tells its commands. Without a terminal each line of stdin is a turn."""
 
     model: str = flag("smollm2-135m", MODEL_HELP)
-    adapter_dir: str = flag("", ADAPTER_HELP)
+    adapter_dir: str | None = flag(None, ADAPTER_HELP)
     prompt_style: str = flag(
         "auto",
         "the template; auto is the one the model was fine-tuned with here, else its own chat template, else alpaca",
@@ -49,7 +49,7 @@ class ChatConfig:
     debug: bool = flag(False, "show tracebacks")
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = find_empty(adapter_dir=self.adapter_dir)
         if self.max_new_tokens < 1 or self.max_length < 2:
             problems.append("--max-new-tokens wants 1 or more, --max-length 2 or more")
         if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1 or self.seed < 0:
@@ -142,7 +142,7 @@ def main(argv: list[str]) -> None:
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     kernels = choose_kernels(config.kernels, device, dtype)
-    model, tokenizer, trained = load_model(config.model, device, dtype, kernels, config.adapter_dir)
+    model, tokenizer, trained = load_model(config.model, device, dtype, kernels, config.adapter_dir or "")
     for warning in tokenizer.warnings:
         print_error(f"warning: {warning}")
     style = choose_style(config.prompt_style, trained, tokenizer)

@@ -18,9 +18,9 @@ from rich.progress import Progress, track
 from rich.table import Table
 
 from engine.base.device import choose_device, choose_dtype, choose_kernels
-from engine.base.errors import UsageError, run_main
+from engine.base.errors import NotFiniteError, UsageError, run_main
 from engine.base.files import write_atomically
-from engine.base.flags import ADAPTER_HELP, KERNELS, KERNELS_HELP, flag, parse_flags
+from engine.base.flags import ADAPTER_HELP, KERNELS, KERNELS_HELP, find_empty, flag, parse_flags
 from engine.data.dataset import encode_rows
 from engine.data.packing import Packing, make_micro_batches
 from engine.data.prompts import ask_for, read_prompts
@@ -41,7 +41,7 @@ class EvaluateConfig:
     """Measure the loss of models on held-out rows, and write their answers to prompts for data_gen.judge."""
 
     model: tuple[str, ...] = flag(("smollm2-135m",), "one or more, each as engine.generate takes it")
-    adapter_dir: str = flag("", ADAPTER_HELP + "; it is measured beside the model")
+    adapter_dir: str | None = flag(None, ADAPTER_HELP + "; it is measured beside the model")
     data: tuple[str, ...] = flag((), "rows with answers, as engine.finetune takes them: the loss of the answers")
     prompts: str = flag("", "a file: one instruction a line, or rows: answers to them are written")
     out: str = flag("out/evaluate", "folder for results.json and one NAME.json of answers a model")
@@ -63,7 +63,7 @@ class EvaluateConfig:
     debug: bool = flag(False, "show tracebacks")
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = find_empty(adapter_dir=self.adapter_dir)
         if not self.data and not self.prompts:
             problems.append("give --data, --prompts or both: what is to be measured")
         for name in ("max_length", "micro_batch_tokens", "max_new_tokens", "batch_size"):
@@ -126,6 +126,8 @@ def measure_loss(
         tokens, is_target = dataset.tokens_of(i), dataset.is_target_of(i)
         n_bytes += sum(len(tokenizer.piece(int(id))) for id in tokens[is_target])
     loss = total / n_tokens
+    if not math.isfinite(loss):
+        raise NotFiniteError(f"the loss of the rows is {loss}: the weights, or an adapter's alpha, are too large")
     return {
         "loss": loss, "perplexity": math.exp(loss), "loss_tokens": n_tokens,
         "bits_per_byte": total / math.log(2) / max(1, n_bytes), "truncated_rows": int(dataset.counts["truncated"]),
@@ -210,6 +212,8 @@ def main(argv: list[str]) -> None:
     content = {"config": asdict(config), "results": [asdict(result) for result in results]}
     write_atomically(out / "results.json", (json.dumps(content, indent=1) + "\n").encode())
     Console(width=None if sys.stdout.isatty() else 200).print(make_table(results))
+    if len({result.prompt_style for result in results}) > 1:
+        print("the models were asked under different templates; --prompt-style asks all under one")
     print(f"results are in {out / 'results.json'}")
 
 

@@ -15,7 +15,7 @@ import torch
 
 from engine.base.device import DTYPES
 from engine.base.errors import UsageError, run_main
-from engine.base.flags import ADAPTER_HELP, flag, parse_flags
+from engine.base.flags import ADAPTER_HELP, find_empty, flag, parse_flags
 from engine.formats.adapters import MergedSource
 from engine.formats.save import save_hf, save_meta
 from engine.formats.save_gguf import save_gguf, save_gguf_adapter
@@ -37,7 +37,7 @@ class ExportConfig:
         "folder (Hugging Face or Meta layout), .gguf file, training state (checkpoint-N), or the embedded smollm2-135m",
     )
     tokenizer: str = flag("", "folder or .gguf of the tokenizer, where the model or the state's run has none at hand")
-    adapter_dir: str = flag("", ADAPTER_HELP)
+    adapter_dir: str | None = flag(None, ADAPTER_HELP)
     merge: bool = flag(False, "write an adapter's base with the updates added to its weights, rounded once")
     out: str = flag("", "folder to write, new or empty; with --layout gguf a new file that ends in .gguf")
     layout: str = flag("hf", "of what is written", ("hf", "meta", "gguf"))
@@ -49,6 +49,8 @@ class ExportConfig:
     debug: bool = flag(False, "show tracebacks")
 
     def __post_init__(self) -> None:
+        if problems := find_empty(adapter_dir=self.adapter_dir):
+            raise ValueError(problems[0])
         if not self.out:
             raise ValueError("--out is missing")
         if (self.layout == "gguf") != self.out.endswith(".gguf"):
@@ -67,7 +69,7 @@ def main(argv: list[str]) -> None:
     out = Path(config.out)
     if out.exists() and (config.layout == "gguf" or not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out}: exists and is not empty; choose another name")
-    source = open_weights(config.model, config.adapter_dir)
+    source = open_weights(config.model, config.adapter_dir or "")
     if holds_adapter(source) and not config.merge:
         write_adapter(out, source, config)
         return

@@ -82,7 +82,7 @@ def print_plan_estimate(plan: Plan, world: World) -> None:
         trial = try_on_cpu(plan)
         print("too little memory for a trial on this CPU" if trial is None else trial)
         if trial is not None:
-            print("on a GPU: python -m engine.estimate takes the same flags, and --gpu")
+            print("on a GPU: python -m engine.estimate --help")
             return
     card = detect_card(plan.device)
     if card is None:

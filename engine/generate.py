@@ -11,7 +11,7 @@ from pathlib import Path
 
 from engine.base.device import choose_device, choose_dtype, choose_kernels
 from engine.base.errors import UsageError, run_main
-from engine.base.flags import ADAPTER_HELP, KERNELS, KERNELS_HELP, MODEL_HELP, flag, parse_flags
+from engine.base.flags import ADAPTER_HELP, KERNELS, KERNELS_HELP, MODEL_HELP, find_empty, flag, parse_flags
 from engine.data.prompts import ask_for, read_prompts
 from engine.inference.generation import generate
 from engine.serving.models import load_model
@@ -24,7 +24,7 @@ class GenerateConfig:
     """Answer prompts with a model. One --prompt is streamed to the terminal; a file's answers are printed in turn."""
 
     model: str = flag("smollm2-135m", MODEL_HELP)
-    adapter_dir: str = flag("", ADAPTER_HELP)
+    adapter_dir: str | None = flag(None, ADAPTER_HELP)
     prompt: str = flag("", "an instruction; - reads it from standard input")
     input: str = flag("", "the input that goes with --prompt, in the alpaca template")
     prompts: str = flag("", "a file: one instruction a line, or rows as engine.finetune --data takes them")
@@ -45,7 +45,7 @@ class GenerateConfig:
     debug: bool = flag(False, "show tracebacks")
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = find_empty(adapter_dir=self.adapter_dir)
         if bool(self.prompt) == bool(self.prompts):
             problems.append("give one of --prompt and --prompts")
         if self.max_new_tokens < 1 or self.batch_size < 1:
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     kernels = choose_kernels(config.kernels, device, dtype)
-    model, tokenizer, trained = load_model(config.model, device, dtype, kernels, config.adapter_dir)
+    model, tokenizer, trained = load_model(config.model, device, dtype, kernels, config.adapter_dir or "")
     for warning in tokenizer.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     style = choose_style(config.prompt_style, trained, tokenizer)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from engine.base.device import choose_device, choose_dtype, choose_kernels
 from engine.base.errors import CriaError, UsageError, run_main
-from engine.base.flags import KERNELS, KERNELS_HELP, flag, parse_flags
+from engine.base.flags import KERNELS, KERNELS_HELP, find_empty, flag, parse_flags
 from engine.serving.models import load_adapted, load_model
 from engine.serving.prompts import choose_style
 from engine.text.templates import STYLES
@@ -67,7 +67,7 @@ class ServeConfig:
     debug: bool = flag(False, "show tracebacks")
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = find_empty(adapter_dir="" if "" in self.adapter_dir else None)
         if not 0 <= self.port < 65536:
             problems.append("--port wants 0 to 65535")
         for name in ("max_concurrency", "max_length", "max_body_bytes", "timeout"):
@@ -122,9 +122,8 @@ def main(argv: list[str]) -> None:
 
 def name_models(models: list[str]) -> list[str]:
     """Return a name for each model: its folder's or file's, or the whole path where two have one name."""
-    names = [Path(model).name or model for model in models]
-    if len(set(names)) < len(names):
-        names = [str(Path(model)) for model in models]
+    short = [Path(model).name or model for model in models]
+    names = [str(Path(model)) if short.count(name) > 1 else name for model, name in zip(models, short, strict=True)]
     if len(set(names)) < len(names):
         raise UsageError(f"{max(names, key=names.count)} is named twice; name another model or adapter")
     return names

@@ -30,6 +30,11 @@ def flag(default: Any, help: str, choices: Sequence[str] | None = None, alias: s
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "alias": alias})
 
 
+def find_empty(**folders: str | None) -> list[str]:
+    """Return a problem for each flag, by its field, that was given as an empty text, as "$UNSET" is in a shell."""
+    return [f"{name_to_flag(name)} is empty, wanted a folder" for name, folder in folders.items() if folder == ""]
+
+
 def name_to_flag(name: str) -> str:
     """Return the --flag of a field."""
     return "--" + name.replace("_", "-")

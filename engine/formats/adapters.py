@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from engine.base.errors import DataError, reading
+from engine.formats.find import is_training_state
 from engine.formats.folders import make_json_writer, read_json_member, replace_files
 from engine.formats.names import Piece, list_pieces
 from engine.formats.pieces import read_pieces
@@ -32,14 +33,16 @@ from engine.formats.tensor_files import (
     read_metadata,
     write_safetensors,
 )
-from engine.model.adapter import ALL_LINEAR, SAVED, AdapterConfig, Update, is_of_adapter, list_updates
+from engine.model.adapter import ALL_LINEAR, MAPS, SAVED, AdapterConfig, Update, is_of_adapter, list_updates
 from engine.model.config import ModelConfig
 from engine.model.llama import Transformer, new_model
 from engine.model.shard import Shard
 
+BASE = "base_model_name_or_path"
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 BASE_HASH = "cria.base_sha256"  # in the metadata of WEIGHTS: hash_base() of the base that it was trained on
+MOST_TOLD = 3  # tensors of a kind of fault: those of another base are all wrong
 HASHED_ROWS = 4  # of each matrix that hash_base() reads
 # Keys of PEFT's LoraConfig that change nothing of what a saved adapter computes.
 HARMLESS = {
@@ -108,22 +111,24 @@ class MergedSource:
 
 
 def hash_base(source: Source) -> str:
-    """Return a hash of a model's weights: of the first rows of wv in its first, middle and last layer, in fp32.
+    """Return a hash of a model's weights: of 4 rows of every map of its first, middle and last layer, in fp32.
 
-    A fine-tune of the model has another one, a copy in another layout the same one. Some milliseconds; a GGUF's three
+    A fine-tune of the model has another one, a copy in another layout the same one. Some milliseconds; a GGUF's 21
     matrices are dequantised whole.
     """
     c, digest = source.config, hashlib.sha256()
-    first_row = (c.n_heads + c.n_kv_heads) * c.head_dim
-    layers = {f"layers.{i}.wqkv" for i in (0, c.n_layers // 2, c.n_layers - 1)}
+    layers = {f"layers.{i}" for i in (0, c.n_layers // 2, c.n_layers - 1)}
     for name, piece in list_pieces(c, source.kind).items():
-        if piece.parameter in layers and piece.first_row == first_row and len(piece.shape) == 2:
-            rows = torch.zeros(HASHED_ROWS, c.dim)
+        layer, _, parameter = piece.parameter.rpartition(".")
+        if layer in layers and parameter in MAPS:
+            step = 2 if piece.paired_heads else 1  # rows of a head that stand in pairs: every other one is in our order
+            n = min(HASHED_ROWS, piece.shape[0], c.head_dim // 2)
+            rows = torch.zeros(n * step, piece.shape[1])
             for row, column, part in source.stored[name].blocks():
                 if row < len(rows):
                     part = part[: len(rows) - row]
                     rows[row : row + len(part), column : column + part.shape[1]] = part
-            digest.update(rows.numpy().tobytes())
+            digest.update(rows[::step].numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -133,7 +138,7 @@ def describe_other_base(adapter: Adapter, source: Source) -> str | None:
         return None
     return (
         f"{adapter.path}: trained beside other weights than those of {source.path}; answers are right only if this is "
-        f"{adapter.base or 'its base'} in another type of numbers"
+        f"{adapter.base or 'its base'}, unchanged, in another type of numbers"
     )
 
 
@@ -189,6 +194,8 @@ def open_adapter(folder: Path, config: ModelConfig) -> Adapter:
         with reading("the adapter"):
             if not folder.is_dir():
                 raise DataError(f"no such folder; wanted one with {CONFIG}, as --adapter lora and PEFT write it")
+            if not (folder / CONFIG).exists() and is_training_state(folder):
+                raise DataError("a training state, which knows its base; give it as --model, without --adapter-dir")
             raw = read_json_member(folder, CONFIG, problems)
             adapter = config_from_peft(raw, problems) if raw is not None else None
             stored = open_weights(folder, problems)
@@ -196,13 +203,14 @@ def open_adapter(folder: Path, config: ModelConfig) -> Adapter:
                 problems += [f"{CONFIG}: {problem}" for problem in adapter.check(config)]
                 check_factors(config, adapter, stored, problems)
             if problems or adapter is None or raw is None:
-                raise DataError(join_problems(problems))
+                of = f"an adapter of {base}: " if raw and isinstance(base := raw.get(BASE), str) and base else ""
+                raise DataError(of + join_problems(problems))
     except DataError as error:
         raise DataError(f"{folder}: {error}") from error
     dtypes = {tensor.dtype for tensor in stored.values()}
     dtype = max((d for d in dtypes if isinstance(d, torch.dtype)), key=lambda d: d.itemsize)
     told = read_metadata(folder / WEIGHTS) if (folder / WEIGHTS).exists() else {}
-    named = str(raw.get("base_model_name_or_path") or "")
+    named = str(raw.get(BASE) or "")
     return Adapter(folder, adapter, named, dtype, stored, told.get(BASE_HASH, ""))
 
 
@@ -210,9 +218,9 @@ def read_base_name(folder: Path) -> str:
     """Return the base that an adapter's folder names. Raise DataError where it names none."""
     problems: list[str] = []
     raw = read_json_member(folder, CONFIG, problems)
-    base = raw.get("base_model_name_or_path") if raw is not None else None
+    base = raw.get(BASE) if raw is not None else None
     if not problems and not (isinstance(base, str) and base):
-        problems.append(f"{CONFIG}: base_model_name_or_path is {base!r}; name the base by --model, and this folder by "
+        problems.append(f"{CONFIG}: {BASE} is {base!r}; name the base by --model, and this folder by "
                         "--adapter-dir")  # fmt: skip
     if problems:
         raise DataError(f"{folder}: {join_problems(problems)}")
@@ -233,18 +241,22 @@ def check_factors(config: ModelConfig, adapter: AdapterConfig, stored: dict[str,
     wanted = list_factors(config, adapter)
     if stored or not problems:  # else the file did not open, which is told already
         missing = [name for name in wanted if name not in stored]
-        problems += [f"{name} is missing" for name in missing[:3]]
-        if len(missing) > 3:
-            problems.append(f"and {len(missing) - 3} more are missing")
+        problems += [f"{name} is missing" for name in missing[:MOST_TOLD]]
+        if len(missing) > MOST_TOLD:
+            problems.append(f"and {len(missing) - MOST_TOLD} more are missing")
+    wrong = []
     for name, tensor in stored.items():
         if name not in wanted:
-            problems.append(f"{tensor.file}: {name} {tensor.shape} is not wanted by {CONFIG} and the base")
+            wrong.append(f"{tensor.file}: {name} {tensor.shape} is not wanted by {CONFIG} and the base")
         elif tensor.shape != wanted[name].shape:
-            problems.append(
+            wrong.append(
                 f"{tensor.file}: {name} is {tensor.shape}, wanted {wanted[name].shape}; is it of another base or rank?"
             )
         elif not isinstance(tensor.dtype, torch.dtype) or not tensor.dtype.is_floating_point:
-            problems.append(f"{tensor.file}: {name} is of type {tensor.dtype}, wanted fp32, fp16 or bf16")
+            wrong.append(f"{tensor.file}: {name} is of type {tensor.dtype}, wanted fp32, fp16 or bf16")
+    problems += wrong[:MOST_TOLD]
+    if len(wrong) > MOST_TOLD:
+        problems.append(f"and {len(wrong) - MOST_TOLD} more tensors that do not fit")
 
 
 def config_from_peft(raw: dict[str, Any], problems: list[str]) -> AdapterConfig | None:
@@ -255,7 +267,7 @@ def config_from_peft(raw: dict[str, Any], problems: list[str]) -> AdapterConfig 
         known.add(key)
         value = raw.get(key)
         if value is None or type(value) not in kinds:
-            if value is not None:
+            if value is not None or (key in raw and key in ("r", "lora_alpha")):
                 problems.append(f"{CONFIG}: {key} is {str(value)[:80]!r}, wanted {wanted}")
             return default
         return value

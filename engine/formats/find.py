@@ -68,13 +68,19 @@ def is_training_state(folder: Path) -> bool:
     return any(re.fullmatch(r"manifest\.json|state(-\d+-of-\d+)?\.safetensors", path.name) for path in folder.glob("*"))
 
 
+def name_export(state: Path) -> str:
+    """Return the command that makes a model of a training state: of an adapter's, its base with the updates merged."""
+    settings = read_json(state / "manifest.json").get("settings")
+    is_adapter = isinstance(settings, dict) and settings.get("adapter", "none") != "none"
+    return f"python -m engine.export --model {state} {'--merge ' if is_adapter else ''}--out DIR"
+
+
 def explain_no_model(path: Path) -> str:
     """Return why a path holds no model. Where it holds a training state, name the command that makes a model of it."""
-    export = "python -m engine.export --model {} --out DIR"
     if is_training_state(path):
-        return f"holds a training state, not a model; {export.format(path)} makes one of it"
+        return f"holds a training state, not a model; {name_export(path)} makes one of it"
     if states := list_checkpoints(path):
-        return f"holds training states, no model yet; {export.format(states[-1][1])} makes one of the newest"
+        return f"holds training states, no model yet; {name_export(states[-1][1])} makes one of the newest"
     got = "does not exist"
     if path.exists():
         got = "holds neither" if path.is_dir() else "is none"

@@ -30,6 +30,7 @@ MAPS = {
 }
 ALL_LINEAR = tuple(path.split(".")[-1] for paths in MAPS.values() for path in paths)  # "q_proj", ...
 SAVED = {"embed_tokens": "tok_embeddings", "lm_head": "output"}  # PEFT's modules_to_save: our parameters
+MOST_ALPHA = 1e6  # an update that is scaled by more is a mistake, and leaves the numbers of its dtype
 WHOLE = ("embed_tokens", "lm_head")  # that can be trained whole beside the updates
 
 
@@ -54,7 +55,8 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         ranks, alphas = (self.r, *dict(self.rank_pattern).values()), (self.alpha, *dict(self.alpha_pattern).values())
         problems = [f"rank {r!r}, wanted a whole number from 1" for r in ranks if type(r) is not int or r < 1]
-        problems += [f"alpha {a!r}, wanted a number over 0" for a in alphas if not 0 < a < math.inf]
+        wanted = f"wanted a number over 0, up to {MOST_ALPHA:g}"
+        problems += [f"alpha {a!r}, {wanted}" for a in alphas if not 0 < a <= MOST_ALPHA]
         if not 0 <= self.dropout < 1:
             problems.append(f"dropout {self.dropout!r}, wanted at least 0 and under 1")
         if wrong := [name for name in self.saved if name not in WHOLE]:
@@ -86,11 +88,18 @@ class AdapterConfig:
         alpha = next((alpha for key, alpha in self.alpha_pattern if _fits(key, whole)), self.alpha)
         return r, alpha / (math.sqrt(r) if self.rslora else r)
 
+    def find_unused_patterns(self, config: ModelConfig) -> list[str]:
+        """Return the patterns of ranks and alphas that fit no map with an update."""
+        names = [update.name for update in list_updates(config, self)]
+        patterns = (*dict(self.rank_pattern), *dict(self.alpha_pattern))
+        return [key for key in patterns if not any(_fits(key, name) for name in names)]
+
     def check(self, config: ModelConfig) -> list[str]:
         """Return what is wrong with these updates of a model of this shape, one message each."""
         problems = []
         if not list_updates(config, self) and not self.saved:
-            problems.append(f"no map of the model is among the targets {self.targets}; wanted {', '.join(ALL_LINEAR)}")
+            named = self.targets if isinstance(self.targets, str) else ", ".join(self.targets)
+            problems.append(f"no map of the model is among the targets {named}; wanted {', '.join(ALL_LINEAR)}")
         elif not isinstance(self.targets, str):
             paths = [f"model.layers.{i}.{path}" for i in range(config.n_layers) for path in sum(MAPS.values(), ())]
             unknown = [t for t in self.targets if not any(p == t or p.endswith(f".{t}") for p in paths)]

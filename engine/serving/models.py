@@ -26,14 +26,14 @@ def open_weights(name: str, adapter_dir: str = "") -> Weights:
     path = find_model(name)
     kind = detect_kind(path)
     if kind == "adapter" and not adapter_dir:
-        base = read_base_name(path)
         try:
-            return open_weights(base, str(path))
+            base = open_source(find_model(read_base_name(path)))
         except CriaError as error:
             raise DataError(
                 f"{path}: the adapter's base cannot be read ({error}); name it by --model, and this folder by "
                 "--adapter-dir"
             ) from None
+        return MergedSource(base, open_adapter_of(base, str(path)))
     if kind == "state" and not adapter_dir:
         return open_training_state(path)
     source = open_source(path)

@@ -8,7 +8,7 @@ torchrun --nproc-per-node=8 -m engine.finetune --model /models/llama-13b --data 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from engine.base.flags import KERNELS, KERNELS_HELP, flag, name_to_flag, suggest_nearest
+from engine.base.flags import KERNELS, KERNELS_HELP, find_empty, flag, name_to_flag, suggest_nearest
 from engine.model.adapter import ALL_LINEAR, adapter_from_settings
 from engine.model.config import EMBEDDED_MODEL, MODELS
 from engine.output.trackers import TRACKERS
@@ -103,8 +103,10 @@ class FinetuneConfig:
         "weights in 4 bits",
         ADAPTERS,
     )
-    adapter_dir: str = flag(
-        "", "folder of an adapter (ours or PEFT's) to go on from; its shape takes the place of --lora-*"
+    adapter_dir: str | None = flag(
+        None,
+        "folder of an adapter (ours or PEFT's) to go on from; its shape takes the place of the flags below, but "
+        "for --lora-dropout",
     )
     lora_r: int = flag(16, "rank of the updates")
     lora_alpha: float = flag(32.0, "updates are scaled by alpha / r")
@@ -250,7 +252,7 @@ class FinetuneConfig:
         given = [name for name in LORA_FLAGS if getattr(self, name) != type(self).__dataclass_fields__[name].default]
         if self.adapter == "none":
             return [f"{name_to_flag(name)} is for --adapter lora or qlora; add one" for name in given]
-        problems = []
+        problems = find_empty(adapter_dir=self.adapter_dir)
         if self.random_init:
             problems.append("--random-init with --adapter: updates of weights that are not kept are of no use")
         if self.offload_optimizer:

@@ -7,11 +7,13 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from engine.base.device import choose_device, choose_dtype, choose_kernels
 from engine.base.errors import DataError, UsageError, reading
+from engine.base.flags import name_to_flag
 from engine.base.terminal import plural
 from engine.data.batches import Order
 from engine.data.dataset import Dataset
@@ -20,7 +22,7 @@ from engine.distributed.world import World
 from engine.formats.adapters import CONFIG, Adapter, describe_other_base, hash_base, open_adapter
 from engine.formats.find import find_model
 from engine.formats.source import Source, open_source
-from engine.model.adapter import AdapterConfig, adapter_from_settings, settings_from_adapter
+from engine.model.adapter import adapter_from_settings, settings_from_adapter
 from engine.model.config import MODELS, ModelConfig
 from engine.output.checkpoint import MANIFEST, read_manifest
 from engine.output.folder import RESUME_REMEDY, RUN, read_run
@@ -83,7 +85,7 @@ def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) ->
     if other_base:
         say(f"warning: {other_base}")
     adapter = adapter_from_settings(vars(config))
-    check_ranks(config, model_config, adapter, world)
+    check_ranks(config, model_config, world)
 
     train, held_out = read_datasets(config, tokenizer, world, say)
     order = Order(len(train), config.global_batch_size, config.seed, config.shuffle)
@@ -135,9 +137,11 @@ def take_adapter(config: FinetuneConfig, model_config: ModelConfig) -> tuple[Fin
     kept = None
     if config.adapter_dir:
         kept = open_adapter(Path(config.adapter_dir), model_config)
-        config = dataclasses.replace(config, **settings_from_adapter(model_config, kept.config))
+        config = take_shape(config, settings_from_adapter(model_config, kept.config))
     adapter = adapter_from_settings(vars(config))
     problems = adapter.check(model_config) if adapter is not None else []
+    if adapter is not None and kept is None and (unused := adapter.find_unused_patterns(model_config)):
+        problems.append(f"patterns {', '.join(unused)} fit no map that has an update")
     if problems:
         raise UsageError(f"--adapter {config.adapter}: {'; '.join(problems)}")
     other, what = (CONFIG, "an adapter") if adapter is None else ("config.json", "a whole model")
@@ -145,6 +149,20 @@ def take_adapter(config: FinetuneConfig, model_config: ModelConfig) -> tuple[Fin
         raise UsageError(f"--out {config.out}: holds {what} ({other}), beside which this run's would be misread; "
                          "choose another folder")  # fmt: skip
     return config, kept
+
+
+def take_shape(config: FinetuneConfig, shape: dict[str, Any]) -> FinetuneConfig:
+    """Return the settings with the shape of the adapter of --adapter-dir. --lora-dropout, which is none, may be given.
+
+    Raises UsageError for another flag that names a shape of its own.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(FinetuneConfig)}
+    given = [name for name in shape if getattr(config, name) != defaults[name]]
+    wrong = [name for name in given if name != "lora_dropout" and getattr(config, name) != shape[name]]
+    if wrong:
+        flags = ", ".join(map(name_to_flag, wrong))
+        raise UsageError(f"--adapter-dir {config.adapter_dir}: its shape is not that of {flags}; leave them out")
+    return dataclasses.replace(config, **{name: value for name, value in shape.items() if name not in given})
 
 
 def take_recorded_states(config: FinetuneConfig) -> FinetuneConfig:
@@ -178,7 +196,7 @@ def select_fixed_settings(config: FinetuneConfig, source: Source | None) -> dict
     return settings
 
 
-def check_ranks(config: FinetuneConfig, model_config: ModelConfig, adapter: AdapterConfig | None, world: World) -> None:
+def check_ranks(config: FinetuneConfig, model_config: ModelConfig, world: World) -> None:
     """Raise UsageError for settings that several ranks cannot follow."""
     if world.size > 1 and config.optimizer_in_backward:
         raise UsageError(f"--optimizer-in-backward with {world.size} ranks: gradients are summed first; leave it out")
@@ -191,7 +209,9 @@ def check_ranks(config: FinetuneConfig, model_config: ModelConfig, adapter: Adap
         raise UsageError(f"--replicas {config.replicas} of {world.size} ranks; wanted one of {join_numbers(counts)}")
     shards = world.size // (config.replicas or 1)
     if config.replicas and shards not in (
-        counts := find_shard_counts(model_config, config.optimizer_states, world.size, adapter)
+        counts := find_shard_counts(
+            model_config, config.optimizer_states, world.size, adapter_from_settings(vars(config))
+        )
     ):
         raise UsageError(
             f"--optimizer-states 8bit on {shards} shards would cut a block of 256 elements; wanted one of "

@@ -78,6 +78,8 @@ def find_checkpoint(plan: Plan, say: Callable[[str], None]) -> Checkpoint | None
             f"{found.folder}: saved by a run with other settings ({'; '.join(changed)}); "
             "pass --allow-changed to go on all the same, or --resume never to start over"
         )
+    if changed:
+        say(f"warning: going on with other settings than those of {found.folder}: {'; '.join(changed)}")
     return found
 
 

@@ -38,6 +38,7 @@ KINDS = {  # kind: operators; torch.ops.cria.* are ours
     "rope": ("cria::rope_rotate", "cria::rope_rotated"),
     "swiglu": ("cria::swiglu_forward", "cria::swiglu_backward", "cria::swiglu_backward_over"),
     "cross entropy": ("cria::linear_cross_entropy_forward", "cria::scaled"),
+    "dequantising": ("cria::nf4_dequantise",),
     "optimizer": ("cria::adamw_update", "cria::adamw_update_many"),
     "gradient norm": ("cria::grad_norm", "cria::grad_norm_sums", "cria::grad_norm_of_sums"),
     "embedding": ("aten::embedding", "aten::embedding_dense_backward"),

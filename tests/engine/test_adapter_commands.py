@@ -2,15 +2,17 @@
 
 import io
 import json
+import shutil
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from engine import chat, evaluate, export, generate
-from engine.base.errors import run_main
-from engine.serve import ServeConfig, load_services
+from engine import chat, evaluate, export, finetune, generate
+from engine.base.errors import UsageError, run_main
+from engine.formats.find import explain_no_model
+from engine.serve import ServeConfig, load_services, name_models
 from engine.serving.models import load_model
 from tests.helpers.adapters import write_adapter
 from tests.helpers.run import worst
@@ -90,6 +92,43 @@ def test_an_adapter_is_measured_beside_its_base(adapter, merged, rows_file, tmp_
     assert adapted["loss"] == alone["loss"] != base["loss"]
 
 
+@pytest.mark.parametrize("main", [generate.main, chat.main, evaluate.main, export.main, finetune.main])
+def test_an_empty_folder_is_not_taken_for_none(main, rows_file, tmp_path, capsys):
+    """As of --adapter-dir "$UNSET" in a script."""
+    needed = {
+        generate.main: ("--prompt", "hi"), evaluate.main: ("--data", rows_file), export.main: ("--out", tmp_path / "o"),
+        finetune.main: ("--data", rows_file, "--adapter", "lora"),
+    }  # fmt: skip
+    with pytest.raises(SystemExit) as end:
+        main(["--model", str(small_model()), "--adapter-dir", "", *map(str, needed.get(main, ()))])
+    assert end.value.code == 2 and "--adapter-dir is empty, wanted a folder" in capsys.readouterr().err
+
+
+def test_a_damaged_adapter_is_not_taken_for_a_damaged_base(adapter, tmp_path, capsys):
+    shutil.copytree(adapter, tmp_path / "cut")
+    weights = tmp_path / "cut" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    run(generate.main, "--model", tmp_path / "cut", "--prompt", "hi", code=3)
+    told = capsys.readouterr().err
+    assert "adapter_model.safetensors: not a sound" in told and "base cannot be read" not in told
+
+
+def test_a_loss_that_is_no_number_ends_the_measuring(adapter, rows_file, tmp_path, capsys):
+    shutil.copytree(adapter, tmp_path / "huge")
+    weights = load_file(tmp_path / "huge" / "adapter_model.safetensors")
+    save_file({name: t * 1e18 for name, t in weights.items()}, tmp_path / "huge" / "adapter_model.safetensors")
+    flags = "--data", rows_file, "--dtype", "fp32", "--max-length", 64, "--out", tmp_path / "out"
+    run(evaluate.main, "--model", tmp_path / "huge", *flags, code=4)
+    assert "the loss of the rows is nan" in capsys.readouterr().err and not (tmp_path / "out" / "results.json").exists()
+
+
+def test_a_state_names_the_export_that_makes_a_model_of_it(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    for settings, wanted in (({"adapter": "lora"}, "--merge --out"), ({}, "checkpoint-1 --out")):
+        (tmp_path / "checkpoint-1" / "manifest.json").write_text(json.dumps({"settings": settings}))
+        assert wanted in explain_no_model(tmp_path)
+
+
 # ---- serve ----------------------------------------------------------------------------------------------------------
 
 
@@ -116,6 +155,12 @@ def test_several_are_served_by_name_beside_their_base(adapter, tmp_path):
         assert worst(found[folder.name] - logits_of(folder)) < 1e-4
     pointers = [{n: p.data_ptr() for n, p in s.model.named_parameters() if ".lora." not in n} for s in loaded]
     assert pointers[0] == pointers[1] == pointers[2]
+
+
+def test_names_that_clash_alone_become_paths(adapter):
+    assert name_models(["base", str(adapter), "/other/mine"]) == ["base", str(adapter), "/other/mine"]
+    with pytest.raises(UsageError, match="base is named twice"):
+        name_models(["base", "base"])
 
 
 def test_a_base_and_its_adapter_are_compared(adapter):

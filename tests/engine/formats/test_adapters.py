@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.base.errors import DataError
 from engine.formats.adapters import (
+    CONFIG,
     MergedSource,
     config_to_peft,
     describe_other_base,
@@ -405,16 +406,44 @@ def test_the_base_of_a_gguf_has_the_same_hash(base, tmp_path):
 
 
 @pytest.mark.parametrize("layer", range(2))
-def test_another_base_of_the_same_shape_is_told(layer, base, tmp_path):
+@pytest.mark.parametrize("weight, row", [("wqkv", 0), ("wqkv", 51), ("wo", 2), ("w13", 1), ("w2", 0)])
+def test_another_base_of_the_same_shape_is_told(layer, weight, row, base, tmp_path):
     other = random_model(BASE)
     with torch.no_grad():
-        other.layers[layer].wqkv[51, 3] += 0.5  # wv begins at row 48
+        getattr(other.layers[layer], weight)[row, 3] += 0.5  # wv begins at row 48
     save_hf(tmp_path / "other", other, bos_id=1, eos_ids=[2])
     save_adapter(tmp_path / "a", adapted(ADAPTERS["all"]), "org/base", hash_base(base))
     adapter = open_adapter(tmp_path / "a", BASE)
     assert describe_other_base(adapter, base) is None
     told = describe_other_base(adapter, open_source(tmp_path / "other"))
     assert told and f"{tmp_path / 'a'}: trained beside other weights than those of {tmp_path / 'other'}" in told
-    assert "org/base in another type of numbers" in told
+    assert "org/base, unchanged, in another type of numbers" in told
     write_pefts(tmp_path / "pefts")  # tells nothing of its base
     assert describe_other_base(open_adapter(tmp_path / "pefts", BASE), open_source(tmp_path / "other")) is None
+
+
+def test_an_adapter_of_another_shape_is_told_in_a_few_lines(tmp_path):
+    """Every tensor is of another width; three are named."""
+    write_pefts(tmp_path / "a")
+    config = json.loads((tmp_path / "a" / CONFIG).read_text()) | {"base_model_name_or_path": "org/base"}
+    (tmp_path / "a" / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(DataError) as told:
+        open_adapter(tmp_path / "a", replace(BASE, dim=2 * BASE.dim, head_dim=BASE.head_dim))
+    text = str(told.value)
+    assert "more tensors that do not fit" in text and len(text.splitlines()) < 9
+    assert text.startswith(f"{tmp_path / 'a'}: an adapter of org/base: ")
+
+
+def test_a_training_state_is_no_adapters_folder(tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(DataError, match="a training state, which knows its base; give it as --model"):
+        open_adapter(tmp_path, BASE)
+
+
+@pytest.mark.parametrize("alpha", [None, 1e300, 0])
+def test_an_alpha_that_is_none_or_beyond_all_is_refused(alpha, tmp_path):
+    write_pefts(tmp_path / "a")
+    config = json.loads((tmp_path / "a" / CONFIG).read_text()) | {"lora_alpha": alpha}
+    (tmp_path / "a" / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(DataError, match=rf"{CONFIG}: (lora_)?alpha"):
+        open_adapter(tmp_path / "a", BASE)

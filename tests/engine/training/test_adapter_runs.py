@@ -211,6 +211,16 @@ def test_an_adapter_goes_on_where_it_ended(rows, plain, tmp_path, capsys):
     assert once == again
 
 
+def test_flags_of_a_shape_are_not_passed_over(rows, plain, tmp_path, capsys):
+    args = arguments(rows, tmp_path / "out", "--lora-rank-pattern", "dwon_proj=4", "--lora-alpha-pattern", "k_proj=2")
+    run(*args, code=2)
+    assert "patterns dwon_proj fit no map that has an update" in capsys.readouterr().err
+    run(*arguments(rows, tmp_path / "out", "--adapter-dir", plain, "--lora-r", 64, "--lora-targets", "up_proj"), code=2)
+    assert "its shape is not that of --lora-r, --lora-targets; leave them out" in capsys.readouterr().err
+    run(*arguments(rows, tmp_path / "out", "--adapter-dir", plain, "--lora-r", 4, *DROPPED, "--max-steps", 1))
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["config"]["lora_dropout"] == 0.2
+
+
 def other_base(folder):
     """Write a copy of the small model whose weights are a little other ones."""
     shutil.copytree(small_model(), folder)
@@ -229,7 +239,7 @@ def test_going_on_beside_other_weights_is_told(rows, plain, tmp_path, capsys):
 REFUSED = {
     "a changed rank": (("--lora-r", 8), 2, "other settings (lora_r: 4 -> 8); pass --allow-changed"),
     "no dropout": (("--lora-dropout", 0), 2, "lora_dropout: 0.2 -> 0.0"),
-    "other maps": (("--lora-targets", "q_proj"), 2, "lora_targets: ['all-linear'] -> ['q_proj']"),
+    "other maps": (("--lora-targets", "q_proj", "down_proj"), 2, "['all-linear'] -> ['q_proj', 'down_proj']"),
     "whole weights": (("--adapter", "none"), 2, "is for --adapter lora or qlora; add one"),
 }
 
@@ -286,7 +296,7 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_loaded(rows,
     told = capsys.readouterr().err
     assert "use_dora is True" in told and f"{adapter}: " in told
     run(*arguments(rows, tmp_path / "out", "--lora-targets", "query"), code=2)
-    assert "no map of the model is among the targets ('query',)" in capsys.readouterr().err
+    assert "no map of the model is among the targets query;" in capsys.readouterr().err
     run(*arguments(rows, tmp_path / "out", "--lora-save", "lm_head"), code=2)
     assert "the model's head is its embedding" in capsys.readouterr().err
     assert not (tmp_path / "out" / "run.json").exists()
