@@ -53,3 +53,38 @@ def adapters_row(figures: dict[str, Any]) -> tuple[str, str, str, str]:
     worst = curve["worst_relative_difference"]["loss"]
     what = f"LoRA's loss over {figures['steps']} steps, {figures['model']} in fp32"
     return what, ours, f"{theirs} (PEFT)", f"{worst:.1e} apart at most"
+
+
+def cpu_adapter(figures: dict[str, Any]) -> list[str]:
+    """Return the paragraph and the table of LoRA steps on a CPU."""
+    labels = {
+        "lora": "ours, `--adapter lora`", "all weights": "ours, all weights",
+        "peft": f"PEFT and transformers, its best micro-batch of {figures['settings']['peft']['micro']} rows",
+    }  # fmt: skip
+
+    def line(name: str) -> str:
+        ratio, gb = figures["ratio"].get(name), figures["peak_bytes"][name] / 1e9
+        times = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else ""
+        dtype, rate = figures["settings"][name]["dtype"], figures["tokens_per_s"][name]
+        return f"| {labels[name]} | {dtype} | {rate:.0f} | {times} | {gb:.2f} |"
+
+    return [
+        paragraph(
+            f"SmolLM2-135M takes steps of {figures['batch']} rows with the lengths of Alpaca's on {figures['cores']} "
+            f"cores: updates of rank {figures['rank']} on all linear maps, by us and by PEFT {figures['peft']} on "
+            f"transformers {figures['transformers']}, and all weights by us. Each at its best dtype, thread count and "
+            "micro-batch; all in turn. The last column is the peak memory of the process."
+        ),
+        "",
+        "| | dtype | tokens/s | LoRA is faster by | GB |",
+        "|---|---|---|---|---|",
+        *map(line, labels),
+    ]
+
+
+def cpu_adapter_row(figures: dict[str, Any]) -> tuple[str, str, str, str]:
+    """Return README's cells."""
+    rates, ratio = figures["tokens_per_s"], figures["ratio"]["peft"]
+    what = f"LoRA of SmolLM2-135M on {figures['cores']} CPU cores, tokens/s"
+    times = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+    return what, f"{rates['lora']:.0f}", f"{rates['peft']:.0f} (PEFT)", times

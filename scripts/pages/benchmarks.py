@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_gen.base.cli import run_for_reader
-from scripts.pages.adapters import adapters, adapters_row
+from scripts.pages.adapters import adapters, adapters_row, cpu_adapter, cpu_adapter_row
 from scripts.pages.cpu_adamw import cpu_adamw, offloaded
 from scripts.pages.data import data_gen, data_servers, data_speed, dedup, dedup_row
 from scripts.pages.decoding import decoding, decoding_row, spread
@@ -212,6 +212,10 @@ MEASUREMENTS = (
     Measurement(
         "adapters", "Adapters as PEFT has them",
         script("scripts.parity.adapters", "adapters", ALPACA), adapters, adapters_row,
+    ),
+    Measurement(
+        "cpu_adapter", "An adapter's step on a CPU",
+        script("scripts.speed.cpu_adapter", "cpu_adapter", ALPACA), cpu_adapter, cpu_adapter_row,
     ),
     Measurement(
         "kernel_parity", "Kernels against references",
