@@ -8,6 +8,7 @@ and are of every linear map. PEFT's are in the dtype of the weights: in fp32 bes
 would be cast in every step. Each side then takes steps in a process of its own, which tells the peak of its memory.
 """
 
+import importlib.metadata
 import json
 import multiprocessing
 import tempfile
@@ -18,7 +19,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import peft
 import torch
 import transformers
 
@@ -46,6 +46,8 @@ class Peft:
     """Steps of a LoRA by peft and transformers. A micro-batch is a number of rows."""
 
     def __init__(self, folder, examples, dtype):
+        import peft  # not among the tests' packages
+
         self.examples = examples
         config = peft.LoraConfig(r=ADAPTER.r, lora_alpha=ADAPTER.alpha, target_modules=list(ALL_LINEAR))
 
@@ -145,7 +147,7 @@ def main():
         "tokens_per_s": {name: summarize(rate)["median"] for name, rate in rates.items()},
         "ratio": {name: summarize_ratios(rates[LORA], rates[name]) for name in (WHOLE, PEFT)},
         "peak_bytes": peaks, "probes": probes, "instruction_set": load_cpu().cria_instruction_set().decode(),
-        "transformers": transformers.__version__, "peft": peft.__version__, "date": today(),
+        "transformers": transformers.__version__, "peft": importlib.metadata.version("peft"), "date": today(),
     }  # fmt: skip
     write_json(args.json, result)
     print(json.dumps({k: result[k] for k in ("settings", "tokens_per_s", "ratio", "peak_bytes")}, indent=1))
