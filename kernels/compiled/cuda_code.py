@@ -3,7 +3,9 @@
 Rules for each kernel on each chip, as kernels/compiled/rules.py has them for Triton's:
   stack     no stack frame, no LDL or STL: nothing spills
   wide      it has accesses of global memory of 128 bits
-  matrix    attention in 16 bits runs matrix instructions (HMMA) in a loop
+  matrix    attention in 16 bits runs matrix instructions in a loop: HMMA, or HGMMA where it is written for sm_90
+  bulk      attention that is written for sm_90 copies whole tiles both ways (UTMALDG, UTMASTG), and its warps give each
+            other registers (USETMAXREG)
 """
 
 import json
@@ -11,6 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +24,16 @@ from kernels.native import toolchain
 from kernels.native.cuda import load_cuda
 from kernels.native.library import NativeError, path_of
 
-THREADS = {"adamw": 512, "grad_norm_kernel": 256, "decode": 128}  # a block, by kernel
+THREADS = {"adamw": 512, "grad_norm_kernel": 256, "decode": 128, "hopper_attention": 384}  # a block, by kernel
+MATRIX = {"decode bf16": "HMMA", "decode fp16": "HMMA", "hopper_attention": "HGMMA"}  # by the start of a kernel's name
+HOPPER = ("UTMALDG", "UTMASTG", "USETMAXREG")
+
+
+@dataclass
+class CudaFacts(Facts):
+    """The facts of one kernel of csrc/cuda."""
+
+    hopper: dict[str, int] = field(default_factory=dict)  # opcode of sm_90 -> instructions
 
 
 class CudaKernel(NamedTuple):
@@ -30,7 +42,7 @@ class CudaKernel(NamedTuple):
     source: str  # of csrc/cuda
     name: str
     chip: str
-    facts: Facts
+    facts: CudaFacts
 
 
 def name_kernel(symbol: str) -> tuple[str, str]:
@@ -38,9 +50,10 @@ def name_kernel(symbol: str) -> tuple[str, str]:
     if found := re.search(r"adamwILi(\d)ELi(\d)E", symbol):
         masters, states = ("fp32 parameter", "fp32", "split", "stochastic"), ("fp32", "bf16", "8bit")
         return "adamw.cu", f"adamw {masters[int(found[1])]}, states {states[int(found[2])]}"
-    if found := re.search(r"decodeI(\w+?)Li(\d+)E", symbol):
-        dtype = {"13__nv_bfloat16": "bf16", "6__half": "fp16", "f": "fp32"}[found[1]]
-        return "decode_attention.cu", f"decode {dtype}, D = {found[2]}"
+    if found := re.search(r"(decode|hopper_attention)I(\w+?)Li(\d+)E", symbol):
+        dtype = {"13__nv_bfloat16": "bf16", "6__half": "fp16", "f": "fp32"}[found[2]]
+        source = "decode_attention.cu" if found[1] == "decode" else "hopper_attention.cu"
+        return source, f"{found[1]} {dtype}, D = {found[3]}"
     return "grad_norm.cu", symbol.removeprefix("cria_")
 
 
@@ -59,7 +72,7 @@ def read_kernels(library: Path, chips: Collection[str] = tuple(CHIPS)) -> Iterat
     yield from sorted(found, key=lambda kernel: (kernel.source, kernel.name, list(CHIPS).index(kernel.chip)))
 
 
-def _read_cubin(path: Path) -> Iterator[tuple[str, Facts]]:
+def _read_cubin(path: Path) -> Iterator[tuple[str, CudaFacts]]:
     def run(*command):
         return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True).stdout
 
@@ -71,16 +84,18 @@ def _read_cubin(path: Path) -> Iterator[tuple[str, Facts]]:
     code = dict(re.findall(r"\.section\s+\.text\.(\S+?),(.*?)(?=\.section\s|\Z)", sass, re.S))
     for symbol, registers, stack, shared in resources:
         name = name_kernel(symbol)[1].split(" ")[0]
-        facts = Facts(int(registers), int(stack), int(shared), THREADS[name] // 32)
+        facts = CudaFacts(int(registers), int(stack), int(shared), THREADS[name] // 32)
         _count(code[symbol], facts)
         yield symbol, facts
 
 
-def _count(sass: str, facts: Facts) -> None:
+def _count(sass: str, facts: CudaFacts) -> None:
     for opcode, is_in_loop in parse_instructions(sass):
         name = opcode.split(".")[0]
         facts.instructions += name != "NOP"
         facts.spills += name in ("LDL", "STL")
+        if name in HOPPER:
+            facts.hopper[name] = facts.hopper.get(name, 0) + 1
         if name.endswith("MMA"):
             facts.matrix[name] = facts.matrix.get(name, 0) + 1
             facts.matrix_in_loops[name] = facts.matrix_in_loops.get(name, 0) + is_in_loop
@@ -96,8 +111,11 @@ def judge(kernel: CudaKernel) -> list[str]:
         broken.append(f"stack: {facts.stack_bytes} bytes, {facts.spills} LDL/STL; wanted none")
     if not facts.wide:
         broken.append("wide: no access of 128 bits; wanted some")
-    if kernel.name.startswith(("decode bf16", "decode fp16")) and not facts.matrix_in_loops.get("HMMA"):
-        broken.append("matrix: no HMMA in a loop; wanted some")
+    for start, opcode in MATRIX.items():
+        if kernel.name.startswith(start) and not facts.matrix_in_loops.get(opcode):
+            broken.append(f"matrix: no {opcode} in a loop; wanted some")
+    if kernel.name.startswith("hopper") and (missing := [name for name in HOPPER if name not in facts.hopper]):
+        broken.append(f"bulk: no {', '.join(missing)}; wanted some")
     return [f"csrc/cuda/{kernel.source} {kernel.name} {kernel.chip}: {line}" for line in broken]
 
 
@@ -114,6 +132,7 @@ def make_record(kernel: CudaKernel) -> dict:
         "spills": facts.spills,
         "blocks_per_sm": programs_per_sm(facts, kernel.chip),  # without dynamic shared memory
         "matrix": facts.matrix,
+        "hopper": facts.hopper,
         "wide": facts.wide,
         "narrow": facts.narrow,
     }

@@ -18,6 +18,7 @@ import torch
 
 from kernels.compiled.launches import patched
 from kernels.compiled.ptx import Module, Options, PtxError, Result
+from kernels.compiled.tensor_map import encode_tensor_map
 from kernels.native import cuda, toolchain
 from kernels.native.library import ROOT
 
@@ -56,11 +57,12 @@ def run_launch(launch: cuda.CudaLaunch, chip: str, edit: Edit | None = None, opt
     found = [name for name in module.params if launch.kernel in name]
     if len(found) != 1:
         raise PtxError(f"{launch.source}: {len(found)} kernels are called {launch.kernel}, wanted one")
-    tensors: dict[str, torch.Tensor] = {f"reached {i}": t for i, t in enumerate(launch.reached)}
+    mapped = [a.tensor for a in launch.arguments if isinstance(a, cuda.TileMap)]
+    tensors: dict[str, torch.Tensor] = {f"reached {i}": t for i, t in enumerate((*launch.reached, *mapped))}
     result = module.launch(
         found[0],
         launch.grid,
-        launch.arguments,
+        [encode_tensor_map(a.tensor, a.box, 128) if isinstance(a, cuda.TileMap) else a for a in launch.arguments],
         num_warps=launch.threads // 32,
         shared_bytes=launch.shared_bytes,
         tensors=tensors,

@@ -16,7 +16,25 @@ from kernels.native.library import NativeError, check, load
 
 ABI_VERSION = 1  # of csrc/cuda/api.cuh
 
-Argument = torch.Tensor | float | int | None  # a tensor's address, fp32, int64, a null pointer
+
+@dataclass(frozen=True)
+class TileMap:
+    """A tensor of 16 bits whose tiles a kernel copies at once (TMA), 128 bytes a row, swizzled."""
+
+    tensor: torch.Tensor  # four axes, the last contiguous
+    box: tuple[int, int, int, int]  # of a tile: elements of each axis
+
+
+class MapRequest(ctypes.Structure):
+    """A TileMap as csrc/cuda/hopper_attention.cu takes it: the last axis first, strides in bytes."""
+
+    _fields_ = [
+        ("address", ctypes.c_uint64), ("sizes", ctypes.c_uint64 * 4), ("strides", ctypes.c_uint64 * 3),
+        ("box", ctypes.c_uint32 * 4),
+    ]  # fmt: skip
+
+
+Argument = torch.Tensor | TileMap | float | int | None  # a tensor's address, a map of it, fp32, int64, a null pointer
 
 
 @dataclass(frozen=True)
@@ -48,6 +66,10 @@ def load_cuda() -> ctypes.CDLL:
 def _as_ctypes(argument: Argument) -> Any:
     if isinstance(argument, torch.Tensor):
         return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, TileMap):
+        t, strides = argument.tensor, argument.tensor.stride()[-2::-1]
+        sizes, strides = (ctypes.c_uint64 * 4)(*t.shape[::-1]), (ctypes.c_uint64 * 3)(*(2 * s for s in strides))
+        return ctypes.byref(MapRequest(t.data_ptr(), sizes, strides, (ctypes.c_uint32 * 4)(*argument.box[::-1])))
     if argument is None:
         return ctypes.c_void_p(None)
     return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)

@@ -3,7 +3,8 @@
     library        from                                        with
     ptx_machine    csrc/ptx/*.cpp                              a C++ compiler
     cpu            csrc/cpu/*.cpp, csrc/cpu/isa/*.cpp          a C++ compiler; isa/ once for each instruction set
-    cuda           csrc/cuda/*.cu                              nvcc; machine code of sm_80, sm_90a and sm_100
+    cuda           csrc/cuda/*.cu                              nvcc; machine code of sm_80, sm_90a and sm_100, but of
+                                                               the sources in ONLY_ON for the chips named there alone
 
 CXX names a compiler other than g++ or clang++, CXXFLAGS further flags of it, NVCC another nvcc.
 """
@@ -29,6 +30,7 @@ INSTRUCTION_SETS = {  # by processor, in rising order; csrc/cpu/instruction_set.
     }
 }
 CUDA_CHIPS = ("80", "90a", "100")
+ONLY_ON = {"hopper_attention.cu": ("90a",)}  # what uses instructions of one chip
 CUDA_FLAGS = ("-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static")
 
 
@@ -126,10 +128,15 @@ def plan_cxx(library: str, csrc: Path, openmp: bool) -> tuple[list[Compilation],
 def plan_cuda(csrc: Path) -> tuple[list[Compilation], list[str]]:
     """Return the compilations of the CUDA library, and the command that links their objects. Raises MissingCompiler."""
     nvcc = find_nvcc()
-    chips = [f"-gencode=arch=compute_{chip},code=sm_{chip}" for chip in CUDA_CHIPS]
-    command = (nvcc, *CUDA_FLAGS, *chips)
-    jobs = [Compilation(path, path.stem, (*command, "-c", str(path))) for path in list_sources("cuda", csrc)]
-    return jobs, [*command, "-shared"]
+
+    def command(chips):
+        return (nvcc, *CUDA_FLAGS, *(f"-gencode=arch=compute_{chip},code=sm_{chip}" for chip in chips))
+
+    jobs = [
+        Compilation(path, path.stem, (*command(ONLY_ON.get(path.name, CUDA_CHIPS)), "-c", str(path)))
+        for path in list_sources("cuda", csrc)
+    ]
+    return jobs, [*command(CUDA_CHIPS), "-shared"]
 
 
 def compile_ptx(source: Path, chip: str) -> str:

@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 
 from kernels.native import training as native
+from kernels.ops import attention_hopper
 from kernels.ops.async_proxy import adds_orders, fence_shared, settle
 from kernels.ops.attention_plan import AttentionPlan, QueryDocuments, attention_plan, check_documents
 from kernels.ops.attention_ref import attention_ref, backward_cpu, forward_cpu
@@ -436,15 +437,22 @@ def backward(
 # ---- autograd -------------------------------------------------------------------------------------------------------
 
 
+def _forward(q, k, v, hopper, limits, query_items, query_blocks):
+    """Return o and lse, by csrc/cuda where a plan's lists for it are given, else by the operator."""
+    if hopper is None:
+        return forward(q, k, v, limits, query_items, query_blocks)
+    return attention_hopper.forward(q, k, v, limits, *hopper)
+
+
 def _rows_contiguous(*tensors):
     return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, n_slots, *plan):
+    def forward(ctx, q, k, v, hopper, n_slots, *plan):
         q, k, v = _rows_contiguous(q, k, v)
-        o, lse = forward(q, k, v, *plan[:3])
+        o, lse = _forward(q, k, v, hopper, *plan[:3])
         ctx.save_for_backward(q, k, v, o, lse, *plan)
         ctx.n_slots = n_slots
         return o
@@ -455,7 +463,7 @@ class _Attention(torch.autograd.Function):
         (do,) = _rows_contiguous(do)
         dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
         backward(q, k, v, o, lse, do, dq, dk, dv, *plan, ctx.n_slots, [])
-        return dq, dk, dv, None, *[None] * len(plan)
+        return dq, dk, dv, None, None, *[None] * len(plan)
 
 
 def _split(qkv, n_heads):
@@ -465,10 +473,10 @@ def _split(qkv, n_heads):
 
 class _RopeAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, cos, sin, n_heads, n_slots, *plan):
+    def forward(ctx, qkv, cos, sin, n_heads, hopper, n_slots, *plan):
         q, k, v = _split(qkv, n_heads)
         rotate(q, k, cos, sin, False)
-        o, lse = forward(q, k, v, *plan[:3])
+        o, lse = _forward(q, k, v, hopper, *plan[:3])
         # Detached, because autograd refuses a view of a function's output whose base was written to.
         ctx.save_for_backward(qkv.detach(), cos, sin, o, lse, *plan)
         ctx.n_heads, ctx.n_slots = n_heads, n_slots
@@ -481,16 +489,16 @@ class _RopeAttention(torch.autograd.Function):
         dqkv = torch.empty_like(qkv)
         dq, dk, dv = _split(dqkv, ctx.n_heads)
         backward(*_split(qkv, ctx.n_heads), o, lse, do, dq, dk, dv, *plan, ctx.n_slots, [cos, sin])
-        return dqkv, None, None, None, None, *[None] * len(plan)
+        return dqkv, None, None, None, None, None, *[None] * len(plan)
 
 
 class _RopeAttentionRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, kv, cos, sin, rows, n_slots, *plan):
+    def forward(ctx, q, kv, cos, sin, rows, hopper, n_slots, *plan):
         k, v = kv.chunk(2, dim=1)
         rotate(q, q[:, :0], cos[rows], sin[rows], False)
         rotate(k, k[:, :0], cos, sin, False)
-        o, lse = forward(q, k, v, *plan[:3])
+        o, lse = _forward(q, k, v, hopper, *plan[:3])
         ctx.save_for_backward(q.detach(), kv.detach(), cos, sin, rows, o, lse, *plan)
         ctx.n_slots = n_slots
         return o
@@ -503,15 +511,21 @@ class _RopeAttentionRows(torch.autograd.Function):
         (k, v), (dk, dv) = kv.chunk(2, dim=1), dkv.chunk(2, dim=1)
         angles = [cos[rows], sin[rows], cos, sin]
         backward(q, k, v, o, lse, do, dq, dk, dv, *plan, ctx.n_slots, angles)
-        return dq, dkv, None, None, None, None, *[None] * len(plan)
+        return dq, dkv, None, None, None, None, None, *[None] * len(plan)
 
 
 # ---- public ---------------------------------------------------------------------------------------------------------
 
 
-def _resolve_plan(q, k, documents, impl) -> tuple[AttentionPlan | None, Any]:
+def _resolve_plan(q, k, v, documents, impl) -> tuple[AttentionPlan | None, Any]:
     """Return (plan, None) for the kernels, or (None, (documents, query_rows)) for the reference."""
-    chosen = choose_impl("attention", impl, q, has_native=True)
+    if impl == "cuda":
+        attention_hopper.check_hopper(q, k, v)
+        if isinstance(documents, AttentionPlan) and documents.hopper is None:
+            raise ValueError(
+                "attention: this plan is not for impl='cuda', wanted one of attention_plan(..., impl='cuda')"
+            )
+    chosen = impl if impl == "cuda" else choose_impl("attention", impl, q, has_native=True)
     if chosen == "ref":
         if isinstance(documents, AttentionPlan):
             raise ValueError("attention: this plan is for the kernels, wanted one of attention_plan(..., impl='ref')")
@@ -536,7 +550,9 @@ def _resolve_plan(q, k, documents, impl) -> tuple[AttentionPlan | None, Any]:
         raise ValueError(
             f"attention: q has {len(q)} rows, the plan is for {n_queries}; see query_rows of attention_plan"
         )
-    return (documents, None) if isinstance(documents, AttentionPlan) else (None, (documents, query_rows))
+    if isinstance(documents, AttentionPlan):
+        return documents if impl == "cuda" else documents._replace(hopper=None), None
+    return None, (documents, query_rows)
 
 
 def attention(
@@ -563,9 +579,9 @@ def attention(
         )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}; wanted one dtype")
-    plan, described = _resolve_plan(q, k, documents, impl)
+    plan, described = _resolve_plan(q, k, v, documents, impl)
     if plan:
-        return _Attention.apply(q, k, v, plan.n_slots, *plan[:7])
+        return _Attention.apply(q, k, v, plan.hopper, plan.n_slots, *plan[:7])
     return attention_ref(q, k, v, *described)
 
 
@@ -598,9 +614,9 @@ def rope_attention(
             f"wanted cos and sin {want}, and an even Dh"
         )
     q, k, v = _split(qkv, n_heads)
-    plan, described = _resolve_plan(q, k, documents, impl)
+    plan, described = _resolve_plan(q, k, v, documents, impl)
     if plan:
-        return _RopeAttention.apply(qkv, cos, sin, n_heads, plan.n_slots, *plan[:7])
+        return _RopeAttention.apply(qkv, cos, sin, n_heads, plan.hopper, plan.n_slots, *plan[:7])
     return attention_ref(*rope_ref(q, k, cos, sin), v, *described)
 
 
@@ -627,9 +643,9 @@ def rope_attention_rows(
             f"rope_attention_rows: q {tuple(q.shape)}, kv {tuple(kv.shape)}, rows {tuple(rows.shape)}, cos "
             f"{tuple(cos.shape)}, sin {tuple(sin.shape)}; wanted contiguous (U, H, Dh), (T, 2K, Dh), (U,), (T, Dh/2)"
         )
-    plan, described = _resolve_plan(q, kv[:, : kv.shape[1] // 2], documents, impl)
+    plan, described = _resolve_plan(q, *kv.chunk(2, dim=1), documents, impl)
     if plan:
-        return _RopeAttentionRows.apply(q, kv, cos, sin, rows, plan.n_slots, *plan[:7])
+        return _RopeAttentionRows.apply(q, kv, cos, sin, rows, plan.hopper, plan.n_slots, *plan[:7])
     k, v = kv.chunk(2, dim=1)
     q, k = rope_ref(q, q[:, :0], cos[rows], sin[rows])[0], rope_ref(k, k[:, :0], cos, sin)[0]
     return attention_ref(q, k, v, *described)

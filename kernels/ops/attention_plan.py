@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from kernels.ops import attention_hopper
 from kernels.ops.common import choose_impl, launch_config, next_power_of_2
 
 ALIGN = 32  # int32s: each section of the plan starts at a multiple of 128 bytes
@@ -41,6 +42,7 @@ class AttentionPlan(NamedTuple):
     n_slots: int  # of the workspace
     n_rows: int  # keys
     head_dim: int  # the tiles are chosen for it
+    hopper: tuple[torch.Tensor, torch.Tensor] | None = None  # items and blocks of kernels.ops.attention_hopper
 
 
 def attention_plan(
@@ -70,6 +72,8 @@ def attention_plan(
             raise ValueError("attention: query_rows must be one axis of rows that increase from 0 or more; sort them")
         if len(query_rows) and query_rows[-1] >= n_rows:
             raise ValueError(f"attention: query_rows reach {query_rows[-1].item()}, wanted less than {n_rows} rows")
+    if impl == "cuda":
+        return make_plan(documents, n_rows, head_dim, device, query_rows, hopper=True)
     chosen = choose_impl("attention", impl, torch.empty(0, dtype=dtype, device=device), has_native=True)
     if chosen == "ref":
         return documents if query_rows is None else QueryDocuments(documents, query_rows)
@@ -89,17 +93,23 @@ def make_native_plan(
 
 
 def make_plan(
-    documents: torch.Tensor, n_rows: int, head_dim: int, device: torch.device, query_rows: torch.Tensor | None = None
-) -> AttentionPlan:
-    """Return the kernels' plan of documents that are known to be valid."""
+    documents: torch.Tensor, n_rows: int, head_dim: int, device: torch.device, query_rows: torch.Tensor | None = None,
+    hopper: bool = False,
+) -> AttentionPlan:  # fmt: skip
+    """Return the kernels' plan of documents that are known to be valid. hopper: with csrc/cuda's lists too."""
     rows_with_queries = np.arange(n_rows) if query_rows is None else query_rows.numpy()
     lists, n_slots = build_lists(
         documents.numpy().astype(np.int64), n_rows, rows_with_queries, tile_sizes(head_dim, device)
     )
-    limits, query_items, query_blocks, seen, key_items, key_blocks, splits = copy_to_device(lists, device)
+    if hopper:
+        located = locate_queries(documents.numpy().astype(np.int64), rows_with_queries)
+        items, blocks = list_query_tiles(located, rows_with_queries, attention_hopper.TILE, attention_hopper.KEYS)
+        lists = (*lists, items, attention_hopper.flag_blocks(items, blocks, lists[0], lists[3]))
+    limits, query_items, query_blocks, seen, key_items, key_blocks, splits, *more = copy_to_device(lists, device)
     return AttentionPlan(
-        limits, query_items, query_blocks, seen, key_items, key_blocks, splits, n_slots, n_rows, head_dim
-    )
+        limits, query_items, query_blocks, seen, key_items, key_blocks, splits, n_slots, n_rows, head_dim,
+        (more[0], more[1]) if hopper else None,
+    )  # fmt: skip
 
 
 def check_documents(documents: torch.Tensor, n_rows: int) -> None:

@@ -205,7 +205,8 @@ def render_cuda(cuda: dict, simulated: dict) -> str:
         groups.setdefault((r["source"], r["kernel"]), {})[r["chip"]] = r
     rows = []
     for (source, kernel), by_chip in groups.items():
-        each = [by_chip[chip] for chip in CHIPS]
+        each = [by_chip[chip] for chip in CHIPS if chip in by_chip]
+        kernel += f", on {' and '.join(by_chip)} alone" if len(each) < len(CHIPS) else ""
         cells = [
             format_per_chip(r[name] for r in each) for name in ("instructions", "registers", "spills", "blocks_per_sm")
         ]

@@ -33,12 +33,22 @@ def decode(batch=1, heads=4, dtype=0, dim=64):
     return load_cuda().cria_decode_attention(*numbers, ctypes.c_int(dtype), ctypes.c_int(dim), NULL)
 
 
+def hopper(n_items=1, heads=4, group=2, dtype=0, dim=64, blocks=1):
+    """Call cria_hopper_attention without tensors."""
+    sizes = [ctypes.c_int64(n) for n in (1, n_items, heads, group)]
+    choices = [ctypes.c_int(n) for n in (dtype, dim, blocks)]
+    numbers = [*[NULL] * 5, ONE, ONE, *[NULL] * 4, *sizes, ctypes.c_float(1), *choices, NULL]
+    return load_cuda().cria_hopper_attention(*numbers)
+
+
 @pytest.mark.parametrize(
     ("code", "wanted"),
     [
         (lambda: adamw(n_chunks=0), 1), (lambda: adamw(master=4), 3), (lambda: adamw(states=-1), 3),
         (lambda: decode(dtype=3), 3), (lambda: decode(dim=72), 3), (lambda: decode(batch=0), 1),
         (lambda: decode(heads=3), 1), (lambda: decode(heads=34), 1),
+        (lambda: hopper(dtype=2), 3), (lambda: hopper(dim=80), 3), (lambda: hopper(n_items=0), 1),
+        (lambda: hopper(group=3), 1), (lambda: hopper(n_items=2**30), 1), (lambda: hopper(blocks=0), 1),
     ],
 )  # fmt: skip
 def test_what_a_kernel_does_not_take_is_refused(code, wanted):
