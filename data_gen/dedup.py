@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_gen.base.cli import DataError, Failure, Parser, UsageError, run_command
-from data_gen.base.files import read_rows, to_json_line, write_atomically
+from data_gen.base.files import RowPlace, read_rows, to_json_line, write_atomically
 from data_gen.rows.rouge import Deduplicator, rouge_l
 
 SUFFIXES = (".json", ".jsonl")
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     check_paths(args)
     rows, (first, *others) = read_rows(args.file), args.field.split("+")
-    places = [f"{args.file}, row {number}" for number in range(1, len(rows) + 1)]
+    places = [RowPlace(args.file, number) for number in range(1, len(rows) + 1)]
     texts = [get_text(row, first, where) for row, where in zip(rows, places, strict=True)]
     rests = [get_rest(row, others, where) for row, where in zip(rows, places, strict=True)]
     began, kept, dropped = time.monotonic(), [], []  # dropped: a row, and the row that it duplicates
@@ -99,7 +99,7 @@ def find_duplicates(texts: Iterable[str], rests: Sequence[str]) -> Iterator[int 
         yield None if found is None else rows[found]
 
 
-def get_text(row: dict[str, Any], field: str, where: str) -> str:
+def get_text(row: dict[str, Any], field: str, where: object) -> str:
     """Return a row's text in the given field. Raise DataError, which begins with where, if it is absent or no text."""
     if field not in row:
         raise DataError(f"{where}: no {field!r} among {', '.join(map(repr, row)) or 'no keys'}; --field names another")
@@ -108,7 +108,7 @@ def get_text(row: dict[str, Any], field: str, where: str) -> str:
     return row[field]
 
 
-def get_rest(row: dict[str, Any], fields: Sequence[str], where: str) -> str:
+def get_rest(row: dict[str, Any], fields: Sequence[str], where: object) -> str:
     """Return the texts of other fields, one a line; those that are absent or null are left out."""
     return "\n".join(get_text(row, field, where) for field in fields if row.get(field) is not None)
 

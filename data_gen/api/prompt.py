@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data_gen.base.cli import DataError
-from data_gen.base.files import FIELDS, read_rows, to_json_line
+from data_gen.base.files import FIELDS, RowPlace, read_rows, to_json_line
 from data_gen.base.language import LANGUAGES
 
 SEED_TASKS = Path(__file__).parent.with_name("seed_tasks.jsonl")
@@ -165,7 +165,7 @@ def read_seed_tasks(path: str | Path | None = None) -> tuple[dict[str, str], ...
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else error
             wanted = 'wanted {"instruction", "input", "output"} or {"instruction", "instances": [{"input", "output"}]}'
-            raise DataError(f"{path}, row {number}: {what}; {wanted}") from error
+            raise DataError(f"{RowPlace(path, number)}: {what}; {wanted}") from error
         seeds.append({field: text.strip() for field, text in found.items()} | ({"category": kind} if kind else {}))
     if not seeds:
         raise DataError(f"{path} holds no seed task; pass a file with at least one")

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +41,14 @@ def to_json_line(value: Any) -> str:
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """Return the objects of a .json file (a list) or a .jsonl file.
 
-    Raise DataError, with the line or row, for a file that cannot be read or holds anything else.
+    Raise DataError, with the line, for a file that cannot be read or holds anything else.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+    text = read_text(path)
     if text.lstrip()[:1] == "[":
         try:
             rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{error.lineno}:{error.colno} is not JSON: {error.msg}") from error
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path} is not JSON: {error}") from error
     else:
@@ -61,5 +61,52 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
                     raise DataError(f"{path}:{number} is not JSON: {error}") from error
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise DataError(f"{path}, row {number}: got {type(row).__name__}, wanted an object")
+            raise DataError(f"{RowPlace(path, number)}: got {type(row).__name__}, wanted an object")
     return rows
+
+
+def read_text(path: str | Path) -> str:
+    """Return the text of a UTF-8 file. Raise DataError for one that cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+@dataclass(frozen=True)
+class RowPlace:
+    """The place of a row that read_rows returned, for a message: its text is what an editor jumps to."""
+
+    path: str | Path
+    number: int  # counted from 1
+
+    def __str__(self) -> str:
+        """Return FILE:LINE, or FILE:LINE:COLUMN where rows share the line, and the number where it is not the line.
+
+        The file is read again, so that rows without a fault cost nothing.
+        """
+        text = read_text(self.path)
+        if text.lstrip()[:1] != "[":
+            lines = [n for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+            return f"{self.path}:{lines[self.number - 1]}"
+        starts = find_rows(text)
+        start = starts[self.number - 1]
+        line, begin = text.count("\n", 0, start) + 1, text.rfind("\n", 0, start) + 1
+        end = text.find("\n", start)
+        is_shared = sum(begin <= other < (len(text) if end < 0 else end) for other in starts) > 1
+        column = f":{start - begin + 1}" if is_shared else ""
+        return f"{self.path}:{line}{column}" + ("" if line == self.number and not column else f": row {self.number}")
+
+
+def find_rows(text: str) -> list[int]:
+    """Return the position of each element of the JSON list in a text."""
+    blanks, decoder, starts = re.compile(r"[ \t\r\n,]*"), json.JSONDecoder(), list[int]()
+    position = text.index("[") + 1
+    while True:
+        found = blanks.match(text, position)
+        assert found is not None  # it may be empty
+        position = found.end()
+        if text[position] == "]":
+            return starts
+        starts.append(position)
+        position = decoder.raw_decode(text, position)[1]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_gen.base.cli import DataError, UsageError
-from data_gen.base.files import read_rows
+from data_gen.base.files import RowPlace, read_rows
 from data_gen.rows.parse import SURROGATE
 
 WANTED = 'wanted AlpacaEval\'s {"instruction", "output", "generator"?, "dataset"?}, or "response" for "output"'
@@ -57,7 +57,7 @@ def read_answers(path: Path) -> AnswerFile:
         instruction, output = row.get("instruction", row.get("prompt")), row.get("output", row.get("response"))
         given = row.get("input") or ""
         if not all(isinstance(text, str) for text in (instruction, output, given)) or not str(instruction).strip():
-            raise DataError(f"{path}, row {number}: got the keys {sorted(row)}; {WANTED}, each a text")
+            raise DataError(f"{RowPlace(path, number)}: got the keys {sorted(row)}; {WANTED}, each a text")
         asked = join_input(str(instruction), given)
         key = make_key(asked)
         replies[key, seen[key]] = Reply(asked, row.get("dataset"), replace_surrogates(str(output)))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_gen.base.cli import DataError
-from data_gen.base.files import read_rows
+from data_gen.base.files import RowPlace, read_rows
 from data_gen.judging.answers import Questions, join_input, make_key
 from data_gen.judging.statistics import Rate, compute_rate, compute_share
 from data_gen.judging.verdicts import Judged
@@ -32,10 +32,10 @@ class Vote(NamedTuple):
 
 def read_votes(path: Path) -> list[Vote]:
     """Return the votes of a file. Raise DataError with the row and its fault."""
-    return [parse_vote(row, f"{path}, row {number}") for number, row in enumerate(read_rows(path), 1)]
+    return [parse_vote(row, RowPlace(path, number)) for number, row in enumerate(read_rows(path), 1)]
 
 
-def parse_vote(row: Mapping[str, Any], place: str) -> Vote:
+def parse_vote(row: Mapping[str, Any], place: object) -> Vote:
     """Return the vote of a row. Raise DataError, which names its place, for a row that is none."""
     prompt, given, shown, vote = row.get("prompt"), row.get("input") or "", row.get("models"), row.get("vote")
     names = [name for name in shown if isinstance(name, str)] if isinstance(shown, list) else []

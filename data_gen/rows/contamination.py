@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from data_gen.base.cli import DataError
-from data_gen.base.files import read_rows
+from data_gen.base.files import RowPlace, read_rows
 from data_gen.rows.rouge import Deduplicator
 from data_gen.rows.tokens import tokenize
 
@@ -104,7 +104,8 @@ def read_prompts(path: Path) -> Iterator[str]:
         try:
             yield from parse_prompts(row)
         except (KeyError, TypeError, AttributeError):
-            raise DataError(f"{path}, row {number}: got the keys {', '.join(row) or 'none'}, wanted {FORMS}") from None
+            keys = ", ".join(row) or "none"
+            raise DataError(f"{RowPlace(path, number)}: got the keys {keys}, wanted {FORMS}") from None
 
 
 def parse_prompts(row: dict[str, Any]) -> list[str]:

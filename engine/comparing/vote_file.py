@@ -42,9 +42,9 @@ class VoteFile:
         *lines, rest = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
             if line.strip():
-                self._take(line, f"{path}, row {number}")
+                self._take(line, f"{path}:{number}")
         if rest:
-            self._mend(rest, f"{path}, row {len(lines) + 1}")
+            self._mend(rest, f"{path}:{len(lines) + 1}")
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row, and return when it is on the disk. Raises OSError if it cannot be; the file stays as it was."""

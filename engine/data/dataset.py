@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from engine.base.errors import DataError
+from engine.data.values import Place
 from engine.text.parts import Special, Text
 from engine.text.templates import Row, find_special_id, render_row
 from engine.text.tokenizer import Tokenizer
@@ -36,7 +37,7 @@ class Dataset:
     is_target: np.ndarray  # (total,) bool: predicting this token carries loss
     begins: np.ndarray  # (N,) int64: example i is tokens[begins[i]:ends[i]]
     ends: np.ndarray  # (N,) int64
-    sources: Sequence[str]  # (N,) "file:row" of each, for messages
+    sources: Sequence[str]  # (N,) the place of each, for messages
     counts: dict[str, int]  # rows, examples, truncated, dropped, tokens, loss_tokens
     n_loss: np.ndarray | None = None  # (N,) int64 targets of each; None: __post_init__ counts them
 
@@ -83,20 +84,24 @@ class Dataset:
 
 
 class Sources(Sequence[str]):
-    """Each row's place as "file:row". The string is made only when an element is read."""
+    """The place of each row, as a Place. It is made only when an element is read."""
 
-    def __init__(self, paths: Sequence[str], files: np.ndarray, numbers: np.ndarray):
-        self.paths, self.files, self.numbers = paths, files, numbers
+    def __init__(self, paths: Sequence[str], rows: np.ndarray):
+        self.paths, self.rows = paths, rows
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.rows)
 
-    def __getitem__(self, i: int) -> str:  # type: ignore[override]  # no slices
-        return f"{self.paths[self.files[i]]}:{self.numbers[i]}"
+    def __getitem__(self, i: int) -> Place:  # type: ignore[override]  # no slices
+        row = self.rows[i]
+        return Place(self.paths[row["file"]], *(int(row[part]) for part in PLACE))
 
 
-# The dtype of Table.rows. file and number say where the row was read, n_loss how many targets it has.
-ROW = np.dtype([("n_tokens", "<i4"), ("n_loss", "<i4"), ("file", "<i4"), ("number", "<i8"), ("truncated", "?")])
+PLACE = ("number", "line", "column")  # as in Place
+# The dtype of Table.rows. file and PLACE say where the row was read, n_loss how many targets it has.
+ROW = np.dtype(
+    [("n_tokens", "<i4"), ("n_loss", "<i4"), ("file", "<i4"), *((part, "<i8") for part in PLACE), ("truncated", "?")]
+)
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ class Table:
                 f"--max-length {self.max_length}; give rows with an output, or a larger --max-length"
             )
         ends, rows = ends[chosen[kept]], rows[kept]
-        sources = Sources(self.paths, rows["file"], rows["number"])
+        sources = Sources(self.paths, rows)
         begins, n_loss = ends - rows["n_tokens"], rows["n_loss"].astype(np.int64)
         return Dataset(self.tokens, self.is_target, begins, ends, sources, counts, n_loss)
 
@@ -214,9 +219,10 @@ def encode_rows(
         keep &= np.repeat(out["n_loss"] > 0, lengths)
         tokens.append(ids[keep])
         targets.append(is_target[keep])
-        places = [row.source.rpartition(":") for row in block]
-        out["file"] = [paths.setdefault(path, len(paths)) for path, _, _ in places]
-        out["number"] = [number for _, _, number in places]
+        places = [row.source if isinstance(row.source, Place) else Place(row.source) for row in block]
+        out["file"] = [paths.setdefault(place.path, len(paths)) for place in places]
+        for part in PLACE:
+            out[part] = [getattr(place, part) for place in places]
     return Table(np.concatenate(tokens), np.concatenate(targets), table, tuple(paths), max_length)
 
 

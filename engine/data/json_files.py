@@ -11,13 +11,15 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.base.errors import DataError
 from engine.data.values import MAX_ROW_BYTES, BadRow, Record, shorten
 
 MAX_NESTING = 32  # levels of lists and objects; the row itself is one
 MAX_SCAN_BYTES = 256 << 20  # of a file that are searched for the end of its first object
+CHUNK = 1 << 16  # bytes whose lines are counted at a time
+CONTINUATION = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that begin no character
 MAX_DIGITS = 18  # of an integer; int() of millions of digits takes quadratic time or is refused
 # Keys that make an object a row: no list under one of them is a list of rows.
 ROW_KEYS = ("messages", "conversations", "instruction", "prompt", "completion", "text", "chosen")
@@ -31,13 +33,13 @@ TOKEN = re.compile(rb'\\.|"|\n|\{|\}|\[|\]')
 
 def read_json_records(data: mmap.mmap, path: Path) -> Iterator[Record]:
     """Yield the values of a JSON list or of JSONL lines, each with its number, or with why it is bad."""
-    for number, start, end in split_rows(data, path):
+    for span in split_rows(data, path):
         value: Any
         try:
-            value = load_span(data, start, end)
+            value = load_span(data, span.start, span.end)
         except BadRow as bad:
             value = bad
-        yield Record(number, start, value)
+        yield Record(span.number, span.line, span.column, span.start, value)
 
 
 def load_span(data: mmap.mmap, start: int, end: int | None) -> Any:
@@ -51,7 +53,33 @@ def load_span(data: mmap.mmap, start: int, end: int | None) -> Any:
 
 # ---- a file -> the spans of its rows --------------------------------------------------------------------------------
 
-Span = tuple[int, int, int | None]  # number of the row, first byte, end; None: the file ends inside the row
+
+class Span(NamedTuple):
+    """Where a row lies. Lines and columns count from 1; a column of 0: no other row begins on the line."""
+
+    number: int  # of the row, counted from 1; the line, where rows are lines
+    line: int
+    column: int  # of its first character
+    start: int  # its first byte
+    end: int | None  # None: the file ends inside the row
+
+
+class LineCounter:
+    """The line and column of positions that only move forward, so that each byte of a file is looked at once."""
+
+    def __init__(self, data: mmap.mmap, start: int):
+        self.data, self.position, self.line, self.column = data, start, 1, 1
+
+    def move_to(self, position: int) -> tuple[int, int]:
+        """Return (line, column in characters) of a position at or after the last one."""
+        for begin in range(self.position, position, CHUNK):
+            chunk = self.data[begin : min(begin + CHUNK, position)]
+            if n_lines := chunk.count(b"\n"):
+                self.line, self.column = self.line + n_lines, 1
+                chunk = chunk[chunk.rfind(b"\n") + 1 :]
+            self.column += len(chunk.translate(None, CONTINUATION))
+        self.position = position
+        return self.line, self.column
 
 
 def split_rows(data: mmap.mmap, path: Path) -> Iterator[Span]:
@@ -60,7 +88,7 @@ def split_rows(data: mmap.mmap, path: Path) -> Iterator[Span]:
     first = skip_blanks(data, start)
     byte = data[first : first + 1]
     if byte == b"[":
-        return split_list(data, first + 1, path)
+        return split_list(data, first + 1, path, LineCounter(data, start))
     if byte == b"{":
         if problem := explain_object(data, first):
             raise DataError(f"{path}: {problem}")
@@ -86,38 +114,43 @@ def split_lines(data: mmap.mmap, start: int) -> Iterator[Span]:
         newline = data.find(b"\n", start)
         end = len(data) if newline < 0 else newline
         if skip_blanks(data, start, end) < end:
-            yield number, start, end
+            yield Span(number, number, 0, start, end)
         start = end + 1
 
 
-def split_list(data: mmap.mmap, position: int, path: Path) -> Iterator[Span]:
+def split_list(data: mmap.mmap, position: int, path: Path, lines: LineCounter) -> Iterator[Span]:
     """Yield the spans of the elements of the list that begins before position. Raise DataError for a broken list."""
 
     def broken(position: int, wanted: str) -> DataError:
+        row = f"row {number}: " if number else ""
         got = repr(data[position : position + 1]) if position < len(data) else "the end of the file"
         remedy = "repair the list, its other rows cannot be told apart"
-        return DataError(f"{path}:{number or 1}: got {got} at byte {position}, wanted {wanted}; {remedy}")
+        return DataError(f"{path}:{line}:{column}: {row}got {got} at byte {position}, wanted {wanted}; {remedy}")
 
-    number, position = 0, skip_blanks(data, position)
-    more = data[position : position + 1] != b"]"
+    number, start = 0, skip_blanks(data, position)
+    line, column = lines.move_to(start)
+    more, shares_line = data[start : start + 1] != b"]", False
     if not more:
-        position += 1
+        start = skip_blanks(data, start + 1)
+        line, column = lines.move_to(start)
     while more:
-        number, start = number + 1, skip_blanks(data, position)
-        end = find_element_end(data, start)
+        number, end = number + 1, find_element_end(data, start)
         if end is None and not is_cut_off(data, start):
             raise broken(start, "a complete row")
-        yield number, start, end
         if end is None:
+            yield Span(number, line, column if shares_line else 0, start, None)
             return
         position = skip_blanks(data, end)
         if data[position : position + 1] not in (b",", b"]"):
             raise broken(position, "',' or ']' after this row")
         more = data[position : position + 1] == b","
-        position += 1
-    position = skip_blanks(data, position)
-    if position < len(data):
-        raise broken(position, "nothing after the list")
+        position = skip_blanks(data, position + 1)
+        next_line, next_column = lines.move_to(position)
+        next_shares = more and next_line == line
+        yield Span(number, line, column if shares_line or next_shares else 0, start, end)
+        start, line, column, shares_line = position, next_line, next_column, next_shares
+    if start < len(data):
+        raise broken(start, "nothing after the list")
 
 
 def find_element_end(data: mmap.mmap, start: int, limit: int = sys.maxsize) -> int | None:

@@ -13,7 +13,7 @@ from typing import Any
 from engine.base.errors import DataError
 from engine.data.chats import TOOLS, Chat, parse_chat, parse_tools, refuse_keys
 from engine.data.data_files import map_file, read_records
-from engine.data.values import BadRow, get_text, is_empty, name_kind, require_text, require_type, shorten
+from engine.data.values import BadRow, Place, get_text, is_empty, name_kind, require_text, require_type, shorten
 from engine.text.templates import Message, Row
 
 EMBEDDED = {  # names that --data and --eval-data take for files that come along
@@ -41,7 +41,7 @@ def resolve_data_paths(names: Iterable[str]) -> list[Path]:
 class Skipped:
     """A bad row that was left out."""
 
-    source: str
+    source: Place
     reason: str
 
 
@@ -67,8 +67,8 @@ def read_rows(
     message. with_tools: chats may call tools. progress(done_bytes, total_bytes) is called every 1000 rows. unread
     counts the rows that have a key which is not read, by the key.
 
-    Raise DataError with file and row. It lists all bad rows at once, unless skip_bad_rows is set. A file that cannot be
-    read, a broken list, or having no row left is always an error.
+    Raise DataError with the place of each bad row, and its number where that is not its line. It lists all bad rows at
+    once, unless skip_bad_rows is set. A file that cannot be read, a broken list, or no row left is always an error.
     """
     rows: list[Row] = []
     skipped: list[Skipped] = []
@@ -76,15 +76,17 @@ def read_rows(
     total_bytes, done_bytes = sum(len(map_file(path)) for path in paths), 0  # finds a missing file before reading any
     for path in paths:
         n_before = len(rows) + len(skipped)
-        for number, position, value in read_records(path):
-            source = f"{path}:{number}"
+        name = str(path)
+        for number, line, column, position, value in read_records(path):
+            source = Place(name, number, line, column)
             keys: set[str] = set()
             try:
                 rows.append(parse_row(value, source, wanted, keys))
                 if keys and unread is not None:
                     unread.update(keys)
             except BadRow as bad:
-                skipped.append(Skipped(source, str(bad)))
+                is_named = not line or (line == number and not column)  # by its number, within source
+                skipped.append(Skipped(source, str(bad) if is_named else f"row {number}: {bad}"))
             if progress and number % 1000 == 0:
                 progress(done_bytes + position, total_bytes)
         if len(rows) + len(skipped) == n_before:

@@ -31,7 +31,7 @@ def read_csv_records(data: mmap.mmap, path: Path) -> Iterator[Record]:
             if cells and not columns:
                 columns = check_columns(cells, path)
             elif cells:
-                yield Record(line, data.tell(), make_row(columns, cells))
+                yield Record(line, line, 0, data.tell(), make_row(columns, cells))
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}:{line}: no CSV from here on: {error}; close its quotes, or save it as JSONL") from None
@@ -68,6 +68,6 @@ def read_parquet_records(data: mmap.mmap, path: Path) -> Iterator[Record]:
         for batch in file.iter_batches(BATCH):
             for value in batch.to_pylist():
                 number += 1
-                yield Record(number, len(data) * number // rows, value)
+                yield Record(number, 0, 0, len(data) * number // rows, value)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path}: no sound parquet file: {summarize_error(error)}; download it anew") from None

@@ -31,6 +31,7 @@ from engine.data import chats, data_files, json_files, rows, table_files, values
 from engine.data import dataset as data
 from engine.data.data_files import is_table, map_file
 from engine.data.rows import Skipped
+from engine.data.values import Place
 from engine.text import (
     own_template,
     parts,
@@ -45,7 +46,7 @@ from engine.text import (
 )
 from engine.text.tokenizer import Tokenizer
 
-FORMAT = 2  # of an entry
+FORMAT = 3  # of an entry
 # The modules that turn bytes into ids. Their code is part of the key: a changed template makes another entry.
 CODE = (
     data, rows, chats, data_files, json_files, table_files, values,
@@ -115,7 +116,7 @@ def load_entry(
     try:
         manifest = json.loads((entry / MANIFEST).read_bytes())
         arrays = {name: read_array(entry / f"{name}.npy", manifest[name]) for name in ARRAYS}
-        skipped = [Skipped(f"{names[file]}:{number}", reason) for file, number, reason in manifest["skipped"]]
+        skipped = [Skipped(Place(names[file], *place), reason) for file, place, reason in manifest["skipped"]]
         unread = Counter({str(name): int(n_rows) for name, n_rows in manifest["unread"].items()})
     except (*DAMAGE, DataError):
         report(f"note: the cached tokens in {entry} are damaged; the data is tokenised again")
@@ -181,8 +182,8 @@ def write_files(
     rows["file"] = np.array([number_of[path] for path in table.paths])[rows["file"]]
     manifest: dict[str, Any] = {"skipped": [], "unread": dict(unread)}
     for bad in skipped:
-        path, _, number = bad.source.rpartition(":")
-        manifest["skipped"].append((number_of[path], int(number), bad.reason))
+        place = bad.source
+        manifest["skipped"].append((number_of[place.path], (place.number, place.line, place.column), bad.reason))
     for name, array in zip(ARRAYS, (table.tokens, table.is_target, rows), strict=True):
         with open(entry / f"{name}.npy", "wb") as array_file:
             np.lib.format.write_array(array_file, array, allow_pickle=False)

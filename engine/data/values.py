@@ -22,8 +22,33 @@ class Record(NamedTuple):
     """What a file holds at one place."""
 
     number: int  # of the row, counted from 1; the line, where rows are lines
+    line: int  # on which it begins, counted from 1; 0 where a file has no lines
+    column: int  # of its first character, counted from 1; 0 where no other row begins on its line
     position: int  # bytes of the file before it
     value: Any  # a BadRow where it cannot be read
+
+
+class Place(str):
+    """Where a row was read, as an editor jumps to it: FILE:LINE, or FILE:LINE:COLUMN where rows share a line.
+
+    A row of a file without lines is FILE row N, and one that no file holds has a name alone. The parts are kept beside
+    the text, for a path may hold colons.
+    """
+
+    __slots__ = ("column", "line", "number", "path")
+    path: str
+    number: int
+    line: int
+    column: int
+
+    def __new__(cls, path: str, number: int = 0, line: int = 0, column: int = 0) -> "Place":
+        """Return the place of a row, whose number, line and column are those of its Record."""
+        text = f"{path}:{line}" if line else f"{path} row {number}" if number else path
+        if column:
+            text += f":{column}"
+        place = super().__new__(cls, text)
+        place.path, place.number, place.line, place.column = path, number, line, column
+        return place
 
 
 def name_kind(value: Any) -> str:

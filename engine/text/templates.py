@@ -16,7 +16,7 @@ Message = tuple[str, str]  # (role, content); the role is system, user, assistan
 class Row:
     """A line of a dataset file: an instruction and its answer, a chat, or text that goes under no template."""
 
-    source: str  # "file.json:17", for messages; counts rows from 1, in JSONL lines
+    source: str  # where it was read, for messages; of a file it is an engine.data.values.Place, as file.json:17
     messages: tuple[Message, ...] | None  # a chat, None for an instruction
     instruction: str = ""
     input: str = ""

@@ -10,6 +10,7 @@ from engine.data import token_cache
 from engine.data.data_files import map_file
 from engine.data.dataset import Dataset, Table, encode_rows, hold_out
 from engine.data.rows import Skipped, read_rows, resolve_data_paths
+from engine.data.values import Place
 from engine.distributed.world import World
 from engine.text.templates import Row, render_row
 from engine.text.tokenizer import Tokenizer
@@ -123,6 +124,7 @@ def drop_refused_rows(rows: Sequence[Row], tokenizer: Tokenizer, style: str) -> 
             render_row(row, style, tokenizer)
             kept.append(row)
         except DataError as error:
+            assert isinstance(row.source, Place)  # as of every row of a file
             if not kept and len(refused) == len(rows) - 1:
                 raise
             refused.append(Skipped(row.source, str(error).removeprefix(f"{row.source}: ")))

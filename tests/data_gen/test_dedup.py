@@ -65,7 +65,7 @@ def test_command_line_and_another_field(tmp_path, capsys):
     assert "3 rows, 2 kept, 1 dropped" in done.stdout
     assert (tmp_path / "out.jsonl").read_text() == '{"q": "a b c"}\n{"q": "z"}\n'
     assert run_for_exit_code(dedup.main, [str(file), "--out", str(tmp_path / "out.jsonl")]) == 3
-    assert "row 1: no 'instruction' among 'q'" in capsys.readouterr().err
+    assert "in.jsonl:1: no 'instruction' among 'q'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
@@ -78,17 +78,20 @@ def test_a_file_without_rows_gives_one_without_rows(suffix, tmp_path):
 @pytest.mark.parametrize(
     "rows, says",
     [
-        ([{"instruction": "a"}, {"input": "b"}], "row 2: no 'instruction' among 'input'; --field names another"),
-        ([{}], "row 1: no 'instruction' among no keys"),
-        ([{"instruction": "a"}, {"instruction": ["b"]}], "row 2: 'instruction' is of type list, wanted a string"),
-        ([{"instruction": None}], "row 1: 'instruction' is of type NoneType"),
-        ([{"instruction": "a"}, 5], "row 2: got int, wanted an object"),
+        ([{"instruction": "a"}, {"input": "b"}], ":1:24: row 2: no 'instruction' among 'input'; --field names another"),
+        ([{}], ":1: no 'instruction' among no keys"),
+        (
+            [{"instruction": "a"}, {"instruction": ["b"]}],
+            ":1:24: row 2: 'instruction' is of type list, wanted a string",
+        ),
+        ([{"instruction": None}], ":1: 'instruction' is of type NoneType"),
+        ([{"instruction": "a"}, 5], ":1:24: row 2: got int, wanted an object"),
     ],
 )
 def test_rows_that_are_not_what_they_should_be(rows, says, tmp_path, capsys):
     file, out = written(tmp_path / "in.json", rows), tmp_path / "out.json"
     assert run_for_exit_code(dedup.main, [str(file), "--out", str(out)]) == 3
-    assert f"{file}, {says}" in capsys.readouterr().err
+    assert f"{file}{says}" in capsys.readouterr().err
     assert not out.exists()
 
 
@@ -144,4 +147,4 @@ def test_an_instruction_over_other_inputs_is_no_duplicate(tmp_path, capsys):
 def test_an_input_that_is_no_text_is_named(tmp_path, capsys):
     file = written(tmp_path / "rows.json", [{"instruction": "a", "input": 3}])
     assert run_for_exit_code(dedup.main, [str(file), "--out", str(tmp_path / "out.json")]) == 3
-    assert "row 1: 'input' is of type int, wanted a string" in capsys.readouterr().err
+    assert ":1: 'input' is of type int, wanted a string" in capsys.readouterr().err

@@ -378,8 +378,12 @@ def test_the_answers_of_davinci_load_as_they_are(tmp_path):
 @pytest.mark.parametrize(
     "name, content, said",
     [
-        ("a.json", '[{"instruction": "x"}]', "row 1: got the keys ['instruction']; wanted AlpacaEval's"),
-        ("a.jsonl", '{"instruction": "x", "output": "y"}\n{"instruction": 7, "output": "y"}', "row 2"),
+        ("a.json", '[{"instruction": "x"}]', "a.json:1: got the keys ['instruction']; wanted AlpacaEval's"),
+        (
+            "a.jsonl",
+            '{"instruction": "x", "output": "y"}\n{"instruction": 7, "output": "y"}',
+            "a.jsonl:2: got the keys",
+        ),
         ("a.json", "[]", "holds no answer"),
         ("a.json", "{", "is not JSON"),
         (
@@ -445,7 +449,7 @@ def test_votes_of_people_are_kept_apart(files, whole, tmp_path, capsys):
     assert one["a_share"] == pytest.approx(100 * 11 / 12)
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x", "models": ["a", "b"], "vote": "C"}\n')
     assert run_for_exit_code(module.main, [*words, str(tmp_path / "bad.jsonl")]) == 3
-    assert "bad.jsonl, row 1: got prompt 'x', models ['a', 'b'], vote 'C'" in capsys.readouterr().err
+    assert "bad.jsonl:1: got prompt 'x', models ['a', 'b'], vote 'C'" in capsys.readouterr().err
 
 
 def test_help_names_every_flag_with_its_default():

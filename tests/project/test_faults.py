@@ -495,11 +495,11 @@ def test_bad_data_exits_3(tmp_path, rows, message):
 def test_bad_rows_can_be_skipped_and_are_counted(tmp_path, rows_file):
     rows = json.loads(rows_file.read_text())
     rows[5]["output"] = None
-    rows_file.write_text(json.dumps(rows))
+    rows_file.write_text("[\n\n" + ",\n".join(map(json.dumps, rows)) + "]")
     done = finetune(
         "--model", small_model(), "--data", rows_file, "--out", tmp_path / "o", "--skip-bad-rows", "--max-steps", 1,
     )  # fmt: skip
-    assert "1 bad rows skipped" in done.stdout and "rows.json:6: output: got null" in done.stdout
+    assert "1 bad rows skipped" in done.stdout and "rows.json:8: row 6: output: got null" in done.stdout
     assert json.loads((tmp_path / "o" / "run.json").read_text())["data"]["skipped"] == 1
 
 

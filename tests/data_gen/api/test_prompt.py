@@ -284,13 +284,18 @@ BROKEN = {
 def test_a_broken_seed_task_is_named_with_file_and_row(tmp_path, row, said):
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in (*seed_tasks(2), row, {})))
-    with pytest.raises(DataError, match=rf"mine\.jsonl, row 3: .*{said}.*; wanted"):
+    with pytest.raises(DataError, match=rf"mine\.jsonl:3: .*{said}.*; wanted"):
         read_seed_tasks(path)
 
 
 def test_a_file_without_a_seed_task(tmp_path):
     path = tmp_path / "mine.json"
-    for text, said in (("", "no seed task"), ("[]", "no seed task"), ("{", "mine.json:1"), ('["x"]', "row 1")):
+    for text, said in (
+        ("", "no seed task"),
+        ("[]", "no seed task"),
+        ("{", "mine.json:1"),
+        ('["x"]', "mine.json:1: got"),
+    ):
         path.write_text(text)
         with pytest.raises(DataError, match=said):
             read_seed_tasks(path)

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_gen.base.cli import DataError
-from data_gen.base.files import read_rows, to_json_line, write_atomically
+from data_gen.base.files import RowPlace, read_rows, to_json_line, write_atomically
+from engine.base import errors as engine_errors
+from engine.data.rows import read_rows as read_engine_rows
 from tests.helpers.run import ROOT
 
 # ---- whole files -----------------------------------------------------------------------------------------------------
@@ -122,9 +124,9 @@ BAD = {
     "third line, CRLF": ('{"a": 1}\r\n{"a": 1}\r\n{"a', "rows:3 is not JSON"),
     "deep line": ('{"a": 1}\n' + '{"a":' * 100_000, "rows:2 is not JSON"),
     "deep list": ("[" * 100_000, "rows is not JSON"),
-    "broken list": ('[{"a": 1},]', "rows is not JSON"),
-    "a row that is none": ('{"a": 1}\n"x"\n', "row 2: got str, wanted an object"),
-    "a list in a list": ("[{}, [1]]", "row 2: got list, wanted an object"),
+    "broken list": ('[{"a": 1},]', "rows:1:11 is not JSON"),
+    "a row that is none": ('{"a": 1}\n"x"\n', "rows:2: got str, wanted an object"),
+    "a list in a list": ("[{}, [1]]", "rows:1:6: row 2: got list, wanted an object"),
     "number of 5,000 digits": ("1" * 5000, "rows:1 is not JSON"),
 }
 
@@ -135,6 +137,29 @@ def test_what_is_wrong_in_a_file_and_where(tmp_path, text, said):
     path.write_bytes(text.encode())
     with pytest.raises(DataError, match=said):
         read_rows(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '\ufeff[{"a": "é"}, {"a": 2},\r\n  {"a": 3}]',
+        '[\n{"a": 1},\n{"a": "}{"},\n{"a": 3}\n]',
+        '[{"a":\n1}, {"a": 2}\n,\n\n{"a": 3}]',
+        '\n{"a": 1}\n\n{"a": 2}\n{"a": 3}',
+    ],
+)
+def test_a_row_is_named_as_a_fine_tune_names_it(tmp_path, text):
+    path = tmp_path / "rows"
+    path.write_bytes(text.encode())
+    assert [str(RowPlace(path, number)) for number in (1, 2, 3)] == name_bad_rows(path)
+
+
+def name_bad_rows(path):
+    """The places of a file's three rows, as engine's reader names those that it refuses."""
+    with pytest.raises(engine_errors.DataError) as caught:
+        read_engine_rows([path])
+    lines = str(caught.value).split("\n")[1:]
+    return [line.strip().partition(": instruction: missing")[0] for line in lines]
 
 
 def test_a_file_that_cannot_be_read(tmp_path):

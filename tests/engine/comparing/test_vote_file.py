@@ -46,7 +46,7 @@ def test_a_vote_that_was_cut_off_is_taken_out_and_told(path, capsys, cut):
     path.write_bytes(whole + whole.rstrip(b"\n")[:cut])
     file = VoteFile(path)
     assert path.read_bytes() == whole and len(file.kept) == 1
-    assert f"{path}, row 2: a vote that was cut off is taken out" in capsys.readouterr().err
+    assert f"{path}:2: a vote that was cut off is taken out" in capsys.readouterr().err
     file.add(row(2))
     file.close()
     assert len(read_votes(path)) == 2
@@ -63,12 +63,12 @@ def test_a_last_vote_without_its_newline_is_kept(path):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("notes of mine", "row 1: is not JSON"),
-        ("notes of mine\nand more\n", "row 1: is not JSON"),
-        ('{"a": 1}', "row 1: got prompt None"),
-        ('{"prompt": "p", "models": ["x", "x"], "vote": "A"}\n', "row 1: got prompt 'p'"),
-        ("[1]\n", "row 1: got a list"),
-        (json.dumps(row(1)) + "\n\x00\x00\x00", "row 2: is not JSON"),
+        ("notes of mine", ":1: is not JSON"),
+        ("notes of mine\nand more\n", ":1: is not JSON"),
+        ('{"a": 1}', ":1: got prompt None"),
+        ('{"prompt": "p", "models": ["x", "x"], "vote": "A"}\n', ":1: got prompt 'p'"),
+        ("[1]\n", ":1: got a list"),
+        (json.dumps(row(1)) + "\n\x00\x00\x00", ":2: is not JSON"),
     ],
 )
 def test_a_file_of_something_else_is_refused_and_stays(path, text, told):

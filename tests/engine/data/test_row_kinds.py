@@ -399,7 +399,7 @@ def test_parquet(write, tmp_path):
     assert read(path, skip_bad_rows=True)[0].messages == (("user", "2+2?"), ("assistant", "4"))
     odd = pyarrow.table({"instruction": ["a", "b"], "output": [b"x", b"y"]})
     parquet.write_table(odd, path)
-    assert "rows.parquet:1: output: got a bytes, wanted a string" in refusal(path)
+    assert "rows.parquet row 1: output: got a bytes, wanted a string" in refusal(path)
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], whole[:-30] + bytes(30)):
         path.write_bytes(content)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.base.errors import DataError
-from engine.data.json_files import MAX_NESTING
+from engine.data.json_files import MAX_NESTING, LineCounter
 from engine.data.rows import read_rows
 from engine.data.values import MAX_ROW_BYTES
 from engine.text.templates import Row
@@ -327,8 +327,9 @@ def test_in_an_indented_list_a_lost_quote_spoils_its_own_row(line, write):
     rows[1] = rows[1].replace('"input": "1 2",', line)
     path = write(f"[{', '.join(rows)}]".encode())
     read, skipped = read_rows([path], skip_bad_rows=True)
-    assert [row.source[-1] for row in read] == ["1", "3", "4", "5"]
-    assert skipped[0].source == f"{path}:2" and "invalid JSON" in skipped[0].reason
+    starts = [n for n, line in enumerate(path.read_text().split("\n"), 1) if "{" in line]
+    assert [row.source for row in read] == [f"{path}:{starts[n]}" for n in (0, 2, 3, 4)]
+    assert skipped[0].source == f"{path}:{starts[1]}" and skipped[0].reason.startswith("row 2: got invalid JSON")
 
 
 @FORMATS
@@ -351,6 +352,65 @@ def test_no_row_left_is_an_error_all_the_same(write):
     assert "--skip-bad-rows" not in message and "--skip-bad-rows" not in refusal(path)
     other = write(as_list(GOOD), "other")
     assert len(read_rows([path, other], skip_bad_rows=True)[0]) == 1
+
+
+# Where a row is
+
+
+def as_indented(*rows):
+    return json.dumps(rows, indent=2, ensure_ascii=False).encode()
+
+
+def as_one_line(*rows):
+    return b"\xef\xbb\xbf" + json.dumps(rows, ensure_ascii=False).encode()
+
+
+def as_pairs(*rows):
+    """Two rows a line, and the lines end as on Windows."""
+    texts = [json.dumps(row, ensure_ascii=False) for row in rows]
+    return ("[" + ",\r\n".join(map(", ".join, zip(texts[::2], texts[1::2], strict=True))) + "]").encode()
+
+
+@pytest.mark.parametrize("form", [as_list, as_lines, as_indented, as_one_line, as_pairs])
+def test_a_row_is_named_so_that_an_editor_jumps_to_it(form, write):
+    """The place is FILE:LINE, or FILE:LINE:COLUMN where rows share a line; a bad row's is as a good one's."""
+    rows = [GOOD | {"input": "é\U0001f600" * n, "output": 3 if n % 4 == 2 else "x\ny"} for n in range(8)]
+    path = write(form(*rows), "a:3.json")
+    read, skipped = read_rows([path], skip_bad_rows=True)
+    lines = path.read_text("utf-8-sig").split("\n")
+    for row in [*read, *skipped]:
+        number, *column = map(int, row.source.removeprefix(f"{path}:").split(":"))
+        line = lines[number - 1]
+        assert bool(column) == (line.count('"instruction"') > 1)
+        begin = column[0] - 1 if column else line.index("{")
+        assert line[begin] == "{"
+        if isinstance(row, Row):
+            assert json.dumps(row.input)[1:-1] in line[begin:] or row.input in line[begin:] or form is as_indented
+    places = [row.source for row in [*read, *skipped]]
+    assert len(set(places)) == 8
+    told = [bad.reason for bad in skipped]
+    named = [] if form in (as_list, as_lines) else ["row 3: ", "row 7: "]  # there a row's number is its line
+    assert [reason.partition("output")[0] for reason in told] == (named or ["", ""])
+
+
+def test_the_lines_of_a_file_are_counted_once():
+    """Else a list of 52,000 rows on one line would take hours."""
+
+    class Watched(bytes):
+        n_bytes = 0
+
+        def __getitem__(self, part):
+            Watched.n_bytes += part.stop - part.start
+            return super().__getitem__(part)
+
+    rows = "".join(f'"é{n}",\n' if n % 3 == 0 else f'"é{n}", ' for n in range(1000))
+    data = Watched(rows.encode())
+    lines, found = LineCounter(data, 0), []
+    positions = [match.start() for match in re.finditer(rb'"\xc3', data)]
+    for position in positions:
+        found.append(lines.move_to(position))
+    assert Watched.n_bytes == positions[-1]
+    assert found[:5] == [(1, 1), (2, 1), (2, 7), (2, 13), (3, 1)] and found[-1] == (334, 17)
 
 
 # Broken lists
@@ -385,7 +445,11 @@ def test_a_broken_list_is_never_excused(data, row, position, wanted, skip_bad_ro
     path = write(data)
     message = refusal(path, skip_bad_rows=skip_bad_rows)
     got = repr(data[position : position + 1]) if position < len(data) else "the end of the file"
-    assert message.startswith(f"{path}:{row}: got {got} at byte {position}, wanted {wanted}")
+    is_after = wanted.startswith("nothing")  # the list, and not within a row, which is then what is named
+    begin = position if is_after or wanted.startswith("a complete") else 1
+    line, column = data[:begin].count(b"\n") + 1, begin - data[:begin].rfind(b"\n")
+    number = "" if data[:3] == b"[ ]" else f"row {row}: "
+    assert message.startswith(f"{path}:{line}:{column}: {number}got {got} at byte {position}, wanted {wanted}")
     assert "\n" not in message
 
 
@@ -393,7 +457,7 @@ def test_a_lost_brace_is_no_cut_off(write):
     """It makes one row of all that follow, and these must not vanish as if they were one."""
     for end in (b"]", b""):
         path = write(b"[" + ROW + b"," + ROW[:-1] + (b"," + ROW) * 9 + end)
-        assert refusal(path, skip_bad_rows=True).startswith(f"{path}:2: got ")
+        assert refusal(path, skip_bad_rows=True).startswith(f"{path}:1:{len(ROW) + 3}: row 2: got ")
 
 
 def test_a_list_cut_off_at_any_byte_of_its_last_row(write):

@@ -114,12 +114,14 @@ def test_messages_name_the_files_of_this_run(files, cache, smol, tmp_path):
     read(files, cache, smol)
     moved = []
     for file in files:
-        moved.append(shutil.copy(file, tmp_path / f"other-{Path(file).name}"))
+        moved.append(shutil.copy(file, tmp_path / f"other-{Path(file).name}:3"))  # a colon in a name is no line
     (table, skipped, _), is_cached = read(moved, cache, smol)
     assert is_cached
     sources = table.select().sources
-    assert sources[0] == f"{moved[0]}:1" and sources[-1] == f"{moved[1]}:20"
-    assert [bad.source for bad in skipped] == [f"{moved[0]}:11", f"{moved[0]}:12"]
+    text = Path(moved[0]).read_text()  # a list on one line
+    columns = [text.index(start) + 1 for start in ('{"instruction": 7}', '{"output": ""}')]
+    assert sources[0] == f"{moved[0]}:1:2" and sources[-1] == f"{moved[1]}:20"
+    assert [bad.source for bad in skipped] == [f"{moved[0]}:1:{column}" for column in columns]
 
 
 def test_a_run_says_that_its_data_was_cached_and_trains_on_the_same(rows_file, tmp_path):
