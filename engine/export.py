@@ -16,6 +16,7 @@ import torch
 from engine.base.device import DTYPES
 from engine.base.errors import UsageError, run_main
 from engine.base.flags import ADAPTER_HELP, find_empty, flag, parse_flags
+from engine.base.terminal import watch_parameters
 from engine.formats.adapters import MergedSource
 from engine.formats.save import save_hf, save_meta
 from engine.formats.save_gguf import save_gguf, save_gguf_adapter
@@ -123,8 +124,8 @@ def write_file(out: Path, source: Weights, tokenizer: Tokenizer, kind: str) -> N
     out.parent.mkdir(parents=True, exist_ok=True)
     require_disk_space(out.parent, int(size), "free some, or choose another folder")
     model = new_model(source.config, "cpu", source.dtype)
-    source.read_into(model)
-    save_gguf(out, model, vocabulary, kind)
+    source.read_into(model, watch=watch_parameters)
+    save_gguf(out, model, vocabulary, kind, watch_parameters)
     print(f"wrote {out}: {source.config.n_parameters / 1e6:.1f}M parameters, {kind}")
 
 
@@ -136,13 +137,14 @@ def write_folder(out: Path, source: Weights, tokenizer: Tokenizer, config: Expor
         out, source.config.n_parameters * torch.finfo(dtype).bits // 8, "free some, or choose another folder"
     )
     model = new_model(source.config, "cpu", dtype)
-    source.read_into(model)
+    source.read_into(model, watch=watch_parameters)
     if config.layout == "meta":
-        save_meta(out, model)
+        save_meta(out, model, watch=watch_parameters)
     else:
         save_hf(
             out, model, max_shard_bytes=config.max_shard_bytes, bos_id=tokenizer.bos_id,
             eos_ids=sorted(tokenizer.stop_ids), generation_config=source.generation_config,
+            watch=watch_parameters,
         )  # fmt: skip
     tokenizer.save(out)
     print(f"wrote {out}: {source.config.n_parameters / 1e6:.1f}M parameters, {str(dtype).removeprefix('torch.')}")

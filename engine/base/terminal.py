@@ -7,7 +7,8 @@ import sys
 import textwrap
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import IO, Any, TypeVar, cast
 
 from rich.console import Console
@@ -143,6 +144,21 @@ def track(label: str, iterable: Iterable[T], total: int | None = None, file: Any
             progress.advance()
         if not progress.live:
             progress.print_message(f"{progress._format_count()}  {format_duration(time.monotonic() - progress.began)}")
+
+
+@contextmanager
+def watch_parameters(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show, as an engine.base.watching.Watch, how many million parameters are done: a bar, on a terminal alone."""
+    done = 0
+    with Progress(max(round(total / 1e6), 1), unit=f"{label}, M parameters") as bar:
+
+        def advance(n: int) -> None:
+            nonlocal done
+            done += n
+            bar.advance(round(done / 1e6) - bar.done)
+
+        yield advance
+        bar.advance((bar.total or 0) - bar.done)  # of a model of less than half a million, too
 
 
 class Output:

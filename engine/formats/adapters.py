@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from engine.base.errors import DataError, reading
+from engine.base.watching import Watch, watch_silently
 from engine.formats.find import is_training_state
 from engine.formats.folders import make_json_writer, read_json_member, replace_files
 from engine.formats.names import Piece, list_pieces
@@ -101,10 +102,10 @@ class MergedSource:
     def generation_config(self) -> dict[str, Any]:
         return self.base.generation_config
 
-    def read_into(self, model: Transformer) -> None:
+    def read_into(self, model: Transformer, *, watch: Watch = watch_silently) -> None:
         """Fill a model of this config without an adapter: each weight with its update added, rounded once."""
-        self.base.read_into(model)
-        merge_factors(model, self.adapter.config, self.adapter.read_factors(self.config))
+        self.base.read_into(model, watch=watch)
+        merge_factors(model, self.adapter.config, self.adapter.read_factors(self.config), watch)
 
 
 # ---- the base -------------------------------------------------------------------------------------------------------
@@ -167,17 +168,22 @@ def new_factors(config: ModelConfig, adapter: AdapterConfig, dtype: torch.dtype)
 
 
 @torch.no_grad()
-def merge_factors(model: Transformer, adapter: AdapterConfig, factors: Mapping[str, torch.Tensor]) -> None:
+def merge_factors(
+    model: Transformer, adapter: AdapterConfig, factors: Mapping[str, torch.Tensor], watch: Watch = watch_silently
+) -> None:
     """Add the updates to the weights of a model without an adapter: W + scale B A in fp32 or wider, rounded once.
 
     factors: {our parameter: its values}; parameters that were trained whole replace those of the model.
     """
     parameters = dict(model.named_parameters())
-    for u in list_updates(model.config, adapter):
-        rows = parameters[f"layers.{u.layer}.{u.parameter}"][u.first_row : u.first_row + u.rows]
-        dtype = torch.promote_types(rows.dtype, torch.float32)
-        a, b = (factors[name].to(rows.device, dtype) for name in (u.a, u.b))
-        rows.copy_(rows.to(dtype).addmm_(b, a[u.first_rank : u.first_rank + u.rank], alpha=u.scale))
+    updates = list_updates(model.config, adapter)
+    with watch("merging", sum(u.rows * u.columns for u in updates)) as advance:
+        for u in updates:
+            rows = parameters[f"layers.{u.layer}.{u.parameter}"][u.first_row : u.first_row + u.rows]
+            dtype = torch.promote_types(rows.dtype, torch.float32)
+            a, b = (factors[name].to(rows.device, dtype) for name in (u.a, u.b))
+            rows.copy_(rows.to(dtype).addmm_(b, a[u.first_rank : u.first_rank + u.rank], alpha=u.scale))
+            advance(rows.numel())
     for name, values in factors.items():
         if not is_of_adapter(name):
             parameters[name].copy_(values)

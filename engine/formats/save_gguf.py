@@ -22,6 +22,7 @@ import torch
 
 import kernels
 from engine.base.errors import UsageError
+from engine.base.watching import Watch, watch_silently
 from engine.formats.folders import replace_files
 from engine.formats.names import LAYER_NAMES, Piece, halves_to_pairs, list_pieces
 from engine.model.adapter import AdapterConfig, Update, list_updates
@@ -41,13 +42,15 @@ class GGUFTensor:
     load: Callable[[], torch.Tensor]
 
 
-def save_gguf(path: Path, model: Transformer, vocabulary: dict[str, Any], kind: str) -> None:
+def save_gguf(
+    path: Path, model: Transformer, vocabulary: dict[str, Any], kind: str, watch: Watch = watch_silently
+) -> None:
     """Write a model as one file. vocabulary: the tokenizer's metadata; kind: one of KINDS.
 
     Raise UsageError for a shape that GGUF cannot express and where the gguf package is missing, and OSError; the path
     then holds what it held before.
     """
-    write_gguf(path, list_gguf_tensors(model), describe_model(model.config) | vocabulary, kind)
+    write_gguf(path, list_gguf_tensors(model), describe_model(model.config) | vocabulary, kind, watch)
 
 
 def save_gguf_adapter(
@@ -124,7 +127,13 @@ def describe_rope(scaling: RopeScaling | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_gguf(path: Path, tensors: Mapping[str, GGUFTensor], metadata: dict[str, Any], kind: str) -> None:
+def write_gguf(
+    path: Path,
+    tensors: Mapping[str, GGUFTensor],
+    metadata: dict[str, Any],
+    kind: str,
+    watch: Watch = watch_silently,
+) -> None:
     """Write the file, one tensor after the other. Raise UsageError without the gguf package."""
     try:
         import gguf
@@ -146,9 +155,12 @@ def write_gguf(path: Path, tensors: Mapping[str, GGUFTensor], metadata: dict[str
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, tensor in tensors.items():
-            rows = tensor.load().float().contiguous().numpy()
-            writer.write_tensor_data(np.ascontiguousarray(gguf.quantize(rows, types[name])))
+        label = "quantising" if kind == "q8_0" else "writing"
+        with watch(label, sum(int(np.prod(tensor.shape)) for tensor in tensors.values())) as advance:
+            for name, tensor in tensors.items():
+                rows = tensor.load().float().contiguous().numpy()
+                writer.write_tensor_data(np.ascontiguousarray(gguf.quantize(rows, types[name])))
+                advance(rows.size)
         writer.close()
 
     path = Path(path)

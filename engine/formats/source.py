@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from engine.base.errors import DataError, reading
+from engine.base.watching import Watch, watch_silently
 from engine.formats.configs import config_from_gguf, config_from_hf, config_from_meta
 from engine.formats.find import detect_kind, explain_no_model, explain_other_content
 from engine.formats.folders import StandInError, find_member, read_json_member
@@ -61,7 +62,9 @@ class Source:
     stored: dict[str, Stored] = field(repr=False)
 
     @torch.no_grad()
-    def read_into(self, model: Transformer, shards: Mapping[str, Shard] | None = None) -> None:
+    def read_into(
+        self, model: Transformer, shards: Mapping[str, Shard] | None = None, watch: Watch = watch_silently
+    ) -> None:
         """Fill every parameter of a model of this config, converted to its dtype and device.
 
         shards: {parameter: the rows that this rank holds} of a sharded model.
@@ -70,7 +73,8 @@ class Source:
         if model.config != self.config:
             raise ValueError(f"read_into: the model is {model.config}, {self.path} holds {self.config}")
         pieces = list_pieces(self.config, self.kind)
-        read_pieces(self.path, self.stored, pieces, dict(model.named_parameters()) | model.nf4_weights(), shards)
+        parameters = dict(model.named_parameters()) | model.nf4_weights()
+        read_pieces(self.path, self.stored, pieces, parameters, shards, watch)
 
 
 def open_source(path: Path) -> Source:

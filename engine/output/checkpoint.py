@@ -28,6 +28,7 @@ import torch
 
 from engine.base.errors import DAMAGE, DataError
 from engine.base.files import sync_folder
+from engine.base.watching import Watch, watch_silently
 from engine.formats.find import list_checkpoints
 from engine.model.shard import Shard, as_shards
 from engine.output.tensor_rows import RowMap, check_row_map, read_file_row_map, read_shards
@@ -146,13 +147,18 @@ def read_row_map(checkpoint: Checkpoint) -> RowMap:
     return read_file_row_map(checkpoint.folder / STATE)
 
 
-def load(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor | Shard], prefix: str = "") -> None:
+def load(
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, torch.Tensor | Shard],
+    prefix: str = "",
+    watch: Watch = watch_silently,
+) -> None:
     """Fill the tensors in place from a checkpoint of any number of writers. A Shard gets its rows only.
 
     The tensors must be all of the checkpoint's tensors whose names begin with the prefix; no other is read. Raises
     DataError that lists the names, shapes or kinds of numbers that differ.
     """
-    read_shards(checkpoint.folder, read_row_map(checkpoint), as_shards(tensors), prefix)
+    read_shards(checkpoint.folder, read_row_map(checkpoint), as_shards(tensors), prefix, watch)
 
 
 # ---- rename and remove ----------------------------------------------------------------------------------------------

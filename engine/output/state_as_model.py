@@ -10,6 +10,7 @@ import torch
 from engine.base.device import DTYPES
 from engine.base.errors import CriaError, DataError
 from engine.base.files import read_json
+from engine.base.watching import Watch, watch_silently
 from engine.formats.adapters import hash_base, merge_factors, new_factors
 from engine.formats.find import detect_kind
 from engine.formats.settings import REQUIRED, Settings, join_problems
@@ -45,16 +46,16 @@ class TrainingState:
     def path(self) -> Path:
         return self.checkpoint.folder
 
-    def read_into(self, model: Transformer) -> None:
+    def read_into(self, model: Transformer, *, watch: Watch = watch_silently) -> None:
         """Fill every parameter of a model of this config, converted to its dtype. No optimizer state is read.
 
         The updates of an adapter are added to the weights of the run's base.
         """
         if self.adapter is None or self.source is None:
-            checkpoint.load(self.checkpoint, parameters_of(model), PARAMETERS)
+            checkpoint.load(self.checkpoint, parameters_of(model), PARAMETERS, watch)
             return
-        self.source.read_into(model)
-        merge_factors(model, self.adapter, self.read_factors())
+        self.source.read_into(model, watch=watch)
+        merge_factors(model, self.adapter, self.read_factors(), watch)
 
     def read_factors(self) -> dict[str, torch.Tensor]:
         """Return {parameter: its values} of what an adapter's run trains, in the dtype of the run."""

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from engine.base.errors import DataError, summarize_error
 from engine.base.host_memory import COPY_ARENA_BYTES, HostMemory
+from engine.base.watching import Watch, watch_silently
 from engine.formats.tensor_files import DTYPE_NAMES, DTYPES, is_finite
 from engine.model.shard import Shard, n_rows
 
@@ -122,7 +123,9 @@ def read_file_row_map(path: Path) -> RowMap:
     return RowMap(tensors, {path.name: {name: [0, n_rows(entry["shape"])] for name, entry in tensors.items()}})
 
 
-def read_shards(folder: Path, row_map: RowMap, shards: dict[str, Shard], prefix: str = "") -> None:
+def read_shards(
+    folder: Path, row_map: RowMap, shards: dict[str, Shard], prefix: str = "", watch: Watch = watch_silently
+) -> None:
     """Fill the shards, each with the rows it wants, from a folder of files with this layout.
 
     The shards must be of all tensors whose names begin with the prefix; no other is read. Files are mapped, one after
@@ -130,23 +133,29 @@ def read_shards(folder: Path, row_map: RowMap, shards: dict[str, Shard], prefix:
     or kinds of numbers that differ.
     """
     check_fit(folder, row_map, shards, prefix)
-    for file, rows in row_map.files.items():
-        wanted = {
-            name: (max(first, shards[name].first), min(end, shards[name].end))
-            for name, (first, end) in rows.items()
-            if name in shards
-        }
-        wanted = {name: (first, end) for name, (first, end) in wanted.items() if first < end}
-        if wanted:
-            path = folder / file
-            read_slices(path, partial(fill_shards, path, row_map, shards, wanted))
+    with watch("reading", sum(s.tensor.numel() for s in shards.values())) as advance:
+        for file, rows in row_map.files.items():
+            wanted = {
+                name: (max(first, shards[name].first), min(end, shards[name].end))
+                for name, (first, end) in rows.items()
+                if name in shards
+            }
+            wanted = {name: (first, end) for name, (first, end) in wanted.items() if first < end}
+            if wanted:
+                path = folder / file
+                read_slices(path, partial(fill_shards, path, row_map, shards, wanted, advance))
 
 
 @torch.no_grad()
 def fill_shards(
-    path: Path, row_map: RowMap, shards: dict[str, Shard], wanted: dict[str, tuple[int, int]], slices: dict[str, Any]
+    path: Path,
+    row_map: RowMap,
+    shards: dict[str, Shard],
+    wanted: dict[str, tuple[int, int]],
+    advance: Callable[[int], None],
+    slices: dict[str, Any],
 ) -> None:
-    """Copy the wanted rows {tensor: (first, end)} of one file's tensors into the shards.
+    """Copy the wanted rows {tensor: (first, end)} of one file's tensors into the shards, and count their values.
 
     Raises DataError for a file whose tensors are not those of the row map, or not finite.
     """
@@ -166,6 +175,7 @@ def fill_shards(
             target.copy_(slices[name][first - file_first : end - file_first])
         if not is_finite(target):
             raise DataError(f"{path}: {name} holds NaN or an infinity; choose another checkpoint")
+        advance(target.numel())
 
 
 def read_slices(path: Path, read: Callable[[dict[str, Any]], T]) -> T:
