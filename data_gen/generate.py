@@ -2,6 +2,7 @@
 
 python -m data_gen.generate --model gpt-5.6-luna --max-usd 20 --out out/data
 python -m data_gen.generate --base-url http://localhost:8000/v1 --model my-model --price-in 0 --price-out 0
+python -m data_gen.generate --model gpt-5.4 --batch --max-usd 80 --rows 52000 --out out/data
 
 The same command resumes a run that was stopped or killed. A request whose answer was recorded is not sent again.
 """

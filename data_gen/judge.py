@@ -2,6 +2,7 @@
 
 python -m data_gen.judge davinci.jsonl out/alpaca/answers.json --judge gpt-5.4 --max-usd 5 --out out/judged
 python -m data_gen.judge A.json B.json C.json --judge m --base-url http://localhost:8000/v1 --price-in 0 --price-out 0
+python -m data_gen.judge A.json B.json --judge gpt-5.4 --votes votes.jsonl --common --max-usd 2
 
 The same command resumes a run that was stopped or killed, and a verdict that was recorded is not paid for again. The
 first file is the baseline. Results are bound to the judge and to the hash of its prompt, which run.json names.

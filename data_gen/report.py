@@ -2,6 +2,7 @@
 
     python -m data_gen.report out/data/dataset.json
     python -m data_gen.report rows.jsonl --out rows.html
+    python -m data_gen.report chats.parquet --out chats.html
 
 FILE is what engine.finetune reads: Alpaca rows, chats, prompts with completions or text, as JSON, JSONL, CSV or
 parquet, also gzipped. Bad rows are counted and left out. The page also uses rejected.jsonl and run.json of a generation

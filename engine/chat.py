@@ -2,6 +2,7 @@
 
 python -m engine.chat --model out/demo
 python -m engine.chat --model model.gguf --temperature 0.7
+python -m engine.chat --model smollm2-135m --adapter-dir out/lora --system "Answer in one sentence."
 """
 
 import math

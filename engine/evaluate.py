@@ -2,6 +2,7 @@
 
 python -m engine.evaluate --model out/alpaca smollm2-135m --data held_out.json --prompts prompts.jsonl --out out/eval
 python -m engine.evaluate --model out/alpaca --data held_out.json
+python -m engine.evaluate --model smollm2-135m --adapter-dir out/lora --data held_out.json
 """
 
 import json

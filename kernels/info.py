@@ -2,6 +2,7 @@
 
     python -m kernels.info
     python -m kernels.info --json info.json
+    CRIA_NATIVE=off python -m kernels.info
 
 Prints the GPU, the Triton and torch versions, and each library of csrc: whether it is in use, what it was built with or
 why it is not there, and what does its work instead. Always exits with 0: a missing library is no error.

@@ -116,6 +116,20 @@ def test_the_flags_of_the_pages_are_in_help():
     assert not wrong
 
 
+def test_every_help_has_three_examples_of_its_own_flags():
+    files = [path for name in ("engine", "kernels", "data_gen") for path in (ROOT / name).glob("[!_]*.py")]
+    helps = read_helps(sorted(f"{path.parent.name}.{path.stem}" for path in files), ROOT, ROOT)
+    assert len(helps) > 15
+    for module, text in helps.items():
+        described, _, examples = text.replace("\\\n", " ").partition("\nexamples:\n")
+        commands = [line for line in examples.splitlines() if f"-m {module}" in line]
+        assert len(commands) >= 3 and len(set(commands)) == len(commands), module
+        flags = {
+            flag for line in commands for flag in re.findall(r" (--[a-z][a-z-]*)", line.partition(f"-m {module}")[2])
+        }
+        assert not {flag for flag in flags if f"\n  {flag}" not in described}, module
+
+
 def test_the_page_of_faults_is_of_tests_that_are_there():
     assert render_faults.find_missing_tests() == []
     rows = [line.split(" | ") for line in render_faults.PAGE.read_text().splitlines() if re.match(r"\| \d+ \| ", line)]
