@@ -62,3 +62,9 @@ def summarize(values: Iterable[float]) -> dict:
 def summarize_ratios(numerators: Iterable[float], denominators: Iterable[float]) -> dict:
     """Return the median and the extremes of the ratios of measurements that were taken in turn, pair by pair."""
     return summarize(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
+def format_mfu(record: dict) -> str:
+    """Return a record's MFU, and beside it the effective one where rows share a prefix, so that fewer are computed."""
+    effective = record.get("effective_mfu") or record["mfu"]
+    return f"{record['mfu']:.1%}" + (f" ({effective:.1%} effective)" if effective > record["mfu"] else "")

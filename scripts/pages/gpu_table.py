@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from scripts.base.results import format_mfu
+
 
 def read_reports(folder):
     """Return every report of a GPU in a folder, without those that --smoke wrote."""
@@ -106,7 +108,7 @@ def format_steps(parts):
     lines = []
     for r in steps:
         if r.get("mfu") is not None:
-            figures = f"{r['tokens_per_s']:,.0f} tokens/s, {r['mfu']:.1%}, {r['peak_gib']:.1f} GiB"
+            figures = f"{r['tokens_per_s']:,.0f} tokens/s, {format_mfu(r)}, {r['peak_gib']:.1f} GiB"
             lines.append(f"| step, {r['name']}: MFU = {r['mfu_formula']} | {figures} | |")
     for p in parts.get("step", {}).get("projections", []):
         price = f", ${p['dollars']:.2f} at ${p['dollars_an_hour']} an hour ({p['price_of']})" if p["dollars"] else ""

@@ -1,8 +1,10 @@
 """Figures of measured training steps: speed, MFU, memory, and the projection of a whole fine-tune.
 
-Logical tokens are those that the rows hold: padding never counts, and sharing a prefix does not reduce them.
+Logical tokens are those that the rows hold: padding never counts, and sharing a prefix does not reduce them. Computed
+tokens are fewer where rows share a prefix, and MFU is of them; what sharing saves is named apart, as the effective MFU.
 
-    MFU = 6 x N x logical tokens/s / dense bf16 peak
+    MFU           = 6 x N x computed tokens/s, without padding / dense bf16 peak
+    effective MFU = 6 x N x logical tokens/s / dense bf16 peak
 """
 
 import statistics
@@ -13,6 +15,7 @@ import torch
 from engine.planning.cards import PRICES_DATE, find_card_by_device_name
 from kernels.measure.alpaca import ALPACA_ROWS, alpaca_lengths
 from kernels.measure.machine import GPU
+from scripts.base.results import format_mfu
 from scripts.step.rows import EPOCHS, MAX_LENGTH, ROWS
 
 DTYPE = torch.bfloat16 if GPU else torch.float32
@@ -25,27 +28,32 @@ def card_here():
     return find_card_by_device_name(torch.cuda.get_device_name()) if GPU else None
 
 
-def mfu(n_parameters: int, tokens_per_s: float, card) -> dict:
-    """Return model FLOPs utilisation and its formula. It is None for a card whose peak is unknown."""
+def mfu(n_parameters: int, computed_per_s: float, logical_per_s: float, card) -> dict:
+    """Return model FLOPs utilisation, its formula and the effective one. Both are None where the peak is unknown."""
     if card is None:
-        return {"mfu": None, "mfu_formula": "6 x N x logical tokens/s / dense bf16 peak, which is not known here"}
+        formula = "6 x N x computed tokens/s / dense bf16 peak, which is not known here"
+        return {"mfu": None, "effective_mfu": None, "mfu_formula": formula}
     peak = 1e12 * card.peak_tflops
-    formula = f"6 x {n_parameters:.4g} x logical tokens/s / {peak:.4g} (dense bf16 peak of {card.name})"
-    return {"mfu": 6 * n_parameters * tokens_per_s / peak, "mfu_formula": formula}
+    formula = f"6 x {n_parameters:.4g} x computed tokens/s / {peak:.4g} (dense bf16 peak of {card.name})"
+    shares = {"mfu": computed_per_s, "effective_mfu": logical_per_s}
+    return {name: 6 * n_parameters * rate / peak for name, rate in shares.items()} | {"mfu_formula": formula}
 
 
 def summarize_speed(n_parameters: int, tokens: list[int], computed: list[int], seconds: list[float], card) -> dict:
     """Return the speed of steps from each one's logical tokens, computed tokens (with padding) and seconds.
 
-    tokens_per_s is the median over the steps: one that waits for something else does not lower it.
+    tokens_per_s is the median over the steps: one that waits for something else does not lower it. MFU leaves padding
+    out: where more tokens are computed than rows hold, it is of those that they hold.
     """
     rate = statistics.median(n / s for n, s in zip(tokens, seconds, strict=True))
+    useful = map(min, tokens, computed)
+    computed_rate = statistics.median(n / s for n, s in zip(useful, seconds, strict=True))
     return {
         "tokens_per_s": rate, "tokens_per_s_mean": sum(tokens) / sum(seconds),
         "computed_tokens_per_s": sum(computed) / sum(seconds),
         "computed_over_logical": sum(computed) / sum(tokens), "tokens_a_step": sum(tokens) / len(tokens),
-        **mfu(n_parameters, rate, card), "steps": len(seconds), "step_s_median": statistics.median(seconds),
-        "step_s_min": min(seconds), "step_s_max": max(seconds),
+        **mfu(n_parameters, computed_rate, rate, card),
+        "steps": len(seconds), "step_s_median": statistics.median(seconds), "step_s_min": min(seconds), "step_s_max": max(seconds),
     }  # fmt: skip
 
 
@@ -91,7 +99,7 @@ def format_record(record: dict) -> str:
         f"{record['step_s_median']:7.3f} s a step",
     ]
     if record["mfu"] is not None:
-        parts.append(f"MFU {record['mfu']:5.1%}")
+        parts.append(f"MFU {format_mfu(record)}")
     if record["peak_gib"] is not None:
         over = record.get("peak_over_estimate")
         parts.append(f"{record['peak_gib']:5.1f} GiB" + (f" ({over:.1%} of the estimate)" if over else ""))

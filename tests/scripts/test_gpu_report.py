@@ -88,7 +88,7 @@ def test_steps_at_toy_size(smoke):
         records = parts[part]["records"]
         assert figure in records[0] and not [r for r in records if "failed" in r], records
     step, peer = parts["step"]["records"][0], parts["peers"]["records"][0]
-    assert step["all_finite"] and step["peak_gib"] is None and "logical tokens/s" in step["mfu_formula"]
+    assert step["all_finite"] and step["peak_gib"] is None and "computed tokens/s" in step["mfu_formula"]
     kinds = parts["profile"]["records"][0]["kinds"]
     assert all((kinds[kind]["ms"] > 0) == (kind != "dequantising") for kind in kinds)  # no weight is in 4 bits
     assert kinds["attention"]["share"] > kinds["rope"]["share"]

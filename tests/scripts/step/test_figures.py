@@ -14,11 +14,20 @@ def test_mfu_and_speed():
     n = MODELS["llama-7b"].n_parameters
     found = figures.summarize_speed(n, [16000, 17000], [12000, 12500], [1.0, 0.5], H100)
     assert found["tokens_per_s_mean"] == 22000 and found["computed_tokens_per_s"] == pytest.approx(24500 / 1.5)
-    assert found["mfu"] == pytest.approx(6 * 6.738e9 * 25000 / 989e12, rel=1e-3)
-    assert found["mfu_formula"] == "6 x 6.738e+09 x logical tokens/s / 9.89e+14 (dense bf16 peak of H100)"
+    assert found["mfu"] == pytest.approx(6 * 6.738e9 * 18500 / 989e12, rel=1e-3), "of what is computed"
+    assert found["effective_mfu"] == pytest.approx(6 * 6.738e9 * 25000 / 989e12, rel=1e-3)
+    assert found["mfu_formula"] == "6 x 6.738e+09 x computed tokens/s / 9.89e+14 (dense bf16 peak of H100)"
+    line = figures.format_record(found | {"name": "step", "peak_gib": None})
+    assert "MFU 75.6% (102.2% effective)" in line
     assert (found["step_s_median"], found["step_s_min"], found["step_s_max"]) == (0.75, 0.5, 1.0)
     assert found["computed_over_logical"] == 24500 / 33000 and found["steps"] == 2
-    assert figures.mfu(n, 1e4, None)["mfu"] is None
+    assert figures.mfu(n, 1e4, 2e4, None)["mfu"] is None
+
+
+def test_padding_is_no_work():
+    found = figures.summarize_speed(10**9, [16000] * 2, [20000] * 2, [1.0] * 2, H100)
+    assert found["mfu"] == found["effective_mfu"] == pytest.approx(6e9 * 16000 / 989e12)
+    assert "effective" not in figures.format_record(found | {"name": "step", "peak_gib": None})
 
 
 def test_the_headline_is_the_median_of_steps():
