@@ -28,6 +28,7 @@ from engine.output.checkpoint import MANIFEST, read_manifest
 from engine.output.folder import RESUME_REMEDY, RUN, read_run
 from engine.output.trackers import require_tracker
 from engine.planning.fitting import GOOD_TOKENS, find_shard_counts
+from engine.planning.setting import Setting
 from engine.text.chat_templates import pin_date
 from engine.text.tokenizer_files import find_tokenizer
 from engine.training.config import LORA_FLAGS, FinetuneConfig
@@ -94,9 +95,7 @@ def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) ->
 
     multiple = TOKENS_MULTIPLE if device.type == "cuda" else 1
     setting, max_tokens = choose_mesh_and_tokens(model_config, config, train, device, dtype, world.size, on_cpu)
-    if config.optimizer_states == "auto" and setting.states != "fp32":
-        room = f"beside micro-batches of {min(GOOD_TOKENS, max_tokens)} tokens"
-        say(f"note: --optimizer-states auto is {setting.states}: exact ones (fp32) do not fit this GPU {room}")
+    report_states(config, setting, max_tokens, say)
     config = dataclasses.replace(config, optimizer_states=setting.states)
     max_tokens = round_up(config.micro_batch_tokens or max_tokens, multiple)
     share_prefix = config.share_prefix and not model_config.turns_by_text_length(config.max_length)
@@ -119,6 +118,13 @@ def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) ->
     require_updates(plan)
     require_questions(plan)
     return plan
+
+
+def report_states(config: FinetuneConfig, setting: Setting, max_tokens: int, say: Callable[[str], None]) -> None:
+    """Say which optimizer states --optimizer-states auto stands for, where they are not the exact ones."""
+    if config.optimizer_states == "auto" and setting.states != "fp32":
+        room = f"beside micro-batches of {min(GOOD_TOKENS, max_tokens)} tokens"
+        say(f"note: --optimizer-states auto is {setting.states}: exact ones (fp32) do not fit this GPU {room}")
 
 
 def require_updates(plan: Plan) -> None:

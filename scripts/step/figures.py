@@ -53,7 +53,8 @@ def summarize_speed(n_parameters: int, tokens: list[int], computed: list[int], s
         "computed_tokens_per_s": sum(computed) / sum(seconds),
         "computed_over_logical": sum(computed) / sum(tokens), "tokens_a_step": sum(tokens) / len(tokens),
         **mfu(n_parameters, computed_rate, rate, card),
-        "steps": len(seconds), "step_s_median": statistics.median(seconds), "step_s_min": min(seconds), "step_s_max": max(seconds),
+        "steps": len(seconds), "step_s_median": statistics.median(seconds), "step_s_min": min(seconds),
+        "step_s_max": max(seconds),
     }  # fmt: skip
 
 
