@@ -23,7 +23,7 @@ from engine.output.report_numbers import (
 from engine.output.report_style import SCRIPT, STYLE
 from engine.output.summary import summarize_losses, summarize_scores
 
-FEW_UPDATES = 8  # fewer are told
+FEW_UPDATES = 10  # fewer are told, as engine.training.plan's FEW
 SAMPLES_BYTES = 400_000  # of all samples together; the page stays under 1 MB
 
 

@@ -23,7 +23,7 @@ from engine.training.config import FinetuneConfig
 from engine.training.optimizer import count_updates
 from engine.training.planning_input import setting_from_config
 
-FEW = 8  # updates: a run of fewer has hardly begun; make demo takes 9
+FEW = 10  # updates: a run of fewer has hardly begun; make demo takes 17
 ENOUGH = 20  # updates that a run is advised to take at least
 
 

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from engine.output.report import FEW_UPDATES
 from engine.training.optimizer import count_updates, lr_factor
+from engine.training.plan import FEW
 from tests.helpers.run import finetune
 from tests.helpers.small_model import small_model
 
@@ -43,6 +45,15 @@ def test_few_updates_are_told_three_times(thirty, tmp_path):
     assert said.count("warning: of 4 steps 3 can change the weights") == 2
     assert "--global-batch-size 4, or --epochs 20" in said
     assert "<dt>Updates</dt><dd>3" in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("flag", "value", "n_told"), [("--global-batch-size", 15, 2), ("--epochs", 11, 0)])
+def test_nine_updates_are_told_and_ten_are_not(flag, value, n_told, thirty, tmp_path):
+    """10 steps and 11: the first has the rate 0."""
+    said = finetune(*flags(thirty, tmp_path / "out", "--epochs", 5, flag, value)).stdout
+    assert said.count("warning: of 10 steps 9 can change the weights") == said.count("can change the w") == n_told
+    assert ("<dt>Updates</dt><dd>9" in (tmp_path / "out" / "report.html").read_text()) == bool(n_told)
+    assert FEW == FEW_UPDATES
 
 
 def test_enough_updates_are_not_told(thirty, tmp_path):
