@@ -2,11 +2,11 @@
 //
 //     o_i = sum_j softmax_j(q_i k_j / sqrt(D)) v_j        lse_i = log2(sum_j exp(q_i k_j / sqrt(D)))
 //
-// A block of three warpgroups stays on its SM and takes items in turn: 128 queries of a head. The first warp of the first
-// warpgroup asks for queries, keys and values: bulk copies of tiles (TMA), 64 keys or values at once, into rings of
-// shared memory. The two other warpgroups multiply (wgmma), 64 queries each, and wait for nothing but full tiles. Each
-// passes over the tiles of keys that none of its own queries sees, so that short documents cost as much as with tiles of
-// 64 x 64, but every key is copied once for 128 queries. The copies of the next item go on while one ends.
+// A block stays on its SM and takes items in turn: 128 queries of a head of 128, or 192 of one of 64. The first warp of
+// its first warpgroup asks for queries, keys and values: bulk copies of tiles (TMA), 64 keys or values at once, into
+// rings of shared memory. The other warpgroups, two or three, multiply (wgmma), 64 queries each, and wait for nothing
+// but full tiles. Each passes over the tiles of keys that none of its own queries sees, so that short documents cost as
+// much as with tiles of 64 x 64, but every key is copied once for all of them. The next item is copied while one ends.
 //
 // A warpgroup starts the scores of a tile and the values of the tile before together: the softmax of one runs beside the
 // product of the other. A tile's rows of no document may hold NaN, which passes a weight of 0: such a tile of values is
@@ -21,11 +21,14 @@
 
 namespace cria {
 
-constexpr int GROUPS = 2, ROWS = 64, KEYS = 64, STAGES = 4, THREADS = 128 * (GROUPS + 1), CONSUMER_WARPS = 4 * GROUPS;
+constexpr int ROWS = 64, KEYS = 64, STAGES = 4;
+// Warpgroups that multiply. Heads of 64 have half the products for as many exponentials: three hide more of each other.
+__host__ __device__ constexpr int groups(int dim) { return dim == 64 ? 3 : 2; }
+__host__ __device__ constexpr int threads(int dim) { return 128 * (groups(dim) + 1); }
 constexpr float LEAST = -1e38f;  // under every score; finite, so that a row that sees nothing is not NaN
 
 template <int D> struct Places {  // in shared memory. A tile has 64 rows: D / 64 panels of 128 bytes a row, swizzled
-    static constexpr uint32_t TILE = ROWS * D * 2, Q = 0, K = Q + 2 * GROUPS * TILE, V = K + STAGES * TILE,
+    static constexpr uint32_t TILE = ROWS * D * 2, Q = 0, K = Q + 2 * groups(D) * TILE, V = K + STAGES * TILE,
                               BLOCK = V + STAGES * TILE, ITEM = BLOCK + STAGES * 16, BARRIERS = ITEM + 2 * 16,
                               BYTES = BARRIERS + (2 * 2 + 4 * STAGES) * 8;
 };
@@ -42,7 +45,7 @@ struct Attention {
     float scale;  // log2(e) / sqrt(D)
 };
 // flags: for each warpgroup two bits, what its queries see of the keys; and whether a row beyond `end` is no document's
-enum : int { NONE = 0, SOME = 1, ALL = 2, DIRTY = 16 };
+enum : int { NONE = 0, SOME = 1, ALL = 2, DIRTY = 64 };
 
 template <int D> struct Barriers {
     uint32_t at;
@@ -79,6 +82,7 @@ template <int D> __device__ void copy_values(const Attention& a, uint32_t to, in
 
 template <int D> __device__ void produce(const Attention& a, uint32_t shared, const Barriers<D>& bars) {
     using P = Places<D>;
+    constexpr int GROUPS = groups(D);
     const int lane = int(threadIdx.x) % 32;
     Turn ring, queries;
     for (int work = int(blockIdx.x); work < a.n_items * a.heads; work += int(gridDim.x)) {
@@ -101,7 +105,7 @@ template <int D> __device__ void produce(const Attention& a, uint32_t shared, co
             if (i + 1 < listed) next = a.blocks[lo + i + 1];
             if (i >= listed) {
                 const int at = i - listed, start = at < n_prefix ? prefix0 + at * KEYS : own0 + (at - n_prefix) * KEYS;
-                block = int4{2 * start, start + KEYS, ALL | ALL << 2, 0};
+                block = int4{2 * start, start + KEYS, ALL | ALL << 2 | ALL << 4, 0};
             }
             const int start = block.x >> 1;
             wait(bars.k_empty(ring.at), ring.parity ^ 1);
@@ -230,7 +234,8 @@ template <class T, int D> struct Rows {
 
 template <class T, int D> __device__ void consume(const Attention& a, uint32_t shared, const Barriers<D>& bars) {
     using P = Places<D>;
-    const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32 % 4, group = int(threadIdx.x) / 128 - 1;
+    const int lane = int(threadIdx.x) % 32, warp = all_lanes(int(threadIdx.x) / 32) % 4;
+    const int group = all_lanes(int(threadIdx.x) / 128) - 1;
     Turn ring, queries;
     Rows<T, D> rows;
     uint32_t to_release = 0;  // of the queries' ring: the barrier of the item before, whose results are under way
@@ -245,7 +250,8 @@ template <class T, int D> __device__ void consume(const Attention& a, uint32_t s
         wait(bars.q_full(queries.at), queries.parity);
         const uint4 item = load_shared(shared + P::ITEM + queries.at * 16);
         const int row0 = int(item.x) + group * ROWS, row = row0 + warp * 16 + lane / 4, head = int(item.y);
-        const uint32_t q = shared + P::Q + (queries.at * GROUPS + uint32_t(group)) * P::TILE;
+        const int n = all_lanes(int(item.z));
+        const uint32_t q = shared + P::Q + (queries.at * groups(D) + uint32_t(group)) * P::TILE;
         rows.begin(a, row);
         bool pending = false;  // exponentials whose values are not added
         Turn behind;           // their place
@@ -256,23 +262,41 @@ template <class T, int D> __device__ void consume(const Attention& a, uint32_t s
             release(bars.v_empty(behind.at));
             pending = false;
         };
-        for (uint32_t i = 0; i < item.z; i++) {
+        for (int i = 0; i < n; i++) {
             wait(bars.k_full(ring.at), ring.parity);
             const uint4 block = load_shared(shared + P::BLOCK + ring.at * 16);
-            const int sees = int(block.z) >> (2 * group) & 3;
+            const int sees = all_lanes(int(block.z)) >> (2 * group) & 3;
             if (sees == NONE) {
                 if (pending) add_values();
                 wait(bars.v_full(ring.at), ring.parity);
                 __syncwarp();
                 release(bars.k_empty(ring.at)), release(bars.v_empty(ring.at));
             } else {
-                multiply_keys<T, D>(rows.s, q, shared + P::K + ring.at * P::TILE);
-                wait_products<0>(rows.s);
-                release(bars.k_empty(ring.at));
-                release_queries();
-                if (pending) add_values();
-                if (sees == SOME) rows.mask(int(block.x), int(block.y), lane % 4);
-                rows.shrink(rows.exponentiate(a.scale));
+                const uint32_t k = shared + P::K + ring.at * P::TILE;
+                // Products under way and branches do not go together: the compiler would end one before it begins the
+                // next. Hence a path for each case.
+                auto go_on = [&](auto is_masked) {
+                    wait(bars.v_full(behind.at), behind.parity);
+                    multiply_keys<T, D>(rows.s, q, k);
+                    multiply_values<T, D>(rows.o, rows.p, shared + P::V + behind.at * P::TILE);
+                    wait_products<1>(rows.s);
+                    release(bars.k_empty(ring.at));
+                    if constexpr (decltype(is_masked)::value) rows.mask(int(block.x), int(block.y), lane % 4);
+                    const float2 factor = rows.exponentiate(a.scale);
+                    wait_products<0>(rows.o);
+                    release(bars.v_empty(behind.at));
+                    rows.shrink(factor);
+                };
+                if (pending && sees == ALL) go_on(std::false_type());
+                else if (pending) go_on(std::true_type());
+                else {
+                    multiply_keys<T, D>(rows.s, q, k);
+                    wait_products<0>(rows.s);
+                    release(bars.k_empty(ring.at));
+                    release_queries();
+                    rows.mask(int(block.x), int(block.y), lane % 4);
+                    rows.shrink(rows.exponentiate(a.scale));
+                }
                 rows.narrow();
                 pending = true, behind = ring;
             }
@@ -297,13 +321,14 @@ template <class T, int D> __device__ void consume(const Attention& a, uint32_t s
         const int32_t *items, const void *listed, int64_t n_queries, int64_t n_items, int64_t heads, int64_t group,     \
         float scale
 
-template <class T, int D> __global__ void __launch_bounds__(THREADS, 1)
+template <class T, int D> __global__ void __launch_bounds__(threads(D), 1)
 hopper_attention(const __grid_constant__ TileMap q, const __grid_constant__ TileMap k, const __grid_constant__ TileMap v,
                  const __grid_constant__ TileMap o, HOPPER_PARAMETERS) {
     extern __shared__ __align__(1024) char dynamic[];
     const auto shared = uint32_t(__cvta_generic_to_shared(dynamic));
     const Barriers<D> bars{shared + Places<D>::BARRIERS};
     if (threadIdx.x == 0) {
+        constexpr uint32_t CONSUMER_WARPS = 4 * groups(D);
         for (uint32_t i = 0; i < 2; i++) make_barrier(bars.q_full(i), 1), make_barrier(bars.q_empty(i), CONSUMER_WARPS);
         for (uint32_t i = 0; i < STAGES; i++) {
             make_barrier(bars.k_full(i), 1), make_barrier(bars.k_empty(i), CONSUMER_WARPS);
@@ -315,10 +340,10 @@ hopper_attention(const __grid_constant__ TileMap q, const __grid_constant__ Tile
     const Attention a{&q, &k, &v, &o, static_cast<const char*>(values), v_row_stride, v_head_stride, lse, limits, items,
                       static_cast<const int4*>(listed), int(n_queries), int(n_items), int(heads), int(group), scale};
     if (threadIdx.x < 128) {
-        lower_registers<40>();
+        lower_registers<D == 64 ? 32 : 40>();
         if (threadIdx.x < 32) produce<D>(a, shared, bars);
     } else {
-        raise_registers<232>();
+        raise_registers<D == 64 ? 160 : 232>();
         consume<T, D>(a, shared, bars);
     }
 }
@@ -374,7 +399,7 @@ EXPORT int cria_hopper_attention(const cria::MapRequest* q, const cria::MapReque
     const MapRequest* requests[4] = {q, k, v, o};
     for (int i = 0; i < 4; i++)
         if (const int code = encode(maps[i], *requests[i], dtype == 1)) return code;
-    kernel<<<unsigned(blocks), THREADS, size_t(bytes), static_cast<cudaStream_t>(stream)>>>(
+    kernel<<<unsigned(blocks), unsigned(threads(dim)), size_t(bytes), static_cast<cudaStream_t>(stream)>>>(
         maps[0], maps[1], maps[2], maps[3], values, v_row_stride, v_head_stride, lse, limits, items, listed, n_queries,
         n_items, heads, group, scale);
     return check_launch();

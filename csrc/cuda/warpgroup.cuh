@@ -30,6 +30,9 @@ template <class T> __device__ inline uint32_t pack(float low, float high) {
     return two;
 }
 
+// A number that all lanes have, so that the compiler knows it: what depends on it is computed once for a warp.
+__device__ inline int all_lanes(int x) { return __shfl_sync(~0u, x, 0); }
+
 // ---- shared memory ----
 
 __device__ inline void store_shared(uint32_t to, const uint32_t (&x)[4]) {
@@ -172,6 +175,9 @@ template <class T, int D> __device__ inline void multiply_values(float (&o)[D / 
         else VALUES_128("bf16");
     }
 }
+
+// Ends a group, which may be empty.
+__device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // Waits until N groups of products at most are under way; x: the results that are there then.
 template <int N> __device__ inline void wait_products(float (&x)[32]) {

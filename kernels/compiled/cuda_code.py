@@ -24,7 +24,10 @@ from kernels.native import toolchain
 from kernels.native.cuda import load_cuda
 from kernels.native.library import NativeError, path_of
 
-THREADS = {"adamw": 512, "grad_norm_kernel": 256, "decode": 128, "hopper_attention": 384}  # a block, by kernel
+THREADS = {  # a block, by the start of a kernel's name
+    "adamw": 512, "grad_norm_kernel": 256, "decode": 128, "hopper_attention D = 64": 512,
+    "hopper_attention D = 128": 384,
+}  # fmt: skip
 MATRIX = {"decode bf16": "HMMA", "decode fp16": "HMMA", "hopper_attention": "HGMMA"}  # by the start of a kernel's name
 HOPPER = ("UTMALDG", "UTMASTG", "USETMAXREG")
 
@@ -52,8 +55,9 @@ def name_kernel(symbol: str) -> tuple[str, str]:
         return "adamw.cu", f"adamw {masters[int(found[1])]}, states {states[int(found[2])]}"
     if found := re.search(r"(decode|hopper_attention)I(\w+?)Li(\d+)E", symbol):
         dtype = {"13__nv_bfloat16": "bf16", "6__half": "fp16", "f": "fp32"}[found[2]]
-        source = "decode_attention.cu" if found[1] == "decode" else "hopper_attention.cu"
-        return source, f"{found[1]} {dtype}, D = {found[3]}"
+        if found[1] == "hopper_attention":
+            return "hopper_attention.cu", f"hopper_attention D = {found[3]}, {dtype}"
+        return "decode_attention.cu", f"decode {dtype}, D = {found[3]}"
     return "grad_norm.cu", symbol.removeprefix("cria_")
 
 
@@ -83,8 +87,9 @@ def _read_cubin(path: Path) -> Iterator[tuple[str, CudaFacts]]:
     sass = run(knobs.nvidia.nvdisasm.path, "-c", "-ndf", path)
     code = dict(re.findall(r"\.section\s+\.text\.(\S+?),(.*?)(?=\.section\s|\Z)", sass, re.S))
     for symbol, registers, stack, shared in resources:
-        name = name_kernel(symbol)[1].split(" ")[0]
-        facts = CudaFacts(int(registers), int(stack), int(shared), THREADS[name] // 32)
+        name = name_kernel(symbol)[1]
+        threads = next(n for start, n in THREADS.items() if name.startswith(start))
+        facts = CudaFacts(int(registers), int(stack), int(shared), threads // 32)
         _count(code[symbol], facts)
         yield symbol, facts
 

@@ -67,9 +67,10 @@ def _as_ctypes(argument: Argument) -> Any:
     if isinstance(argument, torch.Tensor):
         return ctypes.c_void_p(argument.data_ptr())
     if isinstance(argument, TileMap):
-        t, strides = argument.tensor, argument.tensor.stride()[-2::-1]
-        sizes, strides = (ctypes.c_uint64 * 4)(*t.shape[::-1]), (ctypes.c_uint64 * 3)(*(2 * s for s in strides))
-        return ctypes.byref(MapRequest(t.data_ptr(), sizes, strides, (ctypes.c_uint32 * 4)(*argument.box[::-1])))
+        t, box = argument.tensor, (ctypes.c_uint32 * 4)(*argument.box[::-1])
+        sizes = (ctypes.c_uint64 * 4)(*t.shape[::-1])
+        strides = (ctypes.c_uint64 * 3)(*(stride * t.element_size() for stride in t.stride()[-2::-1]))
+        return ctypes.byref(MapRequest(t.data_ptr(), sizes, strides, box))
     if argument is None:
         return ctypes.c_void_p(None)
     return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)

@@ -643,9 +643,9 @@ def rope_attention_rows(
             f"rope_attention_rows: q {tuple(q.shape)}, kv {tuple(kv.shape)}, rows {tuple(rows.shape)}, cos "
             f"{tuple(cos.shape)}, sin {tuple(sin.shape)}; wanted contiguous (U, H, Dh), (T, 2K, Dh), (U,), (T, Dh/2)"
         )
-    plan, described = _resolve_plan(q, *kv.chunk(2, dim=1), documents, impl)
+    k, v = kv.chunk(2, dim=1)
+    plan, described = _resolve_plan(q, k, v, documents, impl)
     if plan:
         return _RopeAttentionRows.apply(q, kv, cos, sin, rows, plan.hopper, plan.n_slots, *plan[:7])
-    k, v = kv.chunk(2, dim=1)
     q, k = rope_ref(q, q[:, :0], cos[rows], sin[rows])[0], rope_ref(k, k[:, :0], cos, sin)[0]
     return attention_ref(q, k, v, *described)

@@ -103,8 +103,9 @@ def make_plan(
     )
     if hopper:
         located = locate_queries(documents.numpy().astype(np.int64), rows_with_queries)
-        items, blocks = list_query_tiles(located, rows_with_queries, attention_hopper.TILE, attention_hopper.KEYS)
-        lists = (*lists, items, attention_hopper.flag_blocks(items, blocks, lists[0], lists[3]))
+        size = attention_hopper.rows_of_item(head_dim)
+        items, blocks = list_query_tiles(located, rows_with_queries, size, attention_hopper.KEYS)
+        lists = (*lists, items, attention_hopper.flag_blocks(items, blocks, lists[0], lists[3], size))
     limits, query_items, query_blocks, seen, key_items, key_blocks, splits, *more = copy_to_device(lists, device)
     return AttentionPlan(
         limits, query_items, query_blocks, seen, key_items, key_blocks, splits, n_slots, n_rows, head_dim,

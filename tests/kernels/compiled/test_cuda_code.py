@@ -32,7 +32,7 @@ def test_a_stack_and_narrow_accesses_are_told(tmp_path):
     assert "stack: 128 bytes" in stack and "wide: no access of 128 bits" in wide
     attention = kernel._replace(name="decode bf16, D = 64")
     assert any("matrix: no HMMA in a loop" in line for line in judge(attention))
-    told = "\n".join(judge(kernel._replace(name="hopper_attention bf16, D = 64")))
+    told = "\n".join(judge(kernel._replace(name="hopper_attention D = 64, bf16")))
     assert "matrix: no HGMMA in a loop" in told and "bulk: no UTMALDG, UTMASTG, USETMAXREG" in told
 
     path, record = tmp_path / "cuda.json", make_record(kernel)
@@ -46,6 +46,6 @@ def test_a_stack_and_narrow_accesses_are_told(tmp_path):
 def test_names():
     assert name_kernel("_ZN4cria5adamwILi2ELi1EEEvPK") == ("adamw.cu", "adamw split, states bf16")
     assert name_kernel("_ZN4cria6decodeI6__halfLi80EEEvPK") == ("decode_attention.cu", "decode fp16, D = 80")
-    hopper = ("hopper_attention.cu", "hopper_attention bf16, D = 128")
+    hopper = ("hopper_attention.cu", "hopper_attention D = 128, bf16")
     assert name_kernel("_ZN4cria16hopper_attentionI13__nv_bfloat16Li128EEEvNS_7TileMap") == hopper
     assert name_kernel("cria_grad_norm_kernel") == ("grad_norm.cu", "grad_norm_kernel")
