@@ -3,6 +3,7 @@
 from kernels.ops.adamw import adamw, adamw_state, master_of
 from kernels.ops.adamw_many import adamw_many
 from kernels.ops.attention import attention, attention_plan, rope_attention, rope_attention_rows
+from kernels.ops.attention_hopper import check_attention_by_cuda
 from kernels.ops.attention_ref import attend
 from kernels.ops.common import INTERPRETED, chip
 from kernels.ops.decode_attention import DecodeCache, decode_attention
@@ -27,6 +28,7 @@ __all__ = [
     "attend",
     "attention",
     "attention_plan",
+    "check_attention_by_cuda",
     "chip",
     "decode_attention",
     "dequantise_nf4",

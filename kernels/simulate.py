@@ -32,12 +32,10 @@ from triton import knobs
 from kernels.base.commands import run_command
 from kernels.base.help_text import HelpParser
 from kernels.compiled.rules import find_unused
-from kernels.measure.simulated_cases import simulated_cases
+from kernels.measure.simulated_cases import CHIPS, simulated_cases
 from kernels.measure.simulated_known import choose_samples, digest_sources, is_recorded
 from kernels.measure.simulated_records import find_differences, format_record, format_summary, save_records, simulate
 from kernels.ops import common
-
-CHIPS = ("sm_80", "sm_90")  # that the machine executes
 
 
 def parse_arguments(argv: Sequence[str] | None, ops: Sequence[str]) -> argparse.Namespace:
@@ -74,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv, list(dict.fromkeys(case.case.op for case in cases)))
     if knobs.runtime.interpret:
         sys.exit("kernels.simulate: TRITON_INTERPRET is set, and the interpreter breaks triton.compile; unset it")
-    jobs = [(i, chip) for chip in args.chip for i, case in enumerate(cases) if not args.op or case.case.op in args.op]
+    chosen = [(i, case) for i, case in enumerate(cases) if not args.op or case.case.op in args.op]
+    jobs = [(i, chip) for chip in args.chip for i, case in chosen if chip in case.chips]
     is_whole = not args.op and len(args.chip) == len(CHIPS)
     is_known = args.changed and is_recorded(args.check)
     if is_known:

@@ -170,7 +170,9 @@ template <class T, int D> struct Rows {
         }
     }
 
-    // Makes exponentials of the scores, and returns by which factors o and the sums before them shrink.
+    // Makes exponentials of the scores, and returns by which factors o and the sums before them shrink. A row's maximum
+    // is replaced where it grows by a factor of 256 (2^8) or more: until then exponentials are as exact, if over 1, and
+    // o stays as it is.
     __device__ float2 exponentiate(float scale) {
         float factor[2];
 #pragma unroll
@@ -180,6 +182,7 @@ template <class T, int D> struct Rows {
             for (int i = 0; i < 16; i++) now = fmaxf(now, s[i / 2 * 4 + 2 * half + i % 2]);
             now = fmaxf(now, __shfl_xor_sync(~0u, now, 1));
             now = fmaxf(now, __shfl_xor_sync(~0u, now, 2));
+            now = (now - most[half]) * scale > 8 ? now : most[half];
             factor[half] = exp2_fast((most[half] - now) * scale);
             most[half] = now, now *= -scale, sum[half] *= factor[half];
 #pragma unroll

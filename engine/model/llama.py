@@ -15,6 +15,7 @@ kernels.attention.
 Source: arXiv:2302.13971, arXiv:2407.21783.
 """
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -25,6 +26,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import kernels
+from engine.base.errors import UsageError
 from engine.model.adapter import (
     MAPS,
     AdapterConfig,
@@ -128,6 +130,23 @@ class Block(nn.Module):
         return x if self.b2 is None else x + self.b2, residual
 
 
+def choose_attention(impl: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Return the kernels of attention: those of the model, or "cuda" on a GPU where CRIA_ATTENTION names it.
+
+    Raises UsageError for another name, and for what the kernel of csrc/cuda does not take.
+    """
+    named = os.environ.get("CRIA_ATTENTION", "triton")
+    if named not in ("triton", "cuda"):
+        raise UsageError(f"CRIA_ATTENTION is {named!r}, wanted triton or cuda")
+    if named == "triton" or impl != "triton":
+        return impl
+    try:
+        kernels.check_attention_by_cuda(head_dim, dtype, device)
+    except ValueError as error:
+        raise UsageError(f"CRIA_ATTENTION is cuda: {error}; or unset it") from None
+    return "cuda"
+
+
 class Transformer(nn.Module):
     """A LLaMA.
 
@@ -218,7 +237,8 @@ class Transformer(nn.Module):
         residual: torch.Tensor | None = None
         if cache is None:
             plan, last_plan = plans or self.plan_attention(documents, len(tokens), x.device, rows)
-            rope: dict[str, Any] = {"cos": cos, "sin": sin, "impl": self.impl}
+            by_cuda = getattr(plan, "hopper", None) is not None
+            rope: dict[str, Any] = {"cos": cos, "sin": sin, "impl": "cuda" if by_cuda else self.impl}
             attend = partial(kernels.rope_attention, documents=plan, n_heads=config.n_heads, **rope)
             rope_rows: dict[str, Any] = rope | {"documents": last_plan, "rows": rows}
             attend_rows = partial(kernels.rope_attention_rows, **rope_rows)
@@ -250,8 +270,9 @@ class Transformer(nn.Module):
     ) -> tuple[Any, Any]:
         """Return the attention plans of all layers but the last, and of the last, whose queries are `rows`."""
         assert documents is not None, "without plans or a cache, documents say which rows see which"
-        dtype = self.norm.dtype
-        make = partial(kernels.attention_plan, documents, n_rows, self.config.head_dim, device, self.impl, dtype=dtype)
+        dtype, head_dim = self.norm.dtype, self.config.head_dim
+        impl = choose_attention(self.impl, head_dim, dtype, device)
+        make = partial(kernels.attention_plan, documents, n_rows, head_dim, device, impl, dtype=dtype)
         return make(), None if rows is None else make(query_rows=rows)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ def has_nvcc() -> bool:
 
 
 def as_cuda(case: BenchCase) -> BenchCase:
-    """Return a case of the optimizer, run by csrc/cuda."""
+    """Return a case of an op that has impl="cuda", run by csrc/cuda; what that does not compute, by Triton."""
     return replace(case, op=f"{case.op}_cuda", ours=lambda i, impl: case.ours(i, "cuda"))
 
 

@@ -26,11 +26,13 @@ from kernels.measure.cases import (
     swiglu_case,
     swiglu_linear_case,
 )
+from kernels.measure.cases import attention_case as bench_attention_case
 from kernels.measure.cuda_cases import as_cuda, decode_cases, has_nvcc
-from kernels.measure.documents import Document
+from kernels.measure.documents import Document, draw_alpaca_rows, pack_with_shared_prefixes
 from kernels.ops import adamw, adamw_many, attention, linear_cross_entropy, norm_linear, rope, swiglu
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CHIPS = ("sm_80", "sm_90")  # that the machine executes
 
 
 class SimulatedCase(NamedTuple):
@@ -38,6 +40,7 @@ class SimulatedCase(NamedTuple):
 
     case: BenchCase
     dtype: torch.dtype = BF16
+    chips: tuple[str, ...] = CHIPS  # that its kernels are compiled for
 
 
 # ---- attention ------------------------------------------------------------------------------------------------------
@@ -99,6 +102,14 @@ def attention_case(kind: str, heads: int, kv_heads: int, dim: int) -> BenchCase:
     return BenchCase("attention", label, inputs, lambda i: _attend_densely(seen, *split(i.qkv)), ours, ("qkv",), {})
 
 
+def packed_rope_attention_case() -> BenchCase:
+    """Return a case of RoPE and attention that leaves its input as it is."""
+    documents, n_rows = _documents("packed")
+    case = rope_attention_case(f"packed T={n_rows} H=2 K=1 Dh=64", documents, n_rows, 2, 1, 64)
+    ours = case.ours
+    return replace(case, ours=lambda i, impl: ours(SimpleNamespace(**vars(i) | {"qkv": i.qkv * 1}), impl))
+
+
 def rope_attention_rows_case(heads: int, kv_heads: int, dim: int) -> BenchCase:
     """Return a case of RoPE and attention with queries of every third row."""
     documents, n_rows = _documents("packed")
@@ -124,6 +135,12 @@ def rope_attention_rows_case(heads: int, kv_heads: int, dim: int) -> BenchCase:
     return BenchCase("rope_attention_rows", label, inputs, reference, ours, ("q", "kv"), {})
 
 
+def alpaca_forward_case(dim: int) -> BenchCase:
+    """Return a case of attention's forward for packed rows of Alpaca behind shared prefixes."""
+    documents, n_rows = pack_with_shared_prefixes(draw_alpaca_rows(8192))
+    return replace(bench_attention_case(f"Alpaca T={n_rows} H=1 K=1 Dh={dim}", documents, n_rows, 1, 1, dim), grads=())
+
+
 def attention_cases() -> Iterator[SimulatedCase]:
     """Yield the cases of attention, with and without RoPE."""
     for kind, heads, kv_heads, dim in (
@@ -133,11 +150,18 @@ def attention_cases() -> Iterator[SimulatedCase]:
         yield SimulatedCase(attention_case(kind, heads, kv_heads, dim))
     yield SimulatedCase(attention_case("mixed", 2, 1, 64), FP16)
     yield SimulatedCase(attention_case("mixed", 2, 1, 64), FP32)
-    documents, n_rows = _documents("packed")
-    case = rope_attention_case(f"packed T={n_rows} H=2 K=1 Dh=64", documents, n_rows, 2, 1, 64)
-    ours = case.ours  # consumes its input
-    yield SimulatedCase(replace(case, ours=lambda i, impl: ours(SimpleNamespace(**vars(i) | {"qkv": i.qkv * 1}), impl)))
+    yield SimulatedCase(packed_rope_attention_case())
     yield SimulatedCase(rope_attention_rows_case(2, 1, 128))
+    for dim in (64, 128):
+        yield SimulatedCase(alpaca_forward_case(dim), chips=("sm_90",))
+
+
+def hopper_cases() -> Iterator[SimulatedCase]:
+    """Yield the cases of attention whose forward csrc/cuda computes on sm_90."""
+    cases = [attention_case(*case) for case in (("packed", 4, 2, 64), ("packed", 2, 1, 128), ("long", 1, 1, 128))]
+    cases += [packed_rope_attention_case(), rope_attention_rows_case(2, 1, 128), *map(alpaca_forward_case, (64, 128))]
+    yield from (SimulatedCase(as_cuda(case), BF16, ("sm_90",)) for case in cases)
+    yield SimulatedCase(as_cuda(attention_case("mixed", 2, 1, 64)), FP16, ("sm_90",))
 
 
 # ---- what is done to each row ---------------------------------------------------------------------------------------
@@ -316,6 +340,7 @@ def csrc_cases() -> Iterator[SimulatedCase]:
     yield SimulatedCase(as_cuda(grad_norm_case([(3, 40001), (513,), (7, 4096)], "3 tensors, 120003")), BF16)
     for case, dtype in decode_cases():
         yield SimulatedCase(case, dtype)
+    yield from hopper_cases()
 
 
 def simulated_cases() -> list[SimulatedCase]:

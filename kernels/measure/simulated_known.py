@@ -39,8 +39,12 @@ def is_recorded(path: Path) -> bool:
 
 
 def choose_samples(cases: Sequence[SimulatedCase], chips: Sequence[str]) -> list[tuple[int, str]]:
-    """Return (index, chip) of the first case of each op and dtype. The chips take turns, in the order of the cases."""
+    """Return (index, chip) of the first case of each op and dtype. The chips take turns, in the order of the cases.
+
+    A case whose kernels are not compiled for all of the chips takes the first for which they are.
+    """
     firsts: dict[tuple[str, torch.dtype], int] = {}
     for index, case in enumerate(cases):
         firsts.setdefault((case.case.op, case.dtype), index)
-    return [(index, chips[turn % len(chips)]) for turn, index in enumerate(firsts.values())]
+    turns = [(index, chips[turn % len(chips)]) for turn, index in enumerate(firsts.values())]
+    return [(i, chip if chip in cases[i].chips else cases[i].chips[0]) for i, chip in turns]

@@ -520,7 +520,7 @@ class _RopeAttentionRows(torch.autograd.Function):
 def _resolve_plan(q, k, v, documents, impl) -> tuple[AttentionPlan | None, Any]:
     """Return (plan, None) for the kernels, or (None, (documents, query_rows)) for the reference."""
     if impl == "cuda":
-        attention_hopper.check_hopper(q, k, v)
+        attention_hopper.check_tensors(q, k, v)
         if isinstance(documents, AttentionPlan) and documents.hopper is None:
             raise ValueError(
                 "attention: this plan is not for impl='cuda', wanted one of attention_plan(..., impl='cuda')"
@@ -550,9 +550,11 @@ def _resolve_plan(q, k, v, documents, impl) -> tuple[AttentionPlan | None, Any]:
         raise ValueError(
             f"attention: q has {len(q)} rows, the plan is for {n_queries}; see query_rows of attention_plan"
         )
-    if isinstance(documents, AttentionPlan):
-        return documents if impl == "cuda" else documents._replace(hopper=None), None
-    return None, (documents, query_rows)
+    if not isinstance(documents, AttentionPlan):
+        return None, (documents, query_rows)
+    if impl != "cuda" and documents.hopper is not None:
+        documents = documents._replace(hopper=None)
+    return documents, None
 
 
 def attention(

@@ -56,14 +56,19 @@ def flag_blocks(
     return flagged
 
 
-def check_hopper(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Raise ValueError for tensors that the kernel does not take, and for another chip than sm_90."""
-    rows_of_item(q.shape[-1])
-    if q.dtype not in DTYPES:
-        raise ValueError(f"attention: impl='cuda' takes bf16 and fp16, q is {q.dtype}; pass impl='auto'")
-    if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] != 9:
-        name = "sm_{}{}".format(*torch.cuda.get_device_capability(q.device))
+def check_attention_by_cuda(head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise ValueError for a head size or dtype that the kernel does not take, and for another GPU than sm_90."""
+    rows_of_item(head_dim)
+    if dtype not in DTYPES:
+        raise ValueError(f"attention: impl='cuda' takes bf16 and fp16, q is {dtype}; pass impl='auto'")
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] != 9:
+        name = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
         raise ValueError(f"attention: impl='cuda' runs on sm_90 alone, this card is {name}; pass impl='auto'")
+
+
+def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Raise ValueError for tensors that the kernel does not take."""
+    check_attention_by_cuda(q.shape[-1], q.dtype, q.device)
     for name, t in {"q": q, "k": k, "v": v}.items():
         if t.numel() and (t.stride(-1) != 1 or t.data_ptr() % 16 or any(s % 8 for s in t.stride()[:-1])):
             raise ValueError(

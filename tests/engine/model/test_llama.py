@@ -6,9 +6,12 @@ import pytest
 import torch
 
 import kernels
+from engine.base.errors import UsageError
 from engine.inference.generation import generate
 from engine.model.config import ModelConfig
-from engine.model.llama import Transformer, new_model
+from engine.model.llama import Transformer, choose_attention, new_model
+from kernels.compiled.cuda_simulation import cuda_on_machine
+from kernels.native.toolchain import MissingCompiler, find_nvcc
 from tests.helpers.datasets import packed_micro_batch
 from tests.helpers.run import command, events, finetune, worst
 from tests.helpers.small_model import small_model
@@ -189,3 +192,35 @@ def test_the_model_takes_the_kernels_its_user_names(device):
     model = Transformer(ModelConfig(**CONFIG), impl="magic")
     with pytest.raises(ValueError, match="impl is 'magic'"):
         model.to_empty(device=device).loss(packed_micro_batch())
+
+
+def test_attention_by_cuda_is_a_choice(monkeypatch):
+    chosen = partial(choose_attention, head_dim=64, dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert chosen("triton") == "triton"
+    monkeypatch.setenv("CRIA_ATTENTION", "cuda")
+    assert chosen("triton") == "cuda" and chosen("ref") == "ref"
+    with pytest.raises(
+        UsageError, match=r"CRIA_ATTENTION is cuda: .* takes heads of 64 and 128, Dh is 80; .* or unset it"
+    ):
+        chosen("triton", head_dim=80)
+    with pytest.raises(UsageError, match=r"CRIA_ATTENTION is cuda: .* takes bf16 and fp16, q is torch.float32"):
+        chosen("triton", dtype=torch.float32)
+    monkeypatch.setenv("CRIA_ATTENTION", "hip")
+    with pytest.raises(UsageError, match="CRIA_ATTENTION is 'hip', wanted triton or cuda"):
+        chosen("triton")
+
+
+def test_layers_attend_by_cuda_where_the_plan_is_for_it():
+    try:
+        find_nvcc()
+    except MissingCompiler as missing:
+        pytest.skip(f"the PTX machine runs what nvcc makes: {missing}")
+    model = model_of("ref", "cpu", torch.bfloat16, dim=128, head_dim=64, n_heads=2, n_kv_heads=1)
+    tokens, documents = torch.arange(90), torch.tensor([[0, 30, 0, 0], [30, 90, 0, 30]])
+    plan = kernels.attention_plan(documents, 90, 64, "cpu", "cuda")
+    with torch.no_grad(), cuda_on_machine("sm_90") as launches:
+        out = model(tokens, documents=documents, plans=(plan, None))
+    want = model(tokens, documents=documents)
+    assert [launch.kernel for launch in launches] == ["cria_hopper_attention"] * 2
+    assert not any(launch.findings for launch in launches)
+    assert worst(out.float() - want.float()) <= 0.03 * want.float().abs().max().item()
