@@ -12,12 +12,13 @@ from data_gen.page.charts import Histogram, draw_bars
 from data_gen.page.figures import bin_evenly
 from data_gen.page.formatting import clip_text, format_count, format_rows
 from data_gen.page.run_files import DuplicateGroup, Rejected, Row
-from data_gen.rows.rouge import Code, TokenNumbers, encode_numbers
+from data_gen.rows.rouge import Code, TokenNumbers, encode_numbers, make_signature
 from data_gen.rows.tokens import tokenize
 
 LIMIT = 0.7  # ROUGE-L at which an instruction is a duplicate
 NEAREST_ROWS = 1500  # of a sample at most; each is compared with all rows
-BLOCK_PAIRS = 4_000_000  # compared at a time, which bounds the memory: 16 MB
+FIRST_COMPARED = 64  # of the rows that may be nearest; what they are like bounds the rest
+ROUNDING = 1e-6
 PAIRS_SHOWN, IMITATED_SHOWN = 12, 10  # shown at most
 
 Pair: TypeAlias = tuple[float, int, int]  # similarity, row, row
@@ -37,27 +38,17 @@ def find_nearest_rows(token_lists: Sequence[list[str]], most: int = NEAREST_ROWS
     Return the similarity of each sampled row to the nearest other row, and the pairs under LIMIT, closest first, with
     each row in at most one pair.
     """
-    from rapidfuzz import process
-    from rapidfuzz.distance import Indel
-
     known = [i for i, tokens in enumerate(token_lists) if tokens]
-    texts = encode_tokens([token_lists[i] for i in known])
+    texts = Texts([token_lists[i] for i in known])
     sample = sorted(random.Random(0).sample(range(len(known)), min(most, len(known)))) if len(known) > 1 else []
-    block = max(1, BLOCK_PAIRS // max(1, len(known)))
     best: list[float] = []
     pairs: set[Pair] = set()
-    for start in range(0, len(sample), block):
-        rows = sample[start : start + block]
-        scores = process.cdist(
-            [texts[i] for i in rows], texts, scorer=Indel.normalized_similarity, dtype=np.float32, workers=-1
-        )
-        scores[np.arange(len(rows)), rows] = -1  # not itself
-        best += scores.max(axis=1).tolist()
-        scores[scores > LIMIT - 1e-6] = -1  # a fraction of under 10,000 tokens that is not 0.7 is further off
-        for row, other, score in zip(rows, scores.argmax(axis=1).tolist(), scores.max(axis=1).tolist(), strict=True):
-            if score > 0:
-                a, b = sorted((known[row], known[other]))
-                pairs.add((score, a, b))
+    for row in sample:
+        nearest, near_miss, other = texts.find_nearest(row)
+        best.append(nearest)
+        if near_miss > 0:
+            a, b = sorted((known[row], known[other]))
+            pairs.add((near_miss, a, b))
     chosen: list[Pair] = []
     used: set[int] = set()
     for score, a, b in sorted(pairs, key=lambda pair: (-pair[0], *pair[1:])):
@@ -65,6 +56,43 @@ def find_nearest_rows(token_lists: Sequence[list[str]], most: int = NEAREST_ROWS
             used |= {a, b}
             chosen.append((score, a, b))
     return best, chosen
+
+
+class Texts:
+    """Token lists, and for each pair of them a bound that leaves few pairs to compare.
+
+    A bit that one signature alone has is a token of that text alone, so F <= 1 - (different bits) / (m + n).
+    """
+
+    def __init__(self, token_lists: Sequence[list[str]]):
+        numbers = TokenNumbers()
+        values = [[numbers[token] for token in tokens] for tokens in token_lists]
+        self.codes = [encode_numbers(row) for row in values]
+        self.lengths = np.array([len(row) for row in values])
+        self.signatures = np.array([make_signature(row) for row in values], np.uint64)
+
+    def find_nearest(self, row: int) -> tuple[float, float, int]:
+        """Return the similarity of a row to the nearest other one, and to the nearest under LIMIT, and which that is.
+
+        Of several the first; -1 where there is none.
+        """
+        different = np.bitwise_count(self.signatures ^ self.signatures[row])
+        bounds = 1 - different / (self.lengths + self.lengths[row])
+        bounds[row] = -1  # not itself
+        first = min(FIRST_COMPARED, len(bounds))
+        _, found, _ = self._compare(row, np.argpartition(bounds, -first)[-first:])
+        return self._compare(row, np.flatnonzero(bounds >= max(found, 0) - ROUNDING))
+
+    def _compare(self, row: int, others: np.ndarray) -> tuple[float, float, int]:
+        from rapidfuzz import process
+        from rapidfuzz.distance import Indel
+
+        texts = [self.codes[i] for i in others.tolist()]
+        scores = process.cdist([self.codes[row]], texts, scorer=Indel.normalized_similarity, dtype=np.float32)[0]
+        nearest = float(scores.max())
+        scores[scores > LIMIT - ROUNDING] = -1  # a fraction of under 10,000 tokens that is not 0.7 is further off
+        place = int(scores.argmax())
+        return nearest, float(scores[place]), int(others[place])
 
 
 def split_by_common(text: str, other: str) -> list[tuple[str, bool]]:

@@ -12,7 +12,7 @@ from data_gen.base.files import FIELDS
 from data_gen.base.language import guess_language
 from data_gen.rows import defect_patterns as patterns
 from data_gen.rows.repairs import is_phrase
-from data_gen.rows.tokens import tokenize
+from data_gen.rows.tokens import tokenize, tokenize_again
 
 Task: TypeAlias = dict[str, str]  # instruction, input, output
 
@@ -70,12 +70,12 @@ def find_broken_characters(item: Task) -> str | None:
 
 def find_short_instruction(item: Task) -> str | None:
     """Find an instruction of fewer than MIN_TOKENS tokens."""
-    return item["instruction"] if len(tokenize(item["instruction"])) < MIN_TOKENS else None
+    return item["instruction"] if len(tokenize_again(item["instruction"])) < MIN_TOKENS else None
 
 
 def find_long_instruction(item: Task) -> str | None:
     """Find an instruction of more than MAX_TOKENS tokens, or as long as what the checks see."""
-    n = len(tokenize(item["instruction"]))
+    n = len(tokenize_again(item["instruction"]))
     return f"{n} words" if n > MAX_TOKENS or len(item["instruction"]) >= SCAN else None
 
 
@@ -124,9 +124,9 @@ def find_copied_input(item: Task) -> str | None:
 
 def find_copied_instruction(item: Task) -> str | None:
     """Find an input or output with the tokens of the instruction."""
-    words = tokenize(item["instruction"])
+    words = tokenize_again(item["instruction"])
     for field in ("input", "output"):
-        if len(item[field]) <= 2 * len(item["instruction"]) and tokenize(item[field]) == words:
+        if len(item[field]) <= 2 * len(item["instruction"]) and tokenize_again(item[field]) == words:
             return f"{field}: {item[field]}"
     return None
 

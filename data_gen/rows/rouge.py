@@ -27,7 +27,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from data_gen.rows.tokens import tokenize
+from data_gen.rows.tokens import tokenize, tokenize_again
 
 Code: TypeAlias = str | tuple[int, ...]  # the token numbers of a text
 
@@ -142,7 +142,7 @@ class Deduplicator:
 
     def _prepare(self, text: str) -> tuple[Code, dict[int, int], int]:
         numbers, ranks = self._numbers, self._ranks
-        values = [numbers[token] for token in tokenize(text)]
+        values = [numbers[token] for token in tokenize_again(text)]
         ranks += range(-1 - len(ranks), -1 - numbers.end, -1)
         return encode_numbers(values), self._compute_places(values), make_signature(values)
 

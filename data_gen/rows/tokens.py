@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from bisect import bisect_right
+from functools import lru_cache
 
 ASCII_WORD = re.compile(r"[a-z0-9]+")
 ZWJ = "\u200d"  # joins emoji into one, and letters of Indic scripts
@@ -86,6 +87,12 @@ def tokenize(text: str) -> list[str]:
     if ZWJ in text:
         tokens = [token if CLASSES[ord(token[0])] == "s" else token.replace(ZWJ, "") for token in tokens]
     return tokens
+
+
+@lru_cache(maxsize=4)
+def tokenize_again(text: str) -> tuple[str, ...]:
+    """Return what tokenize() returns, at once for one of the last texts: a task's instruction is read five times."""
+    return tuple(tokenize(text))
 
 
 def cut_marks(text: str) -> str:

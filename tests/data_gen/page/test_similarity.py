@@ -42,10 +42,10 @@ def test_a_tie_with_the_limit_is_over_it():
     assert all({a, b} != {0, 1} for _, a, b in pairs)
 
 
-def test_near_misses_of_a_sample_in_blocks(monkeypatch):
+def test_near_misses_do_not_depend_on_how_many_are_compared_first(monkeypatch):
     tokens = [tokenize(row["instruction"]) for row in make(300)[0][:300]] + [[], []]
     whole = find_nearest_rows(tokens)
-    monkeypatch.setattr(similarity, "BLOCK_PAIRS", 2000)
+    monkeypatch.setattr(similarity, "FIRST_COMPARED", 2)
     assert find_nearest_rows(tokens) == whole and len(whole[0]) == 300
     few, pairs = find_nearest_rows(tokens, most=20)
     assert len(few) == 20 and set(few) <= set(whole[0]) and find_nearest_rows(tokens, most=20) == (few, pairs)
