@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 from engine.base.device import DTYPES
 from engine.base.errors import CriaError, UsageError, run_main
 from engine.base.flags import flag, name_to_flag, parse_flags, suggest_nearest
+from engine.base.terminal import print_wrapped
 from engine.data.dataset import encode_rows
 from engine.data.rows import read_rows, resolve_data_paths
 from engine.formats.find import find_model
@@ -174,6 +175,12 @@ def estimate(config: EstimateConfig) -> Estimate:
 def main(argv: Sequence[str]) -> None:
     """Print the estimate, and write it to --json. Raises UsageError for a file that cannot be written."""
     config, _ = parse_flags(EstimateConfig, argv, None, {"model": "llama-7b"})
+    names_card = any(word.partition("=")[0] == "--gpu" for word in argv)
+    if config.gpu_memory is not None and not names_card and None in (config.gpu_tflops, config.gpu_bandwidth):
+        print_wrapped(
+            f"note: a card of {config.gpu_memory:g} GiB, but without --gpu its speed is taken to be that of one "
+            f"{config.gpu}; --gpu names another of {', '.join(CARDS)}; --gpu-tflops and --gpu-bandwidth are for others"
+        )
     found = estimate(config)
     print_estimate(found, own_price=config.price_per_hour is not None)
     if config.json:

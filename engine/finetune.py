@@ -19,7 +19,7 @@ from engine.base.flags import parse_flags
 from engine.base.signals import Signals
 from engine.base.terminal import print_wrapped
 from engine.distributed.world import World, start_ranks
-from engine.output.folder import LOCK, lock_output_folder
+from engine.output.folder import lock_output_folder
 from engine.planning import tables
 from engine.planning.cards import CARDS, detect_card
 from engine.planning.projection import estimate_run
@@ -64,9 +64,6 @@ def main(argv: Sequence[str]) -> None:
         say("")
         if world.is_main:
             print_plan_estimate(plan, world)
-            (out / LOCK).unlink()  # a dry run leaves no trace
-            if not any(out.iterdir()):
-                out.rmdir()
 
 
 def say_nothing(*_: object) -> None:

@@ -38,7 +38,7 @@ class Dataset:
     begins: np.ndarray  # (N,) int64: example i is tokens[begins[i]:ends[i]]
     ends: np.ndarray  # (N,) int64
     sources: Sequence[str]  # (N,) the place of each, for messages
-    counts: dict[str, int]  # rows, examples, truncated, dropped, tokens, loss_tokens
+    counts: dict[str, int]  # rows, examples, truncated, dropped, empty, tokens, loss_tokens
     n_loss: np.ndarray | None = None  # (N,) int64 targets of each; None: __post_init__ counts them
 
     def __post_init__(self) -> None:
@@ -98,10 +98,12 @@ class Sources(Sequence[str]):
 
 
 PLACE = ("number", "line", "column")  # as in Place
-# The dtype of Table.rows. file and PLACE say where the row was read, n_loss how many targets it has.
-ROW = np.dtype(
-    [("n_tokens", "<i4"), ("n_loss", "<i4"), ("file", "<i4"), *((part, "<i8") for part in PLACE), ("truncated", "?")]
-)
+# The dtype of Table.rows. file and PLACE say where the row was read, n_loss how many targets it has,
+# empty whether an answer is blank.
+ROW = np.dtype([
+    ("n_tokens", "<i4"), ("n_loss", "<i4"), ("file", "<i4"), *((part, "<i8") for part in PLACE),
+    ("truncated", "?"), ("empty", "?"),
+])  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ class Table:
             "examples": int(kept.sum()),
             "truncated": int(rows["truncated"].sum()),
             "dropped": int((~kept).sum()),
+            "empty": int((rows["empty"] & kept).sum()),
             "tokens": int(rows["n_tokens"].sum(dtype=np.int64)),
             "loss_tokens": int(rows["n_loss"].sum(dtype=np.int64)),
         }
@@ -143,6 +146,16 @@ class Table:
         sources = Sources(self.paths, rows)
         begins, n_loss = ends - rows["n_tokens"], rows["n_loss"].astype(np.int64)
         return Dataset(self.tokens, self.is_target, begins, ends, sources, counts, n_loss)
+
+
+def has_empty_answer(row: Row) -> bool:
+    """Return whether an answer of a row that is learned says nothing, so that the model learns to end at once."""
+    if row.messages is None:
+        return not row.output.strip()
+    return any(
+        role == "assistant" and not text.strip() and i not in row.unlearned and not row.more.get(i)
+        for i, (role, text) in enumerate(row.messages)
+    )
 
 
 def encode_block(rows: Sequence[Row], tokenizer: Tokenizer, style: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -216,6 +229,7 @@ def encode_rows(
         out["n_loss"] = np.add.reduceat(is_target & keep, starts, dtype=np.int64)
         out["n_tokens"] = np.where(out["n_loss"] > 0, np.minimum(lengths, max_length), 0)
         out["truncated"] = lengths > max_length
+        out["empty"] = [has_empty_answer(row) for row in block]
         keep &= np.repeat(out["n_loss"] > 0, lengths)
         tokens.append(ids[keep])
         targets.append(is_target[keep])

@@ -63,7 +63,7 @@ def read_json_member(folder: Path, name: str, problems: list[str]) -> dict[str, 
         path = find_member(folder, name)
         if path.stat().st_size > MAX_HEADER_BYTES:
             raise ValueError(f"{path.stat().st_size} bytes, wanted under {MAX_HEADER_BYTES}")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # editors of Windows begin it with a BOM
         if not isinstance(value, dict):
             raise ValueError(f"holds a {type(value).__name__}, wanted an object")
         return value

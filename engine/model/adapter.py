@@ -94,6 +94,18 @@ class AdapterConfig:
         patterns = (*dict(self.rank_pattern), *dict(self.alpha_pattern))
         return [key for key in patterns if not any(_fits(key, name) for name in names)]
 
+    def describe_wide_ranks(self, config: ModelConfig) -> str | None:
+        """Return which updates have a larger rank than their map can have, None where there are none.
+
+        PEFT trains them too: the update is no richer, and has more parameters and more noise than one of that rank.
+        """
+        wide = [u for u in list_updates(config, self) if u.rank > min(u.rows, u.columns)]
+        if not wide:
+            return None
+        most = {u.path.split(".")[-1]: (u.rank, min(u.rows, u.columns)) for u in wide}
+        told = ", ".join(f"{name} ({rank}, of at most {limit})" for name, (rank, limit) in most.items())
+        return f"ranks over what the maps can have only add parameters: {told}; --lora-rank-pattern lowers them"
+
     def check(self, config: ModelConfig) -> list[str]:
         """Return what is wrong with these updates of a model of this shape, one message each."""
         problems = []

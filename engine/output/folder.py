@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ STATUSES = ("running", "done", "stopped", "failed")  # of a run, in its run.json
 
 @contextlib.contextmanager
 def lock_output_folder(out: Path) -> Iterator[Path]:
-    """Make the folder, and hold its lock for the length of a with block.
+    """Make the folder, and hold its lock for the length of a with block. A block that writes nothing leaves no folder.
 
     Raises UsageError where the folder cannot be written, has a run that is under way, or has files of something else.
     """
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
         others = [path.name for path in out.iterdir() if path.name != LOCK and not path.name.startswith(".tmp-")]
@@ -48,7 +49,19 @@ def lock_output_folder(out: Path) -> Iterator[Path]:
             raise UsageError(
                 f"--out {out}: its file system has no locks ({error.strerror}); mount it with flock, or choose another"
             ) from None
-        yield out
+        try:
+            yield out
+        finally:
+            remove_if_unused(out, made)
+
+
+def remove_if_unused(out: Path, made: Iterable[Path]) -> None:
+    """Remove a folder's lock where the folder holds nothing else, and the folders of made that are then empty."""
+    with contextlib.suppress(OSError):  # not empty, or no longer there
+        if [path.name for path in out.iterdir()] == [LOCK]:
+            (out / LOCK).unlink()
+            for folder in made:
+                folder.rmdir()
 
 
 def require_disk_space(out: Path, need_bytes: int, remedy: str) -> None:

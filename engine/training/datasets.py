@@ -1,7 +1,7 @@
 """The training and held-out examples of a run, from files or from the token cache."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from engine.base.errors import DataError
@@ -54,7 +54,20 @@ def read_datasets(
         f"{counts['dropped']} dropped without a response token, {len(skipped)} bad rows skipped"
         + (f"; held out: {len(held_out)} examples" if held_out else "")
     )
+    for note in describe_odd_rows(counts, config.max_length):
+        say(f"note: {note}")
     return train, held_out
+
+
+def describe_odd_rows(counts: Mapping[str, int], max_length: int) -> Iterator[str]:
+    """Yield a sentence on each kind of rows that teach nothing, or to say nothing."""
+    if n := counts["empty"]:
+        yield f"{plural(n, 'row')} {'has' if n == 1 else 'have'} an empty answer: the model learns to end there at once"
+    if n := counts["dropped"]:
+        yield (
+            f"{plural(n, 'row')} {'is' if n == 1 else 'are'} dropped, whose answer begins after {max_length} tokens or "
+            "carries no loss: a larger --max-length keeps what is only long"
+        )
 
 
 def read_tables(

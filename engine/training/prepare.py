@@ -86,6 +86,8 @@ def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) ->
     if other_base:
         say(f"warning: {other_base}")
     adapter = adapter_from_settings(vars(config))
+    if adapter is not None and start_adapter is None and (wide := adapter.describe_wide_ranks(model_config)):
+        say(f"warning: {wide}")
     check_ranks(config, model_config, world)
 
     train, held_out = read_datasets(config, tokenizer, world, say)

@@ -47,6 +47,21 @@ def test_flags_are_engine_finetunes():
             assert field.type == theirs[field.name].type
 
 
+def test_a_card_of_another_memory_says_whose_speed_it_has(capsys):
+    assert run("--model", "smollm2-135m", "--gpu-memory", 8) == 0
+    assert (
+        "note: a card of 8 GiB, but without --gpu its speed is taken to be that of one H100;" in capsys.readouterr().out
+    )
+    known = ("--gpu-tflops", 100, "--gpu-bandwidth", 900)
+    for flags in (
+        ("--gpu", "H100", "--gpu-memory", 8),
+        ("--gpu=H100", "--gpu-memory", 8),
+        ("--gpu-memory", 8, *known),
+        (),
+    ):
+        assert run("--model", "smollm2-135m", *flags) == 0 and "note:" not in capsys.readouterr().out
+
+
 def test_help_is_complete(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["engine/estimate.py"])
     assert run("--help") == 0

@@ -254,6 +254,17 @@ def test_damaged_files_are_named(name, cut, told, tmp_path):
         open_adapter(tmp_path / "a", BASE)
 
 
+def test_a_byte_order_mark_is_read_over(tmp_path):
+    """Editors of Windows write one, and PEFT cannot read it."""
+    write_pefts(tmp_path)
+    path = tmp_path / CONFIG
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert open_adapter(tmp_path, BASE).config.r == 8
+    path.write_bytes(b"\xff\xfe" + path.read_text("utf-8-sig").encode("utf-16-le"))
+    with pytest.raises(DataError, match=f"{CONFIG}: not sound JSON"):
+        open_adapter(tmp_path, BASE)
+
+
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(DataError, match="gone: no such folder; wanted one with adapter_config"):
         open_adapter(tmp_path / "gone", BASE)

@@ -1,13 +1,14 @@
 """Rows that a template cannot say."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from engine.base.errors import DataError
 from engine.text.tokenizer_files import load_tokenizer
 from engine.training.config import FinetuneConfig
-from engine.training.datasets import read_tables
+from engine.training.datasets import read_datasets, read_tables
 from tests.helpers.chat_tokenizers import CHATML, write_byte_level
 
 NO_SYSTEM = (
@@ -37,3 +38,33 @@ def test_rows_that_the_template_refuses_are_named_or_dropped_and_counted(tmp_pat
     path.write_text(json.dumps({"messages": chats[1]}) + "\n")
     with pytest.raises(DataError, match=r"rows.jsonl:1: .* no system"):
         read(path, True)
+
+
+def test_empty_answers_and_dropped_rows_are_told(tmp_path, capsys):
+    """Also from the cache, and of each kind of rows; an answer that is not learned is none."""
+
+    def chat(*answers):
+        turns = [[("user", f"Say {i}."), ("assistant", text)] for i, text in enumerate(answers)]
+        return {"messages": [{"role": role, "content": text} for turn in turns for role, text in turn]}
+
+    quiet = {"role": "assistant", "content": "", "weight": 0}
+    unlearned = chat("x", "y")["messages"]
+    unlearned[1] = quiet
+    rows = [{"instruction": "a", "output": text} for text in ("b", "", " \n")]
+    rows += [{"prompt": "p", "completion": ""}, chat("x"), chat("", "y"), chat("x", ""), {"messages": unlearned}]
+    rows += [chat("long " * 99, "x")["messages"][:1] and {"instruction": "hidden " * 99, "output": "x"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = load_tokenizer(write_byte_level(tmp_path / "base", CHATML))
+    config = FinetuneConfig(model="x", data=(str(path),), prompt_style="chatml", max_length=64,
+                            token_cache=str(tmp_path / "cache"))  # fmt: skip
+    for cached in ("data: ", "data (cached): "):
+        train, _ = read_datasets(config, tokenizer, alone(), print)
+        told = capsys.readouterr().out
+        assert cached in told and train.counts["empty"] == 5
+        assert "note: 5 rows have an empty answer: the model learns to end there at once\n" in told
+        assert "note: 1 row is dropped, whose answer begins after 64 tokens" in told and "larger --max-length" in told
+
+
+def alone():
+    return SimpleNamespace(is_main=False, run_on_main_first=lambda read: read())

@@ -35,7 +35,14 @@ def test_a_run_that_would_train_nothing_is_refused(thirty, tmp_path):
     assert done.returncode == 2, done.stdout + done.stderr
     assert "30 examples make 1 step" in done.stderr and "no weight would change" in done.stderr
     assert "--global-batch-size 1, or --epochs 20" in done.stderr
-    assert not (tmp_path / "out" / "run.json").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_refused_run_leaves_no_folder_and_takes_none_away(thirty, tmp_path):
+    (tmp_path / "mine").mkdir()
+    for out in ("mine/new/out", "mine"):
+        assert finetune(*flags(thirty, tmp_path / out, "--epochs", 1), check=False).returncode == 2
+        assert list((tmp_path / "mine").iterdir()) == []
 
 
 def test_few_updates_are_told_three_times(thirty, tmp_path):
