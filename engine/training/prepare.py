@@ -22,7 +22,7 @@ from engine.distributed.world import World
 from engine.formats.adapters import CONFIG, Adapter, describe_other_base, hash_base, open_adapter
 from engine.formats.find import find_model
 from engine.formats.source import Source, open_source
-from engine.model.adapter import adapter_from_settings, settings_from_adapter
+from engine.model.adapter import AdapterConfig, adapter_from_settings, settings_from_adapter
 from engine.model.config import MODELS, ModelConfig
 from engine.output.checkpoint import MANIFEST, read_manifest
 from engine.output.folder import RESUME_REMEDY, RUN, read_run
@@ -82,12 +82,8 @@ def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) ->
         raise UsageError(f"--max-length {config.max_length} is over the model's {model_config.max_positions} positions")
     config = take_recorded_states(config)
     config, start_adapter = take_adapter(config, model_config)
-    other_base = describe_other_base(start_adapter, source) if start_adapter and source else None
-    if other_base:
-        say(f"warning: {other_base}")
     adapter = adapter_from_settings(vars(config))
-    if adapter is not None and start_adapter is None and (wide := adapter.describe_wide_ranks(model_config)):
-        say(f"warning: {wide}")
+    warn_of_adapter(adapter, start_adapter, model_config, source, say)
     check_ranks(config, model_config, world)
 
     train, held_out = read_datasets(config, tokenizer, world, say)
@@ -120,6 +116,21 @@ def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) ->
     require_updates(plan)
     require_questions(plan)
     return plan
+
+
+def warn_of_adapter(
+    adapter: AdapterConfig | None,
+    start: Adapter | None,
+    model_config: ModelConfig,
+    source: Source | None,
+    say: Callable[[str], None],
+) -> None:
+    """Say where an adapter goes on beside other weights than it was trained with, and where new ranks are too wide."""
+    warning = describe_other_base(start, source) if start and source else None
+    if adapter is not None and start is None:
+        warning = adapter.describe_wide_ranks(model_config)
+    if warning:
+        say(f"warning: {warning}")
 
 
 def report_states(config: FinetuneConfig, setting: Setting, max_tokens: int, say: Callable[[str], None]) -> None:
