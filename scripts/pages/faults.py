@@ -32,6 +32,7 @@ F, C, S, T, R, W, D, N, K = (
 )
 G, A = "data_gen/test_generate.py", "engine/data/test_dataset.py"
 V, B, L = "engine/serving/test_server.py", "engine/comparing/test_vote_file.py", "engine/comparing/test_endpoints.py"
+RUNS, FOLDER = "engine/training/test_adapter_runs.py", "engine/formats/test_adapters.py"
 FAULTS = [  # fault, expected, tests
     ("kill -9 at each write point of a save", "the newest whole state resumes; temporaries go", [
         (C, "test_kill_at_every_write_point_leaves_a_whole_state"),
@@ -217,6 +218,32 @@ LATER = {  # number: found since, by trying public reports of other projects' us
           ("engine/text/test_growth.py", "test_a_chat_of_many_answers"),
           ("engine/text/test_growth.py", "test_blanks_before_a_token_that_swallows_them"),
           ("engine/text/test_growth.py", "test_a_template_is_not_run_for_each_of_very_many_answers")]),
+    52: ("an adapter: kill -9 in a step, in a save, in the last write, also beside weights in 4 bits",
+         "losses and factors bit-equal to an unbroken run; no half-written adapter is one", [
+          (RUNS, "test_kill_9_then_resume_is_bit_equal"), (RUNS, "test_qlora_is_one_run_through_a_kill"),
+          (FOLDER, "test_a_second_write_replaces_the_first_whole")]),
+    53: ("an adapter: two ranks, then one", "one run: the same curve, the frozen weights in every rank whole", [
+          (D, "test_an_adapter_of_two_ranks_then_of_one_is_one_run"),
+          (D, "test_two_ranks_beside_weights_in_4_bits_are_one_run")]),
+    54: ("an adapter: disk full", "exit 1, the training state kept; the same command ends the run, bit-equal", [
+          (RUNS, "test_a_full_disk_costs_a_repetition_of_the_command")]),
+    55: ("an adapter: its base is gone, has other weights or another shape",
+         "resume and merge refuse; --adapter-dir warns of other weights, refuses another shape", [
+          (RUNS, "test_a_base_that_is_gone_or_has_other_weights_is_refused"),
+          (RUNS, "test_going_on_beside_other_weights_is_told"), (FOLDER, "test_another_base_of_the_same_shape_is_told"),
+          (FOLDER, "test_an_adapter_of_another_shape_is_told_in_a_few_lines")]),
+    56: ("an adapter: another rank, other maps, a rank over what a map can have",
+         "exit 2 or 3 naming the flag or the tensor; a rank that only adds parameters is warned of", [
+          (RUNS, "test_a_state_goes_on_only_as_it_began"), (RUNS, "test_flags_of_a_shape_are_not_passed_over"),
+          (RUNS, "test_an_adapter_that_does_not_fit_is_refused_before_anything_is_loaded"),
+          (RUNS, "test_a_rank_over_what_a_map_can_have_is_told")]),
+    57: ("an adapter: missing, damaged or unknown keys and files, NaN, a byte order mark",
+         "exit 3 naming each, and never taken for a fault of the base; a byte order mark is read over", [
+          (FOLDER, "test_missing_files_are_named"), (FOLDER, "test_what_cannot_be_read_is_refused_by_name"),
+          (FOLDER, "test_odd_values_of_any_key_are_data_errors"), (FOLDER, "test_damaged_files_are_named"),
+          (FOLDER, "test_a_file_without_tensors_is_refused"), (FOLDER, "test_factors_that_are_not_finite_are_refused"),
+          (FOLDER, "test_a_byte_order_mark_is_read_over"),
+          ("engine/test_adapter_commands.py", "test_a_damaged_adapter_is_not_taken_for_a_damaged_base")]),
 }  # fmt: skip
 ROWS = [*enumerate(FAULTS, 1), *sorted(LATER.items())]
 

@@ -302,9 +302,6 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_loaded(rows,
     assert not (tmp_path / "out" / "run.json").exists()
 
 
-# ---- the state of an adapter's run as a model -----------------------------------------------------------------------
-
-
 def test_a_rank_over_what_a_map_can_have_is_told(rows, tmp_path, capsys):
     """PEFT trains it, and so does a run: the warning names the maps, and a lower rank of them is not told."""
     told = "warning: ranks over what the maps can have only add parameters"
@@ -313,6 +310,9 @@ def test_a_rank_over_what_a_map_can_have_is_told(rows, tmp_path, capsys):
     assert f"{told}: k_proj (64, of at most 32), v_proj (64, of at most 32); --lora-rank-pattern" in said
     run(*arguments(rows, tmp_path / "narrow", "--lora-r", 4, "--max-steps", 1))
     assert told not in capsys.readouterr().out
+
+
+# ---- the state of an adapter's run as a model -----------------------------------------------------------------------
 
 
 def test_a_state_is_merged_as_the_adapter_it_would_be(plain, tmp_path, capsys):
