@@ -3,6 +3,7 @@
 import gzip
 import mmap
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -16,7 +17,9 @@ from engine.data.table_files import read_csv_records, read_parquet_records
 from engine.data.values import Record
 
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
+ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")  # Path makes one slash of two
 TABLES = (".csv", ".tsv")
+UTF16 = "UTF-16, not UTF-8; save it as UTF-8, as `iconv -f UTF-16 -t UTF-8 FILE` does"
 OTHERS = {  # what a file begins with that holds no rows: what it is, and what to do
     b"version https://git-lfs": "a git-lfs pointer, not the data; fetch it with `git lfs pull`",
     b"PK\3\4": "a zip archive or an Excel sheet; unpack it, or save the sheet as CSV",
@@ -25,6 +28,9 @@ OTHERS = {  # what a file begins with that holds no rows: what it is, and what t
     b"BZh": "a bzip2 archive; unpack it",
     b"ARROW1": "an Arrow file; save it as parquet or JSONL",
     b"\xff\xff\xff\xff": "an Arrow stream; save it as parquet or JSONL",
+    b"\xff\xfe": UTF16,
+    b"\xfe\xff": UTF16,
+    b"\xd0\xcf\x11\xe0": "an Excel workbook of the old kind (.xls); save the sheet as CSV",
     b"SQLite format 3": "an SQLite database; save its rows as JSONL",
     b"<": "a web page or XML; download the data itself",
 }
@@ -38,9 +44,18 @@ def map_file(path: Path) -> mmap.mmap:
             with open(path, "rb") as file:
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        raise DataError(f"{path}: got '{error.strerror}', wanted a dataset; check path and permissions") from None
+        raise DataError(f"{path}: got '{error.strerror}', wanted a dataset; {suggest_path(path)}") from None
     kind = {stat.S_IFREG: "an empty file", stat.S_IFDIR: "a folder"}.get(stat.S_IFMT(info.st_mode), "no regular file")
     raise DataError(f"{path}: got {kind}, wanted rows as JSON, JSONL, CSV or parquet; name a file that holds some")
+
+
+def suggest_path(path: Path) -> str:
+    """Return what to do about a path that cannot be opened."""
+    if ADDRESS.match(str(path)):
+        return "nothing is fetched from an address: download the file, and name that"
+    if len(path.parts) == 2 and not path.suffix and not path.parent.exists():
+        return f"of the Hub's, `hf download --repo-type dataset {path} --local-dir DIR` fetches the files: name one"
+    return "check path and permissions"
 
 
 def unpack_gzip(data: mmap.mmap, path: Path) -> mmap.mmap:

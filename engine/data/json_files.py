@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.base.errors import DataError
-from engine.data.values import MAX_ROW_BYTES, BadRow, Record, shorten
+from engine.data.values import MAX_ROW_BYTES, NO_UTF8, BadRow, Record, shorten
 
 MAX_NESTING = 32  # levels of lists and objects; the row itself is one
 MAX_SCAN_BYTES = 256 << 20  # of a file that are searched for the end of its first object
@@ -23,6 +23,8 @@ CONTINUATION = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that begin no characte
 MAX_DIGITS = 18  # of an integer; int() of millions of digits takes quadratic time or is refused
 # Keys that make an object a row: no list under one of them is a list of rows.
 ROW_KEYS = ("messages", "conversations", "instruction", "prompt", "completion", "text", "chosen")
+TEXTS = ("instruction", "output", "text")  # keys whose values are never lists
+EACH = "of each"  # the rows of an object that has each under a key of its own
 
 BLANKS = re.compile(rb"[ \t\r\n]*")
 SCALAR = re.compile(rb"-?(?:[0-9][0-9.eE+-]*|Infinity)|NaN|true|false|null")
@@ -215,10 +217,16 @@ def explain_object(data: mmap.mmap, start: int) -> str | None:
             parse_json(data[start:end], start)
         except BadRow:
             return None
+    if holds_columns(data, start):
+        return (
+            "got one object whose keys are columns, wanted rows; pandas writes them by "
+            "to_json(FILE, orient='records', lines=True)"
+        )
     if key := find_wrapped_rows(data, start):
+        how = "`jq '[.[]]'`" if key == EACH else "`jq .KEY`"
         return (
             f"got one object whose rows are under the key {key}, wanted the rows themselves; save what is under "
-            "that key as a list, as `jq .KEY` does"
+            f"that key as a list, as {how} does"
         )
     if several_lines:
         return "got a JSON object over several lines, wanted rows in a list, [{...}, {...}], or one a line (JSONL)"
@@ -241,7 +249,14 @@ def find_wrapped_rows(data: mmap.mmap, start: int, depth: int = 3) -> str | None
         for key, first in objects:
             if inner := find_wrapped_rows(data, first, depth - 1):
                 return shorten(f"{key}.{inner.strip(chr(39))}")
-    return "of each" if len(objects) > 1 and len(objects) == len(members) else None
+    return EACH if len(objects) > 1 and len(objects) == len(members) else None
+
+
+def holds_columns(data: mmap.mmap, start: int) -> bool:
+    """Return whether an object is a table by its columns, as pandas' to_json writes one: no row has such texts."""
+    begins = {key: data[first : first + 1] for key, first, _ in iterate_members(data, start)}
+    is_odd = any(begins.get(key) == b"{" for key in ROW_KEYS) or any(begins.get(key) == b"[" for key in TEXTS)
+    return is_odd and set(begins.values()) <= {b"{", b"["}
 
 
 def begins_objects(data: mmap.mmap, start: int) -> bool:
@@ -274,7 +289,7 @@ def parse_json(raw: bytes, offset: int) -> Any:
         if not is_deeper(value, MAX_NESTING):
             return value
     except UnicodeDecodeError as error:
-        raise BadRow(f"got invalid UTF-8 at byte {offset + error.start} of the file") from None
+        raise BadRow(f"{NO_UTF8} at byte {offset + error.start} of the file") from None
     except json.JSONDecodeError as error:
         position = offset + len(text[: error.pos].encode())
         raise BadRow(f"got invalid JSON at byte {position} of the file ({error.msg})") from None

@@ -13,7 +13,18 @@ from typing import Any
 from engine.base.errors import DataError
 from engine.data.chats import TOOLS, Chat, parse_chat, parse_tools, refuse_keys
 from engine.data.data_files import map_file, read_records
-from engine.data.values import BadRow, Place, get_text, is_empty, name_kind, require_text, require_type, shorten
+from engine.data.values import (
+    NO_KEY,
+    NO_UTF8,
+    BadRow,
+    Place,
+    get_text,
+    is_empty,
+    name_kind,
+    require_text,
+    require_type,
+    shorten,
+)
 from engine.text.templates import Message, Row
 
 EMBEDDED = {  # names that --data and --eval-data take for files that come along
@@ -30,6 +41,8 @@ READ = {  # the keys of each kind of row, of which the first is what tells it
     "prompt": ("prompt", "completion", *SYSTEM, "tools"),
     "text": ("text",),
 }
+
+KNOWN = "instruction and output, messages, conversations, prompt and completion, or text"
 
 
 def resolve_data_paths(names: Iterable[str]) -> list[Path]:
@@ -95,7 +108,7 @@ def read_rows(
         if progress:
             progress(done_bytes, total_bytes)
     if skipped and not (skip_bad_rows and rows):
-        remedy = "--skip-bad-rows drops them" if rows else "no row is left, repair the data"
+        remedy = suggest_repair([bad.reason for bad in skipped], bool(rows))
         lines = [f"data: got {len(skipped)} bad of {len(rows) + len(skipped)} rows, wanted none; {remedy}"]
         lines += [f"  {bad.source}: {bad.reason}" for bad in skipped[:SHOWN]]
         if len(skipped) > SHOWN:
@@ -104,6 +117,18 @@ def read_rows(
     if not rows:
         raise DataError("data: got no files, wanted at least one; pass --data FILE")
     return rows, skipped
+
+
+def suggest_repair(reasons: Sequence[str], any_left: bool) -> str:
+    """Return what to do about bad rows, told why each is bad, and whether other rows are left."""
+    if any(NO_UTF8 in reason for reason in reasons):
+        remedy = "save the file as UTF-8 (Excel: CSV UTF-8)"
+        return remedy + (", or --skip-bad-rows drops them" if any_left else "")
+    if any_left:
+        return "--skip-bad-rows drops them"
+    if all(NO_KEY in reason for reason in reasons):
+        return f"no row is left; rename their keys to {KNOWN} (docs/data.md)"
+    return "no row is left, repair the data"
 
 
 def parse_row(value: Any, source: str, wanted: Wanted, unread: set[str]) -> Row:
@@ -118,7 +143,7 @@ def parse_row(value: Any, source: str, wanted: Wanted, unread: set[str]) -> Row:
         raise BadRow(f"got both {kinds[0]} and instruction, wanted one of them")
     if kinds[:2] == ["messages", "conversations"]:
         raise BadRow("got both messages and conversations, wanted one of them")
-    kind = kinds[0] if kinds else "instruction"
+    kind = kinds[0] if kinds else next((kind for kind in READ if kind in row), "instruction")
     refuse_row(row, kind, wanted)
     unread |= {key for key in row if key not in READ[kind] and key != "label" and not is_empty(row[key])}
     if kind == "text":
@@ -126,7 +151,7 @@ def parse_row(value: Any, source: str, wanted: Wanted, unread: set[str]) -> Row:
         if not text.strip():
             raise BadRow("text: got blanks alone, wanted text; else an end of nothing would be learned")
         return Row(source, None, "" if wanted.answers else text, "", text if wanted.answers else "", is_raw=True)
-    if kind == "prompt" and isinstance(row["prompt"], str):
+    if kind == "prompt" and isinstance(row["prompt"], str | None):
         completion = get_text(row, "completion") if wanted.answers else ""
         return Row(source, None, get_text(row, "prompt"), "", completion, is_raw=True)
     if kind == "instruction":
@@ -206,7 +231,7 @@ def parse_turns(row: dict[str, Any], kind: str, source: str, wanted: Wanted, unr
     n_prompt = len(turns) if kind == "prompt" else 0
     if n_prompt and (wanted.answers or not is_empty(row.get("completion"))):
         if "completion" not in row:
-            raise BadRow(f"completion: missing, got the keys {shorten(list(row))}")
+            raise BadRow(f"completion: {NO_KEY} {shorten(list(row))}")
         turns = turns + require_type(row["completion"], list, "completion")
     chat: Chat = parse_chat(turns, kind, wanted.answers, wanted.tools, unread)
     unlearned = chat.unlearned | {i for i in range(n_prompt) if chat.messages[i][0] == "assistant"}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.base.errors import DataError, summarize_error
-from engine.data.values import MAX_ROW_BYTES, BadRow, Record, shorten
+from engine.data.values import MAX_ROW_BYTES, NO_UTF8, BadRow, Record, shorten
 
 DELIMITERS = ",;\t"
 BATCH = 256  # rows of a parquet file in memory at a time
@@ -22,7 +22,7 @@ def read_csv_records(data: mmap.mmap, path: Path) -> Iterator[Record]:
     newline = data.find(b"\n")
     header = data[data.tell() : len(data) if newline < 0 else newline].decode(errors="replace")
     csv.field_size_limit(MAX_ROW_BYTES)
-    lines = (line.decode("utf-8", "surrogateescape") for line in iter(data.readline, b""))
+    lines = (line.decode("utf-8", "surrogateescape") for line in iterate_lines(data))
     reader = csv.reader(lines, delimiter=max(DELIMITERS, key=header.count), strict=True)
     columns: list[str] = []
     line = 1
@@ -37,10 +37,21 @@ def read_csv_records(data: mmap.mmap, path: Path) -> Iterator[Record]:
         raise DataError(f"{path}:{line}: no CSV from here on: {error}; close its quotes, or save it as JSONL") from None
 
 
+def iterate_lines(data: mmap.mmap) -> Iterator[bytes]:
+    """Yield the lines from the file's position on. Raise csv.Error for one of more bytes than a row may have."""
+    while (start := data.tell()) < len(data):
+        if data.find(b"\n", start, start + MAX_ROW_BYTES) < 0 and len(data) - start > MAX_ROW_BYTES:
+            raise csv.Error(f"a line of more than {MAX_ROW_BYTES} bytes")
+        yield data.readline()
+
+
 def check_columns(cells: list[str], path: Path) -> list[str]:
     """Return the names of the columns. Raise DataError where one is empty or comes twice."""
     if len(set(cells)) < len(cells) or "" in cells:
-        raise DataError(f"{path}: got the columns {shorten(cells)}, wanted a first line that names each column once")
+        raise DataError(
+            f"{path}: got the columns {shorten(cells)}, wanted a first line that names each column once; delete lines "
+            "above it, and columns without a name (pandas: to_csv(FILE, index=False))"
+        )
     return cells
 
 
@@ -50,7 +61,7 @@ def make_row(columns: list[str], cells: list[str]) -> dict[str, str] | BadRow:
         return BadRow(f"got {len(cells)} cells, wanted {len(columns)}, one for each of the columns {shorten(columns)}")
     for column, cell in zip(columns, cells, strict=True):
         if any("\udc80" <= character <= "\udcff" for character in cell):  # what surrogateescape makes of such bytes
-            return BadRow(f"{column}: got invalid UTF-8")
+            return BadRow(f"{column}: {NO_UTF8}")
     return dict(zip(columns, cells, strict=True))
 
 

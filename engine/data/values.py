@@ -3,6 +3,8 @@
 from typing import Any, NamedTuple
 
 MAX_ROW_BYTES = 8 << 20  # thousands of times an Alpaca row; parsing one takes up to 30 times its bytes
+NO_KEY = "missing, got the keys"  # of a row without a key that it must have; read_rows looks for both in reasons
+NO_UTF8 = "got invalid UTF-8"
 KINDS: dict[type, str] = {
     str: "a string",
     float: "a number",
@@ -71,7 +73,7 @@ def require_type(value: Any, kind: type, name: str) -> Any:
 def get_text(row: dict[str, Any], key: str, prefix: str = "") -> str:
     """Return the string at key. Raise BadRow when it is missing, no string or not encodable."""
     if key not in row:
-        raise BadRow(f"{prefix}{key}: missing, got the keys {shorten(list(row))}")
+        raise BadRow(f"{prefix}{key}: {NO_KEY} {shorten(list(row))}")
     return require_text(row[key], prefix + key)
 
 

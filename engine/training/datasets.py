@@ -43,6 +43,8 @@ def read_datasets(
     train.counts["skipped"] = len(skipped)
     for bad in skipped[:5]:
         say(f"skipped {bad.source}: {bad.reason}")
+    if len(skipped) > 5:
+        say(f"skipped {len(skipped) - 5} more")
     if unread := sum((unread for *_, unread in tables), Counter[str]()):
         told = ", ".join(f"{key} ({plural(n, 'row')})" for key, n in unread.most_common())
         say(f"note: keys of rows that are not read: {told}")

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -376,9 +377,11 @@ def test_csv_cells(write):
         'instruction,output\na,"b"c\nd,e\n': ":2: no CSV from here on",
         "instruction,instruction\na,b\n": "wanted a first line that names each column once",
         "instruction,,output\na,b,c\n": "wanted a first line that names each column once",
+        "sep=;\r\ninstruction;output\r\na;b\r\n": "delete lines above it, and columns without a name",
         "instruction,output\n": "got no rows",
         "q,a\nx,y\n": "instruction: missing, got the keys ['q', 'a']",
         b"instruction,output\na,\xff\nd,e\n": ":2: output: got invalid UTF-8",
+        b"instruction,output\na,\xe9\n": "got 1 bad of 1 rows, wanted none; save the file as UTF-8 (Excel: CSV UTF-8)",
     }
     for content, reason in broken.items():
         assert reason in refusal(write(content, "bad.csv"))
@@ -424,6 +427,12 @@ NOT_WHAT_IT_SEEMS = {
         json.dumps({"features": [{"name": "x"}], "rows": [{"row": ALPACA}] * 3}), "under the key 'rows'",
     ),
     "by number": (json.dumps({"0": ALPACA, "1": ALPACA}), "under the key of each"),
+    "by number, how": (json.dumps({"0": ALPACA, "1": ALPACA}), "as `jq '[.[]]'` does"),
+    "lists of a column": (json.dumps({key: [text] for key, text in ALPACA.items()}), "keys are columns"),
+    "pandas": (json.dumps({key: {"0": text} for key, text in ALPACA.items()}), "to_json(FILE, orient='records'"),
+    "pandas' chats": (json.dumps({"messages": {"0": CHAT["messages"]}, "id": {"0": 1}}), "keys are columns"),
+    "an old sheet": (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600), "an Excel workbook of the old kind (.xls)"),
+    "an excel's unicode text": ("instruction\toutput\r\na\tb\r\n".encode("utf-16"), "iconv -f UTF-16 -t UTF-8 FILE"),
     "a pointer": (
         "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 22\n", "a git-lfs pointer, not the data",
     ),
@@ -445,10 +454,43 @@ def test_a_file_that_is_not_what_it_seems_is_told_in_one_line(write, content, re
         assert reason in told and "\n" not in told and len(told) < 400, told
 
 
+def test_rows_by_other_names_are_told_the_names(write):
+    told = refusal(write([{"question": "a", "answer": "b"}, {"instruction": "a", "response": "b"}]))
+    assert "no row is left; rename their keys to instruction and output, messages, conv" in told
+    assert "rename" not in refusal(write([{"question": "a"}, ALPACA | {"output": 5}]))
+    nulls = {"messages": "a list", "conversations": "a list", "prompt": "a string", "text": "a string"}
+    for key, wanted in nulls.items():
+        assert f":1: {key}: got null, wanted {wanted}" in refusal(write({key: None, "completion": "b"}))
+
+
+def test_what_is_on_no_disk(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    remedies = {
+        "https://example.org/rows.json": "nothing is fetched from an address: download the file",
+        "s3://bucket/rows.jsonl": "nothing is fetched from an address",
+        "tatsu-lab/alpaca": "`hf download --repo-type dataset tatsu-lab/alpaca --local-dir DIR` fetches the files",
+        "folder/rows": "check path and permissions",
+        "rows.jsonl": "check path and permissions",
+    }
+    for name, remedy in remedies.items():
+        told = refusal(Path(name))
+        assert "got 'No such file or directory'" in told and remedy in told and "\n" not in told
+        assert ("check path" in told) == ("check path" in remedy)
+
+
+def test_a_line_of_a_csv_without_end_is_never_read_whole(write, monkeypatch):
+    monkeypatch.setattr("engine.data.table_files.MAX_ROW_BYTES", 1000)
+    long = "instruction,output\na,b\n" + "x" * 5000
+    assert "data.csv:3: no CSV from here on: a line of more than 1000 bytes" in refusal(write(long, "data.csv"))
+    assert len(read(write("instruction,output\n" + f"a,{'b' * 990}\n" * 3 + "c," + "d" * 990, "data.csv"))) == 4
+
+
 def test_one_row_in_a_file_is_a_row(write):
     assert len(read(write(json.dumps(ALPACA)))) == len(read(write(json.dumps(CHAT) + "\n"))) == 1
     rows = {"messages": CHAT["messages"], "extra": [{"a": 1}]}
     assert len(read(write(json.dumps(rows)))) == 1
+    assert "output: got a list, wanted a string" in refusal(write(json.dumps(ALPACA | {"output": ["a"]})))
 
 
 @pytest.mark.parametrize(

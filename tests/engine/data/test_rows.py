@@ -214,9 +214,9 @@ def reject(form, write, bad):
     assert [text_of(row) for row in read] == [("Add.", "1 2", "3"), (("user", "Hi"), ("assistant", "Hello"))]
     (bad,) = skipped
     assert bad.source == f"{path}:2"
-    assert (
-        message == f"data: got 1 bad of 3 rows, wanted none; --skip-bad-rows drops them\n  {bad.source}: {bad.reason}"
-    )
+    saved = "save the file as UTF-8 (Excel: CSV UTF-8), or " if "UTF-8" in bad.reason else ""
+    remedy = f"{saved}--skip-bad-rows drops them"
+    assert message == f"data: got 1 bad of 3 rows, wanted none; {remedy}\n  {bad.source}: {bad.reason}"
     return bad.reason
 
 
@@ -484,7 +484,8 @@ def test_a_list_cut_off_at_any_byte_of_its_last_row(write):
         (b"\xef\xbb\xbf", "got blanks alone"),
         (b" \n\n", "got blanks alone"),
         (b"instruction,output\n", "got the byte b'i', wanted '['"),
-        ('[{"a": 1}]'.encode("utf-16"), r"got the byte b'\xff', wanted '['"),
+        ('[{"a": 1}]'.encode("utf-16"), "got UTF-16, not UTF-8; save it as UTF-8"),
+        (b"\xfe\xff\0[\0]", "got UTF-16, not UTF-8"),
         (b"[]", "got no rows"),
         (b" [ \n ] ", "got no rows"),
     ],

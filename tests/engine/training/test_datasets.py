@@ -40,6 +40,18 @@ def test_rows_that_the_template_refuses_are_named_or_dropped_and_counted(tmp_pat
         read(path, True)
 
 
+def test_skipped_rows_beyond_the_named_ones_are_counted(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"instruction": "a", "output": "b"}\n' + "{}\n" * 8)
+    tokenizer = load_tokenizer(write_byte_level(tmp_path / "base", CHATML))
+    for n_bad, more in ((8, "skipped 3 more\n"), (5, "")):
+        path.write_text('{"instruction": "a", "output": "b"}\n' + "{}\n" * n_bad)
+        config = FinetuneConfig(model="x", data=(str(path),), token_cache="off", skip_bad_rows=True)
+        read_datasets(config, tokenizer, alone(), print)
+        told = capsys.readouterr().out
+        assert told.count("rows.jsonl:") == 5 and (more or "data: ") in told and (" more" in told) == bool(more)
+
+
 def test_empty_answers_and_dropped_rows_are_told(tmp_path, capsys):
     """Also from the cache, and of each kind of rows; an answer that is not learned is none."""
 
