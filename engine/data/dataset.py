@@ -5,6 +5,7 @@ a loss token, called examples.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -81,6 +82,13 @@ class Dataset:
                 digest.update(np.ascontiguousarray(array[begin:end]).data)
         digest.update(np.concatenate(([0], np.cumsum(self.lengths()))).data)
         return digest.hexdigest()
+
+
+def count_shared(train: Dataset, held_out: Dataset) -> int:
+    """Return how many held-out examples are among the training examples, token for token."""
+    held = Counter(held_out.tokens_of(i).tobytes() for i in range(len(held_out)))
+    alike = np.flatnonzero(np.isin(train.lengths(), held_out.lengths()))
+    return sum(held[text] for text in {train.tokens_of(i).tobytes() for i in alike} & held.keys())
 
 
 class Sources(Sequence[str]):

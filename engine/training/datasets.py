@@ -8,7 +8,7 @@ from engine.base.errors import DataError
 from engine.base.terminal import Progress, plural, track
 from engine.data import token_cache
 from engine.data.data_files import map_file
-from engine.data.dataset import Dataset, Table, encode_rows, hold_out
+from engine.data.dataset import Dataset, Table, count_shared, encode_rows, hold_out
 from engine.data.rows import Skipped, read_rows, resolve_data_paths
 from engine.data.values import Place
 from engine.distributed.world import World
@@ -58,6 +58,12 @@ def read_datasets(
     )
     for note in describe_odd_rows(counts, config.max_length):
         say(f"note: {note}")
+    if held_out and (n_shared := count_shared(train, held_out)):
+        say(
+            f"warning: {n_shared} of {plural(len(held_out), 'held-out example')} "
+            f"{'is' if n_shared == 1 else 'are'} in the training data too, word for word: held-out loss and scores say "
+            "less of unseen rows; leave them out of one"
+        )
     return train, held_out
 
 

@@ -52,6 +52,25 @@ def test_skipped_rows_beyond_the_named_ones_are_counted(tmp_path, capsys):
         assert told.count("rows.jsonl:") == 5 and (more or "data: ") in told and (" more" in told) == bool(more)
 
 
+def test_held_out_examples_that_are_trained_on_are_told(tmp_path, capsys):
+    tokenizer = load_tokenizer(write_byte_level(tmp_path / "base", CHATML))
+
+    def told(texts, held_out, **settings):
+        for name, names in (("rows.jsonl", texts), ("held.jsonl", held_out)):
+            rows = [{"instruction": f"Name {x[0]}", "output": x} for x in names]
+            (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        settings = settings or {"eval_data": (str(tmp_path / "held.jsonl"),)}
+        config = FinetuneConfig(model="x", data=(str(tmp_path / "rows.jsonl"),), token_cache="off", **settings)
+        read_datasets(config, tokenizer, alone(), print)
+        return capsys.readouterr().out.partition("warning: ")[2].partition(" in the training data too")[0]
+
+    assert told(["ab", "ac", "ad"], ["ae", "bb"]) == ""  # the question alone, or a text of equal length
+    assert told(["ab", "ac", "ad"], ["ae", "ac"]) == "1 of 2 held-out examples is"
+    assert told(["ab", "ab", "ac"], ["ab", "ab", "ac", "x"]) == "3 of 4 held-out examples are"
+    assert told(["ab"] * 4, ["-"], eval_fraction=0.5) == "2 of 2 held-out examples are"
+    assert told(["ab", "cd", "ef", "gh"], ["-"], eval_fraction=0.5) == ""
+
+
 def test_empty_answers_and_dropped_rows_are_told(tmp_path, capsys):
     """Also from the cache, and of each kind of rows; an answer that is not learned is none."""
 
