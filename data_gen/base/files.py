@@ -46,7 +46,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     text = read_text(path)
     if text.lstrip()[:1] == "[":
         try:
-            rows = json.loads(text)
+            rows = json.loads(text, object_pairs_hook=make_object)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{error.lineno}:{error.colno} is not JSON: {error.msg}") from error
         except (ValueError, RecursionError) as error:
@@ -56,7 +56,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
-                    rows.append(json.loads(line))
+                    rows.append(json.loads(line, object_pairs_hook=make_object))
                 except (ValueError, RecursionError) as error:
                     raise DataError(f"{path}:{number} is not JSON: {error}") from error
     for number, row in enumerate(rows, 1):
@@ -69,8 +69,25 @@ def read_text(path: str | Path) -> str:
     """Return the text of a UTF-8 file. Raise DataError for one that cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} cannot be read: {describe_encoding(error)}") from error
+    except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def describe_encoding(error: UnicodeDecodeError) -> str:
+    """Return where a file is no UTF-8, and what to do."""
+    return f"no UTF-8 at byte {error.start}; unpack it if it is an archive, or save it as UTF-8"
+
+
+def make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of these pairs. Raise ValueError for a repeated key, where json keeps the last value."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"got the key {twice!r} twice, wanted it once")
+    return row
 
 
 @dataclass(frozen=True)

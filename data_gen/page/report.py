@@ -51,6 +51,10 @@ def write_report(path: str | Path, out: str | Path | None = None) -> Path:
     if not out.parent.is_dir():
         raise UsageError(f"--out: there is no folder {out.parent}; make it first")
     found, n_bad = read_any_rows(path)
+    if n_bad:
+        print_text(
+            f"warning: {path}: {n_bad} of {len(found) + n_bad} rows are bad, and left out of the page", sys.stderr
+        )
     rows = parse_rows(found)
     rejected = read_rejected(beside[1])
     run = read_run(beside[2])

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from data_gen.base.cli import DataError
+from data_gen.base.files import describe_encoding
 
+DELIMITERS = ",;\t"
 USERS, ANSWERERS = ("user", "human"), ("assistant", "gpt", "chatgpt")
 
 
@@ -46,10 +48,14 @@ def read_values(path: Path) -> Iterable[Any]:
             return importlib.import_module("pyarrow.parquet").read_table(io.BytesIO(raw)).to_pylist()
         text = raw.decode("utf-8-sig")
         if suffixes[-1:] in ([".csv"], [".tsv"]):
-            return list(csv.DictReader(io.StringIO(text), delimiter="," if suffixes[-1] == ".csv" else "\t"))
+            header = text.partition("\n")[0]
+            divider = max(DELIMITERS, key=header.count)  # as engine.finetune chooses it
+            return list(csv.DictReader(io.StringIO(text), delimiter=divider))
         return json.loads(text) if text.lstrip()[:1] == "[" else list(parse_lines(text))
     except ImportError:
         raise DataError(f'{path} is parquet, which pyarrow reads; pip install "cria-engine[parquet]"') from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} cannot be read: {describe_encoding(error)}") from error
     except (OSError, EOFError, ValueError, RecursionError, csv.Error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 

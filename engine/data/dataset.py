@@ -87,8 +87,9 @@ class Dataset:
 def count_shared(train: Dataset, held_out: Dataset) -> int:
     """Return how many held-out examples are among the training examples, token for token."""
     held = Counter(held_out.tokens_of(i).tobytes() for i in range(len(held_out)))
-    alike = np.flatnonzero(np.isin(train.lengths(), held_out.lengths()))
-    return sum(held[text] for text in {train.tokens_of(i).tobytes() for i in alike} & held.keys())
+    alike = np.flatnonzero(np.isin(train.lengths(), held_out.lengths())).tolist()
+    shared = {train.tokens_of(i).tobytes() for i in alike}.intersection(held)
+    return sum(n for text, n in held.items() if text in shared)
 
 
 class Sources(Sequence[str]):

@@ -126,6 +126,8 @@ BAD = {
     "deep list": ("[" * 100_000, "rows is not JSON"),
     "broken list": ('[{"a": 1},]', "rows:1:11 is not JSON"),
     "a row that is none": ('{"a": 1}\n"x"\n', "rows:2: got str, wanted an object"),
+    "a key twice": ('{"a": 1}\n{"b": {"k": 1, "a": 2, "k": 2}}\n', "rows:2 .* got the key 'k' twice, wanted it once"),
+    "a key twice in a list": ('[{"a": 1, "a": 1}]', "rows .* got the key 'a' twice"),
     "a list in a list": ("[{}, [1]]", "rows:1:6: row 2: got list, wanted an object"),
     "number of 5,000 digits": ("1" * 5000, "rows:1 is not JSON"),
 }
@@ -164,6 +166,8 @@ def name_bad_rows(path):
 
 def test_a_file_that_cannot_be_read(tmp_path):
     (tmp_path / "latin1").write_bytes(b'{"a": "\xe9"}')
+    with pytest.raises(DataError, match=r"latin1 cannot be read: no UTF-8 at byte 7; .* save it as UTF-8"):
+        read_rows(tmp_path / "latin1")
     for name in ("latin1", "none", ""):
         with pytest.raises(DataError, match="cannot be read"):
             read_rows(tmp_path / name)

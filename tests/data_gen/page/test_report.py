@@ -15,7 +15,7 @@ import pytest
 
 from data_gen.base.cli import DataError, UsageError, run_for_exit_code
 from data_gen.page.report import write_report
-from data_gen.page.row_files import read_turns
+from data_gen.page.row_files import read_any_rows, read_turns
 from data_gen.report import main
 from data_gen.rows.tokens import tokenize
 from tests.helpers.own_rows import alpaca_rows
@@ -506,8 +506,24 @@ def test_a_turn_between_the_first_question_and_the_last_answer_is_input():
     assert read_turns(turns) == expected
 
 
-def test_bad_rows_are_counted_and_left_out(tmp_path):
+@pytest.mark.parametrize("divider", ",;\t")
+def test_a_table_of_any_divider_is_read(tmp_path, divider):
+    text = f'\ufeffinstruction{divider}input{divider}output\r\n"a\r\nb"{divider}""{divider}"c, d;\te ""f"""\r\n'
+    for name in ("rows.csv", "rows.tsv"):
+        (tmp_path / name).write_bytes(text.encode())
+        (row,), n_bad = read_any_rows(tmp_path / name)
+        assert row == {"instruction": "a\r\nb", "input": "", "output": 'c, d;\te "f"'} and not n_bad
+    (tmp_path / "rows.csv").write_bytes(text.encode("utf-16"))
+    with pytest.raises(DataError, match=r"rows.csv cannot be read: no UTF-8 at byte 0"):
+        read_any_rows(tmp_path / "rows.csv")
+
+
+def test_bad_rows_are_counted_and_left_out(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(KINDS["alpaca"]) + '\n{"instruction": "cut\n5\n{"other": 1}\n\n[]\n')
     page = Page(write_report(path).read_text())
     assert page.figure("Rows") == "1" and page.figure("Bad rows").startswith("4|left out")
+    assert "rows.jsonl: 4 of 5 rows are bad, and left out of the page" in capsys.readouterr().err
+    path.write_text(json.dumps(KINDS["alpaca"]))
+    write_report(path)
+    assert capsys.readouterr().err == ""
