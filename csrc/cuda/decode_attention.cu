@@ -20,11 +20,11 @@
 
 #include "launch.cuh"
 #include "numbers.cuh"
+#include "softmax.cuh"
 
 namespace cria {
 
 constexpr int WARPS = 4, RUN = 16, PREFIX_TILE = 64, ROWS = 16;
-constexpr float MINUS_INF = -__builtin_huge_valf();
 
 // Bytes from key to key in shared memory: lanes that read at once then hit different banks.
 __host__ __device__ constexpr int k_bytes(int dim) { return (2 * dim + 63) / 128 * 128 + 64; }
@@ -47,12 +47,6 @@ struct Decode {
     int batch, heads, kv_heads, group, table_width, page_size, n_prefix, n_prefix_parts, splits, keys_a_split;
     float scale;             // log2(e) / sqrt(D)
 };
-
-__device__ inline float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 
 // ---- where partial results lie ----
 
@@ -97,13 +91,6 @@ __device__ inline bool is_last(const Decode& a, int b, int kv_head) {
 }
 
 // ---- a tile of 16 rows in 16 bits ----
-
-template <class T> __device__ inline uint32_t pack(float low, float high) {
-    uint32_t two;
-    if constexpr (std::is_same_v<T, __half>) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
-    else two = nearest(low, high);
-    return two;
-}
 
 template <class T> __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     if constexpr (std::is_same_v<T, __half>)

@@ -5,18 +5,20 @@
 // A block stays on its SM and takes items in turn: 128 queries of a head of 128, or 192 of one of 64. The first warp of
 // its first warpgroup asks for queries, keys and values: bulk copies of tiles (TMA), 64 keys or values at once, into
 // rings of shared memory. The other warpgroups, two or three, multiply (wgmma), 64 queries each, and wait for nothing
-// but full tiles. Each passes over the tiles of keys that none of its own queries sees, so that short documents cost as
-// much as with tiles of 64 x 64, but every key is copied once for all of them. The next item is copied while one ends.
+// but full tiles. Each passes over the tiles of keys that none of its own queries sees, so that short documents cost
+// little more than with tiles of 64 x 64, but every key is copied once for all. The next item is copied while one ends.
 //
-// A warpgroup starts the scores of a tile and the values of the tile before together: the softmax of one runs beside the
-// product of the other. A tile's rows of no document may hold NaN, which passes a weight of 0: such a tile of values is
-// copied by the warp itself, which writes zeros there.
+// A warpgroup keeps its queries in registers, and their place in shared memory for the results. It starts the scores of a
+// tile and the values of the tile before together: the softmax of one runs beside the product of the other. A tile's
+// rows of no document may hold NaN, which passes a weight of 0: such a tile of values is copied by the warp itself, which
+// writes zeros there.
 #include <cuda.h>  // types alone
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "launch.cuh"
 #include "numbers.cuh"
+#include "softmax.cuh"
 #include "warpgroup.cuh"
 
 namespace cria {
@@ -57,6 +59,16 @@ template <int D> struct Barriers {
     __device__ uint32_t v_empty(uint32_t i) const { return at + 32 + (3 * STAGES + i) * 8; }
 };
 
+// The work of a block: item * heads + head, in rounds. Every other round goes the other way, as items are sorted by their
+// length: whoever had the longest of one has the shortest of the next.
+struct Rounds {
+    int work = int(blockIdx.x), round = 0;
+    __device__ void next() {
+        const int n = int(gridDim.x), place = ++round % 2 ? n - 1 - int(blockIdx.x) : int(blockIdx.x);
+        work = round * n + place;
+    }
+};
+
 struct Turn {  // a place in a ring, and the parity of its round
     uint32_t at = 0, parity = 0;
     __device__ void next(uint32_t n) {
@@ -68,7 +80,7 @@ struct Turn {  // a place in a ring, and the parity of its round
 
 // Values of rows from `start` to `end`, then zeros, in the layout of a bulk copy with a swizzle of 128 bytes.
 template <int D> __device__ void copy_values(const Attention& a, uint32_t to, int start, int end, int kv_head, int lane) {
-    const uint64_t from = reinterpret_cast<uint64_t>(a.values) + uint64_t(start * a.v_row_stride + kv_head * a.v_head_stride);
+    const auto from = reinterpret_cast<uint64_t>(a.values + start * a.v_row_stride + kv_head * a.v_head_stride);
 #pragma unroll 2
     for (int i = lane; i < KEYS * (D / 8); i += 32) {
         const int row = i / (D / 8), chunk = i % (D / 8);
@@ -85,8 +97,8 @@ template <int D> __device__ void produce(const Attention& a, uint32_t shared, co
     constexpr int GROUPS = groups(D);
     const int lane = int(threadIdx.x) % 32;
     Turn ring, queries;
-    for (int work = int(blockIdx.x); work < a.n_items * a.heads; work += int(gridDim.x)) {
-        const int head = work % a.heads, kv_head = head / a.group;
+    for (Rounds rounds; rounds.work < a.n_items * a.heads; rounds.next()) {
+        const int work = rounds.work, head = work % a.heads, kv_head = head / a.group;
         const int32_t* item = a.items + work / a.heads * 7;
         const int row0 = item[0] * (GROUPS * ROWS), lo = item[1], listed = item[2] - lo;
         const int prefix0 = item[3], n_prefix = item[4], own0 = item[5], n = listed + n_prefix + item[6];
@@ -133,10 +145,19 @@ template <int D> __device__ void produce(const Attention& a, uint32_t shared, co
 
 template <class T, int D> struct Rows {
     float o[D / 2], s[32], most[2], sum[2];
-    uint32_t p[16];
+    uint32_t q[D / 4], p[16];
     int2 own[2], prefix[2];  // limits
 
-    __device__ void begin(const Attention& a, int row) {
+    // Where 16 bytes of a row of the warp's lie: those of lane's matrix in products of terms 16 i to 16 i + 15.
+    static __device__ uint32_t place(int i, int lane) {
+        const uint32_t row = uint32_t(lane) % 16, chunk = 2 * uint32_t(i) + uint32_t(lane) / 16;
+        return chunk / 8 * (ROWS * 128) + row * 128 + ((chunk % 8) ^ (row % 8)) * 16;
+    }
+
+    // mine: the warp's 16 rows of queries in shared memory.
+    __device__ void begin(const Attention& a, int row, uint32_t mine, int lane) {
+#pragma unroll
+        for (int i = 0; i < D / 16; i++) load_matrices(mine + place(i, lane), q + 4 * i);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int at = row + 8 * half;
@@ -206,31 +227,32 @@ template <class T, int D> struct Rows {
         for (int i = 0; i < 16; i++) p[i] = pack<T>(s[2 * i], s[2 * i + 1]);
     }
 
-    // Divides by the sums, writes lse, and o in 16 bits to the warp's 16 rows of shared memory.
-    __device__ void end(const Attention& a, int row, int head, uint32_t to, int lane) {
+    // Divides by the sums, writes lse, and o in 16 bits where the warp's queries were.
+    __device__ void end(const Attention& a, int row, int head, uint32_t mine, int lane) {
         float inverse[2];
+        bool sees[2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float total = sum[half];
             total += __shfl_xor_sync(~0u, total, 1);
             total += __shfl_xor_sync(~0u, total, 2);
-            const bool sees = total != 0;  // a NaN too
-            inverse[half] = sees ? 1 / total : 0;
-            const float lse = sees ? fmaf(most[half], a.scale, log2_fast(total)) : -MINUS_INF;
+            sees[half] = total != 0;  // a NaN too
+            inverse[half] = inverse_fast(total);
+            const float lse = sees[half] ? fmaf(most[half], a.scale, log2_fast(total)) : -MINUS_INF;
             const int at = row + 8 * half;
             if (lane % 4 == 0 && at < a.n_queries) a.lse[int64_t(head) * a.n_queries + at] = lse;
         }
-        const uint32_t r = uint32_t(lane) % 16, high = uint32_t(lane) / 16;
+        __syncwarp();
 #pragma unroll
-        for (uint32_t i = 0; i < D / 16; i++) {
+        for (int i = 0; i < D / 16; i++) {
             uint32_t words[4];
 #pragma unroll
-            for (uint32_t j = 0; j < 4; j++) {
+            for (int j = 0; j < 4; j++) {
                 const float by = inverse[j % 2];
-                words[j] = pack<T>(o[8 * i + 2 * j] * by, o[8 * i + 2 * j + 1] * by);
+                const uint32_t two = pack<T>(o[8 * i + 2 * j] * by, o[8 * i + 2 * j + 1] * by);
+                words[j] = sees[j % 2] ? two : 0;
             }
-            const uint32_t chunk = 2 * i + high;
-            store_matrices(to + chunk / 8 * (16 * 128) + r * 128 + ((chunk % 8) ^ (r % 8)) * 16, words);
+            store_matrices(mine + place(i, lane), words);
         }
     }
 };
@@ -249,13 +271,14 @@ template <class T, int D> __device__ void consume(const Attention& a, uint32_t s
         if (to_release && lane == 0) wait_stores_read(), arrive(to_release);
         to_release = 0;
     };
-    for (int work = int(blockIdx.x); work < a.n_items * a.heads; work += int(gridDim.x)) {
+    for (Rounds rounds; rounds.work < a.n_items * a.heads; rounds.next()) {
         wait(bars.q_full(queries.at), queries.parity);
         const uint4 item = load_shared(shared + P::ITEM + queries.at * 16);
         const int row0 = int(item.x) + group * ROWS, row = row0 + warp * 16 + lane / 4, head = int(item.y);
         const int n = all_lanes(int(item.z));
         const uint32_t q = shared + P::Q + (queries.at * groups(D) + uint32_t(group)) * P::TILE;
-        rows.begin(a, row);
+        const uint32_t mine = q + uint32_t(warp) * (16 * 128);
+        rows.begin(a, row, mine, lane);
         bool pending = false;  // exponentials whose values are not added
         Turn behind;           // their place
         auto add_values = [&] {
@@ -280,7 +303,7 @@ template <class T, int D> __device__ void consume(const Attention& a, uint32_t s
                 // next. Hence a path for each case.
                 auto go_on = [&](auto is_masked) {
                     wait(bars.v_full(behind.at), behind.parity);
-                    multiply_keys<T, D>(rows.s, q, k);
+                    multiply_keys<T, D>(rows.s, rows.q, k);
                     multiply_values<T, D>(rows.o, rows.p, shared + P::V + behind.at * P::TILE);
                     wait_products<1>(rows.s);
                     release(bars.k_empty(ring.at));
@@ -293,7 +316,7 @@ template <class T, int D> __device__ void consume(const Attention& a, uint32_t s
                 if (pending && sees == ALL) go_on(std::false_type());
                 else if (pending) go_on(std::true_type());
                 else {
-                    multiply_keys<T, D>(rows.s, q, k);
+                    multiply_keys<T, D>(rows.s, rows.q, k);
                     wait_products<0>(rows.s);
                     release(bars.k_empty(ring.at));
                     release_queries();
@@ -307,12 +330,14 @@ template <class T, int D> __device__ void consume(const Attention& a, uint32_t s
         }
         if (pending) add_values();
         release_queries();
-        meet(1 + uint32_t(group), 128);  // nobody multiplies by these queries any more, and results take their place
-        const uint32_t mine = q + uint32_t(warp) * (P::TILE / 4);
         rows.end(a, row, head, mine, lane);
         fence_proxy();
         __syncwarp();
-        if (lane == 0) store_tile(a.o, row0 + warp * 16, head, mine);
+        if (lane == 0) {
+#pragma unroll
+            for (int i = 0; i < D / 64; i++) store_tile(a.o, row0 + warp * 16, head, i, mine + uint32_t(i) * (ROWS * 128));
+            commit_stores();
+        }
         to_release = bars.q_empty(queries.at);
         queries.next(2);
     }
@@ -370,10 +395,11 @@ int encode(TileMap& map, const MapRequest& q, bool is_half) {
     const cuuint64_t sizes[4] = {q.sizes[0], q.sizes[1], q.sizes[2], q.sizes[3]};
     const cuuint64_t strides[3] = {q.strides[0], q.strides[1], q.strides[2]};
     const cuuint32_t steps[4] = {1, 1, 1, 1};
+    const auto type = is_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     const CUresult result = reinterpret_cast<Encode>(found)(
-        reinterpret_cast<CUtensorMap*>(&map), is_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
-        reinterpret_cast<void*>(q.address), sizes, strides, q.box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+        reinterpret_cast<CUtensorMap*>(&map), type, 4, reinterpret_cast<void*>(q.address), sizes, strides, q.box, steps,
+        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? OK : CUDA_ERROR + int(cudaErrorInvalidValue);
 }
 
@@ -387,14 +413,15 @@ template <class T> HopperKernel choose_hopper(int dim) {
 
 // dtype: 0 bf16, 1 fp16. dim: 64 or 128. blocks: of the grid, each of which takes items in turn.
 EXPORT int cria_hopper_attention(const cria::MapRequest* q, const cria::MapRequest* k, const cria::MapRequest* v,
-                                 const cria::MapRequest* o, HOPPER_PARAMETERS, int dtype, int dim, int blocks, void* stream) {
+                                 const cria::MapRequest* o, HOPPER_PARAMETERS, int dtype, int dim, int blocks,
+                                 void* stream) {
     using namespace cria;
     const HopperKernel kernel = dtype == 0   ? choose_hopper<__nv_bfloat16>(dim)
                                 : dtype == 1 ? choose_hopper<__half>(dim)
                                              : nullptr;
     if (!kernel) return BAD_MODE;
     if (n_queries < 1 || n_items < 1 || heads < 1 || group < 1 || heads % group || blocks < 1) return BAD_SIZE;
-    if (n_queries > INT32_MAX || n_items * heads > INT32_MAX) return BAD_SIZE;
+    if (n_queries > INT32_MAX || n_items * heads > INT32_MAX - blocks) return BAD_SIZE;
     const int bytes = int(dim == 64 ? Places<64>::BYTES : Places<128>::BYTES);
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error) return CUDA_ERROR + int(error);

@@ -3,32 +3,9 @@
 
 #include <cstdint>
 #include <type_traits>
-#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "numbers.cuh"
-
 namespace cria {
-
-constexpr float MINUS_INF = -__builtin_huge_valf();
-
-__device__ inline float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ inline float log2_fast(float x) {
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-template <class T> __device__ inline uint32_t pack(float low, float high) {
-    uint32_t two;
-    if constexpr (std::is_same_v<T, __half>) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
-    else two = nearest(low, high);
-    return two;
-}
 
 // A number that all lanes have, so that the compiler knows it: what depends on it is computed once for a warp.
 __device__ inline int all_lanes(int x) { return __shfl_sync(~0u, x, 0); }
@@ -36,17 +13,23 @@ __device__ inline int all_lanes(int x) { return __shfl_sync(~0u, x, 0); }
 // ---- shared memory ----
 
 __device__ inline void store_shared(uint32_t to, const uint32_t (&x)[4]) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" :: "r"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :: "r"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
 }
 __device__ inline void store_shared(uint32_t to, uint32_t x, uint32_t y, uint32_t z) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, 0};" :: "r"(to), "r"(x), "r"(y), "r"(z) : "memory");
 }
 __device__ inline uint4 load_shared(uint32_t from) {
     uint4 x;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(from) : "memory");
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(from) : "memory");
     return x;
 }
 // Four matrices of 8 x 8 in 16 bits; lane i has the address of row i % 8 of matrix i / 8.
+__device__ inline void load_matrices(uint32_t from, uint32_t* x) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(from) : "memory");
+}
 __device__ inline void store_matrices(uint32_t to, const uint32_t (&x)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
                  :: "r"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
@@ -71,9 +54,6 @@ __device__ inline void wait(uint32_t barrier, uint32_t parity) {
                      : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
     } while (!done);
 }
-__device__ inline void meet(uint32_t barrier, uint32_t threads) {
-    asm volatile("bar.sync %0, %1;" :: "r"(barrier), "r"(threads) : "memory");
-}
 // Makes what this thread wrote in shared memory visible to bulk copies and products.
 __device__ inline void fence_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -85,14 +65,15 @@ template <int N> __device__ inline void raise_registers() { asm volatile("setmax
 struct alignas(128) TileMap { uint64_t words[16]; };  // a CUtensorMap
 
 __device__ inline void load_tile(uint32_t to, const TileMap* map, int row, int head, uint32_t barrier) {
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%3, %4, %5, %6}], [%2];"
                  :: "r"(to), "l"(map), "r"(barrier), "r"(0), "r"(row), "r"(head), "r"(0) : "memory");
 }
-__device__ inline void store_tile(const TileMap* map, int row, int head, uint32_t from) {
+__device__ inline void store_tile(const TileMap* map, int row, int head, int panel, uint32_t from) {
     asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
-                 :: "l"(map), "r"(from), "r"(0), "r"(row), "r"(head), "r"(0) : "memory");
-    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+                 :: "l"(map), "r"(from), "r"(0), "r"(row), "r"(head), "r"(panel) : "memory");
 }
+__device__ inline void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 __device__ inline void wait_stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 __device__ inline void wait_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
@@ -112,6 +93,7 @@ __device__ inline uint64_t describe(uint32_t at, uint32_t leading) {
     BOTH_4(x, i), BOTH_4(x, i + 4), BOTH_4(x, i + 8), BOTH_4(x, i + 12), BOTH_4(x, i + 16), BOTH_4(x, i + 20),          \
         BOTH_4(x, i + 24), BOTH_4(x, i + 28)
 #define IN_4(x, i) "r"(x[i]), "r"(x[i + 1]), "r"(x[i + 2]), "r"(x[i + 3])
+#define IN_16(x, i) IN_4(x, i), IN_4(x, i + 4), IN_4(x, i + 8), IN_4(x, i + 12)
 #define REGISTERS_32                                                                                                    \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "   \
     "%24, %25, %26, %27, %28, %29, %30, %31"
@@ -119,28 +101,32 @@ __device__ inline uint64_t describe(uint32_t at, uint32_t leading) {
     REGISTERS_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, "    \
                  "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// AT: bytes / 16 from the first of 16 terms to these, in tiles of 64 rows.
-#define KEYS_STEP(TYPE, AT, ADD)                                                                                        \
-    "add.s64 a, %32, " AT "; add.s64 b, %33, " AT ";\n"                                                                 \
-    "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" REGISTERS_32 "}, a, b, " ADD ", 1, 1, 0, 0;\n"
-#define KEYS_64(TYPE)                                                                                                   \
-    KEYS_STEP(TYPE, "0", "0") KEYS_STEP(TYPE, "2", "1") KEYS_STEP(TYPE, "4", "1") KEYS_STEP(TYPE, "6", "1")
-#define KEYS_128(TYPE)                                                                                                  \
-    KEYS_64(TYPE) KEYS_STEP(TYPE, "512", "1") KEYS_STEP(TYPE, "514", "1") KEYS_STEP(TYPE, "516", "1")                   \
-        KEYS_STEP(TYPE, "518", "1")
-#define MULTIPLY_KEYS(STEPS)                                                                                            \
-    asm volatile("{\n.reg .b64 a, b;\nwgmma.fence.sync.aligned;\n" STEPS "wgmma.commit_group.sync.aligned;\n}"          \
-                 : OUT_32(s) : "l"(q), "l"(k) : "memory")
+// AT: bytes / 16 from the first of a tile's terms to these 16.
+#define KEYS_STEP(TYPE, Q, K, AT, ADD)                                                                                  \
+    "add.s64 b, " K ", " AT ";\n"                                                                                       \
+    "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" REGISTERS_32 "}, {" Q "}, b, " ADD ", 1, 1, 0;\n"
+#define KEYS_64(TYPE, K)                                                                                                \
+    KEYS_STEP(TYPE, "%32, %33, %34, %35", K, "0", "0") KEYS_STEP(TYPE, "%36, %37, %38, %39", K, "2", "1")               \
+        KEYS_STEP(TYPE, "%40, %41, %42, %43", K, "4", "1") KEYS_STEP(TYPE, "%44, %45, %46, %47", K, "6", "1")
+#define KEYS_128(TYPE, K)                                                                                               \
+    KEYS_64(TYPE, K)                                                                                                    \
+    KEYS_STEP(TYPE, "%48, %49, %50, %51", K, "512", "1") KEYS_STEP(TYPE, "%52, %53, %54, %55", K, "514", "1")           \
+        KEYS_STEP(TYPE, "%56, %57, %58, %59", K, "516", "1") KEYS_STEP(TYPE, "%60, %61, %62, %63", K, "518", "1")
+#define MULTIPLY_KEYS(STEPS, ...)                                                                                       \
+    asm volatile("{\n.reg .b64 b;\nwgmma.fence.sync.aligned;\n" STEPS "wgmma.commit_group.sync.aligned;\n}"             \
+                 : OUT_32(s) : __VA_ARGS__, "l"(k) : "memory")
 
-// s = Q K^T of 64 queries and 64 keys, begun.
-template <class T, int D> __device__ inline void multiply_keys(float (&s)[32], uint32_t q_at, uint32_t k_at) {
-    const uint64_t q = describe(q_at, 16), k = describe(k_at, 16);
-    if constexpr (std::is_same_v<T, __half>) {
-        if constexpr (D == 64) MULTIPLY_KEYS(KEYS_64("f16"));
-        else MULTIPLY_KEYS(KEYS_128("f16"));
+// s = Q K^T of 64 queries and 64 keys, begun. q: in registers, as load_matrices loads them.
+template <class T, int D>
+__device__ inline void multiply_keys(float (&s)[32], const uint32_t (&q)[D / 4], uint32_t k_at) {
+    const uint64_t k = describe(k_at, 16);
+    constexpr bool HALF = std::is_same_v<T, __half>;
+    if constexpr (D == 64) {
+        if constexpr (HALF) MULTIPLY_KEYS(KEYS_64("f16", "%48"), IN_16(q, 0));
+        else MULTIPLY_KEYS(KEYS_64("bf16", "%48"), IN_16(q, 0));
     } else {
-        if constexpr (D == 64) MULTIPLY_KEYS(KEYS_64("bf16"));
-        else MULTIPLY_KEYS(KEYS_128("bf16"));
+        if constexpr (HALF) MULTIPLY_KEYS(KEYS_128("f16", "%64"), IN_16(q, 0), IN_16(q, 16));
+        else MULTIPLY_KEYS(KEYS_128("bf16", "%64"), IN_16(q, 0), IN_16(q, 16));
     }
 }
 
@@ -154,7 +140,7 @@ template <class T, int D> __device__ inline void multiply_keys(float (&s)[32], u
                  VALUES_STEP("m64n64k16", REGISTERS_32, TYPE, "%40, %41, %42, %43", "%48", "256")                        \
                  VALUES_STEP("m64n64k16", REGISTERS_32, TYPE, "%44, %45, %46, %47", "%48", "384")                        \
                  "wgmma.commit_group.sync.aligned;\n}"                                                                  \
-                 : BOTH_32(o, 0) : IN_4(p, 0), IN_4(p, 4), IN_4(p, 8), IN_4(p, 12), "l"(v) : "memory")
+                 : BOTH_32(o, 0) : IN_16(p, 0), "l"(v) : "memory")
 #define VALUES_128(TYPE)                                                                                                \
     asm volatile("{\n.reg .b64 b;\nwgmma.fence.sync.aligned;\n"                                                         \
                  VALUES_STEP("m64n128k16", REGISTERS_64, TYPE, "%64, %65, %66, %67", "%80", "0")                          \
@@ -162,7 +148,7 @@ template <class T, int D> __device__ inline void multiply_keys(float (&s)[32], u
                  VALUES_STEP("m64n128k16", REGISTERS_64, TYPE, "%72, %73, %74, %75", "%80", "256")                       \
                  VALUES_STEP("m64n128k16", REGISTERS_64, TYPE, "%76, %77, %78, %79", "%80", "384")                       \
                  "wgmma.commit_group.sync.aligned;\n}"                                                                  \
-                 : BOTH_32(o, 0), BOTH_32(o, 32) : IN_4(p, 0), IN_4(p, 4), IN_4(p, 8), IN_4(p, 12), "l"(v) : "memory")
+                 : BOTH_32(o, 0), BOTH_32(o, 32) : IN_16(p, 0), "l"(v) : "memory")
 
 // o += P V of 64 queries and 64 keys, begun. p: in registers, as the scores lie.
 template <class T, int D> __device__ inline void multiply_values(float (&o)[D / 2], const uint32_t (&p)[16], uint32_t v_at) {
@@ -175,9 +161,6 @@ template <class T, int D> __device__ inline void multiply_values(float (&o)[D / 
         else VALUES_128("bf16");
     }
 }
-
-// Ends a group, which may be empty.
-__device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // Waits until N groups of products at most are under way; x: the results that are there then.
 template <int N> __device__ inline void wait_products(float (&x)[32]) {

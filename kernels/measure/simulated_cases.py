@@ -137,7 +137,7 @@ def rope_attention_rows_case(heads: int, kv_heads: int, dim: int) -> BenchCase:
 
 def alpaca_forward_case(dim: int) -> BenchCase:
     """Return a case of attention's forward for packed rows of Alpaca behind shared prefixes."""
-    documents, n_rows = pack_with_shared_prefixes(draw_alpaca_rows(8192))
+    documents, n_rows = pack_with_shared_prefixes(draw_alpaca_rows(4096))
     return replace(bench_attention_case(f"Alpaca T={n_rows} H=1 K=1 Dh={dim}", documents, n_rows, 1, 1, dim), grads=())
 
 

@@ -77,9 +77,9 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             )
 
 
-def _tiles(t: torch.Tensor, rows: int) -> cuda.TileMap:
-    """Return the map of t (T, H, Dh) whose tiles are `rows` rows of a head."""
-    return cuda.TileMap(t.unflatten(-1, (-1, 64)).permute(2, 1, 0, 3), (t.shape[-1] // 64, 1, rows, 64))
+def _tiles(t: torch.Tensor, rows: int, panels: int) -> cuda.TileMap:
+    """Return the map of t (T, H, Dh) whose tiles are `rows` rows and `panels` times 64 columns of a head."""
+    return cuda.TileMap(t.unflatten(-1, (-1, 64)).permute(2, 1, 0, 3), (panels, 1, rows, 64))
 
 
 def make_launch(
@@ -90,7 +90,7 @@ def make_launch(
     o, lse = q.new_empty(q.shape), q.new_empty(heads, n_queries, dtype=torch.float32)
     strides = (v.stride(0) * v.element_size(), v.stride(1) * v.element_size())
     arguments: tuple[cuda.Argument, ...] = (
-        _tiles(q, ROWS), _tiles(k, KEYS), _tiles(v, KEYS), _tiles(o, 16), v, *strides, lse, limits, items, blocks,
+        *(_tiles(t, ROWS, dim // 64) for t in (q, k, v)), _tiles(o, 16, 1), v, *strides, lse, limits, items, blocks,
         n_queries, len(items), heads, heads // k.shape[1], LOG2_E / math.sqrt(dim),
     )  # fmt: skip
     dtype, grid = DTYPES.index(q.dtype), min(len(items) * heads, n_sms(q.device))

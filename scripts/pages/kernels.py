@@ -20,7 +20,10 @@ DOC = ROOT / "docs" / "kernels.md"
 CHIPS = ("sm_80", "sm_90", "sm_100")
 OPS_OF_FILE = {  # kernels/ops/<file>.py -> ops of benchmarks/simulated.json; where it is not named, the file's own name
     "adamw": ("adamw", "adamw_cuda"),
-    "attention": ("attention", "rope_attention", "rope_attention_rows"),
+    "attention": (
+        *("attention", "rope_attention", "rope_attention_rows"),
+        *("attention_cuda", "rope_attention_cuda", "rope_attention_rows_cuda"),
+    ),
     "grad_norm": ("grad_norm", "grad_norm_cuda"),
     "rms_norm": ("rms_norm", "norm_linear", "norm_linear_rows"),
     "swiglu": ("swiglu", "swiglu_linear"),
@@ -112,7 +115,7 @@ def format_simulated_row(name: str, records: Sequence[dict], newest: str) -> str
     shown = {r["chip"]: add_counters(r["kernels"]) for r in records if r["triton"] == newest}
     totals = [shown[chip] for chip in sorted(shown)]
     cells = [
-        name,
+        name if len(shown) > 1 else f"{name}, {min(shown)} alone",
         worst["dtype"],
         f"{worst['error']:.2g} / {worst['torch_error']:.2g}",
         sum(r["n_findings"] for r in records),
@@ -183,8 +186,9 @@ def render(data: dict, simulated: dict) -> str:
 CUDA_HEAD = """
 ## csrc/cuda
 
-CUDA C++, compiled by {compiler}. None of it is a default: no GPU has measured it. AdamW and the gradient norm are
-executed beside Triton's above, as adamw_cuda and grad_norm_cuda.
+CUDA C++, compiled by {compiler}. None of it is a default: no GPU has measured it. AdamW, the gradient norm and
+attention's forward on sm_90 are executed beside Triton's above, as adamw_cuda, grad_norm_cuda and attention_cuda (with
+Triton's backward).
 
 {docstring}
 

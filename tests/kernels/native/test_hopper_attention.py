@@ -166,7 +166,7 @@ def test_offsets_beyond_32_bits():
         ({"registers"}, r"wgmma\.wait_group[^;]*;", ""),
         ({"registers"}, r"wgmma\.fence\.sync\.aligned;", ""),
         ({"proxy"}, r"fence\.proxy\.async[^;]*;", ""),
-        ({"race"}, r"bar\.sync\s+%r\d+[^;]*;", ""),
+        ({"race"}, r"bar\.sync\s+0;", ""),
         ({"race"}, r"cp\.async\.bulk\.wait_group\.read 0;", ""),
         ({"mbarrier"}, r"mbarrier\.arrive\.shared::cta\.b64 _[^;]*;", ""),
         ({"descriptor"}, r"(cp\.async\.bulk\.tensor\.4d\.shared\S* \[%r\d+)\]", r"\1+16]"),
