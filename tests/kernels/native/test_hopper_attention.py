@@ -147,10 +147,10 @@ def test_results_are_stored_in_whole_sectors_and_shared_memory_has_no_conflicts(
 
 @needs_nvcc
 def test_offsets_beyond_32_bits():
-    """Values lie 2^26 elements from row to row, and the last ones beside rows of no document."""
-    case = Case([(0, 70, 0, 0)], 71)
+    """Values lie 2^25 elements from row to row, and 36 of them beside rows of no document."""
+    case = Case([(0, 100, 0, 0)], 101)
     q, k, v, *_ = case.make()
-    far = torch.empty(70 * 2**26 + 64, dtype=BF16).as_strided((71, 1, 64), (2**26, 64, 1))
+    far = torch.empty(100 * 2**25 + 64, dtype=BF16).as_strided((101, 1, 64), (2**25, 64, 1))
     far.copy_(v)
     plan = case.plan()
     with cuda_on_machine("sm_90") as launches:
@@ -236,8 +236,12 @@ def check_flags(plan, n_queries, groups):
         ),
         ({"q": torch.zeros(5, 1, 80, dtype=BF16)}, "takes heads of 64 and 128, Dh is 80; pass impl='auto'"),
         (
-            {"k": torch.zeros(5, 1, 65, dtype=BF16)[..., 1:]},
-            "k begins at .* with strides .65, 65, 1.; pass impl='auto'",
+            {"k": torch.zeros(5, 1, 68, dtype=BF16)[..., :64]},
+            "k begins at .* with strides .68, 68, 1.; pass impl='auto'",
+        ),
+        (
+            {"v": torch.zeros(5, 1, 72, dtype=BF16)[..., 4:68]},
+            "v begins at .*8 with strides .72, 72, 1.; pass impl='auto'",
         ),
         (
             {"plan": Case([(0, 3, 0, 0)], 5).plan()._replace(hopper=None)},
