@@ -41,10 +41,12 @@ def read_datasets(
     else:
         train, held_out = table.select(), tables[1][0].select() if len(tables) > 1 else None
     train.counts["skipped"] = len(skipped)
-    for bad in skipped[:5]:
+    held_skipped = tables[1][1] if len(tables) > 1 else []
+    all_skipped = [*skipped, *held_skipped]
+    for bad in all_skipped[:5]:
         say(f"skipped {bad.source}: {bad.reason}")
-    if len(skipped) > 5:
-        say(f"skipped {len(skipped) - 5} more")
+    if len(all_skipped) > 5:
+        say(f"skipped {len(all_skipped) - 5} more")
     if unread := sum((unread for *_, unread in tables), Counter[str]()):
         told = ", ".join(f"{key} ({plural(n, 'row')})" for key, n in unread.most_common())
         say(f"note: keys of rows that are not read: {told}")
@@ -54,7 +56,7 @@ def read_datasets(
         f"{counts['rows']} rows, {counts['examples']} examples, {counts['tokens']} tokens, "
         f"{counts['loss_tokens']} with loss; {counts['truncated']} truncated at {config.max_length}, "
         f"{counts['dropped']} dropped without a response token, {len(skipped)} bad rows skipped"
-        + (f"; held out: {len(held_out)} examples" if held_out else "")
+        + (describe_held_out(held_out, len(held_skipped)) if held_out else "")
     )
     for note in describe_odd_rows(counts, config.max_length):
         say(f"note: {note}")
@@ -65,6 +67,15 @@ def read_datasets(
             "less of unseen rows; leave them out of one"
         )
     return train, held_out
+
+
+def describe_held_out(held_out: Dataset, n_skipped: int) -> str:
+    """Return what is said of held-out examples, and of the rows among them that are not measured."""
+    dropped = held_out.counts["dropped"]
+    told = f"; held out: {plural(len(held_out), 'example')}"
+    if dropped or n_skipped:
+        told += f", {dropped} dropped without a response token, {plural(n_skipped, 'bad row')} skipped"
+    return told
 
 
 def describe_odd_rows(counts: Mapping[str, int], max_length: int) -> Iterator[str]:

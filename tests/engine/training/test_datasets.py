@@ -52,6 +52,25 @@ def test_skipped_rows_beyond_the_named_ones_are_counted(tmp_path, capsys):
         assert told.count("rows.jsonl:") == 5 and (more or "data: ") in told and (" more" in told) == bool(more)
 
 
+def test_held_out_rows_that_are_not_measured_are_told(tmp_path, capsys):
+    tokenizer = load_tokenizer(write_byte_level(tmp_path / "base", CHATML))
+    good = '{"instruction": "a", "output": "b"}\n'
+    (tmp_path / "rows.jsonl").write_text(good + "{}\n")
+    files = {"data": (str(tmp_path / "rows.jsonl"),), "eval_data": (str(tmp_path / "held.jsonl"),)}
+    config = FinetuneConfig(model="x", **files, token_cache="off", max_length=300, skip_bad_rows=True)
+    long = json.dumps({"instruction": "word " * 300, "output": "b"}) + "\n"
+    for held, told in (
+        (good * 2, "1 bad rows skipped; held out: 2 examples\n"),
+        (good + long, "skipped; held out: 1 example, 1 dropped without a response token, 0 bad rows skipped\n"),
+        (good + "{}\n" * 3, "skipped; held out: 1 example, 0 dropped without a response token, 3 bad rows skipped\n"),
+        (good + "{}\n" * 7, "skipped 3 more\n"),
+    ):
+        (tmp_path / "held.jsonl").write_text(held)
+        read_datasets(config, tokenizer, alone(), print)
+        out = capsys.readouterr().out
+        assert told in out and out.count("held.jsonl:") == min(held.count("{}"), 4) and "rows.jsonl:2: " in out
+
+
 def test_held_out_examples_that_are_trained_on_are_told(tmp_path, capsys):
     tokenizer = load_tokenizer(write_byte_level(tmp_path / "base", CHATML))
 
