@@ -20,6 +20,7 @@ from data_gen.base.files import RowPlace, read_rows, to_json_line, write_atomica
 from data_gen.rows.rouge import Deduplicator, rouge_l
 
 SUFFIXES = (".json", ".jsonl")
+TABLES = (".csv", ".tsv", ".parquet")
 REPORT_EVERY_S = 10  # between lines of progress, if stderr is no terminal
 
 
@@ -61,8 +62,10 @@ def main(argv: list[str]) -> None:
 
 
 def check_paths(args: Namespace) -> None:
-    """Raise UsageError, with all problems at once, for output paths that cannot be written."""
+    """Raise UsageError, with all problems at once, for a table, and output paths that cannot be written."""
     problems = []
+    if Path(args.file).suffix.lower() in TABLES:
+        problems.append(f"{args.file}: wanted JSON or JSONL; save the table as one, as pandas' to_json does")
     if Path(args.out).suffix not in SUFFIXES:
         problems.append(f"--out {args.out}: the suffix says the format; wanted {' or '.join(SUFFIXES)}")
     for name, path in (("--out", args.out), ("--rejected", args.rejected)):

@@ -148,3 +148,10 @@ def test_an_input_that_is_no_text_is_named(tmp_path, capsys):
     file = written(tmp_path / "rows.json", [{"instruction": "a", "input": 3}])
     assert run_for_exit_code(dedup.main, [str(file), "--out", str(tmp_path / "out.json")]) == 3
     assert ":1: 'input' is of type int, wanted a string" in capsys.readouterr().err
+
+
+def test_a_table_is_refused_with_what_to_do(tmp_path, capsys):
+    (tmp_path / "rows.CSV").write_text("instruction,output\na,b\n")
+    assert run_for_exit_code(dedup.main, [str(tmp_path / "rows.CSV"), "--out", str(tmp_path / "out.json")]) == 2
+    assert "rows.CSV: wanted JSON or JSONL; save the table as one" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.CSV"]
