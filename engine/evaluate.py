@@ -203,7 +203,7 @@ def make_table(results: list[Result]) -> Table:
 def main(argv: list[str]) -> None:
     """Measure the models in turn, print the table and write it to --out."""
     config, _ = parse_flags(EvaluateConfig, argv)
-    rows = read_rows(resolve_data_paths(config.data))[0] if config.data else []
+    rows = read_rows(resolve_data_paths(config.data), None)[0] if config.data else []
     prompts = read_prompts(Path(config.prompts)) if config.prompts else []
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ def read_prompts(path: Path) -> list[Row]:
     """Return the rows of the file --prompts; one that is not JSON has one prompt a line. Raise DataError for none."""
     try:
         if path.stat().st_size and has_rows(path):
-            return read_rows([path], require_answers=False, with_tools=True)[0]
+            return read_rows([path], None, require_answers=False, with_tools=True)[0]
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--prompts {path}: cannot be read ({error}); give a UTF-8 text, JSON or JSONL file") from None

@@ -68,7 +68,7 @@ class Wanted:
 
 def read_rows(
     paths: Sequence[Path],
-    skip_bad_rows: bool = False,
+    skip_bad_rows: bool | None = False,
     progress: Callable[[int, int], None] | None = None,
     require_answers: bool = True,
     with_tools: bool = False,
@@ -81,7 +81,8 @@ def read_rows(
     counts the rows that have a key which is not read, by the key.
 
     Raise DataError with the place of each bad row, and its number where that is not its line. It lists all bad rows at
-    once, unless skip_bad_rows is set. A file that cannot be read, a broken list, or no row left is always an error.
+    once, unless skip_bad_rows is set; None says that the command has no such flag. A file that cannot be read, a broken
+    list, or no row left is always an error.
     """
     rows: list[Row] = []
     skipped: list[Skipped] = []
@@ -108,7 +109,7 @@ def read_rows(
         if progress:
             progress(done_bytes, total_bytes)
     if skipped and not (skip_bad_rows and rows):
-        remedy = suggest_repair([bad.reason for bad in skipped], bool(rows))
+        remedy = suggest_repair([bad.reason for bad in skipped], bool(rows), skip_bad_rows is not None)
         lines = [f"data: got {len(skipped)} bad of {len(rows) + len(skipped)} rows, wanted none; {remedy}"]
         lines += [f"  {bad.source}: {bad.reason}" for bad in skipped[:SHOWN]]
         if len(skipped) > SHOWN:
@@ -119,13 +120,13 @@ def read_rows(
     return rows, skipped
 
 
-def suggest_repair(reasons: Sequence[str], any_left: bool) -> str:
-    """Return what to do about bad rows, told why each is bad, and whether other rows are left."""
+def suggest_repair(reasons: Sequence[str], any_left: bool, has_flag: bool) -> str:
+    """Return what to do about bad rows, told why each is bad, whether other rows are left and a flag drops these."""
     if any(NO_UTF8 in reason for reason in reasons):
         remedy = "save the file as UTF-8 (Excel: CSV UTF-8)"
-        return remedy + (", or --skip-bad-rows drops them" if any_left else "")
+        return remedy + (", or --skip-bad-rows drops them" if any_left and has_flag else "")
     if any_left:
-        return "--skip-bad-rows drops them"
+        return "--skip-bad-rows drops them" if has_flag else "repair them, or leave them out"
     if all(NO_KEY in reason for reason in reasons):
         return f"no row is left; rename their keys to {KNOWN} (docs/data.md)"
     return "no row is left, repair the data"

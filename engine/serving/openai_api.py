@@ -81,7 +81,11 @@ def read_chat(body: Any) -> Wanted:
         raise ApiError(400, f"tool_choice is {body['tool_choice']!r}, wanted auto or none", "tool_choice")
     if body.get("modalities") not in (None, ["text"]):
         raise ApiError(400, "modalities: this model writes text", "modalities")
-    tools = [] if body.get("tool_choice") == "none" else _read(body, "tools", list, [])
+    tools = _read(body, "tools", list, [])
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise ApiError(400, "tools: wanted a list of objects", "tools")
+    if body.get("tool_choice") == "none":
+        tools = []
     schema, regex = _read_format(body.get("response_format"))
     longest = body.get("max_completion_tokens", body.get("max_tokens"))
     return Wanted(
@@ -191,6 +195,8 @@ def _read_bias(value: Any) -> dict[int, float]:
         return {}
     if not isinstance(value, dict) or not all(id.isascii() and id.isdecimal() and len(id) < 10 for id in value):
         raise ApiError(400, "logit_bias: wanted an object of token ids and numbers", "logit_bias")
+    if None in value.values():
+        raise ApiError(400, "logit_bias: a bias is null, wanted a number of -100 to 100", "logit_bias")
     return {int(id): _read_number({f"logit_bias.{id}": b}, f"logit_bias.{id}", 0, -100, 100) for id, b in value.items()}
 
 

@@ -279,6 +279,8 @@ def _forward_in_chunks(
             want_dx or want_dw, z_loss, label_smoothing,
         )  # fmt: skip
         if want_dx:  # the kernel has written the gradient over the logits
+            if logits.device.type == "cpu":
+                buffer[:, vocab:] = 0  # with AMX, oneDNN 3.12 multiplies the padding by 0, and NaN * 0 is NaN
             torch.mm(logits, weight, out=dx[chunk])
         if want_dw:
             _add_product(total, logits.T, x_chunk, beta=1 if start else beta if into is not None else 0)

@@ -2,10 +2,11 @@
 
 python -m scripts.serving.data_servers --json benchmarks/data_servers.json [--environments FOLDER]
 
-llama.cpp's server (as the package xllamacpp carries it) and `transformers serve` are installed into environments of
-their own; --environments keeps them. Each run is killed (SIGKILL) once some answers are recorded and some are in
-flight, and the same command goes on. Exits 1 if a recorded request is sent again, or if the bill is not the usage of
-the recorded answers. Needs a network or an index of packages.
+llama.cpp's server (as the package xllamacpp carries it), llama-cpp-python's (compiled from its source, some ten
+minutes of a C++ compiler) and `transformers serve` are installed into environments of their own; --environments keeps
+them. Each run is killed (SIGKILL) once some answers are recorded and some are in flight, and the same command goes
+on. Exits 1 if a recorded request is sent again, or if the bill is not the usage of the recorded answers. Needs a
+network or an index of packages.
 """
 
 import contextlib
@@ -33,9 +34,10 @@ from scripts.base.results import ROOT, describe_cpu, new_parser, today, write_js
 
 PACKAGES = {  # of each server's environment
     "llama.cpp": ("xllamacpp",),
+    "llama-cpp-python": ("llama-cpp-python[server]",),
     "transformers": ("torch==2.13.0", "transformers==5.24.0", "fastapi", "uvicorn", "openai", "accelerate"),
 }
-VERSIONED = {"llama.cpp": "xllamacpp", "transformers": "transformers"}
+VERSIONED = {"llama.cpp": "xllamacpp", "llama-cpp-python": "llama_cpp_python", "transformers": "transformers"}
 PRICES = ("--price-in", "0.1", "--price-out", "0.4")
 AT_ONCE, LENGTH = 4, 2048  # requests in flight, and tokens of each with its answer
 START_S = 600  # for a server to be there
@@ -55,6 +57,9 @@ def make_command(name: str, commands: Path, models: dict[str, Path], port: int) 
         program = str(Path(__file__).with_name("llama_cpp_server.py"))
         numbers = (port, 1, AT_ONCE, LENGTH)  # its threads wait busily for each other, where others want the cores
         return [str(commands / "python"), program, str(models[name]), *map(str, numbers)]
+    if name == "llama-cpp-python":
+        flags = ("--model", str(models[name]), "--host", "127.0.0.1", "--port", str(port), "--n_ctx", str(LENGTH))
+        return [str(commands / "python"), "-m", "llama_cpp.server", *flags, "--n_threads", "1"]
     return [str(commands / "transformers"), "serve", str(models[name]), "--host", "127.0.0.1", "--port", str(port)]
 
 
@@ -159,7 +164,7 @@ def export_models(folder: Path) -> dict[str, Path]:
     models = {"llama.cpp": folder / "model.gguf", "transformers": folder / "model"}
     for path, flags in zip(models.values(), (("--layout", "gguf", "--gguf-type", "q8_0"), ()), strict=True):
         subprocess.run([sys.executable, "-m", "engine.export", *flags, "--out", str(path)], cwd=ROOT, check=True)
-    return models
+    return models | {"llama-cpp-python": models["llama.cpp"]}
 
 
 def main() -> int:

@@ -77,3 +77,11 @@ def test_what_cannot_be_measured_is_told(capsys, words, code, told):
     except SystemExit as stop:
         found = stop.code
     assert found == code and told in capsys.readouterr().err
+
+
+def test_the_remedy_for_bad_rows_is_no_flag_of_another_command(tmp_path, capsys):
+    for flag in ("--data", "--prompts"):
+        (tmp_path / "rows.json").write_text(json.dumps([*ROWS, {"instruction": 1, "output": "One."}]))
+        assert run_main(main, ["--model", str(small_model()), flag, str(tmp_path / "rows.json")]) == 3
+        told = capsys.readouterr().err
+        assert "repair them, or leave them out" in told and "--skip-bad-rows" not in told

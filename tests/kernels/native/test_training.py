@@ -116,6 +116,15 @@ def test_a_target_that_is_no_id_is_refused():
         kernels.linear_cross_entropy(torch.ones(1, 4), torch.ones(9, 4), torch.tensor([9]), impl="native")
 
 
+def test_memory_behind_the_logits_reaches_no_gradient(monkeypatch):
+    """A processor with AMX multiplies the padding of rows of 203 logits; findings/onednn-amx-padding.sh."""
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **more: new_empty(*args, **more).fill_(torch.nan))
+    x, weight = make(32, 48, dtype=torch.bfloat16).requires_grad_(), make(203, 48, dtype=torch.bfloat16)
+    kernels.linear_cross_entropy(x, weight, torch.arange(32), impl="native").backward()
+    assert x.grad.isfinite().all()
+
+
 @DTYPES
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 64), (3, 3, 24), (6, 1, 80), (2, 1, 128), (1, 1, 1)])
 @pytest.mark.parametrize("rows", [None, ROWS], ids=["all", "some"])
