@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cuda_runtime.h>
 
-constexpr int ABI_VERSION = 1;
+constexpr int ABI_VERSION = 2;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 

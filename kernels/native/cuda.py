@@ -14,7 +14,7 @@ import torch
 
 from kernels.native.library import NativeError, check, load
 
-ABI_VERSION = 1  # of csrc/cuda/api.cuh
+ABI_VERSION = 2  # of csrc/cuda/api.cuh
 
 
 @dataclass(frozen=True)
