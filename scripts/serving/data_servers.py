@@ -34,13 +34,14 @@ from scripts.base.results import ROOT, describe_cpu, new_parser, today, write_js
 
 PACKAGES = {  # of each server's environment
     "llama.cpp": ("xllamacpp",),
-    "llama-cpp-python": ("llama-cpp-python[server]",),
+    "llama-cpp-python": ("llama-cpp-python[server]==0.3.16",),
     "transformers": ("torch==2.13.0", "transformers==5.24.0", "fastapi", "uvicorn", "openai", "accelerate"),
 }
 VERSIONED = {"llama.cpp": "xllamacpp", "llama-cpp-python": "llama_cpp_python", "transformers": "transformers"}
 PRICES = ("--price-in", "0.1", "--price-out", "0.4")
 AT_ONCE, LENGTH = 4, 2048  # requests in flight, and tokens of each with its answer
 START_S = 600  # for a server to be there
+PATH = re.compile(r"(?:/[\w.-]+){2,}")  # in an error of a server
 LEFT_OUT = re.compile(r"^[\d,]+ of [\d,]+ rows · |/(?:dataset|ledger)\.")  # progress, and paths of this machine
 
 
@@ -154,7 +155,8 @@ def describe_answers(out: Path) -> dict:
     prices = (float(PRICES[1]), float(PRICES[3]))
     usd = sum(u["prompt_tokens"] * prices[0] + u["completion_tokens"] * prices[1] for u in usages) / 1e6
     return {
-        "format": format, "refusals": refusals, "usage_usd": usd, "cut_by_the_limit": len(answers) - len(whole),
+        "format": format, "usage_usd": usd, "cut_by_the_limit": len(answers) - len(whole),
+        "refusals": [(status, PATH.sub("PATH", said)) for status, said in refusals],
         "whole": len(whole), "whole_in_the_format": sum(keeps_format(a.text, FORMATS[format]) for a in whole),
     }  # fmt: skip
 
