@@ -268,7 +268,7 @@ class CompletionFormat:
         """Return the answer in one piece."""
         for choice in choices:
             choice.text = self.echo + choice.text
-        return whole_completion(head, choices, prompt_tokens, self.wants_logprobs)
+        return whole_completion(head, choices, prompt_tokens, self.wants_logprobs, len(self.echo))
 
 
 async def watch(answering: Answering, notes: dict[str, Any]) -> AsyncIterator[Piece | None]:

@@ -87,7 +87,8 @@ def read_chat(body: Any) -> Wanted:
     if body.get("tool_choice") == "none":
         tools = []
     schema, regex = _read_format(body.get("response_format"))
-    longest = body.get("max_completion_tokens", body.get("max_tokens"))
+    newer = body.get("max_completion_tokens")
+    longest = body.get("max_tokens") if newer is None else newer
     return Wanted(
         **_read_shared(body, int(top) if wants_logprobs else None, longest), schema=schema, regex=regex,
         messages=messages, more=more, tools=tools, input=_read(body, "input", str, ""),
@@ -302,15 +303,15 @@ def whole_chat(
 
 
 def whole_completion(
-    head: Mapping[str, Any], choices: Sequence[Choice], prompt_tokens: int, logprobs: bool
+    head: Mapping[str, Any], choices: Sequence[Choice], prompt_tokens: int, logprobs: bool, offset: int = 0
 ) -> dict[str, Any]:
-    """Return the answer of /v1/completions."""
+    """Return the answer of /v1/completions. offset: characters of a text before the tokens, the echoed prompt."""
     return {
         **head,
         "choices": [
             {
-                "index": i, "text": choice.text, "logprobs": legacy_logprobs(choice.tokens) if logprobs else None,
-                "finish_reason": choice.finish_reason,
+                "index": i, "text": choice.text, "finish_reason": choice.finish_reason,
+                "logprobs": legacy_logprobs(choice.tokens, offset) if logprobs else None,
             }
             for i, choice in enumerate(choices)
         ],

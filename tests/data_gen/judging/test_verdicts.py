@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from data_gen.api.dialect import Sampling
 from data_gen.api.ledger import Entry
 from data_gen.judging.comparisons import Comparisons, Pair, Shown, build_messages
 from data_gen.judging.verdicts import VerdictKeeper, join_verdicts, parse_reason, parse_winner
@@ -90,3 +91,16 @@ def test_no_answer_can_close_its_part_of_the_prompt():
     assert [part.strip("\n") for part in found] == list(shown)
     other = build_messages(Shown(shown.instruction, shown.second, shown.first))
     assert read_prompt({"messages": other})[1:] == found[:0:-1], "both orders have the same words around them"
+
+
+def test_a_request_has_the_number_of_all_that_is_sent():
+    shown = Shown("x", "a", "b"), Shown("x", "b", "a")
+    asked = Sampling("m", 100, 0.0, {"top_p": 0.5})
+    base = Comparisons((), shown).number_requests(asked)
+    assert Comparisons((), shown[::-1]).number_requests(asked) == base[::-1]
+    others = (
+        Sampling("n", 100, 0.0, asked.extra), Sampling("m", 101, 0.0, asked.extra),
+        Sampling("m", 100, 0.1, asked.extra), Sampling("m", 100, 0.0), Sampling("m", 100, 0.0, {"top_p": 0.6}),
+    )  # fmt: skip
+    numbers = [*base, *(number for how in others for number in Comparisons((), shown).number_requests(how))]
+    assert len(set(numbers)) == 12 and max(numbers) < 2**63

@@ -10,6 +10,7 @@ from engine.data import dataset as data
 from engine.data.batches import Order, count_steps_per_epoch, permute_examples
 from engine.text.templates import ALPACA_NO_INPUT, Row, encode_prompt
 from engine.text.tokenizer_files import load_tokenizer
+from tests.helpers.datasets import dataset
 from tests.helpers.spm_tokenizers import train_sentencepiece
 
 ALPACA = Row("f:1", None, "Name a colour.", "", "Red.")
@@ -161,6 +162,16 @@ def test_held_out_rows_are_apart(n, fraction, seed):
     kept, held = data.hold_out(list(range(n)), fraction, seed)
     assert sorted(kept + held) == list(range(n)) and len(held) == max(1, round(fraction * n))
     assert data.hold_out(list(range(n)), fraction, seed) == (kept, held)
+
+
+def test_the_digest_tells_where_examples_end_and_not_where_they_lie():
+    whole = dataset([[1, 2], [3, 4, 5]], [[False, True], [False, True, True]])
+    cut_elsewhere = dataset([[1, 2, 3], [4, 5]], [[False, True, False], [True, True]])
+    assert (cut_elsewhere.tokens == whole.tokens).all() and (cut_elsewhere.is_target == whole.is_target).all()
+    assert cut_elsewhere.sha256() != whole.sha256()
+    more = dataset([[9, 9], [3, 4, 5], [8], [1, 2]])
+    chosen = data.Dataset(more.tokens, more.is_target, more.begins[[3, 1]], more.ends[[3, 1]], ("3", "1"), {})
+    assert chosen.sha256() == whole.sha256()
 
 
 def test_a_row_of_exactly_the_maximum_length_is_not_cut(smol):

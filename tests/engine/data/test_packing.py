@@ -300,6 +300,17 @@ def test_documents_back_to_back_in_their_order():
     assert batch.loss_rows.tolist() == [0, 3] and batch.targets.tolist() == [9, 7] and batch.weights is None
 
 
+@pytest.mark.parametrize(("best_fit", "ranks"), [(True, 1), (True, 2), (False, 1)])
+def test_padding_stays_within_the_budget(best_fit, ranks):
+    rows = [list(range(100 * i, 100 * i + 10 + i % 4)) for i in range(16)]
+    made = packing.Packing(27, best_fit=best_fit, multiple=8)  # two rows of 13 tokens are 26, with padding 32
+    for rank in range(ranks):
+        for batch in packing.make_micro_batches(
+            dataset(rows).get_examples(np.arange(16)), made, ranks=ranks, rank=rank
+        ):
+            assert len(batch.tokens) <= 27 and not len(batch.tokens) % 8
+
+
 def test_a_prefix_stands_once_and_its_documents_go_on_from_it():
     stem = list(range(10, 20))
     rows = [[*stem, 1, 2], [3, 4], [*stem, 5], stem]

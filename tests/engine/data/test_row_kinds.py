@@ -277,6 +277,13 @@ def test_tools_under_the_checkpoints_own_template(write, tokenizers):
     assert "conversations[1]: got 'no JSON', wanted JSON" in refusal(write(bad), with_tools=True)
 
 
+def test_calls_of_tools_stay_with_their_message_behind_a_system_text_of_its_own(write):
+    within = TOOL_CHAT | {"messages": [{"role": "system", "content": "Be brief."}, *TOOL_CHAT["messages"]]}
+    (row,), (wanted,) = (read(write(chat), with_tools=True) for chat in (TOOL_CHAT | {"system": "Be brief."}, within))
+    assert row.more and row.more == wanted.more
+    assert (row.messages, row.unlearned, row.tools) == (wanted.messages, wanted.unlearned, wanted.tools)
+
+
 def test_a_template_that_leaves_out_tools_is_refused(write, tmp_path):
     """SmolLM2's is one: the call would be learned as an immediate end of the turn."""
     plain = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"

@@ -219,6 +219,7 @@ def test_top_k_top_p_and_min_p_keep_the_likeliest():
     assert count_ids([0.0, 0.0], top_p=0.5) == {0}  # half and half: the first one is top_p already
     assert count_ids(logits, min_p=0.3) == {2, 3}
     assert count_ids(logits, top_k=3, top_p=0.7) == {2, 3}  # p of the three that stay: 0.09, 0.24, 0.66
+    assert count_ids(logits, top_k=3, top_p=0.655) == {3}  # whose p is 0.644 of all and 0.665 of the three
 
 
 def test_penalties_and_biases():

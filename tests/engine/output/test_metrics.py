@@ -69,6 +69,23 @@ def test_no_append_crosses_a_page(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["m"]
 
 
+@pytest.mark.parametrize("spare", [-1, 0, 1, 2])
+def test_a_line_that_fills_its_page_to_the_byte_is_appended_and_one_byte_more_is_not(tmp_path, monkeypatch, spare):
+    writes, real = [], os.write
+    monkeypatch.setattr(
+        os, "write", lambda fd, data: writes.append((os.fstat(fd).st_size, len(data))) or real(fd, data)
+    )
+    metrics = Metrics(tmp_path / "m")
+    metrics.write("a", text="x" * 1000)
+    room = 4096 - (tmp_path / "m").stat().st_size
+    around = len(json.dumps({"event": "b", "text": ""})) + 1  # with its newline
+    metrics.write("b", text="x" * (room - around - spare))
+    metrics.close()
+    assert len(writes) == (1 if spare < 0 else 2)
+    assert all(at // 4096 == (at + length - 1) // 4096 for at, length in writes)
+    assert [line["event"] for line in read(tmp_path / "m")] == ["a", "b"]
+
+
 def test_json_is_strict_and_exact(tmp_path):
     metrics = Metrics(tmp_path / "m")
     values = dict(

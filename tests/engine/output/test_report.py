@@ -156,6 +156,13 @@ def test_samples_stand_side_by_side(tmp_path):
     assert len(page.of("details")) == 3 and f"Step 150z at 150 {EVIL}" in page.of("details")[0]
 
 
+def test_of_many_events_the_last_50_are_told(tmp_path):
+    saves = [dict(event="save", step=step, path=f"step-{step}") for step in range(1, 61)]
+    assert [name for name in report(tmp_path, saves).of("th") if name.startswith("step ")] == [
+        f"step {step}" for step in range(11, 61)
+    ]
+
+
 def test_settings_that_differ_come_first_and_commands_can_be_copied(tmp_path):
     run = RUN | {"changed": ["data", "evil"], "command": f"python -m x '{EVIL}'", "use": {"ask it": "python -m y"}}
     page = report(tmp_path, realistic(), run)

@@ -83,6 +83,26 @@ def test_states_of_several_gpus_are_those_of_their_shards():
     assert auto_states(short, n_cards=5, replicas=1, model=small) == "bf16"
 
 
+def test_offloaded_states_fit_the_hosts_memory_as_they_are_sharded():
+    def states(host_bytes, replicas):
+        setting = Setting(states="auto", shards=4, offload=True)
+        return resolve_states(
+            MODEL, setting, 1 << 40, Limits(), least_tokens=512, replicas=replicas,
+            update_s=lambda way: float(way.states != "bf16"), host_bytes=host_bytes,
+        ).states  # fmt: skip
+
+    for replicas in (1, 2, 4):
+        host = {
+            name: memory(
+                MODEL, Setting(states=name, shards=4, offload=True).with_replicas(replicas), BatchShape(1, 1)
+            ).host
+            for name in ("fp32", "bf16", "8bit")
+        }
+        assert host["fp32"] > host["bf16"] > host["8bit"]
+        assert states(host["fp32"], replicas) == "fp32" and states(host["fp32"] - 1, replicas) == "bf16"
+        assert states(host["bf16"] - 1, replicas) == "8bit"
+
+
 def test_a_step_of_one_micro_batch_holds_fewer_gradients():
     several, one = (memory(MODEL, Setting(), BatchShape(4096, 3000, one)) for one in (False, True))
     at_once = memory(MODEL, Setting(in_backward=True), BatchShape(4096, 3000, True))

@@ -26,6 +26,13 @@ def test_whole_numbers_may_be_written_with_a_point():
     assert type(wanted.max_tokens) is int and read_completion({"prompt": [1.0, 2]}).prompts == [[1, 2]]
 
 
+def test_the_newer_name_of_the_limit_decides_unless_it_is_null():
+    limits = ({"max_completion_tokens": 5}, {"max_completion_tokens": 5, "max_tokens": 9}, {"max_tokens": 5})
+    for more in (*limits, {"max_completion_tokens": None, "max_tokens": 5}):
+        assert read_chat(ASK | more).max_tokens == 5, more
+    assert read_chat(ASK).max_tokens is None
+
+
 @pytest.mark.parametrize(
     ("more", "param"),
     [

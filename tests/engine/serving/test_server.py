@@ -168,6 +168,17 @@ def test_logprobs(running):
     assert all(len(top) <= 2 for top in found.top_logprobs)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_offsets_of_tokens_count_the_prompt_that_is_echoed(running, stream):
+    made = running.client().completions.create(
+        model="tiny", prompt="One", max_tokens=4, logprobs=1, temperature=0, echo=True, stream=stream
+    )
+    found = [c.choices[0].logprobs for c in (made if stream else [made]) if c.choices and c.choices[0].logprobs]
+    tokens = [token for one in found for token in one.tokens]
+    offsets = [offset for one in found for offset in one.text_offset]
+    assert offsets == [len("One" + "".join(tokens[:i])) for i in range(4)]
+
+
 def test_completions_of_a_text_and_of_ids(running):
     client, tokenizer = running.client(), running.service.tokenizer
     ids = [tokenizer.bos_id, *tokenizer.encode("One")]

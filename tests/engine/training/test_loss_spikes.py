@@ -2,10 +2,13 @@
 
 import json
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from engine.distributed.world import World
+from engine.training import saving
 from engine.training.config import FinetuneConfig
 from engine.training.loss_spikes import LEAST, WINDOW, SpikeDetector
 from tests.helpers.run import ROOT
@@ -61,3 +64,15 @@ def test_going_back_wants_somewhere_to_go(more):
     with pytest.raises(ValueError, match="--spike-rollback wants a --spike-threshold and states"):
         FinetuneConfig(model="m", data=("d",), spike_rollback=True, **more)
     FinetuneConfig(model="m", data=("d",), spike_rollback=True, save_every="5")
+
+
+def test_going_back_waits_for_the_state_that_is_being_written(monkeypatch):
+    on_disk = [SimpleNamespace(step=20)]
+    saver = SimpleNamespace(wait=lambda: on_disk.append(SimpleNamespace(step=30)))
+    monkeypatch.setattr(saving.checkpoint, "find_newest", lambda out, say: on_disk[-1])
+    loaded = []
+    monkeypatch.setattr(saving, "load_checkpoint", lambda found, optimizer: loaded.append(found.step))
+    checkpoints = object.__new__(saving.Checkpoints)
+    checkpoints.plan, checkpoints.saver, checkpoints.optimizer = SimpleNamespace(out=None), saver, None
+    checkpoints.run = SimpleNamespace(world=World(), progress=SimpleNamespace(print_message=None))
+    assert checkpoints.roll_back() == 30 and loaded == [30]

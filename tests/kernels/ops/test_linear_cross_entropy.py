@@ -415,6 +415,17 @@ def test_dw_is_added_to_the_gradient_that_is_there(device, rows, impl, chunks):
     assert worst(weight.grad - 3 * dw) <= 3e-6 * worst(dw), "a loss that is not differentiated adds nothing"
 
 
+@pytest.mark.parametrize("impl", ["triton", "native"])
+def test_a_batch_without_rows_keeps_the_gradient_that_is_there(device, impl):
+    if impl == "native" and (device == "cuda" or find_cpu() is None):
+        pytest.skip("the CPU library is compiled by g++, on a machine without a GPU")
+    x, weight, targets, *_ = inputs(device)
+    for there in (None, torch.ones_like(weight)):
+        weight.grad = None if there is None else there.clone()
+        linear_cross_entropy(x[:0], weight, targets[:0], None, impl, accumulate=True).backward()
+        assert weight.grad.equal(torch.zeros_like(weight) if there is None else there)
+
+
 @pytest.mark.parametrize("n", [0, 1, 255, 256, 257, 1000])
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float16), (torch.float16, torch.float16)], ids=str)
 def test_scaled_rounds_once(device, n, dtypes):
