@@ -87,8 +87,7 @@ def read_chat(body: Any) -> Wanted:
     if body.get("tool_choice") == "none":
         tools = []
     schema, regex = _read_format(body.get("response_format"))
-    newer = body.get("max_completion_tokens")
-    longest = body.get("max_tokens") if newer is None else newer
+    longest = _read_length(body, "max_completion_tokens")
     return Wanted(
         **_read_shared(body, int(top) if wants_logprobs else None, longest), schema=schema, regex=regex,
         messages=messages, more=more, tools=tools, input=_read(body, "input", str, ""),
@@ -110,8 +109,9 @@ def read_completion(body: Any) -> Wanted:
     logprobs = body.get("logprobs")
     wanted = None if logprobs is None else _read_number(body, "logprobs", 0, 0, MOST_LOGPROBS, integer=True)
     schema, regex = _read_format(body.get("response_format"))
+    longest = None if "max_tokens" in body else 16  # as OpenAI's
     return Wanted(
-        **_read_shared(body, None if wanted is None else int(wanted), body.get("max_tokens", 16)), schema=schema,
+        **_read_shared(body, None if wanted is None else int(wanted), longest), schema=schema,
         regex=regex, prompts=prompts, echo=_read(body, "echo", bool, False),
     )  # fmt: skip
 
@@ -159,11 +159,17 @@ def _read_ids(value: Any) -> list[int] | None:
     return ids if ids and all(type(id) is int for id in ids) else None
 
 
-def _read_shared(body: Mapping[str, Any], n_logprobs: int | None, longest: Any) -> dict[str, Any]:
-    """Return the fields of Wanted that both endpoints have."""
-    longest = _as_int(longest)
-    if longest is not None and (type(longest) is not int or longest < 1):
-        raise ApiError(400, f"max_tokens is {longest!r}, wanted a whole number of 1 or more", "max_tokens")
+def _read_length(body: Mapping[str, Any], name: str) -> int | None:
+    """Return how many tokens an answer may have at most by a field, None where it says nothing."""
+    value = _as_int(body.get(name))
+    if value is not None and (type(value) is not int or value < 1):
+        raise ApiError(400, f"{name} is {value!r}, wanted a whole number of 1 or more", name)
+    return value
+
+
+def _read_shared(body: Mapping[str, Any], n_logprobs: int | None, longest: int | None) -> dict[str, Any]:
+    """Return the fields of Wanted that both endpoints have. longest: of an answer, over max_tokens."""
+    most = _read_length(body, "max_tokens")
     stops = body.get("stop")
     stops = [] if stops is None or stops == "" else [stops] if isinstance(stops, str) else stops
     if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
@@ -185,7 +191,7 @@ def _read_shared(body: Mapping[str, Any], n_logprobs: int | None, longest: Any) 
         n_logprobs=n_logprobs,
     )
     return {
-        "model": _read(body, "model", str, ""), "sampling": sampling, "max_tokens": longest,
+        "model": _read(body, "model", str, ""), "sampling": sampling, "max_tokens": longest or most,
         "n": int(_read_number(body, "n", 1, 1, MOST_CHOICES, integer=True)), "stops": stops,
         "stream": _read(body, "stream", bool, False), "include_usage": bool(options.get("include_usage")),
     }  # fmt: skip

@@ -66,7 +66,7 @@ SHARED: dict[str, Schema] = {
     "frequency_penalty": _number(-2, 2),
     "logit_bias": _nullable(
         type="object",
-        propertyNames={"pattern": "^[0-9]+$"},
+        propertyNames={"pattern": "^[0-9]{1,9}$"},
         additionalProperties={"type": "number", "minimum": -100, "maximum": 100},
     ),
     "n": _number(1, MOST_CHOICES, "integer"),

@@ -37,6 +37,8 @@ def test_the_newer_name_of_the_limit_decides_unless_it_is_null():
     ("more", "param"),
     [
         ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": 0, "max_completion_tokens": 9}, "max_tokens"),
+        ({"max_completion_tokens": 0, "max_tokens": 9}, "max_completion_tokens"),
         ({"n": True}, "n"),
         ({"stop": False}, "stop"),
         ({"stop": 0}, "stop"),
