@@ -19,6 +19,18 @@ SANITIZERS = "-O0 -g -fsanitize=address,undefined -fno-sanitize-recover=undefine
 needs_cxx = pytest.mark.skipif(not CXX, reason="the CPU library is compiled by g++, which is missing")
 
 
+def find_missing_nvcc() -> str:
+    """Return why kernels of csrc/cuda cannot run on the PTX machine, "" where nvcc is there."""
+    try:
+        toolchain.find_nvcc()
+    except toolchain.MissingCompiler as missing:
+        return f"the PTX machine runs what nvcc makes: {missing}"
+    return ""
+
+
+needs_nvcc = pytest.mark.skipif(bool(find_missing_nvcc()), reason=find_missing_nvcc())
+
+
 def load_instruction_sets(folder: Path) -> dict[str, ctypes.CDLL]:
     """Return the library as each instruction set up to this processor's runs it.
 

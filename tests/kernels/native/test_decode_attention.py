@@ -8,17 +8,10 @@ import pytest
 import torch
 
 from kernels.compiled.cuda_simulation import cuda_on_machine
-from kernels.native.toolchain import MissingCompiler, find_nvcc
 from kernels.ops.decode_attention import DecodeCache, decode_attention, decode_attention_ref
+from tests.helpers.native import needs_nvcc
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-
-try:
-    find_nvcc()
-    reason = ""
-except MissingCompiler as missing:
-    reason = f"the PTX machine runs what nvcc makes: {missing}"
-needs_nvcc = pytest.mark.skipif(bool(reason), reason=reason)
 
 
 class Case(NamedTuple):

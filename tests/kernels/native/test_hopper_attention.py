@@ -10,20 +10,13 @@ import pytest
 import torch
 
 from kernels.compiled.cuda_simulation import cuda_on_machine
-from kernels.native.toolchain import MissingCompiler, find_nvcc
 from kernels.ops import attention, attention_hopper
 from kernels.ops.attention_hopper import GROUPS
 from kernels.ops.attention_plan import attention_plan
 from kernels.ops.attention_ref import attention_ref
+from tests.helpers.native import needs_nvcc
 
 BF16, FP16 = torch.bfloat16, torch.float16
-
-try:
-    find_nvcc()
-    reason = ""
-except MissingCompiler as missing:
-    reason = f"the PTX machine runs what nvcc makes: {missing}"
-needs_nvcc = pytest.mark.skipif(bool(reason), reason=reason)
 
 
 def behind_a_prefix(first: int, length: int, n: int) -> list[tuple[int, int, int, int]]:
