@@ -7,7 +7,7 @@ from engine.base.errors import UsageError
 from engine.inference.kv_cache import KVCache, choose_decoding
 from engine.model.config import ModelConfig
 from kernels.compiled.cuda_simulation import cuda_on_machine
-from kernels.native.toolchain import MissingCompiler, find_nvcc
+from tests.helpers.native import needs_nvcc
 
 
 def test_decoding_by_cuda_is_a_choice(monkeypatch):
@@ -19,12 +19,9 @@ def test_decoding_by_cuda_is_a_choice(monkeypatch):
         choose_decoding("triton")
 
 
+@needs_nvcc
 def test_some_sequences_of_a_cache_are_decoded_by_cuda():
     """Sequences out of order, one of them left out, queries that lie beside keys and values."""
-    try:
-        find_nvcc()
-    except MissingCompiler as missing:
-        pytest.skip(f"the PTX machine runs what nvcc makes: {missing}")
     torch.manual_seed(0)
     config = ModelConfig(dim=192, n_layers=2, n_heads=3, n_kv_heads=1, hidden_dim=256, vocab_size=100)
     caches = [KVCache(config, 4, 45, torch.device("cpu"), torch.float32) for _ in range(2)]

@@ -11,8 +11,8 @@ from engine.inference.generation import generate
 from engine.model.config import ModelConfig
 from engine.model.llama import Transformer, choose_attention, new_model
 from kernels.compiled.cuda_simulation import cuda_on_machine
-from kernels.native.toolchain import MissingCompiler, find_nvcc
 from tests.helpers.datasets import packed_micro_batch
+from tests.helpers.native import needs_nvcc
 from tests.helpers.run import command, events, finetune, worst
 from tests.helpers.small_model import small_model
 
@@ -210,11 +210,8 @@ def test_attention_by_cuda_is_a_choice(monkeypatch):
         chosen("triton")
 
 
+@needs_nvcc
 def test_layers_attend_by_cuda_where_the_plan_is_for_it():
-    try:
-        find_nvcc()
-    except MissingCompiler as missing:
-        pytest.skip(f"the PTX machine runs what nvcc makes: {missing}")
     model = model_of("ref", "cpu", torch.bfloat16, dim=128, head_dim=64, n_heads=2, n_kv_heads=1)
     tokens, documents = torch.arange(90), torch.tensor([[0, 30, 0, 0], [30, 90, 0, 30]])
     plan = kernels.attention_plan(documents, 90, 64, "cpu", "cuda")
