@@ -157,7 +157,7 @@ def drop_refused_rows(rows: Sequence[Row], tokenizer: Tokenizer, style: str) -> 
             kept.append(row)
         except DataError as error:
             assert isinstance(row.source, Place)  # as of every row of a file
-            if not kept and len(refused) == len(rows) - 1:
+            if len(refused) == len(rows) - 1:  # all of them
                 raise
             refused.append(Skipped(row.source, str(error).removeprefix(f"{row.source}: ")))
     return kept, refused

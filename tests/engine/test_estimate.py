@@ -200,7 +200,10 @@ def write_report(path, parts, **facts):
 def test_measured_steps_of_the_same_setting_are_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("engine.planning.cards.BENCHMARKS", tmp_path)
     failed = {name: value for name, value in STEP.items() if name not in ("tokens_per_s", "peak_gib")}
-    records = [STEP, STEP | {"recompute": "block", "name": "another"}, failed | {"failed": "out of memory"}]
+    others = {"model": "llama-13b", "sharing": False, "master": "fp32", "states": "fp32", "recompute": "block",
+              "offload": True, "adapter": "lora"}  # fmt: skip
+    records = [STEP, failed | {"failed": "out of memory"}]
+    records += [STEP | {name: other, "name": "another"} for name, other in others.items()]
     write_report(tmp_path / "h100.json", MACHINE | CEILINGS | {"step": {"records": records}})
     assert run("--optimizer-states", "8bit", "--json", tmp_path / "found") == 0
     out = capsys.readouterr().out

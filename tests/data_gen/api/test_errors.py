@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("openai")
 
 from data_gen.api.answers import judge_success
-from data_gen.api.errors import extract_message, find_error
+from data_gen.api.errors import classify_error, extract_message, find_error
 
 CHOICE = {"index": 0, "message": {"role": "assistant", "content": "hello"}, "finish_reason": "stop"}
 
@@ -79,6 +79,55 @@ INSIDE = {  # what a server sends with status 200: (body, the status it stands f
 @pytest.mark.parametrize("found, status, kind", INSIDE.values(), ids=INSIDE)
 def test_an_error_inside_a_200_is_that_error(found, status, kind):
     assert find_error(found) == status and judge_success(json.dumps(found)) == (kind, status)
+
+
+SAID = {  # words of servers that name no status, and the status they stand for
+    400: "rejected as a result of our safety system",
+    402: "Insufficient credits|Insufficient Balance|insufficient quota|Insufficient funds|You are out of credits"
+    "|Payment Required|You exceeded your current quota|Check your billing details",
+    429: "Rate limit reached|rate_limit_exceeded|RateLimitError|Too Many Requests|RESOURCE_EXHAUSTED"
+    "|ThrottlingException|Please slow down",
+    401: "Unauthorized|UNAUTHENTICATED|Incorrect API key|invalid_api_key|no apikey|Authentication Fails"
+    "|no Authorization header|Invalid credentials|bad access token",
+    503: "overloaded_error|Service Unavailable|Model at capacity|server busy|Loading model|Please try again",
+    408: "Request timed out.|Gateway Timeout|408 Request Time-out|Deadline exceeded",
+    404: "Unexpected endpoint|unknown endpoint|Wrong endpoint or method|Not Found|NOT_FOUND|no such model"
+    "|no Route matched|The model `x` does not exist|Cannot POST /v1|Invalid URL|unknown url|unknown model"
+    "|No models loaded",
+    403: "Forbidden|Permission denied|not allowed to sample|Access denied",
+    422: "invalid_request_error|Invalid request|Bad Request|INVALID_ARGUMENT|Unsupported value|is not supported"
+    "|Unrecognized argument|Unknown parameter|response_format|max_tokens|temperature|maximum context length"
+    "|Context size has been exceeded|Extra inputs|Invalid value",
+}
+
+
+@pytest.mark.parametrize(
+    "status, said", [(status, said) for status, texts in SAID.items() for said in texts.split("|")]
+)
+def test_words_stand_for_a_status(status, said):
+    assert find_error(body(said)) == status
+
+
+@pytest.mark.parametrize("name", ["code", "status", "status_code", "statusCode", "http_code", "error_code"])
+def test_fields_that_hold_a_status(name):
+    assert find_error(body({"message": "x", name: 429})) == 429 and find_error(body("x", **{name: "503"})) == 503
+
+
+@pytest.mark.parametrize("name", ["error", "errors", "detail", "message", "msg", "error_msg", "error_message"])
+def test_fields_that_hold_an_error(name):
+    assert find_error({name: "Not Found"}) == 404
+
+
+CODES = {
+    "fatal": "insufficient_quota billing_hard_limit_reached billing_not_active insufficient_funds",
+    "refused": "content_policy_violation content_filter invalid_prompt moderation_blocked ResponsibleAIPolicyViolation",
+}
+
+
+@pytest.mark.parametrize("kind, code", [(kind, code) for kind, codes in CODES.items() for code in codes.split()])
+def test_codes_decide_over_a_status(kind, code):
+    said = body({"code": code})
+    assert classify_error(400, json.dumps(said)) == kind and find_error(said) == (402 if kind == "fatal" else 400)
 
 
 NONE = {

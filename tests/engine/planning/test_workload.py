@@ -1,5 +1,7 @@
 """A dataset in numbers, and the micro-batches of its steps."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -50,6 +52,14 @@ def test_micro_batches_are_as_few_as_do_and_evened_out():
     assert whole.tokens / 2 < halves.tokens <= 8000 and not halves.one_micro_batch
     assert tiny.tokens == 512 and cuts[2].micro_batches > mix.own / 512
     assert cut_into_micro_batches(mix, 20000, most_examples=4).micro_batches == 32
+
+
+def test_micro_batches_have_room_for_every_token_and_their_shared_prefixes():
+    mix = alpaca_mix(recipe_of())
+    for n in range(2, 20):
+        most = math.ceil(mix.own / n)  # n of them would do, were it not for the prefixes
+        cut = cut_into_micro_batches(mix, most)
+        assert cut.micro_batches * (most - min(mix.prefix, most / 2)) >= mix.own and cut.largest.tokens <= most
 
 
 def test_a_gpus_mix_is_its_share_of_the_examples_with_every_prefix():

@@ -35,6 +35,10 @@ def test_rows_that_the_template_refuses_are_named_or_dropped_and_counted(tmp_pat
     table, skipped, _ = read(path, True)
     assert table.rows["number"].tolist() == [1, 3] and [bad.source for bad in skipped] == [f"{path}:2"]
     assert skipped[0].reason.startswith("the checkpoint's chat template fails on this row: no system")
+    for order in ((1, 0), (0, 1), (1, 1, 0)):
+        path.write_text("".join(json.dumps({"messages": chats[i]}) + "\n" for i in order))
+        table, skipped, _ = read(path, True)
+        assert (len(table.rows), len(skipped)) == (1, len(order) - 1)
     path.write_text(json.dumps({"messages": chats[1]}) + "\n")
     with pytest.raises(DataError, match=r"rows.jsonl:1: .* no system"):
         read(path, True)

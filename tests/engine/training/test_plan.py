@@ -1,0 +1,50 @@
+"""What is due after which step, and when the host must wait for a step's figures."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from engine.training.plan import Plan
+
+STEPS = 7
+DUE = {"off": [], "end": [0, 7], "epoch": [0, 3, 6, 7], "2": [0, 2, 4, 6, 7], "7": [0, 7], "9": [0, 7]}
+
+
+class Small(Plan):
+    """7 steps in epochs of 3, with these settings alone."""
+
+    def __init__(self, held_out=None, device="cpu", **config):
+        config = {"eval_every": "off", "save_every": "off", "sample_every": "off", "spike_rollback": False} | config
+        facts = {"config": SimpleNamespace(**config), "held_out": held_out, "device": torch.device(device)}
+        self.__dict__.update(facts, total_steps=STEPS)
+
+    order = SimpleNamespace(steps_per_epoch=3)
+
+
+@pytest.mark.parametrize("every", DUE)
+def test_what_is_due_after_which_step(every):
+    assert [step for step in range(STEPS + 1) if Small().is_due(every, step)] == DUE[every]
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({}, [7]),
+        ({"eval_every": "2", "held_out": "a dataset"}, DUE["2"]),
+        ({"eval_every": "2"}, [7]),
+        ({"save_every": "2"}, DUE["2"]),
+        ({"save_every": "end"}, [7]),  # the last step's alone, which is waited for
+        ({"sample_every": "epoch"}, DUE["epoch"]),
+        ({"sample_every": "epoch", "save_every": "2", "eval_every": "5", "held_out": "x"}, [0, 2, 3, 4, 5, 6, 7]),
+    ],
+)
+def test_the_host_waits_where_something_due_must_know_how_the_step_went(settings, steps):
+    assert [step for step in range(STEPS + 1) if Small(**settings).must_wait_after(step)] == steps
+
+
+@pytest.mark.parametrize(
+    ("device", "rollback", "ahead"), [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)]
+)
+def test_the_host_runs_ahead_on_a_gpu_where_no_step_is_undone(device, rollback, ahead):
+    assert Small(device=device, spike_rollback=rollback).runs_ahead == ahead
