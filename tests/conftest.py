@@ -1,9 +1,12 @@
 """What tests share: the real model and data where they are at hand, and small ones that are always there."""
 
 import atexit
+import gc
 import importlib.metadata
+import importlib.util
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,6 +16,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 if "cria-cache-" not in os.environ.get("XDG_CACHE_HOME", ""):  # workers of pytest-xdist have that of their parent
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cria-cache-")  # tokens are never cached in the user's home
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+    if importlib.util.find_spec("certifi"):  # OpenAI's client loads all certificates, 25 ms, also where it wants none
+        import certifi
+
+        first = re.search("-+BEGIN CERTIFICATE.*?END CERTIFICATE-+", Path(certifi.where()).read_text(), re.DOTALL)
+        os.environ["SSL_CERT_FILE"] = os.path.join(os.environ["XDG_CACHE_HOME"], "certificate.pem")
+        Path(os.environ["SSL_CERT_FILE"]).write_text(f"{first[0]}\n")
 
 import pytest
 import torch
@@ -20,8 +29,19 @@ import torch
 if not torch.cuda.is_available() and not os.environ.get("CRIA_TEST_CHIP"):
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on CPU tensors; before any of them is imported
 
+import tests.helpers.interpreter  # noqa: F401
 from kernels.ops.common import launch_table
 from tests.helpers.kernels import CHIP
+
+
+def pytest_collection_finish():
+    """Let no later collection of garbage look through what the imports have made, a million objects."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # else nanobind tells all that is left at the end
 
 
 def pytest_collection_modifyitems(items):

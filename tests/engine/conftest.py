@@ -5,9 +5,9 @@ import pytest
 from scripts.base.browser import Browser, find_chromium
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def browser(tmp_path_factory):
-    """A headless Chromium, one for the tests of a file; they are skipped where there is none."""
+    """A headless Chromium, one for all tests; they are skipped where there is none."""
     binary = find_chromium()
     if binary is None:
         pytest.skip("no chromium on PATH")

@@ -1,16 +1,10 @@
 """engine.chat: a conversation in a terminal and without one."""
 
 import contextlib
-import fcntl
 import io
 import json
-import os
-import pty
-import select
 import signal
-import subprocess
 import sys
-import termios
 import time
 
 import pytest
@@ -24,8 +18,9 @@ from engine.serving.models import load_model
 from engine.serving.prompts import encode_chat
 from engine.serving.terminal_chat import Chat, ChatSettings
 from engine.text.templates import Row, encode_prompt
-from tests.helpers.run import ROOT, environment
+from tests.helpers.run import environment
 from tests.helpers.small_model import small_model
+from tests.helpers.terminals import Terminal
 
 
 @pytest.fixture(scope="module")
@@ -177,42 +172,9 @@ sys.exit(run_main(chat.main))
 """
 
 
-class Terminal:
-    """The command in a terminal of its own."""
-
-    def __init__(self, *args, env):
-        self.ours, theirs = pty.openpty()
-
-        def take_terminal():
-            os.setsid()
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", HANGING, *map(str, args)], cwd=ROOT, env=env, stdin=theirs, stdout=theirs,
-            stderr=theirs, preexec_fn=take_terminal,
-        )  # fmt: skip
-        os.close(theirs)
-        self.said = ""
-
-    def write(self, text):
-        self.said = ""
-        os.write(self.ours, text.encode())
-
-    def read_until(self, text):
-        """Return what is said up to a text."""
-        end = time.monotonic() + 120
-        while text not in self.said:
-            assert select.select([self.ours], [], [], max(0, end - time.monotonic()))[0], self.said
-            try:
-                self.said += os.read(self.ours, 4096).decode("utf-8", "replace")
-            except OSError:  # the other side has closed
-                assert text in self.said, self.said
-        return self.said
-
-
 def test_a_conversation_in_a_terminal(tmp_path):
     env = environment() | {"XDG_STATE_HOME": str(tmp_path), "TERM": "xterm", "OMP_NUM_THREADS": "1"}
-    terminal = Terminal("--model", small_model(), "--temperature", "0", "--max-new-tokens", "5", env=env)
+    terminal = Terminal(HANGING, "--model", small_model(), "--temperature", "0", "--max-new-tokens", "5", env=env)
     try:
         terminal.read_until("Ctrl-D ends.")
         terminal.read_until("> ")
@@ -237,11 +199,9 @@ def test_a_conversation_in_a_terminal(tmp_path):
         while terminal.process.poll() is None:  # again: a Ctrl-D that comes before the prompt does is lost
             with contextlib.suppress(OSError):  # it has just ended
                 terminal.write("\x04")
-            time.sleep(0.2)
+            time.sleep(0.05)
         assert terminal.process.returncode == 0
     finally:
-        terminal.process.kill()
-        terminal.process.wait()
-        os.close(terminal.ours)
+        terminal.close()
     history = tmp_path / "cria" / "chat_history"
     assert "Name a fruit." in history.read_text() and history.stat().st_mode & 0o077 == 0

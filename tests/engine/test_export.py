@@ -56,12 +56,14 @@ def test_every_layout_holds_the_same_model(tmp_path):
     assert tokenizer.encode(text) == their_tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
-def test_a_gguf_in_bf16_and_sharded(smollm2, tmp_path):
-    export("--model", smollm2, "--out", tmp_path / "bf16", "--dtype", "bf16", "--max-shard-bytes", 200_000_000)
+def test_a_gguf_in_bf16_and_sharded(tmp_path):
+    path = tmp_path / "model.gguf"
+    export("--model", small_model(), "--out", path, "--layout", "gguf", "--gguf-type", "q8_0")
+    export("--model", path, "--out", tmp_path / "bf16", "--dtype", "bf16", "--max-shard-bytes", 500_000)
     assert len(list((tmp_path / "bf16").glob("model-*.safetensors"))) > 1
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "bf16")
     assert theirs.dtype == torch.bfloat16
-    ours, _, _ = load_model(str(smollm2), torch.device("cpu"), torch.bfloat16)
+    ours, _, _ = load_model(str(path), torch.device("cpu"), torch.bfloat16)
     assert ours.tok_embeddings.equal(theirs.model.embed_tokens.weight)
     assert ours.layers[-1].w2.equal(theirs.model.layers[-1].mlp.down_proj.weight)
 

@@ -18,6 +18,7 @@ from data_gen.judging.humans import read_votes
 from engine.base.errors import run_main
 from engine.serve import main
 from tests.helpers.comparisons import read_round, send
+from tests.helpers.forks import Started
 from tests.helpers.run import ROOT, forked
 from tests.helpers.small_model import small_model
 
@@ -79,20 +80,18 @@ def test_a_port_in_use_is_told(capsys):
     assert f"--port {port}: cannot be listened on" in capsys.readouterr().err
 
 
+SERVE = "import sys; from engine import serve; from engine.base.errors import run_main\nsys.exit(run_main(serve.main))"
+
+
 @contextlib.contextmanager
 def serving(*words):
     """Run engine.serve, and yield (its process, its address)."""
-    serve = subprocess.Popen(
-        [sys.executable, "-m", "engine.serve", "--port", "0", *map(str, words)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    serve = Started(SERVE, "--port", "0", *words)
     try:
-        yield serve, re.search(r" at (http://127\.0\.0\.1:\d+)$", serve.stdout.readline())[1]
+        yield serve, re.search(r" at (http://127\.0\.0\.1:\d+)\n", serve.read_until("\n"))[1]
     finally:
         serve.kill()
-        serve.wait()
-        serve.stdout.close()
+        serve.communicate()
 
 
 def test_the_command_that_a_run_ends_with_opens_its_model(tmp_path, rows_file):
@@ -125,8 +124,8 @@ def test_votes_on_two_files_outlive_sigkill(tmp_path):
                 models = post(f"{url}/compare/vote", round=id, vote="A")["models"]
                 assert [text.split()[0] for text in shown] == models
                 told.append(models)
-            serve.send_signal(signal.SIGKILL)
-            serve.wait()
+            serve.kill()
+            serve.communicate()
         assert [list(vote.shown) for vote in read_votes(votes)] == told
     assert len(told) == 3
 

@@ -4,7 +4,6 @@ import io
 import json
 import math
 import os
-import pty
 import re
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 
 from engine.base import terminal as log
 from engine.base.terminal import Output, Progress, format_duration, track
+from tests.helpers.terminals import Terminal
 
 ROOT = Path(__file__).parents[3]
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
@@ -131,19 +131,13 @@ def test_a_run_that_starts_without_stdout():
 
 def on_terminal(code, columns=100, hang_up=False, **environment):
     """What `code` shows on a terminal of its own, and its exit code."""
-    master, slave = pty.openpty()
     environment = {"TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": "30"} | environment
-    process = start(code, stdin=slave, stdout=slave, stderr=subprocess.PIPE, env=os.environ | environment)
-    os.close(slave)
-    shown = b""
-    try:
-        while not (hang_up and shown) and (data := os.read(master, 65536)):
-            shown += data
-    except OSError:  # Linux says EIO when the last writer has gone
-        pass
-    os.close(master)
-    error = process.stderr.read().decode()
-    return shown.decode(), error, process.wait()
+    terminal = Terminal(textwrap.dedent(code), env=os.environ | environment, stderr=False)
+    if not hang_up:
+        terminal.read_all()
+    os.close(terminal.ours)
+    _, error = terminal.process.communicate()
+    return terminal.said, error, terminal.process.returncode
 
 
 LIVE = """

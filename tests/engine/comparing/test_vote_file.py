@@ -4,8 +4,8 @@ import errno
 import json
 import os
 import random
-import subprocess
-import sys
+import signal
+from functools import partial
 
 import pytest
 
@@ -14,7 +14,7 @@ pytest.importorskip("starlette")
 from data_gen.judging.humans import read_votes
 from engine.base.errors import DataError, UsageError
 from engine.comparing.vote_file import VoteFile
-from tests.helpers.run import ROOT, environment
+from tests.helpers.training_states import fork
 
 
 def row(n, vote="A"):
@@ -112,29 +112,27 @@ def test_a_full_disk_leaves_the_file_as_it_was(path, monkeypatch):
     assert len(read_votes(path)) == 2
 
 
-VOTER = """
-import sys
-from pathlib import Path
-from engine.comparing.vote_file import VoteFile
-file = VoteFile(Path(sys.argv[1]))
-for n in range(10**6):
-    file.add({"prompt": f"{len(file.kept)}", "models": ["a", "b"], "vote": "A", "answers": ["x" * 9000, "y"]})
-    print(len(file.kept), flush=True)
-"""
+def vote_for_ever(path, told):
+    file = VoteFile(path)
+    while True:
+        prompt = str(len(file.kept))
+        file.add({"prompt": prompt, "models": ["a", "b"], "vote": "A", "answers": ["x" * 9000, "y"]})
+        os.write(told, f"{len(file.kept)}\n".encode())
 
 
 def test_no_acknowledged_vote_is_lost_to_sigkill(path):
     random.seed(3)
     told = 0
     for _ in range(3):
-        process = subprocess.Popen(
-            [sys.executable, "-c", VOTER, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment()
-        )
-        for _ in range(random.randrange(2, 30)):
-            told = int(process.stdout.readline())
-        process.kill()
-        rest = process.stdout.read().split()  # told before the signal came
-        process.wait()
+        read_end, write_end = os.pipe()
+        voter = fork(partial(vote_for_ever, path, write_end))
+        os.close(write_end)
+        with open(read_end) as lines:
+            for _ in range(random.randrange(2, 30)):
+                told = int(lines.readline())
+            os.kill(voter, signal.SIGKILL)
+            rest = lines.read().split()  # told before the signal came
+        assert os.waitpid(voter, 0)[1] == signal.SIGKILL
         told = int(rest[-1]) if rest else told
     file = VoteFile(path)
     assert told <= len(file.kept) <= told + 1  # one may be on the disk that was not told

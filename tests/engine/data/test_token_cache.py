@@ -325,7 +325,7 @@ from engine.training import datasets
 from engine.data import token_cache
 from engine.training.config import FinetuneConfig
 from engine.text.tokenizer_files import load_tokenizer
-gguf, cache, kill_at, wait_for, *files = sys.argv[1:]
+model, cache, kill_at, wait_for, *files = sys.argv[1:]
 calls = 0
 def counted(name):
     real = getattr(os, name)
@@ -338,7 +338,7 @@ def counted(name):
     setattr(os, name, call)
 for name in ("fsync", "rename"):
     counted(name)
-tokenizer = load_tokenizer(gguf)
+tokenizer = load_tokenizer(model)
 config = FinetuneConfig(
     model="tiny", random_init=True, data=tuple(files), token_cache=cache, skip_bad_rows=True, max_length=64
 )
@@ -356,28 +356,34 @@ print(is_cached, table.select().sha256(), calls)
 """
 
 
-def start(gguf, cache, files, kill_at=0, wait_for="-"):
-    return Started(PROCESS, gguf, cache, kill_at, wait_for, *files, env=environment())
+@pytest.fixture(scope="module")
+def small():
+    """Return a tokenizer that a process of its own reads in a moment."""
+    return load_tokenizer(small_model())
 
 
-def test_two_processes_that_write_the_same_entry_both_succeed(files, cache, smol, smollm2, tmp_path):
-    both = [start(smollm2, cache, files, wait_for=tmp_path / "written") for _ in range(2)]
+def start(cache, files, kill_at=0, wait_for="-"):
+    return Started(PROCESS, small_model(), cache, kill_at, wait_for, *files, env=environment())
+
+
+def test_two_processes_that_write_the_same_entry_both_succeed(files, cache, small, tmp_path):
+    both = [start(cache, files, wait_for=tmp_path / "written") for _ in range(2)]
     said = [process.communicate(timeout=100) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    wanted = read(files, "off", smol)[0][0].select().sha256()
+    wanted = read(files, "off", small)[0][0].select().sha256()
     for out, _ in said:
         (line,) = out.splitlines()  # no note
         assert line.split()[:2] == ["False", wanted]
     assert [path.name for path in cache.iterdir()] == [path.name for path in entries(cache)]
-    again, is_cached = read(files, cache, smol)
+    again, is_cached = read(files, cache, small)
     assert is_cached and again[0].select().sha256() == wanted
 
 
-def test_kill_9_at_any_write_leaves_an_entry_or_none(files, cache, smol, smollm2, monkeypatch):
-    wanted = read(files, "off", smol)[0][0].select().sha256()
+def test_kill_9_at_any_write_leaves_an_entry_or_none(files, cache, small, monkeypatch):
+    wanted = read(files, "off", small)[0][0].select().sha256()
     for kill_at in range(1, 9):
         shutil.rmtree(cache, ignore_errors=True)
-        process = start(smollm2, cache, files, kill_at)
+        process = start(cache, files, kill_at)
         _, err = process.communicate(timeout=100)
         if process.returncode == 0:
             break
@@ -385,12 +391,12 @@ def test_kill_9_at_any_write_leaves_an_entry_or_none(files, cache, smol, smollm2
         left = [path for path in cache.iterdir() if path.name.startswith(".tmp-")]
         assert len(left) + len(entries(cache)) == 1
         said = []
-        found, is_cached = read(files, cache, smol, said)
+        found, is_cached = read(files, cache, small, said)
         assert is_cached == (not left) and not said and found[0].select().sha256() == wanted
         assert all(path.exists() for path in left)  # it may still be written
         old = time.time() - 2 * token_cache.STALE_SECONDS
         for path in left:
             os.utime(path, (old, old))
-        read(files, cache, smol, max_length=63)
+        read(files, cache, small, max_length=63)
         assert not any(path.exists() for path in left) and len(entries(cache)) == 2
     assert kill_at == 8, "three arrays, the manifest, its folder, the rename, the folder around it"

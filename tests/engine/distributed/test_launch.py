@@ -1,11 +1,13 @@
 """Every way to start ranks: Stanford's command, several machines, Slurm, a launcher's environment. Each is one run."""
 
+import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from tests.helpers.small_model import small_model, write_model
 
 COMMON = ("--device", "cpu", "--lr", "1e-3", "--max-length", 64)
 STEPS = ("--global-batch-size", 8, "--max-steps", 6)
-STARTED = []  # processes of a test
+STARTED, TASKS = [], []  # processes of a test: started as a user does, and forked
 BIN = Path(sys.executable).parent  # of torchrun
 
 
@@ -39,7 +41,9 @@ def nothing_is_left():
     for process in STARTED:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
-    STARTED.clear()
+    for task in TASKS:
+        task.terminate()
+    STARTED.clear(), TASKS.clear()
 
 
 def alone(*args):
@@ -177,11 +181,11 @@ def test_two_machines_lose_one_and_then_a_rank(rows, reference, tmp_path):
 # ---- Slurm ----------------------------------------------------------------------------------------------------------
 
 SRUN = f"""#!{sys.executable}
-import os, signal, subprocess, sys
-words = sys.argv[sys.argv.index("torchrun"):]
-tasks = [subprocess.Popen(words) for _ in range(int(os.environ["SLURM_JOB_NUM_NODES"]))]
-signal.signal(signal.SIGTERM, lambda *_: [task.terminate() for task in tasks])  # as srun: to its tasks, not their ranks
-sys.exit(max(abs(task.wait()) for task in tasks))
+import json, os, signal, socket, sys
+with socket.create_connection(("127.0.0.1", int(os.environ["MACHINES"]))) as machines:
+    signal.signal(signal.SIGTERM, lambda *_: machines.sendall(b"SIGTERM\\n"))
+    machines.sendall(json.dumps([sys.argv[sys.argv.index("torchrun") + 1:], dict(os.environ)]).encode() + b"\\n")
+    sys.exit(int(machines.makefile().readline()))
 """
 SCONTROL = """#!/bin/bash
 case "$*" in
@@ -192,25 +196,43 @@ esac
 """
 
 
+def run_tasks(machines, log):
+    """Do what srun asks the machines for: a torchrun on each, which gets srun's signals. Answer with the exit code."""
+    srun, _ = machines.accept()
+    with srun, srun.makefile() as asked:
+        words, env = json.loads(asked.readline())
+        tasks = [start_torchrun(*words, log=log, **env) for _ in range(int(env["SLURM_JOB_NUM_NODES"]))]
+        TASKS.extend(tasks)
+        threading.Thread(target=lambda: [task.terminate() for _ in asked for task in tasks], daemon=True).start()
+        for task in tasks:
+            task.communicate()
+        srun.sendall(b"%d\n" % max(abs(task.returncode) for task in tasks))
+
+
 @pytest.fixture
 def slurm(tmp_path):
     """Starts scripts/slurm.sh on two machines of one GPU each; slurm.requeued is there when it asked for that."""
     folder = tmp_path / "slurm"
     folder.mkdir()
     job_id = next(i for i in range(os.getpid(), os.getpid() + 20000) if is_free(10000 + i % 20000))
+    machines = socket.create_server(("127.0.0.1", 0))
     variables = {
         "SLURM_JOB_ID": str(job_id), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "machine[1-2]",
         "SLURM_GPUS_ON_NODE": "1", "SLURM_CPUS_PER_TASK": "1", "PATH": f"{folder}:{BIN}:{os.environ['PATH']}",
+        "MACHINES": str(machines.getsockname()[1]),
     }  # fmt: skip
 
     def job(log, *args, srun=SRUN):
         for name, text in (("srun", srun), ("scontrol", SCONTROL)):
             (folder / name).write_text(text)
             (folder / name).chmod(0o755)
+        if srun == SRUN:
+            threading.Thread(target=run_tasks, args=(machines, log), daemon=True).start()
         return start(log, ("bash", ROOT / "scripts" / "slurm.sh", *args), **variables)
 
     job.requeued = folder / "requeued"
-    return job
+    yield job
+    machines.close()
 
 
 def before_the_limit():
@@ -235,6 +257,7 @@ def test_slurm_stops_a_job_at_its_time_limit_and_requeues_it(rows, tmp_path, slu
     job.send_signal(before_the_limit())
     assert ended(job) == 0, log.read_text()
     assert slurm.requeued.exists() and "stopped by SIGTERM after step" in log.read_text(), log.read_text()
+    assert read_json(out / "run.json")["environment"]["ranks"] == 2
     codes, said = ranks(2, *run, "--out", out)
     assert codes == [0, 0] and "going on after step" in said, said
     alone(*run, "--out", reference)

@@ -1,8 +1,12 @@
-"""The watchdog's thread has ended when stop() returns: within the store at Python's end it aborts the process."""
+"""The watchdog names a rank that is silent, and no rank that works long; its thread has ended when stop() returns."""
 
 import threading
+import time
 from types import SimpleNamespace
 
+import torch.distributed as dist
+
+from engine.distributed import world
 from engine.distributed.world import Watchdog
 
 
@@ -18,6 +22,55 @@ class SlowStore:
 
     def check(self, keys):
         return False
+
+
+def wait_for(is_so):
+    end = time.monotonic() + 120
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def test_a_rank_is_silent_when_its_watchdog_is_and_not_when_it_works_for_long(monkeypatch, capsys):
+    """The clock is the test's: it goes on by half of the time-out when each watchdog has reported and looked again."""
+    now, ended = [0.0], []
+
+    def end(code):
+        ended.append(code)
+        dogs[0].stopped.set()
+
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=time.sleep)
+    monkeypatch.setattr(world, "time", clock)
+    monkeypatch.setattr(world.os, "_exit", end)
+    store, looks = dist.HashStore(), [0, 0]
+    dogs = [Watchdog(SimpleNamespace(rank=rank, size=2, store=store), timeout_s=0.1) for rank in (0, 1)]
+    for rank, dog in enumerate(dogs):
+        real = dog.find_silent
+
+        def look(real=real, rank=rank):
+            found = real()
+            looks[rank] += 1
+            return found
+
+        dog.find_silent = look
+    dogs[1].place = "step 7"
+
+    def wait_for_looks(ranks):
+        before = list(looks)
+        wait_for(lambda: all(looks[rank] > before[rank] + 1 for rank in ranks))
+        assert not ended
+
+    for seconds in [0.05] * 20 + [0.0]:  # neither rank's main thread does anything
+        wait_for_looks((0, 1))
+        now[0] += seconds
+    dogs[1].stop()
+    wait_for_looks((0,))  # the last report is seen
+    now[0] += 0.09
+    wait_for_looks((0,))
+    now[0] += 0.02
+    wait_for(lambda: ended)
+    dogs[0].stop()
+    assert ended == [1] and "rank 1 has not been heard of for 0 s, last at step 7" in capsys.readouterr().err
 
 
 def test_stop_waits_for_a_report_that_is_under_way():

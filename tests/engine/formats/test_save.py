@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +35,7 @@ from tests.helpers.checkpoints import (
     their_logits,
     to_meta_rows,
 )
+from tests.helpers.forks import Started
 
 
 @shapes
@@ -234,7 +233,7 @@ def test_killed_at_every_step_of_a_save(tmp_path, monkeypatch):
 
 
 PEAK = """
-import json, sys
+import ctypes, json, sys
 from pathlib import Path
 import torch
 from engine.model.config import ModelConfig
@@ -245,6 +244,8 @@ from engine.formats.source import open_source
 config = ModelConfig(dim=512, n_layers=2, n_heads=8, n_kv_heads=8, hidden_dim=1024, vocab_size=8192, max_seq_len=4096,
                      norm_eps=1e-5)
 folder = Path(sys.argv[1])
+M_MMAP_THRESHOLD = -3
+assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536) == 1
 
 def anonymous():  # bytes of this process that are no file's
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -285,12 +286,10 @@ print(json.dumps({"extra": extra, "largest": max(sizes), "total": sum(sizes)}))
 @pytest.fixture(scope="module")
 def peaks(tmp_path_factory):
     """glibc keeps what is freed, up to 32 MB a piece, unless it is told to map every piece over 64 kB."""
-    root = Path(__file__).parents[3]
-    environment = os.environ | {"PYTHONPATH": str(root), "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-c", PEAK, str(tmp_path_factory.mktemp("peaks"))]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    process = Started(PEAK, tmp_path_factory.mktemp("peaks"))
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    return json.loads(out)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures memory as Linux tells it")

@@ -3,46 +3,42 @@
 import json
 import math
 import os
-import subprocess
-import sys
-import textwrap
+import resource
+import signal
 import time
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
 
 from engine.output.metrics import Metrics
-
-ROOT = Path(__file__).parents[3]
-
-
-def start(code, *arguments, **options):
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], cwd=ROOT, **options)
+from tests.helpers.training_states import fork
 
 
 def read(path):
     return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
 
 
+def write_for_ever(path, size, told):
+    metrics = Metrics(path)
+    for step in count(1):
+        metrics.write("train", step=step, text="x" * (size + step % 50))
+        if step == 3:
+            os.write(told, b"3")
+
+
 @pytest.mark.parametrize("size", [250, 2500, 15000])  # a train line, one that often crosses a page, a long sample
 def test_kill_leaves_whole_lines_only(tmp_path, size):
-    writer = """
-        import sys
-        from pathlib import Path
-        from engine.output.metrics import Metrics
-        metrics, step = Metrics(Path(sys.argv[1])), 0
-        while True:
-            metrics.write("train", step=(step := step + 1), text="x" * (int(sys.argv[2]) + step % 50))
-            if step == 3:
-                print("ready", flush=True)
-    """
     for i in range(10):
-        process = start(writer, tmp_path / "metrics.jsonl", size, stdout=subprocess.PIPE)
-        process.stdout.readline()
+        ready, told = os.pipe()
+        writer = fork(partial(write_for_ever, tmp_path / "metrics.jsonl", size, told))
+        os.close(told)
+        assert os.read(ready, 1) == b"3"
+        os.close(ready)
         time.sleep(0.005 + 0.0017 * i)
-        process.kill()
-        process.wait()
-        process.stdout.close()
+        os.kill(writer, signal.SIGKILL)
+        assert os.waitpid(writer, 0)[1] == signal.SIGKILL
         text = (tmp_path / "metrics.jsonl").read_bytes()
         assert not text or text.endswith(b"\n")
         lines = read(tmp_path / "metrics.jsonl")
@@ -143,23 +139,17 @@ def test_a_new_run_starts_empty_and_resume_needs_no_file(tmp_path):
     assert len(read(tmp_path / "new")) == 1
 
 
+def write_until_full(path, size):
+    """Raise unless the disk, of 21,000 bytes, is told as full."""
+    metrics = Metrics(path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (21_000, 21_000))
+    with pytest.raises(OSError, match=r"No space left|File too large"):
+        for step in range(1000):
+            metrics.write("train", step=step, text="x" * size)
+
+
 @pytest.mark.parametrize("size", [100, 5000])  # by append; by renamed copy
 def test_full_disk_leaves_whole_lines(tmp_path, size):
-    process = start(
-        """
-        import resource, sys
-        from pathlib import Path
-        from engine.output.metrics import Metrics
-        metrics = Metrics(Path(sys.argv[1]))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (21_000, 21_000))
-        try:
-            for step in range(1000):
-                metrics.write("train", step=step, text="x" * int(sys.argv[2]))
-        except OSError:
-            print("full")
-        """,
-        tmp_path / "m", size, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    assert process.communicate()[0] == b"full\n"
+    assert os.waitpid(fork(partial(write_until_full, tmp_path / "m", size)), 0)[1] == 0
     assert (tmp_path / "m").read_bytes().endswith(b"\n") and len(read(tmp_path / "m")) > 2
     assert os.listdir(tmp_path) == ["m"]

@@ -46,7 +46,7 @@ def bytes_of_weights(model):
         ("all", "fp32", "block", "tied"), ("patterned", "bf16", "block", "grouped queries"),
     ],
 )  # fmt: skip
-def test_activations_are_what_autograd_keeps_to_the_byte(adapter, dtype, recompute, shape, device):
+def test_activations_are_what_autograd_keeps_to_the_byte(adapter, dtype, recompute, shape, device, unlaunched):
     """As without an adapter; the hooks do not see what recomputed blocks hold in a closure."""
     c = ModelConfig(**SMALL | SHAPES[shape])
     adapter = ADAPTERS[adapter]

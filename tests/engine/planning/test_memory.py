@@ -55,7 +55,7 @@ NARROW = {"dim": 576, "n_heads": 9, "n_kv_heads": 3, "hidden_dim": 1536, "vocab_
         ("one layer", "bf16", "block", False),
     ],
 )  # fmt: skip
-def test_activations_are_what_autograd_keeps_to_the_byte(shape, dtype, recompute, several_targets, device):
+def test_activations_are_what_autograd_keeps_to_the_byte(shape, dtype, recompute, several_targets, device, unlaunched):
     """Attention's plans are left out. Recomputed blocks hold cos and sin in a closure, which the hooks do not see."""
     c = ModelConfig(**SMALL | {"n_layers": 3 if (dtype, recompute) == ("fp32", "none") else 2} | SHAPES[shape])
     model = new_model(c, "cpu", torch.float32, "triton", recompute, True)

@@ -27,6 +27,7 @@ from tests.helpers.datasets import dataset
 from tests.helpers.late_copies import LateLane
 from tests.helpers.planning import SHAPES, SMALL
 from tests.helpers.run import events
+from tests.helpers.small_model import small_model
 
 ROWS = [[*range(40, 48 + i), i, i + 1, i + 2] for i in range(12)]
 SETTINGS = dict(beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
@@ -251,7 +252,7 @@ def test_the_largest_micro_batch_is_tried_with_gradients_that_leave(device, monk
 @pytest.mark.skipif(find_cpu() is None, reason="the CPU library is compiled by g++, which is missing")
 def test_a_run_may_change_to_updates_on_the_cpu_and_back(tmp_path, rows_file, monkeypatch, fused, capsys):
     """The CPU updates by itself where csrc/cpu is, and CRIA_OPTIMIZER insists; losses, norms and weights stay equal."""
-    common_flags = ("--model", "tiny", "--random-init", "--data", rows_file, "--device", "cpu", "--dtype", "bf16")
+    common_flags = ("--model", small_model(), "--data", rows_file, "--device", "cpu", "--dtype", "bf16")
     common_flags += (
         "--kernels",
         "native",

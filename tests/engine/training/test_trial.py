@@ -10,6 +10,7 @@ from engine.training import trial
 from engine.training.config import FinetuneConfig
 from engine.training.prepare import prepare
 from engine.training.trial import try_on_cpu
+from tests.helpers.small_model import small_model
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def plan(tmp_path):
     rows = [{"instruction": f"Count to {i}.", "output": " ".join(map(str, range(i)))} for i in range(30)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     config = FinetuneConfig(
-        model="tiny", random_init=True, data=(str(tmp_path / "rows.json"),), out=str(tmp_path / "out"), device="cpu",
+        model=str(small_model()), data=(str(tmp_path / "rows.json"),), out=str(tmp_path / "out"), device="cpu",
         token_cache="off", micro_batch_tokens=8192, kernels="ref",
     )  # fmt: skip
     return prepare(config, World(), print)
