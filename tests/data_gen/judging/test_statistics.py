@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -154,3 +155,36 @@ def test_warnings_need_enough_to_go_by():
     last = [judged(1.5, votes=("other", "base"))] * 20
     assert "100% of the winners were shown last" in statistics.compute_figures(["a", "b"], last, ["m"]).warnings[1]
     assert SimpleNamespace(**statistics.compute_figures(["a", "b"], few, []).describe()).canary is None
+
+
+RATE = statistics.Rate(50.0, None, None, 20)
+PLAIN = statistics.PairFigures(
+    "old", "new", RATE, 0, 0, 0, 0, decisive_share=20.0, flip_rate=50.0, two_winners=20, first_share=75.0, winners=20,
+    longer_share=80.0, unequal=20, mean_lengths=(1.0, 1.0), length_controlled=RATE,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("share", "count", "said"),
+    [
+        ({"flip_rate": 51.0}, {"two_winners": 19}, "changed its winner with the order in 51% of pairs"),
+        ({"first_share": 76.0}, {"winners": 19}, "76% of the winners were shown first"),
+        ({"first_share": 24.0}, {"winners": 19}, "76% of the winners were shown last"),
+        ({"decisive_share": 19.0}, {"win_rate": replace(RATE, n=19)}, "only 19% of the pairs have a winner"),
+        ({"longer_share": 81.0}, {"unequal": 19}, "the longer answer won 81% of the decided pairs"),
+    ],
+)
+def test_each_warning_comes_past_its_limit_and_with_enough(share, count, said):
+    found = statistics.find_warnings([replace(PLAIN, **share)], None, ["m"])
+    assert len(found) == 1 and said in found[0]
+    for quiet in ({}, share | count, dict.fromkeys(share)):
+        assert statistics.find_warnings([replace(PLAIN, **quiet)], None, ["m"]) == []
+    assert statistics.find_warnings([replace(PLAIN, first_share=25.0)], None, []) == []
+
+
+@pytest.mark.parametrize(("score", "is_told"), [(10.0, True), (9.9, False), (None, False)])
+def test_a_canary_that_scores_is_told(score, is_told):
+    canary = replace(PLAIN, win_rate=replace(RATE, value=score))
+    assert ["scored 10% against old" in said for said in statistics.find_warnings([], canary, ["m"])] == [
+        True
+    ] * is_told

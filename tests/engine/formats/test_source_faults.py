@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import struct
 import tracemalloc
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 
 from engine.base.errors import DataError
 from engine.formats.save import save_hf
-from engine.formats.source import open_source
+from engine.formats.source import OPENERS, open_source
 from engine.model.llama import new_model
 from tests.helpers.checkpoints import (
     BASE,
@@ -321,3 +322,16 @@ def test_bit_flips_never_crash(tmp_path):
         path.write_bytes(sound)
         open_source(opened)
     assert n_refused > 300
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(5, "Input/output error"), KeyError("dim"), struct.error("short"), ValueError()]
+)
+def test_whatever_a_reader_raises_of_damage_names_the_model(error, tmp_path, monkeypatch):
+    def fail(path, problems):
+        raise error
+
+    (tmp_path / "model.gguf").touch()
+    monkeypatch.setitem(OPENERS, "gguf", fail)
+    with pytest.raises(DataError, match=r"model\.gguf: the model: is damaged, or not what it should be"):
+        open_source(tmp_path / "model.gguf")

@@ -35,6 +35,15 @@ def test_savings_of_memory_and_slower_cards_cost_speed():
     assert plain.tokens_per_s * plain.seconds["total"] / 128 == pytest.approx(127.2, rel=0.005)
 
 
+def test_every_micro_batch_computes_the_shared_prefixes():
+    whole, halves = (estimate_of("H100", optimizer_states="8bit", micro_batch_tokens=n) for n in (20000, 8000))
+    for n, one in ((1, whole), (2, halves)):
+        assert one.outcome.cut.micro_batches == n
+        assert one.outcome.projection.work.tokens == one.mix.own + n * one.mix.prefix
+    apart = estimate_of("H100", optimizer_states="8bit", micro_batch_tokens=512)  # never more than without sharing
+    assert apart.outcome.projection.work.tokens <= apart.mix.logical
+
+
 @pytest.mark.parametrize("states", ["fp32", "8bit"])
 @pytest.mark.parametrize("recompute", ["cheap", "block"])
 @pytest.mark.parametrize(("offload", "on_cpu"), [(False, True), (True, False), (True, True)])

@@ -12,6 +12,14 @@ def test_replicas_are_changed_without_changing_the_number_of_gpus(shards, replic
     assert (changed.shards, changed.replicas, changed.n_cards, changed.states) == (4, 2, 8, "8bit")
 
 
+@pytest.mark.parametrize(
+    ("changes", "leave"), [({}, True), ({"shards": 2}, False), ({"replicas": 2}, False), ({"offload": False}, False),
+                           ({"on_cpu": False}, False)]
+)  # fmt: skip
+def test_gradients_leave_one_gpu_for_a_cpu_that_updates(changes, leave):
+    assert Setting(**{"offload": True, "on_cpu": True} | changes).gradients_leave == leave
+
+
 def test_a_mesh_in_words():
     assert [describe_mesh(*mesh) for mesh in ((8, 1), (4, 2), (1, 8))] == [
         "sharded over 8", "2 replicas of 4 shards", "8 replicas"

@@ -15,6 +15,7 @@ from engine.planning.cards import BENCHMARKS, CARDS, find_rates
 from engine.planning.setting import Setting
 from engine.planning.step_time import (
     COMPUTING,
+    KERNEL_SHARE,
     UPDATE_INSTRUCTIONS,
     Traffic,
     Work,
@@ -102,6 +103,20 @@ def test_an_update_takes_as_long_as_its_bytes_or_its_instructions():
     assert update_seconds(slow, speed, state, setting) == pytest.approx(
         norm_s + UPDATE_INSTRUCTIONS["8bit"] * n / (13 * 128 * 1.83e9)
     )
+
+
+@pytest.mark.parametrize(
+    ("recompute", "x", "h", "heads"), [("cheap", 18, 9, 10), ("block", 26, 12, 14), ("none", 16, 8, 10)]
+)
+def test_the_bytes_of_row_wise_kernels_worked_out_by_hand(recompute, x, h, heads):
+    """Forward moves 8 rows of dim, 3 of hidden_dim, 4 of the heads; backward 10, 6 and 6, fewer where more is kept."""
+    c, speed = MODELS["llama-7b"], find_rates(CARDS["H100"])
+    work = Work(4000, 3000, 0, 0, 2)
+    found = step_seconds(c, CARDS["H100"], speed, work, Setting(recompute=recompute), update_s=0.1)
+    rows = 31 * 4000 + 3000
+    numbers = rows * (x * 4096 + h * 11008 + heads * 2 * 4096) + 2 * 3000 * 32000 + 4 * 4000 * 4096
+    numbers += 2 * 3 * 32000 * 4096  # the embedding's gradient, a micro-batch
+    assert found["memory"] == pytest.approx(2 * numbers / (KERNEL_SHARE * speed.copy_bytes_per_s))
 
 
 @pytest.mark.parametrize(("recompute", "forward"), [("cheap", 1 / 3), ("block", 1 / 4)])
