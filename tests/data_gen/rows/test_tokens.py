@@ -67,3 +67,20 @@ def test_tokens_of_any_text(text):
     tokens = tokenize(text)
     assert all(tokens)
     assert tokenize(" ".join(tokens)) == tokens  # normal forms stay as they are
+
+
+UNSPACED = [
+    0x0E01, 0x0EC0, 0x0F40, 0x1000, 0x1780, 0x1950, 0x1980, 0x1A20, 0x1B05, 0x3042, 0x30A2, 0x3105, 0x31A0, 0x31F0,
+    0x3400, 0x4DB5, 0x4E00, 0x9FEF, 0xA984, 0xA9E0, 0xAA60, 0xAA80, 0xF900, 0xFAD9, 0x17000, 0x18B00, 0x1B000, 0x1B170,
+    0x20000, 0x2A6D6, 0x30000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("code", UNSPACED, ids=hex)
+def test_a_letter_of_a_script_without_spaces_is_a_token(code):
+    assert len(tokenize(chr(code) * 2)) == 2
+
+
+@pytest.mark.parametrize("code", [0x0D05, 0x10D0, 0x1820, 0x1C00, 0xAC00, 0xD7A3, 0xAAE0, 0xFB13], ids=hex)
+def test_letters_of_other_scripts_make_words(code):
+    assert len(tokenize(chr(code) * 2)) == 1

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy
 import pytest
+import torch
 
+from kernels.ops import common
 from tests.helpers.run import ROOT, environment
 
 OLDEST = Path(sys.prefix) / "triton-3.6"  # put there by `make test`
@@ -23,3 +25,44 @@ def test_an_interpreter_that_numpy_has_left_behind_is_named():
         )
         assert done.returncode == ends, done.stderr
         assert ("install numpy<2.4 or a newer Triton" in done.stderr) == bool(ends)
+
+
+CPU_CHOICES = {  # (impl, dtype, whether the op has a native function, whether the library is there): what runs
+    ("auto", torch.float32, True, True): "native", ("auto", torch.bfloat16, True, True): "native",
+    ("auto", torch.float16, True, True): "ref", ("auto", torch.float64, True, True): "ref",
+    ("auto", torch.float32, True, False): "ref", ("auto", torch.float32, False, True): "ref",
+    ("native", torch.float32, True, True): "native", ("native", torch.float32, False, True): "ref",
+    ("ref", torch.float64, True, True): "ref",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("impl", "dtype", "has_native", "is_built"), CPU_CHOICES)
+def test_what_runs_on_a_cpu(impl, dtype, has_native, is_built, monkeypatch):
+    monkeypatch.setattr(common, "INTERPRETED", False)
+    monkeypatch.setattr(common, "find_cpu", lambda: object() if is_built else None)
+    monkeypatch.setattr(common, "load_cpu", lambda: None)
+    more = {"has_native": True} if has_native else {}
+    assert (
+        common.choose_impl("op", impl, torch.zeros(1, dtype=dtype), **more)
+        == CPU_CHOICES[impl, dtype, has_native, is_built]
+    )
+
+
+@pytest.mark.parametrize(
+    ("impl", "dtype", "interpreted", "said"),
+    [
+        ("fast", torch.float32, False, "impl is 'fast', wanted one of"),
+        ("native", torch.float16, False, "impl='native' runs on the CPU in fp32 and bf16"),
+        ("triton", torch.float32, False, "impl='triton' runs on CUDA"),
+        ("triton", torch.float64, True, "impl='triton' takes fp32, bf16 and fp16"),
+    ],
+)
+def test_what_cannot_run_on_a_cpu(impl, dtype, interpreted, said, monkeypatch):
+    monkeypatch.setattr(common, "INTERPRETED", interpreted)
+    with pytest.raises(ValueError, match=f"^op: {said}"):
+        common.choose_impl("op", impl, torch.zeros(1, dtype=dtype))
+
+
+def test_the_next_power_of_two_is_the_smallest_that_holds():
+    found = [common.next_power_of_2(n) for n in range(130)]
+    assert found == [min(p for p in (1, 2, 4, 8, 16, 32, 64, 128, 256) if p >= n) for n in range(130)]

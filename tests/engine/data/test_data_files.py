@@ -1,0 +1,38 @@
+"""What a file that holds no rows is told to be, and which files are of rows."""
+
+import gzip
+
+import pytest
+
+from engine.base.errors import DataError
+from engine.data.data_files import has_rows, read_records
+
+OTHERS = {
+    "git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\n", "zip archive": b"PK\3\4rest",
+    "zstd archive": b"\x28\xb5\x2f\xfdrest", "xz archive": b"\xfd7zXZ\0", "bzip2 archive": b"BZh91AY",
+    "Arrow file": b"ARROW1\0\0", "Arrow stream": b"\xff\xff\xff\xff\x10\0", "UTF-16, not": b"\xff\xfe[\0",
+    "iconv": b"\xfe\xff\0[", "Excel workbook of the old kind": b"\xd0\xcf\x11\xe0\xa1",
+    "SQLite database": b"SQLite format 3\0", "web page": b"\n <html>",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("what", OTHERS)
+def test_a_file_of_something_else_is_named(what, is_packed, tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_bytes(gzip.compress(OTHERS[what]) if is_packed else OTHERS[what])
+    with pytest.raises(DataError, match=f"rows.json: got .*{what}"):
+        read_records(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "is_rows"),
+    [
+        ("a.txt", b"[]", True), ("a.txt", b"\xef\xbb\xbf \r\n\t{}", True), ("a", gzip.compress(b"x"), True),
+        ("a", b"PAR1", True), ("a.CSV", b"x", True), ("a.tsv.gz", b"x", True), ("a.txt", b"Say it.", False),
+        ("a.json", b'"[x]"', False),
+    ],
+)  # fmt: skip
+def test_a_file_of_rows_is_known_by_its_begin_or_as_a_table_by_its_name(name, content, is_rows, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    assert has_rows(tmp_path / name) == is_rows

@@ -1,0 +1,113 @@
+"""What ranks exchange and how they fail together: each rank is a thread here, and a list stands for the collective."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from torch.distributed import HashStore
+
+from engine.base.errors import CriaError, OtherRankFailed, UsageError
+from engine.distributed.world import MAIN_FAILED, World
+
+
+class Rank(World):
+    """A rank whose gather is that of threads."""
+
+    def __init__(self, rank, size, store, barrier, values):
+        super().__init__(rank)
+        self.size, self.store, self.barrier, self.values = size, store, barrier, values
+
+    def gather(self, value, group=None):
+        self.values[self.rank] = value
+        self.barrier.wait(60)
+        found = list(self.values)
+        self.barrier.wait(60)
+        return found
+
+
+def on_ranks(n, work):
+    """Return what work(world) returned or raised on each of n ranks."""
+    shared = HashStore(), threading.Barrier(n), [None] * n
+
+    def call(rank):
+        try:
+            return work(Rank(rank, n, *shared))
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(n) as pool:
+        return list(pool.map(call, range(n)))
+
+
+@pytest.mark.parametrize("values", [(5, 2, 9), (2, 5, 9), (9, 5, 2)])
+def test_every_rank_gets_the_smallest_value(values):
+    assert on_ranks(3, lambda world: world.min_over_ranks(values[world.rank])) == [2, 2, 2]
+
+
+@pytest.mark.parametrize("flags", [(False, False, False), (False, True, False), (True, True, True)])
+def test_every_rank_knows_of_a_flag(flags):
+    assert on_ranks(3, lambda world: world.any_rank(flags[world.rank])) == [any(flags)] * 3
+
+
+def test_rank_0_gives_its_value_and_works_first():
+    order = []
+    assert on_ranks(3, lambda world: world.broadcast(f"of {world.rank}")) == ["of 0"] * 3
+    assert on_ranks(3, lambda world: world.run_on_main(lambda: order.append(world.rank) or "done")) == ["done"] * 3
+    assert order == [0]
+    on_ranks(3, lambda world: world.run_on_main_first(lambda: order.append(world.rank)))
+    assert order[1] == 0 and sorted(order[1:]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(UsageError("x"), UsageError.exit_code), (CriaError("x"), CriaError.exit_code), (OSError("x"), 1)],
+)
+@pytest.mark.parametrize("failing", [(0,), (1,), (1, 2)])
+def test_a_failure_of_some_ranks_ends_all_with_the_code_of_the_first(error, code, failing):
+    def work(world):
+        def fail():
+            if world.rank in failing:
+                raise error
+            return world.rank
+
+        return world.run_on_all_ranks(fail)
+
+    for rank, found in enumerate(on_ranks(3, work)):
+        if rank == failing[0]:
+            assert found is error
+        else:
+            assert isinstance(found, OtherRankFailed) and found.exit_code == code
+            assert str(found) == str(OtherRankFailed(failing[0], code))
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_ranks_that_wait_for_rank_0_can_see_that_it_failed(failing):
+    def work(world):
+        def fail():
+            if world.rank == failing:
+                raise OSError("x")
+
+        with pytest.raises((OSError, OtherRankFailed)):
+            world.run_on_all_ranks(fail)
+        return world.store.check([MAIN_FAILED])
+
+    assert on_ranks(2, work) == [failing == 0] * 2
+
+
+def test_one_rank_works_without_a_store():
+    alone = World()
+    assert alone.run_on_all_ranks(lambda: 5) == alone.run_on_main(lambda: 5) == alone.run_on_main_first(lambda: 5) == 5
+
+
+def test_a_failure_of_rank_0_is_printed_by_it_alone():
+    error = UsageError("x")
+    first, second = on_ranks(2, lambda world: world.error_on_all_ranks(error))
+    assert first is error and isinstance(second, OtherRankFailed) and second.exit_code == UsageError.exit_code
+
+
+def test_the_first_replica_writes_checkpoints():
+    def work(world):
+        world.replicas = 2
+        return world.n_shards, world.writes_checkpoint, world.is_main
+
+    assert on_ranks(6, work) == [(3, rank < 3, rank == 0) for rank in range(6)]
