@@ -30,6 +30,11 @@ typedef uint64_t vq __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint16_t vh __attribute__((vector_size(VECTOR_BYTES / 2)));  // as many elements as vf has
 typedef uint8_t vb __attribute__((vector_size(VECTOR_BYTES / 4)));
 
+template <class V>
+struct Two {
+    V a, b;
+};
+
 template <class V, class T>
 inline V load(const T* from) {  // at any address
     V x;
@@ -76,7 +81,77 @@ inline vq multiply_low(vq a, vq b) {
 #endif
 }
 
+// Each lane's upper half in its lower one; the upper one is left with anything.
+inline vq lower_from_upper(vq x) {
+#if defined(__AVX512F__)  // a shift waits for the port that multiplies
+    return (vq)_mm512_maskz_shuffle_epi32(0xFFFF, (__m512i)x, _MM_PERM_DDBB);
+#else
+    return x >> 32;
+#endif
+}
+
+// Stores x[0], y[0], x[1], y[1], ...
+template <class T>
+inline void store_in_turn(T* to, vq x, vq y) {
+#if defined(__AVX512F__)
+    const __m512i low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), high = low + 4;
+    store(to, _mm512_permutex2var_epi64((__m512i)x, low, (__m512i)y));
+    store(reinterpret_cast<char*>(to) + sizeof x, _mm512_permutex2var_epi64((__m512i)x, high, (__m512i)y));
+#else
+    char* const bytes = reinterpret_cast<char*>(to);
+    for (int i = 0; i < LANES / 2; i++) {
+        std::memcpy(bytes + 16 * i, reinterpret_cast<const char*>(&x) + 8 * i, 8);
+        std::memcpy(bytes + 16 * i + 8, reinterpret_cast<const char*>(&y) + 8 * i, 8);
+    }
+#endif
+}
+
 inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
+
+// The even and the odd places of 2 x LANES numbers, and the way back.
+inline vf even_places(vf first, vf last) {
+#if defined(__AVX512F__)
+    const __m512i places = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return (vf)_mm512_permutex2var_ps((__m512)first, places, (__m512)last);
+#else
+    vf y;
+    for (int i = 0; i < LANES; i++) y[i] = i < LANES / 2 ? first[2 * i] : last[2 * i - LANES];
+    return y;
+#endif
+}
+
+inline vf odd_places(vf first, vf last) {
+#if defined(__AVX512F__)
+    const __m512i places = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    return (vf)_mm512_permutex2var_ps((__m512)first, places, (__m512)last);
+#else
+    vf y;
+    for (int i = 0; i < LANES; i++) y[i] = i < LANES / 2 ? first[2 * i + 1] : last[2 * i + 1 - LANES];
+    return y;
+#endif
+}
+
+inline vf first_in_turn(vf even, vf odd) {
+#if defined(__AVX512F__)
+    const __m512i places = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    return (vf)_mm512_permutex2var_ps((__m512)even, places, (__m512)odd);
+#else
+    vf y;
+    for (int i = 0; i < LANES; i++) y[i] = i % 2 ? odd[i / 2] : even[i / 2];
+    return y;
+#endif
+}
+
+inline vf last_in_turn(vf even, vf odd) {
+#if defined(__AVX512F__)
+    const __m512i places = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    return (vf)_mm512_permutex2var_ps((__m512)even, places, (__m512)odd);
+#else
+    vf y;
+    for (int i = 0; i < LANES; i++) y[i] = i % 2 ? odd[(i + LANES) / 2] : even[(i + LANES) / 2];
+    return y;
+#endif
+}
 
 inline bool any(vi mask) {
 #if defined(__AVX512F__)
