@@ -10,6 +10,7 @@ It takes linear time: only the complete parts of a broken object are read twice,
 on where reading began.
 """
 
+import json
 import re
 from collections.abc import MutableMapping
 from dataclasses import dataclass
@@ -65,6 +66,9 @@ def parse_answer(text: str, truncated: bool) -> tuple[list[dict[str, str]], list
     excerpt). truncated says that the token limit cut the answer off. A key may differ in case and blanks; other keys
     are ignored. A missing or null input becomes "".
     """
+    tasks = parse_plain(text)
+    if tasks:
+        return tasks, []
     entries: list[Entry] = []
     done, position, is_reported = 0, skip_thoughts(text), False
     while True:
@@ -88,6 +92,37 @@ def parse_answer(text: str, truncated: bool) -> tuple[list[dict[str, str]], list
     if not items and not problems:
         problems = [("no items", make_excerpt(text, 0))]
     return items, problems
+
+
+def parse_plain(text: str) -> list[dict[str, str]]:
+    """Return the tasks of an answer that is what was asked for to the letter, else [].
+
+    That is JSON, {"tasks": [...]} without another key, each task with the three texts alone. Most answers are, and the
+    json module reads them sooner than parse_answer does.
+    """
+    if "\\u00" in text:  # a key may be spelt so
+        return []
+    try:
+        found = json.loads(text, object_pairs_hook=read_pairs)
+    except (ValueError, RecursionError):
+        return []
+    tasks = found.get("tasks") if isinstance(found, dict) and len(found) == 1 else None
+    if not isinstance(tasks, list) or not all(isinstance(task, dict) and len(task) == len(FIELDS) for task in tasks):
+        return []
+    if not text.isascii() or "\\u" in text:
+        tasks = [{name: join_surrogates(task[name]) for name in FIELDS} for task in tasks]
+    return tasks
+
+
+def read_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a task of three texts in the order of FIELDS, or the tasks of an answer. Raises ValueError for others."""
+    fields = dict(pairs)
+    if len(pairs) == len(fields) == len(FIELDS) and set(fields) == set(FIELDS):
+        if all(type(value) is str for value in fields.values()):
+            return {name: fields[name] for name in FIELDS}
+    elif len(pairs) == 1 and pairs[0][0] == "tasks":
+        return fields
+    raise ValueError("not as asked for")
 
 
 def skip_thoughts(text: str) -> int:

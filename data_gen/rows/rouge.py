@@ -116,7 +116,7 @@ class Deduplicator:
     def __init__(self) -> None:
         self.texts: list[str] = []  # the kept ones
         self._codes: list[Code] = []  # token numbers of each kept text
-        self._lengths = np.empty(64, np.int64)  # 7 n of each kept text, with room to grow
+        self._lengths = np.empty(64, np.int32)  # n of each kept text, with room to grow
         self._signatures = np.empty(64, np.uint64)  # of each kept text, with the same room
         self._index_of: dict[Code, int] = {}
         self._numbers = TokenNumbers()
@@ -166,12 +166,12 @@ class Deduplicator:
             return None
         lists, reaches = zip(*shared, strict=True)
         joined = np.frombuffer(b"".join(lists), np.int64)
-        near = joined >= 7 * len(code) << BITS
-        indices = joined[near] & (1 << BITS) - 1
-        bounds = np.array(reaches).repeat([len(posting) for posting in lists])[near]
-        lengths = self._lengths[indices]
-        bits = np.bitwise_count(self._signatures[indices] ^ np.uint64(signature))
-        is_candidate = (lengths <= bounds) & (bits <= (21 * len(code) + 3 * lengths) // 70)
+        indices = joined & (1 << BITS) - 1
+        lengths = self._lengths.take(indices)
+        longest = np.array([reach // 7 for reach in reaches], np.int32).repeat([len(posting) for posting in lists])
+        unshared = np.bitwise_count(self._signatures.take(indices) ^ np.uint64(signature))
+        is_candidate = (joined >= 7 * len(code) << BITS) & (lengths <= longest)
+        is_candidate &= np.multiply(unshared, 10, dtype=np.int32) <= 3 * lengths + 3 * len(code)
         found = sorted(set(indices[is_candidate].tolist()))
         if not found:
             return None
@@ -196,7 +196,7 @@ class Deduplicator:
         if index == len(self._lengths):
             self._lengths = np.concatenate((self._lengths, np.empty_like(self._lengths)))
             self._signatures = np.concatenate((self._signatures, np.empty_like(self._signatures)))
-        self._lengths[index] = 7 * len(code)
+        self._lengths[index] = len(code)
         self._signatures[index] = signature
         if len(self.texts) == self._rebuild_at:
             self._rebuild_at *= GROWTH

@@ -9,11 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_gen.base.language import (
+    BITS,
+    CODES,
     LANGUAGES,
+    LATIN,
+    LETTER_VOTES,
     LETTERS,
     SCAN,
     SCRIPTS,
+    UNIT,
     WORD,
+    WORD_VOTES,
     WORDS,
     guess_language,
     split_ascii,
@@ -177,3 +183,16 @@ def test_only_the_beginning_is_looked_at():
 def test_words_of_ascii_are_those_of_any_text(text):
     """The faster way gives the same words, with and without the s of "dog's"."""
     assert split_ascii(text) == WORD.findall(text)
+
+
+def test_votes_are_shares_of_a_unit_in_lanes_that_no_text_overflows():
+    for table, votes in ((WORDS, WORD_VOTES), (LETTERS, LETTER_VOTES)):
+        for entry, packed in votes.items():
+            listed = [
+                code for code, entries in table.items() if entry in (entries.split() if table is WORDS else entries)
+            ]
+            lanes = {code: packed >> BITS * i & 2**BITS - 1 for i, code in enumerate(CODES)}
+            assert {code: n for code, n in lanes.items() if n} == dict.fromkeys(listed, UNIT // len(listed))
+            assert UNIT % len(listed) == 0
+            assert not entry.isascii() or set(listed) <= set(LATIN)  # so that the lanes of others can be left out
+    assert CODES[: len(LATIN)] == LATIN and SCAN * UNIT < 2**BITS

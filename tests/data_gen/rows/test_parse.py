@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_gen.rows.parse import EXCERPT, KINDS, MAX_DEPTH, MAX_PROBLEMS, parse_answer
+from data_gen.rows import parse
+from data_gen.rows.parse import EXCERPT, KINDS, MAX_DEPTH, MAX_PROBLEMS, parse_answer, parse_plain
 from tests.helpers.linear import assert_linear_time
 
 A = {"instruction": "Name a colour.", "input": "", "output": "Red"}
@@ -32,6 +33,61 @@ def only_items(text, truncated=False):
     found, problems = parse_answer(text, truncated)
     assert not problems
     return found
+
+
+# Answers as they were asked for, which one call reads
+
+KEYS = st.sampled_from(["instruction", "input", "output", "tasks", "Input", "other"])
+VALUES = TEXTS | st.sampled_from(["\ud83d", "\x00", "\u00e9\ud800x", None, 1, [], {}]) | TASKS
+NEARLY = st.dictionaries(
+    st.sampled_from(["tasks", "tasks", "Tasks", "x"]), TASKS | st.lists(st.dictionaries(KEYS, VALUES))
+)
+
+
+def read_the_long_way(text):
+    """Return what parse_answer returns without parse_plain."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parse, "parse_plain", lambda text: [])
+        return parse_answer(text, False)
+
+
+@settings(max_examples=200)
+@given(st.fixed_dictionaries({"tasks": TASKS}) | NEARLY, st.booleans(), st.sampled_from([None, 1]), st.randoms())
+def test_the_short_way_reads_what_the_long_one_reads(answer, ascii, indent, draw):
+    text = json.dumps(answer, ensure_ascii=ascii, indent=indent)
+    assert parse_answer(text, False) == read_the_long_way(text)
+    cut = draw.randrange(len(text))
+    text = (
+        text[:cut]
+        + draw.choice(['"', "\\", "{", "}", " ", "\x1f", "\ufeff", '"x": 1,'])
+        + text[cut + draw.randrange(2) :]
+    )
+    assert parse_answer(text, False) == read_the_long_way(text)
+
+
+def test_what_the_short_way_reads():
+    text = json.dumps({"tasks": THREE})
+    turned = json.dumps({"tasks": [dict(reversed(row.items())) for row in THREE]})
+    assert [[*map(list, row.items())] for row in parse_plain(turned)] == [[*map(list, row.items())] for row in THREE]
+    assert parse_plain(text) == THREE
+    halves = json.dumps({"tasks": [A | {"output": "\ud83d\ude00 \ud83d"}]}, ensure_ascii=False)
+    assert parse_plain(halves) == [A | {"output": "\U0001f600 \ufffd"}] == parse_plain(json.dumps(json.loads(halves)))
+    for another in (
+        text.replace("instruction", "instr\\u0075ction"),
+        text.replace("input", "INPUT"),
+        text.replace('"input": ""', '"input": null'),
+        text.replace('"input": ""', '"output": ""'),
+        text.replace('"input": ""', '"input": "", "input": "x"'),
+        json.dumps(THREE),
+        json.dumps({"tasks": THREE, "n": 3}),
+        json.dumps({"tasks": [{"tasks": THREE}]}),
+        f"{text} .",
+        "[" * 99_999,
+        '{"tasks": []}',
+        '{"tasks": "x"}',
+        "1",
+    ):
+        assert parse_plain(another) == [], another
 
 
 # What models put around tasks
