@@ -39,13 +39,27 @@ metric_list:
 """
 
 
-def run_harness(commands: Path, model: str, rows: Path) -> list[float]:
-    """Return the log-likelihood of each row's answer, as lm-eval finds it."""
-    folder = rows.parent
-    (folder / "answers.yaml").write_text(TASK.format(rows=rows))
+def make_rows(n: int) -> list[dict[str, str]]:
+    """Return {"prompt", "answer"} of the first n seed tasks without an input.
+
+    lm-eval counts white space at a prompt's end to the answer, so it stands there from the start.
+    """
+    tasks = [task for task in read_seed_tasks() if not task["input"]][:n]
+    prompts = [f"### Instruction:\n{task['instruction']}\n\n### Response:" for task in tasks]
+    return [{"prompt": prompt, "answer": f"\n{task['output']}"} for prompt, task in zip(prompts, tasks, strict=True)]
+
+
+def run_harness(python: str, model: str, rows: Sequence[dict[str, str]], folder: Path) -> list[float]:
+    """Return the log-likelihood of each row's answer, as the lm-eval beside a Python finds it. folder is for its files.
+
+    Raises subprocess.CalledProcessError if lm-eval fails.
+    """
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "answers.yaml").write_text(TASK.format(rows=path))
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "home")}
     command = [
-        str(commands / "lm_eval"), "run", "--model", "hf", "--model_args", f"pretrained={model},dtype=float32",
+        python, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={model},dtype=float32",
         "--tasks", "answers", "--include_path", str(folder), "--device", "cpu", "--batch_size", "1", "--log_samples",
         "--output_path", str(folder / "out"),
     ]  # fmt: skip
@@ -76,15 +90,10 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="a folder that engine.export or engine.finetune wrote")
     parser.add_argument("--rows", type=int, default=40, help="answers that are compared (default: 40)")
     args = parser.parse_args()
-    tasks = [task for task in read_seed_tasks() if not task["input"]][: args.rows]
-    # lm-eval counts white space at a prompt's end to the answer, so it stands there from the start.
-    prompts = [f"### Instruction:\n{task['instruction']}\n\n### Response:" for task in tasks]
-    rows = [{"prompt": prompt, "answer": f"\n{task['output']}"} for prompt, task in zip(prompts, tasks, strict=True)]
+    rows = make_rows(args.rows)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "rows.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         commands, versions = make_environment(Path(folder) / "environment", PACKAGES)
-        theirs = run_harness(commands, str(Path(args.model).resolve()), path)
+        theirs = run_harness(str(commands / "python"), str(Path(args.model).resolve()), rows, Path(folder))
     ours = score_answers(args.model, rows)
     differences = [abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)]
     worst = max(differences)
