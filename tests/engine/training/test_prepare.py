@@ -2,17 +2,20 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from engine.base.errors import DataError
 from engine.data.packing import Packing
+from engine.distributed.world import World
 from engine.model.config import MODELS
 from engine.training.config import FinetuneConfig
 from engine.training.plan import Plan
-from engine.training.prepare import agree_on_plan, take_recorded_states
+from engine.training.prepare import agree_on_plan, prepare, take_recorded_states
 
 
 @pytest.mark.parametrize("asked", ["auto", "none"])
@@ -28,11 +31,14 @@ def test_one_rank_that_must_recompute_makes_all_do_so_unless_a_flag_says_none(as
     other = iter(
         [384, 1, int(theirs == "none")]
     )  # the other rank's tokens, replicas, and whether it recomputes nothing
+    arranged = []
     world = SimpleNamespace(
-        gather=lambda mine: [mine, mine], min_over_ranks=lambda mine: min(mine, next(other)), arrange_replicas=print
+        gather=lambda mine: [mine, mine],
+        min_over_ranks=lambda mine: min(mine, next(other)),
+        arrange_replicas=arranged.append,
     )
     agreed = agree_on_plan(plan, world)
-    assert (agreed.packing.max_tokens, agreed.replicas) == (384, 1)
+    assert (agreed.packing.max_tokens, agreed.replicas, arranged) == (384, 1, [1])
     assert agreed.recompute == (theirs if asked == "auto" else "none")
     assert dataclasses.replace(agreed, recompute="none", packing=plan.packing, replicas=2) == plan
 
@@ -55,3 +61,14 @@ def test_a_run_goes_on_with_the_states_that_it_recorded(tmp_path):
     recorded["settings"]["optimizer_states"] = "bf16"
     (named / "manifest.json").write_text(json.dumps(recorded | MANIFEST))
     assert take_recorded_states(dataclasses.replace(config, resume=str(named))).optimizer_states == "bf16"
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_deterministic_algorithms_are_insisted_on_where_asked(asked, monkeypatch):
+    told = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", told.append)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    with pytest.raises(DataError, match="no such folder"):  # which is looked for next
+        prepare(FinetuneConfig(model="/none", data=("x",), device="cpu", deterministic=asked), World(), print)
+    assert told == [True] * asked and ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == asked
