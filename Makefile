@@ -9,7 +9,7 @@ demo: $(READY)
 	$(BIN)/python -m engine.finetune --resume never$(if $(ADAPTER), --adapter $(ADAPTER) --lr 2e-3 --out out/demo-$(ADAPTER))
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

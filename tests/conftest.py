@@ -36,12 +36,8 @@ from tests.helpers.kernels import CHIP
 
 def pytest_collection_finish():
     """Let no later collection of garbage look through what the imports have made, a million objects."""
-    gc.collect()
     gc.freeze()
-
-
-def pytest_unconfigure():
-    gc.unfreeze()  # else nanobind tells all that is left at the end
+    atexit.register(gc.unfreeze)  # else nanobind tells all that is left at the end
 
 
 def pytest_collection_modifyitems(items):

@@ -2,10 +2,12 @@
 
 import io
 import re
+import shutil
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from engine import generate as module
 from engine.base.errors import run_main
@@ -109,13 +111,20 @@ def test_greedy_text_is_transformers_over_40_tokens(smollm2, tmp_path):
 
 def test_the_command_answers_a_prompt_and_a_file(smollm2, tmp_path):
     """The chat is with the model that is taken where none is named, which knows ChatML's tokens."""
-    small = "--model", small_model(), "--max-new-tokens", 12
-    one = command(*small, "--prompt", PROMPTS[1]).stdout
+    shutil.copytree(small_model(), tmp_path / "model")
+    weights = load_file(small_model() / "model.safetensors")
+    weights = {
+        name: t * (8 if t.ndim > 1 else 1) for name, t in weights.items()
+    }  # so that prompts matter, as in tiny()
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    small = "--model", tmp_path / "model", "--max-new-tokens", 12
+    one = command(*small, "--prompt", PROMPTS[0]).stdout
     assert one.strip()
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
     many = command(*small, "--prompts", tmp_path / "prompts.txt").stdout
     assert re.findall("^### (.*)$", many, re.M) == PROMPTS
-    assert one.strip() in many
+    found = [answer.strip() for answer in re.split("^### .*$", many, flags=re.M)[1:]]
+    assert found[0] == one.strip() and len(set(found)) == 3
     rows = '{"instruction": "Hi"}\n{"messages": [{"role": "user", "content": "Hi"}]}\n'
     (tmp_path / "rows.jsonl").write_text(rows)
     chat = command("--prompts", tmp_path / "rows.jsonl", "--max-new-tokens", 12, "--prompt-style", "chatml").stdout

@@ -63,7 +63,6 @@ def test_activations_are_what_autograd_keeps_to_the_byte(adapter, dtype, recompu
 
 
 @WITHOUT_GPU
-@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("recompute", ["none", "cheap", "block"])
 @pytest.mark.parametrize(
     ("changes", "tokens", "loss_rows"),
@@ -73,8 +72,9 @@ def test_activations_are_what_autograd_keeps_to_the_byte(adapter, dtype, recompu
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("adapter", [AdapterConfig(r=16), AdapterConfig(r=64, targets=("q_proj", "v_proj"))])
-def test_temporaries_are_the_peak_of_forward_and_backward(adapter, changes, tokens, loss_rows, recompute, packed):
+def test_temporaries_are_the_peak_of_forward_and_backward(adapter, changes, tokens, loss_rows, recompute):
     """Layers of LLaMA-7B's widths run on tensors without storage. Logits are not seen, and counted apart."""
+    packed = (adapter.r == 64) ^ (tokens in (2048, 4096)) ^ (recompute == "cheap")  # by turns, with each value of each
     c, adapter = dataclasses.replace(MODELS["llama-7b"], **changes), dataclasses.replace(adapter, nf4_base=packed)
     model = new_model(c, "meta", torch.bfloat16, "triton", recompute, True, adapter=adapter)
     setting = Setting(recompute=recompute, adapter=adapter)
