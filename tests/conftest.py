@@ -30,8 +30,8 @@ if not torch.cuda.is_available() and not os.environ.get("CRIA_TEST_CHIP"):
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on CPU tensors; before any of them is imported
 
 import tests.helpers.interpreter  # noqa: F401
-from kernels.ops.common import launch_table
 from tests.helpers.kernels import CHIP
+from tests.helpers.tiles import set_tiles
 
 
 def pytest_collection_finish():
@@ -94,11 +94,7 @@ def device():
 def small_tiles(request, monkeypatch):
     """A test module's TILES, {op: {kernel: constexprs}}, for the interpreter's large ones, so that few rows cross
     the boundaries of tiles."""
-    for op, changes in getattr(request.module, "TILES", {}).items():
-        for kernel, constexprs in changes.items():
-            sizes = launch_table(op)[kernel]["interpreter"]
-            for size, config in sizes.items():
-                monkeypatch.setitem(sizes, size, config | constexprs)
+    set_tiles(monkeypatch, getattr(request.module, "TILES", {}))
 
 
 @pytest.fixture(autouse=True)

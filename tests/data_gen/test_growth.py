@@ -27,15 +27,15 @@ def test_every_pattern_gives_texts():
         assert hostile.list_units(pattern, 3) or pattern.match(""), name
 
 
-@pytest.mark.parametrize("pattern", [r"a+b", r"\n\s*\S", r"[a-z]+ ?x"])
-def test_a_pattern_that_takes_too_long_is_seen(pattern):
+@pytest.mark.parametrize("pattern, n", [(r"a+b", 4000), (r"\n\s*\S", 1500), (r"[a-z]+ ?x", 1500)])
+def test_a_pattern_that_takes_too_long_is_seen(pattern, n):
     """Otherwise the other tests would show nothing."""
     compiled = re.compile(pattern)
     worst = hostile.find_worst(compiled.search, hostile.list_units(compiled, 40), 400)
-    assert any(hostile.describe_growth(hostile.measure_growth(compiled.search, unit, 3000), 12_000) for unit in worst)
+    assert any(hostile.describe_growth(hostile.measure_growth(compiled.search, unit, n), 4 * n) for unit in worst)
 
 
 def test_a_line_that_is_too_steep_is_seen():
     words = hostile.measure_word_s(20_000)
     for factor, seen in ((3 * hostile.FACTOR, True), (hostile.FACTOR / 3, False)):
-        assert bool(hostile.describe_growth([words * factor * k for k in (0.25, 0.5, 1)], 20_000)) is seen
+        assert bool(hostile.describe_growth([words * factor * k for k in (0.25, 1)], 20_000)) is seen

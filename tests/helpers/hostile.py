@@ -1,9 +1,10 @@
 """Text that is made to hurt: for a regular expression, strings of repeated pieces of what it nearly matches.
 
 for text in make_texts(pattern, n): ...      # from short to hard, the same every time
-table = measure_growth(call, make, sizes)    # CPU seconds at each size
+seconds = measure_growth(call, unit, n)      # CPU seconds at n and 4 n characters
 """
 
+import gc
 import random
 import re
 import string
@@ -93,12 +94,17 @@ def build_text(lead, unit, tail, n):
 
 
 def measure_cpu_s(call, *args, times=3):
-    """Return the CPU seconds of the fastest of some calls."""
-    seconds = []
-    for _ in range(times):
-        start = time.process_time()
-        call(*args)
-        seconds.append(time.process_time() - start)
+    """Return the CPU seconds of the fastest of some calls, in which no garbage of others is collected."""
+    seconds, is_collecting = [], gc.isenabled()
+    gc.disable()  # a worker of the tests holds millions of objects, and a collection looks through all of them
+    try:
+        for _ in range(times):
+            start = time.process_time()
+            call(*args)
+            seconds.append(time.process_time() - start)
+    finally:
+        if is_collecting:
+            gc.enable()
     return min(seconds)
 
 
@@ -113,12 +119,18 @@ def find_worst(call, units, n, most=2):
 
 
 def measure_growth(call, unit, n):
-    """Return the CPU seconds of a call on texts of n, 2 n and 4 n characters."""
-    return [measure_cpu_s(call, build_text(*unit, k * n)) for k in (1, 2, 4)]
+    """Return the CPU seconds of a call on texts of n and 4 n characters.
+
+    The short text is read three times, as a chance that slows it would hide growth; the long one again only where it
+    seems to take too long.
+    """
+    short_s, text = measure_cpu_s(call, build_text(*unit, n)), build_text(*unit, 4 * n)
+    seconds = [short_s, measure_cpu_s(call, text, times=1)]
+    return [short_s, measure_cpu_s(call, text)] if describe_growth(seconds, 4 * n) else seconds
 
 
 def is_linear(seconds):
-    """Return whether seconds at n, 2 n and 4 n grow as a line does, or are too few to tell."""
+    """Return whether the seconds at n characters and, the last ones, at 4 n grow as a line, or are too few to tell."""
     return seconds[-1] < MIN_S or seconds[-1] <= ALLOWED * seconds[0]
 
 
@@ -128,7 +140,7 @@ def measure_word_s(n):
 
 
 def describe_growth(seconds, n):
-    """Return what is wrong with the seconds of a reader at n / 4, n / 2 and n characters, "" if nothing is."""
+    """Return what is wrong with the seconds of a reader at n / 4 and n characters, "" if nothing is."""
     if not is_linear(seconds):
         return f"grows faster than a line: {seconds}"
     times = seconds[-1] / measure_word_s(n)

@@ -18,7 +18,7 @@ from kernels.measure.simulated_known import digest_sources
 from tests.helpers.compiler import run_compiler
 from tests.helpers.run import ROOT
 
-CHIP, SHARE = "sm_90", 4
+CHIP, SHARE = "sm_90", 12
 RECORD = ROOT / "tests" / "kernels" / "on_machine.json"
 OPS = ROOT / "tests" / "kernels" / "ops"
 FILES = sorted({path.name for path in OPS.glob("test_*.py")} - {"test_common.py"})

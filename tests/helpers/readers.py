@@ -130,7 +130,7 @@ def list_all_units():
 
 
 def measure_reader(name):
-    """Return [(piece, CPU seconds at n, 2 n and 4 n characters, what is wrong)] for the worst pieces of a reader."""
+    """Return [(piece, CPU seconds at n and 4 n characters, what is wrong)] for the worst pieces of a reader."""
     read, longest = READERS[name]
     worst = find_worst(read, list_all_units(), SHORT)
     found = [(unit, measure_growth(read, unit, longest // 4)) for unit in worst]

@@ -8,6 +8,7 @@ import triton
 from triton import knobs
 
 from kernels import static
+from kernels.compiled.launch_cases import all_cases
 from kernels.compiled.machine_code import CHIPS
 from tests.helpers.compiler import run_compiler
 from tests.helpers.run import ROOT
@@ -23,6 +24,8 @@ def test_what_ships_passes(version, chip):
     if version == "3.6" and not OLDEST.exists():
         pytest.skip(f"needs Triton 3.6 in {OLDEST}: pip install --no-deps --target {OLDEST} triton==3.6.0")
     command = ("kernels.static", "--chip", chip, "--check", str(RECORDS), "--changed", "--workers", "1")
+    if version == "3.6":  # csrc and the launch tables are judged once, with the installed Triton
+        command += ("--op", *sorted({case.op for case in all_cases()}))
     done = run_compiler(*command, path=[OLDEST] if version == "3.6" else ())
     assert done.returncode == 0, done.stderr[-4000:]
     if version == "3.6":

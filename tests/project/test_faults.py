@@ -3,7 +3,9 @@
 import fcntl
 import json
 import os
+import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,25 +80,35 @@ def test_two_runs_are_bit_equal(unbroken, tmp_path):
     assert_as_unbroken(tmp_path / "out", unbroken)
 
 
-@pytest.mark.parametrize(
-    "kill",
-    [
-        "before(step.Steps, 'compute_gradients', 6, die)",  # between steps
-        "before(Transformer, 'loss', 27, die)",  # within a step, gradients half there
-        "before(AdamW, 'step', 8, die)",  # before an update
-        "from kernels.ops import adamw_many; before(adamw_many, 'adamw', 150, die)",  # within an update
-        "before(evaluation, 'evaluate', 3, die)",
-        "before(saver, 'write_safetensors', 3, die)",  # in a save, three ways
-        "before(saver.json, 'dump', 5, die)",
-        "before(checkpoint.os, 'rename', 3, die)",
-        "before(checkpoint, 'remove_checkpoint', 1, die)",  # in rotation
-        "before(saving, 'save_hf', 1, die)",  # the loop is over, the model not yet written
-        "before(os, 'replace', 4, die)",  # within the export
-    ],
-)
-def test_kill_9_then_resume_is_bit_equal(unbroken, tmp_path, kill):
-    code, out, err = end(start(*arguments(tmp_path / "out", unbroken[0]), patch=BEFORE_CALL + kill))
-    assert code == -signal.SIGKILL, (code, out, err)
+# One folder, killed again and again: each resume dies a little later. Calls are counted in each process.
+KILLS = [
+    "before(step.Steps, 'compute_gradients', 2, die)",  # between steps
+    "before(Transformer, 'loss', 12, die)",  # within step 3, gradients half there
+    "before(AdamW, 'step', 2, die)",  # before an update
+    "from kernels.ops import adamw_many; before(adamw_many, 'adamw', 30, die)",  # within an update
+    "before(saver, 'write_safetensors', 1, die)",  # in a save, three ways
+    "before(saver.json, 'dump', 1, die)",
+    "before(checkpoint.os, 'rename', 1, die)",
+    "before(checkpoint, 'remove_checkpoint', 1, die)",  # in rotation
+    "before(evaluation, 'evaluate', 1, die)",
+    "before(saving, 'save_hf', 1, die)",  # the loop is over, the model not yet written
+    "before(os, 'replace', 4, die)",  # within the export
+]
+
+
+def kill_again_and_again(folder, data, kills, patch=""):
+    """Kill a run, and each resume of it, at these places; return the newest state after each kill."""
+    newest = []
+    for kill in kills:
+        code, out, err = end(start(*arguments(folder, data), patch=BEFORE_CALL + patch + kill))
+        assert code == -signal.SIGKILL, (kill, code, out, err)
+        newest.append(max((int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*")), default=0))
+    return newest
+
+
+def test_kill_9_then_resume_is_bit_equal(unbroken, tmp_path):
+    newest = kill_again_and_again(tmp_path / "out", unbroken[0], KILLS)
+    assert newest == sorted(newest) and newest[0] == 0 and newest[-1] == STEPS, newest
     finetune(*arguments(tmp_path / "out", unbroken[0]))
     assert_as_unbroken(tmp_path / "out", unbroken)
 
@@ -128,26 +140,26 @@ def test_kill_9_at_random_moments_then_resume_is_bit_equal(unbroken, tmp_path):
     assert_as_unbroken(tmp_path / "out", unbroken)
 
 
-@pytest.mark.parametrize(
-    ("name", "where", "saved"),
-    [
-        ("SIGTERM", "before(Transformer, 'loss', 32, term)", 6),  # within step 7: as if it had not begun
-        ("SIGINT", "before(packing, 'collate', 34, term)", None),
-        ("SIGTERM", "before(evaluation, 'evaluate', 3, term)", 6),
-        ("SIGTERM", "before(saver, 'write_safetensors', 2, term)", 4),
-        ("SIGINT", "before(evaluation, 'evaluate', 1, term)", 0),
-        ("SIGHUP", "before(Transformer, 'loss', 32, term); before(saver, 'write_safetensors', 3, term)", 6),
-    ],
-    ids=["step", "collate", "eval", "save", "first eval", "hang-up twice"],
-)
-def test_a_signal_saves_once_and_exits_143_and_the_run_goes_on_bit_equal(unbroken, tmp_path, where, saved, name):
-    patch = BEFORE_CALL + where.replace("term", f"lambda: os.kill(os.getpid(), signal.{name})")
-    code, out, err = end(start(*arguments(tmp_path / "out", unbroken[0]), patch=patch))
-    assert code == 143, (code, out, err)
-    assert f"stopped by {name} after step" in err and "Traceback" not in err
-    saves = [line["step"] for line in events(tmp_path / "out", "save")]
-    assert len(saves) == len(set(saves)) and (saved is None or saves[-1] == saved)
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "stopped"
+# One folder: each resume is stopped a little later, and the last state is that of the step in the third column.
+STOPS = [
+    ("SIGINT", "before(evaluation, 'evaluate', 1, term)", 0),
+    ("SIGTERM", "before(saver, 'write_safetensors', 1, term)", 2),  # in a save
+    ("SIGTERM", "before(Transformer, 'loss', 8, term)", 3),  # within step 4: as if it had not begun
+    ("SIGINT", "before(packing, 'collate', 10, term)", None),
+    ("SIGTERM", "before(evaluation, 'evaluate', 1, term)", 6),
+    ("SIGHUP", "before(Transformer, 'loss', 12, term); before(saver, 'write_safetensors', 1, term)", 8),  # twice
+]
+
+
+def test_a_signal_saves_once_and_exits_143_and_the_run_goes_on_bit_equal(unbroken, tmp_path):
+    for name, where, saved in STOPS:
+        patch = BEFORE_CALL + where.replace("term", f"lambda: os.kill(os.getpid(), signal.{name})")
+        code, out, err = end(start(*arguments(tmp_path / "out", unbroken[0]), patch=patch))
+        assert code == 143, (where, code, out, err)
+        assert f"stopped by {name} after step" in err and "Traceback" not in err
+        saves = [line["step"] for line in events(tmp_path / "out", "save")]
+        assert len(saves) == len(set(saves)) and (saved is None or saves[-1] == saved), (where, saves)
+        assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "stopped"
     finetune(*arguments(tmp_path / "out", unbroken[0]))
     assert_as_unbroken(tmp_path / "out", unbroken)
 
@@ -267,12 +279,19 @@ def test_a_finished_run_is_not_run_again(unbroken):
     assert (unbroken[1] / "model.safetensors").stat().st_mtime_ns == before
 
 
-@pytest.fixture
-def stopped(unbroken, tmp_path):
-    """The output folder of a run stopped after step 6."""
+@pytest.fixture(scope="module")
+def stopped_once(unbroken, tmp_path_factory):
+    """The output folder of a run stopped after step 6, which no test may change."""
+    out = tmp_path_factory.mktemp("stopped") / "out"
     patch = BEFORE_CALL + "before(Transformer, 'loss', 32, term)"
-    assert end(start(*arguments(tmp_path / "out", unbroken[0]), patch=patch))[0] == 143
-    return tmp_path / "out"
+    assert end(start(*arguments(out, unbroken[0]), patch=patch))[0] == 143
+    return out
+
+
+@pytest.fixture
+def stopped(stopped_once, tmp_path):
+    """A copy of the output folder of a run stopped after step 6."""
+    return shutil.copytree(stopped_once, tmp_path / "out")
 
 
 def test_changed_settings_and_data_are_refused_unless_allowed(unbroken, stopped, tmp_path):
@@ -351,18 +370,24 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_model_loads(unbro
 
 
 def test_two_runs_cannot_share_a_folder(unbroken, tmp_path):
-    patch = BEFORE_CALL + "before(step.Steps, 'compute_gradients', 2, lambda: time.sleep(60))"
-    first = start(*arguments(tmp_path / "out", unbroken[0]), patch=patch)
+    go = tmp_path / "go"
+    patch = f"""
+def wait():
+    while not os.path.exists({str(go)!r}):
+        time.sleep(0.01)
+before(step.Steps, 'compute_gradients', 2, wait)
+"""
+    first = start(*arguments(tmp_path / "out", unbroken[0]), patch=BEFORE_CALL + patch)
     try:
         while not (tmp_path / "out" / "metrics.jsonl").exists():
             assert first.poll() is None
-            time.sleep(0.05)
+            time.sleep(0.01)
         second = finetune(*arguments(tmp_path / "out", unbroken[0]), check=False)
         assert second.returncode == 2 and "another run is writing there" in second.stderr
     finally:
-        first.kill()
-        end(first)
-    finetune(*arguments(tmp_path / "out", unbroken[0]))
+        go.touch()
+        code, _, err = end(first)
+    assert code == 0, err
     assert_as_unbroken(tmp_path / "out", unbroken)
 
 
@@ -375,28 +400,23 @@ def test_a_host_that_runs_ahead_tells_the_same(unbroken, tmp_path):
     assert_as_unbroken(tmp_path / "out", unbroken)
 
 
-@pytest.mark.parametrize(
-    "patch",
-    [
-        "before(Transformer, 'loss', 27, die)",
-        "before(AdamW, 'step', 8, die)",
-        "before(loop, 'report_step', 5, die)",
-    ],
-)
-def test_a_host_that_runs_ahead_is_killed_and_resumed_bit_equal(unbroken, tmp_path, patch):
-    code, out, err = end(start(*arguments(tmp_path / "out", unbroken[0]), patch=BEFORE_CALL + AHEAD + patch))
-    assert code == -signal.SIGKILL, (code, out, err)
-    finetune(*arguments(tmp_path / "out", unbroken[0]))
-    assert_as_unbroken(tmp_path / "out", unbroken)
-
-
-def test_a_signal_to_a_host_that_runs_ahead(unbroken, tmp_path):
-    patch = BEFORE_CALL + AHEAD + "before(Transformer, 'loss', 32, term)"
-    code, out, err = end(start(*arguments(tmp_path / "out", unbroken[0]), patch=patch))
-    assert code == 143 and "stopped by SIGTERM after step 6" in err, (code, out, err)
-    assert [line["step"] for line in events(tmp_path / "out")] == list(range(1, 7))
-    finetune(*arguments(tmp_path / "out", unbroken[0]))
-    assert_as_unbroken(tmp_path / "out", unbroken)
+def test_a_host_that_runs_ahead_is_killed_and_stopped_and_resumed_bit_equal(unbroken, tmp_path):
+    out = tmp_path / "out"
+    kills = (
+        "before(Transformer, 'loss', 12, die)",
+        "before(AdamW, 'step', 4, die)",
+        "before(loop, 'report_step', 3, die)",
+    )
+    kill_again_and_again(out, unbroken[0], kills, patch=AHEAD)
+    for where in (
+        "before(Transformer, 'loss', 8, term)",
+        "before(loop, 'evaluate_if_due', 3, term)",  # between the step's own look for signals and the last one
+    ):
+        code, said, err = end(start(*arguments(out, unbroken[0]), patch=BEFORE_CALL + AHEAD + where))
+        (last,) = re.findall(r"stopped by SIGTERM after step (\d+)", err)
+        assert code == 143 and [line["step"] for line in events(out)] == list(range(1, int(last) + 1)), (said, err)
+    finetune(*arguments(out, unbroken[0]))
+    assert_as_unbroken(out, unbroken)
 
 
 @pytest.mark.parametrize("ahead", ["", AHEAD], ids=["told at once", "told late"])
@@ -650,13 +670,3 @@ def test_updates_within_backward_are_the_same_run(unbroken, tmp_path, ahead):
         assert code == 0, err
         ends.append((curve(out, keys=("step", "loss")), load_file(out / "model.safetensors")))
     assert ends[0][0] == ends[1][0] and all(t.equal(ends[1][1][name]) for name, t in ends[0][1].items())
-
-
-def test_a_signal_at_the_last_moment_of_a_step_told_late_loses_nothing(unbroken, tmp_path):
-    """Between the step's own look for signals and the last one."""
-    patch = BEFORE_CALL + AHEAD + "before(loop, 'evaluate_if_due', 5, term)"
-    code, out, err = end(start(*arguments(tmp_path / "out", unbroken[0]), patch=patch))
-    assert code == 143 and "after step 5" in err, (out, err)
-    assert [line["step"] for line in events(tmp_path / "out")] == list(range(1, 6))
-    finetune(*arguments(tmp_path / "out", unbroken[0]))
-    assert_as_unbroken(tmp_path / "out", unbroken)

@@ -17,6 +17,7 @@ from scripts.report import kernel_parts, processes
 from scripts.report.report import Report
 from tests.helpers.forks import Started
 from tests.helpers.run import ROOT, environment
+from tests.helpers.tiles import TOY, set_tiles
 
 
 @pytest.fixture
@@ -37,10 +38,7 @@ def run_here(command, limit_s, every=lambda: None, **options):
     python, flag, module, *argv = command
     assert (python, flag) == (sys.executable, "-m")
     assert not options
-    try:
-        importlib.import_module(module).main(argv)
-    finally:
-        gc.unfreeze()
+    importlib.import_module(module).main(argv)
     every()
     return 0
 
@@ -51,6 +49,7 @@ def smoke(tmp_path_factory):
     out = tmp_path_factory.mktemp("smoke")
     parts = [name for name in gpu_report.PARTS if name not in ("tests", "warm_up", "tune")]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        set_tiles(patch, TOY)
         patch.setattr(processes, "run_command", run_here)
         patch.setattr(kernel_parts, "run_command", run_here)
         patch.setattr(gpu_report.signal, "signal", lambda *_: None)
