@@ -157,7 +157,7 @@ class ModelService:
             return None
         try:
             if self.constraint is None:
-                self.constraint = Constraint(self.tokenizer, self.model.config.vocab_size)
+                self.constraint = Constraint(self.tokenizer)
             if wanted.schema is not None:
                 return self.constraint.follow_schema(wanted.schema)
             return self.constraint.follow_regex(wanted.regex or "")

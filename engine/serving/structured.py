@@ -29,14 +29,14 @@ class _Vocabulary:
 
 
 class Constraint:
-    """Grammars over one tokenizer's tokens. n_logits: the width of the model's logits."""
+    """Grammars over one tokenizer's tokens."""
 
-    def __init__(self, tokenizer: Tokenizer, n_logits: int):
+    def __init__(self, tokenizer: Tokenizer):
         import llguidance
 
         wrapper = llguidance.TokenizerWrapper(_Vocabulary(tokenizer))
         self.matcher = llguidance.LLMatcher
-        self.tokenizer = llguidance.LLTokenizer(wrapper, n_vocab=max(n_logits, tokenizer.vocab_size))
+        self.tokenizer = llguidance.LLTokenizer(wrapper)
 
     def follow_schema(self, schema: Mapping[str, Any]) -> "TokenGrammar":
         """Return the grammar of JSON texts of a schema. Raises SchemaError."""
@@ -64,9 +64,10 @@ class TokenGrammar:
         self.matcher = matcher
 
     def mask(self, logits: torch.Tensor) -> None:
-        """Set the logits (V,) of tokens that may not come next to -inf."""
-        bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
-        allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little")[: len(logits)].astype(bool))
+        """Set the logits (V,) of tokens that may not come next to -inf, those beyond the tokenizer's tokens too."""
+        bits = np.unpackbits(np.frombuffer(self.matcher.compute_bitmask(), np.uint8), bitorder="little")[: len(logits)]
+        allowed = torch.zeros(len(logits), dtype=torch.bool)
+        allowed[: len(bits)] = torch.from_numpy(bits.astype(bool))
         logits.masked_fill_(~allowed.to(logits.device), float("-inf"))
 
     def accept(self, id: int) -> None:
