@@ -244,6 +244,10 @@ MEASUREMENTS = (
         "cpu_speed", "Fine-tuning on a CPU",
         script("scripts.speed.cpu_step", "cpu_speed", ALPACA), cpu_speed, cpu_speed_row,
     ),
+    Measurement(
+        "cpu_speed_amx", "Fine-tuning on a CPU with AMX",
+        script("scripts.speed.cpu_step", "cpu_speed_amx", ALPACA), cpu_speed,
+    ),
     Measurement("cpu_speed_fp32", "Fine-tuning on a CPU without bf16", script(*CPU_FP32), cpu_speed),
     Measurement("cpu_adamw", "AdamW on a CPU", script("scripts.speed.adamw", "cpu_adamw"), cpu_adamw),
     Measurement("offload", "Offloaded updates on a CPU", script("scripts.speed.offload", "offload"), offloaded),

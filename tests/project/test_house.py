@@ -291,6 +291,16 @@ ADAMW = "AdamW's hyper-parameters, each a keyword with the name that every optim
 LONG_FILES = {
     "kernels/ops/attention.py": "one op, one file: three kernels, and what joins them with RoPE",
 }
+LONG_TESTS = {  # besides those of one file of code, which lie as it does
+    "tests/engine/data/test_row_kinds.py": "every kind of dataset, and what each becomes",
+    "tests/engine/serving/test_server.py": "one running server, and what each client of it gets",
+    "tests/engine/text/test_tokenizer_elsewhere.py": "the same ids in each program that reads what we write",
+    "tests/helpers/model_server.py": "one program: a small model behind OpenAI's API",
+    "tests/helpers/openai_server.py": "one program: the server that fails on purpose, started as `python -m` in tests",
+    "tests/helpers/task_pool.py": "patterns and vocabularies of a pool of tasks",
+    "tests/helpers/test_openai_server.py": "the tests of that one program",
+    "tests/project/test_faults.py": "one kind of test: a run that is a process, and what befalls it",
+}
 LONG_FUNCTIONS = {
     "kernels/ops/linear_cross_entropy.py::_rows_kernel": "a Triton kernel of two loops over the vocabulary",
 }
@@ -320,6 +330,17 @@ MANY_PARAMETERS = {
 def test_files_are_under_400_lines_or_have_a_reason():
     long = {str(path.relative_to(ROOT)) for path in modules().values() if len(path.read_text().splitlines()) > 400}
     assert long == set(LONG_FILES)
+
+
+def test_files_of_tests_are_under_400_lines_or_test_one_file_or_have_a_reason():
+    long = {path for path in (ROOT / "tests").rglob("*.py") if len(path.read_text().splitlines()) > 400}
+    tested = {path for path in long if (ROOT / find_tested_file(path)).exists()}
+    assert {str(path.relative_to(ROOT)) for path in long - tested} == set(LONG_TESTS)
+
+
+def find_tested_file(path: Path) -> str:
+    """Return the file of code that a file of tests lies as: tests/A/B/test_C.py as A/B/C.py."""
+    return str(path.relative_to(ROOT / "tests").with_name(path.name.removeprefix("test_")))
 
 
 def test_functions_are_under_60_lines_or_have_a_reason():
