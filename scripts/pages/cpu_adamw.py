@@ -12,8 +12,8 @@ def cpu_adamw(figures):
             f"kinds of parameter, master and states. Its speed, {figures['parameters']:,} parameters, "
             f"{figures['instruction_set']}, one thread, against a gradient copied to fp32, torch's fused AdamW and a "
             f"copy to bf16, and against torch's copy of fp32 numbers ({spread(copied, '.1f')} GB/s), in turns. Seconds "
-            "are the process's CPU seconds, as other programs shared the machine. With fp32 states a core's root and "
-            "division bound it, otherwise the random bits and the codes."
+            "are the process's CPU seconds, as other programs shared the machine. Torch's way moves 46 bytes a "
+            "parameter."
         ),
         "",
         "| master, states | bytes a parameter | GB/s | of the copy's rate | faster than torch by |",
