@@ -293,6 +293,7 @@ LONG_FILES = {
 }
 LONG_TESTS = {  # besides those of one file of code, which lie as it does
     "tests/engine/data/test_row_kinds.py": "every kind of dataset, and what each becomes",
+    "tests/engine/distributed/test_ranks.py": "one kind of test: runs of several ranks, and what befalls one of them",
     "tests/engine/serving/test_server.py": "one running server, and what each client of it gets",
     "tests/engine/text/test_tokenizer_elsewhere.py": "the same ids in each program that reads what we write",
     "tests/helpers/model_server.py": "one program: a small model behind OpenAI's API",
