@@ -33,13 +33,13 @@ void store_halves(uint16_t* to, Two<vu> x) {  // the upper halves of the lanes
 template <bool PAIRED>
 Two<vf> load_floats(const float* from) {
     const Two<vf> x = {load<vf>(from), load<vf>(from + LANES)};
-    return PAIRED ? Two<vf>{even_places(x.a, x.b), odd_places(x.a, x.b)} : x;
+    return PAIRED ? Two<vf>{pick(x.a, x.b, EVEN), pick(x.a, x.b, ODD)} : x;
 }
 
 template <bool PAIRED>
 void store_floats(float* to, Two<vf> x) {
-    store(to, PAIRED ? first_in_turn(x.a, x.b) : x.a);
-    store(to + LANES, PAIRED ? last_in_turn(x.a, x.b) : x.b);
+    store(to, PAIRED ? pick(x.a, x.b, FIRST_IN_TURN) : x.a);
+    store(to + LANES, PAIRED ? pick(x.a, x.b, LAST_IN_TURN) : x.b);
 }
 
 // ---- rounding -------------------------------------------------------------------------------------------------------
@@ -92,13 +92,13 @@ Two<vf> load_master(const Streams& s, int i) {
 template <int MASTER, bool PAIRED>
 void store_master(const Streams& s, int i, Two<vf> p, bool is_finite, const Random& random) {
     uint16_t* const param = static_cast<uint16_t*>(s.param) + i;
-    const Two<vu> bits = {quiet_bits(p.a, is_finite), quiet_bits(p.b, is_finite)};
     if (MASTER == PARAM_FP32) {
         store_floats<PAIRED>(static_cast<float*>(s.param) + i, p);
     } else if (MASTER == MASTER_FP32) {
         store_floats<PAIRED>(s.master + i, p);
         store_halves<PAIRED>(param, {round_to_even(p.a, is_finite), round_to_even(p.b, is_finite)});
     } else if (MASTER == MASTER_SPLIT) {
+        const Two<vu> bits = {quiet_bits(p.a, is_finite), quiet_bits(p.b, is_finite)};
         store_halves<PAIRED>(s.low + i, {bits.a << 16, bits.b << 16});
         store_halves<PAIRED>(param, {bits.a + 0x8000u, bits.b + 0x8000u});
     } else {

@@ -1,4 +1,4 @@
-// 16 random bits for each element of a block of 256, as kernels/ops/philox.py defines them.
+// 16 random bits for each element of a block of 256, as kernels/ops/adamw.py defines them.
 #pragma once
 
 #include "../adamw.h"
@@ -21,7 +21,11 @@ void draw_bits(uint64_t first, int groups, uint32_t stream, uint32_t step, uint3
             c2 = lower_from_upper(a) ^ c3 ^ static_cast<uint64_t>(step + i * 0xBB67AE85u);
             c3 = a;
         }
-        store_in_turn(out + 8 * done, (c0 & word) | (c1 << 32), (c2 & word) | (c3 << 32));
+        const vq x = (c0 & word) | (c1 << 32), y = (c2 & word) | (c3 << 32);
+        for (int i = 0; i < AT_ONCE; i++) {
+            std::memcpy(out + 8 * (done + i), reinterpret_cast<const char*>(&x) + 8 * i, 8);
+            std::memcpy(out + 8 * (done + i) + 4, reinterpret_cast<const char*>(&y) + 8 * i, 8);
+        }
     }
 }
 

@@ -90,66 +90,32 @@ inline vq lower_from_upper(vq x) {
 #endif
 }
 
-// Stores x[0], y[0], x[1], y[1], ...
-template <class T>
-inline void store_in_turn(T* to, vq x, vq y) {
-#if defined(__AVX512F__)
-    const __m512i low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), high = low + 4;
-    store(to, _mm512_permutex2var_epi64((__m512i)x, low, (__m512i)y));
-    store(reinterpret_cast<char*>(to) + sizeof x, _mm512_permutex2var_epi64((__m512i)x, high, (__m512i)y));
-#else
-    char* const bytes = reinterpret_cast<char*>(to);
-    for (int i = 0; i < LANES / 2; i++) {
-        std::memcpy(bytes + 16 * i, reinterpret_cast<const char*>(&x) + 8 * i, 8);
-        std::memcpy(bytes + 16 * i + 8, reinterpret_cast<const char*>(&y) + 8 * i, 8);
-    }
-#endif
-}
-
 inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 
-// The even and the odd places of 2 x LANES numbers, and the way back.
-inline vf even_places(vf first, vf last) {
-#if defined(__AVX512F__)
-    const __m512i places = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    return (vf)_mm512_permutex2var_ps((__m512)first, places, (__m512)last);
-#else
-    vf y;
-    for (int i = 0; i < LANES; i++) y[i] = i < LANES / 2 ? first[2 * i] : last[2 * i - LANES];
-    return y;
-#endif
+// Which of 2 x LANES numbers, those of x and then those of y, go where.
+struct Places {
+    int32_t at[LANES];
+};
+
+template <class Rule>
+constexpr Places make_places(Rule rule) {
+    Places places{};
+    for (int i = 0; i < LANES; i++) places.at[i] = rule(i);
+    return places;
 }
 
-inline vf odd_places(vf first, vf last) {
-#if defined(__AVX512F__)
-    const __m512i places = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-    return (vf)_mm512_permutex2var_ps((__m512)first, places, (__m512)last);
-#else
-    vf y;
-    for (int i = 0; i < LANES; i++) y[i] = i < LANES / 2 ? first[2 * i + 1] : last[2 * i + 1 - LANES];
-    return y;
-#endif
-}
+constexpr Places EVEN = make_places([](int i) { return 2 * i; });
+constexpr Places ODD = make_places([](int i) { return 2 * i + 1; });
+constexpr Places FIRST_IN_TURN = make_places([](int i) { return i / 2 + i % 2 * LANES; });  // x[0], y[0], x[1], ...
+constexpr Places LAST_IN_TURN = make_places([](int i) { return (i + LANES) / 2 + i % 2 * LANES; });
 
-inline vf first_in_turn(vf even, vf odd) {
+inline vf pick(vf x, vf y, const Places& places) {
 #if defined(__AVX512F__)
-    const __m512i places = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    return (vf)_mm512_permutex2var_ps((__m512)even, places, (__m512)odd);
+    return (vf)_mm512_permutex2var_ps((__m512)x, load<__m512i>(places.at), (__m512)y);
 #else
-    vf y;
-    for (int i = 0; i < LANES; i++) y[i] = i % 2 ? odd[i / 2] : even[i / 2];
-    return y;
-#endif
-}
-
-inline vf last_in_turn(vf even, vf odd) {
-#if defined(__AVX512F__)
-    const __m512i places = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    return (vf)_mm512_permutex2var_ps((__m512)even, places, (__m512)odd);
-#else
-    vf y;
-    for (int i = 0; i < LANES; i++) y[i] = i % 2 ? odd[(i + LANES) / 2] : even[(i + LANES) / 2];
-    return y;
+    vf z;
+    for (int i = 0; i < LANES; i++) z[i] = places.at[i] < LANES ? x[places.at[i]] : y[places.at[i] - LANES];
+    return z;
 #endif
 }
 
