@@ -114,14 +114,13 @@ function bindSettings(defaults, current, save) {
   const names = Object.keys(defaults), dialog = $("settings");
   const fill = from => { for (const name of names) $(name).value = from[name]; };
   for (const field of dialog.querySelectorAll("input, textarea")) if (!(field.id in defaults)) field.parentElement.remove();
-  $("show-settings").addEventListener("click", () => { fill(current()); dialog.returnValue = ""; dialog.showModal(); });
-  dialog.addEventListener("close", () => {
-    if (dialog.returnValue !== "save") return;
+  $("show-settings").addEventListener("click", () => { fill(current()); dialog.showModal(); });
+  dialog.querySelector("form").addEventListener("submit", () => {  // "close" comes later, perhaps after the page is left
     const read = field => field.type !== "number" || field.value === "" ? field.value : Number(field.value);
     save(Object.fromEntries(names.map(name => [name, read($(name))])));
   });
   $("defaults").addEventListener("click", () => fill(defaults));
-  $("no-settings").addEventListener("click", () => dialog.close(""));
+  $("no-settings").addEventListener("click", () => dialog.close());
 }
 
 $("no-key").addEventListener("click", () => $("key-dialog").close(""));

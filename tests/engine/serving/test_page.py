@@ -164,6 +164,10 @@ def test_the_settings_are_sent_and_kept(page, server, script):
     page.click("#system")
     page.write("Answer like a pirate.")
     page.click("#settings .primary")
+    assert "pirate" in page.run("localStorage.getItem('cria.settings')")  # at once: the page may be left now
+    page.click("#show-settings")
+    page.run("document.getElementById('temperature').value = 1")
+    page.click("#no-settings")
     page.go(server.url)
     page.wait("Boolean(model?.prompt_style)")
     page.click("input[value=chat]")
