@@ -34,6 +34,12 @@ from tests.helpers.kernels import CHIP
 from tests.helpers.tiles import set_tiles
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """Return one worker more than there are cores: tests of ranks, servers and kills wait for other processes."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 def pytest_collection_finish():
     """Let no later collection of garbage look through what the imports have made, a million objects."""
     gc.freeze()
