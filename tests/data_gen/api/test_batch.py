@@ -1,5 +1,6 @@
 """data_gen.generate --batch: the dataset of ordinary requests at half the price, through kills, faults and delays."""
 
+import asyncio
 import itertools
 import json
 import os
@@ -902,3 +903,46 @@ def test_a_round_draws_each_prompt_once(tmp_path, monkeypatch):
         assert batched(server, tmp_path, "--batch-tokens", 25_000) == 0
         batches = batches_of(server)
     assert len(drawn) <= 1 + sum(len(keys) for *_, keys in batches) + 12 * len(batches)
+
+
+@pytest.mark.parametrize(
+    "output, errors, completed, kind",
+    [
+        ((200, 200), (500,), 2, "failed"), ((200,), (500,), 2, "lost"), ((200,), (500, 429), 1, "failed"),
+        ((), (500,), 0, "failed"), ((), (500,), 1, "lost"), ((200,), None, 1, "failed"), (None, (500,), 1, "lost"),
+        ((200,) * 1200, None, 1200, "failed"), ((200,) * 1200, None, 1201, "lost"),
+    ],
+)  # fmt: skip
+def test_what_no_file_holds_is_lost_where_the_server_counts_more_answers(monkeypatch, output, errors, completed, kind):
+    """Other requests without an answer cost nothing."""
+    files, closed = {"out": output, "err": errors}, []
+
+    async def call(function):
+        return await function()
+
+    async def retrieve(id):
+        counts = SimpleNamespace(total=2000, completed=completed)
+        names = (name if files[name] is not None else None for name in files)
+        return SimpleNamespace(
+            status="expired", request_counts=counts, errors=None, output_file_id=next(names), error_file_id=next(names)
+        )
+
+    async def content(name):
+        lines = [json.dumps({"custom_id": str(i)} | response(status)) for i, status in enumerate(files[name])]
+        return SimpleNamespace(content="\n".join([*lines, '{"custom_id": null}']).encode())
+
+    async def ignore(*_):
+        pass
+
+    async def close(batch, why, kind):
+        closed.append((why, kind))
+
+    batches = object.__new__(Batches)
+    batches.calls = SimpleNamespace(make_call=call)
+    batches.client = SimpleNamespace(cleaner=SimpleNamespace(clean_body=str))
+    batches.api = SimpleNamespace(batches=SimpleNamespace(retrieve=retrieve), files=SimpleNamespace(content=content))
+    batches.collector = SimpleNamespace(progress=SimpleNamespace(print_line=lambda line: None))
+    monkeypatch.setattr(batches, "record_outcomes", ignore)
+    monkeypatch.setattr(batches, "close_batch", close)
+    asyncio.run(batches.check_batch(module.Batch("b", 0, None, {}, "id")))
+    assert closed == [("expired", kind)]

@@ -15,12 +15,14 @@ from data_gen.base.language import (
     LATIN,
     LETTER_VOTES,
     LETTERS,
+    MIN_LETTERS,
     SCAN,
     SCRIPTS,
     UNIT,
     WORD,
     WORD_VOTES,
     WORDS,
+    find_script,
     guess_language,
     split_ascii,
 )
@@ -132,6 +134,21 @@ def test_sentences_are_in_their_language(code):
         == guess_language(f"1. **{text}**\n\n```\n2 + 2\n```")
         == code
     )
+
+
+def test_as_many_letters_as_count_are_a_guess_in_a_script_of_one_language():
+    for codes in SCRIPTS.values():
+        if len(codes.split()) == 1:
+            (code,) = codes.split()
+            letters = [char for char in "".join(SENTENCES[code]) if char.isalpha()]
+            letters = [char for char in letters if code != "ja" or find_script(char) == "KANA"]
+            assert guess_language("".join(letters[:MIN_LETTERS])) == code
+            assert guess_language("".join(letters[: MIN_LETTERS - 1]) + " 1") == ""
+
+
+@pytest.mark.parametrize("text, code", [("の" + "山" * 9, "ja"), ("の" + "山" * 10, "zh")])
+def test_a_tenth_of_kana_makes_han_letters_japanese(text, code):
+    assert guess_language(text) == code
 
 
 @pytest.mark.parametrize("text", NO_GUESS)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.base.errors import DataError, call_main, reading
+from engine.base.errors import DataError, call_main, reading, summarize_error
 
 
 def test_reading_names_the_file_and_leaves_our_own_errors(tmp_path):
@@ -21,3 +21,14 @@ def test_a_name_that_no_disk_takes_is_the_users(tmp_path, capsys):
     assert call_main(main, ["x" * 5000]) == 2
     assert "File name too long" in capsys.readouterr().err
     assert call_main(main, ["x"]) == 1, "another error of the disk"
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("what\nwhere\n", "what"), ("\n\n what \n", "what"), ("x" * 201, "x" * 200), ("x" * 199 + "\n", "x" * 199),
+        ("", "RuntimeError"), (" \n", "RuntimeError"),
+    ],
+)  # fmt: skip
+def test_a_summary_is_one_line_or_the_type(text, told):
+    assert summarize_error(RuntimeError(text)) == told

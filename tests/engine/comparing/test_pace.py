@@ -69,7 +69,7 @@ def run(relay, patience=30):
 
 
 def test_a_relay_shows_all_of_both_in_equal_steps():
-    a = Written(*(Piece(0, f"a{n:02}", 1) for n in range(30)), Piece(0, finish_reason="stop"))
+    a = Written(None, *(Piece(0, f"a{n:02}", 1) for n in range(30)), None, Piece(0, finish_reason="stop"))
     b = Written(*(Piece(0, "b", 1) for _ in range(90)), Piece(0, finish_reason="length"))
     relay = Relay((a, b))
     steps = run(relay)

@@ -263,12 +263,14 @@ def test_a_damaged_entry_is_noticed_and_made_again(name, damage, files, cache, s
     same(first, third)
 
 
-@pytest.mark.parametrize("kind", ["file", "read-only", "full"])
+@pytest.mark.parametrize("kind", ["file", "read-only", "full", "no rename"])
 def test_a_cache_that_cannot_be_written_costs_a_note(kind, files, cache, smol, monkeypatch):
     if kind == "file":
         cache.write_text("not a folder")
     elif kind == "full":
         monkeypatch.setattr(token_cache, "sync_file", lambda file: (_ for _ in ()).throw(OSError(28, "No space left")))
+    elif kind == "no rename":
+        monkeypatch.setattr(token_cache.os, "rename", lambda *_: (_ for _ in ()).throw(PermissionError(13, "denied")))
     else:
         monkeypatch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "denied")))
     said = []

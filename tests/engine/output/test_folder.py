@@ -1,11 +1,19 @@
-"""What run.json may hold."""
+"""Which folders a run may write to, and what run.json may hold."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from engine.base.errors import DataError
-from engine.output.folder import STATUSES, read_prompt_style, read_run
+from engine.base.errors import DataError, UsageError
+from engine.output.folder import (
+    LOCK,
+    STATUSES,
+    lock_output_folder,
+    read_prompt_style,
+    read_run,
+    require_disk_space,
+)
 
 RUN = {"status": "done", "config": {"prompt_style": "alpaca"}, "facts": {}, "tracked_as": "x", "seconds": 1.5}
 
@@ -39,3 +47,46 @@ def test_a_prompt_style_that_is_no_text_is_damage(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(RUN | {"config": {"prompt_style": 5}}))
     with pytest.raises(DataError, match=r"run\.json: is damaged.*pass --prompt-style"):
         read_prompt_style(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names, is_taken",
+    [
+        ((), True), ((LOCK,), True), ((".tmp-x",), True), (("run.json",), True), (("run.json", "thesis.tex"), True),
+        (("thesis.tex",), False), ((LOCK, "thesis.tex"), False), ((".tmp-x", "thesis.tex"), False), ((".git",), False),
+    ],
+)  # fmt: skip
+def test_a_folder_of_something_else_is_left_alone(names, is_taken, tmp_path):
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    if is_taken:
+        with lock_output_folder(tmp_path) as out:
+            assert out == tmp_path
+    else:
+        with pytest.raises(UsageError, match=f"holds {names[-1]} and no run.json"), lock_output_folder(tmp_path):
+            pass
+    assert {path.name for path in tmp_path.iterdir()} | {LOCK} == {*names, LOCK}
+
+
+def test_one_run_at_a_time_and_no_trace_of_one_that_wrote_nothing(tmp_path):
+    out = tmp_path / "new" / "out"
+    with lock_output_folder(out):
+        with pytest.raises(UsageError, match="another run is writing there"), lock_output_folder(out):
+            pass
+        assert out.is_dir()
+    assert list(tmp_path.iterdir()) == []
+    with lock_output_folder(out):
+        (out / "run.json").write_text("{}")
+    assert {path.name for path in out.iterdir()} == {LOCK, "run.json"}
+    below = out / "run.json" / "below"
+    with pytest.raises(UsageError, match=r"cannot be written .*; choose another folder"), lock_output_folder(below):
+        pass
+
+
+def test_as_much_disk_as_is_free_will_do(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2_000_000_000))
+    require_disk_space(tmp_path, 2_000_000_000, "make room")
+    with pytest.raises(UsageError, match=r"about 2\.1 GB are to be written and 2\.0 GB are free there; make room"):
+        require_disk_space(tmp_path, 2_100_000_000, "make room")
+    with pytest.raises(UsageError):
+        require_disk_space(tmp_path, 2_000_000_001, "make room")

@@ -19,6 +19,7 @@ from engine.planning.fitting import (
     find_mesh_that_fits,
     find_shard_counts,
     find_uncut_counts,
+    resolve_recompute,
     resolve_states,
 )
 from engine.planning.memory import BatchShape, memory
@@ -46,6 +47,28 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not(setting, available, 
     assert found == 0 or total(found) <= available
     assert found == 9000 or total(found + 1) > available
     assert found <= find_largest_micro_batch(MODEL, setting, available + more, limits)
+
+
+@pytest.mark.parametrize(
+    "tokens, share_tokens, expected",
+    [
+        (4000, 1000, "none"), (4000, 1001, "cheap"), (4000, 12001, "cheap"), (900, 1800, "none"), (900, 1801, "none"),
+        (1200, 2400, "cheap"), (1200, 3000, "none"),
+    ],
+)  # fmt: skip
+def test_nothing_is_recomputed_where_that_costs_no_micro_batch(tokens, share_tokens, expected):
+    """1000 tokens fit without."""
+    none, cheap = Setting(recompute="none"), Setting(recompute="cheap")
+    available, limits = memory(MODEL, none, Limits().batch(1000)).total, Limits()
+    fits = find_largest_micro_batch(MODEL, none, available, limits)
+    assert 1000 <= fits < 1010 < find_largest_micro_batch(MODEL, cheap, available, limits)
+    chosen = {"none": (none, min(tokens, fits)), "cheap": (cheap, tokens)}
+    wish = {"share_tokens": share_tokens, "tokens": tokens}
+    assert resolve_recompute(MODEL, Setting(recompute="auto"), available, limits, **wish) == chosen[expected]
+    block = Setting(recompute="block")
+    assert resolve_recompute(MODEL, block, available, limits, **wish) == (block, tokens)
+    nothing = memory(MODEL, none, Limits().batch(0)).total - 1
+    assert resolve_recompute(MODEL, Setting(recompute="auto"), nothing, limits, **wish) == (cheap, tokens)
 
 
 def auto_states(available_gb, sooner="8bit", n_cards=1, replicas=None, model=MODEL):

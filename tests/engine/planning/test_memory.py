@@ -24,6 +24,7 @@ from engine.planning.memory import (
     PLAN_BYTES,
     BatchShape,
     activation_bytes,
+    gradients_at_once,
     layer_bytes,
     memory,
     worst_moments,
@@ -280,6 +281,23 @@ def test_the_copy_of_a_state_takes_the_memory_that_was_planned(states, shards, m
 
 
 # ---- several GPUs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    "shape, loss_rows, in_backward, numbers, of_fp32",
+    [
+        ({"hidden_dim": 40}, 1, True, 8 * (100 + 100), 0),  # the head's and its copy
+        ({"hidden_dim": 51}, 1, True, 2 * 8 * 2 * 51, 0),  # two of w13
+        ({"hidden_dim": 40, "tied": True}, 1, True, 8 * (2 * 100 + 100), 0),
+        ({"hidden_dim": 51, "tied": True}, 1, True, 8 * (2 * 2 * 51 + 100), 0),
+        ({"hidden_dim": 40}, 10**9, True, 8 * 100, 8 * 100),  # sums of chunks are fp32
+        ({"hidden_dim": 40}, 1, False, 8 * (100 + 3 * 40 + 2 * (2 + 1) * 4), 0),  # the head's and a layer's
+    ],
+)
+def test_gradients_at_once_are_those_worked_out_by_hand(shape, loss_rows, in_backward, numbers, of_fp32, size):
+    c = ModelConfig(dim=8, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=100, max_seq_len=16, **shape)
+    assert gradients_at_once(c, loss_rows, size, in_backward) == numbers * size + of_fp32 * 4
 
 
 def test_gathered_bytes_are_those_worked_out_by_hand():

@@ -234,7 +234,8 @@ def test_the_largest_micro_batch_is_tried_with_gradients_that_leave(device, monk
     """In two backward passes, the second with sums that come back: as much memory as a step will take."""
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 << 30)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 80 << 30))
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    forgotten = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", forgotten.append)
     _, (model, ours) = pair_of(device)
     sent, send = [], ours.host_updates._send
     ours.host_updates._send = lambda group: sent.append(group) or send(group)
@@ -244,6 +245,7 @@ def test_the_largest_micro_batch_is_tried_with_gradients_that_leave(device, monk
     MicroBatchSize(plan, SimpleNamespace(packing=packing_), None, print).try_largest(model, ours)
     assert sent == 2 * [4, 3, 2, 1, 0] and not ours.host_updates.left
     assert all(p.grad is None for p in model.parameters())
+    assert forgotten == [device], "the peak of a step is its own"
 
 
 # ---- by the command --------------------------------------------------------------------------------------------------

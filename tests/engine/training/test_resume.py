@@ -8,7 +8,7 @@ import pytest
 from engine import finetune as command
 from engine import generate
 from engine.base.errors import DataError, run_main
-from engine.training.resume import find_changes
+from engine.training.resume import find_changes, get_recorded_tokens
 from tests.helpers.run import finetune
 from tests.helpers.small_model import small_model
 
@@ -25,6 +25,41 @@ def test_a_manifest_whose_parts_are_no_objects_is_a_data_error(part, odd):
     assert find_changes(plan, facts) == []
     with pytest.raises(DataError, match=f"its {part} are no object"):
         find_changes(plan, facts | {part: odd})
+
+
+@pytest.mark.parametrize(
+    "given, recorded, tokens", [(None, {"max_tokens": 9}, 9), (None, {}, 5), (5, {"max_tokens": 9}, 5), (5, {}, 5)]
+)
+def test_micro_batches_stay_as_large_as_they_were_unless_a_flag_says_so(given, recorded, tokens):
+    plan = SimpleNamespace(config=SimpleNamespace(micro_batch_tokens=given), packing=SimpleNamespace(max_tokens=5))
+    assert get_recorded_tokens(plan, recorded) == tokens
+
+
+FACTS = {
+    "settings": {"loss_norm": "micro-mean", "lr": 1}, "model": {"dim": 8}, "dtype": "bf16", "data_sha256": "0",
+    "base_sha256": "1", "max_tokens": 9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "recorded, found",
+    [
+        ({}, []),
+        ({"max_tokens": 8}, ["micro_batch_tokens, which micro-mean depends on: 8 -> 9"]),
+        ({"settings": {"loss_norm": "micro-mean", "lr": 2, "old": 3}}, ["lr: 2 -> 1", "old: 3 -> None"]),
+        ({"model": {}}, ["dim: None -> 8"]),
+        ({"dtype": "fp32"}, ["dtype: fp32 -> bf16"]),
+        ({"data_sha256": "2"}, ["the data: its tokens have another sha256"]),
+        ({"base_sha256": None}, ["the base: its weights are other ones"]),
+    ],
+)
+def test_each_change_is_told(recorded, found):
+    plan = SimpleNamespace(recorded_facts=lambda tokens: FACTS, config=SimpleNamespace(micro_batch_tokens=9),
+                           packing=SimpleNamespace(max_tokens=9))  # fmt: skip
+    assert find_changes(plan, FACTS | recorded) == found
+    by_token = FACTS | {"settings": {"loss_norm": "token"}}
+    plan.recorded_facts = lambda tokens: by_token
+    assert find_changes(plan, by_token | {"max_tokens": 8}) == [], "where the maths does not depend on it"
 
 
 DAMAGED = {

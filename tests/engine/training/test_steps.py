@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
 from engine.data import packing
@@ -55,10 +56,10 @@ def take_steps(model, optimizer, n, spoil=None):
 def test_an_infinite_gradient_under_a_finite_loss_changes_nothing():
     model = make_model()
     optimizer = make_optimizer(model)
-    take_steps(model, optimizer, 1)
+    take_steps(model, optimizer, 3)
     before = {name: shard.tensor.clone() for name, shard in optimizer.tensors().items()}
     (report,) = take_steps(model, optimizer, 1, spoil=1)
-    assert np.isfinite(report.loss) and not report.is_finite and optimizer.n_updates == 1
+    assert np.isfinite(report.loss) and not report.is_finite and optimizer.n_updates == 3
     assert all(torch.equal(shard.tensor, before[name]) for name, shard in optimizer.tensors().items())
 
 
@@ -72,3 +73,19 @@ def test_a_skipped_step_is_no_update_also_after_a_resume(tmp_path):
     other = make_optimizer(make_model())
     load_checkpoint(open_checkpoint(folder), other)
     assert other.n_updates == 2
+
+
+@pytest.mark.parametrize("n_seen", [0, 1, 3])
+def test_a_signal_between_micro_batches_ends_a_lone_process_with_nothing_changed(n_seen):
+    model = make_model()
+    optimizer, seen = make_optimizer(model), []
+    before = {name: shard.tensor.clone() for name, shard in optimizer.tensors().items()}
+    batch = packing.make_micro_batches(dataset(ROWS).get_examples(np.arange(4)), packing.Packing(11))
+    assert len(batch) == 4
+    plan = SimpleNamespace(make_step=lambda step: StepBatch(batch, np.arange(4), 0, 0, 0))
+    model.norm.register_hook(seen.append)
+    with Prefetcher(plan, model, last_step=1) as prefetcher:
+        steps = Steps(model, optimizer, prefetcher, 1.0, has_signal=lambda: len(seen) == n_seen)
+        assert not steps.take_step(1, 1e-2) and steps.take_reports(wait=True) == []
+    assert len(seen) == n_seen
+    assert all(torch.equal(shard.tensor, before[name]) for name, shard in optimizer.tensors().items())

@@ -1,0 +1,72 @@
+"""What flags are where they are not given, and the least and the most that each may be."""
+
+from argparse import ArgumentTypeError
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("openai")
+pytest.importorskip("rapidfuzz")
+
+from data_gen import estimate, generate, judge
+from data_gen.api import flags
+
+NOTHING = ("None", "False", "[]", "{}")  # the defaults of the flags that are not listed here
+ROWS = {
+    "rows": 52_000, "language": "en", "seed": 0, "tasks_per_request": 20, "examples": 3, "temperature": 1.0,
+    "max_output_tokens": 4096,
+}  # fmt: skip
+SERVER = {"base_url": "https://api.openai.com/v1", "api_key_env": "OPENAI_API_KEY", "concurrency": 32}
+RUN = {"timeout": 600, "patience": 900, "max_attempts": 8, "backoff": 1}
+DEFAULTS = {
+    generate: ROWS | SERVER | RUN | {"out": Path("out/data"), "poll": 30},
+    judge: SERVER | RUN
+    | {"out": Path("out/judge"), "canaries": 20, "seed": 0, "temperature": 0.0, "max_output_tokens": 2048},
+    estimate: ROWS | SERVER,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", DEFAULTS, ids=lambda command: command.__name__)
+def test_defaults(command, monkeypatch):
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    found = {
+        action.dest: action.default
+        for action in command.build_parser()._actions
+        if action.dest not in ("help", "debug")
+    }
+    assert {name: found[name] for name in DEFAULTS[command]} == DEFAULTS[command]
+    for name in found.keys() - DEFAULTS[command]:
+        assert repr(found[name]) in NOTHING, name
+
+
+@pytest.mark.parametrize(
+    "parse, taken, refused",
+    [
+        (flags.parse_count, ("1", "52000"), ("0", "-1", "1.5", "x", "")),
+        (flags.parse_limit, ("1", "1000000"), ("0", "1000001", "1e3")),
+        (flags.parse_seconds, ("5e-324", "999999999"), ("0", "-1", "1e9", "inf", "nan")),
+        (flags.parse_dollars, ("0", "1000000"), ("-0.01", "1000000.01", "nan")),
+        (flags.parse_temperature, ("0", "2"), ("-5e-324", "2.0000000000000004", "nan")),
+        (flags.parse_fields, ("{}", '{"top_p": 1}'), ("[]", "1", '{"n": 1}', '{"top_p": 1, "stream": false}', "{")),
+        (judge.parse_canaries, ("0", "1"), ("-1", "0.5")),
+    ],
+)
+def test_the_ends_of_what_a_flag_may_be(parse, taken, refused):
+    for text in taken:
+        parse(text)
+    for text in refused:
+        with pytest.raises(ArgumentTypeError, match="wanted"):
+            parse(text)
+
+
+@pytest.mark.parametrize("field", flags.OUR_FIELDS)
+def test_our_own_fields_are_no_extra_ones(field):
+    with pytest.raises(ArgumentTypeError, match=field):
+        flags.parse_fields(f'{{"{field}": 1}}')
+
+
+def test_types_of_the_flags():
+    """Each number is read by a parser that knows its ends, but a seed."""
+    for command in DEFAULTS:
+        for action in command.build_parser()._actions:
+            assert action.type is not float and (action.type is not int or action.dest == "seed"), action.dest
