@@ -12,6 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cache
+from itertools import repeat
 
 LANGUAGES = {
     "en": "English", "de": "German", "fr": "French", "es": "Spanish", "pt": "Portuguese", "it": "Italian",
@@ -133,10 +134,39 @@ WORD_VOTES, LETTER_VOTES = pack_votes(WORD_LISTS), pack_votes(LETTERS)
 COMMON_WORDS = {code: frozenset(words) for code, words in WORD_LISTS.items()}
 
 
+@cache
+def compute_leads(code: str) -> dict[str, int]:
+    """Return {word: its vote for a language, less its vote for any other} of the words that languages list.
+
+    Of several words the sum is the least by which the language leads, or trails, any other.
+    """
+    listed = {word: LANES.unpack(votes.to_bytes(LANES.size, "little")) for word, votes in WORD_VOTES.items()}
+    own = CODES.index(code)
+    return {word: votes[own] - max(v for i, v in enumerate(votes) if i != own) for word, votes in listed.items()}
+
+
+def guess_other_language(text: str, expected: str) -> str:
+    """Return guess_language(text) where that is another language than the expected one, else "".
+
+    An ASCII text in which no other language leads needs one sum of votes alone.
+    """
+    if text.isascii():
+        lead = sum(map(compute_leads(expected).get, split_ascii(clean_text(text)), repeat(0)))
+        if lead > -MIN_LEAD * UNIT:
+            return ""
+    found = guess_language(text)
+    return "" if found == expected else found
+
+
+def clean_text(text: str) -> str:
+    """Return what is looked at of a text: its first SCAN characters, composed, in lower case and without links."""
+    text = unicodedata.normalize("NFC", text[:SCAN]).lower()
+    return LINK.sub(" ", text) if "://" in text else text
+
+
 def guess_language(text: str) -> str:
     """Return the ISO 639-1 code, one of LANGUAGES, of a text's language, or "" when unsure."""
-    text = unicodedata.normalize("NFC", text[:SCAN]).lower()
-    text = LINK.sub(" ", text) if "://" in text else text
+    text = clean_text(text)
     if text.isascii():  # all letters are of one script, and MIN_WORDS words have MIN_LETTERS
         return guess_by_words(text, LATIN)
     scripts: Counter[str] = Counter()

@@ -9,7 +9,7 @@ from collections import Counter
 from typing import TypeAlias
 
 from data_gen.base.files import FIELDS
-from data_gen.base.language import guess_language
+from data_gen.base.language import guess_language, guess_other_language
 from data_gen.rows import defect_patterns as patterns
 from data_gen.rows.repairs import is_phrase
 from data_gen.rows.tokens import tokenize, tokenize_again
@@ -137,9 +137,12 @@ def find_repetition(item: Task) -> str | None:
     A loop is a character 50 times in a row, a line of over 12 characters at least 5 times and in most lines, or at
     least 60 words with few different runs of 4.
     """
-    if patterns.AGAIN.search(item["instruction"]):
-        return None
-    output = item["output"]
+    found = find_loop(item["output"])
+    return None if found is None or patterns.AGAIN.search(item["instruction"]) else found
+
+
+def find_loop(output: str) -> str | None:
+    """Find what find_repetition finds, whatever the instruction is."""
     # A character 50 times in a row fills one of the stretches of 25.
     if any([output[at] * 25 == output[at : at + 25] for at in range(0, len(output), 25)]):
         found = patterns.CHARACTER_LOOP.search(output)
@@ -163,14 +166,14 @@ def find_wrong_language(item: Task, language: str) -> str | None:
     """Find an instruction, or an output that nobody asked to translate, in another language."""
     asked = item["instruction"]
     has_quotes = not asked.isascii() or any([mark in asked for mark in "\"'`"])
-    found = guess_language(patterns.QUOTED.sub(" ", asked) if has_quotes else asked)
-    if found not in ("", language):
+    found = guess_other_language(patterns.QUOTED.sub(" ", asked) if has_quotes else asked, language)
+    if found:
         return f"{found}: {item['instruction']}"
     if language != "en":
         return None
     output = item["output"][:SAMPLE]
-    found = guess_language(output)
-    if found in ("", language) or patterns.ABOUT_LANGUAGE.search(item["instruction"]):
+    found = guess_other_language(output, language)
+    if not found or patterns.ABOUT_LANGUAGE.search(item["instruction"]):
         return None
     if found == guess_language(item["input"]) or len(tokenize(output)) < MIN_OUTPUT:
         return None
@@ -241,23 +244,27 @@ CHECKS = {
     "repetition": find_repetition,
 }
 ENGLISH = {"media task", "missing text", "refusal", "no answer"}
+CHECKS_OF_ENGLISH = tuple(CHECKS.items())
+CHECKS_OF_ANY = tuple((reason, check) for reason, check in CHECKS_OF_ENGLISH if reason not in ENGLISH)
 
 
 def find_defect(item: Task, language: str = "en") -> tuple[str, str] | None:
     """Return (reason, what was seen) for the first defect of an item, in the order of REASONS, or None."""
     short = {field: item[field][:SCAN] for field in FIELDS}
-    for reason, check in CHECKS.items():
-        if language == "en" or reason not in ENGLISH:
-            seen = check(short)
-            if seen is not None:
-                return reason, make_snippet(seen)
+    for reason, check in CHECKS_OF_ENGLISH if language == "en" else CHECKS_OF_ANY:
+        seen = check(short)
+        if seen is not None:
+            return reason, make_snippet(seen)
     seen = find_wrong_language(short, language)
     return ("wrong language", make_snippet(seen)) if seen else None
 
 
 def find_first(pattern: re.Pattern[str] | patterns.Sought, *texts: str) -> str | None:
     """Return the pattern's match in the first of the texts that has one, or None."""
-    return next((found[0] for text in texts if (found := pattern.search(text))), None)
+    for text in texts:
+        if found := pattern.search(text):
+            return found[0]
+    return None
 
 
 def make_snippet(seen: str) -> str:

@@ -155,9 +155,6 @@ class Deduplicator:
         return dict(zip(ordered[len(reaches) - 1 :: -1], reaches[::-1], strict=False))
 
     def _find(self, code: Code, places: dict[int, int], signature: int) -> int | None:
-        from rapidfuzz import process
-        from rapidfuzz.distance import Indel, LCSseq
-
         if code in self._index_of:
             return self._index_of[code]
         postings = self._postings
@@ -175,6 +172,9 @@ class Deduplicator:
         found = sorted(set(indices[is_candidate].tolist()))
         if not found:
             return None
+        from rapidfuzz import process
+        from rapidfuzz.distance import Indel, LCSseq
+
         codes = self._codes
         # Returns the first of the most similar; equal fractions are equal floats.
         best = process.extractOne(

@@ -2,6 +2,7 @@
 """The language of sentences in every known language is found; an unclear text gets no guess."""
 
 import json
+import random
 import unicodedata
 
 import pytest
@@ -24,6 +25,7 @@ from data_gen.base.language import (
     WORDS,
     find_script,
     guess_language,
+    guess_other_language,
     split_ascii,
 )
 from tests.helpers.linear import measure_cpu_s
@@ -200,6 +202,21 @@ def test_only_the_beginning_is_looked_at():
 def test_words_of_ascii_are_those_of_any_text(text):
     """The faster way gives the same words, with and without the s of "dog's"."""
     assert split_ascii(text) == WORD.findall(text)
+
+
+def test_another_language_is_the_guess_where_that_is_not_the_expected_one():
+    """Texts of words of two languages, so few that a word decides, and of the shares of words that several list."""
+    generator, others = random.Random(0), 0
+    words = {code: [word for word in WORDS[code].split() if word.isascii()] for code in LATIN}
+    for _ in range(3000):
+        one, two = generator.sample(LATIN, 2)
+        text = generator.choices(words[one], k=generator.randint(0, 5)) + generator.choices(words[two], k=3)
+        text = " ".join([*text, *generator.choices(["https://the.and.of/to", "Ja.", "\u00fc", "\u0434\u0430"], k=1)])
+        guess = guess_language(text)
+        for expected in (one, two, "ru", "ja"):
+            assert guess_other_language(text, expected) == ("" if guess == expected else guess), (text, expected)
+        others += guess not in ("", one)
+    assert others > 300
 
 
 def test_votes_are_shares_of_a_unit_in_lanes_that_no_text_overflows():
