@@ -35,8 +35,10 @@ def translate_stanford_flags(raw: Raw, problems: list[str]) -> list[str]:
     ]
     translate_bf16(raw, problems)
     notes += translate_batch_size(raw, problems)
-    evaluation = pop_word(raw, "evaluation_strategy", problems), pop_word(raw, "eval_strategy", problems)
-    translate_strategy(raw, "eval_every", evaluation[0] or evaluation[1], "off", problems)
+    older, newer = pop_word(raw, "evaluation_strategy", problems), pop_word(raw, "eval_strategy", problems)
+    if older and newer and older != newer:
+        problems.append(f"--evaluation-strategy {older} contradicts --eval-strategy {newer}; give one")
+    translate_strategy(raw, "eval_every", older or newer, "off", problems)
     translate_strategy(raw, "save_every", pop_word(raw, "save_strategy", problems), "end", problems)
     translate_checkpointing(raw, problems)
     notes += translate_trainer_words(raw, problems)

@@ -5,6 +5,7 @@ import contextlib
 import json
 import random
 import sqlite3
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -317,6 +318,36 @@ def test_time_in_which_the_process_did_not_run_is_not_the_servers_silence(make):
 
     collector.client.send = held_up
     assert run(collector).curator.is_full
+
+
+def test_answers_that_have_come_are_on_the_disk_when_a_run_gives_up_the_rest(make, monkeypatch):
+    """Also those that wait for a commit under way, whose attempts are cancelled."""
+    monkeypatch.setattr(collect, "GRACE_S", 0)
+    collector, came = make(answer, 10**6, concurrency=8), []
+    send, commit, released = collector.client.send, collector.ledger.commit, threading.Event()
+
+    async def counted(body):
+        reply = await send(body)
+        came.append(body["number"])
+        return reply
+
+    def held_up(statements):
+        if came:
+            released.wait()
+        commit(statements)
+
+    async def give_up():
+        collector.is_dialect_known = True
+        collector.start_requests()
+        while len(came) < 8 or not collector.ledger.pending:
+            await asyncio.sleep(0)
+        collector.stop()
+        threading.Timer(0.02, released.set).start()
+        await collector.finish()
+
+    collector.client.send, collector.ledger.commit = counted, held_up
+    asyncio.run(give_up())
+    assert [entry.request for entry in collector.ledger.read_outcomes()] == list(range(8)) == sorted(came)
 
 
 def test_what_lies_behind_a_missing_answer_is_given_to_the_curator_in_the_end(make):

@@ -187,12 +187,15 @@ def test_how_long_nothing_was_answered():
 # ---- pauses ----------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_starts_in_a_pause_that_the_server_named():
+@pytest.mark.parametrize("overloaded", [False, True])
+@pytest.mark.parametrize("limited", [False, True])
+def test_nothing_starts_in_a_pause_that_the_server_named(overloaded, limited):
+    """Whatever the failure: a 429, a 503, or an error that tells of no load."""
     rate, clock = rate_of()
-    started = start_all(rate)
-    rate.record_failure(started[0], overloaded=True, limited=True, retry_after=20.0)
+    started, how = start_all(rate), {"overloaded": overloaded, "limited": limited}
+    rate.record_failure(started[0], **how, retry_after=20.0)
     assert rate.wait_s() == 20 and not rate.can_start()
-    rate.record_failure(started[1], overloaded=True, limited=True, retry_after=3.0)
+    rate.record_failure(started[1], **how, retry_after=3.0)
     assert rate.wait_s() == 20, "a shorter pause does not end a longer one"
     clock.now += 19.5
     assert rate.wait_s() == 0.5 and not rate.can_start()

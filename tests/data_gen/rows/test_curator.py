@@ -49,6 +49,17 @@ def test_what_is_kept_says_where_it_comes_from_and_what_it_cost():
     assert curator.models == {"m-2025": 1} and not curator.lost
 
 
+def test_the_dollars_of_an_answers_rows_add_up_to_its_bill_whatever_was_kept_before():
+    more = [GOOD | {"instruction": f"Write a {thing} about {theme}."} for thing, theme in zip(
+        ("poem", "letter", "recipe"), ("moss and stones", "a lost key", "old apples"), strict=True)]  # fmt: skip
+    answers = [[GOOD], [OTHER, more[0], more[1]], [GOOD], [more[2], GOOD]]
+    curator = curated(*(entry(n, tasks, cost=(n + 1) * 10**9) for n, tasks in enumerate(answers)))
+    paid = dict.fromkeys(range(4), 0.0)
+    for row in curator.rows:
+        paid[row["provenance"]["request"]] += row["provenance"]["usd"]
+    assert curator.kept_by_request == [1, 3, 0, 1] and paid == pytest.approx({0: 0.001, 1: 0.002, 2: 0, 3: 0.004})
+
+
 def test_a_duplicate_names_its_twin_and_how_alike_they_are():
     like = GOOD | {"instruction": "Explain why the tide comes in twice each day."}
     curator = curated(entry(0, [GOOD]), entry(1, [like, OTHER]))

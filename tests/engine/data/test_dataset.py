@@ -169,6 +169,8 @@ def test_the_digest_tells_where_examples_end_and_not_where_they_lie():
     cut_elsewhere = dataset([[1, 2, 3], [4, 5]], [[False, True, False], [True, True]])
     assert (cut_elsewhere.tokens == whole.tokens).all() and (cut_elsewhere.is_target == whole.is_target).all()
     assert cut_elsewhere.sha256() != whole.sha256()
+    less_learned = dataset([[1, 2], [3, 4, 5]], [[False, True], [False, False, True]])
+    assert less_learned.sha256() != whole.sha256(), "a resume after a weight was set to 0 would go on"
     more = dataset([[9, 9], [3, 4, 5], [8], [1, 2]])
     chosen = data.Dataset(more.tokens, more.is_target, more.begins[[3, 1]], more.ends[[3, 1]], ("3", "1"), {})
     assert chosen.sha256() == whole.sha256()

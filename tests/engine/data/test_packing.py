@@ -105,6 +105,20 @@ def test_each_example_is_in_one_micro_batch_within_the_limits(lengths, max_token
         assert len(run) <= (max_examples or len(run))
 
 
+@pytest.mark.parametrize("cut", [packing.cut_in_order, packing.pack_evenly, packing.pack_best_fit])
+@pytest.mark.parametrize("budget", [60, 75, 100, 131])
+def test_a_shared_prefix_takes_room_in_every_bin_that_needs_it(cut, budget):
+    """A bin that is begun in the middle of a group computes the group's prefix again."""
+    groups = [(30, [0, 1, 2, 3, 5, 6, 8, 9, 10, 11]), (20, [4, 7, 12, 13, 14, 15]), (0, [16])]
+    lengths = [60 if row == 16 else 40 for row in range(17)]
+    group_of, n_shared = packing.index_by_row(groups)
+    bins = cut(groups, lengths, budget, None)
+    assert sorted(np.concatenate(bins).tolist()) == list(range(17)) and len(bins) > 1
+    for members in bins:
+        own = sum(lengths[row] - n_shared[row] for row in members)
+        assert own + sum(groups[g][0] for g in {group_of[row] for row in members}) <= budget
+
+
 def test_packing_fills_what_order_leaves_open_and_evens_it_out():
     lengths = [60, 60, 40, 40, 60, 40]
     groups = [(0, [i]) for i in range(6)]

@@ -284,6 +284,25 @@ def test_calls_of_tools_stay_with_their_message_behind_a_system_text_of_its_own(
     assert (row.messages, row.unlearned, row.tools) == (wanted.messages, wanted.unlearned, wanted.tools)
 
 
+@pytest.mark.parametrize("kind", ["messages", "prompt"])
+@pytest.mark.parametrize("key", ["system", "system_prompt"])
+def test_a_system_text_of_its_own_moves_no_loss_to_another_message(write, kind, key):
+    """Neither where an answer has weight 0 nor where it stands in a prompt."""
+    silent = ANSWER | {"weight": 0}
+    turns = {"messages": [USER, silent, USER, ANSWER]}
+    if kind == "prompt":
+        turns = {"prompt": [USER, ANSWER, USER], "completion": [ANSWER]}
+    within = {kind: [{"role": "system", "content": "Be brief."}, *turns[kind]]}
+    plain, own, wanted = read(write([turns, turns | {key: "Be brief."}, turns | within]))
+    assert plain.unlearned == {1} and own.unlearned == wanted.unlearned == {2} and own.messages == wanted.messages
+
+
+@pytest.mark.parametrize("first, second", [(0, 1), (1, 0), (0, 0), (1, 1), (None, 0), (0, None)])
+def test_an_answer_is_learned_where_every_weight_says_so(write, first, second):
+    (row,) = read(write({"messages": [USER, ANSWER | {"weight": first, "train": second}]}))
+    assert row.unlearned == (set() if first == second == 1 else {1})
+
+
 def test_a_template_that_leaves_out_tools_is_refused(write, tmp_path):
     """SmolLM2's is one: the call would be learned as an immediate end of the turn."""
     plain = "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"

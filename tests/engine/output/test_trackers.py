@@ -89,6 +89,23 @@ def test_a_run_goes_on_under_its_name(tmp_path, monkeypatch, name):
         open_tracker(name, tmp_path, called, {}, 0)
 
 
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_resumed_run_keeps_the_figures_of_the_step_it_goes_on_after(tmp_path, monkeypatch, after):
+    """Those of purge_step and later are dropped by what reads the files."""
+    made = []
+
+    class Writer:
+        def __init__(self, folder, purge_step, flush_secs):
+            made.append((folder, purge_step))
+
+        def add_text(self, *_):
+            pass
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    open_tracker("tensorboard", tmp_path, "x", {"lr": 1}, after)
+    assert made == [(str(tmp_path / "tensorboard"), after + 1)]
+
+
 def test_tensorboard_reads_what_was_written(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for after, losses in ((0, [3.0, 2.0, 9.0]), (2, [1.0])):  # killed after step 3, resumed after step 2

@@ -13,9 +13,9 @@ from engine.base.errors import DataError
 from engine.data.packing import Packing
 from engine.distributed.world import World
 from engine.model.config import MODELS
-from engine.training.config import FinetuneConfig
+from engine.training.config import GROUPS, FinetuneConfig
 from engine.training.plan import Plan
-from engine.training.prepare import agree_on_plan, prepare, take_recorded_states
+from engine.training.prepare import agree_on_plan, prepare, select_fixed_settings, take_recorded_states
 
 
 @pytest.mark.parametrize("asked", ["auto", "none"])
@@ -61,6 +61,23 @@ def test_a_run_goes_on_with_the_states_that_it_recorded(tmp_path):
     recorded["settings"]["optimizer_states"] = "bf16"
     (named / "manifest.json").write_text(json.dumps(recorded | MANIFEST))
     assert take_recorded_states(dataclasses.replace(config, resume=str(named))).optimizer_states == "bf16"
+
+
+FREE = {"max_skips", "spike_threshold", "spike_rollback"}  # of the recipe, what changes no update by itself
+CHANGES = {
+    "model": "smollm2-135m", "random_init": False, "prompt_style": "chatml", "train_on_prompt": True, "max_length": 64,
+    "shuffle": False, "seed": 1, "eval_fraction": 0.5, "epochs": 9, "max_steps": 9, "global_batch_size": 9, "lr": 1.0,
+    "lr_schedule": "linear", "warmup_ratio": 0.5, "weight_decay": 0.5, "beta1": 0.5, "beta2": 0.5, "adam_eps": 0.5,
+    "grad_clip": 0.5, "loss_norm": "micro-mean", "master_weights": "fp32", "optimizer_states": "bf16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_setting_that_decides_what_is_computed_is_compared_on_resume(name):
+    assert set(GROUPS["recipe"]) - FREE <= set(CHANGES), "a flag of the recipe that this test does not know"
+    config = FinetuneConfig(model="smollm2-135m" if name == "random_init" else "tiny", random_init=True, data=("x",))
+    other = dataclasses.replace(config, **{name: CHANGES[name]})
+    assert select_fixed_settings(config, None)[name] != select_fixed_settings(other, None)[name]
 
 
 @pytest.mark.parametrize("asked", [True, False])

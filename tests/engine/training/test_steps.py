@@ -1,5 +1,6 @@
 """Steps that change nothing, and the number of those that changed something."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -51,6 +52,26 @@ def take_steps(model, optimizer, n, spoil=None):
             assert steps.take_step(step, 1e-2)
         handle.remove()
         return steps.take_reports(wait=True)
+
+
+def test_no_two_forwards_of_a_run_draw_the_same_dropout_and_a_resumed_run_draws_it_again():
+    """The seed of a draw depends on the run's seed, the step, the rank and the micro-batch."""
+
+    def draw(seed=3, rank=0, first=1):
+        drawn = []
+        model = SimpleNamespace(
+            norm=torch.zeros(1), loss=lambda batch, seed: drawn.append(seed) or torch.zeros((), requires_grad=True)
+        )
+        optimizer = SimpleNamespace(micro_batch=lambda is_last: nullcontext(), in_backward=False)
+        prefetcher = SimpleNamespace(take=lambda step: SimpleNamespace(micro_batches=[None] * 3))
+        steps = Steps(model, optimizer, prefetcher, 1.0, SimpleNamespace(size=2, rank=rank), seed=seed)
+        for step in range(first, 5):
+            steps.compute_gradients(step, 1e-3)
+        return drawn
+
+    drawn = [*draw(), *draw(seed=4), *draw(rank=1)]
+    assert len(set(drawn)) == len(drawn) == 3 * 4 * 3
+    assert draw(first=3) == draw()[2 * 3 :]
 
 
 def test_an_infinite_gradient_under_a_finite_loss_changes_nothing():

@@ -1,0 +1,50 @@
+"""What a resumed run knows of its earlier starts."""
+
+import json
+from contextlib import ExitStack
+from types import SimpleNamespace
+
+import pytest
+
+from engine import finetune
+from engine.base.errors import run_main
+from engine.distributed.world import World
+from engine.training.fine_tuning import begin_run
+from tests.helpers.run import events
+from tests.helpers.small_model import small_model
+
+
+def train_line(step, loss):
+    return {"event": "train", "step": step, "loss": loss, "grad_norm": 1.0}
+
+
+@pytest.mark.parametrize("losses", [[2.0, None, None], [None, 3.0, 2.0], [None, None, None], [2.0, 1.0, 1.5]])
+def test_it_goes_on_counting_where_the_metrics_end(tmp_path, losses):
+    """Steps without a finite loss, losses, and what is reported already; not what came after the state."""
+    lines = [{"event": "eval", "step": 0, "loss": 3.0}, *(train_line(i, x) for i, x in enumerate(losses, 1))]
+    lines += [train_line(4, None), {"event": "eval", "step": 4, "loss": 1.0}, {"event": "end", "step": None}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = SimpleNamespace(log_every=1, tracker="off", spike_threshold=6.0, profile=False)
+    plan = SimpleNamespace(total_steps=9, out=tmp_path, config=config)
+    signals = SimpleNamespace(training=False)
+    with ExitStack() as stack:
+        run = begin_run(plan, World(), signals, SimpleNamespace(step=3), stack, "x")
+        run.metrics.close()
+    n_skipped = next((n for n, loss in enumerate(reversed(losses)) if loss is not None), 3)
+    assert run.n_skipped == n_skipped and signals.training
+    assert run.spike_detector.losses == [(i, loss) for i, loss in enumerate(losses, 1) if loss is not None]
+    assert run.reported == {("eval", 0), *(("train", step) for step in (1, 2, 3))}
+
+
+def test_the_seconds_of_all_starts_are_added_up(tmp_path, rows_file):
+    """In run.json and in the metrics."""
+    out = tmp_path / "out"
+    flags = ("--model", small_model(), "--data", rows_file, "--out", out, "--dtype", "fp32", "--global-batch-size", 2,
+             "--max-length", 64, "--max-steps", 2, "--save-every", 1)  # fmt: skip
+    assert run_main(finetune.main, [*map(str, flags)]) == 0
+    record = json.loads((out / "run.json").read_text())
+    assert 0 < record["seconds"] < 1000
+    (out / "run.json").write_text(json.dumps(record | {"status": "stopped", "seconds": 5000.0}))
+    assert run_main(finetune.main, [*map(str, (*flags, "--resume", out / "checkpoint-1"))]) == 0
+    seconds = json.loads((out / "run.json").read_text())["seconds"]
+    assert 5000 < seconds < 6000 and [line["seconds"] for line in events(out, "end")] == [seconds]
