@@ -62,9 +62,7 @@ class Block(nn.Module):
     nf4: the four weights are frozen, in 4 bits.
     """
 
-    def __init__(
-        self, config: ModelConfig, impl: str, keep: bool, accumulate: bool, lora: dict[str, Any], nf4: bool = False
-    ):
+    def __init__(self, config: ModelConfig, impl: str, keep: bool, accumulate: bool, lora: dict[str, Any], nf4: bool):
         super().__init__()
         dim = config.dim
         self.config = config

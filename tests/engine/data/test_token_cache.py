@@ -294,14 +294,16 @@ def test_off_keeps_nothing_and_auto_is_the_users_cache(files, smol, tmp_path, mo
 
 def test_the_newest_used_entries_stay(files, cache, smol, monkeypatch):
     monkeypatch.setattr(token_cache, "MAX_ENTRIES", 3)
-    (cache / "mine").mkdir(parents=True)  # what is not named as an entry is not ours
     paths, now = [Path(file) for file in files], time.time()
+    for name, age in {"mine": 10**9, ".tmp-new": 0, ".tmp-old": token_cache.STALE_SECONDS + 60}.items():
+        (cache / name).mkdir(parents=True)  # "mine" is not named as an entry: it is not ours
+        os.utime(cache / name, (now - age,) * 2)
 
     def entry(max_length):
         return cache / token_cache.compute_key(paths, smol, "alpaca", max_length, False, True)
 
     def left():
-        assert (cache / "mine").is_dir()
+        assert [path.name for path in sorted(cache.iterdir()) if len(path.name) < 10] == [".tmp-new", "mine"]
         return [n for n in range(60, 66) if entry(n).is_dir()]
 
     for n in (60, 61, 62):

@@ -44,6 +44,15 @@ def test_byte_level_ids_cross(style, adds_bos, tmp_path):
     assert vocabulary["tokenizer.ggml.token_type"][-3:] == [5, 5, 5]
 
 
+def test_a_byte_level_token_past_the_embedding_is_left_out(tmp_path):
+    tokenizer = load_tokenizer(write_byte_level(tmp_path / "hf", (*SPECIALS["alpaca"], "[PAD]")))
+    n_tokens = tokenizer.vocab_size
+    assert tokenizer.forget_unembedded(n_tokens - 1)
+    read, vocabulary = cross(tokenizer, tmp_path / "model.gguf")
+    check(tokenizer, read)
+    assert len(vocabulary["tokenizer.ggml.tokens"]) == n_tokens - 1 and "[PAD]" not in read.special_ids
+
+
 @pytest.mark.parametrize("style", SPECIALS)
 def test_sentencepiece_ids_cross(style, tmp_path):
     tokenizer = load_tokenizer(write_sentencepiece(tmp_path / "spm", SPECIALS[style]))
