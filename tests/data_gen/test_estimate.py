@@ -105,6 +105,8 @@ def test_a_folder_without_a_run_is_told(capsys, tmp_path):
         assert run_for_exit_code(estimate.main, ["--model", "gpt-5.4-mini", "--out", str(tmp_path)]) == 2
         assert "run.json tells no rows" in capsys.readouterr().err
     (tmp_path / "run.json").write_text('{"counts": {"kept": 0}}')
+    assert run_for_exit_code(estimate.main, ["--model", "gpt-5.4-mini", "--out", str(tmp_path)]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"], "no ledger is made"
     Ledger(tmp_path).close()
     assert run_for_exit_code(estimate.main, ["--model", "gpt-5.4-mini", "--out", str(tmp_path)]) == 2
     assert "has no answer with a row yet" in capsys.readouterr().err

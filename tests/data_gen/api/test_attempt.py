@@ -8,6 +8,16 @@ from data_gen.api.prices import Price
 from data_gen.api.prompt import Prompter
 
 
+def test_a_format_of_the_users_own_is_kept():
+    prompter, plain = Prompter(({"instruction": "a", "input": "", "output": "b"},)), Dialect()
+    of_ours = RequestBuilder(prompter, Sampling("m", 100, 1.0), Price(1, 1)).get_format(plain)
+    assert of_ours == prompter.formats[plain.format] and of_ours
+    own = {"type": "text"}
+    sampling = Sampling("m", 100, 1.0, {"response_format": own})
+    builder = RequestBuilder(prompter, sampling, Price(1, 1))
+    assert builder.get_format(plain) == own == builder.prepare(0, plain).body["response_format"]
+
+
 def test_the_most_that_a_request_can_cost_is_by_the_bytes_of_its_body():
     seeds = ({"instruction": "Écrivez « 雪 ».", "input": "", "output": "雪"},)
     prepared = RequestBuilder(Prompter(seeds), Sampling("m", 100, 1.0), Price(1, 10**6)).prepare(7, Dialect())

@@ -493,7 +493,9 @@ def test_every_kind_of_row_is_read(tmp_path, kind):
     assert page.figure("Median output").startswith("2 words") and "Bad rows" not in page.text
 
 
-@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl.gz", "rows.csv", "rows.csv.gz", "rows.parquet"])
+@pytest.mark.parametrize(
+    "name", ["rows.json", "rows.jsonl.gz", "rows.csv", "v1.2.rows.csv.gz", "v1.2.csv", "rows.parquet", "v1.2.parquet"]
+)
 def test_every_kind_of_file_is_read(tmp_path, name):
     write_file(tmp_path / name, [KINDS["completion"]] * 3)
     page = Page(write_report(tmp_path / name).read_text())

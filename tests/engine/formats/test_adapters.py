@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from engine.base.errors import DataError
 from engine.formats.adapters import (
     CONFIG,
     MergedSource,
+    check_factors,
     config_to_peft,
     describe_other_base,
     hash_base,
@@ -303,6 +305,16 @@ def test_the_keys_that_are_written():
     assert (saved["layers_to_transform"], saved["modules_to_save"]) == ([1], ["lm_head"])
 
 
+def test_the_first_update_of_the_rank_gives_the_alpha():
+    adapter = AdapterConfig(r=8, alpha=16.0, targets=("q_proj", "v_proj"), rank_pattern=(("q_proj", 4),))
+    raw = config_to_peft(BASE, adapter, "b")
+    assert (raw["r"], raw["lora_alpha"], raw["alpha_pattern"]) == (8, 16, {})
+    rslora = config_to_peft(BASE, replace(adapter, r=16, rslora=True), "b")
+    assert rslora["lora_alpha"] == 64 and set(rslora["alpha_pattern"].values()) == {32}
+    every = config_to_peft(BASE, replace(adapter, targets=("q_proj",), rslora=True), "b")
+    assert (every["r"], every["lora_alpha"], every["alpha_pattern"]) == (8, 32, {}), "where none has the rank"
+
+
 def test_rank_stabilised_updates_are_written_as_plain_alphas():
     """llama.cpp's converter knows neither use_rslora nor patterns' order: alpha / r alone gives each scale."""
     adapter = AdapterConfig(
@@ -431,6 +443,34 @@ def test_another_base_of_the_same_shape_is_told(layer, weight, row, base, tmp_pa
     assert "org/base, unchanged, in another type of numbers" in told
     write_pefts(tmp_path / "pefts")  # tells nothing of its base
     assert describe_other_base(open_adapter(tmp_path / "pefts", BASE), open_source(tmp_path / "other")) is None
+
+
+@pytest.mark.parametrize("n_layers", [3, 4, 7])
+def test_first_middle_and_last_layer_tell_a_base(n_layers, tmp_path):
+    config, found = replace(BASE, n_layers=n_layers), set()
+    for layer in (None, 0, n_layers // 2, n_layers - 1):
+        model = random_model(config)
+        if layer is not None:
+            model.layers[layer].wo.data[1, 3] += 0.5
+        save_hf(tmp_path / f"{layer}", model, bos_id=1, eos_ids=[2])
+        found.add(hash_base(open_source(tmp_path / f"{layer}")))
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize("n, more", [(3, False), (4, True)])
+def test_tensors_that_are_missing_or_wrong_are_named_as_far_as_they_are_few(n, more):
+    adapter = AdapterConfig(targets=("q_proj",), layers=(0, 1))
+    wanted = list_factors(BASE, adapter)
+    names, problems = list(wanted), []
+    assert len(names) == 4
+    check_factors(BASE, adapter, dict.fromkeys(names[n:], SimpleNamespace(shape=None, file="f")), problems)
+    assert problems[:3] == [f"{name} is missing" for name in names[:3]]
+    assert [text for text in problems if "more are" in text] == (["and 1 more are missing"] if more else [])
+    problems = []
+    odd = {f"odd {i}": SimpleNamespace(shape=(1,), file="f") for i in range(n)}
+    check_factors(BASE, AdapterConfig(targets=("q_proj",), layers=()), odd, problems)
+    assert problems[:3] == [f"f: odd {i} (1,) is not wanted by {CONFIG} and the base" for i in range(3)]
+    assert problems[3:] == (["and 1 more tensors that do not fit"] if more else [])
 
 
 def test_an_adapter_of_another_shape_is_told_in_a_few_lines(tmp_path):

@@ -10,6 +10,7 @@ from engine.output.folder import (
     LOCK,
     STATUSES,
     lock_output_folder,
+    read_metrics,
     read_prompt_style,
     read_run,
     require_disk_space,
@@ -81,6 +82,11 @@ def test_one_run_at_a_time_and_no_trace_of_one_that_wrote_nothing(tmp_path):
     below = out / "run.json" / "below"
     with pytest.raises(UsageError, match=r"cannot be written .*; choose another folder"), lock_output_folder(below):
         pass
+
+
+def test_metrics_are_one_object_a_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"event": "a"}\n{"event": "b", "step": 10}\n')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"event": "a"}, {"event": "b", "step": 10}]
 
 
 def test_as_much_disk_as_is_free_will_do(tmp_path, monkeypatch):

@@ -1,11 +1,16 @@
-"""Tables on a terminal and elsewhere."""
+"""Tables on a terminal and elsewhere, and what they say."""
 
+import dataclasses
 import io
 import re
 
 import pytest
+import torch
 
-from engine.planning.tables import format_duration, print_table
+from engine.model.adapter import AdapterConfig
+from engine.planning.memory import Memory
+from engine.planning.setting import Setting
+from engine.planning.tables import format_duration, memory_rows, print_table
 
 
 class Terminal(io.StringIO):
@@ -39,3 +44,51 @@ def test_tables_on_a_terminal_keep_to_its_width(width, monkeypatch):
 )
 def test_a_duration_has_the_unit_that_suits_it(seconds, text):
     assert format_duration(seconds) == text
+
+
+USED = Memory(
+    weights=8 * 10**9, master=5 * 10**9, states=7 * 10**9, gradients=8 * 10**9, gathered=0, activations=4 * 10**9,
+    head=2 * 10**9, backward=3 * 10**9, overhead=10**9, host=0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "setting, used, kind, text",
+    [
+        ({}, {}, "weights", "bfloat16"),
+        ({"shards": 4}, {}, "weights", "bfloat16, 1/4 of them"),
+        ({"adapter": AdapterConfig()}, {"trained": 2 * 10**9}, "weights", "bfloat16, 2.00 GB of them trained"),
+        ({"adapter": AdapterConfig(nf4_base=True)}, {}, "weights",
+         "matrices in 4 bits; the rest bfloat16, 0.00 GB of them trained"),
+        ({}, {}, "fp32 master", "the 16 bits that bf16 lacks"),
+        ({"master": "fp32"}, {}, "fp32 master", "in fp32"),
+        ({"master": "stochastic"}, {}, "fp32 master", "none: rounded at random"),
+        ({"dtype": torch.float32}, {}, "fp32 master", "the weights themselves"),
+        ({"states": "8bit"}, {}, "optimizer states", "m and v, 8bit"),
+        ({"states": "fp32"}, {"host": 10**9}, "optimizer states",
+         "m and v, fp32; 1.00 GB of master and states on the host"),
+        ({"states": "fp32", "on_cpu": True}, {"host": 10**9}, "optimizer states", "m and v, fp32; on the host"),
+        ({}, {}, "gradients", "bfloat16"),
+        ({"adapter": AdapterConfig()}, {"gradients": 1}, "gradients", "bfloat16, of what is trained"),
+        ({}, {"gradients": 8 * 10**9 - 1}, "gradients", "bfloat16, those there at once"),
+        ({"replicas": 2}, {}, "gradients", "bfloat16"),
+        ({"replicas": 2}, {"gradients": 8 * 10**9 + 1}, "gradients", "bfloat16, and fp32 to be summed"),
+        ({"replicas": 1}, {"gradients": 8 * 10**9 + 1}, "gradients", "bfloat16"),
+        ({"offload": True, "on_cpu": True}, {}, "gradients",
+         "bfloat16, those there at once: they leave in backward"),
+        ({"shards": 2}, {"gathered": 10**9}, "gathered", "two blocks' weights; a block's and head's gradients"),
+        ({"replicas": 2}, {"gathered": 10**9}, "gathered",
+         "copies of a block's and head's weights; their gradients"),
+        ({}, {}, "activations", "2,000 tokens, 2.00 MB each"),
+        ({}, {"activations": 2 * 10**9 - 1}, "activations", "2,000 tokens, 1000.0 kB each"),
+        ({}, {}, "temporaries", "a layer's backward: the larger of 2.00 and 3.00"),
+        ({}, {"head": 3 * 10**9}, "temporaries", "the head's logits: the larger of 3.00 and 3.00"),
+        ({}, {}, "total", "of 36.00 (33.53 GiB): fits, 0.00 left"),
+        ({}, {"overhead": 10**9 + 10**7}, "total", "of 36.00 (33.53 GiB): does not fit, 0.01 too much"),
+        ({}, {"overhead": 0}, "total", "of 36.00 (33.53 GiB): fits, 1.00 left"),
+    ],
+)  # fmt: skip
+def test_what_is_said_of_each_kind_of_memory(setting, used, kind, text):
+    rows = memory_rows(dataclasses.replace(USED, **used), 36 * 10**9, 2000, Setting(**setting))
+    assert {row[0]: row[2] for row in rows}.get(kind) == text
+    assert ("gathered" in dict(row[:2] for row in rows)) == ("gathered" in used)

@@ -1,5 +1,7 @@
 """What a body may say, and that /openapi.json describes just that."""
 
+import math
+
 import pytest
 
 from engine.serving import openai_api, openapi
@@ -67,3 +69,78 @@ def test_what_a_body_says_wrongly_is_named(more, param):
 def test_a_prompt_is_a_text_or_ids(prompt):
     with pytest.raises(ApiError, match="prompt: wanted a text"):
         read_completion({"prompt": prompt})
+
+
+NUMBERS = {  # what each is unless it is given, its least and its most
+    "temperature": (1, 0, 2), "top_p": (1, 1e-6, 1), "min_p": (0, 0, 1), "frequency_penalty": (0, -2, 2),
+    "presence_penalty": (0, -2, 2), "repetition_penalty": (1, 0.01, 10),
+}  # fmt: skip
+WHOLE = {"top_k": (0, 0, 2**31), "n": (1, 1, 16), "seed": (None, -(2**63), 2**63 - 1)}
+
+
+@pytest.mark.parametrize("read, ask", [(read_chat, ASK), (read_completion, {"prompt": "a"})])
+@pytest.mark.parametrize("name", [*NUMBERS, *WHOLE])
+def test_the_ends_of_what_a_number_may_be(name, read, ask):
+    default, least, most = (NUMBERS | WHOLE)[name]
+
+    def found(body):
+        wanted = read(body)
+        return wanted.n if name == "n" else getattr(wanted.sampling, name)
+
+    for body in (ask, ask | {name: None}):
+        assert default is None or found(body) == default
+    for value in (least, most):
+        assert found(ask | {name: value}) == (value % 2**63 if name == "seed" else value)
+    beyond = (
+        (least - 1, most + 1) if name in WHOLE else (math.nextafter(least, -99), math.nextafter(most, 99), math.nan)
+    )
+    for value in (*beyond, True, "1", [1]):
+        with pytest.raises(ApiError, match=rf"^{name} is .*wanted a (whole )?number of") as refused:
+            read(ask | {name: value})
+        assert refused.value.param == name
+
+
+def test_the_ends_of_logprobs_and_stops():
+    for n in (0, 20):
+        assert read_chat(ASK | {"logprobs": True, "top_logprobs": n}).sampling.n_logprobs == n
+        assert read_completion({"prompt": "a", "logprobs": n}).sampling.n_logprobs == n
+    assert read_chat(ASK | {"logprobs": True}).sampling.n_logprobs == 0
+    assert read_chat(ASK).sampling.n_logprobs is None is read_completion({"prompt": "a"}).sampling.n_logprobs
+    for n in (-1, 21):
+        with pytest.raises(ApiError, match="top_logprobs is"):
+            read_chat(ASK | {"logprobs": True, "top_logprobs": n})
+        with pytest.raises(ApiError, match=r"^logprobs is"):
+            read_completion({"prompt": "a", "logprobs": n})
+    for stop, stops in ((None, []), ("", []), ("a", ["a"]), (["a"] * 16, ["a"] * 16)):
+        assert read_chat(ASK | {"stop": stop}).stops == stops
+    for stop in (["a"] * 17, [""], [1], 5):
+        with pytest.raises(ApiError, match="stop: wanted a text, or a list of at most 16"):
+            read_chat(ASK | {"stop": stop})
+    for bias in (-100, 100):
+        assert read_chat(ASK | {"logit_bias": {"7": bias}}).sampling.bias == {7: bias}
+    for bias in (-100.1, 100.1):
+        with pytest.raises(ApiError, match=r"logit_bias\.7 is"):
+            read_chat(ASK | {"logit_bias": {"7": bias}})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+     "parallel_tool_calls", "verbosity", "reasoning_effort"],
+)  # fmt: skip
+def test_what_has_no_effect_here_is_taken(name):
+    assert read_chat(ASK | {name: "x", "seed": 1}) == read_chat(ASK | {"seed": 1})
+    assert read_completion({"prompt": "a", name: "x", "seed": 1}) == read_completion({"prompt": "a", "seed": 1})
+
+
+@pytest.mark.parametrize("body, limit", [({}, 16), ({"max_tokens": None}, None), ({"max_tokens": 1}, 1)])
+def test_a_completion_has_16_tokens_unless_it_is_said(body, limit):
+    assert read_completion({"prompt": "a"} | body).max_tokens == limit
+
+
+@pytest.mark.parametrize("more", [{}, {"best_of": None}, {"best_of": 1}, {"best_of": 2, "n": 2}, {"suffix": None}])
+def test_best_of_n_is_n(more):
+    assert read_completion({"prompt": "a"} | more).n == more.get("n", 1)
+    for odd in ({"best_of": 3, "n": 2}, {"best_of": 2}, {"suffix": "x"}):
+        with pytest.raises(ApiError, match=r"best_of: wanted as many as n|suffix: this model"):
+            read_completion({"prompt": "a"} | odd)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoTokenizer
 from engine.base.errors import DataError
 from engine.data.dataset import encode_rows
 from engine.text.chat_templates import adopt_style, find_carried_style, pin_date
+from engine.text.own_template import read_chat_templates
 from engine.text.templates import Row, encode_prompt, find_stop_ids
 from engine.text.tokenizer_files import load_tokenizer
 from tests.helpers.chat_tokenizers import LLAMA3, SPECIALS, write_byte_level
@@ -228,3 +230,18 @@ def test_what_is_refused(name, tmp_path):
     template, message = REFUSED[name]
     with pytest.raises(DataError, match=message):
         one(Row("f:1", CHAT), load(tmp_path, template))
+
+
+@pytest.mark.parametrize(
+    "jinja, config, found",
+    [
+        (None, {}, {}), (None, {"chat_template": "x"}, {"default": "x"}), (None, {"chat_template": ""}, {}),
+        (None, {"chat_template": 5}, {}), (None, {"chat_template": {"a": "x"}}, {}),
+        (None, {"chat_template": [{"name": name, "template": name * 2} for name in "ab"]}, {"a": "aa", "b": "bb"}),
+        ("z", {"chat_template": "x"}, {"default": "z"}),
+    ],
+)  # fmt: skip
+def test_templates_are_found_where_they_may_be(jinja, config, found):
+    files = {"tokenizer_config.json": json.dumps(config).encode()}
+    files |= {} if jinja is None else {"chat_template.jinja": jinja.encode()}
+    assert read_chat_templates(SimpleNamespace(files=files)) == found
