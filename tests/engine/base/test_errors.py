@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.base.errors import DataError, call_main, reading, summarize_error
+from engine.base.errors import DataError, Stopped, call_main, reading, run_main, summarize_error
 
 
 def test_reading_names_the_file_and_leaves_our_own_errors(tmp_path):
@@ -32,3 +32,34 @@ def test_a_name_that_no_disk_takes_is_the_users(tmp_path, capsys):
 )  # fmt: skip
 def test_a_summary_is_one_line_or_the_type(text, told):
     assert summarize_error(RuntimeError(text)) == told
+
+
+def test_the_command_line_is_that_of_the_process_unless_it_is_given(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["engine.x", "--flag"])
+    seen = []
+    assert run_main(seen.append) == 0 and run_main(seen.append, []) == 0 and run_main(seen.append, ["a"]) == 0
+    assert seen == [["--flag"], [], ["a"]]
+
+
+@pytest.mark.parametrize("argv, n", [([], 1), (["--debug"], 2)])
+@pytest.mark.parametrize("error, code, told", [(DataError("odd"), DataError.exit_code, "error: odd"),
+                                               (KeyError("k"), 1, "error: KeyError: 'k'; --debug shows where"),
+                                               (KeyboardInterrupt(), 143, "stopped by SIGINT"),
+                                               (Stopped("by me"), 143, "by me")])  # fmt: skip
+def test_how_a_command_fails(error, code, told, argv, n, capsys):
+    def main(argv):
+        raise error
+
+    assert run_main(main, argv) == code
+    text = capsys.readouterr().err
+    shows = n == 2 and isinstance(error, Exception) and not isinstance(error, Stopped)
+    assert text.endswith(told + "\n") and ("Traceback" in text) == shows
+
+
+@pytest.mark.parametrize("rank, is_told", [("0", True), ("1", False)])
+def test_one_rank_tells_that_all_have_stopped(rank, is_told, monkeypatch, capsys):
+    def main(argv):
+        raise Stopped("by a signal")
+
+    monkeypatch.setenv("RANK", rank)
+    assert run_main(main, []) == 143 and bool(capsys.readouterr().err) == is_told

@@ -2,11 +2,13 @@
 
 import json
 import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engine.base.errors import DataError
-from engine.base.files import read_json, write_atomically, write_json
+from engine.base.files import make_json_safe, read_json, write_atomically, write_json
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -40,3 +42,18 @@ def test_json_comes_back_and_what_is_no_object_is_damage(tmp_path):
     assert read_json(tmp_path / "missing") == read_json(path / "in a file") == {}
     with pytest.raises(DataError, match="IsADirectoryError"):
         read_json(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "value, safe",
+    [
+        (1.5, 1.5), (float("nan"), None), (float("inf"), None), (-float("inf"), None), (None, None), (True, True),
+        (3, 3),
+        ("a\ud800", "a?"), ({1: (float("nan"), [2])}, {"1": [None, [2]]}), (np.float32(0.5), 0.5),
+        (np.float64("nan"), None),
+        (np.int64(7), 7), (np.array(2), 2), (Path("x"), "x"),
+    ],
+)  # fmt: skip
+def test_values_as_json_can_hold_them(value, safe):
+    found = make_json_safe(value)
+    assert found == safe and type(found) is type(safe) and json.loads(json.dumps(found, allow_nan=False)) == safe

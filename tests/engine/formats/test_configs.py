@@ -1,5 +1,7 @@
 """Settings of other programs: known shapes, and configs that are refused."""
 
+import pytest
+
 from engine.formats import configs
 
 
@@ -8,3 +10,10 @@ def test_meta_feed_forward_of_known_models():
                         (2048, 8192), (3072, 8192), (576, 1536), (64, 192), (2048, 5632), (96, 131)]:  # fmt: skip
         assert configs.meta_hidden_dim(dim, **configs.meta_feed_forward(dim, hidden)) == hidden
     assert configs.meta_feed_forward(4096, 11008) == {"multiple_of": 256}  # as Meta has it
+
+
+@pytest.mark.parametrize(
+    "bos, eos, found", [(1, (2,), (1, 2)), (1, [2, 3], (1, [2, 3])), (None, (), (None, None)), (0, [0], (0, 0))]
+)
+def test_ids_that_begin_and_end_a_text(bos, eos, found):
+    assert tuple(configs.token_ids_to_hf(bos, eos).values()) == found

@@ -1,13 +1,14 @@
 """The path that a model's name stands for, and what a folder holds."""
 
 import importlib.metadata
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from engine.base.errors import UsageError
-from engine.formats.find import find_model, list_checkpoints
+from engine.formats.find import explain_no_model, find_model, list_checkpoints
 from engine.model.config import EMBEDDED_MODEL
 
 
@@ -36,3 +37,49 @@ def test_checkpoints_are_listed_by_their_numbers(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-12").touch()
     assert list_checkpoints(tmp_path) == [(n, tmp_path / f"checkpoint-{n}") for n in (9, 10)]
+
+
+NO_MODEL = {  # the files of a folder, and what is said of it
+    (): "holds neither; wanted a folder with config.json or params.json, or a .gguf file",
+    ("notes.txt",): "holds neither; wanted",
+    ("manifest.json",): "holds a training state, not a model; python -m engine.export --model {} --out DIR makes one",
+    ("state-0-of-2.safetensors",): "holds a training state, not a model",
+    ("checkpoint-9/x", "checkpoint-10/x"): "holds training states, no model yet; python -m engine.export --model "
+    "{}/checkpoint-10 --out DIR makes one of the newest",
+    ("adapter_model.safetensors",): "an adapter (LoRA), not a model; name its base by --model",
+    ("a.gguf", "b.gguf"): "holds a.gguf; give that file itself",
+    ("model.safetensors",): "holds model.safetensors, but no config.json; copy it from the model",
+    ("config.json.x", "x.bin"): "holds x.bin, but no config.json",
+    (
+        "params.json",
+        "m-00001-of-00002.pth",
+    ): "holds 1 of 2 shards, but no m.pth.index.json; copy the others and it from",
+    (
+        "params.json",
+        "m-00001-of-00002.pth",
+        "m-00002-of-00002.pth",
+    ): "holds 2 of 2 shards, but no m.pth.index.json; copy it from the model",
+}
+
+
+@pytest.mark.parametrize("names", NO_MODEL, ids=str)
+def test_why_a_folder_holds_no_model(names, tmp_path):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert explain_no_model(tmp_path).startswith(NO_MODEL[names].format(tmp_path))
+
+
+def test_the_command_that_makes_a_model_of_an_adapters_state_merges_it(tmp_path):
+    for adapter, words in (
+        ("none", f"--model {tmp_path} --out DIR"),
+        ("lora", f"--model {tmp_path} --merge --out DIR"),
+    ):
+        (tmp_path / "manifest.json").write_text(json.dumps({"settings": {"adapter": adapter}}))
+        assert words in explain_no_model(tmp_path)
+
+
+def test_why_a_path_is_no_model(tmp_path):
+    assert explain_no_model(tmp_path / "x").startswith("does not exist; wanted")
+    (tmp_path / "x").write_text("")
+    assert explain_no_model(tmp_path / "x").startswith("is none; wanted")

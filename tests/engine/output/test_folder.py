@@ -1,14 +1,19 @@
 """Which folders a run may write to, and what run.json may hold."""
 
 import json
+import platform
+import re
+import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from engine.base.errors import DataError, UsageError
 from engine.output.folder import (
     LOCK,
     STATUSES,
+    describe_environment,
     lock_output_folder,
     read_metrics,
     read_prompt_style,
@@ -96,3 +101,12 @@ def test_as_much_disk_as_is_free_will_do(tmp_path, monkeypatch):
         require_disk_space(tmp_path, 2_100_000_000, "make room")
     with pytest.raises(UsageError):
         require_disk_space(tmp_path, 2_000_000_001, "make room")
+
+
+@pytest.mark.parametrize("device, name", [("cuda", "A card"), ("cpu", platform.processor() or "cpu")])
+def test_the_environment_names_the_device(device, name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A card")
+    found = describe_environment(torch.device(device))
+    assert found["device"] == name and found["command"] == sys.argv and found["threads"] == torch.get_num_threads()
+    assert (found["python"], found["torch"]) == (platform.python_version(), torch.__version__)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4}", found["date"])

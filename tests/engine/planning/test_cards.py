@@ -1,10 +1,13 @@
 """Cards by their names, the rates that reports measured, and the links between several."""
 
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from engine.planning.cards import CARDS, change_card, find_card, find_rates
+from engine.planning.cards import CARDS, GIB, change_card, detect_card, find_card, find_rates
 
 
 @pytest.mark.parametrize("name", ["rtx 4090", "RTX4090", "4090", "a100-80", "A100 40", "h100"])
@@ -61,3 +64,12 @@ def test_replicas_use_the_ports_of_their_machines():
     ]  # fmt: skip
     assert [card.sum_bytes_per_s(s, 8 // s) / 1e9 for s in (1, 2, 4)] == [360, 360, 360]
     assert card.bus_bytes_per_s(12) == 0.8 * 200e9 and card.bus_bytes_per_s(6, 2) == 0.8 * 100e9  # four, two a machine
+
+
+def test_the_card_of_a_device_has_the_memory_that_it_really_has(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=79 * GIB))
+    for name, card in (("NVIDIA H100 80GB HBM3", CARDS["H100"]), ("Some card", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        found = detect_card(torch.device("cuda"))
+        assert found == (card and dataclasses.replace(card, memory_gib=79.0)), name
+    assert detect_card(torch.device("cpu")) is None

@@ -51,7 +51,8 @@ def test_skipped_rows_beyond_the_named_ones_are_counted(tmp_path, capsys):
     for n_bad, more in ((8, "skipped 3 more\n"), (5, "")):
         path.write_text('{"instruction": "a", "output": "b"}\n' + "{}\n" * n_bad)
         config = FinetuneConfig(model="x", data=(str(path),), token_cache="off", skip_bad_rows=True)
-        read_datasets(config, tokenizer, alone(), print)
+        train, held_out = read_datasets(config, tokenizer, alone(), print)
+        assert train.counts["skipped"] == n_bad and held_out is None
         told = capsys.readouterr().out
         assert told.count("rows.jsonl:") == 5 and (more or "data: ") in told and (" more" in told) == bool(more)
 

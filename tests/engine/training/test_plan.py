@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine.training.plan import Plan
+from engine.training.plan import Plan, suggest_more_updates
 
 STEPS = 7
 DUE = {"off": [], "end": [0, 7], "epoch": [0, 3, 6, 7], "2": [0, 2, 4, 6, 7], "7": [0, 7], "9": [0, 7]}
@@ -48,3 +48,24 @@ def test_the_host_waits_where_something_due_must_know_how_the_step_went(settings
 )
 def test_the_host_runs_ahead_on_a_gpu_where_no_step_is_undone(device, rollback, ahead):
     assert Small(device=device, spike_rollback=rollback).runs_ahead == ahead
+
+
+@pytest.mark.parametrize(
+    "rows, size, epochs, max_steps, text",
+    [
+        (1000, 128, 1, None, "--global-batch-size 32, or --epochs 3"),
+        (1280, 128, 1, None, "--global-batch-size 64, or --epochs 2"),
+        (1279, 128, 1, None, "--global-batch-size 32, or --epochs 3"),
+        (30, 128, 3, None, "--global-batch-size 4, or --epochs 20"),
+        (5, 1, 2, None, "--epochs 4"), (5, 2, 2, None, "--global-batch-size 1, or --epochs 10"),
+        (30, 8, 1, 3, "a larger --max-steps"),
+        (30, 8, 1, 9, "--global-batch-size 1, or --epochs 7"),
+    ],
+)  # fmt: skip
+def test_what_gives_more_updates(rows, size, epochs, max_steps, text):
+    steps = max(1, rows // size)
+    plan = SimpleNamespace(
+        config=SimpleNamespace(epochs=epochs, max_steps=max_steps, global_batch_size=size), train=range(rows),
+        order=SimpleNamespace(steps_per_epoch=steps), total_steps=min(epochs * steps, max_steps or 10**9),
+    )  # fmt: skip
+    assert suggest_more_updates(plan) == f"for more pass {text}"

@@ -15,7 +15,7 @@ from engine.distributed.world import World
 from engine.model.config import MODELS
 from engine.training.config import GROUPS, FinetuneConfig
 from engine.training.plan import Plan
-from engine.training.prepare import agree_on_plan, prepare, select_fixed_settings, take_recorded_states
+from engine.training.prepare import agree_on_plan, prepare, read_prompts, select_fixed_settings, take_recorded_states
 
 
 @pytest.mark.parametrize("asked", ["auto", "none"])
@@ -89,3 +89,15 @@ def test_deterministic_algorithms_are_insisted_on_where_asked(asked, monkeypatch
     with pytest.raises(DataError, match="no such folder"):  # which is looked for next
         prepare(FinetuneConfig(model="/none", data=("x",), device="cpu", deterministic=asked), World(), print)
     assert told == [True] * asked and ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == asked
+
+
+def test_sample_prompts_are_lines_that_are_not_blank(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\ufeffone\n\n  \n two \r\n")
+    assert read_prompts(str(path)) == ["one", " two "] and len(read_prompts("")) == 3
+    path.write_text(" \n")
+    with pytest.raises(DataError, match=r"holds no prompt; write one a line"):
+        read_prompts(str(path))
+    for name in (tmp_path, tmp_path / "none"):
+        with pytest.raises(DataError, match=r"cannot be read .*; give a UTF-8 text file"):
+            read_prompts(str(name))

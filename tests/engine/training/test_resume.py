@@ -1,5 +1,6 @@
 """What a recorded run may differ in."""
 
+import json
 import re
 from types import SimpleNamespace
 
@@ -7,8 +8,8 @@ import pytest
 
 from engine import finetune as command
 from engine import generate
-from engine.base.errors import DataError, run_main
-from engine.training.resume import find_changes, get_recorded_tokens
+from engine.base.errors import DataError, UsageError, run_main
+from engine.training.resume import find_changes, get_recorded_tokens, is_finished
 from tests.helpers.run import finetune
 from tests.helpers.small_model import small_model
 
@@ -114,3 +115,25 @@ def test_a_run_goes_on_only_as_it_began(tmp_path, rows_file):
     assert done.returncode == 2 and "master" in done.stderr, done.stderr
     done = finetune(*arguments[:-4], "--optimizer-states", "fp32", "--max-steps", 1, check=False)
     assert done.returncode == 2 and "states" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("resume", ["auto", "never", "out/checkpoint-1"])
+@pytest.mark.parametrize("status", ["done", "stopped", None])
+@pytest.mark.parametrize(
+    "is_changed, allow, has_state",
+    [(False, False, False), (True, False, True), (True, True, False), (True, True, True)],
+)
+def test_a_run_is_finished_where_nothing_is_left_to_do(resume, status, is_changed, allow, has_state, tmp_path):
+    if status:
+        (tmp_path / "run.json").write_text(json.dumps({"status": status, "facts": FACTS}))
+    if has_state:
+        (tmp_path / "checkpoint-1").mkdir()
+    facts = FACTS | {"dtype": "fp32"} if is_changed else FACTS
+    config = SimpleNamespace(micro_batch_tokens=9, resume=resume, allow_changed=allow)
+    plan = SimpleNamespace(out=tmp_path, config=config, packing=SimpleNamespace(max_tokens=9),
+                           recorded_facts=lambda tokens: facts)  # fmt: skip
+    if status == "done" and resume != "never" and is_changed and not (allow and has_state):
+        with pytest.raises(UsageError, match=r"a finished run with other settings \(dtype: bf16 -> fp32\)"):
+            is_finished(plan)
+    else:
+        assert is_finished(plan) == (status == "done" and resume == "auto" and not is_changed)
