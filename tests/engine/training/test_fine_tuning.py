@@ -36,15 +36,30 @@ def test_it_goes_on_counting_where_the_metrics_end(tmp_path, losses):
     assert run.reported == {("eval", 0), *(("train", step) for step in (1, 2, 3))}
 
 
+def run(rows_file, out, *more):
+    """Take two steps in this process."""
+    flags = ("--model", small_model(), "--data", rows_file, "--out", out, "--dtype", "fp32", "--global-batch-size", 2,
+             "--max-length", 64, "--max-steps", 2, *more)  # fmt: skip
+    assert run_main(finetune.main, [*map(str, flags)]) == 0
+    return json.loads((out / "run.json").read_text())
+
+
 def test_the_seconds_of_all_starts_are_added_up(tmp_path, rows_file):
     """In run.json and in the metrics."""
     out = tmp_path / "out"
-    flags = ("--model", small_model(), "--data", rows_file, "--out", out, "--dtype", "fp32", "--global-batch-size", 2,
-             "--max-length", 64, "--max-steps", 2, "--save-every", 1)  # fmt: skip
-    assert run_main(finetune.main, [*map(str, flags)]) == 0
-    record = json.loads((out / "run.json").read_text())
+    record = run(rows_file, out, "--save-every", 1)
     assert 0 < record["seconds"] < 1000
     (out / "run.json").write_text(json.dumps(record | {"status": "stopped", "seconds": 5000.0}))
-    assert run_main(finetune.main, [*map(str, (*flags, "--resume", out / "checkpoint-1"))]) == 0
-    seconds = json.loads((out / "run.json").read_text())["seconds"]
+    seconds = run(rows_file, out, "--save-every", 1, "--resume", out / "checkpoint-1")["seconds"]
     assert 5000 < seconds < 6000 and [line["seconds"] for line in events(out, "end")] == [seconds]
+
+
+def test_a_run_that_starts_over_leaves_no_state_of_the_one_before(tmp_path, rows_file):
+    """A kill before its first save would else let the same command go on from another run."""
+    state, left = tmp_path / "checkpoint-7", tmp_path / ".tmp-8"
+    for folder in (state, left):
+        folder.mkdir()
+        (folder / "manifest.json").write_text("{}")
+    (tmp_path / "run.json").write_text(json.dumps({"status": "stopped", "seconds": 5000.0}))
+    assert run(rows_file, tmp_path, "--resume", "never")["seconds"] < 5000
+    assert not state.exists() and not left.exists()
