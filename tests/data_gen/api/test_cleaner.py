@@ -81,3 +81,23 @@ def test_hostile_text_takes_linear_time(part):
     cleaner = Cleaner([KEYS[0]])
     n = 100_000 // len(part)
     assert_linear_time(cleaner.clean_body, part * n, part * (4 * n))
+
+
+@pytest.mark.parametrize("keys", [("12345678", "12345678-rest"), ("12345678-rest", "12345678")])
+def test_of_a_secret_that_begins_with_another_nothing_is_left(keys):
+    assert Cleaner(keys).clean("x 12345678-rest y 12345678 z") == f"x {MARK} y {MARK} z"
+
+
+@pytest.mark.parametrize(
+    "key, is_hidden", [("1234567", False), ("12345678", True), ("abcdefgh", False), ("abcdefg1", True)]
+)
+def test_a_word_or_a_short_text_is_no_secret(key, is_hidden):
+    assert (Cleaner([key]).clean(f"x {key} y") == f"x {MARK} y") == is_hidden
+
+
+@pytest.mark.parametrize(
+    "body", ["no JSON: sk-test-5f3a9c1e", '{"cut": "sk-test-5f3a9c1e', '["sk-test-5f3a9c1e"]', "[" * 9999]
+)
+def test_a_body_that_is_no_json_is_cleaned_too(body):
+    cleaned = Cleaner(["sk-test-5f3a9c1e"]).clean_body(body)
+    assert cleaned == body.replace("sk-test-5f3a9c1e", MARK) and Cleaner([]).clean_body(body) == body

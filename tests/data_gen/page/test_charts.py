@@ -1,8 +1,10 @@
 """Ticks of charts are round numbers within the axis."""
 
+import re
+
 import pytest
 
-from data_gen.page.charts import choose_log_ticks, choose_ticks
+from data_gen.page.charts import choose_log_ticks, choose_ticks, draw_arc_label
 
 
 @pytest.mark.parametrize(
@@ -21,3 +23,15 @@ def test_ticks_of_a_logarithmic_axis(low, high, ticks):
 )
 def test_ticks_of_an_axis(low, high, ticks):
     assert choose_ticks(low, high) == pytest.approx(ticks)
+
+
+@pytest.mark.parametrize("sweep, is_drawn", [(0.02, False), (0.5, True)])
+def test_a_label_that_is_too_small_to_read_is_left_out(sweep, is_drawn):
+    label = draw_arc_label("a <b>", 1.0, sweep, 60, 120)
+    assert (label != "") == is_drawn and ("a &lt;b&gt;" in label) == is_drawn
+
+
+def test_a_label_is_never_upside_down():
+    for start in range(7):
+        turn = float(re.search(r"rotate\(([-.\d]+)\)", draw_arc_label("ab", start, 0.5, 60, 120))[1])
+        assert -90 <= turn <= 90 or 270 <= turn <= 450

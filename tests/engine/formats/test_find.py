@@ -47,6 +47,10 @@ NO_MODEL = {  # the files of a folder, and what is said of it
     ("checkpoint-9/x", "checkpoint-10/x"): "holds training states, no model yet; python -m engine.export --model "
     "{}/checkpoint-10 --out DIR makes one of the newest",
     ("adapter_model.safetensors",): "an adapter (LoRA), not a model; name its base by --model",
+    ("config.json", "tokenizer.model"): "holds neither; wanted",
+    ("config.json", "model.safetensors.x"): "holds neither; wanted",
+    ("params.json", "x.bin"): "holds neither; wanted",
+    ("config.json", "x.bin"): "holds neither; wanted",
     ("a.gguf", "b.gguf"): "holds a.gguf; give that file itself",
     ("model.safetensors",): "holds model.safetensors, but no config.json; copy it from the model",
     ("config.json.x", "x.bin"): "holds x.bin, but no config.json",

@@ -7,6 +7,7 @@ import torch
 
 from engine.base.errors import DataError
 from engine.formats.tensor_files import open_pth, write_pth
+from engine.formats.torch_zip import TensorZip
 from tests.helpers.damage import flip_bits, truncate
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.arange(40).bfloat16(), "c": torch.tensor(1.5)}
@@ -95,3 +96,18 @@ def test_records_that_torch_would_read_otherwise(kind, tmp_path):
                     new.writestr(info.filename, old.read(info))
     with pytest.raises(DataError, match=r"m\.pth: not a sound torch file"):
         open_pth(path)
+
+
+@pytest.mark.parametrize("kind, told", [("plain", None), ("twice", "two records of one name"),
+                                        ("compressed", "a record is compressed or encrypted")])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_records_of_a_zip_that_torch_does_not_write(kind, told, tmp_path):
+    save(tmp_path / "m.pth", "torch")
+    with zipfile.ZipFile(tmp_path / "m.pth", "a") as archive:
+        name = archive.namelist()[0] if kind == "twice" else "archive/more"
+        archive.writestr(name, "x", zipfile.ZIP_DEFLATED if kind == "compressed" else zipfile.ZIP_STORED)
+    if told is None:
+        TensorZip(tmp_path / "m.pth")
+    else:
+        with pytest.raises((DataError, ValueError), match=told):
+            TensorZip(tmp_path / "m.pth")

@@ -80,6 +80,7 @@ USED = Memory(
         ({"replicas": 2}, {"gathered": 10**9}, "gathered",
          "copies of a block's and head's weights; their gradients"),
         ({}, {}, "activations", "2,000 tokens, 2.00 MB each"),
+        ({}, {"activations": 2 * 10**9}, "activations", "2,000 tokens, 1.00 MB each"),
         ({}, {"activations": 2 * 10**9 - 1}, "activations", "2,000 tokens, 1000.0 kB each"),
         ({}, {}, "temporaries", "a layer's backward: the larger of 2.00 and 3.00"),
         ({}, {"head": 3 * 10**9}, "temporaries", "the head's logits: the larger of 3.00 and 3.00"),

@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("starlette")
 
+from engine.serving import app
 from engine.serving.app import collect
 from engine.serving.model_service import Piece
 from engine.serving.openai_api import ApiError
@@ -54,3 +55,27 @@ def test_an_error_ends_all(error, status, text):
 def test_a_client_that_leaves_ends_its_answers():
     found, closed = collected([None], leaves=True)
     assert found.status == 499 and closed == [True]
+
+
+def test_the_time_of_the_first_token_and_their_number_are_noted(monkeypatch):
+    clock = iter([100.0, 102.5, 109.0])
+    monkeypatch.setattr(app, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+
+    async def pieces(patience):
+        for piece in (None, Piece(0, "", 0), Piece(0, "a", 2), Piece(0, "b", 3, finish_reason="stop")):
+            yield piece
+
+    async def run(notes):
+        return [piece async for piece in app.watch(SimpleNamespace(pieces=pieces), notes)]
+
+    notes = {}
+    assert len(asyncio.run(run(notes))) == 4 and notes == {"first_token": 2.5, "tokens": 5}
+
+
+@pytest.mark.parametrize(
+    "alive, status, text", [((True, True), 200, "ok"), ((True, False), 503, "stopping"), ((), 200, "ok")]
+)
+def test_health_is_that_of_every_model(alive, status, text):
+    services = {i: SimpleNamespace(is_alive=lambda one=one: one) for i, one in enumerate(alive)}
+    found = asyncio.run(app.Server.health(SimpleNamespace(services=services), None))
+    assert (found.status_code, found.body) == (status, f'{{"status":"{text}"}}'.encode())

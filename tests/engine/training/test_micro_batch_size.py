@@ -210,3 +210,22 @@ def test_a_model_that_fits_is_replicated_where_a_step_is_several_micro_batches(m
     assert layout("tinyllama-1.1b", 8, 84, monkeypatch, global_batch_size=4096)[0] == 8
     assert layout("llama-13b", 8, 84, monkeypatch, global_batch_size=4096)[0] < 8, "which would not fit"
     assert layout("tinyllama-1.1b", 8, 84, monkeypatch, global_batch_size=4096, replicas=2)[0] == 2, "as asked"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_a_pass_held_is_freed_before_the_next(device, monkeypatch):
+    did = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: did.append("emptied"))
+    size = size_of(did.append, device=torch.device(device))
+    monkeypatch.setattr(size, "halve", lambda reason: did.append(reason))
+    optimizer = SimpleNamespace(step_in_backward=None, zero_grad=lambda: did.append("no gradients"))
+    prefetcher = SimpleNamespace(drop_prefetched=lambda: did.append("dropped"))
+    size.recover("no room", optimizer, prefetcher)
+    assert did == ["no gradients", *(["emptied"] if device == "cuda" else []), "no room", "dropped"]
+    monkeypatch.setattr(size, "advise", lambda tokens: f"advice for {tokens}")
+    optimizer.step_in_backward = (0.0, None, [])
+    size.recover("no room", optimizer)
+    with pytest.raises(
+        CriaError, match=r"out of memory \(no room\) in a step whose updates .* had begun; advice for 4\d+"
+    ):
+        size.recover("no room", optimizer, prefetcher)

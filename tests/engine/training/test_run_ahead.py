@@ -212,3 +212,12 @@ def test_a_loss_that_is_no_number_updates_nothing_within_backward(device):
     loss.backward()
     assert all(shard.tensor.equal(before[name]) for name, shard in optimizer.tensors().items())
     assert torch.isfinite(optimizer.grad_norm()), "of the gradients, which are finite here"
+
+
+def test_a_step_that_was_not_made_ahead_is_made():
+    made = []
+    with feeder_of(lambda step: made.append(step) or [], model_of("cpu")) as feed:
+        for step in (1, 2, 2, 4):  # after 2 the run goes back, or on
+            feed.take(step)
+            feed.pool.submit(int).result()
+    assert made == [1, 2, 3, 2, 3, 4]

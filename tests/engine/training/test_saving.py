@@ -1,13 +1,117 @@
-"""The disk that a run asks for before it begins."""
+"""What a run tells and records of its states, where the disk takes them and where it does not."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from engine.base.errors import CriaError, NotFiniteError, Stopped
+from engine.distributed.world import World
 from engine.model.config import MODELS
 from engine.training import saving
 from engine.training.config import FinetuneConfig
+from engine.training.saving import Checkpoints
+
+FULL = OSError(28, "No space left on device")
+DONE = SimpleNamespace(step=4, folder=Path("out/checkpoint-4"), seconds=2.0, held_seconds=0.5, bytes=9)
+SAVED = {"step": 4, "path": "checkpoint-4", "seconds": 2.0, "bytes": 9}
+
+
+class Saver:
+    """Remembers what it is given, and says how that went: with a result, None or an error."""
+
+    def __init__(self, *results):
+        self.given, self.results = [], list(results)
+
+    def save(self, step, tensors, facts):
+        self.given.append((step, tensors, facts))
+
+    def wait(self):
+        result = self.results.pop(0) if self.results else None
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    poll = wait
+
+
+def make(*results, saved_step=None):
+    checkpoints = object.__new__(Checkpoints)
+    events, said = [], []
+    checkpoints.plan = SimpleNamespace(recorded_facts=lambda tokens: {"max_tokens": tokens})
+    checkpoints.run = SimpleNamespace(
+        world=World(), progress=SimpleNamespace(print_message=said.append), signals=SimpleNamespace(received="SIGTERM"),
+        metrics=SimpleNamespace(write=lambda event, **values: events.append((event, values))),
+    )  # fmt: skip
+    checkpoints.optimizer = SimpleNamespace(n_updates=3, tensors=lambda: {"w": 1})
+    checkpoints.batches = SimpleNamespace(packing=SimpleNamespace(max_tokens=64))
+    checkpoints.saver, checkpoints.saved_step, checkpoints.writing_step = Saver(*results), saved_step, None
+    return checkpoints, events, said
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_state_on_disk_is_recorded(wait):
+    checkpoints, events, said = make(None, None, DONE)
+    checkpoints.save(4)
+    assert checkpoints.saver.given == [(4, {"w": 1}, {"max_tokens": 64, "n_updates": 3})]
+    assert checkpoints.writing_step == 4 and checkpoints.saved_step is None
+    checkpoints.report_finished_save(wait)
+    assert events == [] and checkpoints.saved_step is None
+    checkpoints.report_finished_save(wait)
+    assert events == [("save", SAVED | {"held_seconds": 0.5})] and checkpoints.saved_step == 4 and said == []
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_full_disk_costs_one_state(wait):
+    checkpoints, events, said = make(None, FULL, None)
+    checkpoints.save(4)
+    checkpoints.report_finished_save(wait)
+    reason = "the state could not be saved (No space left on device); older states are intact"
+    assert said == [f"warning: step 4: {reason}"] and events == [("skip", {"step": 4, "reason": reason})]
+    assert checkpoints.saved_step is None
+    checkpoints.report_finished_save(wait)
+    assert len(said) == len(events) == 1
+
+
+def test_a_state_that_is_not_finite_ends_the_run():
+    told = r"^step 4: the state is not saved: w holds NaN; lower --lr, older states are intact$"
+    ways = {1: lambda one: (one.save(4), one.report_finished_save()), 2: lambda one: one.save_or_fail(4, "why")}
+    for n_waits, save in ways.items():
+        checkpoints, events, _ = make(*[None] * n_waits, NotFiniteError("w holds NaN"))
+        with pytest.raises(NotFiniteError, match=told):
+            save(checkpoints)
+        assert events == [] and checkpoints.saved_step is None
+
+
+def test_a_state_that_must_be_on_disk():
+    checkpoints, events, _ = make(None, None, DONE)
+    checkpoints.save_or_fail(4, "why")
+    assert events == [("save", SAVED)] and checkpoints.saved_step == 4
+    checkpoints.save_or_fail(4, "why")
+    assert len(checkpoints.saver.given) == 1, "it is there"
+    checkpoints, events, _ = make(None, None, FULL)
+    with pytest.raises(CriaError, match=r"^why; step 4: the state could not be saved \(No space left on device\)$"):
+        checkpoints.save_or_fail(4, "why")
+    assert events == [] and checkpoints.saved_step is None
+
+
+@pytest.mark.parametrize("received, who", [("SIGTERM", "SIGTERM"), (None, "a signal to another rank")])
+def test_a_signal_ends_a_run_whose_state_is_saved(received, who):
+    checkpoints, _, _ = make(None, None, DONE)
+    checkpoints.run.signals.received = received
+    with pytest.raises(Stopped, match=f"^stopped by {who} after step 4; run the same command again to go on$"):
+        checkpoints.stop_run(4)
+    assert checkpoints.saved_step == 4
+
+
+@pytest.mark.parametrize("found", [None, SimpleNamespace(step=3)])
+def test_without_a_state_on_disk_nothing_is_rolled_back(found, monkeypatch):
+    checkpoints, _, _ = make()
+    checkpoints.plan.out, loaded = None, []
+    monkeypatch.setattr(saving.checkpoint, "find_newest", lambda out, say: found)
+    monkeypatch.setattr(saving, "load_checkpoint", lambda one, optimizer: loaded.append(one))
+    assert checkpoints.roll_back() == (found and 3) and loaded == ([found] if found else [])
 
 
 @pytest.mark.parametrize(
