@@ -1,10 +1,13 @@
 """A training state's config, of this version and of those before it."""
 
+import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
-from engine.output.state_as_model import ADDED, config_from_state
+from engine.output.folder import STATUSES
+from engine.output.state_as_model import ADDED, config_from_state, find_base
 from tests.helpers.checkpoints import SHAPES
 
 
@@ -28,3 +31,18 @@ def test_a_kind_of_rope_that_is_not_known_is_a_problem():
     raw["rope_scaling"]["kind"] = "longrope"
     assert config_from_state(raw, problems) is None
     assert "kind is 'longrope', wanted one of linear, dynamic, yarn, llama3" in problems[0]
+
+
+@pytest.mark.parametrize("status", [*STATUSES, None])
+@pytest.mark.parametrize("has_model", [False, True])
+def test_a_run_takes_tokenizer_and_settings_from_its_own_model_only_once_that_is_whole(tmp_path, status, has_model):
+    """Of one that has not ended the files may be those of an earlier run, or a part of its own."""
+    if has_model:
+        (tmp_path / "config.json").write_text("{}")
+    if status:
+        (tmp_path / "run.json").write_text(json.dumps({"status": status, "config": {"tokenizer": "t"}}))
+    found = find_base(tmp_path / "checkpoint-3", {"model": "/models/m"})
+    began = Path("/models/m"), "t" if status else None
+    assert found == ((tmp_path, "") if status == "done" and has_model else began)
+    if found == began:
+        assert find_base(tmp_path / "checkpoint-3", {"model": "tiny", "random_init": True})[0] is None
