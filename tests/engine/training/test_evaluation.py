@@ -1,11 +1,18 @@
-"""What is evaluated and answered between steps, once each."""
+"""What is evaluated and answered between steps, once each, and what a held-out loss is."""
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
+from engine.data.packing import Packing
+from engine.distributed.world import World
+from engine.model.config import ModelConfig
+from engine.model.llama import new_model
 from engine.training import evaluation
 from engine.training.plan import Plan
+from tests.helpers.datasets import dataset
 
 
 class Small(Plan):
@@ -36,3 +43,33 @@ def test_what_is_due_is_done_unless_the_metrics_hold_it_from_before_a_resume(mon
     for step in range(5):
         evaluation.evaluate_if_due(Small(**settings), SimpleNamespace(reported=frozenset(reported)), None, None, step)
     assert done == wanted
+
+
+def test_the_held_out_loss_is_the_mean_over_all_loss_tokens_however_they_are_cut(monkeypatch):
+    """Of rows of unlike lengths, of which some share a prefix and some are learned in part."""
+    shape = ModelConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=2, hidden_dim=32, vocab_size=64, max_seq_len=64)
+    model = new_model(shape, "cpu", torch.float32, "ref")
+    model.init_weights(0)
+    rows = [[*range(10, 20), *range(30, 32 + 3 * i)] for i in range(5)]
+    targets = [[False] * (8 - i) + [True] * (len(row) - 8 + i) for i, row in enumerate(rows)]
+    held_out = dataset(rows, targets)
+    held_out.counts["loss_tokens"] = sum(map(sum, targets))
+    losses = []
+    for row, learned in zip(rows, targets, strict=True):
+        logits = model.logits(model(torch.tensor(row)))[:-1][torch.tensor(learned[1:])].detach()
+        wanted = torch.tensor(row)[1:][torch.tensor(learned[1:])]
+        losses += torch.nn.functional.cross_entropy(logits, wanted, reduction="none").tolist()
+    written = {}
+    run = SimpleNamespace(
+        world=World(), signals=SimpleNamespace(pending=lambda: False),
+        progress=SimpleNamespace(track=lambda what, chunks: chunks, print_message=print),
+        metrics=SimpleNamespace(write=lambda event, **fields: written.update(fields | {"event": event})),
+    )  # fmt: skip
+    plan = SimpleNamespace(held_out=held_out, device=torch.device("cpu"))
+    for n, budget in ((2, 40), (256, 10**6)):
+        monkeypatch.setattr(evaluation, "CHUNK_EXAMPLES", n)
+        checkpoints = SimpleNamespace(batches=SimpleNamespace(packing=Packing(budget, best_fit=False)))
+        evaluation.evaluate(plan, run, checkpoints, model, 3)
+        assert (written["event"], written["step"], written["loss_tokens"]) == ("eval", 3, len(losses))
+        assert written["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+        assert written["perplexity"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-5)

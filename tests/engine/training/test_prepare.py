@@ -16,6 +16,7 @@ from engine.model.config import MODELS
 from engine.training.config import GROUPS, FinetuneConfig
 from engine.training.plan import Plan
 from engine.training.prepare import agree_on_plan, prepare, read_prompts, select_fixed_settings, take_recorded_states
+from tests.helpers.small_model import small_model
 
 
 @pytest.mark.parametrize("asked", ["auto", "none"])
@@ -78,6 +79,15 @@ def test_a_setting_that_decides_what_is_computed_is_compared_on_resume(name):
     config = FinetuneConfig(model="smollm2-135m" if name == "random_init" else "tiny", random_init=True, data=("x",))
     other = dataclasses.replace(config, **{name: CHANGES[name]})
     assert select_fixed_settings(config, None)[name] != select_fixed_settings(other, None)[name]
+
+
+@pytest.mark.parametrize(("epochs", "max_steps", "steps"), [(2, None, 8), (2, 5, 5), (2, 8, 8), (2, 99, 8), (1, 99, 4)])
+def test_a_run_ends_with_its_epochs_or_sooner(rows_file, tmp_path, epochs, max_steps, steps):
+    config = FinetuneConfig(  # of 24 rows
+        model=str(small_model()), data=(str(rows_file),), out=str(tmp_path / "out"), device="cpu", token_cache="off",
+        epochs=epochs, max_steps=max_steps, global_batch_size=6, kernels="ref",
+    )  # fmt: skip
+    assert prepare(config, World(), print).total_steps == steps
 
 
 @pytest.mark.parametrize("asked", [True, False])

@@ -2,9 +2,13 @@
 
 import dataclasses
 import json
+from itertools import accumulate
+from types import SimpleNamespace
 
 import pytest
 
+from engine.data.batches import Batches
+from engine.data.packing import Packing
 from engine.distributed.world import World
 from engine.training import trial
 from engine.training.config import FinetuneConfig
@@ -48,6 +52,17 @@ def test_layers_are_added_up_and_steps_are_counted(plan, monkeypatch):
 def test_a_trial_runs_and_leaves_no_gradient_behind(plan):
     found = try_on_cpu(plan)
     assert found.micro_batch_s > 0 and found.update_s > 0 and found.run_s > 0
+
+
+def test_each_part_takes_as_long_as_its_quickest_try_but_for_the_first_which_warms_up(plan, monkeypatch):
+    """A step under way of something else makes a try longer, never shorter."""
+    spans = [(0.5, 0.1), (9.0, 0.75), (3.0, 2.0), (2.0, 5.0), (4.0, 1.0)]  # s of a micro-batch, and of an update
+    moments = accumulate((span for micro_batch, update in spans for span in (7.0, micro_batch, update)))
+    monkeypatch.setattr(trial, "time", SimpleNamespace(perf_counter=lambda: next(moments)))
+    shape = dataclasses.replace(plan.model_config, n_layers=1)
+    batch = Batches(plan.train, plan.order, Packing(64, max_examples=1)).make_step(1).micro_batches[0]
+    assert trial._time_layers(plan, shape, batch) == pytest.approx((2.0, 0.75))
+    assert next(moments, None) is None
 
 
 def test_without_the_memory_of_two_layers_nothing_is_tried(plan, monkeypatch):
