@@ -9,6 +9,7 @@ from decimal import Decimal
 
 import pytest
 
+from data_gen.base import cli
 from data_gen.base.cli import (
     DataError,
     Failure,
@@ -163,3 +164,20 @@ def test_help_groups_flags_and_ends_with_examples_that_a_shell_reads(capsys):
     assert text.index("files:") < text.index("flags:") < text.index("money:\n  --rows\n      rows, of them")
     assert "(default: 3)" in text and "examples:\n  python -m data_gen.x --rows 1\n" in text
     assert text[text.rindex("python") :].replace("\\\n", "").split() == long.split()
+
+
+@pytest.mark.parametrize("error, is_written", [(None, True), (BrokenPipeError(), False), (OSError(28, "full"), True)])
+@pytest.mark.parametrize("code", [None, 0, 3])
+def test_output_that_nobody_reads_is_told_by_the_code_and_a_full_disk_by_python(error, is_written, code, monkeypatch):
+    class Output:
+        def flush(self):
+            if error is not None:
+                raise error
+
+    given_up = []
+    monkeypatch.setattr(cli, "discard_output", given_up.append)
+    monkeypatch.setattr("sys.stdout", Output())
+    assert cli.flush_stdout() == is_written and len(given_up) == (not is_written)
+    assert cli.run_for_reader(lambda: code) == (code if is_written or code else cli.READER_LEFT)
+    monkeypatch.setattr("sys.stdout", None)
+    assert cli.flush_stdout()

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from data_gen.base.cli import DataError
-from data_gen.rows.contamination import N_GRAM, Decontaminator
+from data_gen.rows.contamination import N_GRAM, Decontaminator, read_prompts
 from data_gen.rows.rouge import is_duplicate
 from data_gen.rows.tokens import tokenize
 from tests.helpers.own_rows import EVALUATION, alpaca_rows, write_evaluation
@@ -166,6 +166,12 @@ def test_a_bad_file_is_named(tmp_path, text, words):
         Decontaminator([tmp_path / "eval.json"])
     for word in ["eval.json", *words]:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.TXT"])
+def test_lines_of_a_text_are_prompts(name, tmp_path):
+    (tmp_path / name).write_text("\ufeffName a colour.\n  Name a bird. \n\n")
+    assert [text for text in read_prompts(tmp_path / name) if text] == ["Name a colour.", "Name a bird."]
 
 
 def test_a_file_without_prompts_beside_others(knowing):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_gen.rows.tokens import tokenize
+from data_gen.rows.tokens import MARKS, cut_marks, tokenize
 
 
 def rouge_score_tokens(text):
@@ -84,3 +84,9 @@ def test_a_letter_of_a_script_without_spaces_is_a_token(code):
 @pytest.mark.parametrize("code", [0x0D05, 0x10D0, 0x1820, 0x1C00, 0xAC00, 0xD7A3, 0xAAE0, 0xFB13], ids=hex)
 def test_letters_of_other_scripts_make_words(code):
     assert len(tokenize(chr(code) * 2)) == 1
+
+
+@pytest.mark.parametrize("n", [MARKS, MARKS + 1, 3 * MARKS])
+def test_of_many_marks_the_first_are_kept_and_what_is_around_them(n):
+    marks = "\u0301" * min(n, MARKS)
+    assert cut_marks("ab" + "\u0301" * n + "cd" + "\u0301" * n + "ef") == f"ab{marks}cd{marks}ef"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine.base.errors import DataError
+from engine.data.chats import parse_chat
 from engine.data.dataset import encode_block, encode_rows
 from engine.data.rows import read_rows
 from engine.text.templates import encode_prompt
@@ -562,3 +563,11 @@ def test_evaluation_instructions_keep_their_inputs(tmp_path):
     rows = read(write_evaluation(tmp_path), require_answers=False)
     assert [(row.instruction, row.input) for row in rows] == [(ask, given) for _, ask, given, _ in EVALUATION]
     assert any(given for _, _, given, _ in EVALUATION) and not all(given for _, _, given, _ in EVALUATION)
+
+
+def test_what_stands_beside_a_turn_belongs_to_its_role():
+    odd = {"tool_call_id": "c9", "name": "x"}
+    turns = [turn | odd for turn in TOOL_CHAT["messages"]]
+    found = parse_chat(turns, "messages", True, True, set())
+    assert {i: sorted(more) for i, more in found.more.items()} == {1: ["tool_calls"], 2: ["name", "tool_call_id"]}
+    assert found.more[2] == odd

@@ -5,7 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine.training.plan import Plan, suggest_more_updates
+from engine.model.adapter import AdapterConfig
+from engine.model.config import MODELS
+from engine.planning.weights import count_trained
+from engine.training.plan import Plan, count_examples, describe_adapter, describe_offload, suggest_more_updates
 
 STEPS = 7
 DUE = {"off": [], "end": [0, 7], "epoch": [0, 3, 6, 7], "2": [0, 2, 4, 6, 7], "7": [0, 7], "9": [0, 7]}
@@ -69,3 +72,39 @@ def test_what_gives_more_updates(rows, size, epochs, max_steps, text):
         order=SimpleNamespace(steps_per_epoch=steps), total_steps=min(epochs * steps, max_steps or 10**9),
     )  # fmt: skip
     assert suggest_more_updates(plan) == f"for more pass {text}"
+
+
+@pytest.mark.parametrize(
+    "on_cpu, ranks, text",
+    [
+        (None, 1, ""), (False, 1, "host's memory; they visit the device for their updates"),
+        (True, 1, "updated by the CPU; gradients go there in backward"),
+        (True, 2, "updated by the CPU; gradients go there after backward"),
+    ],
+)  # fmt: skip
+def test_where_offloaded_states_are_updated(on_cpu, ranks, text):
+    found = describe_offload(SimpleNamespace(on_cpu=on_cpu), SimpleNamespace(size=ranks))
+    assert found.endswith(text) and found.startswith("\noptimizer: master and states in the" if text else "")
+
+
+def test_what_an_adapter_trains():
+    adapter = AdapterConfig(r=8, targets=("q_proj", "v_proj"), rank_pattern=(("v_proj", 4),))
+    shape = MODELS["tiny"]
+    config = SimpleNamespace(adapter_dir=None, lora_targets=("q_proj", "v_proj"))
+    plan = SimpleNamespace(adapter=adapter, model_config=shape, config=config)
+    n = count_trained(shape, adapter)
+    text = (
+        f"\nadapter: {n / 1e6:.2f}M parameters are trained ({100 * n / shape.n_parameters:.2g}%), updates of rank 4, 8"
+    )
+    assert describe_adapter(plan) == f"{text} of q_proj, v_proj" and n > 0
+    config.adapter_dir = "a"
+    assert describe_adapter(plan) == f"{text} of q_proj, v_proj, going on from a"
+    plan.adapter = None
+    assert describe_adapter(plan) == ""
+
+
+@pytest.mark.parametrize(
+    "size, rows, text", [(1, 9, "1 example"), (9, 9, "9 examples"), (10, 9, "all 9 examples"), (2, 1, "all 1 example")]
+)
+def test_how_many_examples_a_step_has(size, rows, text):
+    assert count_examples(SimpleNamespace(config=SimpleNamespace(global_batch_size=size), train=range(rows))) == text

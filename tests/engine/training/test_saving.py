@@ -137,3 +137,21 @@ def test_there_is_room_for_every_state_that_lies_there_at_one_time(
     assert asked == [(tmp_path, n * (2 + n_states * (2 + 2 + 8)))], (
         "the weights; and 16 bits more, m and v in each state"
     )
+
+
+@pytest.mark.parametrize("error, told", [
+    (FULL, r"^the model could not be written \(No space left on device\); the training state is saved: make room"),
+    (OSError("odd"), r"^the model could not be written \(odd\); the training state is saved"),
+    (NotFiniteError("w holds NaN"), r"^the model is not written: w holds NaN; lower --lr$"),
+])  # fmt: skip
+def test_a_model_that_cannot_be_written(error, told, monkeypatch):
+    checkpoints, events, _ = make(None, None, DONE)
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(saving, "write_files", fail)
+    plan = SimpleNamespace(out=None, total_steps=4)
+    with pytest.raises(CriaError, match=told):
+        saving.write_model(plan, checkpoints.run, checkpoints, "a model")
+    assert [name for name, _ in events] == ([] if isinstance(error, NotFiniteError) else ["save"])

@@ -1,0 +1,66 @@
+"""Parts of the page of a judged run: what the two orders of a pair said, and where marks stand."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("openai")
+
+from data_gen.judging.comparisons import Pair
+from data_gen.judging.report import name_outcome, render_pair, render_ranking, render_sample
+from data_gen.judging.statistics import Strength
+from data_gen.judging.verdicts import Judged
+
+PAIR = Pair(0, 0, 1, "of base", "of other", (0, 1))
+QUESTIONS = SimpleNamespace(names=["first model", "second model"], instructions=["Say <it>."])
+
+
+def judged(votes, preference, pair=PAIR):
+    verdicts = tuple(vote and SimpleNamespace(reason=f"because {i}") for i, vote in enumerate(votes))
+    return Judged(pair, votes, verdicts, preference)
+
+
+@pytest.mark.parametrize(
+    "votes, preference, text",
+    [
+        (("base", "base"), 1, "one winner in both orders"), (("other", "other"), 2, "one winner in both orders"),
+        (("base", "other"), 1.5, "the one shown first, both times"),
+        (("other", "base"), 1.5, "the one shown last, both times"), (("tie", "tie"), 1.5, "a tie in both orders"),
+        (("tie", "base"), 1.5, "a winner in one order, a tie in the other"),
+        (("base", "tie"), 1.5, "a winner in one order, a tie in the other"),
+        ((None, "base"), None, "a verdict is missing"), (("base", None), None, "a verdict is missing"),
+    ],
+)  # fmt: skip
+def test_what_both_orders_said(votes, preference, text):
+    assert name_outcome(judged(votes, preference)) == text
+    unasked = Pair(0, 0, 1, "same", "same", None)
+    assert name_outcome(Judged(unasked, ("tie", "tie"), (None, None), 1.5)) == "equal answers, a draw unasked"
+
+
+def test_each_answer_has_the_verdict_of_the_order_in_which_it_stood_first():
+    html = render_pair(judged(("base", None), None), QUESTIONS)
+    base, other = html.split('<span class="label">first model</span>')[1].split(
+        '<span class="label">second model</span>'
+    )
+    assert "of base" in base and "shown first, the winner is first model: because 0" in base
+    assert "of other" in other and "shown first, the winner is no verdict: <" in other
+    assert "Say &lt;it&gt;." in html and "a verdict is missing" in html
+    canary = render_pair(judged(("other", "tie"), 1.5, Pair(0, 0, None, "a", "b", (0, 1))), QUESTIONS)
+    assert "the winner is constant answer" in canary and "the winner is neither" in canary
+
+
+def test_a_sample_says_of_how_many_it_is():
+    some = [judged(("base", "base"), 1), judged(("base", "other"), 1.5)]
+    html = render_sample(SimpleNamespace(judged=some, questions=QUESTIONS))
+    assert "2 of 2 pairs, drawn with a fixed seed; those that the orders disagree on come first." in html
+    assert html.index("the one shown first, both times") < html.index("one winner in both orders")
+    assert render_sample(SimpleNamespace(judged=[], questions=QUESTIONS)) == ""
+
+
+def test_strengths_stand_in_proportion():
+    ranking = [Strength("a", 0.0, (0.0, 0.0), 40.0), Strength("b", 50.0, (-100.0, 300.0), 60.0)]
+    html = render_ranking(ranking)
+    assert [float(x) for x in re.findall(r'class="estimate" cx="([\d.]+)%', html)] == [26.0, 38.0]
+    assert re.findall(r'class="whisker" x1="([\d.]+)%" x2="([\d.]+)%', html) == [("26.00", "26.00"), ("2.00", "98.00")]
+    assert render_ranking([]) == ""
