@@ -145,7 +145,7 @@ def test_there_is_room_for_every_state_that_lies_there_at_one_time(
     (NotFiniteError("w holds NaN"), r"^the model is not written: w holds NaN; lower --lr$"),
 ])  # fmt: skip
 def test_a_model_that_cannot_be_written(error, told, monkeypatch):
-    checkpoints, events, _ = make(None, None, DONE)
+    checkpoints, events, _ = make(None, None, None, DONE)
 
     def fail(*_):
         raise error
