@@ -210,6 +210,12 @@ def test_measured_steps_of_the_same_setting_are_printed(tmp_path, monkeypatch, c
     assert "measured in h100.json: 20,000 tokens/s in micro-batches of 8,320 tokens" in out
     assert "peak 71.5 GiB; that is 17 min" in out and "tokens/s (projected from rates in h100.json)" in out
     assert strict_json(tmp_path / "found")["measured_steps"] == [STEP]
+    for adapter in ("lora", "qlora"):
+        steps = [STEP | {"adapter": kind, "name": kind, "states": "fp32"} for kind in ("lora", "qlora")]
+        write_report(tmp_path / "h100.json", MACHINE | CEILINGS | {"step": {"records": [STEP, *steps]}})
+        assert run("--adapter", adapter, "--optimizer-states", "fp32", "--json", tmp_path / "found") == 0
+        assert [step["name"] for step in strict_json(tmp_path / "found")["measured_steps"]] == [adapter]
+    capsys.readouterr()
     assert run("--optimizer-states", "8bit", "--gpu", "H200") == 0 and "projected" in capsys.readouterr().out
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_gen.rows.tokens import MARKS, cut_marks, tokenize
+from data_gen.rows.tokens import MARKS, classify_character, cut_marks, tokenize
 
 
 def rouge_score_tokens(text):
@@ -90,3 +90,17 @@ def test_letters_of_other_scripts_make_words(code):
 def test_of_many_marks_the_first_are_kept_and_what_is_around_them(n):
     marks = "\u0301" * min(n, MARKS)
     assert cut_marks("ab" + "\u0301" * n + "cd" + "\u0301" * n + "ef") == f"ab{marks}cd{marks}ef"
+
+
+@pytest.mark.parametrize(
+    "first, last, letter, around",
+    [
+        (0x1F1E6, 0x1F1FF, "f", "s"),
+        (0x1F3FB, 0x1F3FF, "t", "s"),
+        (0xE0020, 0xE007F, "t", "-s"),
+        (0x200D, 0x200D, "j", "-"),
+    ],
+)
+def test_the_ends_of_the_ranges_of_emoji(first, last, letter, around):
+    assert {classify_character(chr(code)) for code in range(first, last + 1)} == {letter}
+    assert {classify_character(chr(first - 1)), classify_character(chr(last + 1))} <= set(around)

@@ -36,3 +36,16 @@ def test_a_file_of_something_else_is_named(what, is_packed, tmp_path):
 def test_a_file_of_rows_is_known_by_its_begin_or_as_a_table_by_its_name(name, content, is_rows, tmp_path):
     (tmp_path / name).write_bytes(content)
     assert has_rows(tmp_path / name) == is_rows
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_positions_are_in_the_file_as_it_is_on_the_disk(name, tmp_path):
+    lines = [f'{{"text": "row {i}"}}\n' for i in range(200)] if name == "rows.jsonl" else ["text\n", *["a b\n"] * 200]
+    (tmp_path / name).write_text("".join(lines))
+    plain = [record.position for record in read_records(tmp_path / name)]
+    packed = gzip.compress("".join(lines).encode())
+    (tmp_path / f"{name}.gz").write_bytes(packed)
+    found = [record.position for record in read_records(tmp_path / f"{name}.gz")]
+    n_bytes = sum(map(len, lines))
+    assert len(plain) == 200 and found == [position * len(packed) // n_bytes for position in plain]
+    assert n_bytes // 2 < plain[-1] <= n_bytes and len(packed) // 2 < found[-1] <= len(packed)

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine.planning.cards import CARDS, GIB, change_card, detect_card, find_card, find_rates
+from engine.base.errors import DataError
+from engine.planning.cards import CARDS, GIB, change_card, detect_card, find_card, find_rates, find_reports
 
 
 @pytest.mark.parametrize("name", ["rtx 4090", "RTX4090", "4090", "a100-80", "A100 40", "h100"])
@@ -73,3 +74,22 @@ def test_the_card_of_a_device_has_the_memory_that_it_really_has(monkeypatch):
         found = detect_card(torch.device("cuda"))
         assert found == (card and dataclasses.replace(card, memory_gib=79.0)), name
     assert detect_card(torch.device("cpu")) is None
+
+
+PER_CYCLE = {  # FLOP in bf16, summed in fp32, of an SM: by the data sheets
+    "A100": 2048, "H100": 4096, "H200": 4096, "B200": 8192, "L40S": 1024, "RTX": 512
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_peak_clock_and_processors_agree(name):
+    card = CARDS[name]
+    per_cycle = PER_CYCLE[name.partition("-")[0]]
+    assert 1e-3 * card.sms * card.clock_ghz * per_cycle == pytest.approx(card.peak_tflops, rel=0.015)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b'{"what": '])
+def test_a_damaged_report_is_named(content, tmp_path):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"x\.json: is damaged"):
+        find_reports(CARDS["H100"], tmp_path)

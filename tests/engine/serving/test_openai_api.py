@@ -144,3 +144,20 @@ def test_best_of_n_is_n(more):
     for odd in ({"best_of": 3, "n": 2}, {"best_of": 2}, {"suffix": "x"}):
         with pytest.raises(ApiError, match=r"best_of: wanted as many as n|suffix: this model"):
             read_completion({"prompt": "a"} | odd)
+
+
+SCHEMA = {"type": "object", "required": ["a"]}
+
+
+@pytest.mark.parametrize("read, ask", [(read_chat, ASK), (read_completion, {"prompt": "a"})])
+@pytest.mark.parametrize(
+    "format, schema, regex",
+    [
+        (None, None, None), ({"type": "text"}, None, None), ({"type": "json_object"}, {"type": "object"}, None),
+        ({"type": "json_object", "schema": SCHEMA}, SCHEMA, None), ({"type": "regex", "pattern": "a+"}, None, "a+"),
+        ({"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": SCHEMA}}, SCHEMA, None),
+    ],
+)  # fmt: skip
+def test_what_an_answer_is_to_follow(read, ask, format, schema, regex):
+    wanted = read(ask | {"response_format": format})
+    assert (wanted.schema, wanted.regex) == (schema, regex)
