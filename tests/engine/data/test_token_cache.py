@@ -287,6 +287,8 @@ def test_off_keeps_nothing_and_auto_is_the_users_cache(files, smol, tmp_path, mo
     read(files, "auto", smol)
     assert len(entries(tmp_path / "xdg" / "cria" / "tokens")) == 1
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert token_cache.find_cache("off") is None is token_cache.find_cache("")
+    assert token_cache.find_cache("x/off") == Path("x/off")
     for unset in ("", "relative/path"):
         monkeypatch.setenv("XDG_CACHE_HOME", unset)
         assert token_cache.find_cache("auto") == tmp_path / "home" / ".cache" / "cria" / "tokens"

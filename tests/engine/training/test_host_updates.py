@@ -246,6 +246,7 @@ def test_the_largest_micro_batch_is_tried_with_gradients_that_leave(device, monk
     assert sent == 2 * [4, 3, 2, 1, 0] and not ours.host_updates.left
     assert all(p.grad is None for p in model.parameters())
     assert forgotten == [device], "the peak of a step is its own"
+    assert model.on_gradients is None, "what comes between steps sends nothing"
 
 
 # ---- by the command --------------------------------------------------------------------------------------------------
