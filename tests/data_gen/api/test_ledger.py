@@ -528,3 +528,9 @@ def test_settings_are_json(tmp_path, ledger):
         "a": {"b": 1.5},
         "c": None,
     }
+
+
+def test_a_folder_that_is_read_only_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(UsageError, match="cannot be written to; pass another folder"):
+        Ledger(tmp_path / "out")

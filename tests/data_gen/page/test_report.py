@@ -10,11 +10,12 @@ import re
 import statistics
 from collections import Counter
 from html import unescape
+from types import SimpleNamespace
 
 import pytest
 
 from data_gen.base.cli import DataError, UsageError, run_for_exit_code
-from data_gen.page.report import write_report
+from data_gen.page.report import render_state, write_report
 from data_gen.page.row_files import read_any_rows, read_turns
 from data_gen.report import main
 from data_gen.rows.tokens import tokenize
@@ -529,3 +530,18 @@ def test_bad_rows_are_counted_and_left_out(tmp_path, capsys):
     path.write_text(json.dumps(KINDS["alpaca"]))
     write_report(path)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "run, models, text",
+    [
+        ({}, [], ""), ({"status": "done"}, [], " · <span class=\"\">done</span>"),
+        ({"status": "failed"}, [], " · <span class=\"open\">failed</span>"), ({"seconds": 90}, [], " · took 1m 30s"),
+        ({"fault": "x<"}, [], " · <span class=\"open\">x&lt;</span>"), ({}, ["b", None, "a", "b", ""], " · a · b"),
+        ({"models": {"m": 1}}, ["b"], " · m"), ({}, list("dcba"), " · a · b · c"),
+    ],
+)  # fmt: skip
+def test_the_state_of_a_run(run, models, text):
+    record = {"fault": None, "status": None, "started": None, "seconds": None, "models": {}} | run
+    rows = [SimpleNamespace(model=model) for model in models]
+    assert render_state(rows, SimpleNamespace(**record)) == text

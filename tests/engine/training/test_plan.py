@@ -108,3 +108,10 @@ def test_what_an_adapter_trains():
 )
 def test_how_many_examples_a_step_has(size, rows, text):
     assert count_examples(SimpleNamespace(config=SimpleNamespace(global_batch_size=size), train=range(rows))) == text
+
+
+@pytest.mark.parametrize(
+    "lr, schedule, ratio, n", [(0.0, "cosine", 0.0, 0), (1e-4, "constant", 0.0, STEPS), (1e-4, "constant", 0.5, 6)]
+)
+def test_updates_are_the_steps_with_a_rate(lr, schedule, ratio, n):
+    assert Small(lr=lr, lr_schedule=schedule, warmup_ratio=ratio).n_updates == n
