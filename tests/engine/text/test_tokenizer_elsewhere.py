@@ -407,6 +407,7 @@ def test_a_token_past_the_embedding_that_nothing_uses_is_left_out(tmp_path):
     n = load_tokenizer(folder).vocab_size
     ours = find_tokenizer(replace(MODELS["tiny"], vocab_size=n - 3), "", folder)
     assert ours.vocab_size == n - 3 and "[PAD]" not in ours.special_ids and max(ours.encode("[PAD] the")) < n - 3
+    assert ours.unembedded == {"[PAD]": n - 3, "<|im_start|>": n - 2, "<|im_end|>": n - 1}
     with pytest.raises(
         DataError, match=r"chatml needs the token <\|im_start\|>, whose id \d+ is past the model's embedd"
     ):
