@@ -22,6 +22,7 @@ import torch
 
 import kernels
 from engine.base.errors import UsageError
+from engine.base.files import sync_file
 from engine.base.watching import Watch, watch_silently
 from engine.formats.folders import replace_files
 from engine.formats.names import LAYER_NAMES, Piece, halves_to_pairs, list_pieces
@@ -162,6 +163,8 @@ def write_gguf(
                 writer.write_tensor_data(np.ascontiguousarray(gguf.quantize(rows, types[name])))
                 advance(rows.size)
         writer.close()
+        with file.open("rb") as written:  # the package waits for no disk
+            sync_file(written)
 
     path = Path(path)
     replace_files(path.parent, {path.name: write}, r"(?!)")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import signal
 import sqlite3
@@ -276,9 +277,30 @@ def test_the_cap_keeps_what_was_paid_for_and_a_larger_one_goes_on(files, whole, 
         found = preferences(tmp_path / "annotations.json")
         assert None in found and any(found), "what was paid for is in the results, the rest is null"
         assert told["results"]["pairs"][0]["win_rate"]["n"] == sum(one is not None for one in found)
+        assert judge(server, tmp_path, files, "--max-usd", "0.0015", *more) == 1
+        billed = server.stats()["billed"]
+        assert 0.1 * billed["prompt_tokens"] + 0.4 * billed["completion_tokens"] <= 1500, (
+            "the cap is one for all starts"
+        )
         assert judge(server, tmp_path, files, "--max-usd", "1", *more) == 0
         assert len(server.log) == 2 * (QUESTIONS + CANARIES)
     assert preferences(tmp_path / "annotations.json") == preferences(whole / "annotations.json")
+
+
+def test_a_signal_ends_it_with_its_own_code_and_the_same_command_goes_on(files, tmp_path, capsys):
+    asked = []
+
+    def answer(key, body):
+        asked.append(key)
+        if len(asked) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return judge_fairly(key, body)
+
+    with Server(answer=answer) as server:
+        assert judge(server, tmp_path, files, "--concurrency", 2) == 143
+        assert "stopped by a signal with" in capsys.readouterr().err and about(tmp_path)["status"] == "stopped"
+        assert judge(server, tmp_path, files, "--concurrency", 2) == 0
+        assert len(asked) == 2 * (QUESTIONS + CANARIES), "what was in flight at the signal was asked twice"
 
 
 def test_another_judge_is_refused_or_asked_anew(files, tmp_path, capsys):

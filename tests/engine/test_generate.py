@@ -125,6 +125,7 @@ def test_the_command_answers_a_prompt_and_a_file(smollm2, tmp_path):
     assert re.findall("^### (.*)$", many, re.M) == PROMPTS
     found = [answer.strip() for answer in re.split("^### .*$", many, flags=re.M)[1:]]
     assert found[0] == one.strip() and len(set(found)) == 3
+    assert command(*small, "--prompts", tmp_path / "prompts.txt", "--batch-size", 2).stdout == many
     rows = '{"instruction": "Hi"}\n{"messages": [{"role": "user", "content": "Hi"}]}\n'
     (tmp_path / "rows.jsonl").write_text(rows)
     chat = command("--prompts", tmp_path / "rows.jsonl", "--max-new-tokens", 12, "--prompt-style", "chatml").stdout

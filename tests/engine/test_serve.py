@@ -16,7 +16,7 @@ import pytest
 
 from data_gen.judging.humans import read_votes
 from engine.base.errors import run_main
-from engine.serve import main
+from engine.serve import ServeConfig, load_services, main
 from tests.helpers.comparisons import read_round, send
 from tests.helpers.forks import Started
 from tests.helpers.run import ROOT, forked
@@ -69,6 +69,12 @@ def test_what_cannot_be_served_is_told(capsys, tmp_path, words, told):
     except SystemExit as stop:
         code = stop.code
     assert code == 2 and told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("asked", "found"), [(60, 60), (512, 512), (100_000, 512)])
+def test_no_answer_goes_past_the_models_positions(asked, found):
+    (service,) = load_services(ServeConfig(model=str(small_model()), device="cpu", max_length=asked, max_concurrency=1))
+    assert service.limits.max_length == service.scheduler.max_length == found
 
 
 def test_a_port_in_use_is_told(capsys):

@@ -1,11 +1,12 @@
-"""The names of the files of answers."""
+"""The names of the files of answers, and what is matched of them."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from data_gen.base.cli import UsageError
-from data_gen.judging.answers import AnswerFile, choose_names
+from data_gen.judging.answers import AnswerFile, choose_names, match_answers, read_answers
 
 
 @pytest.mark.parametrize(
@@ -23,3 +24,13 @@ def test_a_file_has_its_models_name_or_its_own(files, names):
 def test_two_files_of_one_name_are_told(files):
     with pytest.raises(UsageError, match=r"^two files are called a; give one of them another name, or another"):
         choose_names([AnswerFile(Path(path), name, {}) for path, name in files])
+
+
+def test_an_instruction_that_comes_again_is_another_question(tmp_path):
+    paths = [tmp_path / f"{name}.json" for name in "ab"]
+    for path in paths:
+        asked = ("Same.", "Other.", " Same. ", "Same.")
+        path.write_text(json.dumps([{"instruction": x, "output": f"{path.stem} {n}"} for n, x in enumerate(asked)]))
+    found = match_answers([read_answers(path) for path in paths])
+    assert found.instructions == ("Same.", "Other.", "Same.", "Same.")
+    assert found.outputs == tuple((f"a {n}", f"b {n}") for n in range(4))

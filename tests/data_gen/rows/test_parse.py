@@ -110,6 +110,7 @@ FORMS = {
     "thought": f'<think>\nMaybe {json.dumps(A)}? Or {{"instruction": "x</think>\n\n{WRAPPED}',
     "Thinking": f"\n<Thinking>{json.dumps(A)}</Thinking>{WRAPPED}",
     "thought without its opening tag": f"Okay, for instance {json.dumps(A)}.\n</think>\n{WRAPPED}",
+    "two thoughts without their opening tags": f"{A['output']}?</think>\nOr {json.dumps(B)}.\n</think>\n{WRAPPED}",
     "trailing commas": WRAPPED.replace('"}', '",}').replace("]}", ",]}"),
     "no commas": WRAPPED.replace('", "', '" "').replace("}, {", "} {"),
     "keys in other cases": WRAPPED.replace('"instruction"', '" Instruction "').replace('"output"', '"OUTPUT"'),

@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+import time
 import urllib.request
 
 import pytest
@@ -13,6 +14,7 @@ pytest.importorskip("openai")
 from data_gen.base.files import read_rows
 from data_gen.judging.answers import match_answers, read_answers
 from data_gen.judging.humans import read_votes, summarize_votes
+from engine.comparing import endpoints
 from engine.comparing.questions import Question, read_contestants
 from engine.serving.guard import Access
 from engine.serving.openai_api import ApiError
@@ -108,15 +110,23 @@ def test_a_vote_counts_once_though_it_is_sent_again(votes):
     assert len(read_rows(votes)) == 1
 
 
-def test_votes_sent_at_once_count_once(compared, votes):
+def test_votes_sent_at_once_count_once(compared, votes, monkeypatch):
     id, *_ = compared.ask()
-    found = []
+    found, add = [], compared.votes.add
+    # The others come while the first is being written.
+    monkeypatch.setattr(compared.votes, "add", lambda row: time.sleep(0.3) or add(row))
     threads = [threading.Thread(target=lambda: found.append(compared.vote(id))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert [status for status, _ in found] == [200] * 8 and len(read_rows(votes)) == 1
+
+
+def test_the_oldest_rounds_are_forgotten_first(compared, monkeypatch):
+    monkeypatch.setattr(endpoints, "MOST_ROUNDS", 2)
+    ids = [compared.ask()[0] for _ in range(4)]
+    assert [compared.vote(id)[0] for id in ids] == [404, 404, 200, 200]
 
 
 def test_a_vote_that_cannot_be_written_is_not_acknowledged(compared, votes, monkeypatch):

@@ -15,6 +15,7 @@ from engine.formats.adapters import (
     CONFIG,
     MergedSource,
     check_factors,
+    config_from_peft,
     config_to_peft,
     describe_other_base,
     hash_base,
@@ -132,6 +133,13 @@ def test_pefts_unfused_factors_are_stacked_into_merged_weights(kind, base, tmp_p
     merged = new_model(BASE, "cpu", torch.float64)
     MergedSource(base, adapter).read_into(merged)
     assert worst(logits(merged, tokens) - logits(dense, tokens)) < 1e-12
+
+
+def test_keys_that_are_absent_are_what_peft_takes_for_them():
+    """LoraConfig() of peft 0.21: r=8, lora_alpha=8, lora_dropout=0.0, use_rslora=False."""
+    problems = []
+    found = config_from_peft({"peft_type": "LORA", "target_modules": ["q_proj"]}, problems)
+    assert found == AdapterConfig(r=8, alpha=8.0, dropout=0.0, targets=("q_proj",), rslora=False) and not problems
 
 
 def test_all_linear_and_keys_that_older_versions_lack(tmp_path):
@@ -394,11 +402,11 @@ def test_merged_logits_are_the_adapters(adapter, base, tmp_path):
     assert worst(logits(plain, tokens) - wanted) > 1e-2 * worst(wanted)
 
 
-def test_merged_weights_are_rounded_once(tmp_path):
+@pytest.mark.parametrize("of_factors", [torch.bfloat16, torch.float32], ids=str)
+def test_merged_weights_are_rounded_once(of_factors, tmp_path):
     """In bf16: the product is added in fp32, so each weight is the nearest number to W + scale B A."""
     save_hf(tmp_path / "base", random_model(BASE, torch.bfloat16), bos_id=1, eos_ids=[2])
-    model = adapted(ADAPTERS["all"], torch.bfloat16)
-    save_adapter(tmp_path / "a", model, "b")
+    save_adapter(tmp_path / "a", adapted(ADAPTERS["all"], of_factors), "b")
     source = open_source(tmp_path / "base")
     merged, exact = (new_model(BASE, "cpu", dtype) for dtype in (torch.bfloat16, torch.float64))
     for target in (merged, exact):
