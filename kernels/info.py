@@ -53,7 +53,9 @@ def describe_library(name: str) -> Part:
     """Return whether a library of csrc is in use, and what it was built with or why it is not in use."""
     try:
         if name == "cpu":
-            used = f"instruction set {load_cpu().cria_instruction_set().decode()}, {torch.get_num_threads()} threads"
+            library = load_cpu()
+            used = f"instruction set {library.cria_instruction_set().decode()}"
+            used += f"{' and AMX' if library.cria_has_amx() else ''}, {torch.get_num_threads()} threads"
         elif name == "cuda":
             load_cuda()
             used = "only where it is chosen, impl='cuda'"

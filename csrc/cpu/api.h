@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-constexpr int ABI_VERSION = 3;
+constexpr int ABI_VERSION = 4;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 

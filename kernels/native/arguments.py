@@ -19,6 +19,16 @@ class AdamWArguments(ctypes.Structure):
     ]
 
 
+class WeightGradient(ctypes.Structure):
+    """out = dy^T x; csrc/cpu/weight_gradient.h tells the fields."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("tokens", "rows", "columns", "dy_row", "x_row", "out_row")),
+        *((name, c_int64) for name in ("out_is_fp32", "is_added", "threads")),
+        *((name, c_void_p) for name in ("dy", "x", "out")),
+    ]
+
+
 class FewRows(ctypes.Structure):
     """y = x w^T; csrc/cpu/few_rows.h tells the fields of this struct and of the three below."""
 

@@ -12,7 +12,7 @@ from functools import cache
 from kernels.native.arguments import AdamWArguments
 from kernels.native.library import NativeError, load
 
-ABI_VERSION = 3  # of csrc/cpu/api.h
+ABI_VERSION = 4  # of csrc/cpu/api.h
 
 
 def declare(library: ctypes.CDLL) -> None:

@@ -13,6 +13,7 @@ import triton.language as tl
 from triton import knobs
 
 from kernels.native.cpu import find_cpu, load_cpu
+from kernels.native.weight_gradient import takes, write_weight_gradient
 
 IMPLS = ("auto", "triton", "native", "ref")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the kernels; the references take fp64 too
@@ -90,13 +91,42 @@ def weight_gradient(dy: torch.Tensor, x: torch.Tensor, into: torch.Tensor | None
     into: the weight, a leaf. The addition then runs in the GEMM's epilogue: autograd's own would hold a second gradient
     and move 6 bytes an element more in bf16. Hooks of the parameter are not called for a gradient that is added here.
     """
-    if into is None:
-        return dy.T @ x
-    if into.grad is None:
-        into.grad = dy.T @ x
+    old = None if into is None else into.grad
+    if is_by_amx(dy, x):
+        grad = dy.new_empty(dy.shape[1], x.shape[1]) if old is None else old
+        write_weight_gradient(grad, dy, x, is_added=old is not None)
     else:
-        into.grad.addmm_(dy.T, x)
+        grad = dy.T @ x if old is None else old.addmm_(dy.T, x)
+    if into is None:
+        return grad
+    into.grad = grad
     return None
+
+
+def set_weight_gradient(out: torch.Tensor, dy: torch.Tensor, x: torch.Tensor, beta: int) -> None:
+    """Set out = beta * out + dy.T @ x, summed in fp32 or in out's dtype. beta: 0, which reads no old values, or 1."""
+    if is_by_amx(dy, x):
+        write_weight_gradient(out, dy, x, is_added=bool(beta))
+    else:
+        add_product(out, dy.T, x, beta)
+
+
+def add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: int) -> None:
+    """Set out = beta * out + a @ b by torch, summed in out's dtype, which may be fp32 for 16-bit a and b.
+
+    With beta 0 the old values of out are not read.
+    """
+    if out.dtype == a.dtype:
+        torch.addmm(out, a, b, beta=beta, out=out)
+    elif out.device.type == "cpu":  # a CPU has no such GEMM
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
+    else:  # out in another dtype than a and b: torch 2.10, github.com/pytorch/pytorch/pull/167931
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
+
+
+def is_by_amx(dy: torch.Tensor, x: torch.Tensor) -> bool:
+    """Return whether dy.T @ x is a product of kernels.native.weight_gradient: not in Triton's interpreter."""
+    return not INTERPRETED and takes(dy, x)
 
 
 class PackedWeight(Protocol):

@@ -25,7 +25,16 @@ import triton
 import triton.language as tl
 
 from kernels.native import training as native
-from kernels.ops.common import accumulator, choose_impl, chunk_size, launch_config, operator, widen
+from kernels.ops.common import (
+    accumulator,
+    add_product,
+    choose_impl,
+    chunk_size,
+    launch_config,
+    operator,
+    set_weight_gradient,
+    widen,
+)
 
 LOGITS_BYTES = 512 << 20  # of the one buffer: 8,320 rows of V=32000 in bf16, 2,048 of V=128256
 ROWS = 128  # chunks are multiples of a GEMM's tile
@@ -210,7 +219,7 @@ def _forward_cpu(x, weight, targets, weights, ignore_index, z_loss, label_smooth
     if want_dx:
         torch.mm(dlogits, weight, out=dx)
     if want_dw:
-        _add_product(dw if into is None else into, dlogits.T, x, beta=beta if into is not None else 0)
+        add_product(dw if into is None else into, dlogits.T, x, beta=beta if into is not None else 0)
     return (losses * row_weights).sum().float(), dx, dw
 
 
@@ -283,21 +292,8 @@ def _forward_in_chunks(
                 buffer[:, vocab:] = 0  # with AMX, oneDNN 3.12 multiplies the padding by 0, and NaN * 0 is NaN
             torch.mm(logits, weight, out=dx[chunk])
         if want_dw:
-            _add_product(total, logits.T, x_chunk, beta=1 if start else beta if into is not None else 0)
+            set_weight_gradient(total, logits, x_chunk, beta=1 if start else beta if into is not None else 0)
     return losses.sum(), dx, dw
-
-
-def _add_product(out, a, b, beta):
-    """Set out = beta * out + a @ b, summed in out's dtype, which may be fp32 for 16-bit a and b.
-
-    With beta 0 the old values of out are not read.
-    """
-    if out.dtype == a.dtype:
-        torch.addmm(out, a, b, beta=beta, out=out)
-    elif out.device.type == "cpu":  # a CPU has no such GEMM
-        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
-    else:  # out in another dtype than a and b: torch 2.10, github.com/pytorch/pytorch/pull/167931
-        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
 
 
 def _scaled_fake(x, scale, dtype):

@@ -17,7 +17,15 @@ import torch
 import torch.nn.functional as F
 
 from kernels.ops import low_rank as updates
-from kernels.ops.common import Weight, accumulator, dense, held_weight, hold_weight, weight_gradient
+from kernels.ops.common import (
+    Weight,
+    accumulator,
+    dense,
+    held_weight,
+    hold_weight,
+    set_weight_gradient,
+    weight_gradient,
+)
 from kernels.ops.low_rank import LowRank
 from kernels.ops.rms_norm import backward as norm_backward
 from kernels.ops.rms_norm import check_residual, choose_norm_impl, rms_norm_ref
@@ -152,7 +160,7 @@ def _weight_gradient_in_parts(weight, parts, into):
     old = None if into is None else into.grad
     grad, beta = (torch.empty_like(weight), 0) if old is None else (old, 1)  # beta 0: grad's values are not read
     for rows, dy, x in parts:
-        torch.addmm(grad[rows], dy.T, x, beta=beta, out=grad[rows])
+        set_weight_gradient(grad[rows], dy, x, beta)
     if into is None:
         return grad
     into.grad = grad

@@ -13,6 +13,7 @@ from pathlib import Path
 from data_gen.base.cli import run_for_reader
 from scripts.pages.adapters import adapters, adapters_row, cpu_adapter, cpu_adapter_row
 from scripts.pages.cpu_adamw import cpu_adamw, offloaded
+from scripts.pages.cpu_weight_gradient import cpu_weight_gradient
 from scripts.pages.data import data_gen, data_servers, data_speed, dedup, dedup_row
 from scripts.pages.decoding import decoding, decoding_row, spread
 from scripts.pages.demo import demo, demo_row
@@ -249,6 +250,10 @@ MEASUREMENTS = (
         script("scripts.speed.cpu_step", "cpu_speed_amx", ALPACA), cpu_speed,
     ),
     Measurement("cpu_speed_fp32", "Fine-tuning on a CPU without bf16", script(*CPU_FP32), cpu_speed),
+    Measurement(
+        "cpu_weight_gradient", "The gradient of a weight on a CPU with AMX",
+        script("scripts.speed.weight_gradient", "cpu_weight_gradient"), cpu_weight_gradient,
+    ),
     Measurement("cpu_adamw", "AdamW on a CPU", script("scripts.speed.adamw", "cpu_adamw"), cpu_adamw),
     Measurement("offload", "Offloaded updates on a CPU", script("scripts.speed.offload", "offload"), offloaded),
     Measurement(

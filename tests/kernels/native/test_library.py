@@ -10,6 +10,7 @@ import pytest
 
 from kernels.native import library, toolchain
 from kernels.native.library import NativeError, build_if_stale, check, load, why_missing
+from kernels.native.weight_gradient import has_amx
 
 HAS_CXX = shutil.which("g++") or shutil.which("clang++")
 
@@ -31,8 +32,9 @@ def run_info(tmp_path, **environment):
 def test_info_tells_the_instruction_set_in_use(tmp_path):
     part = run_info(tmp_path)["cpu"]
     assert part["in_use"] and "instruction set" in part["why"] and "built with" in part["why"]
+    assert ("and AMX" in part["why"]) == has_amx()
     part = run_info(tmp_path, CRIA_INSTRUCTION_SET="plain")["cpu"]
-    assert part["in_use"] and "instruction set plain" in part["why"]
+    assert part["in_use"] and "instruction set plain, " in part["why"]
 
 
 def test_info_tells_why_a_library_is_not_in_use(tmp_path):
