@@ -258,6 +258,18 @@ def test_a_state_answers_as_the_model_that_is_made_of_it(state, tmp_path):
     assert done.returncode == 2 and "pass --tokenizer to engine.export" in done.stderr
 
 
+def test_a_model_is_asked_under_the_day_that_its_run_was_trained_with(state, tmp_path):
+    """The run's tokenizer has the checkpoint's template, which asks for today's; the run itself learned a fixed day."""
+    shutil.copytree(small_model(), tmp_path / "dated")
+    template = "{{ strftime_now('%d %b %Y') }}{% for message in messages %} {{ message['content'] }}{% endfor %}"
+    broken(tmp_path / "dated" / "tokenizer_config.json", chat_template=template)
+    broken(state.parent / "run.json", "config", tokenizer=str(tmp_path / "dated"))
+    manifest("settings", prompt_style="template")(state)
+    here("--model", state, "--out", tmp_path / "new")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "new")
+    assert theirs.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "26 Jul 2024 Hi"
+
+
 def test_who_wants_a_model_is_told_how_to_make_one(state, tmp_path):
     save_checkpoint(state.parent, 100, {"a": torch.ones(1)}, {}, keep=2)
     for path, message in (
