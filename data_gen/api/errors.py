@@ -128,7 +128,8 @@ def extract_message(body: str) -> str:
         found = found.get("error") or find_choice_error(found) or found.get("detail") or found.get("message") or found
         if isinstance(found, dict):
             found = found.get("message") or found
-        return " ".join(str(found).split())[:300]
+        if said := " ".join(str(found).split()):  # blanks say nothing: the whole body then tells what there is
+            return said[:300]
     return " ".join(body.split())[:300] or "an empty answer"
 
 

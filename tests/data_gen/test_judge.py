@@ -1,6 +1,7 @@
 """data_gen.judge as a user runs it: biases are cancelled and told, nothing is paid for twice, figures hold."""
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -288,11 +289,11 @@ def test_the_cap_keeps_what_was_paid_for_and_a_larger_one_goes_on(files, whole, 
 
 
 def test_a_signal_ends_it_with_its_own_code_and_the_same_command_goes_on(files, tmp_path, capsys):
-    asked = []
+    asked, numbers = [], itertools.count(1)
 
     def answer(key, body):
         asked.append(key)
-        if len(asked) == 5:
+        if next(numbers) == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         return judge_fairly(key, body)
 

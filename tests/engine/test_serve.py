@@ -11,12 +11,17 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 
 from data_gen.judging.humans import read_votes
+from engine import serve
 from engine.base.errors import run_main
 from engine.serve import ServeConfig, load_services, main
+from engine.serving import listen
+from engine.serving.guard import LOOPBACK, Access
+from engine.serving.model_service import Limits
 from tests.helpers.comparisons import read_round, send
 from tests.helpers.forks import Started
 from tests.helpers.run import ROOT, forked
@@ -75,6 +80,26 @@ def test_what_cannot_be_served_is_told(capsys, tmp_path, words, told):
 def test_no_answer_goes_past_the_models_positions(asked, found):
     (service,) = load_services(ServeConfig(model=str(small_model()), device="cpu", max_length=asked, max_concurrency=1))
     assert service.limits.max_length == service.scheduler.max_length == found
+
+
+def test_who_may_use_the_server_and_how_long_is_as_the_flags_say(monkeypatch):
+    served = []
+    monkeypatch.setattr(listen, "listen", lambda *what: served.append(what))
+    monkeypatch.setattr(serve, "load_services", lambda config: [])
+    monkeypatch.setenv("SOME_KEY", " k3y\n")
+    words = ["--api-key-env", "SOME_KEY", "--max-body-bytes", "99", "--timeout", "2.5", "--port", "81"]
+    for host, hosts in (("::1", LOOPBACK), ("0.0.0.0", ())):
+        assert run_main(main, [*words, "--host", host]) == 0
+        server, *where = served.pop()
+        assert (server.access, where) == (Access(hosts, "k3y", 99, 2.5), [host, 81])
+
+
+def test_what_is_asked_of_both_models_is_what_the_shorter_one_takes(tmp_path):
+    compare = serve.prepare_comparison(ServeConfig(compare_with=("b",), votes=str(tmp_path / "v")))
+    services = [SimpleNamespace(name=name, limits=Limits(max_length=n)) for name, n in (("a", 90), ("b", 60))]
+    made = [compare(some, Access()) for some in (services, services[::-1])]
+    assert [one.longest for one in made] == [60, 60] and [one.names for one in made] == [("a", "b"), ("b", "a")]
+    made[0].votes.close()
 
 
 def test_a_port_in_use_is_told(capsys):

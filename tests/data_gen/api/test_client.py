@@ -268,6 +268,7 @@ MESSAGES = {
     "null": ("null", "null"),
     "a number": ("5", "5"),
     "empty": (" \n", "an empty answer"),
+    "blanks": ('{"error": {"message": " \\n"}}', '{"error": {"message": " \\n"}}'),
     "cut": ('{"error": {"mess', '{"error": {"mess'),
 }
 

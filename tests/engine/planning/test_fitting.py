@@ -1,12 +1,14 @@
 """The largest micro-batch, the mesh and the cheapest savings that fit."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.base.flags import parse_flags
 from engine.model.config import MODELS
 from engine.planning.cards import GIB
 from engine.planning.fitting import (
@@ -24,6 +26,7 @@ from engine.planning.fitting import (
 )
 from engine.planning.memory import BatchShape, memory
 from engine.planning.setting import Setting
+from engine.training.config import FinetuneConfig
 from tests.helpers.planning import DTYPES
 
 MODEL = MODELS["tinyllama-1.1b"]
@@ -150,6 +153,16 @@ def test_the_cheapest_ways_fit_and_need_each_of_their_changes(gib):
             less = dataclasses.replace(fit.setting, **{name: getattr(setting, name)})
             tokens = find_largest_micro_batch(MODEL, less, available, limits)
             assert tokens < (512 if "--micro-batch-tokens" in fit.flags[0] else 4000)
+
+
+def test_what_is_proposed_is_what_finetune_takes():
+    proposed = set()
+    for step, gib in itertools.product((512, 2048), (4, 5, 6, 7, 9, 14, 20)):
+        limits, wish = Limits(step, step_tokens=step), {"tokens": step, "least_tokens": 512}
+        for fit in find_cheapest_fits(MODEL, Setting(), gib * GIB, limits, **wish):
+            parse_flags(FinetuneConfig, ["--model", "m", "--data", "d", *" ".join(fit.flags).split()])
+            proposed |= set(fit.flags)
+    assert {saving.flags for saving in SAVINGS if saving.field != "recompute"} <= proposed
 
 
 def price_of(fit):

@@ -375,6 +375,8 @@ def test_who_comes_when_the_queue_is_full_is_told_when_to_come_again(tmp_path):
     try:
         status, headers, body = running.send("/v1/chat/completions", {"messages": ASK, "n": 3})
         assert status == 503 and headers["Retry-After"] == "1" and b"queue_full" in body
+        status, _, body = running.send("/v1/chat/completions", {"messages": ASK, "n": 2, "max_tokens": 2})
+        assert status == 200, body  # one that is written and one that waits
     finally:
         running.close()
 
