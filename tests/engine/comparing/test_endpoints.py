@@ -170,7 +170,9 @@ def test_a_vote_ends_a_round_that_is_still_being_written(votes):
     assert read_rows(votes)[0]["stopped"] is True
 
 
-def test_a_failing_or_full_model_ends_the_round(votes):
+@pytest.mark.parametrize("order", [0, 1])
+def test_a_failing_or_full_model_ends_the_round(order, votes, monkeypatch):
+    monkeypatch.setattr(endpoints.secrets, "randbelow", lambda n: order)
     other = Told("fine", hangs=True), Told("fine", hangs=True)
     contestants = (
         Scripted("alpaca", *other),
