@@ -247,7 +247,7 @@ MEASUREMENTS = (
     ),
     Measurement(
         "cpu_speed_amx", "Fine-tuning on a CPU with AMX",
-        script("scripts.speed.cpu_step", "cpu_speed_amx", ALPACA), cpu_speed,
+        script("scripts.speed.cpu_step", "cpu_speed_amx", f"{ALPACA} --dtypes bf16"), cpu_speed,
     ),
     Measurement("cpu_speed_fp32", "Fine-tuning on a CPU without bf16", script(*CPU_FP32), cpu_speed),
     Measurement(
@@ -258,7 +258,7 @@ MEASUREMENTS = (
     Measurement("offload", "Offloaded updates on a CPU", script("scripts.speed.offload", "offload"), offloaded),
     Measurement(
         "decoding", "Decoding on a CPU",
-        script("scripts.speed.decoding", "decoding", "--gguf smollm2-bf16.gguf --threads 1 --tokens 16 --rounds 3"),
+        script("scripts.speed.decoding", "decoding", "--gguf smollm2-bf16.gguf --tokens 32 --rounds 5"),
         decoding, decoding_row,
     ),
     Measurement(

@@ -13,8 +13,8 @@ def decoding(figures):
     lines = [
         paragraph(
             "SmolLM2-135M answers one prompt greedily in bf16. All take turns; a figure is the time from the first "
-            f"token of an answer to its last, of {figures['tokens']}. Other programs ran on the machine, whose load is "
-            "told: waiting for each other, threads then lose more time than they work, so CPU milliseconds of all "
+            f"token of an answer to its last, of {figures['tokens']}. The machine's load is told: where other "
+            "programs run, threads that wait for each other lose more time than they work, so CPU milliseconds of all "
             "threads stand beside the time on the clock. The last column counts the tokens with which an answer begins "
             "as the same weights in fp32 give them."
         ),
