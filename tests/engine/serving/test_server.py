@@ -448,10 +448,18 @@ def test_shutting_down_tells_whoever_waits(tmp_path):
     events: list[bytes] = []
     body = {"messages": ASK, "max_tokens": 280, "stream": True, "logit_bias": {}}
     reader = threading.Thread(target=lambda: events.append(running.send("/v1/chat/completions", body)[2]))
+    has_begun, is_told, real = threading.Event(), threading.Event(), running.service.scheduler._decode
+
+    def decode(*args):
+        has_begun.set()
+        assert is_told.wait(120)
+        return real(*args)
+
+    running.service.scheduler._decode = decode
     reader.start()
-    while not running.service.load().answer_tokens:
-        time.sleep(0.01)
+    assert has_begun.wait(120)
     running.service.is_stopping = True
+    is_told.set()
     reader.join()
     assert b"[DONE]" in events[0] or b"shutting down" in events[0]
     assert running.send("/health")[0] == 503
