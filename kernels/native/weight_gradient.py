@@ -20,7 +20,7 @@ def has_amx() -> bool:
 
 
 def takes(dy: torch.Tensor, x: torch.Tensor) -> bool:
-    """Return whether add_weight_gradient() takes dy and x here: bf16 on a CPU with AMX, rows that are contiguous."""
+    """Return whether write_weight_gradient() takes dy and x here: bf16 on a CPU with AMX, rows that are contiguous."""
     is_bf16 = dy.dtype == x.dtype == torch.bfloat16 and dy.device.type == x.device.type == "cpu"
     return is_bf16 and dy.stride(1) == x.stride(1) == 1 and has_amx()
 
