@@ -6,7 +6,8 @@ torch's way to update a bf16 parameter in the host's memory is three passes: the
 torch.optim.AdamW(fused=True) updates an fp32 master, and the master is copied to bf16. The copy rate is that of
 torch's copy_ between two fp32 tensors, bytes read and written. All take turns, so ratios are of neighbours in time, and
 seconds are the process's CPU seconds in one thread: other programs may share the machine, and a thread that waits for
-another one spins. Bytes are those that kernels/ops/adamw.py's table says an update moves.
+another one spins. Where the system places a tensor moves its figure by some per cent, so that all are made anew several
+times. Bytes are those that kernels/ops/adamw.py's table says an update moves.
 """
 
 import itertools
@@ -14,6 +15,7 @@ import json
 import sys
 import time
 from argparse import Namespace
+from collections import defaultdict
 
 import torch
 
@@ -97,7 +99,8 @@ def measure_in_turns(n: int, rounds: int) -> dict[str, list[float]]:
 def parse_arguments() -> Namespace:
     parser = new_json_parser(__doc__)
     parser.add_argument("--parameters", type=int, default=50_000_000)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help="with the same tensors")
+    parser.add_argument("--times", type=int, default=4, help="that all tensors are made anew")
     parser.add_argument("--steps", type=int, default=1000, help="steps in which all bits are compared")
     parser.add_argument("--sizes", type=int, nargs="+", default=[4353, 8192], help="of the compared tensors")
     return parser.parse_args()
@@ -111,7 +114,10 @@ def main() -> None:
     }
     print(json.dumps(equal, indent=1), flush=True)
     torch.set_num_threads(1)
-    n, seconds = args.parameters, measure_in_turns(args.parameters, args.rounds)
+    n, seconds = args.parameters, defaultdict(list)
+    for _ in range(args.times):
+        for name, took in measure_in_turns(n, args.rounds).items():
+            seconds[name] += took
     copy_rates = [8 * n / s for s in seconds["copy"]]
     figures = {}
     for (master, states), moved in BYTES.items():
@@ -124,7 +130,8 @@ def main() -> None:
         }  # fmt: skip
     result = {
         "what": "AdamW of csrc/cpu against copies to and from fp32 and torch's fused AdamW, in turns",
-        "parameters": n, "rounds": args.rounds, "steps": args.steps, "equal_steps": equal, "sizes": args.sizes,
+        "parameters": n, "rounds": args.rounds, "times": args.times, "steps": args.steps, "equal_steps": equal,
+        "sizes": args.sizes,
         "copy_gb_per_s": summarize(rate / 1e9 for rate in copy_rates), "torch_s": summarize(seconds["torch"]),
         "figures": figures, "instruction_set": load_cpu().cria_instruction_set().decode(), **describe_cpu(),
         "threads": torch.get_num_threads(), "torch": torch.__version__, "date": today(),

@@ -21,13 +21,12 @@ Two<vu> load_halves(const uint16_t* from) {  // in the upper halves of the lanes
 }
 
 template <bool PAIRED>
-void store_halves(uint16_t* to, Two<vu> x) {  // the upper halves of the lanes
-    if (PAIRED) {
-        store(to, (x.a >> 16) | (x.b & 0xFFFF0000u));
-    } else {
-        store(to, __builtin_convertvector(x.a >> 16, vh));
-        store(to + LANES, __builtin_convertvector(x.b >> 16, vh));
-    }
+void store_halves(uint16_t* to, Two<vu> x, bool past_caches = false) {  // the upper halves of the lanes
+    vu words;
+    if (PAIRED) words = (x.a >> 16) | (x.b & 0xFFFF0000u);
+    else words = join(__builtin_convertvector(x.a >> 16, vh), __builtin_convertvector(x.b >> 16, vh));
+    if (past_caches) store_past_caches(to, words);
+    else store(to, words);
 }
 
 template <bool PAIRED>
@@ -51,8 +50,6 @@ vu quiet_bits(vf x, bool is_finite) {  // one NaN for all
     return is_finite ? (vu)x : (vu)(x == x ? x : fill(__builtin_nanf("")));
 }
 
-vi not_finite(vf x) { return ((vi)x & 0x7F800000) == 0x7F800000; }
-
 vu round_at_random(vf x, vu random, bool is_finite) {
     return quiet_bits(x, is_finite) + (is_finite ? random : random & (vu)~not_finite(x));
 }
@@ -70,6 +67,7 @@ struct Streams {  // where the parts of one block lie
     void *m, *v;
     uint16_t* low;
     float* master;
+    bool past_caches;  // param, which MASTER_FP32 only writes: no cache line of it is fetched to be overwritten
 };
 
 template <int GRAD, bool PAIRED>
@@ -96,7 +94,7 @@ void store_master(const Streams& s, int i, Two<vf> p, bool is_finite, const Rand
         store_floats<PAIRED>(static_cast<float*>(s.param) + i, p);
     } else if (MASTER == MASTER_FP32) {
         store_floats<PAIRED>(s.master + i, p);
-        store_halves<PAIRED>(param, {round_to_even(p.a, is_finite), round_to_even(p.b, is_finite)});
+        store_halves<PAIRED>(param, {round_to_even(p.a, is_finite), round_to_even(p.b, is_finite)}, s.past_caches);
     } else if (MASTER == MASTER_SPLIT) {
         const Two<vu> bits = {quiet_bits(p.a, is_finite), quiet_bits(p.b, is_finite)};
         store_halves<PAIRED>(s.low + i, {bits.a << 16, bits.b << 16});
@@ -112,7 +110,7 @@ struct States {  // m or v of one block
     void* data;
     float* absmax;          // of 8-bit states
     const DynamicMap* map;  // likewise
-    float wide[BLOCK];      // the new numbers of 8-bit states, as encode takes them
+    alignas(64) float wide[BLOCK];  // the new numbers of 8-bit states, as encode takes them
 };
 
 template <int STATES>
@@ -200,10 +198,10 @@ void update_block(const AdamW& a, const Settings& settings, const Maps* maps, co
         settings.update(g.a, &m.a, &v.a, &p.a);
         settings.update(g.b, &m.b, &v.b, &p.b);
         // A finite sum has finite terms.
-        const bool is_finite = !any(not_finite((m.a + v.a + p.a) + (m.b + v.b + p.b)));
-        store_master<MASTER, PAIRED>(s, i, p, is_finite, for_p);
-        store_state<STATES>(m_of, i, m, is_finite, for_m);
-        store_state<STATES>(v_of, i, v, is_finite, for_v);
+        const bool all_finite = is_finite((m.a + v.a + p.a) + (m.b + v.b + p.b));
+        store_master<MASTER, PAIRED>(s, i, p, all_finite, for_p);
+        store_state<STATES>(m_of, i, m, all_finite, for_m);
+        store_state<STATES>(v_of, i, v, all_finite, for_v);
         if (STATES == STATES_8BIT && n == BLOCK) {
             m_most.add(m.a), m_most.add(m.b);
             v_most.add(v.a), v_most.add(v.b);
@@ -238,6 +236,7 @@ void update(const AdamW& a, const Maps* maps, int64_t first, int64_t last) {
         const Streams s = {
             move(a.param, begin * param_bytes), move(a.grad, begin * grad_bytes), move(a.m, begin * state_bytes),
             move(a.v, begin * state_bytes), move(a.low, begin * 2), move(a.master, begin * 4),
+            is_aligned(a.param, VECTOR_BYTES),
         };
         if (n == BLOCK) {
             update_block<GRAD, STATES, MASTER>(a, settings, maps, s, begin, BLOCK);
@@ -248,7 +247,7 @@ void update(const AdamW& a, const Maps* maps, int64_t first, int64_t last) {
         uint16_t low[BLOCK] = {};
         float master[BLOCK] = {};
         if (STATES == STATES_8BIT) std::memset(m, 127, BLOCK);
-        const Streams local = {param, grad, m, v, low, master};
+        const Streams local = {param, grad, m, v, low, master, false};
         std::memcpy(param, s.param, n * param_bytes);
         std::memcpy(grad, s.grad, n * grad_bytes);
         std::memcpy(m, s.m, n * state_bytes);
@@ -290,5 +289,6 @@ void choose_states(const AdamW& a, int64_t first, int64_t last) {
 namespace ISA {
 void adamw_blocks(const AdamW& a, int64_t first, int64_t last) {
     a.grad_type == GRAD_FP32 ? choose_states<GRAD_FP32>(a, first, last) : choose_states<GRAD_BF16>(a, first, last);
+    finish_stores_past_caches();
 }
 }  // namespace ISA

@@ -8,11 +8,17 @@ namespace {
 
 constexpr float TINY = 1.17549435e-38f;  // 2^-126: the least maximum with a finite inverse
 
+struct Line {  // of each ratio: its rank is the lesser of ratio slope + intercept and `most`, where the piece ends
+    vf slope, intercept, most;
+};
+
+vf most_of(vf intercept) { return intercept * 2.25f - 0.5f; }
+
 #if defined(__AVX512F__)
 // The linear piece of a ratio in [0, 2): what its exponent tells, or the next one. Pieces begin a decade apart, so that
 // each power of two holds the beginning of one at most. Below 2^-24 no piece begins but the second.
 class Pieces {
-    __m512 slopes, intercepts, bounds[2];
+    __m512 slopes, intercepts, mosts, bounds[2];
     __m512i first[2];
 
    public:
@@ -32,16 +38,17 @@ class Pieces {
         std::memcpy(first, before, sizeof first);
         std::memcpy(&slopes, lines[0], sizeof slopes);
         std::memcpy(&intercepts, lines[1], sizeof intercepts);
+        mosts = (__m512)most_of((vf)intercepts);
     }
 
-    void choose(vf ratio, vf* slope, vf* intercept) const {
+    Line choose(vf ratio) const {
         const vi exponent = (vi)ratio >> 23;
         const __m512i place = (__m512i)(exponent > LEAST ? exponent : LEAST - vi{});
         const __m512 bound = _mm512_permutex2var_ps(bounds[0], place, bounds[1]);
         const vi begun = (vi)(ratio >= (vf)bound);
         const __m512i piece = (__m512i)((vi)_mm512_permutex2var_epi32(first[0], place, first[1]) - begun);
-        *slope = (vf)_mm512_maskz_permutexvar_ps(0xFFFF, piece, slopes);
-        *intercept = (vf)_mm512_maskz_permutexvar_ps(0xFFFF, piece, intercepts);
+        const auto look_up = [&](__m512 table) { return (vf)_mm512_maskz_permutexvar_ps(0xFFFF, piece, table); };
+        return {look_up(slopes), look_up(intercepts), look_up(mosts)};
     }
 
    private:
@@ -60,44 +67,45 @@ class Pieces {
         }
     }
 
-    void choose(vf ratio, vf* slope, vf* intercept) const {
-        *slope = slopes[0], *intercept = intercepts[0];
+    Line choose(vf ratio) const {
+        vf slope = slopes[0], intercept = intercepts[0];
         for (int piece = 1; piece < DECADES; piece++) {
             const vi begun = ratio >= starts[piece];
-            *slope = begun ? slopes[piece] : *slope;
-            *intercept = begun ? intercepts[piece] : *intercept;
+            slope = begun ? slopes[piece] : slope;
+            intercept = begun ? intercepts[piece] : intercept;
         }
+        return {slope, intercept, most_of(intercept)};
     }
 };
 #endif
 
-// The codes of a vector of numbers; inverse is 1 over the block's maximum.
+// The codes of a vector of numbers, or, if they are unsigned and so at least 0, one more than their codes; inverse is 1
+// over the block's maximum.
 template <bool SIGNED>
 vi find_codes(vf value, vf inverse, const Pieces& pieces) {
-    const vf ratio = (vf)((vu)value & 0x7FFFFFFFu) * inverse;
-    vf slope, intercept;
-    pieces.choose(ratio, &slope, &intercept);
-    const vf exact = ratio * slope + intercept, most = intercept * 2.25f - 0.5f;
-    const vi rank = __builtin_convertvector((exact < most ? exact : most), vi);
-    if (!SIGNED) return rank - 1;
-    const vi is_negative = value < vf{};
-    const vi code = 127 + ((rank ^ is_negative) - is_negative);
-    return code & (code >= 0);  // there is no -1
+    const vf ratio = (SIGNED ? (vf)((vu)value & 0x7FFFFFFFu) : value) * inverse;
+    const Line line = pieces.choose(ratio);
+    const vf exact = ratio * line.slope + line.intercept;
+    const vi rank = __builtin_convertvector((exact < line.most ? exact : line.most), vi);
+    if (!SIGNED) return rank;
+    const vi below = 127 - rank;
+    return value < vf{} ? (below > 0 ? below : vi{}) : 127 + rank;  // there is no -1
 }
 
 // Codes of a block of numbers, of which each 2 x LANES are their even places, then their odd ones. The maximum was found
 // before.
 template <bool SIGNED>
-void encode(const float* x, float absmax, const Pieces& pieces, uint8_t* codes) {
+void encode(const float* x, float absmax, const Pieces& of_map, uint8_t* codes) {
     if (!(absmax >= TINY && absmax < __builtin_inff())) {
         std::memset(codes, SIGNED ? 127 : 0, BLOCK);
         return;
     }
     const vf inverse = fill(1 / absmax);
+    const Pieces pieces = of_map;  // which no store to codes changes, as the compiler sees
     for (int i = 0; i < BLOCK; i += 2 * LANES) {
         const vi even = find_codes<SIGNED>(load<vf>(x + i), inverse, pieces);
         const vi odd = find_codes<SIGNED>(load<vf>(x + i + LANES), inverse, pieces);
-        store(codes + i, __builtin_convertvector(even | (odd << 8), vh));
+        store(codes + i, __builtin_convertvector(even + (odd << 8) - (SIGNED ? 0 : 0x0101), vh));
     }
 }
 

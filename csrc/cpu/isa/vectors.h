@@ -47,6 +47,37 @@ inline void store(T* to, V x) {
     std::memcpy(to, &x, sizeof x);
 }
 
+inline vu join(vh a, vh b) {  // the numbers of a, then those of b
+#if defined(__AVX512F__)
+    return (vu)_mm512_inserti64x4(_mm512_castsi256_si512((__m256i)a), (__m256i)b, 1);
+#elif defined(__AVX2__)
+    return (vu)_mm256_set_m128i((__m128i)b, (__m128i)a);
+#else
+    vu x;
+    std::memcpy(&x, &a, sizeof a);
+    std::memcpy((char*)&x + sizeof a, &b, sizeof b);
+    return x;
+#endif
+}
+
+// Write what nobody reads soon straight to memory. `to` is a multiple of VECTOR_BYTES. Another thread may read it after
+// finish_stores_past_caches().
+inline void store_past_caches(void* to, vu x) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512((__m512i*)to, (__m512i)x);
+#elif defined(__AVX2__)
+    _mm256_stream_si256((__m256i*)to, (__m256i)x);
+#else
+    store(to, x);
+#endif
+}
+
+inline void finish_stores_past_caches() {
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
+}
+
 inline vf fill(float x) { return x - vf{}; }
 inline vu fill_bits(uint32_t x) { return x - vu{}; }
 
@@ -130,6 +161,16 @@ inline bool any(vi mask) {
     int32_t all = 0;
     for (int i = 0; i < LANES; i++) all |= mask[i];
     return all != 0;
+#endif
+}
+
+inline vi not_finite(vf x) { return ((vi)x & 0x7F800000) == 0x7F800000; }
+
+inline bool is_finite(vf x) {  // whether all are
+#if defined(__AVX512F__)
+    return !_mm512_fpclass_ps_mask((__m512)x, 0x99);  // 0x99: NaN of both kinds, Inf of both signs
+#else
+    return !any(not_finite(x));
 #endif
 }
 
