@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engine.base.errors import DataError
-from engine.base.files import make_json_safe, read_json, write_atomically, write_json
+from engine.base.files import make_json_safe, read_json, sync_file, write_atomically, write_json
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -21,13 +21,17 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_temporary(call, tmp_path,
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
 
 
-def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    calls = []
-    for name in ("fsync", "replace"):
-        real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (calls.append(name), real(*args)))
+def test_all_of_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """What Python still buffers when the system is asked to sync would not be on the disk."""
+    calls, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(os.fstat(fd).st_size), sync(fd)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("replace"), replace(*paths)))
     write_atomically(tmp_path / "file", [b"a", b"b"])
-    assert calls == ["fsync", "replace"] and (tmp_path / "file").read_bytes() == b"ab"
+    assert calls == [2, "replace"] and (tmp_path / "file").read_bytes() == b"ab"
+    with (tmp_path / "text").open("w") as file:
+        file.write("\u00e9")
+        sync_file(file)
+        assert calls[2:] == [2]
 
 
 def test_json_comes_back_and_what_is_no_object_is_damage(tmp_path):

@@ -4,6 +4,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import pytest
 import torch.distributed as dist
 
 from engine.distributed import world
@@ -71,6 +72,25 @@ def test_a_rank_is_silent_when_its_watchdog_is_and_not_when_it_works_for_long(mo
     wait_for(lambda: ended)
     dogs[0].stop()
     assert ended == [1] and "rank 1 has not been heard of for 0 s, last at step 7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lateness", [(0, 3, 1), (0, 1, 3), (0, 3, 3), (0, 0, 1)])
+def test_of_several_silent_ranks_the_one_silent_longest_is_named_with_its_place(lateness, monkeypatch):
+    """Ranks that waited for it may have been ended since."""
+    now = [0.0]
+    monkeypatch.setattr(world, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    store = dist.HashStore()
+    dog = Watchdog.__new__(Watchdog)  # without its thread
+    dog.world, dog.timeout_s, dog.seen = SimpleNamespace(rank=0, size=3, store=store), 10.0, {}
+    for second in range(12 + max(lateness)):
+        now[0] = float(second)
+        for rank in (1, 2):
+            if second <= max(lateness) - lateness[rank]:
+                store.set(f"beat/{rank}", f"{second} step {second} of {rank}")
+        found = dog.find_silent()
+    silent = max((1, 2), key=lambda rank: lateness[rank])
+    last = max(lateness) - lateness[silent]
+    assert found == (silent, f"step {last} of {silent}", now[0] - last)
 
 
 def test_stop_waits_for_a_report_that_is_under_way():

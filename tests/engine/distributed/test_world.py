@@ -4,10 +4,12 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
+import torch.distributed as dist
 from torch.distributed import HashStore
 
 from engine.base.errors import CriaError, OtherRankFailed, UsageError
-from engine.distributed.world import MAIN_FAILED, World
+from engine.distributed.world import MAIN_FAILED, World, start_ranks
 
 
 class Rank(World):
@@ -92,6 +94,26 @@ def test_ranks_that_wait_for_rank_0_can_see_that_it_failed(failing):
         return world.store.check([MAIN_FAILED])
 
     assert on_ranks(2, work) == [failing == 0] * 2
+
+
+@pytest.mark.parametrize(("local", "is_taken"), [(0, True), (1, True), (2, False), (3, False)])
+def test_a_rank_has_a_gpu_of_its_own_or_is_refused(local, is_taken, monkeypatch):
+    """Before it waits for the others, who would wait for it."""
+    for name, value in {"WORLD_SIZE": 4, "RANK": local, "LOCAL_RANK": local}.items():
+        monkeypatch.setenv(name, str(value))
+
+    def meet(*_, **__):
+        raise ConnectionError("nobody is there")
+
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(dist, "rendezvous", meet)
+    refused = UsageError, f"LOCAL_RANK is {local}, this machine has 2 GPUs"
+    error, text = (ConnectionError, "nobody is there") if is_taken else refused
+    with pytest.raises(error, match=text), start_ranks("cuda", 1.0):
+        pass
+    assert taken == ([local] if is_taken else [])
 
 
 def test_one_rank_works_without_a_store():

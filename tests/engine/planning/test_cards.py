@@ -8,12 +8,36 @@ import pytest
 import torch
 
 from engine.base.errors import DataError
-from engine.planning.cards import CARDS, GIB, change_card, detect_card, find_card, find_rates, find_reports
+from engine.planning.cards import (
+    CARDS,
+    GIB,
+    change_card,
+    detect_card,
+    find_card,
+    find_card_by_device_name,
+    find_rates,
+    find_reports,
+)
 
 
 @pytest.mark.parametrize("name", ["rtx 4090", "RTX4090", "4090", "a100-80", "A100 40", "h100"])
 def test_cards_are_found_by_the_names_people_give_them(name):
     assert find_card(name).name in CARDS
+
+
+@pytest.mark.parametrize(
+    ("device_name", "found"),
+    [
+        *((f"NVIDIA {card.device.removeprefix('NVIDIA ')}", card.name) for card in CARDS.values()),
+        *((f"NVIDIA GeForce {name}", None) for name in (
+            "RTX 3060 Ti", "RTX 3090 Ti", "RTX 4060 Ti", "RTX 4080 SUPER", "RTX 4090 Laptop GPU", "RTX 5080",
+        )),
+        ("NVIDIA H100 NVL", None), ("NVIDIA H200 NVL", None), ("NVIDIA H100 PCIe", None), ("NVIDIA GB10", None),
+    ],
+)  # fmt: skip
+def test_a_kind_of_another_size_or_clock_is_not_taken_for_the_card_whose_name_it_has(device_name, found):
+    card = find_card_by_device_name(device_name)
+    assert (card and card.name) == found
 
 
 def test_another_card_is_described_by_its_figures():

@@ -31,4 +31,6 @@ def test_all_problems_of_a_mesh_are_named_at_once():
     problems = find_mesh_problems(3, 2, 128, True)
     for text, problem in zip(("pass 126 or 129", "wanted one of 1, 3", "is not projected"), problems, strict=True):
         assert text in problem
-    assert find_mesh_problems(65, 2, 128, False) == ["--gpus is 65, wanted 1 to 64"]
+    assert find_mesh_problems(1, 1, 128, False) == find_mesh_problems(64, 2, 128, False) == []
+    for n_cards in (-1, 0, 65):
+        assert find_mesh_problems(n_cards, 2, 128, False) == [f"--gpus is {n_cards}, wanted 1 to 64"]

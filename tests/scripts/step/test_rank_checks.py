@@ -1,5 +1,6 @@
 """Checks of ranks on one device: what is wrong or not possible is reported as such."""
 
+import math
 import os
 
 import pytest
@@ -14,6 +15,17 @@ from tests.helpers.forks import Started
 @pytest.fixture
 def variant():
     return Variant("tinyllama-1.1b", steps=2, warmup=1)
+
+
+@pytest.mark.parametrize(
+    ("value", "is_right"), [(0.0, True), (1.0, True), (1.001, False), (math.inf, False), (math.nan, False)]
+)
+def test_a_difference_over_the_most_that_is_wanted_is_told_and_nan_is_one(value, is_right):
+    if is_right:
+        assert rank_checks.check_difference("losses", value, 1.0) == value
+    else:
+        with pytest.raises(Differs, match=r"losses: .* apart, wanted at most 1\.00e\+00"):
+            rank_checks.check_difference("losses", value, 1.0)
 
 
 def test_a_state_that_is_read_back_otherwise_is_told(variant, monkeypatch):
