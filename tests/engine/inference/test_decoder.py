@@ -7,8 +7,11 @@ import torch
 
 import engine.inference.generation as generation
 from engine.inference import decoder
+from engine.inference.answers import answer_prompts
 from engine.inference.decoder import MAX_ROWS, find_decoder
 from engine.inference.kv_cache import KVCache, pack_prompts
+from engine.inference.sampling import Sampling
+from engine.model.adapter import AdapterConfig
 from engine.model.config import ModelConfig, RopeScaling
 from engine.model.llama import new_model
 from kernels.native.cpu import find_cpu
@@ -136,7 +139,7 @@ def test_what_it_does_not_take_is_left_to_torch(monkeypatch):
     assert found(model) and found(model, batch=MAX_ROWS) and found(make(BASE, torch.bfloat16))
     assert found(model, batch=MAX_ROWS + 1) and not found(model, grad=True)
     assert not found(make(BASE, torch.float16)) and not found(make(BASE, torch.float64))
-    assert not found(new_model(BASE, "cpu", torch.float32, "triton"))
+    assert not any(found(new_model(BASE, "cpu", torch.float32, impl)) for impl in ("triton", "ref"))
     mixed = make(BASE, torch.bfloat16)
     mixed.norm.data = mixed.norm.data.float()
     assert not found(mixed)
@@ -145,6 +148,21 @@ def test_what_it_does_not_take_is_left_to_torch(monkeypatch):
     assert not found(strided)
     monkeypatch.setattr(decoder, "find_cpu", lambda: None)
     assert not found(model)
+
+
+@pytest.mark.parametrize("targets", [("q_proj",), ("down_proj",)])
+@torch.no_grad()
+def test_answers_under_an_adapter_are_the_adapters_from_the_first_token_to_the_last(targets):
+    model = new_model(BASE, "cpu", torch.float32, adapter=AdapterConfig(r=4, alpha=8.0, targets=targets))
+    model.init_weights(0)
+    for p in model.parameters():
+        p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) / 4)
+    wanted = [5, 17]
+    for _ in range(8):
+        wanted.append(int(model.logits(model(torch.tensor(wanted)))[-1].argmax()))
+    assert generation.generate(model, [wanted[:2]], set(), 8) == [wanted[2:]]
+    (answer,) = answer_prompts(model, [wanted[:2]], set(), 8, Sampling(), 1)
+    assert answer.ids == wanted[2:] and find_decoder(model, KVCache(BASE, 1, 8, p.device, p.dtype)) is None
 
 
 def test_a_token_or_a_place_that_there_is_none_of_is_refused():
