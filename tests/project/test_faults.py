@@ -147,7 +147,7 @@ STOPS = [
     ("SIGTERM", "before(Transformer, 'loss', 8, term)", 3),  # within step 4: as if it had not begun
     ("SIGINT", "before(packing, 'collate', 10, term)", None),
     ("SIGTERM", "before(evaluation, 'evaluate', 1, term)", 6),
-    ("SIGHUP", "before(Transformer, 'loss', 12, term); before(saver, 'write_safetensors', 1, term)", 8),  # twice
+    ("SIGHUP", "before(Transformer, 'loss', 6, term); before(saver, 'write_safetensors', 1, term)", 7),  # twice
 ]
 
 

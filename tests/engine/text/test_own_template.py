@@ -61,9 +61,15 @@ MARKED = (
     "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+ASKING = (  # what is not given is none, as by transformers: Llama 3.1 writes an environment where it is not
+    "{% if tools is not none %}<|im_start|>system\nYou have {{ tools | length }} tools.<|im_end|>\n{% endif %}"
+    "{% if documents is not none %}<|im_start|>system\nRead {{ documents }}.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{% if m.name is defined or m.tool_calls is defined %}!{% endif %}{{ m.role }}\n"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 TEMPLATES = {
     "smollm": ("chatml", SMOLLM), "dated": ("llama3", DATED), "vicuna": ("llama2", VICUNA), "plain": ("llama2", PLAIN),
-    "marked": ("chatml", MARKED),
+    "marked": ("chatml", MARKED), "asking": ("chatml", ASKING),
 }  # fmt: skip
 each = pytest.mark.parametrize("name", TEMPLATES)
 
@@ -117,6 +123,7 @@ LEARNED = {  # of both answers of CHAT
     "vicuna": ["  Yes. </s>", " So.</s>"],
     "plain": ["  Yes. \n", " So.\n"],
     "marked": [" Yes. <|im_end|>", "So.<|im_end|>"],
+    "asking": [" Yes. <|im_end|>", "So.<|im_end|>"],
 }
 
 
