@@ -20,6 +20,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from kernels.native.weight_gradient import write_weight_gradient
+from kernels.ops.common import is_by_amx, weight_gradient
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -121,7 +124,7 @@ def gradient_of_u(dy: torch.Tensor, low_rank: LowRank, first_row: int = 0) -> to
 def gradients_of_b(dy: torch.Tensor, u: torch.Tensor, low_rank: LowRank, first_row: int = 0) -> list[torch.Tensor]:
     """Return dB (n_i, r_i) of each part that lies in dy (T, N'), the columns from first_row."""
     return [
-        _set_product(torch.empty_like(b), scale, dy[:, rows].T, u[:, ranks])
+        _gradient_of_b(dy[:, rows], u[:, ranks], b, scale)
         for rows, ranks, b, scale in _parts_in(low_rank, first_row, dy.shape[1])
     ]
 
@@ -135,7 +138,19 @@ def add_gradient_of_h(dh: torch.Tensor | None, du: torch.Tensor, low_rank: LowRa
 
 def gradient_of_a(du: torch.Tensor, h: torch.Tensor, low_rank: LowRank) -> torch.Tensor:
     """Return dA (R, D) = du^T drop(h)."""
-    return du.T @ low_rank.drop(h)
+    grad = weight_gradient(du, low_rank.drop(h), None)
+    assert grad is not None
+    return grad
+
+
+def _gradient_of_b(dy, u, b, scale):
+    """Return scale dy^T u, like b. AMX takes it turned, u^T dy: its right operand needs no transposition."""
+    grad = torch.empty_like(b)
+    if not is_by_amx(u, dy):
+        return _set_product(grad, scale, dy.T, u)
+    turned = torch.empty(u.shape[1], dy.shape[1])
+    write_weight_gradient(turned, u, dy, is_added=False)
+    return torch.mul(turned.T, scale, out=grad)
 
 
 def _set_product(out, scale, x, y):

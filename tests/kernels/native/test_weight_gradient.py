@@ -5,7 +5,7 @@ import torch
 
 import kernels
 from kernels.native import weight_gradient as native
-from kernels.ops import common
+from kernels.ops import common, low_rank
 from tests.helpers.native import run_sanitized
 
 pytestmark = pytest.mark.skipif(not native.has_amx(), reason="needs a processor with AMX")
@@ -114,3 +114,29 @@ def test_sanitizers_find_nothing(tmp_path_factory):
     assert run_sanitized(folder, "weight_gradient") == "60 calls\n"
     with pytest.raises(AssertionError, match="SEGV on unknown address"):
         run_sanitized(folder, "weight_gradient", "overrun")
+
+
+def test_gradients_of_low_rank_updates_take_it(monkeypatch):
+    """Those of A, and of each B times its scale, rounded once; AMX makes a B turned."""
+    calls, real = [], native.write_weight_gradient
+    counted = lambda out, *a, **k: calls.append(tuple(out.shape)) or real(out, *a, **k)  # noqa: E731
+    monkeypatch.setattr(common, "INTERPRETED", False)
+    monkeypatch.setattr(common, "write_weight_gradient", counted)
+    monkeypatch.setattr(low_rank, "write_weight_gradient", counted)
+    draw = torch.Generator().manual_seed(0)
+    bf16 = lambda *shape: torch.randn(shape, generator=draw).bfloat16()  # noqa: E731
+    scales, sizes, ranks = (1.7, 0.3), (40, 24), (8, 16)
+    updates = low_rank.LowRank(
+        bf16(24, 48), tuple(bf16(n, r) for n, r in zip(sizes, ranks, strict=True)), (0, 40), scales
+    )
+    dy, u, du, h = bf16(70, 64), bf16(70, 24), bf16(70, 24), bf16(70, 48)
+    of_b = low_rank.gradients_of_b(dy, u, updates)
+    of_a = low_rank.gradient_of_a(du, h, updates)
+    assert calls == [(8, 40), (16, 24), (24, 48)]
+    wanted = [
+        scales[0] * dy[:, :40].double().T @ u[:, :8].double(),
+        scales[1] * dy[:, 40:].double().T @ u[:, 8:].double(),
+    ]
+    for got, want in zip([*of_b, of_a], [*wanted, du.double().T @ h.double()], strict=True):
+        assert got.dtype == torch.bfloat16 and got.is_contiguous()
+        assert torch.equal(got, want.bfloat16()) or (got - want).abs().max() <= 2**-8 * want.abs().max(), got.shape
