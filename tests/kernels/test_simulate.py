@@ -2,6 +2,8 @@
 
 import shutil
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import triton
@@ -93,3 +95,35 @@ def test_records_of_other_cases_are_kept_and_a_difference_is_told(tmp_path):
     assert line.startswith("rope T=1 bfloat16 sm_90") and "100" in line and "101" in line
     (line,) = find_differences(path, [first | {"case": "T=2"}])
     assert "null" in line
+
+
+RUNS = {  # of flags: whether the sources are known, what is found, and whether the file then tells that all passed
+    "all": ([], False, 0, True), "a finding": ([], False, 1, False), "one op": (["--op", "rope"], False, 0, False),
+    "one chip": (["--chip", "sm_90"], False, 0, False), "a sample": (["--changed"], True, 0, False),
+    "all, as code has changed": (["--changed"], False, 0, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_only_a_run_of_all_cases_without_a_finding_is_a_proof(run, tmp_path, monkeypatch, capsys):
+    flags, is_known, n_findings, is_proof = RUNS[run]
+    checked, written = tmp_path / "checked.json", tmp_path / "written.json"
+    few = [next(case for case in simulated_cases() if case.case.op == op) for op in ("rope", "swiglu")]
+
+    def simulated(case, chip):
+        about = {"op": case.case.op, "case": case.case.shape, "dtype": str(case.dtype), "chip": chip}
+        found = {"wrong": [], "n_findings": n_findings, "findings": [], "triton": triton.__version__, "kernels": []}
+        return about | found | {"worst": "none", "error": 0.0, "torch_error": 0.0, "ratio": 0.0}, set()
+
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    workers = SimpleNamespace(Pool=lambda *_: nullcontext(SimpleNamespace(imap=map)))
+    monkeypatch.setattr(simulate.multiprocessing, "get_context", lambda _: workers)
+    monkeypatch.setattr(simulate, "simulated_cases", lambda: few)
+    monkeypatch.setattr(simulate, "simulate", simulated)
+    monkeypatch.setattr(simulate, "format_record", lambda record: record["op"])
+    monkeypatch.setattr(simulate, "find_unused", lambda *_: [])
+    monkeypatch.setattr(simulate, "is_recorded", lambda path: is_known)
+    with pytest.raises(SystemExit) as end:
+        simulate.main([*flags, "--json", str(written), "--check", str(checked)])
+    assert bool(end.value.code) == bool(n_findings), capsys.readouterr().err
+    assert simulated_known.is_recorded(written) == is_proof

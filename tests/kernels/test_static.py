@@ -8,6 +8,7 @@ import triton
 from triton import knobs
 
 from kernels import static
+from kernels.compiled import rules
 from kernels.compiled.launch_cases import all_cases
 from kernels.compiled.machine_code import CHIPS
 from tests.helpers.compiler import run_compiler
@@ -37,6 +38,25 @@ def test_it_does_not_run_in_the_interpreter(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["static"])
     with pytest.raises(SystemExit, match="TRITON_INTERPRET is set"):
         static.main()
+
+
+@pytest.mark.parametrize("op", [[], ["--op", "csrc", "rope"], ["--op", "csrc"]])
+@pytest.mark.parametrize("broken", [None, "launch", "table", "operator", "csrc"])
+def test_whatever_breaks_a_rule_the_gate_fails(broken, op, monkeypatch, capsys):
+    """Entries that nothing launches and operators that nothing calls are looked for in a run of all ops alone."""
+    said = rules.Violation("op", "kernel", "case", "sm_90", "rule", "got", "wanted")
+    found = {name: [said] * (name == broken) for name in ("launch", "table", "operator")}
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    monkeypatch.setattr(static, "judge_csrc", lambda args: broken == "csrc")
+    monkeypatch.setattr(static, "run_gate", lambda *_, **__: rules.GateResult([], found["launch"], set(), 0))
+    monkeypatch.setattr(static, "find_unused", lambda *_: found["table"])
+    monkeypatch.setattr(static, "find_unplayed", lambda *_: found["operator"])
+    monkeypatch.setattr(sys, "argv", ["static", *op])
+    with pytest.raises(SystemExit) as end:
+        static.main()
+    looked_for = {"csrc"} if op[-1:] == ["csrc"] else {"csrc", "launch"} if op else {*found, "csrc"}
+    assert bool(end.value.code) == (broken in looked_for)
+    assert ("VIOLATION" in capsys.readouterr().err) == (broken in looked_for - {"csrc"})
 
 
 @pytest.mark.timeout(3600)

@@ -1,6 +1,7 @@
 """The command kernels.tune: the flow at toy size in the interpreter, the ranking by machine code, and refusals."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +54,22 @@ def test_tables_go_into_the_folder_that_is_named(out, tmp_path, monkeypatch):
     tune.tune(["rope"], 1.0, True, out and tmp_path / out, 1)
     written = [path.name for path in tmp_path.glob("launch/*")]
     assert written == (["rope.json"] if out else []) and tables() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "interpreted", "out"),
+    [([], False, common.LAUNCH), (["--out", "there"], False, Path("there")), (["--dry-run"], False, None),
+     (["--dry-run", "--out", "there"], False, None), (["--smoke"], True, None),
+     (["--smoke", "--out", "there"], True, None)],
+)  # fmt: skip
+def test_what_is_measured_is_written_unless_it_is_a_try(flags, interpreted, out, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(common, "INTERPRETED", interpreted)
+    monkeypatch.setattr(tune, "tune", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(sys, "argv", ["tune", "--op", "rope", "--minutes", "2.5", *flags])
+    tune.main()
+    assert [call[:4] for call in calls] == [(["rope"], 2.5, interpreted, out)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")

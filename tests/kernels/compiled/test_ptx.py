@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.compiled import machine_library
-from kernels.compiled.ptx import Module, PtxError
+from kernels.compiled.ptx import Module, PtxError, find_extent
 from tests.helpers.hand_ptx import find_kinds, make_kernel
 
 OWN_WORD = "shl.b32 %r1, %t, 2; mov.u32 %r2, memory; add.s32 %r1, %r1, %r2;\n"  # %r1: the thread's, in shared memory
@@ -26,6 +26,36 @@ OWN_WORD = "shl.b32 %r1, %t, 2; mov.u32 %r2, memory; add.s32 %r1, %r1, %r2;\n"  
 def test_what_a_kernel_must_not_do_is_found(kind, body):
     result = make_kernel(body, params=1, shared=256).launch("k", 1, (torch.zeros(64),), num_warps=2)
     assert find_kinds(result) == {kind}
+
+
+@pytest.mark.parametrize(
+    ("instruction", "n_bytes"),
+    [
+        ("ld.global.b16 %h1, [%a0];", 2), ("ld.global.b32 %r1, [%a0];", 4), ("ld.global.b64 %d1, [%a0];", 8),
+        ("ld.global.v2.b32 {%r1, %r2}, [%a0];", 8), ("ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%a0];", 16),
+        ("st.global.b16 [%a0], %h1;", 2), ("st.global.v4.b32 [%a0], {%r1, %r2, %r3, %r4};", 16),
+        ("atom.global.add.u32 %r1, [%a0], 1;", 4), ("red.global.add.f64 [%a0], %d1;", 8),
+        ("cp.async.cg.shared.global [memory], [%a0], 16; cp.async.wait_all;", 16),
+    ],
+)  # fmt: skip
+def test_an_access_of_which_one_byte_lies_past_a_tensor_is_found(instruction, n_bytes):
+    module = make_kernel(f"setp.eq.u32 %p1, %t, 0; @!%p1 bra END; {instruction} END:", params=1, shared=64)
+    fits, short = (torch.zeros(n_bytes - less, dtype=torch.uint8) for less in (0, 1))
+    assert not module.launch("k", 1, (fits,), num_warps=1).findings
+    assert find_kinds(module.launch("k", 1, (short,), num_warps=1)) == {"global"}
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "first", "extent"),
+    [
+        ((4, 8), (8, 1), 0, (0, 32)), ((4, 3), (8, 1), 0, (0, 32)), ((4, 3), (8, 1), 5, (5, 32)),
+        ((2, 3), (8, 1), 8, (8, 24)), ((3,), (4,), 1, (1, 13)), ((), (), 31, (31, 32)),
+    ],
+)  # fmt: skip
+def test_a_view_reaches_to_its_last_rows_padding_and_never_past_its_memory(size, stride, first, extent):
+    memory = torch.zeros(32)
+    start, end = find_extent(memory.as_strided(size, stride, first))
+    assert ((start - memory.data_ptr()) / 4, (end - memory.data_ptr()) / 4) == extent
 
 
 def test_accesses_that_barriers_order_are_no_finding():

@@ -5,6 +5,7 @@ import operator
 import pytest
 import torch
 
+from kernels.compiled.ptx import Options
 from tests.helpers.hand_ptx import find_kinds, make_kernel
 
 N = 96  # threads, of which each 8 share a word
@@ -105,3 +106,22 @@ def test_an_atomic_races_with_a_plain_access_and_not_with_another():
         ("mov.u32 %r2, memory;" + add, {"uninitialised"}),
     ):
         assert find_kinds(make_kernel(body, params=0, shared=256).launch("k", 1, (), num_warps=3)) == kinds
+
+
+USES = {
+    "load": "ld.shared.b32 %r3, [%r2];", "store": "st.shared.b32 [%r2], %t;", "atomic": "red.shared.add.u32 [%r2], 1;",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("second", USES)
+@pytest.mark.parametrize("first", USES)
+def test_of_two_warps_uses_only_loads_or_only_atomics_need_no_order(first, second, reverse):
+    """One warp does the first, the other the second, in either order, to a word that all have seen written."""
+    body = "mov.u32 %r2, memory; setp.eq.u32 %p1, %t, 0; @%p1 st.shared.b32 [%r2], 7; bar.sync 0;\n"
+    for use, lane in ((first, 0), (second, 32)):
+        body += f"setp.eq.u32 %p1, %t, {lane}; @%p1 {USES[use]}\n"
+    module = make_kernel(body, params=0, shared=256)
+    result = module.launch("k", 1, (), num_warps=2, options=Options(reverse=reverse))
+    needs_order = first != second or first == "store"
+    assert find_kinds(result) == ({"race"} if needs_order else set())

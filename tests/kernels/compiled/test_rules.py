@@ -2,12 +2,15 @@
 
 import json
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from kernels.compiled.launch_cases import all_cases
-from kernels.compiled.machine_code import CHIPS
-from kernels.compiled.rules import Violation, find_unplayed, find_unused, operator_names
+from kernels.compiled.machine_code import CHIPS, SHARED_BLOCK, TENSOR_COLUMNS, Facts
+from kernels.compiled.rules import Violation, find_unplayed, find_unused, judge, operator_names
 from tests.helpers.compiler import run_compiler
 
 
@@ -60,6 +63,27 @@ def test_records_hold_what_the_code_shows(refused):
     said = next(v for v in refused["violations"] if v["case"] == spilled["case"] and v["chip"] == "sm_90")["got"]
     stack, instructions, in_loops = map(int, re.findall(r"\d+", said))
     assert (stack, instructions) == (spilled["stack_bytes"], spilled["spills"]) and 0 < in_loops < instructions
+
+
+WITHIN = {"shared_bytes": SHARED_BLOCK["sm_90"] * 1024, "tensor_columns": TENSOR_COLUMNS}
+
+
+@pytest.mark.parametrize(
+    ("facts", "rule"),
+    [
+        (WITHIN, None), ({"stack_bytes": 8}, "stack"), ({"spills": 1}, "stack"),
+        ({"shared_bytes": WITHIN["shared_bytes"] + 1}, "shared"), ({"tensor_columns": TENSOR_COLUMNS + 1}, "shared"),
+        ({"dots": 1, "matrix_in_loops": {"HGMMA": 4}}, None), ({"dots": 1}, "matrix"),
+        ({"dots": 1, "matrix_in_loops": {"HGMMA": 4, "HMMA": 1}}, "matrix"),
+    ],
+)  # fmt: skip
+def test_one_fact_alone_breaks_a_rule_and_a_limit_itself_is_kept(facts, rule):
+    launch = SimpleNamespace(
+        case=SimpleNamespace(op="op", label="case"), name="kernel", chip="sm_90",
+        arguments={"x": torch.empty(1, dtype=torch.bfloat16, device="meta")},
+    )  # fmt: skip
+    kept = Facts(registers=32, stack_bytes=0, shared_bytes=0, warps=4)
+    assert [violation.rule for violation in judge(launch, replace(kept, **facts))] == [rule] * bool(rule)
 
 
 def test_a_launch_table_entry_that_no_case_launches_is_reported():

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from kernels.compiled.launch_cases import Case, Make, all_cases
-from kernels.measure import tuner
+from kernels.measure import candidates, tuner
 from kernels.measure.candidates import CANDIDATES, Entry, drop_source
 from kernels.ops import common
 
@@ -52,6 +52,19 @@ def test_a_wrong_candidate_is_never_chosen_and_a_wrong_incumbent_is_replaced(mon
     assert made.choose(entry, table)[0] == incumbent
     made, _ = unmeasured(monkeypatch, lambda config: math.inf if config == incumbent else 5.0)
     assert made.choose(entry, table)[0] != incumbent
+
+
+@pytest.mark.parametrize("refused", [set(), {1, 3}, {0}, {0, 1, 2, 3}])
+def test_the_incumbent_stays_the_first_though_the_gate_refuses_it(refused, monkeypatch):
+    """The others are measured against it, so that what replaces it is faster than what ships."""
+    entry, table = entry_and_table()
+    configs = candidates.list_candidates(entry, entry.config(table))[:4]
+    made, said = unmeasured(monkeypatch, lambda config: 1.0)
+    monkeypatch.setattr(
+        tuner, "try_tables", lambda *_: [[(None, None, ["wide"] * (i in refused))] * 2 for i in range(len(configs))]
+    )
+    assert made._accepted(entry, table, configs) == [c for i, c in enumerate(configs) if i not in refused - {0}]
+    assert said == [f"{entry}: 4 candidates, {len(refused)} refused by the static gate"]
 
 
 def test_out_of_time_leaves_entries_as_they_were(monkeypatch):

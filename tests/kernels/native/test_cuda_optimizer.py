@@ -72,8 +72,11 @@ def differences(params, states, others, other_states):
 @pytest.mark.parametrize("states", op.STATES)
 @pytest.mark.parametrize("master", MASTERS)
 def test_every_mode_has_the_references_bits(master, states):
-    """Tails, tensors at odd addresses and shards that begin within eight elements, early and late."""
-    sizes = [4096 + 517, 4096 + 256, 7, 0] if states == "8bit" else [1024 + 5, 777, 7, 0]
+    """Tails, tensors at odd addresses and shards that begin within eight elements, early and late.
+
+    A shard of 255 that begins five elements in reaches into a second tile of 256.
+    """
+    sizes = [4096 + 517, 4096 + 256, 7, 0] if states == "8bit" else [1024 + 5, 777, 255, 0]
     offsets = [0, 8, 16, 0] if states == "8bit" else [3, 8, 5, 0]
     params, made = make(sizes, master, states)
     others, other_states = copy(params, made)

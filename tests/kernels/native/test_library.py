@@ -5,10 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from kernels.native import library, toolchain
+from kernels.native import cpu, library, toolchain
 from kernels.native.library import NativeError, build_if_stale, check, load, why_missing
 from kernels.native.weight_gradient import has_amx
 
@@ -62,9 +64,53 @@ def test_a_checkout_without_a_compiler_says_which(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(not HAS_CXX, reason="the CPU library is compiled by g++, which is missing")
-def test_a_library_of_another_version_is_refused():
-    with pytest.raises(NativeError, match=r"has ABI \d+, wanted 99; delete it"):
-        load.__wrapped__("cpu", 99)
+@pytest.mark.parametrize("wanted", [cpu.ABI_VERSION - 1, 99])  # the library is newer, or older
+def test_a_library_of_another_version_is_refused(wanted):
+    with pytest.raises(NativeError, match=rf"has ABI {cpu.ABI_VERSION}, wanted {wanted}; delete it"):
+        load.__wrapped__("cpu", wanted)
+
+
+def test_of_many_processes_one_builds_and_the_others_find_what_it_built(tmp_path, monkeypatch):
+    """Each takes the lock by a file of its own, as a process does."""
+    built, target = [], tmp_path / "libcpu.so"
+
+    def build(command, **options):
+        built.append(options["env"]["CRIA_BUILD"])
+        time.sleep(0.1)
+        target.write_bytes(b"")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    (tmp_path / "csrc" / "cpu").mkdir(parents=True)
+    (tmp_path / "csrc" / "cpu" / "one.cpp").write_text("")
+    monkeypatch.setattr(toolchain, "find_cxx", lambda: ["g++"])
+    monkeypatch.setattr(library.subprocess, "run", build)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: build_if_stale("cpu", tmp_path, tmp_path), range(4)))
+    assert built == ["cpu"]
+
+
+@pytest.mark.skipif(not HAS_CXX, reason="the CPU library is compiled by g++, which is missing")
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [("CRIA_NATIVE", "of", "CRIA_NATIVE is 'of', wanted on or off"),
+     ("CRIA_INSTRUCTION_SET", "quantum", "CRIA_INSTRUCTION_SET is 'quantum', this processor runs plain up to")],
+)  # fmt: skip
+def test_a_mistyped_variable_is_said_and_torch_does_not_take_over(variable, value, said, monkeypatch):
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(cpu, "load_cpu", cpu.load_cpu.__wrapped__)
+    with pytest.raises(NativeError, match=said):
+        cpu.find_cpu.__wrapped__()
+
+
+def test_without_the_library_torch_takes_over_and_says_why(monkeypatch, capsys):
+    def load(*_):
+        raise NativeError("kernels: the library cpu is not there: no g++")
+
+    monkeypatch.setattr(cpu, "load_cpu", load)
+    assert cpu.find_cpu.__wrapped__() is None
+    assert capsys.readouterr().err.startswith("kernels: the library cpu is not there: no g++\n(torch's own operators")
+    monkeypatch.setenv("CRIA_NATIVE", "off")
+    assert cpu.find_cpu.__wrapped__() is None and capsys.readouterr().err == ""
 
 
 def test_codes_become_words():

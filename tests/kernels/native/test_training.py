@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import kernels
+from kernels.native import training as native
 from kernels.native.cpu import find_cpu
+from kernels.native.library import NativeError
 from kernels.ops import common
 from kernels.ops.attention_plan import QueryDocuments
 
@@ -161,6 +163,30 @@ def test_rows_of_no_document_are_never_read():
     )
     for t in (out, dk, dv):
         assert t.isfinite().all() and not t[outside].any()
+
+
+@pytest.mark.parametrize("documents", [[[0, 5, 0, 0]], [[0, 5, 0, 0], [9, 40, 0, 0]], [[0, 5, 0, 0], [9, 40, 2, 5]]])
+def test_padding_behind_the_first_document_is_none_of_it(documents):
+    """Both begin at key 0: its rows see keys from 0 to their own, those of the padding from 0 to 0."""
+    q, k, v = (torch.randn(43, 2, 16) for _ in range(3))
+    table = torch.tensor(documents)
+    check_error(lambda q, k, v, impl: kernels.attention(q, k, v, table, impl), (q, k, v), torch.float32)
+
+
+@pytest.mark.parametrize("row", range(4))
+@pytest.mark.parametrize("value", [-1, 6])
+def test_limits_outside_of_the_keys_are_refused(row, value):
+    """Forward and backward alike, which would read beyond k and v: first key, last + 1, the prefix's first, its end."""
+    q, k, v = (torch.randn(5, 1, 8) for _ in range(3))
+    limits = torch.tensor([[2] * 5, [5] * 5, [0] * 5, [2] * 5], dtype=torch.int32)
+    out, lse = native.attention_forward(q, k, v, limits)
+    limits[row, 3] = value
+    for call in (
+        lambda: native.attention_forward(q, k, v, limits),
+        lambda: native.attention_backward(q, k, v, out, lse, out, [torch.empty_like(q) for _ in range(3)], limits),
+    ):
+        with pytest.raises(NativeError, match="was given a size it does not take"):
+            call()
 
 
 def test_documents_of_more_keys_than_a_tile_and_no_queries():

@@ -175,9 +175,10 @@ def test_registered_for_torch_compile(dtype, master, states, device):
         ({"seeds": [0, -1]}, "seed -1"), ({"impl": "magic"}, "impl is 'magic'"), ({"weight_decays": [0.0]}, "shorter"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_said(changes, message):
+@pytest.mark.parametrize("impl", ["auto", "cuda"])  # neither gets as far as a launch
+def test_what_does_not_fit_is_said(changes, message, impl):
     params = [torch.zeros(8), torch.zeros(8)]
     states = [kernels.adamw_state(p) for p in params]
-    given = SETTINGS | {"grads": [torch.zeros(8)] * 2, "step": 1, "weight_decays": [0.0] * 2} | changes
+    given = SETTINGS | {"grads": [torch.zeros(8)] * 2, "step": 1, "weight_decays": [0.0] * 2, "impl": impl} | changes
     with pytest.raises(ValueError, match=message):
         kernels.adamw_many(params, states=states, **given)

@@ -66,3 +66,32 @@ def test_what_cannot_run_on_a_cpu(impl, dtype, interpreted, said, monkeypatch):
 def test_the_next_power_of_two_is_the_smallest_that_holds():
     found = [common.next_power_of_2(n) for n in range(130)]
     assert found == [min(p for p in (1, 2, 4, 8, 16, 32, 64, 128, 256) if p >= n) for n in range(130)]
+
+
+@pytest.mark.parametrize(
+    ("capability", "chip"),
+    [((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((10, 0), "sm_100"), ((12, 0), "sm_100")],
+)
+def test_a_card_takes_the_launches_of_the_newest_chip_that_is_not_newer(capability, chip, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert common.chip(torch.device("cuda")) == chip
+
+
+def test_a_card_older_than_all_chips_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(ValueError, match="this card is sm_75, wanted sm_80 or newer"):
+        common.chip(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("op", sorted(path.stem for path in common.LAUNCH.glob("*.json")))
+def test_a_size_takes_the_first_entry_that_holds_it(op, monkeypatch):
+    """A size that is an entry's own is held by it; one beyond all entries takes the last."""
+    monkeypatch.setattr(common, "chip_override", "sm_90")
+    for kernel, by_chip in common.launch_table(op).items():
+        entries = [(int(size), config) for size, config in by_chip["sm_90"].items()]
+        assert entries == sorted(entries, key=lambda entry: entry[0])
+        for i, (size, config) in enumerate(entries):
+            following = entries[min(i + 1, len(entries) - 1)][1]
+            for asked, want in ((size, config), (size + 1, following)):
+                found = common.launch_config(op, kernel, torch.device("cpu"), asked)
+                assert found == {name: value for name, value in want.items() if name != "from"}, (kernel, asked)

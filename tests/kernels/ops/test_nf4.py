@@ -185,6 +185,16 @@ def test_values_have_the_bits_of_the_formula(shape, dtype, impl):
 
 
 @IMPLS
+@pytest.mark.parametrize("first", [1, 4, 16])
+def test_codes_may_begin_at_any_address(impl, first):
+    """As those do that lie in a file beside other tensors; here of whole tiles, which are read word by word."""
+    q = kernels.quantise_nf4(torch.randn(8, 1024, device=DEVICE))
+    moved = [torch.cat((t.new_zeros(first), t))[first:] for t in (q.codes, q.absmax_codes)]
+    found = nf4.NF4Matrix(*moved, q.absmax2, q.offset, q.shape)
+    assert equal_bits(kernels.dequantise_nf4(found, torch.float32, impl=impl), values(q))
+
+
+@IMPLS
 def test_into_rows_of_a_merged_matrix(impl):
     merged = torch.full((50, 67), torch.nan, device=DEVICE)
     parts = [kernels.quantise_nf4(torch.randn(n, 67, device=DEVICE)) for n in (33, 15)]
