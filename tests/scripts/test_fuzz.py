@@ -1,8 +1,12 @@
 """Damaged files of every kind: refused or read as before, never wrongly, never another error."""
 
+import sys
+from collections import Counter
+
 import pytest
 
-from scripts.fuzz import READERS, Reader, fuzz
+import scripts.fuzz
+from scripts.fuzz import READERS, Reader, Tally, fuzz
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -23,3 +27,19 @@ def test_what_the_fuzz_finds(tmp_path):
         Reader(make, lambda folder: 1 // len((folder / "a.json").read_text()[-1:])), tmp_path, 0, lambda n: n < 60
     )
     assert tally.counts["error"] and any("ZeroDivisionError" in fault for fault in tally.faults)
+
+
+@pytest.mark.parametrize("bad", [None, *range(3)])
+@pytest.mark.parametrize("kind", ["fault", "slow"])
+def test_one_reader_that_is_not_sound_makes_the_exit_code(kind, bad, monkeypatch, capsys):
+    """Whichever of them it is."""
+    tallies = iter([
+        Tally(Counter(tried=9), 99.0 if i == bad and kind == "slow" else 0.1,
+              ["x: broke"] if i == bad and kind == "fault" else [])
+        for i in range(3)
+    ])  # fmt: skip
+    monkeypatch.setattr(scripts.fuzz, "READERS", dict.fromkeys("abc"))
+    monkeypatch.setattr(scripts.fuzz, "fuzz", lambda *_: next(tallies))
+    monkeypatch.setattr(sys, "argv", ["fuzz"])
+    assert scripts.fuzz.main() == (bad is not None)
+    assert ("x: broke" in capsys.readouterr().out) == (bad is not None and kind == "fault")

@@ -8,6 +8,7 @@ import json
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,3 +196,18 @@ def test_mistakes_on_the_command_line(capsys, tmp_path):
             gpu_report.parse_arguments(["--smoke", *flags])
         assert stop.value.code == 2 and said in capsys.readouterr().err
     assert str(gpu_report.parse_arguments(["--smoke"]).json) == "out/smoke/report.json"  # not among README's figures
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "commit"),
+    [("", None, "abc"), (" M engine/x.py\n", None, "abc-modified"), ("", FileNotFoundError("git"), None),
+     ("", subprocess.CalledProcessError(128, "git"), None)],
+)  # fmt: skip
+def test_figures_of_a_changed_checkout_are_not_those_of_its_commit(status, error, commit, monkeypatch):
+    def git(command, **_):
+        if error:
+            raise error
+        return SimpleNamespace(stdout="abc\n" if command[1] == "rev-parse" else status)
+
+    monkeypatch.setattr(gpu_report.subprocess, "run", git)
+    assert gpu_report.find_commit() == commit

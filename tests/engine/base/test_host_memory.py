@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from engine.base import host_memory
 from engine.base.host_memory import ALIGN, HostMemory, read_free_bytes
 
 
@@ -56,3 +57,16 @@ def test_memory_that_is_not_pinned_is_allocated_piece_by_piece():
 def test_what_is_free_is_part_of_the_machines_memory():
     free = read_free_bytes()
     assert free is None or 0 < free < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [("MemFree: 10 kB\nMemAvailable:   80 kB\nSwapFree: 5 kB\n", 80 << 10), ("MemFree: 1 kB\n", None), (None, None)],
+    ids=["told", "not told", "no such file"],
+)
+def test_memory_that_the_system_would_give_up_for_a_process_is_free(text, n_bytes, tmp_path, monkeypatch):
+    """As that of files which it keeps for a next reader; MemFree leaves those out."""
+    if text is not None:
+        (tmp_path / "meminfo").write_text(text)
+    monkeypatch.setattr(host_memory, "Path", lambda _: tmp_path / "meminfo")
+    assert read_free_bytes() == n_bytes

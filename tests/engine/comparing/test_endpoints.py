@@ -361,14 +361,13 @@ def test_the_annotations_are_alpaca_evals(compared, tmp_path):
 
 
 def test_votes_without_answers_and_on_others_are_left_out_and_counted(votes):
-    lines = [
-        {"prompt": "p", "models": ["davinci", "alpaca"], "vote": "A"},
-        {"prompt": "p", "models": ["davinci", "another"], "vote": "A"},
-    ]
+    kinds = [None, [], ["a"], ["a", "b", "c"], ["a", None], ["a", 1], "ab", {"a": "b"}]  # no two texts
+    ours = {"prompt": "p", "models": ["davinci", "alpaca"], "vote": "A"}
+    lines = [ours, *(ours | {"answers": answers} for answers in kinds), ours | {"models": ["davinci", "another"]}]
     votes.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with Compared(votes) as compared:
         found = compared.send("/compare/results")[1]
-        assert (found["votes"], found["without_answers"], found["figures"]["wins"]) == (1, 1, 1)
+        assert (found["votes"], found["without_answers"], found["figures"]["wins"]) == (9, 9, 9)
         assert compared.send("/compare/annotations")[1] == []
 
 

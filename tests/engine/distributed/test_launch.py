@@ -250,7 +250,7 @@ def wait_for(process, log, text):
 
 def test_slurm_stops_a_job_at_its_time_limit_and_requeues_it(rows, tmp_path, slurm):
     """Slurm signals the script alone, which asks for that; the job then saves, asks for its return, and goes on."""
-    out, reference, log = tmp_path / "out", tmp_path / "alone", tmp_path / "log"
+    out, reference, log = tmp_path / "my out", tmp_path / "alone", tmp_path / "log"
     run = ("--model", small_model(), *COMMON, "--data", rows, "--dtype", "fp32", "--global-batch-size", 8)  # 15 steps
     job = slurm(log, *run, "--out", out)
     wait_for(job, log, "step 1/15")

@@ -8,6 +8,7 @@ import pytest
 from engine.base.errors import UsageError
 from engine.formats.save_gguf import save_gguf
 from engine.text.gguf_vocabulary import PROBES, SPLIT_ORDER, make_vocabulary
+from engine.text.sentencepiece_file import CONTROL
 from engine.text.tokenizer_files import load_tokenizer
 from engine.text.tokenizer_gguf import SPLITS
 from tests.helpers.chat_tokenizers import SPECIALS, write_byte_level, write_sentencepiece
@@ -59,6 +60,22 @@ def test_sentencepiece_ids_cross(style, tmp_path):
     read, vocabulary = cross(tokenizer, tmp_path / "model.gguf", more=2)
     check(tokenizer, read)
     assert vocabulary["tokenizer.ggml.model"] == "llama" and "tokenizer.ggml.add_space_prefix" not in vocabulary
+
+
+@pytest.mark.parametrize("n_left", [0, 1, 2])
+def test_tokens_that_were_added_to_a_sentencepiece_model_come_along_unless_they_have_no_embedding(n_left, tmp_path):
+    """As Stanford's [PAD], whose id is the first one after the pieces."""
+    train_sentencepiece(tmp_path / "spm")
+    added = {"[PAD]": 500, "<|im_end|>": 501}
+    (tmp_path / "spm" / "added_tokens.json").write_text(json.dumps(added))
+    tokenizer = load_tokenizer(tmp_path / "spm")
+    assert tokenizer.forget_unembedded(502 - n_left)
+    read, vocabulary = cross(tokenizer, tmp_path / "model.gguf")
+    check(tokenizer, read)
+    kept = {token: id for token, id in added.items() if id < 502 - n_left}
+    assert {token: id for token, id in read.special_ids.items() if id >= 500} == kept
+    assert vocabulary["tokenizer.ggml.tokens"][500:] == list(kept)
+    assert vocabulary["tokenizer.ggml.token_type"][500:] == [CONTROL] * len(kept)
 
 
 def test_a_model_that_puts_no_space_before_a_text(tmp_path):

@@ -222,3 +222,19 @@ def test_a_report_of_another_device_is_not_gone_on_with(tmp_path):
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match="something else"):
         Report(tmp_path / "other.json", 1, smoke=True)
+
+
+def test_again_forgets_what_failed_of_every_part_and_nothing_else(tmp_path):
+    report = Report(tmp_path / "report.json", 1, smoke=True)
+    fine, failed = {"name": "fine"}, {"name": "failed", "failed": "why"}
+    figures = {"passed": 3, "failed": 0, "skipped": 0}
+    report.add("tests", fine=figures, failed=figures | {"failed": 1}, died=figures | {"ended": "with exit code -11"})
+    kinds = {"fine": {}, "failed": {"failed": "why"}, "wrong": {"wrong": 1.0}, "died": {}}
+    rows = [{"op": op} | more for op, more in kinds.items()]
+    report.add("kernels", records=[*rows, {"op": "failed"}], ended={"died": "after its limit"})
+    for part in ("step", "profile", "peers", "ranks"):
+        report.add(part, records=[failed, fine])
+    report.drop_failures()
+    parts = report.result["parts"]
+    assert parts["tests"] == {"fine": figures} and parts["kernels"] == {"records": [{"op": "fine"}], "ended": {}}
+    assert all(parts[part]["records"] == [fine] for part in ("step", "profile", "peers", "ranks"))

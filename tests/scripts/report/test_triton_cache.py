@@ -2,10 +2,13 @@
 
 import os
 import shutil
+import tarfile
+
+import pytest
 
 from scripts.report import kernel_parts
 from scripts.report.report import Report
-from scripts.report.triton_cache import ARCHIVE, carry_cache
+from scripts.report.triton_cache import ARCHIVE, carry_cache, pack_cache
 from tests.helpers.compiler import run_compiler
 
 COMPILE_AGAIN = """
@@ -33,3 +36,18 @@ def test_what_the_first_run_compiles_the_next_one_finds(tmp_path, monkeypatch):
     with carry_cache(tmp_path, tmp_path / "two"):
         done = run_compiler("-c", COMPILE_AGAIN)
     assert done.stdout == f"{[True] * 6}\n", done.stderr[-2000:]
+
+
+def test_an_archive_is_replaced_whole_or_stays(tmp_path, monkeypatch):
+    """A machine that is taken back while it packs leaves what the next run begins with."""
+    with carry_cache(tmp_path, tmp_path / "one"):
+        (tmp_path / "one").mkdir()
+        (tmp_path / "one" / "kernel").write_text("kept")
+    before = (tmp_path / ARCHIVE).read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile.TarFile, "add", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pack_cache(tmp_path / "one", tmp_path / ARCHIVE)
+    assert (tmp_path / ARCHIVE).read_bytes() == before
+    with carry_cache(tmp_path, tmp_path / "two"):
+        assert (tmp_path / "two" / "kernel").read_text() == "kept"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from scripts.step import records
-from scripts.step.records import halve_until_it_fits
+from scripts.step.records import TooLarge, halve_until_it_fits
 
 
 def test_a_failure_is_recorded_and_the_rest_goes_on(tmp_path):
@@ -33,3 +33,23 @@ def test_other_allocators_want_of_memory_is_known():
         assert records.is_out_of_memory(error) == is_it
     with pytest.raises(ValueError, match="other"):
         halve_until_it_fits(8, 1, lambda size: (_ for _ in ()).throw(ValueError("other")))
+
+
+@pytest.mark.parametrize("fits", [8, 5, 4, 2, 1])
+def test_a_size_is_halved_until_it_fits_and_the_least_one_is_tried(fits):
+    tried = []
+
+    def measure(size):
+        tried.append(size)
+        if size > fits:
+            raise torch.OutOfMemoryError("out of memory. Tried to allocate")
+        return {"size": size}
+
+    sizes = [size for size in (8, 4, 2) if size > fits]
+    if fits < 2:
+        with pytest.raises(TooLarge, match="out of memory at 8, 4, 2: out of memory"):
+            halve_until_it_fits(8, 2, measure)
+    else:
+        found = halve_until_it_fits(8, 2, measure)
+        assert found.pop("out_of_memory_at", []) == sizes and found == {"size": max(s for s in (8, 4, 2) if s <= fits)}
+    assert tried == [size for size in (8, 4, 2) if size > fits or size * 2 > fits]

@@ -1,0 +1,39 @@
+"""What every measurement's figures go through: summaries, ratios taken in turn, and the file on the disk."""
+
+import json
+
+import numpy as np
+import pytest
+
+from scripts.base.results import format_mfu, summarize, summarize_ratios, write_json
+
+
+def test_repeated_measurements_are_told_by_their_median_and_extremes():
+    assert summarize(iter([3.0, 1.0, 100.0])) == {"median": 3.0, "min": 1.0, "max": 100.0}
+
+
+def test_ratios_are_of_the_first_over_the_second_round_by_round():
+    """A slow round slows both; the medians of each alone would say something else."""
+    assert summarize_ratios([10.0, 2.0, 9.0], [5.0, 2.0, 3.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
+    with pytest.raises(ValueError):
+        summarize_ratios([1.0], [1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("record", "text"),
+    [
+        ({"mfu": 0.4}, "40.0%"), ({"mfu": 0.4, "effective_mfu": 0.4}, "40.0%"),
+        ({"mfu": 0.4, "effective_mfu": 0.5}, "40.0% (50.0% effective)"), ({"mfu": 0.4, "effective_mfu": None}, "40.0%"),
+    ],
+)  # fmt: skip
+def test_the_effective_mfu_stands_beside_the_other_and_never_alone(record, text):
+    assert format_mfu(record) == text
+
+
+def test_figures_are_written_whole_or_not_at_all_in_a_folder_of_their_own(tmp_path):
+    path = tmp_path / "new" / "figures.json"
+    write_json(path, {"a": np.float32(0.5), "b": [np.int64(2)]})
+    assert json.loads(path.read_text()) == {"a": 0.5, "b": [2.0]}
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text())["a"] == 0.5 and [file.name for file in path.parent.iterdir()] == [path.name]
