@@ -159,7 +159,7 @@ struct Task {  // a run and a key head, in packed pieces of one workspace
                 vf totals{};
                 for_vectors(seen, [&](int64_t at, auto read, auto write) {
                     vf e = exponential(read(row + at) - peak);
-                    for (int64_t i = seen - at; i < LANES; i++) e[i] = 0;
+                    if (seen - at < LANES) e = keep(e, seen - at, 0);
                     totals += e;
                     write(row + at, e);
                 });

@@ -174,6 +174,12 @@ inline bool is_finite(vf x) {  // whether all are
 #endif
 }
 
-inline vf widen_bf16(vh x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
+inline vf widen_bf16(vh x) {
+#if defined(__AVX512F__)  // GCC 12 widens halves of it and joins them
+    return (vf)_mm512_maskz_slli_epi32(0xFFFF, _mm512_maskz_cvtepu16_epi32(0xFFFF, (__m256i)x), 16);
+#else
+    return (vf)(__builtin_convertvector(x, vu) << 16);
+#endif
+}
 
 }  // namespace
