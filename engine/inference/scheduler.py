@@ -221,13 +221,15 @@ class Scheduler:
 
     def _decode(self, going_on: Sequence[_Running]) -> None:
         sequences = [r.sequence for r in going_on]
-        tokens = [self.held[s][-1] for s in sequences]
+        tokens = [self.held[s].pop() for s in sequences]  # their keys are all there when the forward has ended
         if self.decoder is not None and len(sequences) <= MAX_ROWS:
             logits = self.decoder.next_logits(tokens, sequences)
         else:
             positions = self.cache.begin_token(torch.tensor(sequences, device=self.device))
             x = self.model(torch.tensor(tokens, device=self.device), positions, cache=self.cache)
             logits = self.model.logits(x)
+        for sequence, token in zip(sequences, tokens, strict=True):
+            self.held[sequence].append(token)
         self._draw(going_on, logits)
 
     def _draw(self, members: Sequence[_Running], logits: torch.Tensor) -> None:

@@ -174,6 +174,33 @@ def test_an_error_of_the_model_ends_all_that_run_and_no_other(model, monkeypatch
     assert answers[2].ids == generate(model, [[7, 8, 9]], (), 12)[0]
 
 
+@pytest.mark.parametrize("event", ["a cancel", "an error in an answer", "an error in another prompt"])
+def test_what_is_broken_off_leaves_no_token_whose_keys_are_not_there(event, model, monkeypatch):
+    """The next turn of the chat would read them. A forward may fail when some layers have stored theirs."""
+
+    def fail(*_):
+        raise MemoryError("no room in the last layer")
+
+    scheduler = Scheduler(model, 1, 120)
+    scheduler.decoder = None  # torch's forward, layer by layer
+    first, other = Answer([*TEMPLATE, 50]), Answer(list(range(90, 40, -1)))
+    scheduler.submit(first.request)
+    for _ in range(4):
+        scheduler.step()
+    if event != "an error in an answer":
+        first.request.cancelled = True
+        scheduler.step()
+    if event != "a cancel":
+        if event == "an error in another prompt":
+            scheduler.submit(other.request)
+        with monkeypatch.context() as patch:
+            patch.setattr(model.layers[-1], "forward", fail)
+            scheduler.step()
+    assert isinstance((other if "prompt" in event else first).error, MemoryError) == (event != "a cancel")
+    following = [*TEMPLATE, 50, *first.ids, 51, 52]
+    assert len(first.ids) == 4 and answer_all(scheduler, [Answer(following)]) == generate(model, [following], (), 12)
+
+
 def test_stop_ends_all(model):
     scheduler = Scheduler(model, 1, 60)
     answers = [Answer([1, 2]), Answer([3, 4])]
