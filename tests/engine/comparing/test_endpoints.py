@@ -360,6 +360,13 @@ def test_the_annotations_are_alpaca_evals(compared, tmp_path):
         assert row["output_2"] == f"icnivad says: {row['instruction']}"
 
 
+def test_a_voter_is_named_by_letters_digits_and_dashes():
+    assert [endpoints.read_voter({"voter": voter}) for voter in ("v", "A-1", "x" * 64)] == ["v", "A-1", "x" * 64]
+    for voter in (None, 5, ["v"], "", "x" * 65, "a b", "v\n", "\nv", "v<b>", "\u00e9", "v\u00e9"):
+        with pytest.raises(ApiError, match="voter: wanted 1 to 64 letters"):
+            endpoints.read_voter({"voter": voter})
+
+
 def test_votes_without_answers_and_on_others_are_left_out_and_counted(votes):
     kinds = [None, [], ["a"], ["a", "b", "c"], ["a", None], ["a", 1], "ab", {"a": "b"}]  # no two texts
     ours = {"prompt": "p", "models": ["davinci", "alpaca"], "vote": "A"}

@@ -93,6 +93,13 @@ def test_of_several_silent_ranks_the_one_silent_longest_is_named_with_its_place(
     assert found == (silent, f"step {last} of {silent}", now[0] - last)
 
 
+@pytest.mark.parametrize("timeout_s", [1.0, 60.0, 600.0])
+def test_collectives_give_up_after_the_watchdog_which_can_name_the_missing_rank(timeout_s):
+    """It looks at each beat, and the last beat of the missing rank may be one old."""
+    beat = min(5.0, timeout_s / world.BEATS)
+    assert timeout_s + 2 * beat < world.collective_timeout(timeout_s).total_seconds() <= 2 * timeout_s
+
+
 def test_stop_waits_for_a_report_that_is_under_way():
     store = SlowStore()
     watchdog = Watchdog(SimpleNamespace(rank=0, size=2, store=store), timeout_s=0.1)

@@ -5,6 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
+from engine.model.config import ModelConfig
+from engine.model.llama import new_model
 from engine.model.shard import Shard, as_shards, first_row
 
 
@@ -32,3 +34,26 @@ def test_a_shard_of_its_tensor(first, held, rows):
 def test_a_shard_beyond_its_tensor_is_refused(first, held, rows):
     with pytest.raises(ValueError, match=rf"rows \[{first}, {first + held}\) of a tensor of shape"):
         Shard(torch.empty(held, 2), first, rows)
+
+
+@pytest.mark.parametrize("n_shards", [1, 2, 5])
+def test_random_weights_are_norms_of_1_biases_of_0_and_matrices_however_they_are_sharded(n_shards):
+    config = ModelConfig(
+        dim=32, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=48, vocab_size=61, attention_bias=True, mlp_bias=True
+    )
+    model, other = (new_model(config, "cpu", torch.float32) for _ in range(2))
+    model.init_weights(5)
+    whole = dict(model.named_parameters())
+    for name, p in whole.items():
+        if p.ndim == 1:
+            assert bool((p == (1 if name.endswith("norm") else 0)).all()), name
+        else:
+            assert 0.018 < p.std() < 0.022 and p.mean().abs() < 0.002, name
+    assert sum(p.ndim == 1 for p in whole.values()) == 1 + 6 * config.n_layers  # the norms, and four biases a layer
+    for i in range(n_shards):
+        first, end = {}, {}
+        for name, p in whole.items():
+            first[name], end[name] = (first_row(len(p), n_shards, i + more) for more in (0, 1))
+        held = {name: torch.full_like(p[first[name] : end[name]], 9.0) for name, p in whole.items()}
+        other.init_weights(5, {name: Shard(t, first[name], len(whole[name])) for name, t in held.items()})
+        assert all(held[name].equal(p[first[name] : end[name]]) for name, p in whole.items())

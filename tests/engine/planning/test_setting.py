@@ -32,5 +32,6 @@ def test_all_problems_of_a_mesh_are_named_at_once():
     for text, problem in zip(("pass 126 or 129", "wanted one of 1, 3", "is not projected"), problems, strict=True):
         assert text in problem
     assert find_mesh_problems(1, 1, 128, False) == find_mesh_problems(64, 2, 128, False) == []
+    assert ["is not projected" in problem for problem in find_mesh_problems(2, 1, 128, True)] == [True]
     for n_cards in (-1, 0, 65):
         assert find_mesh_problems(n_cards, 2, 128, False) == [f"--gpus is {n_cards}, wanted 1 to 64"]

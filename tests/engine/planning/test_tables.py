@@ -3,14 +3,16 @@
 import dataclasses
 import io
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from engine.model.adapter import AdapterConfig
+from engine.planning.cards import PRICES_DATE
 from engine.planning.memory import Memory
 from engine.planning.setting import Setting
-from engine.planning.tables import format_duration, memory_rows, print_table
+from engine.planning.tables import describe_cost, format_duration, memory_rows, print_table
 
 
 class Terminal(io.StringIO):
@@ -93,3 +95,17 @@ def test_what_is_said_of_each_kind_of_memory(setting, used, kind, text):
     rows = memory_rows(dataclasses.replace(USED, **used), 36 * 10**9, 2000, Setting(**setting))
     assert {row[0]: row[2] for row in rows}.get(kind) == text
     assert ("gathered" in dict(row[:2] for row in rows)) == ("gathered" in used)
+
+
+@pytest.mark.parametrize(
+    ("n_cards", "dollars", "own_price", "text"),
+    [
+        (1, 12.346, True, "$12.35 at $2.50 an hour"), (1, 12.0, False, f"$12.00 at $2.50 an hour ({PRICES_DATE})"),
+        (8, 99.0, True, "$99.00 at 8 x $2.50 an hour"), (8, 0.0, False, f"$0.00 at 8 x $2.50 an hour ({PRICES_DATE})"),
+        (8, None, False, "at no known price; pass --price-per-hour"),
+    ],
+)  # fmt: skip
+def test_a_price_of_ours_has_its_date_and_a_users_has_none(n_cards, dollars, own_price, text):
+    outcome = SimpleNamespace(projection=SimpleNamespace(dollars=dollars), setting=SimpleNamespace(n_cards=n_cards))
+    estimate = SimpleNamespace(outcome=outcome, card=SimpleNamespace(price_per_hour=2.5))
+    assert describe_cost(estimate, own_price) == text

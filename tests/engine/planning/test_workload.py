@@ -9,7 +9,8 @@ from engine.base.errors import UsageError
 from engine.data import packing
 from engine.data.dataset import Dataset
 from engine.data.packing import find_shared_prefixes
-from engine.planning.workload import alpaca_mix, cut_into_micro_batches, examples_per_card, step_numbers
+from engine.planning.workload import alpaca_mix, alpaca_order, cut_into_micro_batches, examples_per_card, step_numbers
+from kernels.measure.alpaca import alpaca_lengths
 from tests.helpers.planning import recipe_of
 
 
@@ -24,6 +25,20 @@ def test_the_alpaca_mix_has_the_datasets_means():
     assert (apart.own, apart.prefix) == (mix.logical, 0)
     few = alpaca_mix(recipe_of(global_batch_size=16, max_length=64))
     assert few.logical / 16 < 64 and few.loss_rows < few.own
+
+
+@pytest.mark.parametrize("max_length", [40, 512])
+@pytest.mark.parametrize("train_on_prompt", [True, False])
+def test_the_targets_of_an_alpaca_row_are_those_of_training(train_on_prompt, max_length):
+    """A row is cut at its end. Its first token is no target: no row predicts it. Rows without a target are left out."""
+    rows = alpaca_lengths()
+    lengths, loss, order = alpaca_order(max_length, train_on_prompt, seed=3)
+    for i in (*range(50), int((rows.prompt + rows.response).argmax()), int(rows.prompt.argmax())):
+        row = ([train_on_prompt] * rows.prompt[i] + [True] * rows.response[i])[:max_length]
+        assert (lengths[i], loss[i]) == (len(row), sum(row[1:]))
+    assert sorted(order) == list(np.flatnonzero(loss)) and (len(order) < len(loss)) == (
+        max_length == 40 and not train_on_prompt
+    )
 
 
 @pytest.mark.parametrize("share", [True, False])

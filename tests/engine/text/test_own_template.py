@@ -218,6 +218,11 @@ REFUSED = {
         "{% for m in messages %}<|im_start|>{{ m.content }}{% if loop.last %}!{% endif %}<|im_end|>{% endfor %}",
         "f:1: the checkpoint's chat template writes the beginning of a chat otherwise when more follows .message 3",
     ),
+    "thinking": (  # what the model thought is written in the last answer alone, after the very prompt that is asked
+        "{% for m in messages %}<|im_start|>{{ m.role }} {% if m.role == 'assistant' and loop.last %}<think>{% endif %}"
+        "{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant {% endif %}",
+        "f:1: .* otherwise when more follows .message 3",
+    ),
     "prompt": (
         SMOLLM.replace("<|im_start|>assistant\n'", "<|im_start|>assistant\n<think>\n'"),
         "f:1: .* otherwise when more follows .message 3",

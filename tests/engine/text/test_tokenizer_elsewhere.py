@@ -405,7 +405,10 @@ def test_words_that_are_no_chat_tokens_stay_words(tmp_path):
 def test_a_token_past_the_embedding_that_nothing_uses_is_left_out(tmp_path):
     folder = write_metaspace(tmp_path, "always", ["[PAD]", "<|im_start|>", "<|im_end|>"])
     n = load_tokenizer(folder).vocab_size
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, n - 1]}))
+    assert load_tokenizer(folder).stop_ids == {2, n - 1}
     ours = find_tokenizer(replace(MODELS["tiny"], vocab_size=n - 3), "", folder)
+    assert ours.stop_ids == {ours.eos_id} == {2}
     assert ours.vocab_size == n - 3 and "[PAD]" not in ours.special_ids and max(ours.encode("[PAD] the")) < n - 3
     assert ours.unembedded == {"[PAD]": n - 3, "<|im_start|>": n - 2, "<|im_end|>": n - 1}
     with pytest.raises(
