@@ -13,7 +13,7 @@ FN(Saturate, (T a) { return a > 0 ? (a < 1 ? a : T(1)) : T(0); })
 #undef FN
 template <class D, class S, template <class> class R> struct ToInt {
     static D f(S a) {
-        if (a != a) return sizeof(D) == 8 ? D(u64(1) << 63) : D(0);
+        if (a != a) return sizeof(D) == 8 || sizeof(S) == 8 ? D(u64(1) << (8 * sizeof(D) - 1)) : D(0);
         S x = R<S>::f(a);
         if (x <= S(std::numeric_limits<D>::min())) return std::numeric_limits<D>::min();
         if (x >= S(std::numeric_limits<D>::max())) return std::numeric_limits<D>::max();

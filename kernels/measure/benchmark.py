@@ -79,7 +79,7 @@ class Benchmark:
     ) -> None:
         self.path, self.repeats = path, repeats
         self.dtype = dtype or (torch.bfloat16 if GPU else torch.float32)
-        self.deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
+        self.deadline = float("inf") if minutes is None else time.monotonic() + 60 * minutes
         self.flush = make_l2_flush()
         self.result: Result = {
             "what": "kernels.bench", "machine": describe_machine(), "dtype": str(self.dtype).removeprefix("torch."),

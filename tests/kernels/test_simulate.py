@@ -1,5 +1,6 @@
 """The command kernels.simulate: every kernel that ships, executed as compiled for each chip."""
 
+import json
 import shutil
 import sys
 from contextlib import nullcontext
@@ -13,7 +14,7 @@ from kernels import simulate
 from kernels.measure import simulated_known
 from kernels.measure.simulated_cases import simulated_cases
 from kernels.measure.simulated_known import choose_samples
-from kernels.measure.simulated_records import find_differences, save_records
+from kernels.measure.simulated_records import find_differences, load_records, save_records
 from tests.helpers.compiler import run_compiler
 from tests.helpers.run import ROOT
 
@@ -88,7 +89,10 @@ def test_records_of_other_cases_are_kept_and_a_difference_is_told(tmp_path):
     path = tmp_path / "simulated.json"
     assert find_differences(path, [first]) == []  # nothing of this Triton to compare with
     save_records(path, [first], {"seconds": 2, "sources": ""})
-    save_records(path, [second], None)
+    other = {"1.0": {"seconds": 3, "sources": "of another Triton"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"versions": other | load_records(path)["versions"]}))
+    save_records(path, [second], None)  # a run of some cases proves nothing and takes no proof away
+    assert load_records(path)["versions"] == other | {triton.__version__: {"seconds": 2, "sources": ""}}
     assert find_differences(path, [first, second]) == []
     changed = first | {"kernels": [kernels[0] | {"instructions": 101}]}
     (line,) = find_differences(path, [changed, second])

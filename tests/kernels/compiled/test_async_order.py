@@ -29,8 +29,11 @@ def test_the_order_of_what_triton_ships_is_accepted():
 
 @pytest.mark.parametrize(
     "write",
-    ["cp.async.wait_group 0;", "cp.async.wait_all;", "st.shared.b32 [%r1], %r2;", "@%p1 st.shared.b32 [%r1], %r2;"],
-)
+    [
+        "cp.async.wait_group 0;", "cp.async.wait_all;", "st.shared.b32 [%r1], %r2;", "@%p1 st.shared.b32 [%r1], %r2;",
+        "st.shared.v4.b32 [%r1], {%r2, %r3, %r4, %r5};", "stmatrix.sync.aligned.m8n8.x2.shared.b16 [%r1], {%r2, %r3};",
+    ],
+)  # fmt: skip
 def test_a_write_of_shared_memory_without_a_proxy_fence_is_found(write):
     assert found_in(FENCE, write, "bar.sync 0;", "wgmma.fence;", WGMMA) == ["shared memory"]
     assert found_in(write, f"{FENCE} mov.b32 %r1, 0;", "wgmma.fence;", WGMMA) == []  # two instructions in one line

@@ -125,6 +125,10 @@ def test_a_launch_that_does_not_fit_is_refused():
         module.launch("k", 1, (None, None))
     with pytest.raises(PtxError, match="other: no such kernel, wanted one of k"):
         module.launch("other", 1, ())
+    for block in ((1025,), (32, 33), (8, 8, 17), (0,), (32, 0)):
+        with pytest.raises(PtxError, match="k: a block has 1 to 1024 threads"):
+            module.launch("k", 1, (None,), block=block)
+    assert module.launch("k", 1, (None,), block=(8, 8, 16)).counters["lanes"] % 1024 == 0
     with pytest.raises(PtxError, match="a tensor on meta, wanted one on the CPU"):
         module.launch("k", 1, (torch.empty(1, device="meta"),))
 

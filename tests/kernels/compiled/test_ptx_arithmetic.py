@@ -1,5 +1,6 @@
 """The PTX machine's arithmetic, lane by lane, against torch, Python's integers and exact fractions."""
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -40,6 +41,25 @@ def test_rounding_to_tf32_is_to_the_nearest_and_away_from_zero():
 def test_conversion_to_integers_saturates(rounding, want):
     x = torch.tensor([1.5, -1.5, 2.5, 3e9, -3e9, torch.nan, 0.99, -0.99])
     assert run_elementwise(f"cvt.{rounding}.s32.f32 D, A;", x, out=torch.empty(8, dtype=torch.int32)).tolist() == want
+
+
+ROUNDINGS = {"rzi": math.trunc, "rni": round, "rmi": math.floor, "rpi": math.ceil}
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize(("source", "name"), [(torch.float32, "f32"), (torch.float64, "f64")])
+@pytest.mark.parametrize("to", ["s16", "u16", "s32", "u32", "s64", "u64"])
+def test_what_no_integer_is_becomes_as_the_isa_has_it(to, source, name, rounding):
+    """Too large and too small ones the nearest. NaN: 0 from fp32 to 16 and 32 bits, else the highest bit alone."""
+    bits = int(to[1:])
+    least, most = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if to[0] == "s" else (0, 2**bits - 1)
+    x = torch.tensor([math.nan, math.inf, -math.inf, 1e30, -1e30, 4e4, 2.5, 3.5, -0.5, -2.5, 7, -7, 0], dtype=source)
+    nan = 2 ** (bits - 1) if bits == 64 or source == torch.float64 else 0
+    want = [nan, most, least, most, least]
+    want += [min(max(ROUNDINGS[rounding](value), least), most) for value in x[5:].tolist()]
+    out = torch.empty(len(x), dtype={16: torch.int16, 32: torch.int32, 64: torch.int64}[bits])
+    got = run_elementwise(f"cvt.{rounding}.{to}.{name} D, A;", x, out=out)
+    assert [value % 2**bits for value in got.tolist()] == [value % 2**bits for value in want]
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "bf16"), (torch.float16, "f16")])

@@ -93,8 +93,9 @@ def test_absent_peers_are_named(run, monkeypatch):
     assert "swiglu: without liger-kernel: liger_kernel is not installed" in results.format_summary(run.result)
 
 
-def test_nothing_begins_after_the_time(tmp_path):
-    run = Benchmark(tmp_path / "b.json", minutes=1e-9, repeats=1)
+@pytest.mark.parametrize("minutes", [1e-9, 0.0, -1.0])  # 0 is what a report of several parts may have left
+def test_nothing_begins_after_the_time(minutes, tmp_path):
+    run = Benchmark(tmp_path / "b.json", minutes=minutes, repeats=1)
     run.run_case(bench_cases.swiglu_case(4, 8))
     assert json.loads((tmp_path / "b.json").read_text())["left_out"] == ["swiglu T=4 F=8"]
     assert not run.result["records"] and "left out for time: swiglu T=4 F=8" in results.format_summary(run.result)

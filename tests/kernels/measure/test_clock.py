@@ -1,5 +1,6 @@
 """The clock without a GPU, and its summaries."""
 
+import pytest
 import torch
 
 from kernels.measure import clock
@@ -69,3 +70,10 @@ def test_a_sustained_rate_is_of_as_many_passes_as_fill_the_time(monkeypatch):
     monkeypatch.setattr(clock, "time_steps", lambda sets, *_, **__: (sets[0][0](None), [(2.0,)])[1])
     rate = clock.measure_sustained("fwd", [(8, 4, 6), (16, 4, 6)], 0.1, torch.float32)
     assert len(calls) == 2 + 2 * 50 and rate == 50 * 2 * (8 + 16) * 4 * 6 / 2.0 / 1e9  # 100 ms at 2 ms a pass
+
+
+def test_a_number_of_a_flag_is_finite():
+    assert [clock.parse_finite(text) for text in ("2.5", "0", "-1", "1e300")] == [2.5, 0, -1, 1e300]
+    for text in ("nan", "inf", "-inf", "Infinity", "1e999", "-1e999", "", "ten"):
+        with pytest.raises(ValueError):
+            clock.parse_finite(text)

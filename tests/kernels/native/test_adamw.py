@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import kernels
-from kernels.native.library import NativeError
+from kernels.native.arguments import AdamWArguments
+from kernels.native.cpu import load_cpu
+from kernels.native.library import NativeError, check
 from kernels.ops import adamw as op
 from kernels.ops import common
 from tests.helpers import native
@@ -124,6 +126,28 @@ def test_what_does_not_fit_is_refused(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "data_ptr", lambda t: torn.untyped_storage().data_ptr() + 1)
     with pytest.raises(NativeError, match="adamw: the compiled function was given a pointer that is not aligned"):
         kernels.adamw(param, param, state, impl="native", **given)
+
+
+MISSING = [
+    *((name, mode) for name in ("param", "grad", "m", "v") for mode in ({}, {"states": 2}, {"master_type": 3})),
+    *((name, {"states": 2}) for name in ("m_absmax", "v_absmax", "maps")),
+    ("master", {"master_type": 1}), ("low", {"master_type": 2}),
+]  # fmt: skip
+WRONG = [
+    ({"grad_type": 2}, "a mode"), ({"grad_type": -1}, "a mode"), ({"states": 3}, "a mode"), ({"states": -1}, "a mode"),
+    ({"master_type": 4}, "a mode"), ({"master_type": -1}, "a mode"), ({"n": -1}, "a size"), ({"offset": -1}, "a size"),
+    ({"threads": 0}, "a size"), ({"m_absmax": 66}, "a pointer"), ({"maps": 66}, "a pointer"),
+    ({"low": 65}, "a pointer"),
+    *(({name: None, **mode}, "a mode") for name, mode in MISSING),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "what"), WRONG, ids=str)
+def test_the_library_refuses_what_it_would_read_or_write_beyond(changes, what):
+    addresses = dict.fromkeys(("param", "grad", "m", "v", "m_absmax", "v_absmax", "low", "master", "maps"), 64)
+    numbers = {"n": 1, "offset": 0, "grad_type": 0, "states": 0, "master_type": 0, "threads": 1}
+    with pytest.raises(NativeError, match=f"adamw: the compiled function was given {what}"):
+        check(load_cpu().cria_adamw(AdamWArguments(**addresses | numbers | changes)), "adamw")
 
 
 def test_sanitizers_find_nothing(tmp_path_factory):

@@ -3,6 +3,7 @@
 Sizes are odd, tiny and empty, rows strided; documents are empty, of one token, behind a shared prefix, and apart.
 """
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -188,6 +189,37 @@ def test_limits_outside_of_the_keys_are_refused(row, value):
     ):
         with pytest.raises(NativeError, match="was given a size it does not take"):
             call()
+
+
+STRUCTURES = {
+    "norm_forward": native.NormForward, "norm_backward": native.NormBackward, "swiglu_forward": native.SwiGLU,
+    "swiglu_backward": native.SwiGLU, "rope": native.Rope, "cross_entropy": native.CrossEntropy,
+}  # fmt: skip
+WRONG_ROWS = [
+    *((name, rows, {}, "a size") for name in STRUCTURES for rows in ((-1, 4, 0, 1), (1, -4, 0, 1), (1, 4, 0, 0))),
+    *((name, (1, 4, 2, 1), {}, "a mode") for name in STRUCTURES),
+    ("cross_entropy", (1, 0, 0, 1), {}, "a size"), ("cross_entropy", (1, 4, 0, 1), {"stride": 3}, "a size"),
+    ("norm_backward", (1, 4, 0, 1), {"parts": 0}, "a size"),
+    ("cross_entropy", (1, 4, 0, 1), {"targets": 68}, "a pointer"),
+    *(
+        (name, (1, 4, 0, 1), {field: 66}, "a pointer")
+        for name, fields in {
+            "norm_forward": ("x", "residual", "weight", "y", "sum", "rstd"), "swiglu_forward": ("gate_up", "h"),
+            "norm_backward": ("dy", "x", "weight", "ds", "dx", "dw", "y"), "rope": ("x", "out", "cos", "sin"),
+            "swiglu_backward": ("gate_up", "dh", "dgate_up", "h"), "cross_entropy": ("logits",),
+        }.items()
+        for field in fields
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "rows", "changes", "what"), WRONG_ROWS, ids=str)
+def test_rows_and_addresses_that_do_not_fit_are_refused(name, rows, changes, what):
+    structure = STRUCTURES[name]
+    given = {field: 64 for field, kind in structure._fields_ if kind is ctypes.c_void_p} | {"rows": native.Rows(*rows)}
+    given |= {"stride": 4} if name == "cross_entropy" else {"parts": 1} if name == "norm_backward" else {}
+    with pytest.raises(NativeError, match=f"{name}: the compiled function was given {what}"):
+        native._call(name, structure(**given | changes))
 
 
 def test_documents_of_more_keys_than_a_tile_and_no_queries():
