@@ -1,4 +1,4 @@
-// One AdamW update of one tensor: the arguments, as kernels/native/adamw.py lays them out for ctypes.
+// One AdamW update of one tensor: the arguments, as kernels/native/arguments.py lays them out for ctypes.
 #pragma once
 
 #include "api.h"

@@ -1,4 +1,5 @@
-// Weights in 4 bits: the arguments, as kernels/native/nf4.py lays them out for ctypes. kernels/ops/nf4.py has the formula.
+// Weights in 4 bits: the arguments, as kernels/native/arguments.py lays them out for ctypes. kernels/ops/nf4.py has the
+// formula.
 #pragma once
 
 #include "api.h"

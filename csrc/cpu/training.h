@@ -1,4 +1,4 @@
-// A training step's ops but the large matrix products: the arguments, as kernels/native/training.py lays them out for
+// A training step's ops but the large matrix products: the arguments, as kernels/native/arguments.py lays them out for
 // ctypes. Every tensor is fp32 or bf16 (is_bf16), rows are contiguous, sums are fp32.
 #pragma once
 

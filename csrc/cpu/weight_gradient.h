@@ -1,4 +1,4 @@
-// The gradient of a weight: the arguments, as kernels/native/weight_gradient.py lays them out for ctypes.
+// The gradient of a weight: the arguments, as kernels/native/arguments.py lays them out for ctypes.
 #pragma once
 
 #include "api.h"

@@ -2,6 +2,7 @@
 
 import ctypes
 from ctypes import c_double, c_int64, c_void_p
+from typing import Any
 
 
 class AdamWArguments(ctypes.Structure):
@@ -66,3 +67,49 @@ class Tokens(ctypes.Structure):
         *((name, c_int64) for name in ("rows", "sequences", "longest", "threads")),
         *((name, c_void_p) for name in ("tokens", "sequence", "length", "cos", "sin", "k", "v", "workspace", "logits")),
     ]
+
+
+def _structure(name: str, told_in: str, **fields: Any) -> type[ctypes.Structure]:
+    """Return a structure with the fields in the order given."""
+    about = f"{name} of csrc/cpu/{told_in}, which tells its fields."
+    return type(name, (ctypes.Structure,), {"_fields_": tuple(fields.items()), "__doc__": about})
+
+
+def _fields(kind: Any, *names: str) -> dict[str, Any]:
+    return dict.fromkeys(names, kind)
+
+
+Rows = _structure("Rows", "training.h", **_fields(c_int64, "n", "dim", "is_bf16", "threads"))
+NormForward = _structure(
+    "NormForward", "training.h", rows=Rows, **_fields(c_void_p, "x", "residual", "weight", "y", "sum", "rstd"),
+    eps=c_double,
+)  # fmt: skip
+NormBackward = _structure(
+    "NormBackward", "training.h", rows=Rows,
+    **_fields(c_void_p, "dy", "x", "weight", "ds", "rstd", "dx", "dw", "y", "partial"), parts=c_int64,
+)  # fmt: skip
+SwiGLU = _structure("SwiGLU", "training.h", rows=Rows, **_fields(c_void_p, "gate_up", "dh", "dgate_up", "h"))
+Rope = _structure(
+    "Rope", "training.h", rows=Rows, **_fields(c_void_p, "x", "out", "cos", "sin"),
+    **_fields(c_int64, "heads", "x_row", "x_head", "out_row", "out_head", "inverse"),
+)  # fmt: skip
+CrossEntropy = _structure(
+    "CrossEntropy", "training.h", rows=Rows, logits=c_void_p, stride=c_int64,
+    **_fields(c_void_p, "targets", "weights", "losses"), **_fields(c_int64, "ignore_index", "gradient"),
+    **_fields(c_double, "z_loss", "smoothing"),
+)  # fmt: skip
+STRIDED = ("q", "k", "v", "o", "d_o", "dq", "dk", "dv")  # of attention: each has a stride of rows and one of heads
+Attention = _structure(
+    "Attention", "training.h",
+    **_fields(c_int64, "queries", "keys", "heads", "kv_heads", "head_dim", "is_bf16", "threads"),
+    **_fields(c_void_p, "q", "k", "v", "o", "d_o", "out", "dq", "dk", "dv", "lse", "limits"),
+    **_fields(c_int64, *(f"{name}_{axis}" for name in STRIDED for axis in ("row", "head"))),
+)  # fmt: skip
+NF4Quantise = _structure(
+    "NF4Quantise", "nf4.h", **_fields(c_int64, "n", "is_bf16", "threads"),
+    **_fields(c_void_p, "weight", "codes", "absmax"),
+)  # fmt: skip
+NF4Dequantise = _structure(
+    "NF4Dequantise", "nf4.h", **_fields(c_int64, "n", "is_bf16", "threads"),
+    **_fields(c_void_p, "out", "codes", "absmax_codes", "absmax2", "offset", "map"),
+)  # fmt: skip

@@ -1,31 +1,17 @@
 """NF4 on CPU tensors in C++: what csrc/cpu/nf4.h declares, as functions of tensors."""
 
 import ctypes
-from ctypes import c_int64, c_void_p
 
 import torch
 
+from kernels.native.arguments import NF4Dequantise, NF4Quantise
 from kernels.native.cpu import load_cpu
 from kernels.native.library import check
 
 
-class _Quantise(ctypes.Structure):
-    _fields_ = [
-        *((name, c_int64) for name in ("n", "is_bf16", "threads")),
-        *((name, c_void_p) for name in ("weight", "codes", "absmax")),
-    ]
-
-
-class _Dequantise(ctypes.Structure):
-    _fields_ = [
-        *((name, c_int64) for name in ("n", "is_bf16", "threads")),
-        *((name, c_void_p) for name in ("out", "codes", "absmax_codes", "absmax2", "offset", "map")),
-    ]
-
-
 def quantise(weight: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor) -> None:
     """Write the codes and maxima of contiguous weight (n,) in fp32 or bf16. Raises NativeError if it is refused."""
-    arguments = _Quantise(*_describe(weight), *(t.data_ptr() for t in (weight, codes, absmax)))
+    arguments = NF4Quantise(*_describe(weight), *(t.data_ptr() for t in (weight, codes, absmax)))
     check(load_cpu().cria_nf4_quantise(ctypes.byref(arguments)), "nf4_quantise")
 
 
@@ -35,7 +21,7 @@ def dequantise(
 ) -> None:  # fmt: skip
     """Write contiguous out (n,) in fp32 or bf16. absmax_map: (256,) fp32. Raises NativeError if it is refused."""
     tensors = out, codes, absmax_codes, absmax2, offset, absmax_map
-    arguments = _Dequantise(*_describe(out), *(t.data_ptr() for t in tensors))
+    arguments = NF4Dequantise(*_describe(out), *(t.data_ptr() for t in tensors))
     check(load_cpu().cria_nf4_dequantise(ctypes.byref(arguments)), "nf4_dequantise")
 
 

@@ -11,49 +11,12 @@ from typing import Any
 
 import torch
 
+from kernels.native.arguments import Attention, CrossEntropy, NormBackward, NormForward, Rope, Rows, SwiGLU
 from kernels.native.cpu import load_cpu
 from kernels.native.library import check
 
 DTYPES = (torch.float32, torch.bfloat16)
 PARTS = 32  # of rms_norm's rows: dw of each is summed on its own, whatever the number of threads
-
-INT, PTR, REAL = ctypes.c_int64, ctypes.c_void_p, ctypes.c_double
-
-
-class Rows(ctypes.Structure):
-    """Rows of csrc/cpu/training.h."""
-
-    _fields_ = (("n", INT), ("dim", INT), ("is_bf16", INT), ("threads", INT))
-
-
-def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
-    """Return a ctypes structure of csrc/cpu/training.h, with the fields in the order given."""
-    return type(name, (ctypes.Structure,), {"_fields_": tuple(fields.items())})
-
-
-NormForward = _structure(
-    "NormForward", rows=Rows, **dict.fromkeys(("x", "residual", "weight", "y", "sum", "rstd"), PTR), eps=REAL
-)
-NormBackward = _structure(
-    "NormBackward", rows=Rows, **dict.fromkeys(("dy", "x", "weight", "ds", "rstd", "dx", "dw", "y", "partial"), PTR),
-    parts=INT,
-)  # fmt: skip
-SwiGLU = _structure("SwiGLU", rows=Rows, **dict.fromkeys(("gate_up", "dh", "dgate_up", "h"), PTR))
-Rope = _structure(
-    "Rope", rows=Rows, **dict.fromkeys(("x", "out", "cos", "sin"), PTR),
-    **dict.fromkeys(("heads", "x_row", "x_head", "out_row", "out_head", "inverse"), INT),
-)  # fmt: skip
-CrossEntropy = _structure(
-    "CrossEntropy", rows=Rows, logits=PTR, stride=INT, targets=PTR, weights=PTR, losses=PTR, ignore_index=INT,
-    gradient=INT, z_loss=REAL, smoothing=REAL,
-)  # fmt: skip
-SIZES = ("queries", "keys", "heads", "kv_heads", "head_dim", "is_bf16", "threads")
-TENSORS = ("q", "k", "v", "o", "d_o", "out", "dq", "dk", "dv", "lse", "limits")
-STRIDED = ("q", "k", "v", "o", "d_o", "dq", "dk", "dv")
-Attention = _structure(
-    "Attention", **dict.fromkeys(SIZES, INT), **dict.fromkeys(TENSORS, PTR),
-    **{f"{name}_{axis}": INT for name in STRIDED for axis in ("row", "head")},
-)  # fmt: skip
 
 
 @cache
@@ -65,7 +28,7 @@ def _call(name: str, arguments: ctypes.Structure) -> None:
     check(_function(name)(ctypes.byref(arguments)), name)
 
 
-def _rows(x: torch.Tensor, n: int, dim: int) -> Rows:
+def _rows(x: torch.Tensor, n: int, dim: int) -> ctypes.Structure:
     return Rows(n, dim, x.dtype == torch.bfloat16, torch.get_num_threads())
 
 

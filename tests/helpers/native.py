@@ -14,7 +14,10 @@ from kernels.native import library, toolchain
 from kernels.native.cpu import declare, load_cpu
 
 CXX = shutil.which("g++") or shutil.which("clang++")
-BESIDE = {"few_rows": ("decode",)}  # sources that are built with those of a name
+BESIDE = {
+    "few_rows": ("decode",),
+    "training": ("rows", "attention", "nf4"),
+}  # sources that are built with those of a name
 SANITIZERS = "-O0 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 needs_cxx = pytest.mark.skipif(not CXX, reason="the CPU library is compiled by g++, which is missing")
 
