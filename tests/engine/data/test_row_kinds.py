@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -264,8 +265,9 @@ def test_tools_under_the_checkpoints_own_template(write, tokenizers):
     for row in read(write([TOOL_CHAT, text_arguments, sharegpt_tools()]), with_tools=True):
         whole, learned = trained(row, "template", tokenizers)
         said.add((whole, learned))
-        with pytest.raises(DataError, match="the row calls tools, which --prompt-style template alone can say"):
-            trained(row, "chatml", tokenizers)
+        for one in (row, replace(row, more={}), replace(row, tools=())):  # tools that may be called, and that are
+            with pytest.raises(DataError, match="the row calls tools, which --prompt-style template alone can say"):
+                trained(one, "chatml", tokenizers)
     ((whole, learned),) = said
     call = json.dumps(CALL)
     assert f"<|im_start|>tools {json.dumps([TOOL])}<|im_end|>" in whole and "<|im_start|>tool rain<|im_end|>" in whole

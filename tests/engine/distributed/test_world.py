@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore
 
 from engine.base.errors import CriaError, OtherRankFailed, UsageError
+from engine.distributed import world
 from engine.distributed.world import MAIN_FAILED, World, start_ranks
 
 
@@ -94,6 +96,26 @@ def test_ranks_that_wait_for_rank_0_can_see_that_it_failed(failing):
         return world.store.check([MAIN_FAILED])
 
     assert on_ranks(2, work) == [failing == 0] * 2
+
+
+@pytest.mark.parametrize(
+    ("replicas", "shape", "names"),
+    [(1, (4,), ("shards",)), (2, (2, 2), ("replicas", "shards")), (4, (4, 1), ("replicas", "shards"))],
+)
+def test_the_mesh_has_a_row_a_replica_and_the_time_limit_in_each_of_its_groups(replicas, shape, names, monkeypatch):
+    """torch gives the groups of a mesh half an hour."""
+    limits, groups = {}, [f"group of {name}" for name in names]
+
+    def make_mesh(device, shape, mesh_dim_names):
+        return SimpleNamespace(made=(device, shape, mesh_dim_names), get_all_groups=lambda: groups)
+
+    monkeypatch.setattr(world, "init_device_mesh", make_mesh)
+    monkeypatch.setattr(world, "_set_pg_timeout", lambda timeout, group: limits.update({group: timeout}))
+    one = World(timeout_s=20.0, device="cpu")
+    one.size = 4
+    one.arrange_replicas(replicas)
+    assert one.mesh.made == ("cpu", shape, names) and one.n_shards == 4 // replicas
+    assert limits == dict.fromkeys(groups, world.collective_timeout(20.0))
 
 
 @pytest.mark.parametrize(("local", "is_taken"), [(0, True), (1, True), (2, False), (3, False)])

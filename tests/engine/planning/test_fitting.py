@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.base.flags import parse_flags
+from engine.model.adapter import AdapterConfig
 from engine.model.config import MODELS
 from engine.planning.cards import GIB
 from engine.planning.fitting import (
@@ -21,6 +22,7 @@ from engine.planning.fitting import (
     find_mesh_that_fits,
     find_shard_counts,
     find_uncut_counts,
+    find_useful_savings,
     resolve_recompute,
     resolve_states,
 )
@@ -35,6 +37,15 @@ one_card_settings = st.builds(
     st.sampled_from(("fp32", "bf16", "8bit")), st.sampled_from(("none", "cheap", "block")), st.booleans(),
     st.booleans(),
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("adapter", [None, AdapterConfig(saved=("lm_head",)), AdapterConfig(r=64)])
+@pytest.mark.parametrize("n_cards", [1, 2, 8])
+def test_no_saving_is_proposed_that_the_run_would_refuse(n_cards, adapter):
+    setting = Setting(master="fp32", recompute="none", shards=n_cards, adapter=adapter)
+    fields = {saving.field for saving in find_useful_savings(MODEL, setting, BatchShape(4096, 4096, True))}
+    assert {"states", "recompute", "master"} <= fields
+    assert ("offload" in fields) == (adapter is None) and ("in_backward" not in fields or n_cards == 1)
 
 
 @given(one_card_settings, st.integers(1 << 30, 60 << 30), st.integers(0, 4 << 30), st.floats(0.01, 1))

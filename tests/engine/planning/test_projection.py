@@ -42,6 +42,9 @@ def test_every_micro_batch_computes_the_shared_prefixes():
         assert one.outcome.projection.work.tokens == one.mix.own + n * one.mix.prefix
     apart = estimate_of("H100", optimizer_states="8bit", micro_batch_tokens=512)  # never more than without sharing
     assert apart.outcome.projection.work.tokens <= apart.mix.logical
+    tiny = estimate_of("H100", optimizer_states="8bit", micro_batch_tokens=128, max_length=128)
+    assert tiny.mix.own + tiny.outcome.cut.micro_batches * tiny.mix.prefix > tiny.mix.logical
+    assert tiny.outcome.projection.work.tokens == tiny.mix.logical
 
 
 @pytest.mark.parametrize("states", ["fp32", "8bit"])

@@ -9,7 +9,14 @@ from engine.base.errors import UsageError
 from engine.data import packing
 from engine.data.dataset import Dataset
 from engine.data.packing import find_shared_prefixes
-from engine.planning.workload import alpaca_mix, alpaca_order, cut_into_micro_batches, examples_per_card, step_numbers
+from engine.planning.workload import (
+    alpaca_mix,
+    alpaca_order,
+    cut_into_micro_batches,
+    dataset_mix,
+    examples_per_card,
+    step_numbers,
+)
 from kernels.measure.alpaca import alpaca_lengths
 from tests.helpers.planning import recipe_of
 
@@ -57,6 +64,21 @@ def test_a_step_in_numbers_is_what_packing_lays_out(share):
     logical, own, prefix, loss_rows, pairs, query_pairs = step_numbers(lengths, loss, groups)
     assert (logical, own + prefix, loss_rows) == (ends[-1], len(one.tokens), len(one.targets))
     assert pairs == (one.positions + 1).sum() and query_pairs == (one.positions[one.loss_rows] + 1).sum()
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_dataset_of_the_user_is_counted_as_it_will_be_trained_on(share):
+    """With its prefixes shared or not, in the order of an epoch, one GPU's share of a step."""
+    rows = [np.concatenate((np.arange(100, 130), [i] * (3 + i % 4))) for i in range(24)]
+    ends = np.cumsum([len(row) for row in rows])
+    begins = ends - [len(row) for row in rows]
+    is_target = np.concatenate([np.arange(len(row)) >= 30 for row in rows])
+    dataset = Dataset(np.concatenate(rows).astype(np.int32), is_target, begins, ends, ("",) * 24, {})
+    mix = dataset_mix(dataset, recipe_of(2, global_batch_size=8, share_prefix=share))
+    assert (mix.examples, mix.per_step) == (24, 4) and mix.what == "24 examples of --data"
+    assert (6 * mix.logical, 6 * mix.loss_rows) == pytest.approx((ends[-1], is_target.sum()))
+    assert (mix.prefix, 6 * mix.own) == pytest.approx((30, ends[-1] - 24 * 30) if share else (0, ends[-1]))
+    assert mix.largest >= mix.own
 
 
 def test_micro_batches_are_as_few_as_do_and_evened_out():

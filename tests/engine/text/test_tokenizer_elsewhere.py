@@ -394,6 +394,35 @@ def test_chat_tokens_that_a_file_calls_words(tmp_path):
         assert begin not in ours.encode("say <|im_start|> now")
 
 
+@pytest.mark.parametrize("kind", [1, 4], ids=["a piece", "a word of the user"])
+def test_a_token_that_ends_a_text_is_special_whatever_its_file_calls_it(kind, tmp_path):
+    """Text that spells it must not end an answer, nor an example of training."""
+    tokens, scores, types, _ = list_pieces()
+    pieces = {"scores": [*scores, 0.0], "bos_token_id": 1, "eos_token_id": len(tokens)}
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    paths = {
+        write_gguf(tmp_path / "pieces.gguf", "llama", [*tokens, "[END]"], [*types, kind], **pieces): "[END]",
+        write_gguf(
+            tmp_path / "bytes.gguf", "gpt2", [*alphabet, "[END]"], [1] * 256 + [kind], merges=[], pre="gpt-2",
+            eos_token_id=256,
+        ): "[END]",
+    }  # fmt: skip
+    train_sentencepiece(tmp_path / "model", user_words=["[END]"])
+    model = read_model((tmp_path / "model" / "tokenizer.model").read_bytes())
+    paths[tmp_path / "model"] = max((t for t, k in zip(model.tokens, model.types, strict=True) if k == kind), key=len)
+    stated = {"eos_token": paths[tmp_path / "model"]}
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(stated))
+    for path, token in paths.items():
+        ours = load_tokenizer(path)
+        text = f"so {token} the".replace("\u2581", " ")
+        assert ours.special_ids[token] == ours.eos_id and ours.eos_id not in ours.encode(text), path
+        if path.suffix == ".gguf":  # nor in another program, by the files that are made of it
+            (added,) = (t for t in json.loads(ours.files["tokenizer.json"])["added_tokens"] if t["content"] == token)
+            assert added["special"]
+            if "tokenizer.model" in ours.files:
+                assert read_model(ours.files["tokenizer.model"]).types[ours.eos_id] == CONTROL
+
+
 def test_words_that_are_no_chat_tokens_stay_words(tmp_path):
     ours = load_tokenizer(write_metaspace(tmp_path, "always", ["<think>", "   "], special=False))
     n = ours.vocab_size
