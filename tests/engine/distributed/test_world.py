@@ -29,6 +29,12 @@ class Rank(World):
         return found
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """A rank that waits in vain fails its test in a minute, not in the day that a run may wait."""
+    monkeypatch.setattr(world, "WAIT_SECONDS", 60)
+
+
 def on_ranks(n, work):
     """Return what work(world) returned or raised on each of n ranks."""
     shared = HashStore(), threading.Barrier(n), [None] * n
