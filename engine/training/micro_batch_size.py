@@ -44,6 +44,14 @@ from engine.training.run_ahead import Prefetcher
 
 HALVED = "halved.json"  # in --out: tells the next start which micro-batches were too large, and the size to use
 TOKENS_MULTIPLE = 64  # of which a micro-batch's tokens are a multiple on a GPU: they fill the tiles of GEMMs
+TOKENS_MULTIPLE_OF_CPU = 32  # in bf16: oneDNN compiles for each size that it multiplies, and keeps 0.5 to 2 MB of each
+
+
+def choose_multiple(device: torch.device, dtype: torch.dtype) -> int:
+    """Return of what number the tokens of a micro-batch are a multiple, by padding: 1 where nothing is gained."""
+    if device.type == "cuda":
+        return TOKENS_MULTIPLE
+    return TOKENS_MULTIPLE_OF_CPU if dtype == torch.bfloat16 else 1
 
 
 def choose_mesh_and_tokens(

@@ -33,7 +33,7 @@ from engine.text.chat_templates import pin_date
 from engine.text.tokenizer_files import find_tokenizer
 from engine.training.config import LORA_FLAGS, FinetuneConfig
 from engine.training.datasets import read_datasets
-from engine.training.micro_batch_size import TOKENS_MULTIPLE, choose_mesh_and_tokens, round_up
+from engine.training.micro_batch_size import choose_mesh_and_tokens, choose_multiple, round_up
 from engine.training.optimizer import chooses_cpu
 from engine.training.plan import Plan, suggest_more_updates
 from engine.training.scoring import require_questions
@@ -91,7 +91,7 @@ def prepare(config: FinetuneConfig, world: World, say: Callable[[str], None]) ->
     total_steps = config.epochs * order.steps_per_epoch
     total_steps = min(total_steps, config.max_steps or total_steps)
 
-    multiple = TOKENS_MULTIPLE if device.type == "cuda" else 1
+    multiple = choose_multiple(device, dtype)
     setting, max_tokens = choose_mesh_and_tokens(model_config, config, train, device, dtype, world.size, on_cpu)
     report_states(config, setting, max_tokens, say)
     config = dataclasses.replace(config, optimizer_states=setting.states)

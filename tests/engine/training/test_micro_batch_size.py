@@ -52,6 +52,14 @@ def test_what_is_chosen_fits_and_64_tokens_more_do_not(changes, monkeypatch):
     assert used(tokens + fit.TOKENS_MULTIPLE) > room or tokens >= 128 * 128, "no more than a step holds"
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "multiple"),
+    [(CUDA, BF16, 64), (CUDA, torch.float32, 64), (CPU, BF16, 32), (CPU, torch.float32, 1)],
+)
+def test_tokens_are_a_multiple_where_sizes_cost_something(device, dtype, multiple):
+    assert fit.choose_multiple(device, dtype) == multiple
+
+
 def test_no_more_than_a_step_holds(monkeypatch):
     short = SimpleNamespace(lengths=lambda: torch.full((52002,), 20).numpy())
     assert tokens_with(78, monkeypatch, short) == 128 * 20

@@ -90,6 +90,16 @@ def test_a_run_ends_with_its_epochs_or_sooner(rows_file, tmp_path, epochs, max_s
     assert prepare(config, World(), print).total_steps == steps
 
 
+@pytest.mark.parametrize(("dtype", "multiple"), [("bf16", 32), ("fp32", 1)])
+def test_micro_batches_of_a_cpu_are_padded_in_bf16(dtype, multiple, rows_file, tmp_path):
+    config = FinetuneConfig(
+        model=str(small_model()), data=(str(rows_file),), out=str(tmp_path / "out"), device="cpu", token_cache="off",
+        dtype=dtype, kernels="ref", max_length=40, micro_batch_tokens=70,
+    )  # fmt: skip
+    packing = prepare(config, World(), print).packing
+    assert (packing.multiple, packing.max_tokens) == (multiple, 96 if multiple == 32 else 70)
+
+
 @pytest.mark.parametrize("asked", [True, False])
 def test_deterministic_algorithms_are_insisted_on_where_asked(asked, monkeypatch):
     told = []
