@@ -24,6 +24,13 @@ def test_command(tmp_path, capsys):
     assert {path.name for path in tmp_path.glob("*.png")} == {"swiglu.png", "norm_linear.png", "roofline.png"}
 
 
+def test_what_was_not_timed_is_not_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match="nothing was timed, so there is nothing to draw"):
+        bench.main(["--smoke", "--op", "swiglu", "--no-peers", "--minutes", "0", "--plot", str(tmp_path / "plots")])
+    assert not (tmp_path / "plots").exists()
+
+
 def test_an_unknown_op_is_a_usage_error(capsys):
     with pytest.raises(SystemExit) as ended:
         bench.main(["--op", "softmax"])

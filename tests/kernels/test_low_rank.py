@@ -3,6 +3,7 @@
 The interpreter runs the kernels; what is new is torch's, so nothing here is compiled.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -128,6 +129,12 @@ def test_what_does_not_fit_is_named():
     a, *b = [t.float() for t in factors()]
     with pytest.raises(ValueError, match="ranks differ"):
         low_rank(a[1:], *b)
+    fits = low_rank(a, *b)
+    for wrong in ({"first_rows": fits.first_rows[1:]}, {"scales": (*fits.scales, 1.0)}):
+        with pytest.raises(ValueError, match="ranks differ"):
+            replace(fits, **wrong)
+    with pytest.raises(ValueError, match=rf"linear: low_rank has A \(5, 24\) .*wanted A \(R, {D + 1}\)"):
+        kernels.linear(torch.zeros(2, D + 1), torch.zeros(N, D + 1), low_rank=fits)
     with pytest.raises(ValueError, match=r"linear: low_rank has A \(5, 24\) and a part of rows 8 to 13"):
         kernels.linear(torch.zeros(2, D), torch.zeros(12, D), low_rank=low_rank(a, *b))
     with pytest.raises(ValueError, match="none across 7"):

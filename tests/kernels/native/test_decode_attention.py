@@ -158,6 +158,10 @@ def test_the_reference_is_torchs_attention():
         assert torch.allclose(decode_attention(q, cache), by_torch(q, cache), atol=1e-12)
 
 
+def bf16(*shape):
+    return torch.zeros(*shape, dtype=BF16)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -166,12 +170,23 @@ def test_the_reference_is_torchs_attention():
         ({"v": torch.zeros(1, 24, 2, 64)}, "v is .*float32 on cpu, wanted rows of 64 torch.bfloat16"),
         ({"prefix_k": torch.zeros(3, 2, 64, dtype=BF16)}, "k and v differ, wanted equal shapes and strides"),
         ({"table": torch.zeros(1, 2, dtype=torch.int32)}, "pages of 24 keys, wanted a multiple of 16"),
+        ({"q": torch.zeros(1, 4, 64).double()}, "q is .* torch.float64, wanted bf16, fp16 or fp32 and a head size"),
+        ({"q": bf16(1, 4, 32)}, r"q is \(1, 4, 32\) torch.bfloat16, wanted bf16, fp16 or fp32 and a head size"),
+        ({"q": bf16(1, 3, 64)}, "3 query heads to 2 key heads, wanted a whole group of at most 16"),
+        ({"q": bf16(1, 34, 64)}, "34 query heads to 2 key heads, wanted a whole group of at most 16"),
+        ({"q": bf16(1, 4, 128)[..., :64]}, r"q has strides \(512, 128, 1\), wanted heads next to each other"),
+        ({"k": bf16(1, 24, 64, 2).mT}, "k is .*, wanted rows of 64"),
+        ({"v": bf16(1, 24, 2, 32)}, "v is .*, wanted rows of 64"),
+        ({"k": bf16(1, 24, 2, 64).to("meta")}, "k is .* on meta, wanted rows of 64 torch.bfloat16 on cpu"),
+        ({"k": bf16(1 + 24 * 128)[1:].view(1, 24, 2, 64)}, "k begins at .*, wanted multiples of 16 bytes"),
+        ({"v": bf16(1, 24, 2, 68)[..., :64]}, "v begins at .* with strides .*, wanted multiples of 16 bytes"),
+        ({"lengths": torch.tensor([3], dtype=torch.int32)}, r"lengths are \(1,\) torch.int32, wanted \(1,\) int64"),
     ],
-)
+)  # fmt: skip
 def test_what_does_not_fit_is_said(change, message):
     k = torch.zeros(1, 24, 2, 64, dtype=BF16)
     given = {"k": k, "v": torch.zeros_like(k), "lengths": torch.tensor([3])} | change
-    q = torch.zeros(1, 4, 64, dtype=BF16)
+    q = given.pop("q", bf16(1, 4, 64))
     with pytest.raises(ValueError, match=message):
         decode_attention(q, DecodeCache(**given), "cuda")
     with pytest.raises(ValueError, match="impl is 'magic'"):

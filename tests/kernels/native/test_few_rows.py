@@ -82,6 +82,12 @@ def test_what_is_no_product_is_refused():
     library = load_cpu()
     with pytest.raises(ValueError, match=r"few_rows: x \(2, 5\) torch.float32, wanted contiguous fp32 of \(rows, 6\)"):
         multiply_few_rows(library, torch.ones(2, 5), torch.ones(3, 6), 1)
+    for x, w in (
+        (torch.ones(2, 6).bfloat16(), torch.ones(3, 6)), (torch.ones(6, 2).T, torch.ones(3, 6)),
+        (torch.ones(2, 6), torch.ones(6, 3).T),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"few_rows: x .*wanted contiguous fp32"):
+            multiply_few_rows(library, x, w, 1)
 
     def call(**changes):
         fields = {"type": 0, "rows": 1, "in_": 32, "out": 1, "threads": 1, "x": 64, "w": 64, "y": 64, "workspace": 64}

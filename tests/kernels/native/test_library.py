@@ -113,6 +113,15 @@ def test_without_the_library_torch_takes_over_and_says_why(monkeypatch, capsys):
     assert cpu.find_cpu.__wrapped__() is None and capsys.readouterr().err == ""
 
 
+def test_what_nvcc_complains_of_is_told(monkeypatch, tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'error: no such thing' >&2\nexit 2\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("NVCC", str(nvcc))
+    with pytest.raises(ValueError, match=r"nvcc does not compile adamw\.cu for sm_80:\nerror: no such thing"):
+        toolchain.compile_ptx(library.ROOT / "csrc" / "cuda" / "adamw.cu", "80")
+
+
 def test_codes_become_words():
     check(0, "adamw")
     with pytest.raises(NativeError, match="adamw: the compiled function was given a pointer that is not aligned"):

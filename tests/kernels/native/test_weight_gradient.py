@@ -73,7 +73,8 @@ def test_numbers_that_are_none_stay_in_their_rows_and_columns():
 
 def test_what_does_not_fit_is_refused():
     dy, x, out = make(4, 3, 2)
-    for wrong in ((out.T, dy, x), (out, dy, x[:3]), (out.half(), dy, x)):
+    strided = torch.zeros(2, 3).bfloat16().T  # of out's shape
+    for wrong in ((out.T, dy, x), (out[:2], dy, x), (strided, dy, x), (out, dy, x[:3]), (out.half(), dy, x)):
         with pytest.raises(ValueError, match=r"weight_gradient: dy \(4, 3\), x .* wanted \(T, N\), \(T, K\), \(N, K\)"):
             native.write_weight_gradient(*wrong, is_added=False)
     assert not native.takes(dy.float(), x.float()) and not native.takes(dy.T.contiguous().T, x) and native.takes(dy, x)

@@ -545,6 +545,17 @@ def test_nothing_else_is_written(device):
     assert same(grad, before[0]) and same(scale, before[1])
 
 
+def half_of_8_bits(kept):
+    """States of which one has its maxima, and the other none."""
+    m, v = torch.zeros(2, 8, dtype=torch.uint8 if kept == "m_absmax" else torch.float32)
+    return op.AdamWState(m, v, **{kept: torch.zeros(1)})
+
+
+def of_two_masters():
+    low, master = torch.zeros(8, dtype=torch.int16), torch.zeros(8)
+    return op.AdamWState(torch.zeros(8), torch.zeros(8), low=low, master=master)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -554,6 +565,17 @@ def test_nothing_else_is_written(device):
         ({"state": kernels.adamw_state(torch.zeros(9))}, r"m is \(9,\).*wanted contiguous \(8,\)"),
         ({"state": kernels.adamw_state(torch.zeros(8), states="bf16"), "param": torch.zeros(4, 4).T[:2]}, "contiguous"),
         ({"state": kernels.adamw_state(torch.zeros(8, dtype=torch.bfloat16))}, "its own master"),
+        ({"state": half_of_8_bits("m_absmax")}, "the state is none of adamw_state's: m, v, m_absmax"),
+        ({"state": half_of_8_bits("v_absmax")}, "the state is none of adamw_state's: m, v, v_absmax"),
+        ({"state": of_two_masters(), "param": torch.zeros(8, dtype=torch.bfloat16)}, "the state is none of .*master"),
+        ({"state": op.AdamWState(*torch.zeros(2, 8).double())}, "m is .* torch.float64 on .*, wanted contiguous"),
+        ({"state": op.AdamWState(torch.zeros(8), torch.zeros(8).bfloat16())}, "v is .* torch.bfloat16 on"),
+        ({"state": op.AdamWState(torch.zeros(8), torch.zeros(16)[::2])}, "v is .*wanted contiguous"),
+        ({"state": op.AdamWState(*torch.zeros(2, 8, device="meta"))}, "m is .* on meta, wanted contiguous"),
+        ({"apply": torch.ones(1)}, "apply is .* torch.float32, wanted one bool"),
+        ({"apply": torch.ones(2, dtype=torch.bool)}, r"apply is \(2,\)"),
+        ({"apply": torch.ones(1, dtype=torch.bool, device="meta")}, "wanted one bool on"),
+        ({"lr": torch.zeros((), device="meta")}, r"lr is \(\) on meta, wanted one number on"),
         ({"step": 0}, "step 0"), ({"seed": 2**32}, "seed 4294967296"), ({"offset": -1}, "offset -1"),
         ({"lr": torch.zeros(2)}, r"lr is \(2,\)"), ({"grad_scale": torch.zeros(2)}, r"grad_scale is \(2,\)"),
         ({"impl": "magic"}, "impl is 'magic'"),
@@ -566,6 +588,18 @@ def test_what_does_not_fit_is_said(changes, message):
         given["grad"] = torch.zeros(2, 4)
     with pytest.raises(ValueError, match=message):
         kernels.adamw(**given)
+
+
+@pytest.mark.parametrize("impl", ["ref", "native", "triton"])
+def test_blocks_of_8_bits_that_are_rounded_at_random_begin_with_a_draw(impl):
+    param, grad = torch.zeros(2, 4096, dtype=torch.bfloat16)
+    for master, offset in (("stochastic", 3), ("stochastic", 4)):
+        state = kernels.adamw_state(param, master, "8bit")
+        with pytest.raises(ValueError, match=f"offset is {offset}, wanted a multiple of 8 for 8-bit states"):
+            kernels.adamw(param, grad, state, step=1, offset=offset, impl=impl, **SETTINGS)
+    for master, states, offset in (("stochastic", "8bit", 8), ("split", "8bit", 3), ("stochastic", "fp32", 3)):
+        state = kernels.adamw_state(param, master, states)
+        kernels.adamw(param, grad, state, step=1, offset=offset, impl="ref", **SETTINGS)
 
 
 @pytest.mark.parametrize(("name", "value"), [("master", "double"), ("states", "4bit")])
@@ -623,6 +657,16 @@ def test_the_norm_of_gradients_that_come_one_by_one_has_the_same_bits(dtype, imp
         norm, wanted = kernels.norm_of_sums(parts, impl), kernels.grad_norm(grads, impl)
         assert norm.dtype == torch.float32 and norm.shape == () and norm.isfinite() == (bad is None)
         assert norm.equal(wanted) or (norm.isnan() and wanted.isnan())
+
+
+@pytest.mark.parametrize("impl", ["auto", "ref", "cuda"])
+def test_the_norm_of_no_gradients_and_of_those_on_two_devices_is_refused(impl, device):
+    with pytest.raises(ValueError, match="grad_norm: no gradients given"):
+        kernels.grad_norm([], impl)
+    grads = [torch.zeros(2, device=device), torch.zeros(2, device="meta")]
+    for given in (grads, grads[::-1]):
+        with pytest.raises(ValueError, match=r"grad_norm: gradients on \S+ and \S+, wanted one device"):
+            kernels.grad_norm(given, impl)
 
 
 def test_grad_norm_is_registered(device):

@@ -515,6 +515,32 @@ def test_documents_that_do_not_fit(documents, message, impl, device):
         op.attention(q, q, q, table(documents), impl)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"q": (3, 2, 8)}, {"q": (4, 2, 16)}, {"q": (3, 3, 16)}, {"q": (3, 16)},
+        {"kv": (10, 3, 16)}, {"kv": (10, 0, 16)}, {"kv": (10, 64)}, {"cos": (9, 8)}, {"cos": (10, 7)}, {"sin": (9, 8)},
+        {"sin": (10, 7)}, {"rows": (2,)}, {"rows": (3, 1)}, {"q": "strided"}, {"kv": "strided"},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("impl", ["ref", "triton"])
+def test_queries_of_some_rows_that_do_not_fit_are_refused(changes, impl, device):
+    shapes = {"q": (3, 2, 16), "kv": (10, 4, 16), "cos": (10, 8), "sin": (10, 8), "rows": (3,)}
+    plan = op.attention_plan(table([[0, 10, 0, 0]]), 10, 16, device, "ref", torch.tensor([1, 4, 9]))
+    given = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
+    given["rows"] = torch.tensor([1, 4, 9], device=device)
+    assert op.rope_attention_rows(**given, documents=plan, impl="ref").shape == shapes["q"]
+    for name, change in changes.items():
+        given[name] = (
+            given[name].transpose(0, 2).contiguous().transpose(0, 2)
+            if change == "strided"
+            else torch.zeros(change, dtype=given[name].dtype, device=device)
+        )
+    with pytest.raises(ValueError, match=r"rope_attention_rows: q .*; wanted contiguous \(U, H, Dh\), \(T, 2K, Dh\)"):
+        op.rope_attention_rows(**given, documents=plan, impl=impl)
+
+
 def test_what_else_does_not_fit(device):
     q, documents = torch.zeros(10, 2, 16, device=device), table([[0, 10, 0, 0]])
     plan = op.attention_plan(documents, 10, 16, device, "triton")

@@ -465,6 +465,7 @@ def test_what_does_not_fit_is_said():
         ((x, weight, targets[1:]), {}, r"targets \(8,\)"),
         ((x, weight[:, 1:], targets), {}, r"weight \(203, 15\)"),
         ((x[..., None], weight, targets), {}, r"x \(9, 16, 1\)"),
+        ((x, weight[..., None], targets), {}, r"weight \(203, 16, 1\)"),
         ((x, weight, targets, weights[1:]), {}, r"weights \(8,\)"),
         ((x, weight, targets, weights.requires_grad_()), {}, "weights get no gradient"),
         ((x, weight, targets), {"label_smoothing": 1.1}, "label_smoothing is 1.1"),

@@ -128,12 +128,14 @@ def test_what_is_not_finite_is_refused(value, impl):
 def test_other_tensors_are_refused():
     with pytest.raises(ValueError, match=r"quantise_nf4: weight is torch.float64 of shape \(3,\), wanted at least one"):
         kernels.quantise_nf4(torch.ones(3, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"of shape \(0, 4\)"):
+    with pytest.raises(ValueError, match=r"of shape \(0, 4\), wanted at least one number"):
         kernels.quantise_nf4(torch.ones(0, 4))
+    with pytest.raises(ValueError, match=r"quantise_nf4: impl is 'triton', and there is no such kernel"):
+        kernels.quantise_nf4(torch.ones(4, 64), "triton")
     q = kernels.quantise_nf4(torch.ones(4, 64))
     with pytest.raises(ValueError, match=r"dequantise_nf4: dtype is torch.float64"):
         kernels.dequantise_nf4(q, torch.float64)
-    for out in (torch.ones(64, 4), torch.ones(64, 4).T, torch.ones(4, 64).bfloat16()):
+    for out in (torch.ones(4, 64, device="meta"), torch.ones(64, 4), torch.ones(64, 4).T, torch.ones(4, 64).bfloat16()):
         with pytest.raises(ValueError, match=r"dequantise_nf4: out is .*wanted torch.float32 of shape \(4, 64\)"):
             kernels.dequantise_nf4(q, torch.float32, out)
 
@@ -141,7 +143,10 @@ def test_other_tensors_are_refused():
 def test_tensors_of_other_sizes_are_refused():
     q = kernels.quantise_nf4(torch.ones(4, 70))
     for i, name in enumerate(nf4.NAMES):
-        for wrong in (q.tensors[i][None].repeat(2, 1), q.tensors[i].double()):
+        wrongs = [q.tensors[i][None].repeat(2, 1), q.tensors[i].double()]
+        wrongs += [q.tensors[i].to("meta")] if i else []  # a part that is not where the codes are
+        wrongs += [q.tensors[i].repeat_interleave(2)[::2]] if len(q.tensors[i].shape) and len(q.tensors[i]) > 1 else []
+        for wrong in wrongs:
             tensors = [wrong if i == k else t for k, t in enumerate(q.tensors)]
             with pytest.raises(ValueError, match=rf"NF4Matrix: {name} is .*for a matrix of shape \(4, 70\)"):
                 kernels.NF4Matrix(*tensors, q.shape)

@@ -230,14 +230,32 @@ def test_norm_linear_writes_nothing_that_it_reads(device):
     assert not {t.data_ptr() for t in (*inputs, *upstream)} & {t.data_ptr() for t in made}
 
 
+def linear_rows(rows, n):
+    return kernels.norm_linear_rows(torch.zeros(2, 8), torch.zeros(8), torch.zeros(4, 8), rows, n)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: norm(torch.zeros(2, 8193), torch.zeros(8193)), "rms_norm: D=8193 is over 8192; pass impl='ref'"),
         (lambda: linear(torch.zeros(2, 8193), torch.zeros(8193), torch.zeros(1, 8193)), "norm_linear: D=8193 is over"),
         (lambda: norm(torch.zeros(2, 8), torch.zeros(8), torch.zeros(3, 8)), r"residual is \(3, 8\)"),
+        (lambda: norm(torch.zeros(2, 8), torch.zeros(8), torch.zeros(2, 8).half()), "residual is .* torch.float16"),
         (lambda: linear(torch.zeros(2, 3, 8), torch.zeros(8), torch.zeros(4, 8)), r"x is \(2, 3, 8\).*wanted \(T, D\)"),
         (lambda: linear(torch.zeros(2, 8), torch.zeros(8).half(), torch.zeros(4, 8)), "weight is torch.float16"),
+        *(
+            (lambda call=call, w=w, more=more: call(torch.zeros(2, 8), torch.zeros(w), *more), rf"weight is \({w},\)")
+            for call, more in ((norm, ()), (linear, (torch.zeros(4, 8),)))
+            for w in (1, 7)
+        ),
+        *(
+            (lambda shape=shape: linear(torch.zeros(2, 8), torch.zeros(8), torch.zeros(shape)), r"wanted .*, \(N, D\)")
+            for shape in ((8,), (4, 7), (4, 8, 8))
+        ),
+        *(
+            (lambda rows=rows, n=n: linear_rows(torch.tensor(rows), n), rf"norm_linear_rows: rows .*, n {n}; wanted")
+            for rows, n in (([0], 5), ([0], -1), ([[0]], 2))
+        ),
         (
             lambda: linear(torch.zeros(2, 8), torch.zeros(8), torch.zeros(4, 8), torch.zeros(2, 1)),
             r"residual is \(2, 1\)",

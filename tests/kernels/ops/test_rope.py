@@ -201,6 +201,10 @@ def test_what_does_not_fit_is_said(q, k, message):
     cos = torch.zeros(q[0], q[2] // 2)
     with pytest.raises(ValueError, match=message):
         kernels.rope(torch.zeros(q), torch.zeros(k), cos, cos, impl="triton")
+    cos, wrong = torch.zeros(3, 4), (torch.zeros(2, 4), torch.zeros(3, 3), torch.zeros(3, 8))
+    for angles in (*((cos, t) for t in wrong), *((t, cos) for t in wrong)):
+        with pytest.raises(ValueError, match=r"wanted cos and sin \(3, 4\)"):
+            kernels.rope(*torch.zeros(2, 3, 2, 8), *angles, impl="triton")
     with pytest.raises(ValueError, match="float16"):
         kernels.rope(torch.zeros(3, 2, 8), torch.zeros(3, 2, 8).half(), torch.zeros(3, 4), torch.zeros(3, 4))
 

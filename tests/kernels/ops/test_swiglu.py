@@ -244,6 +244,8 @@ def test_operators_tell_torch_the_truth(device):
     ("call", "message"),
     [
         (lambda t: glu(t(2, 3, 4)), r"gate_up is \(2, 3, 4\)"),
+        (lambda t: glu(t(2, 4, 4)), r"gate_up is \(2, 4, 4\)"),
+        (lambda t: linear(t(2, 10, 3), t(4, 5)), r"wanted \(T, 2F\), \(D, F\)"),
         (lambda t: glu(t(2, 3)), "wanted an even number"),
         (lambda t: linear(t(2, 8), t(5, 3)), r"wanted \(T, 2F\), \(D, F\)"),
         (lambda t: linear(t(2, 8), t(4)), r"wanted \(T, 2F\), \(D, F\)"),
