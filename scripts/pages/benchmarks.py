@@ -16,7 +16,7 @@ from scripts.pages.cpu_adamw import cpu_adamw, offloaded
 from scripts.pages.cpu_weight_gradient import cpu_weight_gradient
 from scripts.pages.data import data_gen, data_servers, data_speed, dedup, dedup_row
 from scripts.pages.decoding import decoding, decoding_row, spread
-from scripts.pages.demo import demo, demo_row
+from scripts.pages.demo import demo, demo_adapters, demo_row
 from scripts.pages.gpu_table import format_report, format_targets, read_reports
 from scripts.pages.nf4 import nf4
 from scripts.pages.serving import clients, crowd, lm_eval, serving, serving_row
@@ -232,6 +232,9 @@ MEASUREMENTS = (
     ),
     Measurement(
         "demo", "The demo", "OMP_NUM_THREADS=1 " + script("scripts.speed.demo", "demo"), demo, demo_row,
+    ),
+    Measurement(
+        "demo_adapter", "The demo with an adapter", script("scripts.speed.demo_adapter", "demo_adapter"), demo_adapters,
     ),
     Measurement("nf4", "NF4 with bitsandbytes' bits", script("scripts.parity.nf4", "nf4"), nf4),
     Measurement(

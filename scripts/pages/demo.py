@@ -27,6 +27,30 @@ def demo(figures):
     ]
 
 
+def demo_adapters(figures):
+    """Return the lines about the demo with all weights, with LoRA and with QLoRA."""
+    runs = figures["runs"]
+    whole = {run["seed"]: run for run in runs if run["adapter"] == "none"}
+    names = {"none": "all weights", "lora": "LoRA", "qlora": "QLoRA"}
+    return [
+        paragraph(
+            "`make demo` beside `make demo ADAPTER=lora` and `ADAPTER=qlora`. What training keeps is weights, their "
+            "gradients, masters and optimizer states. The peak is that of the whole process, with Python, PyTorch, "
+            "activations and the code that oneDNN compiles."
+        ),
+        "",
+        "| trains | seed | held-out loss | answers as wanted | training keeps | of all weights' | peak | CPU seconds |",
+        "|---|---|---|---|---|---|---|---|",
+        *(
+            f"| {names[run['adapter']]} | {run['seed']} | {run['loss'][-1]:.4f} | "
+            f"{run['equal'][-1]} of {run['answers']} | "
+            f"{run['state_bytes'] / 1e9:.2f} GB | {run['state_bytes'] / whole[run['seed']]['state_bytes']:.2f} | "
+            f"{run['peak_bytes'] / 1e9:.2f} GB | {run['cpu_seconds']:.0f} |"
+            for run in runs
+        ),
+    ]
+
+
 def demo_row(figures):
     """Return README's cells: what, ours, peer, ratio."""
     runs = figures["runs"]
