@@ -61,7 +61,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.plot:
         from kernels.measure.plot import draw
 
-        for path in draw(benchmark.result, args.plot):
+        try:
+            paths = draw(benchmark.result, args.plot)
+        except (ImportError, ValueError) as error:
+            raise SystemExit(str(error)) from None
+        for path in paths:
             print(f"drew {path}")
 
 

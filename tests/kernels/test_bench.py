@@ -1,6 +1,7 @@
 """The command kernels.bench at toy size."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -24,9 +25,14 @@ def test_command(tmp_path, capsys):
     assert {path.name for path in tmp_path.glob("*.png")} == {"swiglu.png", "norm_linear.png", "roofline.png"}
 
 
-def test_what_was_not_timed_is_not_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
-    with pytest.raises(ValueError, match="nothing was timed, so there is nothing to draw"):
+@pytest.mark.parametrize("has_matplotlib", [True, False])
+def test_what_cannot_be_drawn_ends_with_one_line(has_matplotlib, tmp_path, monkeypatch):
+    if has_matplotlib:
+        pytest.importorskip("matplotlib")
+    else:
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+    wanted = "nothing was timed, so there is nothing to draw" if has_matplotlib else "pip install matplotlib"
+    with pytest.raises(SystemExit, match=wanted):
         bench.main(["--smoke", "--op", "swiglu", "--no-peers", "--minutes", "0", "--plot", str(tmp_path / "plots")])
     assert not (tmp_path / "plots").exists()
 
