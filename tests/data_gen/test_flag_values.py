@@ -2,6 +2,7 @@
 
 from argparse import ArgumentTypeError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +11,8 @@ pytest.importorskip("rapidfuzz")
 
 from data_gen import estimate, generate, judge
 from data_gen.api import flags
+from data_gen.api.ledger import Ledger
+from data_gen.judging import run as judge_run
 
 NOTHING = ("None", "False", "[]", "{}")  # the defaults of the flags that are not listed here
 ROWS = {
@@ -71,3 +74,42 @@ def test_types_of_the_flags():
     for command in DEFAULTS:
         for action in command.build_parser()._actions:
             assert action.type is not float and (action.type is not int or action.dest == "seed"), action.dest
+
+
+class Reached(Exception):
+    """What a run was about to be made of."""
+
+
+@pytest.mark.parametrize(
+    "module, begin, argv",
+    [
+        (generate, lambda *given: generate.generate_rows(*given, None, "a-key"),
+         ["--model", "m", "--rows", "9", "--batch-tokens", "7", "--poll", "6"]),
+        (judge_run, lambda *given: judge_run.ask_judge(*given, "a-key"), ["a", "b", "--judge", "m"]),
+    ],
+    ids=["generate", "judge"],
+)  # fmt: skip
+def test_a_flag_reaches_what_obeys_it(module, begin, argv, tmp_path, monkeypatch):
+    def reach(*parts):
+        raise Reached(*parts)
+
+    monkeypatch.setattr(module, "Collector", reach)
+    monkeypatch.setattr(module, "check_settings", lambda *given: None, raising=False)
+    command = generate if module is generate else judge
+    options = command.build_parser().parse_args([
+        *argv, "--base-url", "http://localhost:9/v1", "--quiet", "--max-usd", "0.000003", "--concurrency", "3",
+        "--timeout", "11", "--patience", "12", "--max-attempts", "5", "--backoff", "0.5",
+    ])  # fmt: skip
+    ledger, keeper, builder = Ledger(tmp_path), SimpleNamespace(), SimpleNamespace()
+    (billed, first), (_, lost) = (ledger.prepare_intent(number, "", "m", most) for number, most in ((0, 6), (1, 7)))
+    ledger.commit([first, lost, ledger.prepare_outcome(billed, "refused", 400, "", cost=5)])
+    with pytest.raises(Reached) as reached:
+        begin(options, ledger, keeper, builder)
+    ledger.close()
+    *same, client, rate, budget, _, limits, _ = reached.value.args
+    assert same == [ledger, keeper] and reached.value.args[5] is builder
+    assert client.timeout_s == 11 and client.api.api_key == "a-key" and client.api.base_url.port == 9
+    assert (rate.max_in_flight, rate.backoff_s) == (3, 0.5)
+    assert (budget.cap, budget.spent, budget.uncertain) == (3 * 10**6, 5, 7)
+    batch = (6, 7) if module is generate else (30, None)
+    assert (limits.patience_s, limits.max_attempts, limits.poll_s, limits.batch_tokens) == (12, 5, *batch)

@@ -103,11 +103,12 @@ def test_what_is_offloaded_must_fit_the_hosts_memory(monkeypatch):
     assert states_with(70, ranks=2, optimizer_states="fp32") == "fp32"
 
 
-def test_on_a_cpu_2048(monkeypatch):
+@pytest.mark.parametrize(("max_length", "wanted"), [(512, 2048), (2048, 2048), (2049, 2049)])
+def test_on_a_cpu_2048_or_an_example(max_length, wanted):
     setting, tokens = fit.choose_mesh_and_tokens(
-        MODELS["llama-7b"], config_of(recompute="auto"), LENGTHS, torch.device("cpu"), BF16, 4
+        MODELS["llama-7b"], config_of(recompute="auto", max_length=max_length), LENGTHS, torch.device("cpu"), BF16, 4
     )
-    assert (setting.replicas, setting.recompute, tokens) == (1, "cheap", 2048)
+    assert (setting.replicas, setting.recompute, tokens) == (1, "cheap", wanted)
 
 
 def test_no_more_than_micro_batch_size_rows(monkeypatch):

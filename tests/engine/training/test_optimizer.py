@@ -22,6 +22,7 @@ THEIRS = {
     "linear": transformers.get_linear_schedule_with_warmup,
     "constant": lambda optimizer, warmup, total: transformers.get_constant_schedule_with_warmup(optimizer, warmup),
 }
+PLACES = ({}, {"offload": True}, {"offload": True, "on_cpu": True})  # of the states
 
 
 @pytest.mark.parametrize("name", THEIRS)
@@ -76,7 +77,23 @@ def test_vectors_keep_fp32_states_for_8_bit_ones():
     assert 8 in find_uncut_counts(tuple(p.shape) for p in model.parameters())
 
 
-@pytest.mark.parametrize("place", [{}, {"offload": True}, {"offload": True, "on_cpu": True}], ids=str)
+@pytest.mark.parametrize("clip", [0.0, 0.5, 1e6])
+def test_gradients_are_clipped_alike_wherever_the_states_are(clip):
+    """Not at all, to a smaller norm, and left as they are under a larger one."""
+    ends = []
+    for place in PLACES:
+        model = new_model(dataclasses.replace(MODELS["tiny"], n_layers=1, vocab_size=64), "cpu", torch.float32)
+        model.init_weights(0)
+        optimizer = AdamW(model, beta1=0.9, beta2=0.99, eps=1e-2, weight_decay=0.1, impl="ref", **place)
+        for p in model.parameters():
+            p.grad = p.detach() / 8
+        optimizer.step(1e-3, optimizer.grad_norm(), clip)
+        ends.append({name: shard.tensor.clone() for name, shard in optimizer.tensors().items()})
+    for end in ends[1:]:
+        assert all(t.equal(end[name]) for name, t in ends[0].items())
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
 @pytest.mark.parametrize(("master", "states"), [("stochastic", "fp32"), ("split", "bf16")])
 def test_each_tensor_rounds_by_random_bits_of_its_own(master, states, place):
     """Layers that are equal, with equal gradients, are rounded differently: else errors of rounding would add up."""
