@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
+from kernels.measure import benchmark, results
 from kernels.measure import cases as bench_cases
 from kernels.measure import peers as bench_peers
-from kernels.measure import results
 from kernels.measure.benchmark import Benchmark
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="toy sizes, for the interpreter")
@@ -83,6 +83,16 @@ def test_one_contenders_trouble_is_not_anothers(run):
     with pytest.raises(RuntimeError, match="CUDA error"):  # the process can measure no more
         run.run_case(dataclasses.replace(case, ours=poisoned), peers=False)
     assert "illegal memory access" in run.result["records"][-1]["failed"]
+
+
+@interpreted
+def test_ratios_compare_the_contenders_of_one_case(run, monkeypatch):
+    """Of two sizes of one op, whose clock tells other times."""
+    for n, ours in ((4, 2.0), (8, 32.0)):
+        ms = iter((ours, 3 * ours))
+        monkeypatch.setattr(benchmark, "time_passes", lambda *_, ms=ms: {"fwd": [next(ms)]})
+        run.run_case(bench_cases.swiglu_case(n, 8), peers=False)
+    assert [(r["who"], r["times_ours"]) for r in run.result["records"]] == 2 * [("ours", 1.0), ("torch eager", 3.0)]
 
 
 def test_absent_peers_are_named(run, monkeypatch):

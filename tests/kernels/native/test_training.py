@@ -231,6 +231,24 @@ def test_documents_of_more_keys_than_a_tile_and_no_queries():
     assert empty.shape == (0, 2, 32)
 
 
+def test_a_shared_prefix_over_the_limit_of_the_buffers_gets_all_gradients():
+    """Gradients of its 32 heads fill more than 64 MiB, of which there is then one buffer; those of a head alone, 8."""
+    n, heads, dim = 4097, 32, 64
+    assert n * heads * 2 * dim * 4 > 64 << 20
+    documents = torch.tensor([[n, n + 1, 0, n], [n + 1, n + 2, 0, n]])
+    q, k, v = torch.randn(2, heads, dim), *(torch.randn(n + 2, 1, dim).expand(-1, heads, -1) for _ in range(2))
+    plan = kernels.attention_plan(documents, n + 2, dim, "cpu", "native", torch.tensor([n, n + 1]))
+
+    def gradients(q, k, v):
+        out, lse = native.attention_forward(q, k, v, plan.limits)
+        made = [torch.empty(t.shape) for t in (q, k, v)]
+        native.attention_backward(q, k, v, out, lse, q, made, plan.limits)
+        return made
+
+    for whole, alone in zip(gradients(q, k, v), gradients(q[:, 5:6], k[:, 5:6], v[:, 5:6]), strict=True):
+        assert alone.any() and torch.equal(whole[:, 5:6], alone)
+
+
 def test_results_do_not_depend_on_the_threads():
     q, k, v, x, w = (
         torch.randn(300, 4, 64),
