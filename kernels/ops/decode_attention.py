@@ -136,8 +136,14 @@ def _check(q: torch.Tensor, cache: DecodeCache) -> None:
     if q.stride(1) != dim:
         refuse(f"q has strides {q.stride()}", "heads next to each other")
     pairs = ((k, cache.v), (cache.prefix_k, cache.prefix_v))
-    if any((a is None) != (b is None) or (a is not None and a.stride() != b.stride()) for a, b in pairs):  # type: ignore[union-attr]
+    layouts = [[None if t is None else (t.shape, t.stride()) for t in pair] for pair in pairs]
+    if any(of_k != of_v for of_k, of_v in layouts):
         refuse("k and v differ", "equal shapes and strides")
+    rows = len(k if cache.table is None else cache.table)
+    if rows < len(q):
+        refuse(f"a cache of {rows} sequences", f"{len(q)}, as many as there are queries")
+    if cache.prefix_k is not None and cache.prefix_k.shape[1] != k.shape[2]:
+        refuse(f"a prefix of {cache.prefix_k.shape[1]} key heads", f"{k.shape[2]}, as in k")
     if cache.table is not None and (cache.table.dtype != torch.int32 or not cache.table.is_contiguous()):
         refuse(f"the table is {cache.table.dtype}", "contiguous int32")
     if cache.table is not None and cache.table.shape[1] > 1 and k.shape[1] % ROWS:

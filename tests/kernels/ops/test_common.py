@@ -48,6 +48,25 @@ def test_what_runs_on_a_cpu(impl, dtype, has_native, is_built, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("is_built", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_an_operator_on_a_cpu_is_native_where_the_library_takes_the_dtype(dtype, is_built, monkeypatch):
+    """As choose_impl() has it: the library reads other dtypes' bits as fp32."""
+    monkeypatch.setattr(common, "INTERPRETED", False)
+    monkeypatch.setattr(common, "find_cpu", lambda: object() if is_built else None)
+    ran = []
+
+    @common.operator(
+        f"of_tests_{str(dtype)[6:]}_{is_built}", cpu=lambda x: ran.append("cpu") or x + 1, fake=torch.empty_like,
+        native=lambda x: ran.append("native") or x + 1,
+    )  # fmt: skip
+    def launch(x: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("launched on a CPU")
+
+    launch(torch.zeros(2, dtype=dtype))
+    assert ran == [common.choose_impl("op", "auto", torch.zeros(2, dtype=dtype), True).replace("ref", "cpu")]
+
+
 @pytest.mark.parametrize(
     ("impl", "dtype", "interpreted", "said"),
     [

@@ -467,6 +467,8 @@ def test_what_does_not_fit_is_said():
         ((x[..., None], weight, targets), {}, r"x \(9, 16, 1\)"),
         ((x, weight[..., None], targets), {}, r"weight \(203, 16, 1\)"),
         ((x, weight, targets, weights[1:]), {}, r"weights \(8,\)"),
+        ((x, weight, targets, torch.cat((weights, weights[:1]))), {}, r"weights \(10,\), targets \(9,\)"),
+        ((x, weight, targets, weights[:, None]), {}, r"weights \(9, 1\)"),
         ((x, weight, targets, weights.requires_grad_()), {}, "weights get no gradient"),
         ((x, weight, targets), {"label_smoothing": 1.1}, "label_smoothing is 1.1"),
     ):
