@@ -82,6 +82,12 @@ def test_a_conversation_that_is_too_long_is_refused_and_stays_as_it_was(loaded):
     assert len(talking.turns) == 1
 
 
+def test_a_conversation_is_no_longer_than_the_model_takes(loaded):
+    most = loaded[0].config.max_positions
+    for asked, wanted in ((most - 1, most - 1), (most, most), (most + 1, most)):
+        assert new_chat(loaded, max_length=asked).scheduler.max_length == wanted
+
+
 def test_an_exception_of_the_model_is_raised_and_ctrl_c_is_as_before(loaded, monkeypatch):
     talking, before = new_chat(loaded), signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(talking.scheduler, "_prefill", lambda wave: 1 / 0)

@@ -185,6 +185,9 @@ def test_completions_of_a_text_and_of_ids(running):
     text = client.completions.create(model="tiny", prompt="One", max_tokens=6, temperature=0).choices[0].text
     assert text == client.completions.create(model="tiny", prompt=ids, max_tokens=6, temperature=0).choices[0].text
     assert text == tokenizer.decode(generate(running.service.model, [ids], running.service.stop_ids, 6)[0])
+    last = running.service.model.config.vocab_size - 1
+    for id, status in ((-1, 400), (0, 200), (last, 200), (last + 1, 400)):
+        assert running.send("/v1/completions", {"prompt": [id], "max_tokens": 1})[0] == status
 
 
 SCHEMA = {
@@ -444,10 +447,15 @@ def test_a_model_that_fails_is_told_and_the_server_goes_on(running, monkeypatch)
 
 
 def test_shutting_down_tells_whoever_waits(tmp_path):
+    """An answer that is cut off is an error, and never looks whole."""
     running = Running(make_service(tmp_path), Access())
-    events: list[bytes] = []
-    body = {"messages": ASK, "max_tokens": 280, "stream": True, "logit_bias": {}}
-    reader = threading.Thread(target=lambda: events.append(running.send("/v1/chat/completions", body)[2]))
+    got = {}
+
+    def read(stream):
+        body = {"messages": ASK, "max_tokens": 280, "stream": stream, "temperature": 0}
+        got[stream] = running.send("/v1/chat/completions", body)
+
+    readers = [threading.Thread(target=read, args=(stream,)) for stream in (True, False)]
     has_begun, is_told, real = threading.Event(), threading.Event(), running.service.scheduler._decode
 
     def decode(*args):
@@ -456,12 +464,16 @@ def test_shutting_down_tells_whoever_waits(tmp_path):
         return real(*args)
 
     running.service.scheduler._decode = decode
-    reader.start()
+    for reader in readers:
+        reader.start()
     assert has_begun.wait(120)
     running.service.is_stopping = True
     is_told.set()
-    reader.join()
-    assert b"[DONE]" in events[0] or b"shutting down" in events[0]
+    for reader in readers:
+        reader.join()
+    assert got[False][0] == 503
+    for _, _, told in got.values():
+        assert b"shutting down" in told and b"[DONE]" not in told
     assert running.send("/health")[0] == 503
     assert running.send("/v1/chat/completions", {"messages": ASK})[0] == 503
     running.close()
