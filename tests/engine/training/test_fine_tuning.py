@@ -9,7 +9,9 @@ import pytest
 from engine import finetune
 from engine.base.errors import run_main
 from engine.distributed.world import World
-from engine.training.fine_tuning import begin_run
+from engine.training import fine_tuning
+from engine.training.config import FinetuneConfig
+from engine.training.fine_tuning import begin_run, build_model
 from tests.helpers.run import events
 from tests.helpers.small_model import small_model
 
@@ -63,3 +65,27 @@ def test_a_run_that_starts_over_leaves_no_state_of_the_one_before(tmp_path, rows
     (tmp_path / "run.json").write_text(json.dumps({"status": "stopped", "seconds": 5000.0}))
     assert run(rows_file, tmp_path, "--resume", "never")["seconds"] < 5000
     assert not state.exists() and not left.exists()
+
+
+@pytest.mark.parametrize(
+    "more", [{"offload_optimizer": True, "on_cpu": True}, {"optimizer_in_backward": True, "grad_clip": 0.0}], ids=str
+)
+def test_every_setting_of_the_optimizer_reaches_it(more, monkeypatch):
+    """Each of them other than what it is where nobody says anything, but that two of them exclude each other."""
+    asked = {"beta1": 0.8, "beta2": 0.98, "adam_eps": 1e-5, "weight_decay": 0.3, "master_weights": "stochastic",
+             "optimizer_states": "8bit", "seed": 7} | more  # fmt: skip
+    on_cpu = asked.pop("on_cpu", None)
+    built = SimpleNamespace(init_weights=lambda *seeded: None, init_adapter=lambda *seeded: None)
+    monkeypatch.setattr(fine_tuning.fsdp, "local_shards", lambda model: {})
+    monkeypatch.setattr(fine_tuning, "new_model", lambda *given, **named: built)
+    monkeypatch.setattr(fine_tuning, "AdamW", lambda model, **settings: settings)
+    config = FinetuneConfig(model="tiny", random_init=True, data=("x",), **asked)
+    plan = SimpleNamespace(
+        config=config, model_config=None, device="cpu", dtype=None, kernels="ref", recompute="cheap", adapter=None,
+        source=None, start_adapter=None, on_cpu=on_cpu,
+    )  # fmt: skip
+    in_backward = bool(config.optimizer_in_backward)
+    assert build_model(plan, World(), None) == (built, {
+        "beta1": 0.8, "beta2": 0.98, "eps": 1e-5, "weight_decay": 0.3, "master": "stochastic", "states": "8bit",
+        "seed": 7, "impl": "ref", "offload": not in_backward, "on_cpu": not in_backward, "in_backward": in_backward,
+    })  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from engine.base.errors import DataError
 from engine.data.packing import Packing
 from engine.distributed.world import World
-from engine.model.config import MODELS
+from engine.model.config import MODELS, RopeScaling
 from engine.training.config import GROUPS, FinetuneConfig
 from engine.training.plan import Plan
 from engine.training.prepare import agree_on_plan, prepare, read_prompts, select_fixed_settings, take_recorded_states
@@ -98,6 +98,22 @@ def test_micro_batches_of_a_cpu_are_padded_in_bf16(dtype, multiple, rows_file, t
     )  # fmt: skip
     packing = prepare(config, World(), print).packing
     assert (packing.multiple, packing.max_tokens) == (multiple, 96 if multiple == 32 else 70)
+
+
+@pytest.mark.parametrize(("kind", "max_length", "asked", "shares"), [
+    (None, 48, True, True), (None, 48, False, False), ("dynamic", 40, True, True), ("dynamic", 48, True, False),
+])  # fmt: skip
+def test_prefixes_are_shared_unless_positions_turn_by_the_length_of_a_text(
+    kind, max_length, asked, shares, rows_file, tmp_path, monkeypatch
+):
+    scaling = kind and RopeScaling(kind=kind, factor=2.0)
+    shape = dataclasses.replace(MODELS["tiny"], vocab_size=70_000, max_seq_len=40 if kind else 48, rope_scaling=scaling)
+    monkeypatch.setitem(MODELS, "tiny", shape)
+    config = FinetuneConfig(
+        model="tiny", random_init=True, tokenizer=str(small_model()), data=(str(rows_file),), device="cpu",
+        out=str(tmp_path / "out"), token_cache="off", kernels="ref", max_length=max_length, share_prefix=asked,
+    )  # fmt: skip
+    assert prepare(config, World(), print).packing.share_prefix == shares
 
 
 @pytest.mark.parametrize("asked", [True, False])
