@@ -34,7 +34,7 @@ from kernels.ops.async_proxy import adds_orders, fence_shared, settle
 from kernels.ops.attention_plan import AttentionPlan, QueryDocuments, attention_plan, check_documents
 from kernels.ops.attention_ref import attention_ref, backward_cpu, forward_cpu
 from kernels.ops.common import choose_impl, launch_config, next_power_of_2, operator
-from kernels.ops.rope import load_angles, rope_ref, rotate, unrotate
+from kernels.ops.rope import load_angles, rope_ref, rotate, take_angles, unrotate
 
 MAX_HEAD_DIM = 256
 LOG2_E = 1.4426950408889634
@@ -618,6 +618,7 @@ def rope_attention(
     q, k, v = _split(qkv, n_heads)
     plan, described = _resolve_plan(q, k, v, documents, impl)
     if plan:
+        cos, sin = take_angles("rope_attention", cos, sin)
         return _RopeAttention.apply(qkv, cos, sin, n_heads, plan.hopper, plan.n_slots, *plan[:7])
     return attention_ref(*rope_ref(q, k, cos, sin), v, *described)
 
@@ -648,6 +649,7 @@ def rope_attention_rows(
     k, v = kv.chunk(2, dim=1)
     plan, described = _resolve_plan(q, k, v, documents, impl)
     if plan:
+        cos, sin = take_angles("rope_attention_rows", cos, sin)
         return _RopeAttentionRows.apply(q, kv, cos, sin, rows, plan.hopper, plan.n_slots, *plan[:7])
     q, k = rope_ref(q, q[:, :0], cos[rows], sin[rows])[0], rope_ref(k, k[:, :0], cos, sin)[0]
     return attention_ref(q, k, v, *described)

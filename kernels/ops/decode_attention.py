@@ -148,8 +148,11 @@ def _check(q: torch.Tensor, cache: DecodeCache) -> None:
         refuse(f"the table is {cache.table.dtype}", "contiguous int32")
     if cache.table is not None and cache.table.shape[1] > 1 and k.shape[1] % ROWS:
         refuse(f"pages of {k.shape[1]} keys", f"a multiple of {ROWS}")
-    if cache.lengths.dtype != torch.int64 or cache.lengths.shape != q.shape[:1]:
-        refuse(f"lengths are {tuple(cache.lengths.shape)} {cache.lengths.dtype}", f"({len(q)},) int64")
+    if cache.lengths.dtype != torch.int64 or cache.lengths.shape != q.shape[:1] or not cache.lengths.is_contiguous():
+        refuse(f"lengths are {tuple(cache.lengths.shape)} {cache.lengths.dtype}", f"({len(q)},) int64, contiguous")
+    for name, t in {"lengths": cache.lengths, "table": cache.table}.items():
+        if t is not None and t.device != q.device:
+            refuse(f"{name} on {t.device}", f"all on {q.device}")
 
 
 @torch.no_grad()

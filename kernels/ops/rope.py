@@ -189,6 +189,13 @@ def rotated(
     return q_out, k_out
 
 
+def take_angles(op: str, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cos and sin as rotate() takes them: contiguous. Raises ValueError unless both are fp32."""
+    if not cos.dtype == sin.dtype == torch.float32:
+        raise ValueError(f"{op}: cos is {cos.dtype}, sin {sin.dtype}; wanted torch.float32, as rope_cos_sin makes them")
+    return cos.contiguous(), sin.contiguous()
+
+
 # ---- autograd -------------------------------------------------------------------------------------------------------
 
 
@@ -199,7 +206,6 @@ def _last_contiguous(x):
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, cos, sin):
-        cos, sin = cos.contiguous(), sin.contiguous()
         ctx.save_for_backward(cos, sin)
         return rotated(_last_contiguous(q), _last_contiguous(k), cos, sin, False)
 
@@ -228,4 +234,4 @@ def rope(
         )
     if choose_impl("rope", impl, q, has_native=True) == "ref":
         return rope_ref(q, k, cos, sin)
-    return _Rope.apply(q, k, cos, sin)
+    return _Rope.apply(q, k, *take_angles("rope", cos, sin))

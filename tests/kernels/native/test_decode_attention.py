@@ -187,6 +187,10 @@ def bf16(*shape):
         ({"k": bf16(1, 24, 2, 64).to("meta")}, "k is .* on meta, wanted rows of 64 torch.bfloat16 on cpu"),
         ({"k": bf16(1 + 24 * 128)[1:].view(1, 24, 2, 64)}, "k begins at .*, wanted multiples of 16 bytes"),
         ({"v": bf16(1, 24, 2, 68)[..., :64]}, "v begins at .* with strides .*, wanted multiples of 16 bytes"),
+        ({"lengths": torch.zeros(1, dtype=torch.int64, device="meta")}, "lengths on meta, wanted all on cpu"),
+        ({"table": torch.zeros(1, 1, dtype=torch.int32, device="meta")}, "table on meta, wanted all on cpu"),
+        ({"q": bf16(2, 4, 64), "k": bf16(2, 24, 2, 64), "v": bf16(2, 24, 2, 64), "lengths": torch.arange(4)[::2]},
+         r"lengths are \(2,\) torch.int64, wanted \(2,\) int64, contiguous"),
         ({"lengths": torch.tensor([3], dtype=torch.int32)}, r"lengths are \(1,\) torch.int32, wanted \(1,\) int64"),
     ],
 )  # fmt: skip

@@ -155,6 +155,32 @@ def test_rope_attention_of_one_tensor(dtype):
     check_error(op, (qkv,), dtype)
 
 
+ROTATING = {  # what takes angles of 40 tokens
+    "rope": lambda qkv, *angles: kernels.rope(qkv[:, :4], qkv[:, 4:6], *angles, "native")[0],
+    "rope_attention": lambda qkv, *angles: kernels.rope_attention(
+        qkv, *angles, torch.tensor([[0, 40, 0, 0]]), 4, "native"
+    ),
+    "rope_attention_rows": lambda qkv, *angles: kernels.rope_attention_rows(
+        qkv[5:, :4].contiguous(), qkv[:, 4:].contiguous(), *angles, torch.arange(5, 40),
+        QueryDocuments(torch.tensor([[0, 40, 0, 0]]), torch.arange(5, 40)), "native",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", ROTATING)
+def test_angles_count_wherever_they_lie_and_in_fp32_alone(op):
+    """The ops read their bits as fp32, row after row."""
+    qkv, angles = torch.randn(40, 8, 16), torch.rand(40, 8) * 6
+    cos, sin = angles.cos(), angles.sin()
+    apart = torch.stack((cos, sin), -1).unbind(-1)
+    assert not apart[0].is_contiguous()
+    assert torch.equal(ROTATING[op](qkv.clone(), *apart), ROTATING[op](qkv.clone(), cos, sin))
+    for dtype in (torch.bfloat16, torch.float64):
+        for wrong in ((cos.to(dtype), sin), (cos, sin.to(dtype))):
+            with pytest.raises(ValueError, match=rf"^{op}: cos is .*{dtype}.*wanted torch.float32"):
+                ROTATING[op](qkv.clone(), *wrong)
+
+
 def test_rows_of_no_document_are_never_read():
     q, k, v = (torch.randn(300, 2, 64) for _ in range(3))
     outside = [*range(41, 45), 150, *range(290, 300)]
