@@ -245,7 +245,7 @@ def quantise_nf4(weight: torch.Tensor, impl: str = "auto") -> NF4Matrix:
         )
     if impl == "triton":
         raise ValueError("quantise_nf4: impl is 'triton', and there is no such kernel; pass impl='auto'")
-    flat = weight.reshape(-1)
+    flat = weight.reshape(-1).contiguous()  # of a strided vector, reshape makes a view
     n_codes, n_blocks, _ = nf4_shapes(len(flat))
     codes = torch.empty(n_codes, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(n_blocks, dtype=torch.float32, device=weight.device)

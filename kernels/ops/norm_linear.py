@@ -191,7 +191,7 @@ def norm_linear(
     updates.check_low_rank("norm_linear", low_rank, weight.shape)
     if _check("norm_linear", impl, x, norm_weight, weight, residual) == "ref":
         return norm_linear_ref(x, norm_weight, weight, eps, residual, low_rank)
-    factors = updates.list_factors(low_rank)
+    factors, norm_weight = updates.list_factors(low_rank), norm_weight.contiguous()
     return _NormLinear.apply(x, residual, norm_weight, weight, eps, keep, accumulate, low_rank, *factors)
 
 
@@ -218,7 +218,7 @@ def norm_linear_rows(
     updates.check_low_rank("norm_linear_rows", low_rank, weight.shape, n)
     if _check("norm_linear_rows", impl, x, norm_weight, weight) == "ref":
         return norm_linear_rows_ref(x, norm_weight, weight, rows, n, eps, low_rank)
-    factors = updates.list_factors(low_rank)
+    factors, norm_weight = updates.list_factors(low_rank), norm_weight.contiguous()
     return _NormLinearRows.apply(x, norm_weight, weight, rows, n, eps, keep, accumulate, low_rank, *factors)
 
 

@@ -230,5 +230,5 @@ def rms_norm(
         s = x if residual is None else x + residual
         y = rms_norm_ref(s, weight, eps)
     else:
-        y, s = _RMSNorm.apply(x, residual, weight, eps)
+        y, s = _RMSNorm.apply(x, residual, weight.contiguous(), eps)
     return y if residual is None else (y, s)

@@ -48,6 +48,21 @@ def test_all_neighbours_of_the_middles():
     assert weight.shape[1] == 64 and equal_bits(ours.codes, reference.codes)
 
 
+APART = {
+    "every other": lambda x: x[::2], "a column": lambda x: x.view(128, 4)[:, 1],
+    "one number": lambda x: x[1].expand(130), "turned": lambda x: x.view(8, 64).T, "some columns": lambda x: x.view(64, 8)[:, :3],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("place", APART)
+def test_numbers_may_lie_apart(place, dtype):
+    weight = APART[place](torch.randn(512).to(dtype))
+    assert not weight.is_contiguous()
+    apart, together = kernels.quantise_nf4(weight, "native"), kernels.quantise_nf4(weight.contiguous(), "ref")
+    assert all(map(equal_bits, apart.tensors, together.tensors)) and apart.shape == together.shape
+
+
 def test_it_runs_when_nothing_is_asked(monkeypatch):
     called = []
     for name in ("quantise", "dequantise"):

@@ -155,6 +155,20 @@ def test_rope_attention_of_one_tensor(dtype):
     check_error(op, (qkv,), dtype)
 
 
+NORMS = {
+    "rms_norm": lambda x, w, i: kernels.rms_norm(x, w, 1e-5, i),
+    "norm_linear": lambda x, w, i: kernels.norm_linear(x, w, torch.eye(16), 1e-5, i)[0],
+    "norm_linear_rows": lambda x, w, i: kernels.norm_linear_rows(x, w, torch.eye(16), torch.arange(3), 8, 1e-5, i),
+}
+
+
+@pytest.mark.parametrize("op", NORMS)
+def test_the_weight_of_a_norm_may_lie_apart(op):
+    x, weight = torch.randn(5, 16), torch.randn(16, 3)[:, 1]
+    apart, together = (run(NORMS[op], (x, w), "native", torch.float32) for w in (weight, weight.contiguous()))
+    assert all(torch.equal(a, b) for a, b in zip(apart, together, strict=True))
+
+
 ROTATING = {  # what takes angles of 40 tokens
     "rope": lambda qkv, *angles: kernels.rope(qkv[:, :4], qkv[:, 4:6], *angles, "native")[0],
     "rope_attention": lambda qkv, *angles: kernels.rope_attention(
