@@ -50,7 +50,8 @@ def test_all_neighbours_of_the_middles():
 
 APART = {
     "every other": lambda x: x[::2], "a column": lambda x: x.view(128, 4)[:, 1],
-    "one number": lambda x: x[1].expand(130), "turned": lambda x: x.view(8, 64).T, "some columns": lambda x: x.view(64, 8)[:, :3],
+    "one number": lambda x: x[1].expand(130), "turned": lambda x: x.view(8, 64).T,
+    "some columns": lambda x: x.view(64, 8)[:, :3],
 }  # fmt: skip
 
 
