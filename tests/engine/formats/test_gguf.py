@@ -186,3 +186,16 @@ def test_an_alignment_of_a_gguf_is_a_power_of_two(tmp_path):
             add_tokenizer=lambda writer, _, n=alignment: writer.add_uint32("general.alignment", n),
         )
         assert_refused(path, f"general.alignment is {alignment}", "a power of two")
+
+
+def test_what_comes_twice_is_refused(tmp_path):
+    """A value, of which one would silently count, and a tensor."""
+    path = tmp_path / "m.gguf"
+    raw = write_gguf(path, make_theirs(BASE), BASE).read_bytes()
+    (n_values,) = struct.unpack_from("<Q", raw, 16)
+    key = b"general.architecture"
+    twice = struct.pack("<Q", len(key)) + key + struct.pack("<IQ", 8, 24) + b"x" * 24  # a text; 64 bytes in all
+    path.write_bytes(raw[:16] + struct.pack("<Q", n_values + 1) + twice + raw[24:])
+    assert_refused(path, "m.gguf", "two values of general.architecture")
+    path.write_bytes(raw.replace(b"blk.0.attn_norm.weight", b"blk.1.attn_norm.weight"))
+    assert_refused(path, "m.gguf", "two tensors named blk.1.attn_norm.weight")
