@@ -77,7 +77,8 @@ def test_every_setting_of_the_optimizer_reaches_it(more, monkeypatch):
     on_cpu = asked.pop("on_cpu", None)
     built = SimpleNamespace(init_weights=lambda *seeded: None, init_adapter=lambda *seeded: None)
     monkeypatch.setattr(fine_tuning.fsdp, "local_shards", lambda model: {})
-    monkeypatch.setattr(fine_tuning, "new_model", lambda *given, **named: built)
+    shaped = {}
+    monkeypatch.setattr(fine_tuning, "new_model", lambda *given, **named: shaped.update(named) or built)
     monkeypatch.setattr(fine_tuning, "AdamW", lambda model, **settings: settings)
     config = FinetuneConfig(model="tiny", random_init=True, data=("x",), **asked)
     plan = SimpleNamespace(
@@ -89,3 +90,24 @@ def test_every_setting_of_the_optimizer_reaches_it(more, monkeypatch):
         "beta1": 0.8, "beta2": 0.98, "eps": 1e-5, "weight_decay": 0.3, "master": "stochastic", "states": "8bit",
         "seed": 7, "impl": "ref", "offload": not in_backward, "on_cpu": not in_backward, "in_backward": in_backward,
     })  # fmt: skip
+    assert shaped["accumulate"] != in_backward, "a hook must find the gradient of its own backward"
+
+
+def test_the_flags_of_a_run_reach_what_obeys_them(tmp_path, rows_file, monkeypatch):
+    """Each of them other than what it is where nobody says anything."""
+    parts = []
+    monkeypatch.setattr(fine_tuning, "train", lambda *given: parts.extend(given))
+    monkeypatch.setattr(fine_tuning, "write_model", lambda *given: None)
+    run(rows_file, tmp_path / "out", "--grad-clip", 0.25, "--seed", 7, "--loss-norm", "micro-mean", "--keep", 3,
+        "--recompute", "block", "--log-every", 5, "--spike-threshold", 3.5, "--micro-batch-size", 2,
+        "--micro-batch-tokens", 99)  # fmt: skip
+    plan, begun, checkpoints, steps, model, first_step = parts
+    assert (steps.grad_clip, steps.seed, steps.model, steps.optimizer.in_backward) == (0.25, 7, model, False)
+    assert (steps.prefetcher.last_step, first_step, plan.order.seed) == (plan.total_steps, 1, 7)
+    assert (checkpoints.saver.keep, checkpoints.saved_step, checkpoints.optimizer) == (3, None, steps.optimizer)
+    assert steps.has_signal == begun.signals.pending and steps.size.batches is checkpoints.batches
+    assert (begun.progress.every, begun.spike_detector.threshold, model.recompute) == (5, 3.5, "block")
+    batches = steps.prefetcher.batches
+    assert batches is checkpoints.batches and batches.mean_of_means
+    packing = batches.packing
+    assert (packing.max_examples, packing.max_tokens, packing.best_fit) == (2, 99, False)
