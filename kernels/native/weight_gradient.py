@@ -20,9 +20,17 @@ def has_amx() -> bool:
 
 
 def takes(dy: torch.Tensor, x: torch.Tensor) -> bool:
-    """Return whether write_weight_gradient() takes dy and x here: bf16 on a CPU with AMX, rows that are contiguous."""
+    """Return whether write_weight_gradient() takes dy and x here: bf16 on a CPU with AMX, rows that are contiguous.
+
+    The rows of what was expanded lie over each other: so does the gradient of a sum over tokens.
+    """
     is_bf16 = dy.dtype == x.dtype == torch.bfloat16 and dy.device.type == x.device.type == "cpu"
-    return is_bf16 and dy.stride(1) == x.stride(1) == 1 and has_amx()
+    return is_bf16 and _has_rows(dy) and _has_rows(x) and has_amx()
+
+
+def _has_rows(t: torch.Tensor) -> bool:
+    """Return whether a matrix's rows are contiguous and lie behind each other."""
+    return t.stride(1) == 1 and (len(t) < 2 or t.stride(0) >= t.shape[1])
 
 
 def write_weight_gradient(out: torch.Tensor, dy: torch.Tensor, x: torch.Tensor, is_added: bool) -> None:
@@ -36,11 +44,11 @@ def write_weight_gradient(out: torch.Tensor, dy: torch.Tensor, x: torch.Tensor, 
         len(x) != sizes[0]
         or out.shape != sizes[1:]
         or out.dtype not in OUT_DTYPES
-        or (out.numel() and out.stride(1) != 1)
+        or (out.numel() and not (_has_rows(out) and _has_rows(dy) and _has_rows(x)))
     ):
         raise ValueError(
             f"weight_gradient: dy {tuple(dy.shape)}, x {tuple(x.shape)}, out {tuple(out.shape)} {out.dtype}; wanted "
-            f"(T, N), (T, K), (N, K) in bf16 or fp32, of contiguous rows"
+            f"(T, N), (T, K), (N, K) in bf16 or fp32, of contiguous rows behind each other"
         )
     strides = (max(t.stride(0), t.shape[1]) for t in (dy, x, out))  # a single row may have any
     flags = out.dtype == torch.float32, is_added, torch.get_num_threads()

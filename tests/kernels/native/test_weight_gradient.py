@@ -71,6 +71,23 @@ def test_numbers_that_are_none_stay_in_their_rows_and_columns():
     assert not odd.any()
 
 
+@pytest.mark.parametrize(
+    "spread", [lambda v: v[:32].expand(50, 32), lambda v: v.unfold(0, 32, 1)[:50]], ids=["one row", "sliding"]
+)
+def test_rows_that_lie_over_each_other_are_multiplied_as_they_read(spread, monkeypatch):
+    """The gradient of a sum over tokens is one row, expanded."""
+    monkeypatch.setattr(common, "INTERPRETED", False)
+    over, dense = spread(torch.randn(96).bfloat16()), torch.randn(50, 32).bfloat16()
+    for dy, x in ((over, dense), (dense, over)):
+        assert torch.equal(common.weight_gradient(dy, x, None), dy.contiguous().T @ x.contiguous())
+        with pytest.raises(ValueError, match=r"wanted .* of contiguous rows behind each other"):
+            native.write_weight_gradient(torch.zeros(32, 32), dy, x, is_added=False)
+    weight = torch.randn(32, 32).bfloat16().requires_grad_()
+    kernels.linear(dense, weight, "native").backward(over)
+    want = over.double().T @ dense.double()
+    assert (weight.grad.double() - want).norm() <= 0.01 * want.norm()
+
+
 def test_what_does_not_fit_is_refused():
     dy, x, out = make(4, 3, 2)
     strided = torch.zeros(2, 3).bfloat16().T  # of out's shape
