@@ -113,3 +113,17 @@ def test_a_flag_reaches_what_obeys_it(module, begin, argv, tmp_path, monkeypatch
     assert (budget.cap, budget.spent, budget.uncertain) == (3 * 10**6, 5, 7)
     batch = (6, 7) if module is generate else (30, None)
     assert (limits.patience_s, limits.max_attempts, limits.poll_s, limits.batch_tokens) == (12, 5, *batch)
+
+
+@pytest.mark.parametrize("more, common", [((), False), (("--common",), True)])
+def test_the_flags_of_a_judge_say_what_is_compared(more, common, monkeypatch):
+    def reach(*parts):
+        raise Reached(*parts)
+
+    monkeypatch.setattr(judge, "interrupt_at_stop_signals", lambda: None)
+    monkeypatch.setattr(judge, "read_answers", str)
+    monkeypatch.setattr(judge, "match_answers", lambda files, is_common: (files, is_common))
+    monkeypatch.setattr(judge, "plan_comparisons", reach)
+    with pytest.raises(Reached) as reached:
+        judge.main(["a", "b", "--judge", "m", "--canaries", "3", "--seed", "9", *more])
+    assert reached.value.args == ((["a", "b"], common), 3, 9)

@@ -9,7 +9,7 @@ import pytest
 from engine import finetune
 from engine.base.errors import run_main
 from engine.distributed.world import World
-from engine.training import fine_tuning
+from engine.training import evaluation, fine_tuning, saving
 from engine.training.config import FinetuneConfig
 from engine.training.fine_tuning import begin_run, build_model
 from tests.helpers.run import events
@@ -95,12 +95,14 @@ def test_every_setting_of_the_optimizer_reaches_it(more, monkeypatch):
 
 def test_the_flags_of_a_run_reach_what_obeys_them(tmp_path, rows_file, monkeypatch):
     """Each of them other than what it is where nobody says anything."""
-    parts = []
+    parts, answered, exported = [], [], {}
     monkeypatch.setattr(fine_tuning, "train", lambda *given: parts.extend(given))
-    monkeypatch.setattr(fine_tuning, "write_model", lambda *given: None)
+    monkeypatch.setattr(evaluation, "generate", lambda model, prompts, stop_ids, n: answered.append(n) or prompts)
+    monkeypatch.setattr(saving, "save_hf", lambda out, model, **options: exported.update(options))
     run(rows_file, tmp_path / "out", "--grad-clip", 0.25, "--seed", 7, "--loss-norm", "micro-mean", "--keep", 3,
         "--recompute", "block", "--log-every", 5, "--spike-threshold", 3.5, "--micro-batch-size", 2,
-        "--micro-batch-tokens", 99)  # fmt: skip
+        "--micro-batch-tokens", 99, "--sample-every", "end", "--sample-tokens", 5, "--max-shard-bytes", 4321,
+        )  # fmt: skip
     plan, begun, checkpoints, steps, model, first_step = parts
     assert (steps.grad_clip, steps.seed, steps.model, steps.optimizer.in_backward) == (0.25, 7, model, False)
     assert (steps.prefetcher.last_step, first_step, plan.order.seed) == (plan.total_steps, 1, 7)
@@ -111,3 +113,7 @@ def test_the_flags_of_a_run_reach_what_obeys_them(tmp_path, rows_file, monkeypat
     assert batches is checkpoints.batches and batches.mean_of_means
     packing = batches.packing
     assert (packing.max_examples, packing.max_tokens, packing.best_fit) == (2, 99, False)
+    assert answered == [5] and exported == {
+        "max_shard_bytes": 4321, "bos_id": plan.tokenizer.bos_id, "eos_ids": sorted(plan.tokenizer.stop_ids),
+        "generation_config": plan.source.generation_config,
+    }  # fmt: skip
