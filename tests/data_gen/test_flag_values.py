@@ -127,3 +127,16 @@ def test_the_flags_of_a_judge_say_what_is_compared(more, common, monkeypatch):
     with pytest.raises(Reached) as reached:
         judge.main(["a", "b", "--judge", "m", "--canaries", "3", "--seed", "9", *more])
     assert reached.value.args == ((["a", "b"], common), 3, 9)
+
+
+def test_the_seed_of_a_judge_draws_every_interval(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(judge_run, "compute_figures", lambda *given: drawn.append(given[-1]))
+    monkeypatch.setattr(judge_run, "summarize_votes", lambda *given: drawn.append(given[-1]) or [])
+    keeper, questions = SimpleNamespace(verdicts={}, models={}), SimpleNamespace(names=("a", "b"))
+    monkeypatch.setattr(judge_run, "describe_run", lambda *given: {}[drawn[-1]])  # ends it here
+    with pytest.raises(KeyError):
+        judge_run.write_results(
+            SimpleNamespace(seed=9), None, keeper, questions, SimpleNamespace(pairs=()), [], None, None
+        )
+    assert drawn == [9, 9]
