@@ -29,8 +29,6 @@ def demo(figures):
 
 def demo_adapters(figures):
     """Return the lines about the demo with all weights, with LoRA and with QLoRA."""
-    runs = figures["runs"]
-    whole = {run["seed"]: run for run in runs if run["adapter"] == "none"}
     names = {"none": "all weights", "lora": "LoRA", "qlora": "QLoRA"}
     return [
         paragraph(
@@ -44,9 +42,9 @@ def demo_adapters(figures):
         *(
             f"| {names[run['adapter']]} | {run['seed']} | {run['loss'][-1]:.4f} | "
             f"{run['equal'][-1]} of {run['answers']} | "
-            f"{run['state_bytes'] / 1e9:.2f} GB | {run['state_bytes'] / whole[run['seed']]['state_bytes']:.2f} | "
+            f"{run['state_bytes'] / 1e9:.2f} GB | {figures['state_shares'][run['adapter']]:.2f} | "
             f"{run['peak_bytes'] / 1e9:.2f} GB | {run['cpu_seconds']:.0f} |"
-            for run in runs
+            for run in figures["runs"]
         ),
     ]
 

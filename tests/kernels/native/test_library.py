@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -13,8 +12,7 @@ import pytest
 from kernels.native import cpu, library, toolchain
 from kernels.native.library import NativeError, build_if_stale, check, load, why_missing
 from kernels.native.weight_gradient import has_amx
-
-HAS_CXX = shutil.which("g++") or shutil.which("clang++")
+from tests.helpers import native
 
 
 def run_info(tmp_path, **environment):
@@ -30,7 +28,7 @@ def run_info(tmp_path, **environment):
     return parts
 
 
-@pytest.mark.skipif(not HAS_CXX, reason="the CPU library is compiled by g++, which is missing")
+@native.needs_cxx
 def test_info_tells_the_instruction_set_in_use(tmp_path):
     part = run_info(tmp_path)["cpu"]
     assert part["in_use"] and "instruction set" in part["why"] and "built with" in part["why"]
@@ -41,7 +39,7 @@ def test_info_tells_the_instruction_set_in_use(tmp_path):
 
 def test_info_tells_why_a_library_is_not_in_use(tmp_path):
     part = run_info(tmp_path, CRIA_INSTRUCTION_SET="quantum")["cpu"]
-    assert not part["in_use"] and ("CRIA_INSTRUCTION_SET is 'quantum'" in part["why"] or not HAS_CXX)
+    assert not part["in_use"] and ("CRIA_INSTRUCTION_SET is 'quantum'" in part["why"] or not native.CXX)
     part = run_info(tmp_path, CRIA_NATIVE="off")["cpu"]
     assert not part["in_use"] and part["why"].endswith("in its place: torch's operators on the CPU")
 
@@ -63,7 +61,7 @@ def test_a_checkout_without_a_compiler_says_which(monkeypatch, tmp_path):
         build_if_stale("cuda", library.ROOT, tmp_path)
 
 
-@pytest.mark.skipif(not HAS_CXX, reason="the CPU library is compiled by g++, which is missing")
+@native.needs_cxx
 @pytest.mark.parametrize("wanted", [cpu.ABI_VERSION - 1, 99])  # the library is newer, or older
 def test_a_library_of_another_version_is_refused(wanted):
     with pytest.raises(NativeError, match=rf"has ABI {cpu.ABI_VERSION}, wanted {wanted}; delete it"):
@@ -89,7 +87,7 @@ def test_of_many_processes_one_builds_and_the_others_find_what_it_built(tmp_path
     assert built == ["cpu"]
 
 
-@pytest.mark.skipif(not HAS_CXX, reason="the CPU library is compiled by g++, which is missing")
+@native.needs_cxx
 @pytest.mark.parametrize(
     ("variable", "value", "said"),
     [("CRIA_NATIVE", "of", "CRIA_NATIVE is 'of', wanted on or off"),

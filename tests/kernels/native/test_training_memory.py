@@ -11,11 +11,10 @@ pytestmark = native.needs_cxx
 @pytest.mark.parametrize("name", toolchain.instruction_sets())
 def test_sanitizers_find_nothing(name, tmp_path_factory, monkeypatch):
     """Both sanitizers over a fuzz of shapes, strides, types and what may be null, beside pages that none may touch."""
-    monkeypatch.setenv("CRIA_INSTRUCTION_SET", name)
-    found = native.run_sanitized(tmp_path_factory.getbasetemp(), "training")
-    if not found.endswith(f" {name}\n"):
+    if name not in native.load_instruction_sets(tmp_path_factory.mktemp("native")):
         pytest.skip(f"this processor has no {name}")
-    assert found == f"240 calls of {name}\n"
+    monkeypatch.setenv("CRIA_INSTRUCTION_SET", name)
+    assert native.run_sanitized(tmp_path_factory.getbasetemp(), "training") == f"240 calls of {name}\n"
 
 
 @pytest.mark.parametrize("op", ["norm", "attention", "nf4"])  # of each source
