@@ -3,10 +3,13 @@
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
-from engine.base.errors import run_main
+from engine import estimate
+from engine.base.errors import DataError, run_main
+from engine.base.flags import parse_flags
 from engine.estimate import SHARED_FLAGS, EstimateConfig, main
 from engine.model.config import MODELS
 from engine.planning.cards import CARDS, GIB
@@ -45,6 +48,82 @@ def test_flags_are_engine_finetunes():
         if field.name in SHARED_FLAGS and field.name != "model":
             assert field.default == theirs[field.name].default and field.metadata == theirs[field.name].metadata
             assert field.type == theirs[field.name].type
+
+
+UNSEEN = {"json", "debug", "grad_clip"}  # the first two are main's; clipping takes no bytes and no time
+OTHERS = (  # flags that change what some part of the estimate is asked
+    "--model llama2-7b", "--gpu A100-40", "--replicas 2", "--gpu-memory 7", "--gpu-tflops 70", "--gpu-bandwidth 700",
+    "--host-bandwidth 17", "--price-per-hour 1.7", "--tokenizer mine", "--data others", "--epochs 7", "--max-steps 7",
+    "--global-batch-size 64", "--micro-batch-tokens 777", "--micro-batch-size 7", "--max-length 77", "--seed 7",
+    "--dtype fp32", "--adapter qlora", "--lora-r 7", "--lora-alpha 7", "--lora-dropout 0.7", "--lora-targets q_proj",
+    "--rslora", "--lora-rank-pattern q_proj=7", "--lora-alpha-pattern q_proj=7", "--lora-save lm_head",
+    "--prompt-style chatml", "--train-on-prompt", "--no-share-prefix", "--master-weights stochastic", "--recompute block",
+    "--optimizer-states bf16", "--offload-optimizer", "--optimizer-in-backward", "--save-every 7", "--skip-bad-rows",
+    "--gpus 2",
+)  # fmt: skip
+SHOWN = {"fp32": "torch.float32", "qlora": "nf4_base=True", "q_proj=7": "('q_proj', 7"}  # a value as parts see it
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Return a function that runs the estimate of some flags, and tells what each of its parts was asked."""
+
+    def ask(*flags):
+        parts = {}
+
+        def note(name, answer):
+            return lambda *args, **more: (parts.update({name: (*args, more)}), answer)[1]
+
+        for name, answer in {
+            "read_rows": ([], None), "resolve_data_paths": "paths", "find_tokenizer": "its tokenizer",
+            "encode_rows": SimpleNamespace(select=lambda: "examples"), "dataset_mix": "mix", "estimate_run": "found",
+        }.items():  # fmt: skip
+            monkeypatch.setattr(estimate, name, note(name, answer))
+        config, _ = parse_flags(EstimateConfig, [*map(str, flags)])
+        assert estimate.estimate(config) == "found"
+        return parts
+
+    return ask
+
+
+def test_the_flags_below_are_all():
+    named = {flag.split()[0].removeprefix("--").removeprefix("no-").replace("-", "_") for flag in OTHERS}
+    assert named | UNSEEN == {field.name for field in dataclasses.fields(EstimateConfig)}
+
+
+@pytest.mark.parametrize("flag", OTHERS)
+def test_no_flag_is_dropped_on_the_way_to_the_part_that_obeys_it(flag, asked):
+    name, *value = flag.split()
+    context = ["--model", "llama-7b", "--data", "rows"]
+    context += ["--adapter", "lora"] if name.startswith(("--lora", "--rslora")) else []
+    context += ["--gpus", "2"] if name == "--replicas" else []
+    context += ["--grad-clip", "0"] if name == "--optimizer-in-backward" else []
+    before, after = asked(*context), asked(*context, *flag.split())
+    assert repr(after) != repr(before)
+    if name not in ("--gpu", "--save-every", "--model"):  # whose value stands for something else
+        assert not value or SHOWN.get(value[0], value[0]) in repr(after)
+
+
+def test_the_rows_are_read_as_finetune_would(asked, monkeypatch):
+    rows = ("--model", "tiny", "--data", "rows", "--max-length", "77")
+    for style in ("template", "chatml", "alpaca"):
+        parts = asked(*rows, "--prompt-style", style, "--tokenizer", "mine", "--train-on-prompt")
+        assert parts["read_rows"] == ("paths", False, {"with_tools": style == "template"})
+        assert parts["find_tokenizer"] == (MODELS["tiny"], "mine", None, {})
+        assert parts["encode_rows"] == ([], "its tokenizer", style, 77, True, {})
+    assert asked(*rows, "--skip-bad-rows")["read_rows"][1] is True
+
+    def fail(*_):
+        raise DataError("no tokenizer there")
+
+    monkeypatch.setattr(estimate, "find_tokenizer", fail)
+    recipe = estimate.recipe_from_config(parse_flags(EstimateConfig, rows)[0].to_finetune_config(), 1)
+    monkeypatch.setattr(estimate, "read_rows", lambda *_, **more: (["a row"] * 24, None))
+    named, unnamed = (parse_flags(EstimateConfig, [*rows, *more])[0] for more in (("--tokenizer", "mine"), ()))
+    with pytest.raises(DataError, match="no tokenizer there"):
+        estimate.read_mix(named, recipe, MODELS["tiny"], None)
+    mix = estimate.read_mix(unnamed, recipe, MODELS["tiny"], None)
+    assert 0 < mix.examples <= 24 and "24 rows" in mix.what and "(no tokenizer there)" in mix.what
 
 
 def test_a_card_of_another_memory_says_whose_speed_it_has(capsys):
