@@ -57,9 +57,9 @@ OTHERS = (  # flags that change what some part of the estimate is asked
     "--global-batch-size 64", "--micro-batch-tokens 777", "--micro-batch-size 7", "--max-length 77", "--seed 7",
     "--dtype fp32", "--adapter qlora", "--lora-r 7", "--lora-alpha 7", "--lora-dropout 0.7", "--lora-targets q_proj",
     "--rslora", "--lora-rank-pattern q_proj=7", "--lora-alpha-pattern q_proj=7", "--lora-save lm_head",
-    "--prompt-style chatml", "--train-on-prompt", "--no-share-prefix", "--master-weights stochastic", "--recompute block",
-    "--optimizer-states bf16", "--offload-optimizer", "--optimizer-in-backward", "--save-every 7", "--skip-bad-rows",
-    "--gpus 2",
+    "--prompt-style chatml", "--train-on-prompt", "--no-share-prefix", "--master-weights stochastic",
+    "--recompute block", "--optimizer-states bf16", "--offload-optimizer", "--optimizer-in-backward", "--save-every 7",
+    "--skip-bad-rows", "--gpus 2",
 )  # fmt: skip
 SHOWN = {"fp32": "torch.float32", "qlora": "nf4_base=True", "q_proj=7": "('q_proj', 7"}  # a value as parts see it
 

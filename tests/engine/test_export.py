@@ -82,6 +82,37 @@ def test_bad_requests(args, code, message):
     assert done.returncode == code and message in done.stderr and not (ROOT / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"out": "x", "layout": "gguf"}, "a GGUF is a file whose name ends in .gguf"),
+        ({"out": "x.gguf"}, "a GGUF is a file whose name ends in .gguf"),
+        ({"out": "x.gguf", "layout": "meta"}, "a GGUF is a file whose name ends in .gguf"),
+        ({"out": "x", "gguf_type": "f16"}, "--gguf-type is for --layout gguf"),
+        ({"out": "x.gguf", "layout": "gguf", "dtype": "bf16"}, "--dtype is for folders"),
+        ({"out": "x", "max_shard_bytes": 0}, "--max-shard-bytes is 0, wanted 1 or more"),
+        ({"out": "x", "adapter_dir": ""}, "--adapter-dir is empty, wanted a folder"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(flags, told):
+    with pytest.raises(ValueError, match=re.escape(told)):
+        command.ExportConfig(**flags)
+
+
+def test_what_is_there_is_never_written_over(tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    for name in ("full/notes.txt", "a.gguf", "file"):
+        (tmp_path / name).write_text("mine")
+    for flags in (("full",), ("file",), ("a.gguf", "--layout", "gguf")):
+        here("--model", small_model(), "--out", tmp_path / flags[0], *flags[1:], code=2)
+        assert "exists and is not empty; choose another name" in capsys.readouterr().err
+    assert files(tmp_path) == {"a.gguf": b"mine", "file": b"mine"} and files(tmp_path / "full") == {
+        "notes.txt": b"mine"
+    }
+    here("--model", small_model(), "--out", tmp_path / "new", "--merge", code=2)
+    assert f"--merge: {small_model()} is no adapter" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
 # ---- a training state -----------------------------------------------------------------------------------------------
 
 OF_A_RUN = {"run.json", "metrics.jsonl", "report.html", ".lock"}

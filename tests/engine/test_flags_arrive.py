@@ -87,6 +87,8 @@ ARRIVE = {  # module: ({flag: the part that is to be asked otherwise by it}, fla
     serve: (MODEL_FLAGS | {
         "--prompt-style chatml": "ModelService",
         "--compare-with 77": "load_model", "--adapter-dir 77": "load_model", "--adapter-dir 77 78": "load_adapted",
+        **{f"{flag} --compare-with o": "load_model" for flag in ("--device cpu", "--dtype bf16", "--kernels ref")},
+        **{f"{flag} --adapter-dir a b": "load_adapted" for flag in ("--device cpu", "--dtype bf16", "--kernels ref")},
         "--votes 77 --compare-with other": "VoteFile", "--prompts 77 --compare-with other": "read_questions",
         "--host ::1": "listen", "--port 77": "listen", "--max-concurrency 77": "ModelService",
         "--max-queue 77": "ModelService", "--max-length 77": "ModelService", "--api-key-env A_KEY": "Server",
@@ -156,4 +158,13 @@ def test_a_flag_arrives_at_the_part_that_obeys_it(module, flag, part, ask):
     before, after = ask(module, always), ask(module, flag if gives_prompt else f"{always} {flag}")
     assert after[part] != before.get(part)
     value = (flag.split()[1:] or [""])[0]
-    assert SHOWN.get(value, value).removeprefix("{tmp}/") in "".join(after[part])
+    shown = [SHOWN.get(value, value).removeprefix("{tmp}/") in call for call in after[part]]
+    assert all(shown) if flag.startswith(("--device", "--dtype", "--kernels")) else any(shown)
+
+
+@pytest.mark.parametrize("module", ARRIVE, ids=lambda module: module.__name__)
+def test_the_style_of_training_is_asked_for_and_the_tokenizers_warnings_are_told(module, ask, capsys):
+    asked = ask(module, ARRIVE[module][1])
+    assert all("'auto', 'llama2', <tokenizer>" in call for call in asked.get("choose_style", []))
+    assert ("choose_style" in asked) == (module is not export)
+    assert "an odd file" in "".join(capsys.readouterr())

@@ -76,6 +76,16 @@ def test_what_cannot_be_served_is_told(capsys, tmp_path, words, told):
     assert code == 2 and told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "example.org", ""])
+def test_other_machines_want_a_key_and_ports_are_those_there_are(host):
+    with pytest.raises(ValueError, match=f"--host {host} lets other machines in; name a key by --api-key-env"):
+        ServeConfig(host=host)
+    assert ServeConfig(host=host, api_key_env="K", port=0).port == 0 and ServeConfig(port=65535).host in LOOPBACK
+    for port in (-1, 65536):
+        with pytest.raises(ValueError, match="--port wants 0 to 65535"):
+            ServeConfig(port=port)
+
+
 @pytest.mark.parametrize(("asked", "found"), [(60, 60), (512, 512), (100_000, 512)])
 def test_no_answer_goes_past_the_models_positions(asked, found):
     (service,) = load_services(ServeConfig(model=str(small_model()), device="cpu", max_length=asked, max_concurrency=1))

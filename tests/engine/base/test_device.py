@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.base import device
-from engine.base.device import choose_device, choose_dtype, choose_kernels
+from engine.base.device import choose_device, choose_dtype, choose_kernels, cpu_multiplies_bf16
 from engine.base.errors import UsageError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -45,6 +45,23 @@ def test_bf16_is_for_devices_that_have_it_and_emulation_is_none(gpu):
     assert choose_dtype("auto", CUDA) == choose_dtype("fp32", CUDA) == torch.float32
     with pytest.raises(UsageError, match="--dtype bf16: NVIDIA Some GPU has no bf16; pass --dtype fp32"):
         choose_dtype("bf16", CUDA)
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        ("avx512f avx512_bf16", True),
+        ("amx_bf16", True),
+        ("amx_bf16 avx512_bf16", True),
+        ("avx512f", False),
+        (None, False),
+    ],
+)
+def test_a_cpu_with_either_kind_of_instructions_multiplies_bf16(flags, found, tmp_path, monkeypatch):
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(f"flags\t\t: fpu {flags}\n")
+    monkeypatch.setattr(device, "Path", lambda name: tmp_path / name.removeprefix("/proc/"))
+    assert cpu_multiplies_bf16() == found
 
 
 @pytest.mark.parametrize("is_built", [True, False])

@@ -2,6 +2,7 @@
 
 import pytest
 
+from engine.base import errors
 from engine.base.errors import DataError, Stopped, call_main, reading, run_main, summarize_error
 
 
@@ -44,6 +45,7 @@ def test_the_command_line_is_that_of_the_process_unless_it_is_given(monkeypatch)
 @pytest.mark.parametrize("argv, n", [([], 1), (["--debug"], 2)])
 @pytest.mark.parametrize("error, code, told", [(DataError("odd"), DataError.exit_code, "error: odd"),
                                                (KeyError("k"), 1, "error: KeyError: 'k'; --debug shows where"),
+                                               (BrokenPipeError("x"), 1, "BrokenPipeError: x; --debug shows where"),
                                                (KeyboardInterrupt(), 143, "stopped by SIGINT"),
                                                (Stopped("by me"), 143, "by me")])  # fmt: skip
 def test_how_a_command_fails(error, code, told, argv, n, capsys):
@@ -54,6 +56,18 @@ def test_how_a_command_fails(error, code, told, argv, n, capsys):
     text = capsys.readouterr().err
     shows = n == 2 and isinstance(error, Exception) and not isinstance(error, Stopped)
     assert text.endswith(told + "\n") and ("Traceback" in text) == shows
+
+
+def test_each_kind_of_failure_has_its_exit_code():
+    kinds = {kind.__name__: kind for kind in vars(errors).values() if hasattr(kind, "exit_code")}
+    codes = {"CriaError": 1, "UsageError": 2, "DataError": 3, "DivergedError": 4, "NotFiniteError": 4, "Stopped": 143}
+    codes["OtherRankFailed"] = 1  # unless the other rank's code is another
+    assert {name: kind.exit_code for name, kind in kinds.items()} == codes
+
+    def main(argv):
+        raise kinds["OtherRankFailed"](3, 7) if argv else kinds["NotFiniteError"]("NaN")
+
+    assert (call_main(main, []), call_main(main, ["x"])) == (4, 7)
 
 
 @pytest.mark.parametrize("rank, is_told", [("0", True), ("1", False)])

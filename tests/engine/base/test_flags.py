@@ -154,7 +154,13 @@ def test_help_names_every_flag_with_its_default(capsys):
     assert stop.value.code == 0
     for field in dataclasses.fields(FinetuneConfig):
         assert f"\n  --{field.name.replace('_', '-')}" in lines and " ".join(field.metadata["help"].split()) in text
+        if field.default in (None, ""):
+            default = "auto" if "auto" in field.metadata["help"] else "none"
+            assert f"{' '.join(field.metadata['help'].split())} (default: {default}" in text
     assert "(default: 2e-05; also --learning-rate)" in text
+    with pytest.raises(SystemExit) as stop:
+        parse("--model x -h")
+    assert (stop.value.code, capsys.readouterr().out) == (0, lines)
 
 
 def test_help_has_groups_and_three_examples(capsys):
