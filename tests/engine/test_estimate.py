@@ -252,6 +252,9 @@ def test_another_card_by_its_figures(tmp_path, capsys):
     assert run("--model", "tinyllama-1.1b", *card, "--json", path) == 0
     found, out = strict_json(path), capsys.readouterr().out
     assert found["memory_bytes"]["room"] == 48 * GIB and found["dollars"] is None and "pass --price-per-hour" in out
+    assert (found["card"]["peak_tflops"], found["card"]["bandwidth_gb_per_s"]) == (100, 500)
+    assert run("--model", "tinyllama-1.1b", *card, "--json", path, "--price-per-hour", 0) == 0
+    assert strict_json(path)["dollars"] == 0 and "$0.00 at $0.00 an hour\n" in capsys.readouterr().out
 
 
 def test_the_data_of_a_file(rows_file, smollm2, capsys):
@@ -341,6 +344,9 @@ def test_several_cards_print_and_say_that_they_are_projected(card, model, gpus, 
         row = rf"{name} +{sent['bytes'][kind] / 1e9:.1f} +{1e3 * sent['seconds'][kind]:.1f} +{blocks} of "
         assert bool(re.search(row, out)) == (sent["bytes"][kind] > 0)
     assert f"{128 // gpus} examples a card of Alpaca" in out and f"at {gpus} x $" in out
+    computed = gpus * found["computed_tokens"] / found["step_s"]["total"]
+    assert f"{computed:,.0f} computed tokens/s, MFU {found['mfu']:.0%}: 6 x" in out
+    assert f"x tokens/s / {gpus} / {found['card']['peak_tflops']:g}e12" in out
 
 
 def test_nothing_fits_on_several_cards(capsys):

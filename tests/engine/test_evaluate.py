@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from engine.base.errors import run_main
-from engine.evaluate import main
+from engine.evaluate import EvaluateConfig, main
 from engine.inference.generation import generate
 from engine.serving.models import load_model
 from engine.text.templates import ALPACA_NO_INPUT, Row, encode_prompt, find_stop_ids
@@ -57,6 +57,10 @@ def test_answers_are_written_as_alpaca_eval_reads_them(measured):
     prompts = [encode_prompt(Row("", None, text), tokenizer) for text in ("Name a fruit.", "Say hello.")]
     want = generate(model, prompts, find_stop_ids(tokenizer, "alpaca"), 9)
     assert [output["output"] for output in outputs] == [tokenizer.decode(ids).strip() for ids in want]
+    (result,) = json.loads((measured / "out" / "results.json").read_text())["results"]
+    cut = sum(len(ids) == 9 for ids in want)
+    assert (result["answers"], result["cut_answers"]) == (2, cut) and cut
+    assert result["mean_characters"] == sum(len(output["output"]) for output in outputs) / 2
     assert [output["instruction"] for output in outputs] == ["Name a fruit.", "Say hello."]
     assert {(output["generator"], output["dataset"]) for output in outputs} == {(small_model().name, "prompts")}
 
@@ -77,6 +81,29 @@ def test_what_cannot_be_measured_is_told(capsys, words, code, told):
     except SystemExit as stop:
         found = stop.code
     assert found == code and told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"model": ("a/m",), "adapter_dir": "b/m"}, "two are called m"),
+        ({"model": ("a/m.gguf", "b/m")}, "two are called m"),
+        ({"model": ("a", "b"), "adapter_dir": "c"}, "--adapter-dir goes with one --model"),
+        ({"micro_batch_tokens": 511}, "--micro-batch-tokens wants at least --max-length"),
+        ({"adapter_dir": ""}, "--adapter-dir is empty, wanted a folder"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(flags, told):
+    with pytest.raises(ValueError, match=told):
+        EvaluateConfig(data=("x",), **flags)
+    assert EvaluateConfig(data=("x",), model=("a/m", "b/n"), micro_batch_tokens=512).max_length == 512
+
+
+def test_answers_that_the_model_has_no_positions_for_are_refused(measured, capsys):
+    words = ["--model", str(small_model()), "--prompts", str(measured / "prompts.txt"), "--out", str(measured / "no")]
+    assert run_main(main, [*words, "--max-new-tokens", "500"]) == 2
+    assert "the model has 512; lower --max-new-tokens" in capsys.readouterr().err
+    assert not (measured / "no" / "results.json").exists()
 
 
 def test_the_remedy_for_bad_rows_is_no_flag_of_another_command(tmp_path, capsys):

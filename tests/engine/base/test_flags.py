@@ -83,6 +83,7 @@ def test_every_problem_is_told_at_once(capsys):
         ("stray", "'stray' is no flag; flags begin with --"),
         ("--seed", "--seed wants one value, got 0"),
         ("--seed 1 2", "--seed wants one value, got 2: 1 2"),
+        ("--model x --data", "--data wants one value or more"),
         ("--seed 1.5", "--seed is '1.5', wanted a whole number"),
         ("--batch-size 4", "unknown flag --batch-size; --global-batch-size does that"),
         ("--gradient_checkpointing maybe", "--gradient-checkpointing is 'maybe', wanted True or False"),

@@ -64,6 +64,7 @@ def test_a_report_of_the_card_replaces_what_is_projected(tmp_path):
     write_report(tmp_path / "smoke.json", MACHINE | CEILINGS, smoke=True)
     write_report(tmp_path / "other.json", {"machine": {"device": "NVIDIA H200"}} | CEILINGS)
     write_report(tmp_path / "without.json", MACHINE)
+    write_report(tmp_path / "half.json", MACHINE | {"ceilings": {"gemm_tflops": 1.0}})
     assert find_rates(card, tmp_path).source == "projected"
     write_report(tmp_path / "old.json", MACHINE | {"ceilings": {"gemm_tflops": 1.0, "copy_gb_per_s": 1.0}})
     write_report(tmp_path / "new.json", MACHINE | CEILINGS | {"step": {"records": [STEP]}}, date="2026-02-01")

@@ -19,6 +19,7 @@ from engine.planning.fitting import (
     find_cheapest_fits,
     find_largest_micro_batch,
     find_least_bytes,
+    find_least_bytes_of_adapters,
     find_mesh_that_fits,
     find_shard_counts,
     find_uncut_counts,
@@ -157,6 +158,8 @@ def test_the_cheapest_ways_fit_and_need_each_of_their_changes(gib):
     assert found and found == sorted(found, key=price_of)
     for fit in found:
         assert fit.memory.total <= available
+        smaller = [flag for flag in fit.flags if "--micro-batch-tokens" in flag]
+        assert smaller == [f"--micro-batch-tokens {fit.tokens}"] * (fit.tokens < 4000)
         names = [field.name for field in dataclasses.fields(Setting)]
         changed = [name for name in names if getattr(fit.setting, name) != getattr(setting, name)]
         assert len(changed) + any("--micro-batch-tokens" in flag for flag in fit.flags) == len(fit.flags)
@@ -197,6 +200,12 @@ def test_the_least_memory_is_that_of_the_most_savings():
     assert find_cheapest_fits(c, of_eight, least, limits, **wish)
     assert not find_cheapest_fits(c, of_eight, least - 1, limits, **wish)
     assert find_cheapest_fits(c, Setting(), find_least_bytes(c, Setting(), 512), Limits(512, step_tokens=512), **wish)
+    adapters = {"lora": AdapterConfig(), "qlora": AdapterConfig(nf4_base=True)}
+    of_adapters = {name: Setting(adapter=adapter) for name, adapter in adapters.items()}
+    least_of = find_least_bytes_of_adapters(c, Setting(), 512)
+    assert least_of == {name: find_least_bytes(c, one, 512) for name, one in of_adapters.items()}
+    for name, one in of_adapters.items():
+        assert find_cheapest_fits(c, one, least_of[name], Limits(512, step_tokens=512), **wish)
 
 
 # ---- replicas and shards --------------------------------------------------------------------------------------------
@@ -215,6 +224,9 @@ def test_replicas_are_for_steps_of_several_micro_batches(states, gib):
         batches = {r: math.ceil(share / fits[r]) for r in fits if fits[r] >= 512}
         most = max((r for r in batches if batches[r] <= batches.get(1, 0)), default=1)
         assert mesh.replicas == (1 if batches.get(1, 1) == 1 else most)
+    for share in (2000, 20000) if fits[1] else ():  # the longest example fits wherever it fits the smallest shards
+        mesh = find_mesh_that_fits(c, of_eight, available, limits, share_tokens=share, least_tokens=fits[1])
+        assert mesh[1] >= fits[1]
     at = {"share_tokens": 600, "least_tokens": 512}
     allowed = [
         find_mesh_that_fits(c, of_eight, available, limits, counts=counts, **at)[0].replicas
@@ -235,3 +247,4 @@ def test_blocks_of_8_bit_states_are_not_cut_where_replicas_are_chosen():
     shape = dataclasses.replace(MODELS["tiny"], dim=96, vocab_size=1002)
     assert find_shard_counts(shape, "8bit", 4) == [1] and find_shard_counts(shape, "fp32", 4) == [1, 2, 4]
     assert find_shard_counts(MODELS["tiny"], "8bit", 4) == [1, 2, 4] and find_shard_counts(shape, "8bit", 1) == [1]
+    assert find_shard_counts(shape, "8bit", 4, AdapterConfig(r=4)) == [1, 2, 4], "the adapter's alone have states"

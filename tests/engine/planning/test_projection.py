@@ -1,5 +1,7 @@
 """Speed, cost and mesh of whole runs."""
 
+import dataclasses
+
 import pytest
 
 from engine.base.errors import UsageError
@@ -13,6 +15,7 @@ from engine.planning.memory import (
     state_bytes,
     worst_moments,
 )
+from engine.planning.projection import project
 from engine.planning.setting import Setting
 from engine.planning.step_time import COMPUTING, block_seconds, step_seconds, step_traffic, update_seconds
 from engine.planning.workload import alpaca_mix
@@ -20,16 +23,16 @@ from tests.helpers.planning import estimate_of, recipe_of
 
 
 def test_savings_of_memory_and_slower_cards_cost_speed():
-    def project(card="H100", **changes):
+    def projected(card="H100", **changes):
         return estimate_of(card, optimizer_states="8bit", **changes).outcome.projection
 
-    plain = project()
-    assert project(share_prefix=False).tokens_per_s < 0.9 * plain.tokens_per_s
-    assert 0.7 < project(recompute="block").tokens_per_s / plain.tokens_per_s < 0.85
-    assert project(offload_optimizer=True).tokens_per_s < plain.tokens_per_s
-    assert project(micro_batch_tokens=512).tokens_per_s < plain.tokens_per_s
-    assert project("A100-80").tokens_per_s < 0.5 * plain.tokens_per_s
-    few = project(max_steps=10)
+    plain = projected()
+    assert projected(share_prefix=False).tokens_per_s < 0.9 * plain.tokens_per_s
+    assert 0.7 < projected(recompute="block").tokens_per_s / plain.tokens_per_s < 0.85
+    assert projected(offload_optimizer=True).tokens_per_s < plain.tokens_per_s
+    assert projected(micro_batch_tokens=512).tokens_per_s < plain.tokens_per_s
+    assert projected("A100-80").tokens_per_s < 0.5 * plain.tokens_per_s
+    few = projected(max_steps=10)
     assert few.steps == 10 and few.total_s == 10 * plain.seconds["total"]
     assert 15000 < plain.tokens_per_s < 25000  # a projection of 22,000 and up would be over the design's target
     assert plain.tokens_per_s * plain.seconds["total"] / 128 == pytest.approx(127.2, rel=0.005)
@@ -134,6 +137,19 @@ def test_a_step_waits_for_communication_that_is_not_hidden(card, offload, replic
 def test_replicas_are_chosen_by_memory_and_micro_batches(card, changes, mesh):
     setting = estimate_of(card, 8, **changes).outcome.setting
     assert (setting.shards, setting.replicas) == mesh
+
+
+def test_states_are_chosen_for_the_replicas_that_are_asked_for():
+    """Cards that each hold a whole model have no room for fp32 states, those that share one have."""
+    auto = {"model": "llama3-8b", "optimizer_states": "auto", "micro_batch_tokens": 2048}
+    whole, sharded = (estimate_of("H200", 8, replicas=r, **auto) for r in (8, 1))
+    assert whole.fits and sharded.fits and sharded.outcome.setting.states == "fp32" != whole.outcome.setting.states
+
+
+def test_a_card_that_costs_nothing_has_a_price():
+    found = estimate_of("H100", optimizer_states="8bit")
+    args = found.model, dataclasses.replace(found.card, price_per_hour=0.0), found.rates, found.mix
+    assert project(*args, found.outcome.cut, found.recipe, found.outcome.setting).dollars == 0.0
 
 
 def test_a_model_that_fits_no_card_is_sharded():

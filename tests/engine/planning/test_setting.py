@@ -2,6 +2,7 @@
 
 import pytest
 
+from engine.model.adapter import AdapterConfig
 from engine.planning.setting import Setting, describe_mesh, find_mesh_problems
 
 
@@ -18,6 +19,13 @@ def test_replicas_are_changed_without_changing_the_number_of_gpus(shards, replic
 )  # fmt: skip
 def test_gradients_leave_one_gpu_for_a_cpu_that_updates(changes, leave):
     assert Setting(**{"offload": True, "on_cpu": True} | changes).gradients_leave == leave
+
+
+def test_the_embedding_is_trained_with_the_model_or_where_an_adapter_names_it():
+    found = {saved: Setting(adapter=AdapterConfig(saved=saved)).trains_embedding for saved in (
+        (), ("lm_head",), ("embed_tokens",), ("lm_head", "embed_tokens")
+    )}  # fmt: skip
+    assert Setting().trains_embedding and found == {saved: "embed_tokens" in saved for saved in found}
 
 
 def test_a_mesh_in_words():

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from engine.model.adapter import AdapterConfig
-from engine.planning.cards import PRICES_DATE
+from engine.planning import tables
+from engine.planning.cards import CARDS, GIB, PRICES_DATE
 from engine.planning.memory import Memory
 from engine.planning.setting import Setting
-from engine.planning.tables import describe_cost, format_duration, memory_rows, print_table
+from engine.planning.tables import describe_cost, find_measured_steps, format_duration, memory_rows, print_table
 
 
 class Terminal(io.StringIO):
@@ -95,6 +96,50 @@ def test_what_is_said_of_each_kind_of_memory(setting, used, kind, text):
     rows = memory_rows(dataclasses.replace(USED, **used), 36 * 10**9, 2000, Setting(**setting))
     assert {row[0]: row[2] for row in rows}.get(kind) == text
     assert ("gathered" in dict(row[:2] for row in rows)) == ("gathered" in used)
+
+
+def test_each_kind_of_memory_has_its_own_figure():
+    used = dataclasses.replace(USED, gathered=9 * 10**9)
+    shown = {kind: figure for kind, figure, _ in memory_rows(used, 36 * 10**9, 2000, Setting())}
+    kinds = {"fp32 master": "master", "optimizer states": "states"}
+    assert shown == {kind: f"{getattr(used, kinds.get(kind, kind)) / 1e9:.2f}" for kind in shown}
+    assert len(shown) == 9
+
+
+def test_where_nothing_fits_the_least_is_told_and_the_cards_that_have_as_much(monkeypatch, capsys):
+    setting = Setting(adapter=AdapterConfig())
+    estimate = SimpleNamespace(outcome=SimpleNamespace(setting=setting), recipe=SimpleNamespace(max_length=9),
+                               alternatives=(), model="a shape")  # fmt: skip
+    for name, card in CARDS.items():
+        for more in (0, 1):
+            least = int(card.memory_gib * GIB) + more
+            monkeypatch.setattr(tables, "find_least_bytes", lambda *_, least=least: least)
+            tables.print_alternatives(estimate)
+            text = " ".join(capsys.readouterr().out.split())
+            told = text.partition("These cards have as much: ")[2].split(", ")
+            assert f"Nothing fits: {least / 1e9:.2f} GB are the least that any setting takes." in text
+            assert [n for n, other in CARDS.items() if other.memory_gib * GIB >= least] == [n for n in told if n]
+            assert (name in told) == (more == 0)
+
+
+MEASURED = {
+    "model": "m", "sharing": True, "master": "fp32", "states": "bf16", "recompute": "none", "offload": True,
+    "on_cpu": True, "cards": 4, "replicas": 2, "adapter": "lora", "tokens_per_s": 1.0, "tokens": 2, "peak_gib": 3.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_measured_step_is_one_of_the_same_model_and_setting(name):
+    setting = Setting(master="fp32", states="bf16", recompute="none", offload=True, on_cpu=True, shards=4, replicas=2,
+                      adapter=AdapterConfig())  # fmt: skip
+    other = {key: value for key, value in MEASURED.items() if key != name}
+    changed = MEASURED | {name: not MEASURED[name] if type(MEASURED[name]) is bool else "another"}
+    steps = [other, MEASURED, *([changed] if name not in ("tokens_per_s", "tokens", "peak_gib") else [])]
+    estimate = SimpleNamespace(
+        outcome=SimpleNamespace(setting=setting), recipe=SimpleNamespace(model="m", share_prefix=True),
+        rates=SimpleNamespace(steps=steps),
+    )  # fmt: skip
+    assert find_measured_steps(estimate) == [MEASURED]
 
 
 @pytest.mark.parametrize(

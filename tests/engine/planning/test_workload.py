@@ -9,6 +9,7 @@ from engine.base.errors import UsageError
 from engine.data import packing
 from engine.data.dataset import Dataset
 from engine.data.packing import find_shared_prefixes
+from engine.planning import workload
 from engine.planning.workload import (
     alpaca_mix,
     alpaca_order,
@@ -30,6 +31,8 @@ def test_the_alpaca_mix_has_the_datasets_means():
     assert mix.loss_rows / 128 == pytest.approx(65.8, rel=0.01)
     apart = alpaca_mix(recipe_of(share_prefix=False))
     assert (apart.own, apart.prefix) == (mix.logical, 0)
+    kept = len(alpaca_order(40, False, 42)[2])
+    assert alpaca_mix(recipe_of(max_length=40)).examples == round(52002 * kept / 9229) < 52002
     few = alpaca_mix(recipe_of(global_batch_size=16, max_length=64))
     assert few.logical / 16 < 64 and few.loss_rows < few.own
 
@@ -67,7 +70,7 @@ def test_a_step_in_numbers_is_what_packing_lays_out(share):
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_a_dataset_of_the_user_is_counted_as_it_will_be_trained_on(share):
+def test_a_dataset_of_the_user_is_counted_as_it_will_be_trained_on(share, monkeypatch):
     """With its prefixes shared or not, in the order of an epoch, one GPU's share of a step."""
     rows = [np.concatenate((np.arange(100, 130), [i] * (3 + i % 4))) for i in range(24)]
     ends = np.cumsum([len(row) for row in rows])
@@ -79,6 +82,10 @@ def test_a_dataset_of_the_user_is_counted_as_it_will_be_trained_on(share):
     assert (6 * mix.logical, 6 * mix.loss_rows) == pytest.approx((ends[-1], is_target.sum()))
     assert (mix.prefix, 6 * mix.own) == pytest.approx((30, ends[-1] - 24 * 30) if share else (0, ends[-1]))
     assert mix.largest >= mix.own
+    seeds = []
+    monkeypatch.setattr(workload, "permute_examples", lambda n, *of: (seeds.append(of), np.arange(n))[1])
+    dataset_mix(dataset, recipe_of(global_batch_size=8, seed=7))
+    assert seeds == [(7, 0)]
 
 
 def test_micro_batches_are_as_few_as_do_and_evened_out():
