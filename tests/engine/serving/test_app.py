@@ -1,6 +1,7 @@
 """What is collected of a model's pieces, with a client that stays and one that leaves."""
 
 import asyncio
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -70,6 +71,67 @@ def test_the_time_of_the_first_token_and_their_number_are_noted(monkeypatch):
 
     notes = {}
     assert len(asyncio.run(run(notes))) == 4 and notes == {"first_token": 2.5, "tokens": 5}
+
+
+def test_a_stream_keeps_its_client_waiting_and_counts_what_it_sent():
+    token = {"token": "", "logprob": -1.0, "top_logprobs": []}
+    pieces = [None, Piece(0, "a", 1), Piece(1, "", 1, [token]), None, Piece(0, "", 2), Piece(1, "b", 3)]
+    pieces += [Piece(1, finish_reason="stop"), Piece(0, finish_reason="length")]
+
+    async def come():
+        for piece in pieces:
+            yield piece
+
+    async def run(include_usage):
+        wanted = SimpleNamespace(n=2, include_usage=include_usage, sampling=SimpleNamespace(n_logprobs=0))
+        answering, head = SimpleNamespace(prompt_tokens=5), {"id": "x"}
+        stream = app.stream_events(answering, come(), app.ChatFormat(wanted), head, wanted)
+        return [event async for event in stream]
+
+    events = asyncio.run(run(True))
+    assert events.count(": still here\n\n") == 2 and events[-1] == "data: [DONE]\n\n"
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events if event.startswith("data: {")]
+    usage = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
+    assert chunks[-1]["usage"] == usage and chunks[-1]["choices"] == []
+    assert all(chunk["usage"] is None for chunk in chunks[:-1])
+    said = [(c["index"], c["delta"].get("content"), c["finish_reason"]) for chunk in chunks for c in chunk["choices"]]
+    assert said[2:] == [(0, "a", None), (1, "", None), (1, "b", None), (1, None, "stop"), (0, None, "length")]
+    assert chunks[3]["choices"][0]["logprobs"]["content"] == [token]
+    plain = [json.loads(event[6:]) for event in asyncio.run(run(False)) if event.startswith("data: {")]
+    assert len(plain) == len(chunks) - 1 and not any("usage" in chunk for chunk in plain)
+
+
+def test_what_a_request_says_is_handed_on_to_the_template(monkeypatch):
+    """And its answer names the model that answers, whatever the request calls it."""
+    asked, heads = [], []
+    monkeypatch.setattr(app, "encode_chat", lambda *args, **more: (asked.append((args, more)), [1, 2])[1])
+    monkeypatch.setattr(app, "new_head", lambda *args: heads.append(args))
+    calls = [{"type": "function", "function": {"name": "look"}}]
+    chat = [{"role": "assistant", "tool_calls": calls}, {"role": "user", "content": "Hi"}]
+    body = {"messages": chat, "input": "an input", "tools": [{"type": "function"}], "stream": True}
+
+    async def read(request, access):
+        return body
+
+    monkeypatch.setattr(app, "read_json", read)
+    answering = SimpleNamespace(prompt_tokens=2, pieces=None, close=lambda: None)
+    service = SimpleNamespace(name="mine", tokenizer="its own", style="template", answer=lambda *_: answering)
+    server, request = app.Server([service], "access"), SimpleNamespace(scope={"state": {}})
+    answer = asyncio.run(server.chat(request))
+    messages = [("assistant", ""), ("user", "Hi")]
+    more = {"input": "an input", "tools": [{"type": "function"}], "more": {0: {"tool_calls": calls}}}
+    assert asked == [((messages, "its own", "template"), more)] and heads == [("chat.completion", "mine")]
+    assert request.scope["state"] == {"prompt_tokens": 2}
+    assert answer.headers["Cache-Control"] == "no-cache" and answer.headers["Content-Type"].startswith("text/event-str")
+
+
+@pytest.mark.parametrize("key", [None, "secret"])
+def test_the_description_is_of_what_every_model_takes(key):
+    shapes = [SimpleNamespace(config=SimpleNamespace(vocab_size=size)) for size in (50, 30, 40)]
+    server = SimpleNamespace(services={i: SimpleNamespace(model=m) for i, m in enumerate(shapes)},
+                             access=SimpleNamespace(api_key=key))  # fmt: skip
+    found = json.loads(asyncio.run(app.Server.describe(server, None)).body)
+    assert ("security" in found) == (key is not None) and '"maximum": 29' in json.dumps(found)
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,67 @@ def test_best_of_n_is_n(more):
             read_completion({"prompt": "a"} | odd)
 
 
+def test_what_a_message_says_beside_its_text_is_kept():
+    calls = [{"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}]
+    parts = [{"type": "text", "text": "What "}, {"type": "text", "text": "is there?"}]
+    chat = [
+        {"role": "developer", "content": "Be kind."}, {"role": "user", "content": parts},
+        {"role": "assistant", "tool_calls": calls, "content": None},
+        {"role": "tool", "tool_call_id": "c1", "content": "A fig."}, {"role": "user", "content": "", "tool_calls": []},
+    ]  # fmt: skip
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    wanted = read_chat({"messages": chat, "tools": tools, "input": "an input", "model": "m"})
+    assert wanted.messages == [
+        ("system", "Be kind."), ("user", "What is there?"), ("assistant", ""), ("tool", "A fig."), ("user", "")
+    ]  # fmt: skip
+    assert wanted.more == {2: {"tool_calls": calls}, 3: {"tool_call_id": "c1"}}
+    assert (wanted.tools, wanted.input, wanted.model) == (tools, "an input", "m")
+    for choice, found in (("auto", tools), (None, tools), ("none", [])):
+        assert read_chat({"messages": chat, "tools": tools, "tool_choice": choice}).tools == found
+    with pytest.raises(ApiError, match="tool_choice is 'required', wanted auto or none"):
+        read_chat({"messages": chat, "tools": tools, "tool_choice": "required"})
+
+
+@pytest.mark.parametrize("read, ask", [(read_chat, ASK), (read_completion, {"prompt": "a"})])
+@pytest.mark.parametrize("stream, options, found", [
+    (None, None, (False, False)), (True, None, (True, False)), (True, {"include_usage": True}, (True, True)),
+    (True, {"include_usage": False}, (True, False)), (False, {}, (False, False)),
+])  # fmt: skip
+def test_usage_is_streamed_to_who_asks_for_it(read, ask, stream, options, found):
+    wanted = read(ask | {"stream": stream, "stream_options": options})
+    assert (wanted.stream, wanted.include_usage) == found
+
+
+@pytest.mark.parametrize("status, kind", [(400, "invalid_request_error"), (404, "invalid_request_error"),
+                                          (499, "invalid_request_error"), (500, "server_error"),
+                                          (503, "server_error")])  # fmt: skip
+def test_an_error_says_whose_fault_it_is(status, kind):
+    told = {"message": "odd", "type": kind, "param": "p", "code": "c"}
+    assert ApiError(status, "odd", "p", "c").body() == {"error": told}
+
+
+def test_the_objects_that_are_sent_back_have_the_names_of_openai():
+    heads = {kind: openai_api.new_head(kind, "m") for kind in ("chat.completion", "text_completion")}
+    assert [head["id"].split("-")[0] for head in heads.values()] == ["chatcmpl", "cmpl"]
+    assert all((head["object"], head["model"]) == (kind, "m") for kind, head in heads.items())
+    tops = [{"token": "Fi", "logprob": -0.5}, {"token": "Da", "logprob": -2.0}]
+    tokens = [{"token": "Fi", "logprob": -0.5, "top_logprobs": tops}, {"token": "gs!", "logprob": -1.0,
+                                                                       "top_logprobs": []}]  # fmt: skip
+    assert openai_api.legacy_logprobs(tokens, 7) == {
+        "tokens": ["Fi", "gs!"], "token_logprobs": [-0.5, -1.0], "text_offset": [7, 9],
+        "top_logprobs": [{"Fi": -0.5, "Da": -2.0}, {}],
+    }  # fmt: skip
+    choices = [openai_api.Choice("Figs!", "stop", 2, tokens), openai_api.Choice("Dates", "length", 5)]
+    chat, text = (whole(heads["chat.completion"], choices, 9, True) for whole in (
+        openai_api.whole_chat, openai_api.whole_completion
+    ))  # fmt: skip
+    usage = {"prompt_tokens": 9, "completion_tokens": 7, "total_tokens": 16}
+    assert chat["usage"] == text["usage"] == usage
+    assert [c["message"]["content"] for c in chat["choices"]] == [c["text"] for c in text["choices"]]
+    assert [(c["index"], c["finish_reason"]) for c in chat["choices"]] == [(0, "stop"), (1, "length")]
+    assert chat["choices"][0]["logprobs"]["content"] == tokens
+
+
 SCHEMA = {"type": "object", "required": ["a"]}
 
 

@@ -334,7 +334,8 @@ def test_a_key_is_asked_for(tmp_path):
     running = Running(make_service(tmp_path), Access(hosts=(), api_key="secret"))
     try:
         assert running.send("/v1/models")[0] == 401 and running.send("/metrics")[0] == 401
-        assert running.send("/v1/models", headers={"Authorization": "Bearer wrong"})[0] == 401
+        for words, status in (("Bearer wrong", 401), ("Basic secret", 401), ("bearer  secret", 200)):
+            assert running.send("/v1/models", headers={"Authorization": words})[0] == status
         assert running.send("/v1/models", headers={"Authorization": "Bearer secret", "Host": "any.example"})[0] == 200
         assert running.send("/")[0] == 200 and running.send("/health")[0] == 200
     finally:
@@ -428,7 +429,9 @@ def test_an_answer_ends_when_its_client_has_left(running, monkeypatch, stream):
 
 def test_metrics_count_without_contents(running, capfd):
     ask(running.client())
+    assert running.send("/v1/made-up")[0] == 404
     text = running.send("/metrics")[2].decode()
+    assert re.search(r'cria_requests_total\{path="other",status="404"\} [1-9]', text) and "made-up" not in text
     assert re.search(r'cria_requests_total\{path="/v1/chat/completions",status="200"\} [1-9]', text)
     for name in ("cria_answers_running", "cria_prompt_tokens_kept_total", "cria_first_token_seconds_count"):
         assert re.search(rf"^{name} \d", text, re.M), name
