@@ -53,12 +53,12 @@ def main() -> None:
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(args.seeds):
-            if seed == args.seeds // 2:  # in the middle, because the machine may change
+            runs.append({"seed": seed} | take_run(Path(folder) / f"demo{seed}", ["--seed", str(seed)]))
+            print(runs[-1], flush=True)
+            if seed == (args.seeds - 1) // 2:  # in the middle, because the machine may change
                 dtype = json.loads((Path(folder) / "demo0" / "run.json").read_text())["config"]["dtype"]
                 seed_tasks = take_run(Path(folder) / "seed-tasks", [*SEED_TASKS.split(), "--dtype", dtype])
                 print("seed tasks", seed_tasks, flush=True)
-            runs.append({"seed": seed} | take_run(Path(folder) / f"demo{seed}", ["--seed", str(seed)]))
-            print(runs[-1], flush=True)
     result = describe_cpu() | {"date": today(), "dtype": dtype, "runs": runs, "seed_tasks": seed_tasks}
     cpu_seconds = [run["cpu_seconds"] for run in runs]
     result["cpu_ratio"] = summarize([seconds / seed_tasks["cpu_seconds"] for seconds in cpu_seconds])

@@ -1,0 +1,137 @@
+"""The comparison with PEFT: what is over its bound is told and makes the exit code, and each side gets its own job."""
+
+import copy
+import json
+import subprocess
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from scripts.parity import adapters
+from scripts.parity.adapters import BOUNDS, Peer, cut_at_stop, find_excesses, largest_difference, read_short_rows
+
+RIGHT = {
+    "fp64": {"a case": dict.fromkeys(("loss", "gradient", "logits", "merged_logits", "logits_back_in_peft"), 1e-12)},
+    "curve": {"worst_relative_difference": {"loss": 1e-5, "grad_norm": 1.0}},
+    "qlora": {"worst_relative_difference": {"loss": 1e-4, "grad_norm": 1.0}},
+    "crossed": {"ours_in_peft": 1e-6, "pefts_here": 1e-6},
+    "merged": {"merged_logits": 1e-6, "answers": 6, "same_in_transformers": 6, "same_in_llama_cpp": 6},
+}
+BOUNDED = [
+    *((("fp64", "a case", name), BOUNDS["fp64"]) for name in RIGHT["fp64"]["a case"]),
+    (("curve", "worst_relative_difference", "loss"), BOUNDS["loss"]),
+    (("qlora", "worst_relative_difference", "loss"), BOUNDS["qlora"]),
+    *((("crossed", name), BOUNDS["logits"]) for name in RIGHT["crossed"]),
+    (("merged", "merged_logits"), BOUNDS["logits"]),
+]  # fmt: skip
+
+
+def with_figure(path, value):
+    result = copy.deepcopy(RIGHT)
+    place = result
+    for name in path[:-1]:
+        place = place[name]
+    place[path[-1]] = value
+    return result
+
+
+@pytest.mark.parametrize(
+    ("path", "bound"), BOUNDED, ids=lambda value: " ".join(value) if isinstance(value, tuple) else ""
+)
+def test_every_figure_is_held_to_its_own_bound(path, bound):
+    assert find_excesses(with_figure(path, 0.99 * bound)) == []
+    assert len(find_excesses(with_figure(path, 1.01 * bound))) == 1
+
+
+@pytest.mark.parametrize("name", ["same_in_transformers", "same_in_llama_cpp"])
+def test_one_other_answer_is_told(name):
+    assert find_excesses(with_figure(("merged", name), 5)) != [] == find_excesses(RIGHT)
+
+
+def test_a_difference_counts_to_either_side():
+    b = torch.tensor([1.0, -4.0])
+    for off in (0.4, -0.4):
+        assert largest_difference(b + torch.tensor([0.0, off]), b) == pytest.approx(0.1)
+
+
+def test_an_answer_ends_before_the_first_stop():
+    assert cut_at_stop([5, 6, 2, 7, 2], {2}) == [5, 6] and cut_at_stop([5, 6], {2}) == [5, 6]
+
+
+@pytest.mark.parametrize("ends_with", [0, 1])
+def test_a_peer_that_fails_ends_the_comparison(ends_with, tmp_path):
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/bash\necho "$HF_HUB_OFFLINE $3 $(cat $4)" > {tmp_path}/told\nexit {ends_with}\n')
+    program.chmod(0o755)
+    peer = Peer(program, tmp_path)
+    if ends_with:
+        with pytest.raises(subprocess.CalledProcessError):
+            peer.run("train", [])
+    else:
+        peer.run("train", [{"a": 1}])
+        assert (tmp_path / "told").read_text() == '1 train [{"a": 1}]\n'
+
+
+def test_rows_that_max_length_cuts_are_left_out_and_too_few_are_told(tmp_path):
+    rows = [{"instruction": "a", "input": "", "output": "b" * n} for n in (5, 500, 6, 7, 8)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    prompt = len(adapters.make_prompt(rows[0]))
+    tokenizer = SimpleNamespace(encode=list)
+    args = Namespace(data=tmp_path / "rows.json", steps=2, batch=2, max_length=prompt + 400)
+    assert [len(row["output"]) for row in read_short_rows(args, tokenizer)] == [5, 6, 7, 8]
+    with pytest.raises(SystemExit, match="3 rows are under --max-length; 4 wanted"):
+        read_short_rows(Namespace(**vars(args) | {"max_length": prompt + 8}), tokenizer)
+
+
+class Stand:
+    """A peer that notes its jobs and writes a curve."""
+
+    def __init__(self):
+        self.jobs = []
+
+    def run(self, action, jobs):
+        self.jobs += jobs
+        for job in jobs:
+            if "folder" in job:
+                Path(job["folder"], "curve.json").write_text(json.dumps([[2.0, 1.0]]))
+
+
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+def test_both_sides_train_what_is_compared(kind, tmp_path, monkeypatch):
+    peer, started = Stand(), []
+    monkeypatch.setattr(adapters, "finetune_curve", lambda args, out, *flags: started.append(flags) or [(2.2, 1.0)])
+    args = Namespace(steps=1, batch=1, max_length=9, lr=0.1)
+    found = adapters.train_twice(peer, args, tmp_path / "base", tmp_path / "run", [], kind)
+    flags = dict(zip(*[iter(map(str, [*started[0][:8], *started[0][9:]]))] * 2, strict=True))
+    assert peer.jobs[0]["nf4"] == (kind == "qlora") and flags["--adapter"] == kind
+    assert peer.jobs[0]["rows"] == flags["--data"] and peer.jobs[0]["base"] == flags["--model"]
+    assert flags["--adapter-dir"] == str(tmp_path / "run" / "initial") and started[0][8] == "--no-shuffle"
+    assert found == {"loss": [2.2], "peft_loss": [2.0], "worst_relative_difference": pytest.approx({
+        "loss": 0.1, "grad_norm": 0.0})}  # fmt: skip
+
+
+def test_adapters_are_crossed_both_ways(tmp_path, monkeypatch):
+    logits = {"ours_in_peft": 1.0, "pefts_here": 2.0}
+    ours = {"out": 1.1, "trained": 2.4}
+    monkeypatch.setattr(adapters, "load_adapter_beside", lambda base, folder: (folder.name, None))
+    monkeypatch.setattr(adapters, "our_logits", lambda model, tokens: torch.tensor([ours[model]]))
+    monkeypatch.setattr(adapters, "load_file", lambda path: {"logits": torch.tensor([logits[path.stem]])})
+    peer = Stand()
+    found = adapters.cross_adapters(peer, tmp_path, [1])
+    assert found == pytest.approx({"ours_in_peft": 0.1, "pefts_here": 0.2})
+    assert [Path(job["adapter"]).name for job in peer.jobs] == ["out", "trained"]
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_the_exit_code_is_that_of_the_bounds(code, monkeypatch, tmp_path, call_main):
+    for name in ("compare_gradients", "train_twice", "cross_adapters", "compare_merged", "run_module"):
+        monkeypatch.setattr(adapters, name, lambda *_: {"worst_relative_difference": {"loss": 0.0}})
+    monkeypatch.setattr(adapters, "read_short_rows", lambda *_: [{"output": "a"}])
+    tokenizer = SimpleNamespace(encode=lambda text: [])
+    monkeypatch.setattr(adapters, "load_model", lambda *_: (None, tokenizer))
+    monkeypatch.setattr(Peer, "read_versions", lambda _: {})
+    monkeypatch.setattr(adapters, "find_excesses", lambda result: ["something"] * code)
+    assert call_main(adapters, "--json", tmp_path / "x", "--data", "d", "--python", "p") == code
