@@ -226,6 +226,15 @@ def test_the_results_are_shown_on_request_and_saved(browser, votes, tmp_path):
             ["Win rate", "100.0%", "0.0%"],
             ["95% interval", "100.0 to 100.0", "0.0 to 0.0"],
         ]
+        figures = {"win_rate": {"value": 60, "interval": [40, 75]}, "a_share": None}
+        figures |= {"wins": 5, "losses": 2, "ties": 1, "both_bad": 3}
+        found = {"models": ["a", "b"], "votes": 11, "voters": 2, "without_answers": 0, "figures": figures}
+        cells = page.run(
+            f"[...newFigures({json.dumps(found)})[0].rows].map(row => [...row.cells].map(c => c.textContent))"
+        )
+        assert cells == [["", "b", "a"], ["Won", "5", "2"], ["Equally good", "1", "1"], ["Both bad", "3", "3"],
+                         ["Lost", "2", "5"], ["Win rate", "60.0%", "40.0%"],
+                         ["95% interval", "40.0 to 75.0", "25.0 to 60.0"]]  # fmt: skip
         page.run("""window.saved = new Promise(done => { const real = URL.createObjectURL;
             URL.createObjectURL = blob => { blob.text().then(done); return real(blob); } }); 0""")
         page.click("#download")

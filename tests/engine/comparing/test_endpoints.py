@@ -5,6 +5,7 @@ import re
 import threading
 import time
 import urllib.request
+from contextlib import nullcontext
 
 import pytest
 
@@ -14,6 +15,7 @@ pytest.importorskip("openai")
 from data_gen.base.files import read_rows
 from data_gen.judging.answers import match_answers, read_answers
 from data_gen.judging.humans import read_votes, summarize_votes
+from engine.base.errors import DataError, UsageError
 from engine.comparing import endpoints
 from engine.comparing.questions import Question, read_contestants
 from engine.serving.guard import Access
@@ -370,11 +372,16 @@ def test_a_voter_is_named_by_letters_digits_and_dashes():
 def test_votes_without_answers_and_on_others_are_left_out_and_counted(votes):
     kinds = [None, [], ["a"], ["a", "b", "c"], ["a", None], ["a", 1], "ab", {"a": "b"}]  # no two texts
     ours = {"prompt": "p", "models": ["davinci", "alpaca"], "vote": "A"}
-    lines = [ours, *(ours | {"answers": answers} for answers in kinds), ours | {"models": ["davinci", "another"]}]
+    lines = [
+        ours,
+        *(ours | {"answers": answers} for answers in kinds),
+        ours | {"models": ["davinci", "another"], "voter": "w"},
+    ]
     votes.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with Compared(votes) as compared:
         found = compared.send("/compare/results")[1]
-        assert (found["votes"], found["without_answers"], found["figures"]["wins"]) == (9, 9, 9)
+        counts = found["votes"], found["without_answers"], found["figures"]["wins"], found["voters"]
+        assert counts == (9, 9, 9, 1)
         assert compared.send("/compare/annotations")[1] == []
 
 
@@ -401,6 +408,18 @@ def test_two_files_of_answers_are_compared_without_a_model(tmp_path, votes):
             assert compared.send("/compare/ask", {"voter": "v1", "number": number})[0] == 400
         assert compared.send("/compare/questions", {"voter": "v1", "text": "Mine?"})[0] == 400
         assert compared.send("/compare/results")[1]["models"] == ["davinci", "alpaca"]
+
+
+@pytest.mark.parametrize(
+    "names, error", [(("x/a", "y/a"), UsageError), (("a", "b"), None), (("a", "none"), DataError)], ids=str
+)
+def test_files_that_cannot_be_compared_end_the_command_as_its_own_errors_do(tmp_path, names, error):
+    """Two of one name by exit code 2, one that cannot be read by 3, as errors of the engine."""
+    for name in ("a", "b", "x/a", "y/a"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.json").write_text('[{"instruction": "Q", "output": "A"}]')
+    with pytest.raises(error) if error else nullcontext():
+        read_contestants([str(tmp_path / f"{name}.json") for name in names])
 
 
 def test_a_refusal_of_the_first_model_is_told_too(votes):

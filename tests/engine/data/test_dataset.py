@@ -134,6 +134,15 @@ def test_an_empty_output_still_teaches_the_end(smol):
     assert one(Row("f:1", None, "Say nothing.", "", ""), smol).is_target.sum() == 1
 
 
+@pytest.mark.parametrize(
+    "more, unlearned, is_empty",
+    [({}, (), True), ({}, (1,), False), ({1: {"tool_calls": [{}]}}, (), False), ({2: {"name": "f"}}, (), True)],
+)
+def test_an_answer_without_text_is_empty_unless_it_calls_a_tool_or_is_not_learned(more, unlearned, is_empty):
+    row = Row("f:1", (("user", "Hi"), ("assistant", " \n"), ("tool", "Yo")), more=more, unlearned=frozenset(unlearned))
+    assert data.has_empty_answer(row) == is_empty
+
+
 def test_train_on_prompt_predicts_every_token_but_the_first(smol):
     got = one(ALPACA, smol, train_on_prompt=True)
     assert got.is_target.tolist() == [False] + [True] * (len(got.tokens) - 1)
