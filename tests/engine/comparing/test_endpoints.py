@@ -88,13 +88,13 @@ def test_both_grow_by_as_many_characters(votes):
 
 
 def test_a_vote_is_kept_with_what_was_voted_on(compared, votes):
-    id, a, b = compared.ask("Sort.", input="b a", seed=5)
+    id, a, b = compared.ask("Sort.", input="b a", temperature=0.25, top_p=0.5, max_tokens=9, seed=5)
     _, told = compared.vote(id, "B")
     (row,) = read_rows(votes)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", row.pop("time"))
     assert row == {
         "prompt": "Sort.", "input": "b a", "models": told["models"], "vote": "B", "answers": [a, b], "stopped": False,
-        "settings": {"temperature": 1, "top_p": 1, "max_tokens": None, "seed": 5}, "voter": "v1", "round": id,
+        "settings": {"temperature": 0.25, "top_p": 0.5, "max_tokens": 9, "seed": 5}, "voter": "v1", "round": id,
     }  # fmt: skip
 
 
