@@ -181,6 +181,11 @@ def test_a_vote_that_was_not_acknowledged_is_sent_again(browser, votes, monkeypa
         assert "The vote is not kept: the vote could not be kept: No space left" in page.text("#notice")
         vote(page, "A")
         assert len(read_rows(votes)) == 1 and page.run("document.getElementById('notice').hidden")
+        ask(page, "Twice.")
+        compared.vote(page.run("round.id"), "B", voter=page.run("voter"))  # in another tab
+        page.click("#buttons [value=A]")
+        page.wait("round?.state === 'void'")
+        assert "has a vote already, B" in page.text("#notice") and page.run("round.question.is_done")
         ask(page, "Another.")
         compared.comparison.rounds.clear()  # as after a restart
         page.click("#buttons [value=A]")
