@@ -1,10 +1,13 @@
-"""Ticks of charts are round numbers within the axis."""
+"""Ticks of charts are round numbers within the axis, and the rings of a sunburst are whole."""
 
+import math
 import re
 
 import pytest
 
+from data_gen.page import charts
 from data_gen.page.charts import choose_log_ticks, choose_ticks, draw_arc_label
+from data_gen.page.verbs import Verb
 
 
 @pytest.mark.parametrize(
@@ -35,3 +38,18 @@ def test_a_label_is_never_upside_down():
     for start in range(7):
         turn = float(re.search(r"rotate\(([-.\d]+)\)", draw_arc_label("ab", start, 0.5, 60, 120))[1])
         assert -90 <= turn <= 90 or 270 <= turn <= 450
+
+
+@pytest.mark.parametrize("ring, eighths", [("inner", [5, 3]), ("outer", [5, 2, 1])])
+def test_the_arcs_of_a_ring_follow_each_other_once_around(ring, eighths, monkeypatch):
+    """The widest verb first, and its objects beside it."""
+    arcs = []
+    monkeypatch.setattr(
+        charts, "draw_arc", lambda start, sweep, a, b, kind, tip: arcs.append((kind, start, sweep)) or ""
+    )
+    charts.draw_sunburst("title", [Verb("give", 9, [("idea", 2), ("tip", 1)]), Verb("write", 7, [("poem", 5)])], "")
+    found = [(start, sweep) for kind, start, sweep in arcs if kind == ring]
+    starts = [sum(eighths[:n]) for n in range(len(eighths))]
+    assert found == [
+        pytest.approx((start * math.pi / 4, n * math.pi / 4)) for start, n in zip(starts, eighths, strict=True)
+    ]
