@@ -107,7 +107,7 @@ def test_empty_answers_and_dropped_rows_are_told(tmp_path, capsys):
     unlearned[1] = quiet
     rows = [{"instruction": "a", "output": text} for text in ("b", "", " \n")]
     rows += [{"prompt": "p", "completion": ""}, chat("x"), chat("", "y"), chat("x", ""), {"messages": unlearned}]
-    rows += [chat("long " * 99, "x")["messages"][:1] and {"instruction": "hidden " * 99, "output": "x"}]
+    rows += [{"instruction": "hidden " * 99, "output": ""}]  # dropped, so that it teaches no end
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = load_tokenizer(write_byte_level(tmp_path / "base", CHATML))
