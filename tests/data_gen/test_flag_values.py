@@ -106,8 +106,8 @@ def test_a_flag_reaches_what_obeys_it(module, begin, argv, tmp_path, monkeypatch
     with pytest.raises(Reached) as reached:
         begin(options, ledger, keeper, builder)
     ledger.close()
-    *same, client, rate, budget, _, limits, _ = reached.value.args
-    assert same == [ledger, keeper] and reached.value.args[5] is builder
+    *same, client, rate, budget, _, limits, progress = reached.value.args
+    assert same == [ledger, keeper] and progress.quiet and reached.value.args[5] is builder
     assert client.timeout_s == 11 and client.api.api_key == "a-key" and client.api.base_url.port == 9
     assert (rate.max_in_flight, rate.backoff_s) == (3, 0.5)
     assert (budget.cap, budget.spent, budget.uncertain) == (3 * 10**6, 5, 7)

@@ -4,6 +4,7 @@ import pytest
 
 pytest.importorskip("openai")
 
+from data_gen.judging import humans
 from data_gen.judging.annotations import build_human_annotation
 from data_gen.judging.answers import Questions, make_key
 from data_gen.judging.comparisons import Pair
@@ -37,6 +38,13 @@ def test_every_figure_of_votes():
     assert (first.compared, first.agreement) == (6, pytest.approx(100 * 4 / 6))
     assert (second.wins, second.losses, second.win_rate.value) == (0, 1, 0)
     assert (second.compared, second.agreement) == (0, None)
+
+
+def test_the_seed_draws_the_interval_of_votes(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(humans, "compute_rate", lambda values, seed: drawn.append(seed))
+    summarize_votes([Vote("one", ("old", "new"), "A")], QUESTIONS, [], 9)
+    assert drawn == [9]
 
 
 @pytest.mark.parametrize("place", [0, 1])

@@ -188,3 +188,16 @@ def test_a_canary_that_scores_is_told(score, is_told):
     assert ["scored 10% against old" in said for said in statistics.find_warnings([], canary, ["m"])] == [
         True
     ] * is_told
+
+
+def test_one_seed_draws_every_interval(monkeypatch):
+    """Of each pair, of the canary and of the ranking."""
+    drawn = {name: [] for name in ("compute_rate", "control_length", "rank_models")}
+    for name, seeds in drawn.items():
+        monkeypatch.setattr(
+            statistics, name, lambda *given, seeds=seeds: seeds.append(given[-1]) or statistics.Rate(0, (0, 0), 0, 0)
+        )
+    monkeypatch.setattr(statistics, "find_warnings", lambda *given: [])
+    some = [judged(2, places=places) for places in ((0, 1), (0, 2), (1, 2), (0, None))]
+    statistics.compute_figures(("a", "b", "c"), some, [], 9)
+    assert drawn == {"compute_rate": [9] * 4, "control_length": [9] * 4, "rank_models": [9]}

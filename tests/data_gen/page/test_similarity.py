@@ -8,6 +8,7 @@ pytest.importorskip("rapidfuzz")
 from rapidfuzz.distance import LCSseq
 
 from data_gen.page import similarity
+from data_gen.page.run_files import Row
 from data_gen.page.similarity import find_nearest_rows, split_by_common
 from data_gen.rows.tokens import tokenize
 from tests.helpers.report_page import EVIL, make, report
@@ -33,6 +34,13 @@ def test_near_misses_are_the_closest_pairs_under_the_limit(tmp_path):
     assert scores[0] == round(max(score for score in like.values() if score < 0.7 - 1e-9), 3)
     assert all(round(like[int(b) - 1, int(a) - 1], 3) == float(score) for score, a, b in shown)
     assert len({row for _, *pair in shown for row in pair}) == 24  # each row once
+
+
+def test_no_more_pairs_are_shown_than_can_be_looked_at():
+    rows = [Row(f"Name {n} things.", "", "", None, None, "") for n in range(30)]
+    pairs = [(0.69 - n / 100, 2 * n, 2 * n + 1) for n in range(15)]
+    assert similarity.render_closest(rows, pairs).count('class="score"') == 12
+    assert similarity.render_closest(rows, pairs[:3]).count('class="score"') == 3
 
 
 def test_a_tie_with_the_limit_is_over_it():

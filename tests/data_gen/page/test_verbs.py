@@ -2,7 +2,8 @@
 
 import pytest
 
-from data_gen.page.verbs import find_verb
+from data_gen.page.verb_words import VERBS
+from data_gen.page.verbs import count_verbs, find_verb
 
 ROOTS = {
     "Write a short story about a lonely robot.": "write story",
@@ -60,3 +61,13 @@ ROOTS = {
 @pytest.mark.parametrize("instruction", ROOTS)
 def test_root_verb_and_object(instruction):
     assert " ".join(find_verb(instruction)).strip() == ROOTS[instruction]
+
+
+def test_the_commonest_verbs_and_objects_are_counted_and_the_others_left_out():
+    """Four objects of a verb and twenty verbs; of equally common ones those that come first in the alphabet."""
+    nouns = ["poem"] * 3 + ["story"] * 2 + ["essay", "letter", "list", "song"]
+    verbs = sorted(VERBS - {"write"})[:22]
+    asked = [f"Write a {noun}." for noun in nouns] + [f"{verb.capitalize()} a poem." for verb in verbs]
+    top, with_verb, with_both = count_verbs([*asked, "Why?"])
+    assert top[0] == ("write", 9, [("poem", 3), ("story", 2), ("essay", 1), ("letter", 1)])
+    assert top[1:] == [(verb, 1, [("poem", 1)]) for verb in verbs[:19]] and with_verb == with_both == 31

@@ -3,6 +3,7 @@
 import json
 import platform
 import re
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from engine.base.errors import DataError, UsageError
+from engine.output import folder
 from engine.output.folder import (
     LOCK,
     STATUSES,
@@ -110,3 +112,18 @@ def test_the_environment_names_the_device(device, name, monkeypatch):
     assert found["device"] == name and found["command"] == sys.argv and found["threads"] == torch.get_num_threads()
     assert (found["python"], found["torch"]) == (platform.python_version(), torch.__version__)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4}", found["date"])
+
+
+@pytest.mark.parametrize("is_repository", [True, False])
+def test_the_environment_names_the_commit_of_this_program(is_repository, tmp_path, monkeypatch):
+    """Not that of the repository where the command is called, and none of a package that was installed."""
+    git = ("git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b")
+    if is_repository:
+        subprocess.run([*git, "init", "-q"], check=True)
+        subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    monkeypatch.setattr(folder, "__file__", str(tmp_path / "engine" / "output" / "folder.py"))
+    found = describe_environment(torch.device("cpu"))["git_commit"]
+    if is_repository:
+        assert subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout == f"{found}\n"
+    else:
+        assert found is None

@@ -66,6 +66,9 @@ def test_each_part_takes_as_long_as_its_quickest_try_but_for_the_first_which_war
 
 
 def test_without_the_memory_of_two_layers_nothing_is_tried(plan, monkeypatch):
-    monkeypatch.setattr(trial, "read_free_bytes", lambda: 1000)
-    monkeypatch.setattr(trial, "_time_layers", None)
-    assert try_on_cpu(plan) is None
+    """They need 20 bytes a parameter, and may take half of what is free."""
+    enough = 2 * 20 * dataclasses.replace(plan.model_config, n_layers=2).n_parameters
+    monkeypatch.setattr(trial, "_time_layers", lambda *given: (1.0, 1.0))
+    for free, is_tried in ((1000, False), (enough - 1, False), (enough, True), (None, True)):
+        monkeypatch.setattr(trial, "read_free_bytes", lambda free=free: free)
+        assert (try_on_cpu(plan) is not None) == is_tried
