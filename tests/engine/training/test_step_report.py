@@ -8,6 +8,7 @@ import torch
 
 from engine.base.errors import CriaError, DivergedError
 from engine.distributed.world import World
+from engine.model.adapter import AdapterConfig
 from engine.model.config import MODELS
 from engine.planning.step_time import flops_per_token
 from engine.training import step_report
@@ -55,15 +56,20 @@ def test_all_figures_of_a_step_are_recorded(run, monkeypatch):
     assert (run.n_signals, run.n_skipped, run.n_spikes, run.progress.said) == (1, 0, 0, [])
 
 
-@pytest.mark.parametrize("name", ["H100", None])
-def test_on_a_gpu_its_memory_and_the_share_of_its_peak(name, run, monkeypatch):
+@pytest.mark.parametrize(
+    "name, n_ranks, adapter", [("H100", 1, None), ("H100", 4, None), ("H100", 1, AdapterConfig(r=4)), (None, 1, None)]
+)
+def test_on_a_gpu_its_memory_and_the_share_of_the_peak_of_all(name, n_ranks, adapter, run, monkeypatch):
+    run.world = SimpleNamespace(size=n_ranks)
     card = name and SimpleNamespace(peak_tflops=5.0)
     monkeypatch.setattr(step_report, "detect_card", lambda device: card)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 99)
-    report_step(plan_of("cuda"), run, None, REPORT)
+    plan = plan_of("cuda")
+    plan.adapter = adapter
+    report_step(plan, run, None, REPORT)
     ((_, found),) = run.metrics.events
     assert found["peak_memory_bytes"] == 99
-    assert found["mfu"] == (name and pytest.approx(flops_per_token(SHAPE, None) * (60 / 4.0) / 5e12))
+    assert found["mfu"] == (name and pytest.approx(flops_per_token(SHAPE, adapter) * (60 / 4.0) / (n_ranks * 5e12)))
 
 
 def test_a_skip_is_told_with_its_rows_and_too_many_end_the_run(run):
@@ -111,6 +117,16 @@ def test_a_spike_is_told_and_undone_where_that_is_asked_for(rollback, back_to, r
         again = r"step 7: the loss spiked 2 times in a row after the state of step 4; .*f:3, f:1$"
         with pytest.raises(DivergedError, match=again):
             report_step(plan, run, checkpoints, replace(REPORT, loss=9.0))
+
+
+def test_what_lies_far_apart_is_not_in_a_row(run):
+    """A skip after a whole step counts anew, and a spike after quiet ones."""
+    run.spike_detector.losses = [(step, 2.0 + step % 2 / 100) for step in range(-30, 0)]
+    counts = []
+    for step, (loss, is_finite) in enumerate([(9.0, True), (2.0, True), (9.0, True), (2.0, False), (2.0, True)], 1):
+        report_step(plan_of(), run, None, replace(REPORT, step=step, loss=loss, is_finite=is_finite))
+        counts.append((run.n_spikes, run.n_skipped))
+    assert counts == [(1, 0), (0, 0), (1, 0), (1, 1), (0, 0)]
 
 
 @pytest.mark.parametrize("n_skipped, n_updates, is_full", [(0, 5, False), (2, 0, False), (2, 5, False), (1, 5, True)])
