@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_gen.api import client as module
 from data_gen.api.answers import Answer, is_completion, judge_success, read_answer
 from data_gen.api.bill import Bill
 from data_gen.api.client import Client, Reply, find_api_key, hide_secrets, wait_awake
@@ -615,6 +616,21 @@ def test_what_may_have_been_billed_is_lost(behave, overloaded):
     reply = one(behave, timeout_s=0.3)
     assert (reply.kind, reply.status, reply.overloaded) == ("lost", None, overloaded)
     assert reply.body and reply.headers == {} and KEY not in reply.body
+
+
+def test_an_answer_has_as_long_as_the_flag_says(monkeypatch):
+    """And a second, in which a server that ends at the same time can say so."""
+    waits = []
+
+    async def wait(call, seconds):
+        call.close()
+        waits.append(seconds)
+        raise asyncio.TimeoutError
+
+    monkeypatch.setattr(module, "wait_awake", wait)
+    reply = ask_at("http://127.0.0.1:9/v1", timeout_s=7)
+    assert waits == [8] and reply.overloaded
+    assert (reply.kind, reply.body) == ("lost", "TimeoutError: no whole answer in 7 s")
 
 
 def ask_at(url, timeout_s=5.0):

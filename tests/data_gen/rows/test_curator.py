@@ -60,6 +60,17 @@ def test_the_dollars_of_an_answers_rows_add_up_to_its_bill_whatever_was_kept_bef
     assert curator.kept_by_request == [1, 3, 0, 1] and paid == pytest.approx({0: 0.001, 1: 0.002, 2: 0, 3: 0.004})
 
 
+def test_rows_are_of_the_language_that_was_asked_for():
+    foreign = {"instruction": "Erkläre, warum die Flut zweimal am Tag kommt und was der Mond damit zu tun hat.",
+               "input": "", "output": "Der Mond zieht das Wasser an."}  # fmt: skip
+    for language, kept, lost in (("en", GOOD, foreign), ("de", foreign, GOOD)):
+        curator = curated(entry(0, [GOOD, foreign]), language=language)
+        assert [row["instruction"] for row in curator.rows] == [kept["instruction"]]
+        assert [(line["reason"], line["instruction"]) for line in curator.lost] == [
+            ("wrong language", lost["instruction"])
+        ]
+
+
 def test_a_duplicate_names_its_twin_and_how_alike_they_are():
     like = GOOD | {"instruction": "Explain why the tide comes in twice each day."}
     curator = curated(entry(0, [GOOD]), entry(1, [like, OTHER]))
