@@ -102,7 +102,7 @@ def measure_in_processes(report: Report, part: str, module: str, names: Iterable
 
     If the process dies, the measurement it was at is recorded as failed and another process goes on with the rest.
     """
-    found = report.result["parts"].setdefault(part, {"records": []})["records"]
+    found = report.result["parts"].setdefault(part, {}).setdefault("records", [])  # {}: it failed in an earlier run
     waiting = [name for name in names if name not in {record["name"] for record in found}]
     with contextlib.suppress(Exception):  # after a CUDA error this process cannot free memory; the child needs no less
         free_memory()

@@ -62,7 +62,7 @@ class Report(RecordFile):
         parts = self.result["parts"]
         parts["tests"] = {
             name: figures for name, figures in parts.get("tests", {}).items()
-            if not figures["failed"] and "ended" not in figures
+            if isinstance(figures, dict) and not figures["failed"] and "ended" not in figures
         }  # fmt: skip
         kernels = parts.get("kernels", {"records": [], "ended": {}})
         failed = {r["op"] for r in kernels["records"] if "failed" in r or "wrong" in r} | kernels["ended"].keys()

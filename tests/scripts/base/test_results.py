@@ -1,6 +1,7 @@
 """What every measurement's figures go through: summaries, ratios taken in turn, and the file on the disk."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -31,9 +32,19 @@ def test_the_effective_mfu_stands_beside_the_other_and_never_alone(record, text)
 
 
 def test_figures_are_written_whole_or_not_at_all_in_a_folder_of_their_own(tmp_path):
-    path = tmp_path / "new" / "figures.json"
+    path = tmp_path / "new" / "newer" / "figures.json"
     write_json(path, {"a": np.float32(0.5), "b": [np.int64(2)]})
     assert json.loads(path.read_text()) == {"a": 0.5, "b": [2.0]}
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text())["a"] == 0.5 and [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("broken", ["fsync", "replace"])
+def test_a_file_whose_writing_is_cut_short_is_the_old_one(broken, tmp_path, monkeypatch):
+    path = tmp_path / "figures.json"
+    write_json(path, {"a": 1})
+    monkeypatch.setattr(os, broken, lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space left"):
+        write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1} and [file.name for file in tmp_path.iterdir()] == [path.name]

@@ -135,3 +135,37 @@ def test_the_exit_code_is_that_of_the_bounds(code, monkeypatch, tmp_path, call_m
     monkeypatch.setattr(Peer, "read_versions", lambda _: {})
     monkeypatch.setattr(adapters, "find_excesses", lambda result: ["something"] * code)
     assert call_main(adapters, "--json", tmp_path / "x", "--data", "d", "--python", "p") == code
+
+
+@pytest.mark.parametrize("peft_trains", ["ab", "abc", "a"])
+def test_a_case_is_as_far_off_as_its_worst_gradient_and_both_train_the_same_tensors(peft_trains, monkeypatch, tmp_path):
+    weight = torch.nn.Parameter(torch.zeros(3, 5, dtype=torch.float64))
+    tokens = torch.tensor([0, 2, 1])
+
+    class Model:
+        def __call__(self, tokens):
+            return tokens
+
+        def logits(self, tokens):
+            return weight
+
+        def trained_parameters(self):
+            return {"weight": weight}
+
+    gradient = (torch.softmax(torch.zeros(2, 5), -1) - torch.nn.functional.one_hot(tokens[1:], 5)).double() / 2
+    theirs = {name: gradient * (1 + off) for name, off in zip(peft_trains, (0.1, -0.3, 0.0), strict=False)}
+    theirs |= {"loss": torch.tensor(5.0).log(), "logits": torch.ones(3, 5)}
+    pieces = {name: SimpleNamespace(parameter="weight", rows_of=lambda of: of["weight"][:2]) for name in "ab"}
+    nothing = SimpleNamespace(config=None, read_into=lambda model: None)
+    for name, value in {
+        "load_file": lambda path: theirs, "open_source": lambda path: nothing, "open_adapter": lambda *_: nothing,
+        "new_model": lambda *_, **__: Model(), "list_factors": lambda *_: pieces, "save_adapter": lambda *_: None,
+        "MergedSource": lambda *_: nothing,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(adapters, name, value)
+    if peft_trains != "ab":
+        with pytest.raises(AssertionError if peft_trains == "abc" else KeyError):
+            adapters.compare_case(tmp_path, tokens)
+        return
+    found = adapters.compare_case(tmp_path, tokens)
+    assert found["gradient"] == pytest.approx(0.3 / 0.7, rel=1e-5) and found["loss"] < 1e-6 and found["logits"] == 1.0

@@ -238,3 +238,19 @@ def test_again_forgets_what_failed_of_every_part_and_nothing_else(tmp_path):
     parts = report.result["parts"]
     assert parts["tests"] == {"fine": figures} and parts["kernels"] == {"records": [{"op": "fine"}], "ended": {}}
     assert all(parts[part]["records"] == [fine] for part in ("step", "profile", "peers", "ranks"))
+
+
+@pytest.mark.parametrize("part", ["tests", *gpu_report.STEP_PARTS])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_part_that_failed_before_its_first_record_is_measured_by_the_next_run(part, again, machine, tmp_path):
+    """As where a package was missing, which is there now."""
+    report = Report(tmp_path / "report.json", 8, smoke=False, clock=machine.clock)
+    report.measure_part(part, lambda report: 1 / 0, 1.0)
+    assert "ZeroDivisionError" in json.loads((tmp_path / "report.json").read_text())["parts"][part]["failed"]
+    report = Report(tmp_path / "report.json", 8, smoke=False, clock=machine.clock)
+    if again:
+        report.drop_failures()
+    measure = gpu_report.PARTS[part][0]
+    report.measure_part(part, measure, 1.0)
+    found = json.loads((tmp_path / "report.json").read_text())["parts"][part]
+    assert "failed" not in found and (len(found) == len(kernel_tests.TESTS) if part == "tests" else found["records"])

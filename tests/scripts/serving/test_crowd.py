@@ -1,6 +1,7 @@
 """A crowd against a stand-in for the server: what each client sends, and how many come at once."""
 
 import asyncio
+import contextlib
 import json
 import random
 from collections import Counter
@@ -30,14 +31,14 @@ async def visit(client, answer):
             body, end = b"", "waits"
         sent.append((head, body, end))
         writer.write(answer)
-        if b"stay" in answer:
-            writer.transport.resume_reading()
-            sent.append((await reader.read(1) == b"") if not writer.transport.is_closing() else True)
+        if client in (crowd.vanish_in_a_stream, crowd.vanish_while_waiting):  # an answer that does not end by itself
+            with contextlib.suppress(ConnectionResetError):
+                await reader.read()
         writer.close()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0, limit=1 << 20)
     try:
-        got = await asyncio.wait_for(client(Door(server.sockets[0].getsockname()[1]), random.Random(1)), 30)
+        got = await asyncio.wait_for(client(Door(server.sockets[0].getsockname()[1]), random.Random(1)), 5)
         while not sent:
             await asyncio.sleep(0.01)
     finally:

@@ -47,31 +47,20 @@ def test_a_run_has_the_flags_that_are_asked_for(monkeypatch, tmp_path):
 @pytest.mark.parametrize("again", [0, 1])
 def test_the_kill_comes_with_answers_recorded_and_requests_in_flight(again, monkeypatch, tmp_path):
     """After --kill-after answers; a recorded request that is sent again counts, one that was in flight does not."""
-    done = iter([{0}, {0, 1, 2, 3}, {0, 1, 2}, {0, 1, 2}, {0, 1, 2}])
-    before = [(i, i) for i in range(4)]
-    sent, killed = iter([before[:4], before[:4]]), []
-    after = [*before, (4, 3), (5, 1 if again else 4)]
+    at, killed, runs = iter([{0}, {0, 1, 2, 3}, {0, 1, 2}]), [], []
+    done, sent = [next(at)], [(i, i) for i in range(4)]  # too few; none in flight; three, and one in flight
+    after = [*sent, (4, 3), (5, 1 if again else 4)]
     process = SimpleNamespace(
         poll=lambda: None, send_signal=killed.append, communicate=lambda: ("", None), returncode=0
     )  # fmt: skip
-    state = {"done": {0}}
-
-    def list_done(out):
-        state["done"] = next(done, {0, 1, 2})
-        return state["done"]
-
-    def list_sent(out):
-        return after if killed and state.get("kept") else next(sent, before)
-
-    def start(*_):
-        state["kept"] = bool(killed)
-        return process
-
+    list_done = lambda out: done[-1]  # noqa: E731
+    list_sent = lambda out: after if len(runs) == 2 else sent  # noqa: E731
+    start = lambda *_: runs.append(1) or process  # noqa: E731
     monkeypatch.setattr(data_servers, "list_done", list_done)
     monkeypatch.setattr(data_servers, "list_sent", list_sent)
     monkeypatch.setattr(data_servers, "start_run", start)
     monkeypatch.setattr(data_servers, "describe_answers", lambda out: {})
-    monkeypatch.setattr(data_servers, "time", SimpleNamespace(sleep=lambda _: None))
+    monkeypatch.setattr(data_servers, "time", SimpleNamespace(sleep=lambda _: done.append(next(at))))
     (tmp_path / "run.json").write_text(json.dumps({"status": "cap", "counts": {}, "cost": {}}))
     found = data_servers.measure("url", "m", tmp_path, OPTIONS)
     assert killed == [signal.SIGKILL] and found["recorded_and_sent_again"] == again
