@@ -211,3 +211,80 @@ def test_figures_of_a_changed_checkout_are_not_those_of_its_commit(status, error
 
     monkeypatch.setattr(gpu_report.subprocess, "run", git)
     assert gpu_report.find_commit() == commit
+
+
+def test_every_part_is_measured_by_its_own_function():
+    """Each of the parts that share a module by another one."""
+    measured = []
+    with pytest.MonkeyPatch.context() as patch:
+        for part in gpu_report.STEP_PARTS:
+            for function in ("measure_part", "measure_other_variants", "measure_checks"):
+                name = f"{part} {function}"
+                if hasattr(module := gpu_report.step_module(part), function):
+                    patch.setattr(module, function, lambda report, name=name: measured.append(name))
+        for part in ("step", "profile", "checks", "peers", "variants", "ranks"):
+            gpu_report.PARTS[part][0](None)
+    assert measured == [
+        "step measure_part", "profile measure_part", "ranks measure_checks", "peers measure_part",
+        "step measure_other_variants", "ranks measure_part",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """What main() gives its parts, by their names."""
+    given = SimpleNamespace(carried=[], copied=[], dropped=0, wheels=[], measured=[])
+
+    class Stand:
+        def __init__(self, path, minutes, smoke, **facts):
+            given.report = {"path": path, "minutes": minutes, "smoke": smoke, **facts}
+            self.result = {}
+
+        def drop_failures(self):
+            given.dropped += 1
+
+    @contextlib.contextmanager
+    def note(places, *_):
+        yield places.append(_[0])
+
+    monkeypatch.setattr(gpu_report, "Report", Stand)
+    monkeypatch.setattr(gpu_report, "copy_output", lambda path: note(given.copied, path))
+    monkeypatch.setattr(gpu_report, "carry_cache", lambda out, folder: note(given.carried, out))
+    monkeypatch.setattr(gpu_report, "unpack_wheels", lambda wheels, folder: given.wheels.append(wheels))
+    monkeypatch.setattr(gpu_report, "measure_parts", lambda report, names: given.measured.append(names))
+    monkeypatch.setattr(gpu_report, "format_report", lambda result: "")
+    monkeypatch.setattr(gpu_report, "GPU", False)
+    monkeypatch.setattr(gpu_report.signal, "signal", lambda number, handler: given.__setattr__("handler", handler))
+    return given
+
+
+def test_every_flag_reaches_the_part_that_obeys_it(stand_ins, tmp_path):
+    (tmp_path / "a.whl").touch()
+    flags = {"--out": tmp_path / "out", "--minutes": "3", "--only": "tune,machine", "--json": tmp_path / "x.json",
+             "--commit": "abc", "--wheels": tmp_path}  # fmt: skip
+    gpu_report.main([str(word) for pair in flags.items() for word in pair] + ["--smoke", "--again"])
+    report = stand_ins.report
+    assert (report["path"], report["minutes"], report["smoke"]) == (tmp_path / "x.json", 3.0, True)
+    assert (report["out"], report["commit"], report["device"]) == (tmp_path / "out", "abc", "CPU")
+    assert stand_ins.measured == [["tune", "machine"]] and stand_ins.dropped == 1
+    assert stand_ins.wheels == [str(tmp_path)] and stand_ins.carried == [tmp_path / "out"]
+    assert stand_ins.copied == [tmp_path / "out" / "log.txt"] and (tmp_path / "out").is_dir()
+    with pytest.raises(SystemExit) as stop:
+        stand_ins.handler()
+    assert stop.value.code == 143  # not as a run that is done
+
+
+def test_without_flags_every_part_is_measured_and_nothing_is_forgotten(stand_ins, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpu_report, "find_commit", lambda: "of git")
+    gpu_report.main(["--smoke"])
+    assert stand_ins.measured == [list(gpu_report.PARTS)] and stand_ins.dropped == 0 and stand_ins.wheels == []
+    assert str(stand_ins.report["path"]) == "out/smoke/report.json" and stand_ins.report["commit"] == "of git"
+
+
+def test_what_failed_is_printed_beside_what_was_measured():
+    tests = {"rope": {"passed": 5, "failed": 1, "skipped": 2, "seconds": 3.0, "failures": {"test_a": "why"}}}
+    result = {"parts": {"tests": tests, "tune": {"failed": "no time"}}, "commit": "abc", "left_out": ["peers: a"]}
+    text = gpu_report.format_report(result)
+    for said in ("5 passed, 1 failed, 2 skipped", "test_a: why", "tune failed: no time", "left out for time: peers: a"):
+        assert said in text

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from scripts import gpu_report
 from scripts.base.results import write_json
 from scripts.report import kernel_parts
@@ -33,3 +35,125 @@ def test_benchmarks_of_a_process_that_dies_are_kept(tmp_path, monkeypatch):
     assert kernels["left_out"] == ["rope x", "swiglu x"]
     assert kernels["ended"] == {"rope": "with exit code -6", "swiglu": "with exit code -6"}
     assert "kernels.bench rope ended with exit code -6" in gpu_report.format_report(report.result)
+
+
+@pytest.fixture
+def report(tmp_path):
+    return Report(tmp_path / "report.json", minutes=600, smoke=False)
+
+
+def bench(found_of, code=0):
+    """Return a stand-in for run_command: kernels.bench that finds these records of its ops."""
+
+    def run(command, limit_s, every=lambda: None, **_):
+        ops = command[command.index("--op") + 1 : command.index("--json")]
+        empty = {"absent": [], "left_out": [], "dtype": "bfloat16", "ceilings": {"of": ops[0]}}
+        write_json(command[command.index("--json") + 1], empty | found_of(ops))
+        return code
+
+    return run
+
+
+def test_an_op_that_was_cut_short_is_measured_again_and_told_once(report, monkeypatch):
+    runs = iter([["a x", "a y"], []])
+
+    def found(ops):
+        return {"records": [{"op": op, "shape": "s"} for op in ops], "left_out": next(runs)} if ops == ["a"] else {
+            "records": [{"op": op, "shape": "s"} for op in ops]}  # fmt: skip
+
+    monkeypatch.setattr(kernel_parts, "run_command", bench(found))
+    for _ in range(3):
+        kernel_parts.run_benchmarks(report, ["a", "b"])
+    part = json.loads(report.path.read_text())["parts"]["kernels"]
+    assert sorted(r["op"] for r in part["records"]) == ["a", "b"] and part["left_out"] == []
+    assert part["ceilings"] == {"a": {"of": "a"}, "b": {"of": "b"}}
+
+
+def test_main_ops_and_all_others_are_every_op_once(report, monkeypatch):
+    measured = []
+    monkeypatch.setattr(kernel_parts, "run_bench", lambda report, ops: measured.extend(ops))
+    kernel_parts.run_main_benchmarks(report)
+    assert measured == list(kernel_parts.MAIN_OPS)
+    kernel_parts.run_other_benchmarks(report)
+    assert sorted(measured) == sorted({case.op for case in kernel_parts.full_cases()})
+
+
+def test_a_linear_map_is_of_the_shape_that_its_name_says():
+    maps = kernel_parts.linear_maps(64, smoke=False)
+    dim, hidden = 4096, 11008
+    assert maps == {
+        "qkv": (64, dim, 3 * dim), "o": (64, dim, dim), "gate_up": (64, dim, 2 * hidden), "down": (64, hidden, dim),
+        "head": (32, dim, 32000),
+    }  # fmt: skip
+
+
+def test_ceilings_are_measured_once_and_each_product_by_itself(report, monkeypatch):
+    asked = []
+    monkeypatch.setattr(kernel_parts, "measure_peak_rates", lambda *_: {"copy_gb_per_s": 1.0})
+    rate = lambda repeats, flush, product, *sizes: asked.append((product, sizes[:3])) or 1.0  # noqa: E731
+    monkeypatch.setattr(kernel_parts, "measure_product_rate", rate)
+    monkeypatch.setattr(
+        kernel_parts, "measure_sustained", lambda product, *_: {"fwd": 1, "dgrad": 2, "wgrad": 3}[product]
+    )
+    monkeypatch.setattr(kernel_parts, "query_nvidia_smi", lambda *_: None)
+    for _ in range(2):
+        kernel_parts.measure_ceilings(report)
+    found = report.result["parts"]["ceilings"]
+    maps = [sizes for tokens in kernel_parts.TOKENS for sizes in kernel_parts.linear_maps(tokens, False).values()]
+    wanted = [(product, sizes) for sizes in maps for product in kernel_parts.PRODUCTS]
+    assert asked == wanted and found["gemm_tflops_sustained"] == {"fwd": 1, "dgrad": 2, "wgrad": 3}
+
+
+@pytest.mark.parametrize(("code", "said"), [(0, "7 launches, 2 violations"), (1, "7 launches, 2 violations"), (3, "x")])
+def test_what_the_gate_counts_is_told_and_a_gate_that_dies(code, said, report, monkeypatch):
+    def run(command, limit_s, environment, stdout, stderr):
+        assert environment["TRITON_INTERPRET"] == "0" and command[command.index("--chip") + 1] == "sm_90"
+        stdout.write(f"noise\n{said}, Triton 3\n")
+        return code
+
+    monkeypatch.setattr(kernel_parts, "run_command", run)
+    kernel_parts.warm_up(report)
+    found = report.result["parts"]["warm_up"]
+    if code < 3:
+        assert (found["launches"], found["violations"]) == (7, 2) and "failed" not in found
+    else:
+        assert found["failed"] == "kernels.static ended with exit code 3" and found["launches"] is None
+
+
+@pytest.mark.parametrize("code", [0, 1, None])
+def test_tuning_takes_the_time_that_is_left_and_writes_beside_the_report(code, report, monkeypatch, tmp_path):
+    given = []
+
+    def run(command, limit_s, environment):
+        given.append(dict(zip(command[3::2], command[4::2], strict=False)))
+        (tmp_path / "launch").mkdir(exist_ok=True)
+        (tmp_path / "launch" / "rope.json").touch()
+        return code
+
+    monkeypatch.setattr(kernel_parts, "run_command", run)
+    report.deadline = report.clock() + 120
+    if code == 0:
+        kernel_parts.tune_kernels(report, tmp_path / "launch")
+        assert report.result["parts"]["tune"] == {"tables": ["rope.json"]}
+    else:
+        with pytest.raises(RuntimeError, match=r"kernels\.tune ended"):
+            kernel_parts.tune_kernels(report, tmp_path / "launch")
+    assert given[0]["--out"] == str(tmp_path / "launch") and 1.9 < float(given[0]["--minutes"]) <= 2.0
+
+
+def test_a_report_goes_on_on_the_device_it_began_on(report, monkeypatch):
+    monkeypatch.setattr(kernel_parts, "query_nvidia_smi", lambda *_: None)
+    for device in ("H200", "H200"):
+        monkeypatch.setattr(kernel_parts, "describe_machine", lambda device=device: {"device": device})
+        kernel_parts.measure_machine(report)
+    monkeypatch.setattr(kernel_parts, "describe_machine", lambda: {"device": "H100"})
+    with pytest.raises(ValueError, match="is a report of H200, this is H100"):
+        kernel_parts.measure_machine(report)
+
+
+def test_peers_that_took_no_part_are_printed():
+    absent = [{"op": "rope", "shape": "s", "who": "liger", "reason": "is not installed"}]
+    part = {"records": [], "absent": absent, "left_out": ["rope t"], "ended": {"swiglu": "after its limit"}}
+    text = "\n".join(kernel_parts.format_benchmarks(part))
+    assert "rope: without liger: is not installed" in text and "left out for time: rope t" in text
+    assert "kernels.bench swiglu ended after its limit" in text

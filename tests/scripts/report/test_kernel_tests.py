@@ -112,3 +112,43 @@ def test_a_test_file_that_is_not_run_has_ended(monkeypatch, report):
     for code, said in ((4, "with exit code 4: "), (None, "after its limit of 60 s")):
         monkeypatch.setattr(kernel_tests, "run_command", lambda *_, code=code, **options: code)
         assert kernel_tests.run_test_files([ROPE], report, 60)[ROPE]["ended"] == said
+
+
+def fake_files(monkeypatch, outcomes):
+    """Let a run of test files give these figures, a list of them for each file in turn, and return what was run."""
+    ran = []
+
+    def run(paths, report, limit_s, only):
+        ran.append(list(paths))
+        return {path: dict(outcomes[path].pop(0)) for path in paths}
+
+    monkeypatch.setattr(kernel_tests, "run_test_files", run)
+    return ran
+
+
+FINE = {"passed": 1, "failed": 0, "skipped": 0, "failures": {}}
+CUT = FINE | {"ended": "after its limit"}
+WRONG = FINE | {"failed": 1, "failures": {"test_a": "assert 1 == 2"}}
+BROKEN = FINE | {"failed": 2, "failures": {"test_a": "CUDA error: an illegal access", "test_b": "assert 1 == 2"}}
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "tries"), [([FINE], 1), ([WRONG], 1), ([CUT, FINE], 2), ([CUT, CUT], 2), ([BROKEN, WRONG], 2),
+                            ([BROKEN, BROKEN], 2)]
+)  # fmt: skip
+def test_a_file_that_did_not_end_or_broke_the_gpu_has_one_more_try(outcomes, tries, tmp_path, monkeypatch):
+    """Over all runs of a report."""
+    monkeypatch.setattr(kernel_tests, "TESTS", {"rope": ROPE, "adamw": OTHER})
+    ran = fake_files(monkeypatch, {ROPE: list(outcomes), OTHER: [FINE]})
+    for _ in range(3):
+        report = Report(tmp_path / "report.json", minutes=600, smoke=False)
+        kernel_tests.run_kernel_tests(report)
+    found = report.result["parts"]["tests"]
+    assert ran[0] == [ROPE, OTHER] and ran[1:] == [[ROPE]] * (tries - 1)
+    assert found["rope"] == outcomes[tries - 1] | {"tries": tries} and found["adamw"]["tries"] == 1
+
+
+def test_no_test_begins_when_the_time_is_up(tmp_path, monkeypatch):
+    ran = fake_files(monkeypatch, {})
+    kernel_tests.run_kernel_tests(Report(tmp_path / "report.json", minutes=0, smoke=False))
+    assert ran == []

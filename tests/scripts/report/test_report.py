@@ -254,3 +254,29 @@ def test_a_part_that_failed_before_its_first_record_is_measured_by_the_next_run(
     report.measure_part(part, measure, 1.0)
     found = json.loads((tmp_path / "report.json").read_text())["parts"][part]
     assert "failed" not in found and (len(found) == len(kernel_tests.TESTS) if part == "tests" else found["records"])
+
+
+@pytest.mark.parametrize("other", ["device", "smoke", "what", "another file"])
+def test_a_report_of_something_else_is_refused_and_stays(other, tmp_path):
+    path = tmp_path / "report.json"
+    Report(path, 8, smoke=False, device="H200").add("machine", device="H200")
+    found = json.loads(path.read_text())
+    if other == "what":
+        found["what"] = "kernels.bench"
+    if other == "another file":
+        del found["parts"]
+    path.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match="give another --out or --json"):
+        Report(path, 8, smoke=other == "smoke", device="H100" if other == "device" else "H200")
+    assert json.loads(path.read_text()) == found
+
+
+def test_every_run_of_a_report_is_told_and_its_figures_stay(tmp_path):
+    path = tmp_path / "report.json"
+    for i in range(3):
+        report = Report(path, 8 + i, smoke=True, commit=f"c{i}")
+        report.add("a part", **{f"figure {i}": i})
+        report.measure_part("b", lambda report: None, 1.0)
+    found = json.loads(path.read_text())
+    assert [(run["commit"], run["minutes"]) for run in found["runs"]] == [("c0", 8), ("c1", 9), ("c2", 10)]
+    assert found["parts"]["a part"] == {"figure 0": 0, "figure 1": 1, "figure 2": 2} and found["commit"] == "c2"

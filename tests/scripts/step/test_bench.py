@@ -130,3 +130,97 @@ def test_past_the_time_a_variant_ends_early(plain, monkeypatch):
     monkeypatch.setattr(bench, "LEAST_STEPS", 1)
     assert bench.measure_variant(plain, True, lambda: True)["steps"] == 1
     assert bench.measure_variant(plain, True, lambda: False)["steps"] == 2
+
+
+def stand_in_steps(monkeypatch, variant, tokens=4096):
+    """Return what a variant's parts are given: the model, the optimizer, the packing."""
+    given = {}
+    model = SimpleNamespace(init_weights=lambda *_: None)
+
+    def new_model(config, device, dtype, impl, recompute, accumulate, shard):
+        given.update(config=config, impl=impl, recompute=recompute, accumulate=accumulate, shard=shard)
+        return model
+
+    monkeypatch.setattr(bench, "new_model", new_model)
+    monkeypatch.setattr(bench, "local_shards", lambda model: None)
+    monkeypatch.setattr(bench, "AdamW", lambda model, **settings: given.update(settings))
+    monkeypatch.setattr(bench, "Packing", lambda tokens, **how: given.update(tokens=tokens, **how))
+    monkeypatch.setattr(bench, "Batches", lambda *_: None)
+    monkeypatch.setattr(bench, "CountingPrefetcher", lambda *_: None)
+    monkeypatch.setattr(bench, "TrainingSteps", lambda model, optimizer, prefetcher, clip: given.update(clip=clip))
+    bench.Steps(variant, tokens, 2, True, "a shard function")
+    return given
+
+
+def test_every_setting_of_a_variant_reaches_the_part_that_obeys_it(monkeypatch):
+    """Two variants that differ in each."""
+    one = bench.Variant(sharing=True, recompute="cheap", master="split", states="8bit", impl="ref")
+    other = bench.Variant(
+        sharing=False, recompute="block", master="stochastic", states="bf16", offload=True, on_cpu=True, impl="triton"
+    )
+    for variant in (one, other):
+        given = stand_in_steps(monkeypatch, variant, tokens=777)
+        for name in ("recompute", "master", "states", "offload", "on_cpu"):
+            assert given[name] == getattr(variant, name), name
+        assert given["share_prefix"] == variant.sharing and given["impl"] == variant.impl
+        assert given["tokens"] == 777 and given["clip"] == 1.0 and given["accumulate"]
+        assert given["shard"] == "a shard function"
+
+
+def test_steps_before_the_timed_ones_are_in_no_figure_but_the_first_loss():
+    def of(n_warm):
+        steps = SimpleNamespace(
+            config=step_rows.TOY, tokens=[100, 100, 20, 40], computed=[100, 100, 10, 20], norms=[1.0] * 4,
+            losses=[4.0, 3.0, 2.0, 1.0], n_batches=[1, 1, 1, 2], seconds=lambda: [50.0, 50.0, 1.0, 2.0],
+            prefetcher=SimpleNamespace(largest=(96, 40, 0)),
+        )  # fmt: skip
+        return bench.record_of(bench.Variant(), steps, n_warm)
+
+    found = of(2)
+    assert found["tokens_per_s"] == 20.0 and found["computed_tokens_per_s"] == 10.0 and found["steps"] == 2
+    assert found["first_loss"] == 4.0 and found["last_loss"] == 1.0 and found["micro_batches_a_step"] == 1.25
+    assert of(0)["step_s_max"] == 50.0 and found["step_s_max"] == 2.0 and found["all_finite"]
+
+
+@pytest.mark.parametrize("bad", ["losses", "norms"])
+def test_one_loss_or_norm_that_is_no_number_is_told(bad):
+    fine = {"losses": [1.0, 1.0], "norms": [1.0, 1.0]} | {bad: [1.0, math.inf]}
+    steps = SimpleNamespace(
+        config=step_rows.TOY, tokens=[1, 1], computed=[1, 1], n_batches=[1, 1], seconds=lambda: [1.0, 1.0],
+        prefetcher=SimpleNamespace(largest=(96, 40, 0)), **fine,
+    )  # fmt: skip
+    assert not bench.record_of(bench.Variant(), steps, 0)["all_finite"]
+
+
+def test_the_largest_micro_batch_is_that_of_all_steps(monkeypatch):
+    sizes = {1: [(5, 2, 1), (9, 3, 2)], 2: [(7, 7, 7)]}
+    micro = lambda size: SimpleNamespace(**dict(zip(("tokens", "targets", "rows"), map(range, size), strict=True)))  # noqa: E731
+    batches = {step: SimpleNamespace(micro_batches=[micro(s) for s in of]) for step, of in sizes.items()}
+    monkeypatch.setattr(bench.Prefetcher, "take", lambda self, step: batches[step])
+    prefetcher = bench.CountingPrefetcher.__new__(bench.CountingPrefetcher)
+    prefetcher.counts, prefetcher.largest = {}, (0, 0, 0)
+    for step in sizes:
+        prefetcher.take(step)
+    assert prefetcher.largest == (9, 3, 2) and prefetcher.counts == {1: 2, 2: 1}
+
+
+def test_the_price_that_is_printed_is_that_of_the_run():
+    projection = {"what": "Alpaca", "of": "llama-7b", "steps": 9, "minutes": 7.0, "dollars": 1.25,
+                  "dollars_an_hour": 2.5, "price_of": "May"}  # fmt: skip
+    assert "$1.25 at $2.5 an hour (May)" in "".join(bench.format_part({"projections": [projection]}))
+
+
+def test_only_the_headline_is_projected_and_each_part_measures_its_own(monkeypatch):
+    measured = []
+    monkeypatch.setattr(bench, "measure_in_processes", lambda report, part, module, names: measured.append(list(names)))
+    monkeypatch.setattr(bench, "names_for_card", lambda names, smoke: list(names))
+    monkeypatch.setattr(bench, "project_finetune", lambda record, card: record["name"])
+    named = [{"name": name, "tokens_per_s": 1.0} for name in bench.VARIANTS]
+    added = {}
+    report = SimpleNamespace(
+        smoke=False, result={"parts": {"step": {"records": named}}}, add=lambda part, **figures: added.update(figures)
+    )
+    bench.measure_part(report)
+    bench.measure_other_variants(report)
+    assert measured[0] == list(bench.HEADLINE) and added["projections"] == list(bench.HEADLINE)
+    assert sorted(measured[0] + measured[1]) == sorted(bench.VARIANTS)

@@ -28,6 +28,11 @@ def test_a_difference_over_the_most_that_is_wanted_is_told_and_nan_is_one(value,
             rank_checks.check_difference("losses", value, 1.0)
 
 
+def test_a_difference_counts_to_either_side():
+    assert rank_checks.relative_difference(3.0, 2.0) == rank_checks.relative_difference(1.0, 2.0) == 0.5
+    assert rank_checks.relative_difference(-3.0, -2.0) == 0.5
+
+
 def test_a_state_that_is_read_back_otherwise_is_told(variant, monkeypatch):
     load = checkpoint.load
 

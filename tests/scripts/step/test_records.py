@@ -1,12 +1,13 @@
 """Records of a process that measures: failures, time, and sizes that are halved."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from scripts.step import records
+from scripts.step import bench, breakdown, peers, ranks, records
 from scripts.step.records import TooLarge, halve_until_it_fits
 
 
@@ -53,3 +54,52 @@ def test_a_size_is_halved_until_it_fits_and_the_least_one_is_tried(fits):
         found = halve_until_it_fits(8, 2, measure)
         assert found.pop("out_of_memory_at", []) == sizes and found == {"size": max(s for s in (8, 4, 2) if s <= fits)}
     assert tried == [size for size in (8, 4, 2) if size > fits or size * 2 > fits]
+
+
+@pytest.mark.parametrize(
+    ("module", "measure"),
+    [(bench, "measure_variant"), (breakdown, "measure_breakdown"), (peers, "measure_peer"), (ranks, "VARIANTS")],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_every_flag_of_a_measuring_process_reaches_its_measurement(module, measure, monkeypatch, tmp_path):
+    names = {bench: bench.VARIANTS, breakdown: breakdown.PROFILED, peers: peers.PEERS, ranks: ranks.VARIANTS}[module]
+    wanted, measured, made = list(names)[-2:], [], []
+
+    class Stand(records.Records):
+        def __init__(self, path=None, minutes=None):
+            made.append((path, minutes))
+            super().__init__(None, minutes)
+
+    def note(*args, smoke=None, is_time_up=None):
+        measured.append((*args, smoke, is_time_up))
+        return {"name": "x"}
+
+    monkeypatch.setattr(module, "Records", Stand)
+    if module is ranks:
+        of = {name: lambda name=name, **how: note(name, **how) for name in names}
+        monkeypatch.setattr(ranks, "VARIANTS", of)
+    else:
+        monkeypatch.setattr(module, measure, note)
+    monkeypatch.setattr(module, "format_part", lambda result: [], raising=False)
+    monkeypatch.setattr(records, "free_memory", lambda: None)
+    module.main(["--only", *wanted, "--json", str(tmp_path / "x"), "--minutes", "7", "--smoke"])
+    assert made == [(str(tmp_path / "x"), 7.0)]
+    first = [bench.VARIANTS[name] for name in wanted] if module is bench else wanted
+    assert [call[0] for call in measured] == first and all(True in call for call in measured)
+    told = [value for value in measured[0] if callable(value)]
+    assert module is breakdown or (len(told) == 1 and told[0]() is False)
+    with pytest.raises(SystemExit):
+        module.main(["--only", "nothing", "--smoke"])
+
+
+def test_without_only_everything_is_measured():
+    assert records.parse_arguments("x", "doc", ["a", "b"], ["--smoke"]).only == ["a", "b"]
+
+
+def test_a_record_has_the_seconds_it_took(monkeypatch):
+    now = iter([3.0, 8.0])
+    monkeypatch.setattr(records, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    file = records.Records.__new__(records.Records)
+    file.path, file.result, file.may_begin = None, {"records": []}, lambda name: True
+    file.attempt("a", lambda: {"b": 1})
+    assert file.result["records"] == [{"name": "a", "b": 1, "seconds": 5.0}]
