@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,3 +42,32 @@ def test_an_unknown_op_is_a_usage_error(capsys):
     with pytest.raises(SystemExit) as ended:
         bench.main(["--op", "softmax"])
     assert ended.value.code == 2 and "rms_norm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_every_flag_reaches_the_benchmark(gpu, smoke, monkeypatch):
+    given, ran = [], []
+
+    class Stand:
+        def __init__(self, *args, is_toy):
+            self.result = {}
+            given.append((*args, is_toy))
+
+        def run_case(self, case, peers=True):
+            ran.append((case, peers))
+
+    cases = {size: [SimpleNamespace(op=op, size=size) for op in ("rope", "swiglu")] for size in ("full", "toy")}
+    monkeypatch.setattr(bench, "GPU", gpu)
+    monkeypatch.setattr(bench, "full_cases", lambda: cases["full"])
+    monkeypatch.setattr(bench, "toy_cases", lambda: cases["toy"])
+    monkeypatch.setattr(bench, "Benchmark", Stand)
+    monkeypatch.setattr(bench, "format_summary", lambda result: "")
+    monkeypatch.setattr(bench, "free_memory", lambda: None)
+    flags = ["--op", "swiglu", "--json", "x", "--minutes", "2.5", "--repeats", "9", *(["--smoke"] if smoke else [])]
+    bench.main([*flags, "--no-peers"])
+    bench.main(flags)
+    repeats = 1 if smoke else 9 if gpu else 5
+    assert given == [("x", 2.5, repeats, smoke or not gpu)] * 2
+    size = "full" if gpu and not smoke else "toy"
+    assert ran == [(cases[size][1], False), (cases[size][1], True)]

@@ -131,3 +131,10 @@ def test_only_a_run_of_all_cases_without_a_finding_is_a_proof(run, tmp_path, mon
         simulate.main([*flags, "--json", str(written), "--check", str(checked)])
     assert bool(end.value.code) == bool(n_findings), capsys.readouterr().err
     assert simulated_known.is_recorded(written) == is_proof
+
+
+def test_a_sample_alone_proves_nothing(capsys):
+    """--changed needs the records to compare with."""
+    with pytest.raises(SystemExit) as stop:
+        simulate.parse_arguments(["--changed"], ["rope"])
+    assert stop.value.code == 2 and "--check FILE, which is missing" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The command kernels.static: what ships passes under the installed Triton and the GPU machines' 3.6."""
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,49 @@ def test_a_triton_without_records_is_judged_and_not_compared(tmp_path):
     path.write_text(f'{{"versions": {{"{triton.__version__}": {{}}}}, "records": []}}')
     done = run_compiler(*command)
     assert "is stale" in done.stderr and done.returncode == 1
+
+
+@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("stale", [False, True])
+def test_every_flag_of_the_gate_reaches_the_part_that_obeys_it(changed, stale, monkeypatch, tmp_path):
+    given = {}
+    flags = ["--op", "rope", "--chip", "sm_80", "--workers", "3", "--json", str(tmp_path / "new.json")]
+    flags += ["--check", str(tmp_path / "old.json"), *(["--changed"] if changed else [])]
+
+    def gate(cases, chips, workers, old_records):
+        given["gate"] = [{case.op for case in cases}, chips, workers, old_records]
+        return rules.GateResult([], [], set(), 0)
+
+    def note(name, answer=None):
+        return lambda *args: given.__setitem__(name, args[1:]) or answer
+
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    monkeypatch.setattr(static, "run_gate", gate)
+    monkeypatch.setattr(static, "load_records", lambda path: {"records": ["old"], "versions": {triton.__version__: {}}})
+    monkeypatch.setattr(static, "save_records", note("save"))
+    monkeypatch.setattr(static, "find_differences", note("differences", ["- a"] * stale))
+    monkeypatch.setattr(sys, "argv", ["static", *flags])
+    with pytest.raises(SystemExit) as end:
+        static.main()
+    assert bool(end.value.code) == stale
+    assert given["gate"] == [{"rope"}, ["sm_80"], 3, ["old"] if changed else ()]
+    assert given["save"] == given["differences"] == ([], ["rope"], ["sm_80"])
+
+
+@pytest.mark.parametrize(("broken", "stale"), [(False, False), (True, False), (False, True)])
+def test_csrc_is_judged_and_compared_on_the_chips_asked_for(broken, stale, monkeypatch, tmp_path):
+    given = []
+    args = Namespace(chip=["sm_80"], json=tmp_path / "new.json", check=tmp_path / "old.json")
+    monkeypatch.setattr(static, "judge_library", lambda chips: ([{"chip": chips}], ["x"] * broken, "nvcc 13"))
+    monkeypatch.setattr(static, "format_cuda_record", str)
+    monkeypatch.setattr(static, "save_cuda_records", lambda path, *rest: given.append(path))
+    monkeypatch.setattr(static, "find_cuda_differences", lambda *rest: given.append(rest) or ["- a"] * stale)
+    assert static.judge_csrc(args) == (broken or stale)
+    assert given == [tmp_path / "cuda.json", (tmp_path / "cuda.json", [{"chip": ["sm_80"]}], "nvcc 13", ["sm_80"])]
+
+
+def test_an_op_without_cases_is_refused(monkeypatch):
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    monkeypatch.setattr(sys, "argv", ["static", "--op", "softmax"])
+    with pytest.raises(SystemExit, match="no cases for softmax"):
+        static.main()

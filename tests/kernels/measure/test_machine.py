@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,3 +21,21 @@ def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         machine.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_facts_are_of_the_first_card_and_none_where_there_is_no_nvidia_smi(monkeypatch):
+    asked = []
+
+    def run(command, **_):
+        asked.append(command)
+        return SimpleNamespace(stdout="1980 MHz, 45\n")
+
+    monkeypatch.setattr(machine.subprocess, "run", run)
+    assert machine.query_nvidia_smi("clocks.sm", "temperature.gpu") == {
+        "clocks.sm": "1980 MHz",
+        "temperature.gpu": "45",
+    }
+    assert "--id=0" in asked[0] and "--query-gpu=clocks.sm,temperature.gpu" in asked[0]
+    for error in (FileNotFoundError("nvidia-smi"), subprocess.TimeoutExpired("x", 1)):
+        monkeypatch.setattr(machine.subprocess, "run", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+        assert machine.query_nvidia_smi("clocks.sm") is None

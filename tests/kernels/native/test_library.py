@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -145,3 +147,73 @@ def test_nvcc_is_found_in_pips_package(monkeypatch, tmp_path):
     assert toolchain.find_nvcc() in (str(nvcc), "/usr/local/cuda/bin/nvcc")
     monkeypatch.setenv("NVCC", str(nvcc))
     assert toolchain.find_nvcc() == str(nvcc) and toolchain.describe(str(nvcc)) == "release 13"
+
+
+@pytest.mark.parametrize("newer", ["none", "one source", "one header", "all"])
+def test_one_newer_file_makes_a_library_stale(newer, monkeypatch, tmp_path):
+    folder, built = tmp_path / "csrc" / "cpu", []
+    folder.mkdir(parents=True)
+    for name, kind in (("one.cpp", "one source"), ("two.cpp", ""), ("api.h", "one header")):
+        (folder / name).write_text("")
+        os.utime(folder / name, (200, 200) if newer in (kind, "all") else (50, 50))
+    target = tmp_path / "libcpu.so"
+    target.write_bytes(b"")
+    os.utime(target, (100, 100))
+
+    def build(command, **options):
+        built.append(options["env"]["CRIA_BUILD"])
+        target.write_bytes(b"")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(toolchain, "find_cxx", lambda: ["g++"])
+    monkeypatch.setattr(library.subprocess, "run", build)
+    build_if_stale("cpu", tmp_path, tmp_path)
+    assert built == ["cpu"] * (newer != "none")
+
+
+def test_every_kind_of_header_and_source_counts(tmp_path):
+    """A change of any of them compiles anew."""
+    names = {"cpu": ["a.cpp", "a.h", "isa/b.cpp", "isa/b.h"], "cuda": ["a.cu", "a.cuh", "a.h"],
+             "ptx": ["a.cpp", "a.h", "a.inc"]}  # fmt: skip
+    for folder, files in names.items():
+        for name in files:
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / name).write_text("")
+        library_ = {"ptx": "ptx_machine"}.get(folder, folder)
+        found = [*toolchain.list_sources(library_, tmp_path), *toolchain.list_headers(library_, tmp_path)]
+        assert sorted(str(path.relative_to(tmp_path / folder)) for path in found) == sorted(files)
+
+
+def test_what_is_compiled_how(monkeypatch):
+    """What rounds as PyTorch does is never fused; instruction sets have their flags; the user's come last."""
+    monkeypatch.setenv("CXX", "sh")
+    monkeypatch.setenv("CXXFLAGS", "-DMINE -g")
+    monkeypatch.setattr(toolchain.platform, "machine", lambda: "x86_64")
+    jobs, link = toolchain.plan_cxx("cpu", library.ROOT / "csrc", openmp=True)
+    assert link[0] == "sh" and link[-1] == "-shared" and "-fopenmp" in link
+    for job in jobs:
+        assert job.command[0] == "sh" and {"-DMINE", "-g", "-fopenmp"} <= set(job.command)
+        exact = job.source.parent.name != "isa" or job.source.name in ("adamw.cpp", "nf4.cpp")
+        assert (toolchain.EXACT in job.command, toolchain.FUSED in job.command) == (exact, not exact), job.name
+        assert ("-mavx512f" in job.command) == job.name.endswith("-avx512") and ("-mfma" in job.command) == (
+            job.name.endswith(("-avx2", "-avx512"))
+        )
+    of_cuda = {job.source.name: job.command for job in toolchain.plan_cuda(library.ROOT / "csrc")[0]} if (
+        shutil.which("nvcc")) else {}  # fmt: skip
+    assert all(("code=sm_80" in " ".join(c)) == (name != "hopper_attention.cu") for name, c in of_cuda.items())
+
+
+@pytest.mark.parametrize(("named", "used", "is_refused"), [
+    ("", "avx512", False), ("avx2", "avx2", False), ("avx512", "avx2", True), ("avx2", "plain", True),
+    ("plain", "avx2", True),
+])  # fmt: skip
+def test_an_instruction_set_that_does_not_run_here_is_refused(named, used, is_refused, monkeypatch):
+    monkeypatch.setenv("CRIA_INSTRUCTION_SET", named)
+    found = SimpleNamespace(cria_instruction_set=lambda: used.encode())
+    monkeypatch.setattr(cpu, "load", lambda *_: found)
+    monkeypatch.setattr(cpu, "declare", lambda library: None)
+    if is_refused:
+        with pytest.raises(NativeError, match=f"CRIA_INSTRUCTION_SET is '{named}'"):
+            cpu.load_cpu.__wrapped__()
+    else:
+        assert cpu.load_cpu.__wrapped__() is found

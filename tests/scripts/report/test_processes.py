@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.base.results import write_json
+from scripts.base.results import ROOT, write_json
 from scripts.report import processes
 from scripts.report.report import Report
 
@@ -157,3 +157,42 @@ def test_a_process_without_its_gpu_still_begins_others(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "run_command", lambda *a, **k: began.append(1) or 0)
     processes.measure_in_processes(report, "step", "m", ["a"])
     assert began
+
+
+def test_a_child_runs_in_the_project_with_what_it_is_given_before_what_there_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "UNPACKED", ["wheels"])
+    monkeypatch.setenv("PYTHONPATH", "before")
+    monkeypatch.setenv("A", "old")
+    monkeypatch.setenv("B", "kept")
+    monkeypatch.chdir(tmp_path)
+    with (tmp_path / "told").open("w") as told:
+        command = ["bash", "-c", "pwd; echo $PYTHONPATH $A $B"]
+        assert processes.run_command(command, 200, environment={"A": "new"}, stdout=told) == 0
+    folder, words = (tmp_path / "told").read_text().splitlines()
+    assert folder == str(ROOT) and words == f"wheels:{ROOT}:before new kept"
+
+
+def test_what_each_stream_was_before_it_is_after(tmp_path, capfd):
+    with processes.copy_output(tmp_path / "log.txt"):
+        os.write(2, b"within\n")
+    os.write(1, b"to stdout\n")
+    os.write(2, b"to stderr\n")
+    out, err = capfd.readouterr()
+    assert out == "within\nto stdout\n" and err == "to stderr\n"
+
+
+def test_the_last_records_of_a_process_are_taken_over_and_a_failed_one_stays(tmp_path, monkeypatch):
+    """They are written after the last look at its file; what failed is only tried again when it is asked for."""
+    report = Report(tmp_path / "report.json", minutes=600, smoke=True)
+    report.result["parts"]["step"] = {"records": [{"name": "old", "failed": "x"}]}
+
+    def run(command, limit_s, every):
+        assert command[command.index("--only") + 1 :] == ["a", "--smoke"]
+        write_json(command[command.index("--json") + 1], {"records": [{"name": "a"}], "left_out": []})
+        return 0
+
+    monkeypatch.setattr(processes, "run_command", run)
+    processes.measure_in_processes(report, "step", "m", ["old", "a"])
+    assert json.loads(report.path.read_text())["parts"]["step"]["records"] == [
+        {"name": "old", "failed": "x"}, {"name": "a"},
+    ]  # fmt: skip
