@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from engine import evaluate
 from engine.base.errors import run_main
 from engine.evaluate import EvaluateConfig, main
 from engine.inference.generation import generate
@@ -97,6 +98,20 @@ def test_flags_that_contradict_each_other_are_refused(flags, told):
     with pytest.raises(ValueError, match=told):
         EvaluateConfig(data=("x",), **flags)
     assert EvaluateConfig(data=("x",), model=("a/m", "b/n"), micro_batch_tokens=512).max_length == 512
+
+
+def test_rows_are_measured_in_pieces_and_as_what_they_are(measured, monkeypatch, capsys):
+    words = ["--model", str(small_model()), "--data", str(measured / "rows.json"), "--out", str(measured / "again")]
+    monkeypatch.setattr(evaluate, "CHUNK_EXAMPLES", 2)
+    assert run_main(main, words) == 0
+    found, before = (json.loads((measured / o / "results.json").read_text())["results"][0] for o in ("again", "out"))
+    assert found["loss"] == pytest.approx(before["loss"], rel=1e-6) and found["loss_tokens"] == before["loss_tokens"]
+    assert run_main(main, [*words, "--max-length", "40"]) == 0
+    cut = json.loads((measured / "again" / "results.json").read_text())["results"][0]
+    assert (found["truncated_rows"], cut["truncated_rows"]) == (0, len(ROWS))
+    for value in (math.inf, math.nan):
+        monkeypatch.setattr(evaluate.Transformer, "loss", lambda *_, value=value: torch.tensor(value))
+        assert run_main(main, words) == 4 and "the loss of the rows is" in capsys.readouterr().err
 
 
 def test_answers_that_the_model_has_no_positions_for_are_refused(measured, capsys):

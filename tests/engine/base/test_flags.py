@@ -120,6 +120,11 @@ def test_bad_flags(text, problem, capsys):
     assert any(problem in line for line in problems(text, capsys))
 
 
+def test_of_a_flag_and_its_negation_the_last_counts():
+    for words, shuffles in (("--shuffle --no-shuffle", False), ("--no-shuffle --shuffle", True)):
+        assert parse(words)[0].shuffle == shuffles
+
+
 def test_of_a_flag_given_twice_the_last_counts_and_is_named(capsys):
     config, _ = parse("--seed 1 --seed 2 --lr 1 --learning_rate 3 --shuffle")
     assert (config.seed, config.lr) == (2, 3.0)

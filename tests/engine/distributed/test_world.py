@@ -124,6 +124,30 @@ def test_the_mesh_has_a_row_a_replica_and_the_time_limit_in_each_of_its_groups(r
     assert limits == dict.fromkeys(groups, world.collective_timeout(20.0))
 
 
+def test_what_is_gathered_beside_training_has_a_group_and_a_limit_of_its_own(monkeypatch):
+    """Two threads in one group would take each other's values; and a watchdog names the rank that is late first."""
+    monkeypatch.setattr(World, "gather", lambda self, value, group=None: [value, group])
+    one = World()
+    one.saving_group = "of the saver"
+    assert one.gather_beside_training(5) == [5, "of the saver"] and one.gather(5) == [5, None]
+    assert world.collective_timeout(20.0).total_seconds() == 30
+
+
+def test_a_watchdog_that_is_stopped_has_ended():
+    """One that is still in the store when Python ends would abort the process."""
+    in_store = threading.Event()
+
+    def set_slowly(key, value):
+        in_store.set()
+        threading.Event().wait(0.1)
+
+    store = SimpleNamespace(set=set_slowly, check=lambda keys: False)
+    dog = world.Watchdog(SimpleNamespace(store=store, rank=0, size=1), timeout_s=0.01)
+    assert in_store.wait(60)
+    dog.stop()
+    assert not dog.thread.is_alive()
+
+
 @pytest.mark.parametrize(("local", "is_taken"), [(0, True), (1, True), (2, False), (3, False)])
 def test_a_rank_has_a_gpu_of_its_own_or_is_refused(local, is_taken, monkeypatch):
     """Before it waits for the others, who would wait for it."""

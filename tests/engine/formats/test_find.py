@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from engine.base.errors import UsageError
-from engine.formats.find import explain_no_model, find_model, list_checkpoints
+from engine.formats.find import detect_kind, explain_no_model, find_model, list_checkpoints
 from engine.model.config import EMBEDDED_MODEL
 
 
@@ -30,6 +30,27 @@ def test_the_embedded_model_is_the_gguf_of_its_package(monkeypatch):
         file.dist = SimpleNamespace(locate_file=lambda path: Path("/site", path))
     monkeypatch.setattr(importlib.metadata, "files", lambda name: files)
     assert find_model(EMBEDDED_MODEL) == Path("/site/llm/model.gguf")
+
+
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    (tmp_path / "m").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_model("~/m") == tmp_path / "m"
+
+
+@pytest.mark.parametrize(
+    ("files", "kind"),
+    [
+        (("config.json",), "hf"), (("params.json",), "meta"), (("adapter_config.json",), "adapter"),
+        (("config.json", "params.json", "adapter_config.json", "manifest.json"), "hf"), (("manifest.json",), "state"),
+        (("adapter_config.json", "manifest.json"), "adapter"), (("model.safetensors",), None), ((), None),
+    ],
+)  # fmt: skip
+def test_what_a_folder_holds_is_told_by_its_files(files, kind, tmp_path):
+    for name in (*files, "x.gguf", "x.bin"):
+        (tmp_path / name).touch()
+    assert detect_kind(tmp_path) == kind
+    assert (detect_kind(tmp_path / "x.gguf"), detect_kind(tmp_path / "x.bin")) == ("gguf", None)
 
 
 def test_checkpoints_are_listed_by_their_numbers(tmp_path):

@@ -1,13 +1,16 @@
 """Safetensors files as the library writes them."""
 
 import hashlib
+import os
 import struct
+import zipfile
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.formats.tensor_files import write_safetensors
+from engine.base.errors import NotFiniteError
+from engine.formats.tensor_files import write_pth, write_safetensors
 
 
 def test_write_safetensors_as_the_library_does(tmp_path):
@@ -35,5 +38,41 @@ def test_write_safetensors_as_the_library_does(tmp_path):
 def test_write_safetensors_checks_what_it_is_given(tmp_path):
     with pytest.raises(ValueError, match="as announced"):
         write_safetensors(tmp_path / "x", [("a", (2,), torch.float32, lambda: torch.zeros(3))])
+    with pytest.raises(ValueError, match="as announced"):
+        write_safetensors(tmp_path / "x", [("a", (3,), torch.bfloat16, lambda: torch.zeros(3))])
     with pytest.raises(ValueError, match="two tensors named 'a'"):
         write_safetensors(tmp_path / "x", [("a", (1,), torch.float32, lambda: torch.zeros(1))] * 2)
+
+
+WRITERS = pytest.mark.parametrize("write", [write_safetensors, write_pth])
+
+
+@WRITERS
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_no_number_that_is_none_is_written(write, value, tmp_path):
+    with pytest.raises(NotFiniteError, match="b holds NaN or an infinity as float32"):
+        write(tmp_path / "x", [("b", (3,), torch.float32, lambda: torch.tensor([1.0, value, 2.0]))])
+
+
+@WRITERS
+def test_a_file_is_on_the_disk_when_it_is_written(write, tmp_path, monkeypatch):
+    synced, real = [], os.fsync
+
+    def record(handle):
+        synced.append((os.readlink(f"/proc/self/fd/{handle}"), os.fstat(handle).st_size))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", record)
+    path = tmp_path / "x"
+    write(path, [(name, (1000,), torch.float32, lambda: torch.ones(1000)) for name in "ab"])
+    assert synced == [(str(path), path.stat().st_size)]
+
+
+def test_each_record_of_a_pth_can_be_mapped(tmp_path):
+    write_pth(tmp_path / "x", [(name, (n,), torch.bfloat16, lambda n=n: torch.ones(n)[:n].bfloat16())
+                               for name, n in (("a", 1), ("a longer name", 70), ("c", 3))])  # fmt: skip
+    raw = (tmp_path / "x").read_bytes()
+    with zipfile.ZipFile(tmp_path / "x") as archive:
+        for info in archive.infolist():
+            name, extra = struct.unpack_from("<HH", raw, info.header_offset + 26)
+            assert (info.header_offset + 30 + name + extra) % 64 == 0, info.filename

@@ -2,6 +2,8 @@
 
 import json
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from engine.base.errors import DataError, UsageError
 from engine.formats.source import open_source
 from engine.model.adapter import AdapterConfig
 from engine.output.folder import RUN
-from engine.serving.models import load_adapted, load_model
+from engine.serving import models
+from engine.serving.models import find_tokenizer_of_state, load_adapted, load_model
 from tests.helpers.adapters import write_adapter
 from tests.helpers.run import worst
 from tests.helpers.small_model import small_model, write_model, write_tokenizer
@@ -134,3 +137,31 @@ def test_an_adapter_of_another_shape_is_refused(adapters, tmp_path):
     with pytest.raises(DataError, match=r"is it of another base or rank\?"):
         load_model(str(other), *CPU, adapter_dir=str(adapters[0]))
     assert open_source(other).config.hidden_dim == 112
+
+
+def test_every_model_runs_the_kernels_that_are_asked_for(adapters):
+    for impl in ("ref", "native"):
+        loaded = load_adapted(str(small_model()), adapters, *CPU, impl)
+        assert [model.impl for model, *_ in loaded] == [impl] * 3
+    assert load_model(str(adapters[0]), *CPU, "native")[0].impl == "native"
+
+
+@pytest.mark.parametrize(
+    ("of_run", "name", "asked"),
+    [
+        ("toks", "mine", ("mine", Path("toks"))), ("", "mine", ("mine", Path("base"))),
+        (None, "mine", ("mine", Path("base"))),
+        ("toks", "", ("toks", None)), ("", "", ("", Path("base"))), (None, "", None),
+    ],
+)  # fmt: skip
+def test_a_states_tokenizer_is_compared_with_that_of_its_run(of_run, name, asked, monkeypatch):
+    found = []
+    monkeypatch.setattr(models, "find_tokenizer", lambda config, *which: found.append(which))
+    state = SimpleNamespace(tokenizer=of_run, base=Path("base"), config="its shape",
+                            checkpoint=SimpleNamespace(folder="checkpoint-9"))  # fmt: skip
+    if asked is None:
+        with pytest.raises(UsageError, match=r"checkpoint-9: its run has no tokenizer at hand \(no run.json beside"):
+            find_tokenizer_of_state(state, name)
+    else:
+        find_tokenizer_of_state(state, name)
+    assert found == ([] if asked is None else [asked])

@@ -6,7 +6,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from engine.data.dataset import encode_rows
-from engine.text.chat_templates import adopt_style, find_carried_style, settle_template, write_chat_template
+from engine.text.chat_templates import (
+    adopt_style,
+    find_carried_style,
+    pin_template,
+    settle_template,
+    write_chat_template,
+)
 from engine.text.own_template import read_chat_templates
 from engine.text.templates import Row, encode_prompt, find_stop_ids
 from engine.text.tokenizer_files import load_tokenizer
@@ -108,6 +114,24 @@ def test_tokens_keep_their_flags_and_an_older_map_agrees(tmp_path):
     )
     assert config["bos_token"] == bos and config["eos_token"] == older["eos_token"] == "<|eot_id|>"
     assert load_tokenizer(tmp_path / "out").eos_id == len(TOKENS) + 4
+
+
+@pytest.mark.parametrize("style", ["template", "chatml"])
+def test_a_checkpoints_own_template_keeps_the_blanks_that_its_tokens_swallow(style, tmp_path):
+    base = write_byte_level(tmp_path / "base", CHATML, chat_template=OWN)
+    spec = json.loads((base / "tokenizer.json").read_text())
+    spec["added_tokens"][3] |= {"lstrip": True, "rstrip": True, "normalized": True, "single_word": True}
+    (base / "tokenizer.json").write_text(json.dumps(spec))
+    files = adopt_style(load_tokenizer(base), style).files
+    (token,) = (t for t in json.loads(files["tokenizer.json"])["added_tokens"] if t["content"] == CHATML[3])
+    assert (token["lstrip"], token["rstrip"]) == (style == "template",) * 2
+    assert not token["normalized"] and not token["single_word"]
+
+
+@pytest.mark.parametrize("template", ["{{ strftime_now('%d %b') }}", "{{ date_string }}", "{{ 'no date' }}"])
+def test_a_day_is_pinned_once(template):
+    pinned = pin_template(template)
+    assert pin_template(pinned) == pinned and (pinned == template) == ("no date" in template)
 
 
 FLAGS_OF_A_TOKEN = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import deque
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,8 +11,10 @@ from transformers import AutoTokenizer
 
 from engine.base.errors import DataError
 from engine.data.dataset import encode_rows
+from engine.text import own_template
 from engine.text.chat_templates import adopt_style, find_carried_style, pin_date
-from engine.text.own_template import read_chat_templates
+from engine.text.own_template import compile_template, cut_text, read_chat_templates
+from engine.text.parts import Special, Text
 from engine.text.templates import Row, encode_prompt, find_stop_ids
 from engine.text.tokenizer_files import load_tokenizer
 from tests.helpers.chat_tokenizers import LLAMA3, SPECIALS, write_byte_level
@@ -257,3 +260,53 @@ def test_templates_are_found_where_they_may_be(jinja, config, found):
     files = {"tokenizer_config.json": json.dumps(config).encode()}
     files |= {} if jinja is None else {"chat_template.jinja": jinja.encode()}
     assert read_chat_templates(SimpleNamespace(files=files)) == found
+
+
+def parts_of(tokenizer, messages=(("user", "Hi"),), tools=()):
+    rows = as_dicts(messages)
+    return own_template.open_own_template(tokenizer).render(rows, tools, True, "f:1", [True] * len(rows))
+
+
+def test_a_chat_with_tools_has_the_template_that_is_named_for_them(tmp_path):
+    named = [{"name": "default", "template": "{{ 'plain' }}"}, {"name": "tool_use", "template": "{{ 'tools' }}"}]
+    tokenizer = load_tokenizer(
+        write_byte_level(tmp_path / "base", SPECIALS["chatml"], chat_template=named)
+    )  # fmt: skip
+    assert [part.whole() for part in parts_of(tokenizer)] == ["plain"]
+    assert [part.whole() for part in parts_of(tokenizer, tools=[{"type": "function"}])] == ["tools"]
+
+
+def test_a_special_token_that_begins_another_is_not_taken_for_it(tmp_path):
+    specials = (*SPECIALS["chatml"], "<|im_end|>2", "<|im_end|>23")
+    template = "{{ '<|im_end|>23<|im_end|>x<|im_end|>2' }}{{ pad_token }}"
+    tokenizer = load_tokenizer(
+        write_byte_level(tmp_path / "base", specials, chat_template=template, pad_token="<|im_start|>")
+    )
+    names = [part.name if isinstance(part, Special) else part.whole() for part in parts_of(tokenizer)]
+    assert names == ["<|im_end|>23", "<|im_end|>", "x", "<|im_end|>2", "<|im_start|>"]
+
+
+def test_a_prompt_may_be_written_otherwise_than_what_was_learned(tmp_path):
+    """A template that counts the messages cannot be learned from; but nothing is learned of a prompt."""
+    tokenizer = load(tmp_path, "{{ messages | length }}{% for m in messages %} {{ m.content }}{% endfor %}")
+    assert encode_prompt(Row("f:1", CHAT), tokenizer, "template")
+    with pytest.raises(DataError, match="writes the beginning of a chat otherwise when more follows"):
+        one(Row("f:1", CHAT), tokenizer)
+
+
+def test_a_chat_that_would_take_hours_is_refused(tmp_path, monkeypatch):
+    tokenizer = load(tmp_path, "vicuna")
+    n = len("".join(part.name if isinstance(part, Special) else part.whole() for part in parts_of(tokenizer, CHAT[:4])))
+    for name, limit in (("MAX_CHARACTERS_RUN", n), ("MAX_MESSAGES_RUN", 9)):
+        with monkeypatch.context() as patch:
+            patch.setattr(own_template, name, limit)
+            with pytest.raises(DataError, match="whose 2 answers the checkpoint's chat template does not mark"):
+                one(Row("f:1", CHAT), tokenizer)
+    assert len(one(Row("f:1", CHAT), tokenizer).tokens)
+
+
+def test_blocks_and_json_are_written_as_transformers_writes_them():
+    assert compile_template("a\n    {% if true %}\nx\n    {% endif %}\ny").render() == "a\nx\ny"
+    assert compile_template("{{ x | tojson }}").render(x={"a": "<b> & 'é'"}) == """{"a": "<b> & 'é'"}"""
+    assert list(cut_text("a~b", 0, 3, deque(), "~")) == [Text("ab", follows_special=False)]
+    assert list(cut_text("abc", 1, 3, deque(), "~")) == [Text("bc", follows_special=True)]

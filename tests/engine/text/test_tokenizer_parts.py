@@ -19,6 +19,28 @@ def test_what_is_no_token_id(file, value, tmp_path):
         load_tokenizer(folder)
 
 
+def test_an_end_of_turn_that_the_files_name_ends_an_answer(tmp_path):
+    for role, ends in (("eot_token", True), ("pad_token", False)):
+        found = load_tokenizer(write_byte_level(tmp_path / role, SPECIALS["chatml"], **{role: "<|im_end|>"}))
+        assert (found.special_ids["<|im_end|>"] in found.stop_ids) == ends and found.eos_id in found.stop_ids
+
+
+def test_a_bos_that_the_files_deny_is_none(tmp_path):
+    for name, bos in (("none", None), ("some", "<s>")):
+        folder = write_byte_level(tmp_path / name, SPECIALS["chatml"], adds_bos=False, bos_token=bos)
+        (folder / "config.json").write_text(json.dumps({"bos_token_id": len(TOKENS)}))
+        assert load_tokenizer(folder).bos_id == (None if bos is None else len(TOKENS))
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_of_two_files_that_name_a_token_the_older_one_counts_unless_the_newer_lists_all(newer, tmp_path):
+    more = {"added_tokens_decoder": {}} if newer else {}
+    folder = write_byte_level(tmp_path, SPECIALS["chatml"], **{"eos_token": "</s>"} | more)
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    found = load_tokenizer(folder)
+    assert found.eos_id == found.special_ids["</s>" if newer else "<|im_end|>"]
+
+
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
 def test_ids_that_the_tokenizer_does_not_have_begin_and_end_nothing(file, tmp_path):
     """As in a config that was copied from a model of a larger vocabulary."""
