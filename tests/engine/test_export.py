@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from safetensors.torch import load_file
 
 from engine import export as command
 from engine import finetune
-from engine.base.errors import DataError, Stopped, run_main
+from engine.base.errors import DataError, Stopped, UsageError, run_main
+from engine.formats.adapters import MergedSource
 from engine.formats.save import save_hf
 from engine.formats.source import open_source
 from engine.model.config import ModelConfig, RopeScaling
@@ -111,6 +113,41 @@ def test_what_is_there_is_never_written_over(tmp_path, capsys):
     }
     here("--model", small_model(), "--out", tmp_path / "new", "--merge", code=2)
     assert f"--merge: {small_model()} is no adapter" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+N_BYTES = {"f32": 4, "fp32": 4, "f16": 2, "fp16": 2, "bf16": 2, "q8_0": 34 / 32}
+
+
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "bf16", "f32", "f16", "q8_0"])
+def test_the_disk_is_asked_for_what_will_be_written(kind, tmp_path, monkeypatch):
+    """Before anything is, in a folder that is made for it."""
+    asked = []
+
+    def refuse(folder, n_bytes, remedy):
+        asked.append((folder, n_bytes, folder.is_dir()))
+        raise UsageError("no space")
+
+    monkeypatch.setattr(command, "require_disk_space", refuse)
+    is_gguf = not kind.startswith("fp") and kind != "bf16"
+    out = tmp_path / "new" / ("a.gguf" if is_gguf else "a")
+    how = ("--layout", "gguf", "--gguf-type", kind) if is_gguf else ("--dtype", kind)
+    here("--model", small_model(), "--out", out, *how, code=2)
+    n = open_source(small_model()).config.n_parameters
+    assert asked == [(out.parent if is_gguf else out, int(n * N_BYTES[kind]), True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("wanted", ["auto", "f16", "f32"])
+def test_an_adapter_is_written_as_it_is_unless_it_is_said(wanted, dtype, tmp_path, monkeypatch, capsys):
+    written = []
+    monkeypatch.setattr(command, "save_gguf_adapter", lambda *args: written.append(args))
+    factors = {"a": torch.ones(2, 3, dtype=dtype)}
+    adapter = SimpleNamespace(config="its updates", read_factors=lambda shape: factors)
+    source, out = MergedSource(SimpleNamespace(config="the shape"), adapter), tmp_path / "new" / "a.gguf"
+    command.write_adapter(out, source, command.ExportConfig(out=str(out), layout="gguf", gguf_type=wanted))
+    kept = {torch.float16: "f16", torch.bfloat16: "bf16"}.get(dtype, "f32")
+    assert written == [(out, "the shape", "its updates", factors, kept if wanted == "auto" else wanted)]
+    assert out.parent.is_dir() and "an adapter of 0.00M parameters" in capsys.readouterr().out
 
 
 # ---- a training state -----------------------------------------------------------------------------------------------

@@ -1,13 +1,17 @@
 """The whole command against a plain transformers loop, and against itself cut up differently."""
 
+import contextlib
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 
 from engine import finetune as command
-from engine.base.errors import run_main
+from engine.base.errors import UsageError, run_main
+from engine.distributed.world import World
 from engine.formats.source import open_source
 from engine.model.config import RopeScaling
 from engine.output.state_as_model import open_training_state
@@ -224,3 +228,110 @@ def test_packed_and_shared_or_not_the_curve_is_one(changes, tmp_path):
     assert (logits(read_model(tmp_path / "out0"), tokens) - their_logits(theirs, tokens)).abs().max() < 1e-5
     state = open_training_state(tmp_path / "out0" / "checkpoint-2")
     assert state.config == open_source(base).config
+
+
+# ---- the order of the command, its parts noted and not run -----------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Noted:
+    """A plan, or its packing, of which only these are looked at."""
+
+    max_tokens: int = 4096
+    packing: "Noted | None" = None
+
+
+@pytest.fixture
+def noted(monkeypatch, tmp_path, capsys):
+    """Return a function that runs the command and tells its parts in their order, with what each was given."""
+
+    def note(*flags, finished=False, fits=True):
+        told = []
+
+        @contextlib.contextmanager
+        def start_ranks(device, timeout):
+            told.append(f"ranks {device} {timeout}")
+            yield World()
+
+        @contextlib.contextmanager
+        def lock(out):
+            told.append(f"lock {out.name}")
+            try:
+                yield
+            finally:
+                told.append("unlock")
+
+        def require_disk_space(plan):
+            told.append("disk")
+            if not fits:
+                raise UsageError("the disk is full")
+
+        parts = {
+            "start_ranks": start_ranks, "lock_output_folder": lock, "require_disk_space": require_disk_space,
+            "prepare": lambda config, world, say: told.append("prepare") or Noted(packing=Noted()),
+            "agree_on_plan": lambda plan, world: plan, "is_finished": lambda plan: finished,
+            "find_start": lambda plan, say: SimpleNamespace(max_tokens=77),
+            "fine_tune": lambda plan, world, signals, start: told.append(f"train {plan.packing.max_tokens}"),
+            "describe_plan": lambda plan, world: told.append("describe") or "the plan", "Signals": lambda: None,
+            "print_plan_estimate": lambda plan, world: told.append(f"estimate {plan.packing.max_tokens}"),
+        }  # fmt: skip
+        for name, part in parts.items():
+            monkeypatch.setattr(command, name, part)
+        words = ("--model", "m", "--data", "d", "--out", str(tmp_path / "out"), *flags)
+        return told, run_main(command.main, list(words)), capsys.readouterr()
+
+    return note
+
+
+def test_everything_is_refused_and_locked_before_anything_is_trained(noted):
+    words = ("--device", "cpu", "--rank-timeout", "7.5", "--tf32", "True")
+    told, code, said = noted(*words)
+    assert told == ["ranks cpu 7.5", "lock out", "prepare", "disk", "train 77", "unlock"] and code == 0
+    assert "--tf32" in said.out, "what is done with a flag of Stanford's is told"
+    assert noted(*words, fits=False)[:2] == (["ranks cpu 7.5", "lock out", "prepare", "disk", "unlock"], 2)
+    told, code, said = noted(*words, finished=True)
+    assert (told[-1], code) == ("unlock", 0) and "train 77" not in told and "holds this run, finished" in said.out
+    assert noted(*words, "--dry-run")[0][3:] == ["disk", "describe", "estimate 77", "unlock"]
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "on_gpu", "dtype"), [(True, False, "bf16"), (True, True, "auto"), (False, False, "auto")]
+)
+def test_the_embedded_run_is_in_bf16_where_a_cpu_multiplies_it(on_cpu, on_gpu, dtype, monkeypatch):
+    seen = []
+
+    def parse_flags(cls, argv, translate, embedded):
+        seen.append(embedded.get("dtype", "auto"))
+        raise UsageError("enough")
+
+    monkeypatch.setattr(command, "cpu_multiplies_bf16", lambda: on_cpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    monkeypatch.setattr(command, "parse_flags", parse_flags)
+    assert run_main(command.main, []) == 2 and seen == [dtype]
+
+
+@pytest.mark.parametrize("trial", [None, "a step takes 3 s"])
+def test_a_dry_run_on_a_cpu_tries_a_step_and_else_estimates(trial, monkeypatch, capsys):
+    asked, printed = {}, []
+
+    def note(name, answer):
+        return lambda *args: (asked.update({name: args}), answer)[1]
+
+    parts = {"try_on_cpu": trial, "dataset_mix": "mix", "estimate_run": "found", "recipe_from_config": "recipe",
+             "setting_from_config": "setting"}  # fmt: skip
+    for name, answer in parts.items():
+        monkeypatch.setattr(command, name, note(name, answer))
+    monkeypatch.setattr(command.tables, "print_estimate", printed.append)
+    config = command.FinetuneConfig(model="m", data=("d",), dtype="fp32")
+    plan = SimpleNamespace(device=torch.device("cpu"), config=config, replicas=2, dtype=torch.float32, train="rows",
+                           model_config="shape")  # fmt: skip
+    command.print_plan_estimate(plan, World())
+    said = capsys.readouterr().out
+    assert printed == ([] if trial else ["found"])
+    assert ("python -m engine.estimate --help" in said) == bool(trial) and (trial or "too little memory") in said
+    world = SimpleNamespace(size=4)
+    command.print_plan_estimate(plan, world)
+    assert asked["setting_from_config"] == (dataclasses.replace(config, replicas=2), torch.float32, 4)
+    assert asked["recipe_from_config"] == (dataclasses.replace(config, replicas=2), 4)
+    assert asked["dataset_mix"] == ("rows", "recipe") and "on one H100" in capsys.readouterr().out
+    assert asked["estimate_run"][0] == "shape" and asked["estimate_run"][2:] == ("mix", "recipe", "setting")

@@ -40,10 +40,10 @@ SOURCE = StandIn(
     generation_config={"top_k": 3}, read_into=lambda model, watch: None,
 )  # fmt: skip
 PARTS = {  # module: {what it calls: what that answers}
-    generate: {"load_model": LOADED, "encode_prompt": [1, 2], "find_stop_ids": {2}, "generate": [[1], [1], [1]]},
+    generate: {"load_model": LOADED, "encode_prompt": [1, 2], "find_stop_ids": {5}, "generate": [[1], [1], [1]]},
     chat: {"load_model": LOADED, "Chat": None, "converse": None},
     evaluate: {
-        "load_model": LOADED, "read_rows": ["rows"], "resolve_data_paths": "paths", "find_stop_ids": {2},
+        "load_model": LOADED, "read_rows": ["rows"], "resolve_data_paths": "paths", "find_stop_ids": {5},
         "encode_rows": SimpleNamespace(select=lambda: EXAMPLES), "make_micro_batches": ["batch"],
         "encode_prompt": [1, 2], "answer_prompts": [SimpleNamespace(ids=[1], reason="length")] * 3,
         "write_atomically": None,
@@ -167,4 +167,21 @@ def test_the_style_of_training_is_asked_for_and_the_tokenizers_warnings_are_told
     asked = ask(module, ARRIVE[module][1])
     assert all("'auto', 'llama2', <tokenizer>" in call for call in asked.get("choose_style", []))
     assert ("choose_style" in asked) == (module is not export)
-    assert "an odd file" in "".join(capsys.readouterr())
+    said = capsys.readouterr()
+    assert "an odd file" in said.out + said.err
+    assert ("the end" in said.out) == (module is generate), "what a stream still holds is said at its end"
+    for part in ("generate", "answer_prompts"):
+        assert all("{5}" in call for call in asked.get(part, [])), "the template's end of a turn ends an answer"
+
+
+def test_an_adapter_is_served_under_its_own_name(ask):
+    for flags, names in (("", ["smollm2-135m"]), ("--model a/b", ["b"]), ("--model a/b --adapter-dir c/d", ["d"]),
+                         ("--model a/b --compare-with c/b", ["a/b", "c/b"]),
+                         ("--model a/b --adapter-dir c/d e/f", ["b", "d", "f"])):  # fmt: skip
+        assert [call.split("'")[1] for call in ask(serve, flags)["ModelService"]] == names
+
+
+def test_a_raw_text_begins_with_bos_where_the_tokenizer_adds_it(ask, monkeypatch):
+    for adds, ids in ((True, "[1, 7, 8]"), (False, "[7, 8]")):
+        monkeypatch.setattr(TOKENIZER, "add_bos", adds)
+        assert f"[{ids}]" in ask(generate, "--prompt Hi --raw")["generate"][0]

@@ -150,6 +150,7 @@ def test_a_prompt_comes_from_standard_input(monkeypatch, capsys):
     ("args", "code", "message"),
     [
         ((), 2, "give one of --prompt and --prompts"),
+        (("--prompt", "x", "--prompts", "y"), 2, "give one of --prompt and --prompts"),
         (("--prompt", "x", "--top-p", "0"), 2, "--top-p more than 0"),
         (("--promt", "x"), 2, "did you mean --prompt?"),
         (("--prompts", "/nonexistent"), 3, "cannot be read"),

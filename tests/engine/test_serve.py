@@ -86,6 +86,13 @@ def test_other_machines_want_a_key_and_ports_are_those_there_are(host):
             ServeConfig(port=port)
 
 
+def test_a_key_that_is_empty_is_none(monkeypatch, capsys):
+    for value in ("", " ", "\n"):
+        monkeypatch.setenv("A_KEY", value)
+        assert run_main(main, ["--api-key-env", "A_KEY"]) == 2
+        assert "--api-key-env A_KEY: this environment variable is not set" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("asked", "found"), [(60, 60), (512, 512), (100_000, 512)])
 def test_no_answer_goes_past_the_models_positions(asked, found):
     (service,) = load_services(ServeConfig(model=str(small_model()), device="cpu", max_length=asked, max_concurrency=1))

@@ -331,6 +331,9 @@ def test_gguf_scaling_is_read_as_llama_cpp_reads_it(tmp_path):
     assert scaling(**yarn) == by_default
     assert scaling(**yarn, **{"scaling.attn_factor": 2.0}) == replace(by_default, attention_factor=2 * recommended)
     assert scaling(**yarn, **{"scaling.yarn_attn_factor": 2.0}) == replace(by_default, attention_factor=2.0)
+    betas = {"scaling.yarn_beta_fast": 20.0, "scaling.yarn_beta_slow": 2.0, "scaling.original_context_length": 64}
+    own = {"beta_fast": 20.0, "beta_slow": 2.0, "original_max_seq_len": 64}
+    assert scaling(**yarn, **betas) == replace(by_default, **own)
     for more, words in (
         ({**yarn, "scaling.attn_factor": 2.0, "scaling.yarn_attn_factor": 3.0}, "are both there"),
         ({**yarn, "scaling.yarn_log_multiplier": 1.0}, "yarn_log_multiplier is 1.0"),

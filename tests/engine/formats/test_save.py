@@ -131,6 +131,23 @@ def test_meta_file_is_an_ordinary_torch_file(tmp_path):
     assert configs.meta_hidden_dim(params["dim"], params["multiple_of"]) == META.hidden_dim
 
 
+def test_metas_code_finds_a_head_where_the_embedding_is_one(tmp_path):
+    tied = replace(META, tied=True)
+    model = random_model(tied)
+    save_meta(tmp_path, model)
+    tensors = torch.load(tmp_path / "consolidated.00.pth", weights_only=True)
+    assert torch.equal(tensors["output.weight"], model.tok_embeddings) and open_source(tmp_path).config.tied
+
+
+def test_the_ids_of_the_tokenizer_go_before_those_of_an_old_generation_config(tmp_path):
+    old = {"eos_token_id": 9, "bos_token_id": 8, "top_k": 3}
+    save_hf(tmp_path, random_model(BASE), bos_id=1, eos_ids=(2, 4), generation_config=old)
+    for name in ("config.json", "generation_config.json"):
+        found = json.loads((tmp_path / name).read_text())
+        assert (found["bos_token_id"], found["eos_token_id"]) == (1, [2, 4]), name
+    assert found["top_k"] == 3
+
+
 @pytest.mark.parametrize(
     "shape, words",
     [

@@ -24,6 +24,17 @@ def test_values(kind, value, taken):
     assert problems == ([] if taken is not None else [f"x.json: key is {str(value)[:80]!r}, wanted {WANTED[kind]}"])
 
 
+@pytest.mark.parametrize("value", [0, False, "", 0.0, [], "silu", 3])
+def test_only_what_changes_nothing_is_let_pass(value):
+    problems = []
+    settings = Settings({"key": value, "null": None}, "x.json", problems)
+    for key, harmless in (("key", (value,)), ("key", ("other", value)), ("null", ()), ("absent", ())):
+        settings.refuse(key, *harmless)
+    assert problems == []
+    settings.refuse("key", "other", why=" here")
+    assert problems == [f"x.json: key is {value}, which is not supported here"]
+
+
 @pytest.mark.parametrize("raw", [{}, {"key": None}])
 def test_a_key_that_is_missing(raw):
     problems = []

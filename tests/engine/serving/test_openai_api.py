@@ -43,6 +43,8 @@ def test_the_newer_name_of_the_limit_decides_unless_it_is_null():
         ({"max_completion_tokens": 0, "max_tokens": 9}, "max_completion_tokens"),
         ({"n": True}, "n"),
         ({"stop": False}, "stop"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stop": 0}, "stop"),
         ({"logit_bias": {"0": False}}, "logit_bias.0"),
         ({"logit_bias": {"0": None}}, "logit_bias"),
@@ -136,6 +138,8 @@ def test_what_has_no_effect_here_is_taken(name):
 @pytest.mark.parametrize("body, limit", [({}, 16), ({"max_tokens": None}, None), ({"max_tokens": 1}, 1)])
 def test_a_completion_has_16_tokens_unless_it_is_said(body, limit):
     assert read_completion({"prompt": "a"} | body).max_tokens == limit
+    for echo in (True, False):
+        assert read_completion({"prompt": "a", "echo": echo} | body).echo == echo
 
 
 @pytest.mark.parametrize("more", [{}, {"best_of": None}, {"best_of": 1}, {"best_of": 2, "n": 2}, {"suffix": None}])
