@@ -17,7 +17,7 @@ import pytest
 
 from data_gen.judging.humans import read_votes
 from engine import serve
-from engine.base.errors import run_main
+from engine.base.errors import UsageError, run_main
 from engine.serve import ServeConfig, load_services, main
 from engine.serving import listen
 from engine.serving.guard import LOOPBACK, Access
@@ -86,11 +86,13 @@ def test_other_machines_want_a_key_and_ports_are_those_there_are(host):
             ServeConfig(port=port)
 
 
-def test_a_key_that_is_empty_is_none(monkeypatch, capsys):
+def test_a_key_that_is_empty_is_none(monkeypatch):
     for value in ("", " ", "\n"):
         monkeypatch.setenv("A_KEY", value)
-        assert run_main(main, ["--api-key-env", "A_KEY"]) == 2
-        assert "--api-key-env A_KEY: this environment variable is not set" in capsys.readouterr().err
+        with pytest.raises(UsageError, match="--api-key-env A_KEY: this environment variable is not set"):
+            serve.read_key("A_KEY")
+    monkeypatch.setenv("A_KEY", " k3y\n")
+    assert (serve.read_key("A_KEY"), serve.read_key("")) == ("k3y", None)
 
 
 @pytest.mark.parametrize(("asked", "found"), [(60, 60), (512, 512), (100_000, 512)])
