@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.formats import folders
 from engine.formats.adapters import save_adapter
-from engine.formats.folders import make_json_writer, replace_files
+from engine.formats.folders import make_json_writer, read_json_member, replace_files
 from engine.formats.save import save_hf, save_meta
 from engine.formats.save_gguf import save_gguf
 from engine.model.adapter import AdapterConfig
@@ -71,3 +72,30 @@ def test_an_interrupted_save_leaves_the_old_model_and_nothing_else(error, tmp_pa
     with pytest.raises(type(error)):
         replace_files(tmp_path, {"a.json": make_json_writer(3), "b.json": fail}, r".\.json")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_only_sound_objects_in_files_of_the_folder_are_read(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "out.json").write_text("{}")
+    (folder / "bom.json").write_text('\ufeff{"a": 1}')
+    (folder / "list.json").write_text("[]")
+    (folder / "large.json").write_text('{"a": "a long text"}')
+    (folder / "link.json").symlink_to(tmp_path / "out.json")
+    (folder / "folder.json").mkdir()
+    monkeypatch.setattr(folders, "MAX_HEADER_BYTES", 15)
+    for name, told in (
+        ("bom.json", None), ("list.json", "holds a list, wanted an object"),
+        ("large.json", "20 bytes, wanted under 15"), ("link.json", "is a link out of the folder"), ("folder.json", "is not a file"), ("none.json", "is missing"),
+        ("../out.json", "is not the name of a file in this folder"),
+    ):  # fmt: skip
+        problems = []
+        found = read_json_member(folder, name, problems)
+        assert (found, problems) == ({"a": 1}, []) if told is None else (found is None and told in problems[0]), name
+
+
+def test_files_of_the_old_model_go_and_all_others_stay(tmp_path):
+    for name in ("model-1.bin", "model.bin", "notes.txt", ".tmp-model-3.bin", ".tmp-notes"):
+        (tmp_path / name).write_text("old")
+    replace_files(tmp_path, {"model.bin": make_json_writer(1), "config.json": make_json_writer(2)}, r"model(-\d)?\.bin")
+    assert {path.name for path in tmp_path.iterdir()} == {"model.bin", "config.json", "notes.txt", ".tmp-notes"}

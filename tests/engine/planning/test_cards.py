@@ -11,6 +11,7 @@ from engine.base.errors import DataError
 from engine.planning.cards import (
     CARDS,
     GIB,
+    PRICES_DATE,
     change_card,
     detect_card,
     find_card,
@@ -46,6 +47,16 @@ def test_another_card_is_described_by_its_figures():
     assert change_card(card, None, None, None, 1.5).price_per_hour == 1.5
     other = change_card(card, 48, None, None, None)
     assert (other.memory_gib, other.name, other.device, other.price_per_hour) == (48, "like H100", "none", None)
+
+
+PRICES = {  # dollars an hour, of March 2026
+    "A100-40": 1.48, "A100-80": 1.39, "H100": 2.69, "H200": 3.59, "B200": 5.98, "L40S": 0.79, "RTX-3060": None,
+    "RTX-3090": 0.22, "RTX-4060": None, "RTX-4080": None, "RTX-4090": 0.34, "RTX-5090": 0.69,
+}  # fmt: skip
+
+
+def test_prices_are_those_of_their_date():
+    assert ({name: card.price_per_hour for name, card in CARDS.items()}, PRICES_DATE) == (PRICES, "March 2026")
 
 
 MACHINE = {"machine": {"device": "NVIDIA H100 80GB HBM3"}}

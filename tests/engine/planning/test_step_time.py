@@ -48,6 +48,18 @@ def test_adamw_moves_what_its_table_says():
             assert found == pytest.approx(float(moved), abs=0.05), (name, states)
 
 
+@pytest.mark.parametrize("recompute", ["cheap", "block"])
+def test_attention_takes_its_operations_at_its_share_of_the_rate(recompute):
+    """4 operations a pair in forward, twice where blocks are computed again, 14 in backward; the last layer alone has
+    only the queries with a loss. Each query multiplies 100 keys that it does not see."""
+    c, card = MODELS["llama-7b"], CARDS["H100"]
+    work, rates = Work(1000, 400, 50_000, 30_000, 2), find_rates(card)
+    found = step_seconds(c, card, rates, work, Setting(recompute=recompute), update_s=0.0)["attention"]
+    pairs = 31 * (50_000 + 100 * 1000) + 30_000 + 100 * 400
+    operations = (22 if recompute == "block" else 18) * pairs * 4096
+    assert found == pytest.approx(operations / (0.4 * rates.gemm_flops_per_s))
+
+
 def test_an_update_on_the_cpu_is_bound_by_the_hosts_memory_or_by_the_bus():
     """Gradients that come in backward are not part of it; those of several GPUs, which share the memory, are."""
     c = MODELS["llama-7b"]

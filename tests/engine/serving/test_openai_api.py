@@ -102,6 +102,15 @@ def test_the_ends_of_what_a_number_may_be(name, read, ask):
         assert refused.value.param == name
 
 
+def test_the_ends_that_are_described_are_those_that_are_read():
+    ends = {name: (least, most) for name, (_, least, most) in (NUMBERS | WHOLE).items()} | {"top_logprobs": (0, 20)}
+    for name, (least, most) in ends.items():
+        described, null = openapi.OF_CHAT[name]["anyOf"]
+        assert (described["minimum"], described["maximum"]) == (least, most) and null == {"type": "null"}
+        assert described["type"] == ("integer" if name in WHOLE or name == "top_logprobs" else "number")
+    assert openapi.OF_CHAT["stop"]["anyOf"][1]["maxItems"] == 16
+
+
 def test_the_ends_of_logprobs_and_stops():
     for n in (0, 20):
         assert read_chat(ASK | {"logprobs": True, "top_logprobs": n}).sampling.n_logprobs == n

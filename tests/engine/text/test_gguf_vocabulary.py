@@ -7,7 +7,7 @@ import pytest
 
 from engine.base.errors import UsageError
 from engine.formats.save_gguf import save_gguf
-from engine.text.gguf_vocabulary import PROBES, SPLIT_ORDER, make_vocabulary
+from engine.text.gguf_vocabulary import PROBES, SPLIT_ORDER, describe_roles, make_vocabulary
 from engine.text.sentencepiece_file import CONTROL
 from engine.text.tokenizer_files import load_tokenizer
 from engine.text.tokenizer_gguf import SPLITS
@@ -111,3 +111,19 @@ def test_a_split_that_llama_cpp_does_not_know_is_refused(tmp_path):
     tokenizer = split_by(tmp_path / "hf", [r"\p{L}"])
     with pytest.raises(UsageError, match="would split text otherwise"):
         make_vocabulary(tokenizer, tokenizer.vocab_size)
+
+
+def test_roles_and_the_template_of_a_file_of_its_own_come_along(tmp_path):
+    names = {"pad_token": "<|im_start|>", "unk_token": "<|im_end|>"}
+    folder = write_byte_level(tmp_path / "hf", SPECIALS["chatml"], chat_template="{{ 1 }}", **names)
+    (folder / "chat_template.jinja").write_text("{{ 2 }}")
+    tokenizer = load_tokenizer(folder)
+    roles = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "padding": tokenizer.special_ids["<|im_start|>"],
+             "unknown": tokenizer.special_ids["<|im_end|>"]}  # fmt: skip
+    made = make_vocabulary(tokenizer, tokenizer.vocab_size)
+    assert {role: made[f"tokenizer.ggml.{role}_token_id"] for role in roles} == roles
+    assert made["tokenizer.chat_template"] == "{{ 2 }}" and made["tokenizer.ggml.add_bos_token"] is True
+    kinds = made["tokenizer.ggml.token_type"]
+    assert [kinds[id] for id in tokenizer.special_ids.values()] == [CONTROL] * 4
+    assert not tokenizer.forget_unembedded(tokenizer.bos_id)  # of the roles none has an embedding
+    assert not any(f"{role}_token_id" in describe_roles(tokenizer, tokenizer.bos_id) for role in roles)

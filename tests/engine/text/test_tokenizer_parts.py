@@ -5,6 +5,7 @@ import json
 import pytest
 
 from engine.base.errors import DataError
+from engine.text.templates import Row, render_row
 from engine.text.tokenizer_files import load_tokenizer
 from tests.helpers.chat_tokenizers import SPECIALS, TOKENS, write_byte_level
 
@@ -52,3 +53,43 @@ def test_ids_that_the_tokenizer_does_not_have_begin_and_end_nothing(file, tmp_pa
     (folder / file).write_text(json.dumps({"eos_token_id": 9999}))
     with pytest.raises(DataError, match="got no end-of-text token"):
         load_tokenizer(folder)
+
+
+def test_all_that_decides_ids_is_in_a_tokenizers_description(tmp_path):
+    """Also what is in no file that is saved: ids that config.json names, tokens without an embedding."""
+    described = []
+    for name, ends in (("a", 1), ("b", 2), ("c", 2)):
+        folder = write_byte_level(tmp_path / name, SPECIALS["chatml"], adds_bos=False, bos_token="", eos_token="")
+        (folder / "config.json").write_text(json.dumps({"eos_token_id": ends}))
+        described.append(load_tokenizer(folder).describe())
+    assert described[0]["files"] == described[1]["files"] and described[0] != described[1] == described[2]
+    found = load_tokenizer(tmp_path / "c")
+    found.forget_unembedded(len(TOKENS) + 2)
+    assert found.describe() != described[2]
+    found = load_tokenizer(tmp_path / "c")
+    found._encode = lambda texts, follows: [[1] for _ in texts]
+    assert found.describe() != described[2]
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    tokenizer = load_tokenizer(write_byte_level(tmp_path / "a", SPECIALS["chatml"]))
+    (tmp_path / "b").mkdir()
+    for name in tokenizer.files:
+        (tmp_path / "b" / name).write_bytes(b"old")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        tokenizer.save(tmp_path / "b")
+    assert {path.read_bytes() for path in (tmp_path / "b").iterdir()} == {b"old"}
+
+
+@pytest.mark.parametrize("style", ["chatml", "llama2", "llama3"])
+@pytest.mark.parametrize("what", [{"tools": [{"type": "function"}]}, {"more": {1: {"tool_calls": [{}]}}}])
+def test_a_style_that_cannot_say_calls_of_tools_refuses_them(style, what, tmp_path):
+    tokenizer = load_tokenizer(write_byte_level(tmp_path, SPECIALS[style]))
+    row = Row("f:7", (("user", "Hi"), ("assistant", "Ho")), **what)
+    with pytest.raises(DataError, match="f:7: the row calls tools, which --prompt-style template alone can say"):
+        render_row(row, style, tokenizer)
