@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from engine import estimate
-from engine.base.errors import DataError, run_main
+from engine.base.errors import DataError, UsageError, run_main
 from engine.base.flags import parse_flags
 from engine.estimate import SHARED_FLAGS, EstimateConfig, main
-from engine.model.config import MODELS
+from engine.model.config import MODELS, RopeScaling
 from engine.planning.cards import CARDS, GIB
 from engine.planning.memory import state_bytes
 from engine.planning.setting import Setting
@@ -124,6 +124,15 @@ def test_the_rows_are_read_as_finetune_would(asked, monkeypatch):
         estimate.read_mix(named, recipe, MODELS["tiny"], None)
     mix = estimate.read_mix(unnamed, recipe, MODELS["tiny"], None)
     assert 0 < mix.examples <= 24 and "24 rows" in mix.what and "(no tokenizer there)" in mix.what
+
+
+def test_a_scaled_rope_takes_rows_beyond_the_length_of_pretraining(asked, tmp_path, monkeypatch):
+    scaled = dataclasses.replace(MODELS["tiny"], rope_scaling=RopeScaling(factor=4.0, original_max_seq_len=512))
+    monkeypatch.setattr(estimate, "open_source", lambda path: SimpleNamespace(config=scaled, path=path))
+    model = ("--model", tmp_path, "--data", "rows", "--micro-batch-tokens", 9000)
+    assert asked(*model, "--max-length", 2048)["find_tokenizer"] == (scaled, "", tmp_path, {})
+    with pytest.raises(UsageError, match="--max-length 2049 is over the model's 2048 positions"):
+        asked(*model, "--max-length", 2049)
 
 
 def test_a_card_of_another_memory_says_whose_speed_it_has(capsys):

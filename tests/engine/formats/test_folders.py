@@ -86,7 +86,10 @@ def test_only_sound_objects_in_files_of_the_folder_are_read(tmp_path, monkeypatc
     monkeypatch.setattr(folders, "MAX_HEADER_BYTES", 15)
     for name, told in (
         ("bom.json", None), ("list.json", "holds a list, wanted an object"),
-        ("large.json", "20 bytes, wanted under 15"), ("link.json", "is a link out of the folder"), ("folder.json", "is not a file"), ("none.json", "is missing"),
+        ("large.json", "20 bytes, wanted under 15"),
+        ("link.json", "is a link out of the folder"),
+        ("folder.json", "is not a file"),
+        ("none.json", "is missing"),
         ("../out.json", "is not the name of a file in this folder"),
     ):  # fmt: skip
         problems = []

@@ -57,6 +57,19 @@ def test_every_bit_of_a_tensor_counts(tmp_path):
                 next(stored.blocks())
 
 
+@pytest.mark.parametrize("writer", ["torch", "engine"])
+def test_every_bit_of_the_words_beside_the_tensors_counts(writer, tmp_path):
+    """As of a name in the pickle: another name would be another tensor."""
+    path = tmp_path / "m.pth"
+    raw = bytearray(save(path, writer))
+    for word in (b"X\x01\0\0\0b", b"X\x01\0\0\0c"):
+        raw[raw.index(word) + 5] ^= 32
+        path.write_bytes(raw)
+        raw[raw.index(word[:5] + bytes([word[5] ^ 32])) + 5] ^= 32
+        with pytest.raises(DataError, match=r"m\.pth: not a sound torch file"):
+            open_pth(path)
+
+
 def test_tensors_that_are_larger_than_what_is_stored(tmp_path):
     path, base = tmp_path / "m.pth", torch.zeros(1000)
     for tensors, words in (

@@ -165,3 +165,33 @@ def test_a_states_tokenizer_is_compared_with_that_of_its_run(of_run, name, asked
     else:
         find_tokenizer_of_state(state, name)
     assert found == ([] if asked is None else [asked])
+
+
+def test_a_tokenizer_and_a_style_are_those_of_the_folder_that_is_asked(monkeypatch, tmp_path):
+    """A name goes before them; an adapter's folder without a tokenizer leaves both to its base."""
+    asked = []
+
+    def find(config, name, path):
+        asked.append((config, name, path))
+        if path == tmp_path and not name:
+            raise DataError("none here")
+        return f"of {name or path.name}"
+
+    monkeypatch.setattr(models, "find_tokenizer", find)
+    monkeypatch.setattr(models, "read_prompt_style", lambda path: f"style of {path.name}")
+    monkeypatch.setattr(models, "find_tokenizer_of_state", lambda state, name: f"of the state, or {name}")
+    base = models.Source(Path("base"), "hf", "its shape", torch.float32, {}, {})
+    merged = models.MergedSource(base, SimpleNamespace(path=tmp_path))
+    state = object.__new__(models.TrainingState)
+    monkeypatch.setattr(models.TrainingState, "prompt_style", "style of its run", raising=False)
+    assert models.find_tokenizer_of(base) == ("of base", "style of base")
+    assert models.find_tokenizer_of(base, "mine") == ("of mine", "style of base")
+    assert models.find_tokenizer_of(merged, "mine") == ("of mine", f"style of {tmp_path.name}")
+    assert models.find_tokenizer_of(merged) == ("of base", "style of base")
+    assert models.find_tokenizer_of(state, "mine") == ("of the state, or mine", "style of its run")
+    assert {config for config, *_ in asked} == {"its shape"}
+    (tmp_path / "tokenizer_config.json").touch()
+    for name in ("", "mine"):
+        monkeypatch.setattr(models, "find_tokenizer", lambda *_: find("its shape", "", tmp_path))
+        with pytest.raises(DataError, match="none here"):
+            models.find_tokenizer_of(merged, name)

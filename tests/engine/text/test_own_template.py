@@ -310,3 +310,10 @@ def test_blocks_and_json_are_written_as_transformers_writes_them():
     assert compile_template("{{ x | tojson }}").render(x={"a": "<b> & 'é'"}) == """{"a": "<b> & 'é'"}"""
     assert list(cut_text("a~b", 0, 3, deque(), "~")) == [Text("ab", follows_special=False)]
     assert list(cut_text("abc", 1, 3, deque(), "~")) == [Text("bc", follows_special=True)]
+
+
+def test_what_a_message_does_not_say_is_not_there(tmp_path):
+    tokenizer = load(tmp_path, "{{ messages[0] | tojson }}")
+    message = {"role": "user", "content": "Hi", "name": None}
+    (part,) = own_template.open_own_template(tokenizer).render([message], (), True, "f:1", [False])
+    assert json.loads(part.whole()) == {"role": "user", "content": "Hi"}
