@@ -317,3 +317,23 @@ def test_what_a_message_does_not_say_is_not_there(tmp_path):
     message = {"role": "user", "content": "Hi", "name": None}
     (part,) = own_template.open_own_template(tokenizer).render([message], (), True, "f:1", [False])
     assert json.loads(part.whole()) == {"role": "user", "content": "Hi"}
+
+
+def test_spans_are_those_of_the_answers_that_are_learned():
+    """Where all are learned, a template may mark them as it likes."""
+    two = [(0, 2), (5, 9)]
+    assert own_template.choose_spans(two, [True], "f:1") == two == own_template.choose_spans(two, [True, True], "f:1")
+    assert own_template.choose_spans(two, [False, True], "f:1") == [(5, 9)]
+    with pytest.raises(DataError, match="f:1: the checkpoint's chat template marks 2 answers, the row has 3"):
+        own_template.choose_spans(two, [False, True, True], "f:1")
+
+
+@pytest.mark.parametrize("side", [None, "lstrip", "rstrip"])
+def test_a_special_token_swallows_the_blanks_on_its_side(side, tmp_path):
+    folder = write_byte_level(tmp_path / "base", SPECIALS["chatml"], chat_template="{{ 'a  <|im_end|> \\n b' }}")
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["added_tokens"][3] |= {side: True} if side else {}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    before, token, after = parts_of(load_tokenizer(folder))
+    assert token.name == "<|im_end|>" and before.whole() == ("a" if side == "lstrip" else "a  ")
+    assert after.whole() == ("b" if side == "rstrip" else " \n b")
