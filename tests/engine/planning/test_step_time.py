@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from engine.model.adapter import AdapterConfig, list_updates
 from engine.model.config import MODELS, ModelConfig
 from engine.planning.cards import BENCHMARKS, CARDS, find_rates
 from engine.planning.setting import Setting
@@ -22,6 +23,7 @@ from engine.planning.step_time import (
     block_seconds,
     bytes_of_update,
     crossing_bytes,
+    flops_per_token,
     gemm_flops,
     host_update_bytes,
     host_update_seconds,
@@ -46,6 +48,21 @@ def test_adamw_moves_what_its_table_says():
             gradients = c.n_parameters * (dtype.itemsize - 2)  # the table's are bf16
             found = (bytes_of_update(state, master) - gradients) / c.n_parameters
             assert found == pytest.approx(float(moved), abs=0.05), (name, states)
+
+
+def test_a_frozen_weight_counts_four_operations_and_a_trained_one_six():
+    c, adapter = MODELS["tinyllama-1.1b"], AdapterConfig(r=4)
+    n_trained = sum(u.rank * (u.rows + u.columns) for u in list_updates(c, adapter))
+    assert flops_per_token(c) == 6 * c.n_parameters
+    assert flops_per_token(c, adapter) == 4 * c.n_parameters + 6 * n_trained
+
+
+@pytest.mark.parametrize(("shards", "replicas"), [(8, 1), (4, 4), (2, 32), (16, 4), (1, 8)])
+def test_sums_over_replicas_go_over_links_of_their_own(shards, replicas):
+    card = CARDS["H100"]
+    sent = step_traffic(MODELS["tiny"], card, Setting(shards=shards, replicas=replicas))
+    rates = card.bus_bytes_per_s(shards, replicas), card.sum_bytes_per_s(shards, replicas)
+    assert (sent.bytes_per_s, sent.sum_bytes_per_s) == rates
 
 
 @pytest.mark.parametrize("recompute", ["cheap", "block"])
