@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 from argparse import Namespace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -210,6 +211,7 @@ def test_decisions_that_differ_are_no_measurement(other, monkeypatch):
 
 @pytest.mark.parametrize("threads", ["2", None])
 def test_seconds_of_several_threads_are_refused(threads, monkeypatch, call_main, capsys):
+    monkeypatch.setattr(dedup, "read_rows", lambda path: pytest.fail("it is measured"))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if threads:
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
@@ -225,9 +227,33 @@ def test_rows_are_repeated_to_as_many_as_are_wanted_and_no_more():
         assert made == data.recombine_rows(rows, n)
 
 
-def test_random_rows_have_the_lengths_of_alpaca_and_each_keeps_a_response():
+@pytest.mark.parametrize("most", [50, 512])
+def test_random_rows_have_the_lengths_of_alpaca_and_each_keeps_a_response(most, monkeypatch):
+    monkeypatch.setattr(data, "MAX_LENGTH", most)
     rows = data.random_rows_like_alpaca(400)
-    assert 300 < len(rows) <= 400 and min(rows.loss_tokens()) > 0 and max(rows.lengths()) <= data.MAX_LENGTH
+    assert 100 < len(rows) <= 400 and min(rows.loss_tokens()) > 0 and max(rows.lengths()) <= most
+
+
+def test_a_first_start_finds_no_cache_and_later_ones_do(monkeypatch, tmp_path):
+    starts = []
+    dataset = SimpleNamespace(counts={"tokens": 8}, sha256=lambda: "x")
+
+    class Table(list):
+        def select(self):
+            return dataset
+
+    def read_tables(config, tokenizer, message):
+        is_cached = Path(config.token_cache).exists()
+        Path(config.token_cache).mkdir(exist_ok=True)
+        starts.append(is_cached)
+        return [(Table([1, 2]), [])], is_cached
+
+    monkeypatch.setattr(data, "read_tables", read_tables)
+    monkeypatch.setattr(data, "read_rows", lambda files: ([], []))
+    monkeypatch.setattr(data.data, "encode_rows", lambda *_: None)
+    (tmp_path / "rows.json").write_text("[]")
+    found, figures = data.measure_starts(tmp_path / "rows.json", None, 4)
+    assert starts == [False] * 3 + [True] * 4 and found is dataset and figures["tokens_a_row"] == 4
 
 
 def test_an_epoch_is_packed_to_its_own_budget_and_padding_is_what_is_no_token():

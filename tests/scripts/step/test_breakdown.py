@@ -1,5 +1,7 @@
 """Where a step's time goes: kinds of kernels by name and operator, traces of a GPU, waits of the host, a CPU's own."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -158,3 +160,46 @@ def test_on_a_cpu_operators_take_what_those_inside_them_do_not(monkeypatch):
     assert len(found["top"]) == 15 and found["launches"] > 100
     text = "\n".join(breakdown.format_part({"records": [{"name": "llama-7b", **found}, {"name": "x", "failed": "y"}]}))
     assert "0 times the host waited" in text and "of x goes: failed: y" in text
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+def test_what_is_broken_down_is_a_warm_step_at_the_size_that_fits(smoke, monkeypatch):
+    made, ran, traced = [], [], []
+
+    class Steps:
+        def __init__(self, variant, tokens, n_steps, is_smoke):
+            made.append((variant.tokens, tokens, n_steps, is_smoke))
+            if tokens > 5000:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        def run(self, step):
+            ran.append(step)
+
+        def read_figures(self):
+            pass
+
+        def seconds(self):
+            return [50.0, 4.0, 3.0, 5.0][: len(ran)]
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(breakdown, "Steps", Steps)
+    monkeypatch.setattr(breakdown, "trace_steps", lambda steps, first, last: traced.append((first, last)))
+    monkeypatch.setattr(breakdown, "break_down_step", lambda events, number, device: {"watched": number})
+    found = breakdown.measure_breakdown("llama-7b", smoke)
+    size = breakdown.TOY_TOKENS if smoke else 8320 // 2
+    assert made[-1] == (size, size, 1 if smoke else 7, smoke) and found["tokens"] == size
+    assert ran == ([] if smoke else [1, 2, 3, 4]) and traced == [(1, 1) if smoke else (5, 7)]
+    assert found["watched"] == (0 if smoke else 1)
+    assert found["step_ms_without_profiler"] == (None if smoke else 3000.0)
+
+
+def test_breakdowns_are_a_part_of_their_own(monkeypatch):
+    asked = []
+    monkeypatch.setattr(breakdown, "measure_in_processes", lambda report, *what: asked.append(what))
+    monkeypatch.setattr(breakdown, "names_for_card", lambda names, smoke: list(names))
+    for smoke in (False, True):
+        breakdown.measure_part(SimpleNamespace(smoke=smoke))
+    module = "scripts.step.breakdown"
+    assert asked == [("profile", module, list(breakdown.PROFILED)), ("profile", module, [breakdown.MAIN])]

@@ -1,9 +1,11 @@
 """Measurements of ranks on one card, at toy size on a CPU: figures by arithmetic, and no figure for a wrong result."""
 
+import contextlib
 import json
 import time
 import weakref
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -192,3 +194,73 @@ def test_records_are_told_in_both_tables(variant, monkeypatch):
         "| a | not possible: x | |", "| f | Differs: y | |",
     ]  # fmt: skip
     assert ranks.format_part({}) == []
+
+
+def test_pairs_alternate_and_the_speed_is_that_of_the_sharded_steps(variant, monkeypatch):
+    hows = []
+
+    @contextlib.contextmanager
+    def one_rank():
+        yield "shard"
+
+    def run_block(variant, smoke, how):
+        hows.append(how)
+        seconds = [4.0 if how else 2.0]
+        return Block(seconds, [1.0], [1.0], [100], [80], [3], {"peak_gib": 7.0 + len(hows)})
+
+    monkeypatch.setattr(ranks, "one_rank", one_rank)
+    monkeypatch.setattr(ranks, "run_block", run_block)
+    found = ranks.measure_pairs(variant, 3, False, lambda: False)
+    assert hows == [None, "shard", "shard", None, None, "shard"]
+    assert found["over_plain"] == 2.0 and found["tokens_per_s"] == 25.0 and found["plain_step_s_median"] == 2.0
+    assert found["peak_gib"] == 13.0 and found["plain_peak_gib"] == 12.0 and found["pairs"] == 3
+    hows.clear()
+    assert ranks.measure_pairs(variant, 3, False, lambda: True)["pairs"] == 1
+
+
+def test_the_memory_and_the_file_system_are_those_that_linux_tells(monkeypatch):
+    files = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   7 kB\nSwapFree: 1 kB\n",
+             "/proc/self/mounts": "a / ext4 rw 0 0\nb /dev/shm tmpfs rw 0 0\nc /dev devtmpfs rw 0 0\n"}  # fmt: skip
+    monkeypatch.setattr(Path, "read_text", lambda self: files[str(self)])
+    monkeypatch.setattr(Path, "resolve", lambda self: self)
+    assert ranks.available_memory_bytes() == 7 * 1024
+    found = [ranks.filesystem_of(folder) for folder in ("/dev/shm/x", "/dev/x", "/home", "/dev/shmx")]
+    assert found == ["tmpfs", "devtmpfs", "ext4", "devtmpfs"]
+
+
+@pytest.mark.parametrize(
+    ("disk", "memory", "kind", "fits"),
+    [(111, 111, "ext4", True), (109, 999, "ext4", False), (999, 109, "ext4", False), (111, 219, "tmpfs", False),
+     (111, 221, "tmpfs", True)],
+)  # fmt: skip
+def test_there_must_be_room_for_a_state_and_for_its_copy(disk, memory, kind, fits, monkeypatch, tmp_path):
+    monkeypatch.setattr(ranks.shutil, "disk_usage", lambda _: SimpleNamespace(free=disk))
+    monkeypatch.setattr(ranks, "available_memory_bytes", lambda: memory)
+    monkeypatch.setattr(ranks, "filesystem_of", lambda _: kind)
+    with contextlib.nullcontext() if fits else pytest.raises(ranks.Absent, match="GB free"):
+        ranks.check_space(100, tmp_path)
+
+
+def test_states_go_where_a_variants_name_says(monkeypatch, tmp_path):
+    asked = []
+
+    def folder(prefix, dir):
+        asked.append(dir)
+        raise InterruptedError
+
+    monkeypatch.setattr(ranks.tempfile, "TemporaryDirectory", folder)
+    for name, of in ranks.VARIANTS.items():
+        if "saves" in name:
+            with pytest.raises(InterruptedError):
+                of(smoke=True)
+            assert (asked[-1] == ranks.IN_MEMORY) == name.endswith("to memory")
+
+
+def test_the_checks_are_measured_apart_and_all_variants_with_the_part(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ranks, "measure_in_processes", lambda report, part, module, names: asked.append(list(names)))
+    for smoke in (False, True):
+        ranks.measure_checks(SimpleNamespace(smoke=smoke))
+        ranks.measure_part(SimpleNamespace(smoke=smoke))
+    checks = [name for name in ranks.VARIANTS if name.startswith("checks")]
+    assert asked == [checks, list(ranks.VARIANTS), ["checks, one rank"], list(ranks.SMOKE)]
