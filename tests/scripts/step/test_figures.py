@@ -54,3 +54,18 @@ def test_the_card_at_hand(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
         found = figures.card_here()
         assert (found and found.name) == known
+
+
+def test_memory_is_that_of_tensors_and_that_which_is_reserved(monkeypatch):
+    assert figures.peak_memory() == {"peak_gib": None, "peak_reserved_gib": None} or torch.cuda.is_available()
+    monkeypatch.setattr(figures, "GPU", True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 5 * 2**30)
+    assert figures.peak_memory() == {"peak_gib": 3.0, "peak_reserved_gib": 5.0}
+
+
+@pytest.mark.parametrize("finite", [None, True, False])
+def test_a_loss_that_is_no_number_is_told_and_only_that(finite):
+    record = {"name": "a", "tokens_per_s": 1.0, "step_s_median": 1.0, "mfu": None, "peak_gib": None}
+    record |= {} if finite is None else {"all_finite": finite}
+    assert ("NOT FINITE" in figures.format_record(record)) == (finite is False)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from engine.model.config import MODELS
 from kernels.measure.alpaca import alpaca_lengths
 from scripts.step import rows as step_rows
 
@@ -23,3 +24,19 @@ def test_rows_are_alpacas_and_logical_tokens_leave_out_padding():
     assert len(stems) == 2
     again = step_rows.alpaca_rows(5, smoke=False)  # the same rows first, whatever the number of steps
     assert (again.lengths()[:384] == rows.lengths()).all() and (again.tokens[:100] == rows.tokens[:100]).all()
+
+
+@pytest.mark.parametrize("most", [40, 512])
+def test_every_row_of_a_step_keeps_a_response(most, monkeypatch):
+    monkeypatch.setattr(step_rows, "MAX_LENGTH", most)
+    rows = step_rows.alpaca_rows(3, smoke=False)
+    assert rows.loss_tokens().min() > 0 and rows.lengths().max() <= most and len(rows) == 3 * 128
+
+
+def test_a_model_is_the_one_that_is_named_and_steps_take_rows_in_turn():
+    for name, shape in MODELS.items():
+        assert step_rows.model_shape(name, smoke=False) is shape and step_rows.model_shape(name, True) is step_rows.TOY
+    for smoke in (True, False):
+        n = step_rows.rows_a_step(smoke)
+        taken = np.concatenate([step_rows.examples_of_step(step, smoke) for step in (1, 2, 3)])
+        assert taken.tolist() == list(range(3 * n))
