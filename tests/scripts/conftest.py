@@ -5,12 +5,27 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
-import torch
 
 OVER_TRANSFORMERS = (  # modules that import it at their top
     *(f"scripts.parity.{name}" for name in ("transformers_loop", "loss_curve", "tokenizer_ids")),
     *(f"scripts.speed.{name}" for name in ("cpu_step", "cpu_adapter", "decoding")),
 )
+
+
+class Falling:
+    """A schedule: the learning rate falls as a line."""
+
+    def __init__(self, optimizer, total):
+        self.group, self.first, self.total, self.taken = (
+            optimizer.param_groups[0],
+            optimizer.param_groups[0]["lr"],
+            total,
+            0,
+        )
+
+    def step(self):
+        self.taken += 1
+        self.group["lr"] = self.first * (1 - self.taken / self.total)
 
 
 @pytest.fixture
@@ -19,9 +34,7 @@ def load_beside_stand_in(monkeypatch):
     stand_in = ModuleType("transformers")
     stand_in.__version__ = "1.2"
     stand_in.LlamaForCausalLM = stand_in.AutoTokenizer = SimpleNamespace(from_pretrained=lambda folder, **_: None)
-    stand_in.get_cosine_schedule_with_warmup = lambda optimizer, warmup, total: torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: max(0.0, 1 - step / total)
-    )
+    stand_in.get_cosine_schedule_with_warmup = lambda optimizer, warmup, total: Falling(optimizer, total)
     monkeypatch.setitem(sys.modules, "transformers", stand_in)
     for name in OVER_TRANSFORMERS:
         monkeypatch.setitem(sys.modules, name, None)

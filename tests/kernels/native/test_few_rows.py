@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels.native import toolchain
-from kernels.native.arguments import FewRows
+from kernels.native.arguments import FewRows, Layer, Llama, Tokens
 from kernels.native.cpu import find_cpu, load_cpu
 from kernels.native.few_rows import Q8, multiply_few_rows
 from kernels.native.library import NativeError, check
@@ -107,3 +107,30 @@ def test_sanitizers_find_nothing(tmp_path_factory):
     assert native.run_sanitized(folder, "few_rows") == "39 calls\n"
     with pytest.raises(AssertionError, match="heap-buffer-overflow"):
         native.run_sanitized(folder, "few_rows", "overrun")
+
+
+def numbers(*values):
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+@pytest.mark.parametrize(
+    ("token", "sequence", "length", "code"),
+    [(4, 1, 4, 2), (0, 0, 1, 2), (5, 0, 1, 1), (-1, 0, 1, 1), (0, 2, 1, 1), (0, -1, 1, 1), (0, 0, 5, 1), (0, 0, 0, 1)],
+)
+def test_a_token_a_sequence_or_a_length_that_there_is_none_of_is_refused(token, sequence, length, code):
+    """Before anything is read: addresses are wrong here, of which the rest is refused (2). For each of two rows."""
+    layer = (Layer * 1)(Layer(*[1] * 10))
+    model = Llama(0, 2, 1, 1, 1, 2, 1, 5, 1e-5, 1, 1, 1, layer)
+    for bad in (0, 1):
+        columns = [[0, 0], [0, 0], [1, 1]]
+        for column, value in zip(columns, (token, sequence, length), strict=True):
+            column[bad] = value
+        held = [numbers(*column) for column in columns]
+        tokens = Tokens(2, 2, 4, 1, *(ctypes.addressof(one) for one in held), *[1] * 6)
+        assert load_cpu().cria_decode(ctypes.byref(model), ctypes.byref(tokens)) == code
+
+
+@pytest.mark.parametrize(("width", "code"), [(32, 2), (31, 1), (33, 1), (0, 1)])
+def test_8_bit_rows_are_of_whole_blocks(width, code):
+    product = FewRows(Q8, 1, width, 1, 1, 1, 1, 1, 1)
+    assert load_cpu().cria_few_rows(ctypes.byref(product)) == code
