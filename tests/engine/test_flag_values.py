@@ -118,3 +118,22 @@ def test_no_number_is_without_ends(config):
     numbers = {f.name for f in dataclasses.fields(config) if str(f.type).split(" ")[0] in ("int", "float")}
     free = {EstimateConfig: set(SHARED_FLAGS) | {"replicas"}, EvaluateConfig: {"seed"}, GenerateConfig: {"seed"}}
     assert numbers - free.get(config, set()) <= ENDS[config].keys()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer_in_backward": True, "grad_clip": 1.0},
+        {"optimizer_in_backward": True, "grad_clip": 0.0, "offload_optimizer": True},
+        {"spike_rollback": True}, {"spike_rollback": True, "save_every": "off"},
+        {"spike_rollback": True, "save_every": "9", "spike_threshold": 0.0},
+        {"eval_fraction": 0.1, "eval_data": ("x",)}, {"score_answers": 1},
+        {"score_answers": 1, "eval_fraction": 0.1, "train_on_prompt": True}, {"random_init": True}, {"lora_r": 8},
+        {"adapter_dir": "x"}, {"adapter": "lora", "adapter_dir": ""}, {"adapter": "lora", "offload_optimizer": True},
+        {"adapter": "qlora", "random_init": True, "model": "tiny"}, {"model": "tiny"}, {"out": ""}, {"data": ()},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_flags_of_a_fine_tune_that_cannot_go_together_are_refused(changes):
+    with pytest.raises(ValueError, match=name_to_flag(next(iter(changes)))):
+        FinetuneConfig(**NEEDED[FinetuneConfig] | changes)

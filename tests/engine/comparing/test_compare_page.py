@@ -240,6 +240,8 @@ def test_the_results_are_shown_on_request_and_saved(browser, votes, tmp_path):
         assert cells == [["", "b", "a"], ["Won", "5", "2"], ["Equally good", "1", "1"], ["Both bad", "3", "3"],
                          ["Lost", "2", "5"], ["Win rate", "60.0%", "40.0%"],
                          ["95% interval", "40.0 to 75.0", "25.0 to 60.0"]]  # fmt: skip
+        page.run("list.mostTokens = 5; 0")
+        assert page.run("bodyOf({instruction: 'a', input: ''}).max_tokens") == 5  # no more than the server writes
         page.run("""window.saved = new Promise(done => { const real = URL.createObjectURL;
             URL.createObjectURL = blob => { blob.text().then(done); return real(blob); } }); 0""")
         page.click("#download")

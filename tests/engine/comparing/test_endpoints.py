@@ -233,6 +233,7 @@ def test_a_question_that_comes_twice_wants_two_votes(votes):
             {("One", "in")},
         ),
         ("c.csv", "instruction,input\nOne,in\n", {("One", "in")}),
+        ("i.csv", "instruction,input\n,in\n", {("in", "")}),
         ("m.jsonl", '{"messages": [{"role": "user", "content": "One"}]}', {("One", "")}),
         ("../..\x00/" + "x" * 300, "One?", {("One?", "")}),
     ],

@@ -135,6 +135,7 @@ def test_a_whole_run(tmp_path):
     assert cells["rows_read"] == "52,002" and cells["dropped.empty"] == "28" and cells["git_commit"] == "4f1c2aa"
     assert cells["lr"] == "2e-05" and cells["max_steps"] == "-" and cells["packing"] == "yes" and cells[EVIL] == EVIL
     assert cells["step 7"] == f"skipped: {EVIL}" and cells["step 9"] == f"saved {EVIL}, 5 GB, 1.0 s"
+    assert "step 50  " in page.source and "eval 1.3000" in page.source and "eval 3.3201" not in page.source
     raw, smooth, evals, *small = page.curves()
     assert len(re.findall("[ML]", raw)) == len(re.findall("[ML]", smooth)) == 300 and raw != smooth
     assert len(re.findall("[ML]", evals)) == 6 == sum(a.get("class") == "eval" for t, a in page.tags if t == "circle")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.output.report_charts import choose_ticks, round_up_nicely
+from engine.output.report_charts import POINTS, choose_ticks, round_up_nicely, smooth_points, thin_points
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,22 @@ def test_ticks_of_a_logarithmic_axis(low, high, ticks):
 @pytest.mark.parametrize("width, round_width", [(1, 1), (1.1, 2), (2, 2), (2.1, 5), (5, 5), (5.1, 10), (0.03, 0.05)])
 def test_a_width_is_rounded_up(width, round_width):
     assert round_up_nicely(width) == pytest.approx(round_width)
+
+
+def test_a_thinned_curve_keeps_every_spike_and_dip():
+    points = [(step, 1.0) for step in range(5 * POINTS)]
+    for step, value in ((1234, 9.0), (4321, -9.0), (77, None)):
+        points[step] = step, value
+    kept = thin_points(points)
+    assert len(kept) <= POINTS and {(1234, 9.0), (4321, -9.0)} <= set(kept) and kept == sorted(kept)
+    assert thin_points(points[:POINTS]) == points[:POINTS]
+
+
+def test_a_smoothed_point_is_the_mean_around_it():
+    """A 20th of the run on both sides together; a gap stays one, and counts in no mean."""
+    points = [(step, float(step**2)) for step in range(80)]
+    points[50] = 50, None
+    smoothed = smooth_points(points)["smoothed"]
+    assert smoothed[40][1] == pytest.approx(sum(step**2 for step in range(38, 43)) / 5) and smoothed[50][1] is None
+    assert smoothed[49][1] == pytest.approx((47**2 + 48**2 + 49**2 + 51**2) / 4)
+    assert smoothed[0][1] == pytest.approx((0 + 1 + 4) / 3)

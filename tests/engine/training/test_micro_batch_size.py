@@ -111,6 +111,12 @@ def test_on_a_cpu_2048_or_an_example(max_length, wanted):
     assert (setting.replicas, setting.recompute, tokens) == (1, "cheap", wanted)
 
 
+@pytest.mark.parametrize("replicas", [2, 4])
+def test_on_a_cpu_the_model_is_in_as_many_replicas_as_asked_for(replicas):
+    config, cpu = config_of(replicas=replicas), torch.device("cpu")
+    assert fit.choose_mesh_and_tokens(MODELS["llama-7b"], config, LENGTHS, cpu, BF16, 4)[0].replicas == replicas
+
+
 def test_no_more_than_micro_batch_size_rows(monkeypatch):
     assert tokens_with(78, monkeypatch, micro_batch_size=8) == 1024
 

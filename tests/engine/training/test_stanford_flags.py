@@ -35,3 +35,26 @@ def test_two_strategies_that_contradict_each_other_are_refused():
     _, problems = translate(**both)
     assert problems == ["--evaluation-strategy no contradicts --eval-strategy epoch; give one"]
     assert translate(**both | {"evaluation_strategy": "epoch"}) == ({"eval_every": "epoch"}, [])
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({"warmup_steps": "0"}, {"warmup_ratio": "0"}), ({"optim": "adamw_bnb_8bit"}, {"optimizer_states": "8bit"}),
+        ({"optim": "adamw_torch"}, {}), ({"report_to": "wandb"}, {"tracker": "wandb"}), ({"report_to": "none"}, {}),
+        ({"bf16": "True"}, {"dtype": "bf16"}), ({"bf16": "False"}, {"dtype": "fp32"}),
+        ({"bf16": "False", "dtype": "auto"}, {"dtype": "auto"}), ({"gradient_checkpointing": "False"}, {}),
+        ({"gradient_checkpointing": "True"}, {"recompute": "block"}), ({"lr_scheduler_kwargs": "{ }"}, {}),
+        ({"per_device_train_batch_size": "4"}, {"micro_batch_size": "4", "global_batch_size": "4"}),
+        ({"gradient_accumulation_steps": "4"}, {"micro_batch_size": "8", "global_batch_size": "32"}),
+        ({"per_device_train_batch_size": "2", "gradient_accumulation_steps": "3"},
+         {"micro_batch_size": "2", "global_batch_size": "6"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_word_of_the_trainer_becomes_ours(theirs, ours, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert translate(**theirs) == (ours, [])
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    size = {"global_batch_size": str(8 * int(ours["global_batch_size"]))} if "global_batch_size" in ours else {}
+    assert translate(**theirs) == (ours | size, [])

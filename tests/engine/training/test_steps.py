@@ -74,6 +74,18 @@ def test_no_two_forwards_of_a_run_draw_the_same_dropout_and_a_resumed_run_draws_
     assert draw(first=3) == draw()[2 * 3 :]
 
 
+def test_a_report_has_the_counts_of_its_batch():
+    model = make_model()
+    batch = packing.make_micro_batches(dataset(ROWS).get_examples(np.arange(4)), packing.Packing(10**6))
+    plan = SimpleNamespace(make_step=lambda step: StepBatch(batch, np.array([3, 1]), 7, 5, 6))
+    with Prefetcher(plan, model, last_step=1) as prefetcher:
+        steps = Steps(model, make_optimizer(model), prefetcher, grad_clip=1.0)
+        steps.take_step(1, 1e-2)
+        (report,) = steps.take_reports(wait=True)
+    assert (report.n_tokens, report.n_loss_tokens, report.n_computed_tokens, report.n_signals) == (7, 5, 6, 0)
+    assert report.examples.tolist() == [3, 1] and (report.step, report.lr) == (1, 1e-2)
+
+
 def test_an_infinite_gradient_under_a_finite_loss_changes_nothing():
     model = make_model()
     optimizer = make_optimizer(model)
