@@ -20,4 +20,5 @@ def test_the_prices_of_the_rows_add_up_to_the_bill(costs):
     row = build_annotation(join_verdicts(Pair(0, 0, 1, "a", "b", (0, 1)), verdicts), QUESTIONS, "x", {5: 0.5, 6: 0.25})
     assert round(row["price_per_example"] * PICO) == sum(verdict.cost for verdict in verdicts.values())
     assert row["time_per_example"] == sum(0.5 / (1 + i) for i in verdicts)
+    assert row["dataset"] == "d"
     assert row["raw_completion"] == [f"said {i}" if i in verdicts else None for i in (0, 1)]

@@ -53,3 +53,9 @@ def test_the_arcs_of_a_ring_follow_each_other_once_around(ring, eighths, monkeyp
     assert found == [
         pytest.approx((start * math.pi / 4, n * math.pi / 4)) for start, n in zip(starts, eighths, strict=True)
     ]
+
+
+def test_a_bar_names_its_share_of_the_total_and_is_as_long_as_it_is_beside_the_longest():
+    html = charts.draw_bars([("a", 6, ""), ("b", 3, "")], 12)
+    assert re.findall(r"<small>([^<]*)</small>", html) == ["50.0%", "25.0%"]
+    assert re.findall(r'width="([\d.]+)%" height', html) == ["100.00", "50.00"]
