@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import os
+import readline
 import signal
 import sys
 import time
@@ -211,3 +213,21 @@ def test_a_conversation_in_a_terminal(tmp_path):
         terminal.close()
     history = tmp_path / "cria" / "chat_history"
     assert "Name a fruit." in history.read_text() and history.stat().st_mode & 0o077 == 0
+
+
+def test_the_history_is_kept_and_is_its_users_alone(tmp_path, monkeypatch, capsys):
+    kept = []
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr("atexit.register", lambda *what: kept.append(what))
+    monkeypatch.setattr("readline.read_history_file", lambda path: kept.append(path))
+    before = os.umask(0)
+    try:
+        chat.keep_history()
+    finally:
+        os.umask(before)
+    path = tmp_path / "state" / "cria" / "chat_history"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert kept == [path, (readline.write_history_file, path)]
+    monkeypatch.setenv("XDG_STATE_HOME", "/proc/none")
+    chat.keep_history()
+    assert "the history is not kept" in capsys.readouterr().err and len(kept) == 2

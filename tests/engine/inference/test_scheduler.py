@@ -1,6 +1,7 @@
 """Continuous batching: the tokens of the simple path, whoever joins, leaves and shares what."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from engine.inference.generation import generate
 from engine.inference.sampling import Draw, Sampler, Sampling
 from engine.inference.scheduler import CANCELLED, LENGTH, STOP, Request, Scheduler, count_common
-from engine.model.config import ModelConfig
+from engine.model.config import ModelConfig, RopeScaling
 from engine.model.llama import new_model
 
 CONFIG = ModelConfig(
@@ -265,3 +266,13 @@ def test_log_probabilities_are_the_models_own():
     assert found.id == 0 and found.logprob == pytest.approx(want[0])
     assert [(id, pytest.approx(want[id])) for id in (2, 1)] == list(found.likeliest)
     assert draw([0.0, 1.0]) == [Draw(1)]
+
+
+@pytest.mark.parametrize(("kind", "keeps"), [(None, True), ("linear", True), ("llama3", True), ("dynamic", False)])
+def test_keys_are_kept_where_they_do_not_depend_on_the_length_of_their_text(kind, keeps):
+    scaling = RopeScaling(kind=kind, original_max_seq_len=64) if kind else None
+    scaled = new_model(replace(CONFIG, rope_scaling=scaling), "cpu", torch.float32)
+    assert (
+        Scheduler(scaled, 1, 8).keep_prefixes == keeps
+        and not Scheduler(scaled, 1, 8, keep_prefixes=False).keep_prefixes
+    )

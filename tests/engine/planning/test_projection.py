@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from engine.base.errors import UsageError
+from engine.model.adapter import AdapterConfig
 from engine.model.config import MODELS
 from engine.planning.cards import find_rates
 from engine.planning.memory import (
@@ -17,7 +18,14 @@ from engine.planning.memory import (
 )
 from engine.planning.projection import project
 from engine.planning.setting import Setting
-from engine.planning.step_time import COMPUTING, block_seconds, step_seconds, step_traffic, update_seconds
+from engine.planning.step_time import (
+    COMPUTING,
+    block_seconds,
+    flops_per_token,
+    step_seconds,
+    step_traffic,
+    update_seconds,
+)
 from engine.planning.workload import alpaca_mix
 from tests.helpers.planning import estimate_of, recipe_of
 
@@ -144,6 +152,15 @@ def test_states_are_chosen_for_the_replicas_that_are_asked_for():
     auto = {"model": "llama3-8b", "optimizer_states": "auto", "micro_batch_tokens": 2048}
     whole, sharded = (estimate_of("H200", 8, replicas=r, **auto) for r in (8, 1))
     assert whole.fits and sharded.fits and sharded.outcome.setting.states == "fp32" != whole.outcome.setting.states
+
+
+def test_the_share_of_the_peak_counts_what_an_adapter_computes():
+    found, adapter = estimate_of("H100", optimizer_states="8bit"), AdapterConfig()
+    setting = dataclasses.replace(found.outcome.setting, adapter=adapter)
+    made = project(found.model, found.card, found.rates, found.mix, found.outcome.cut, found.recipe, setting)
+    per_token = flops_per_token(found.model, adapter)
+    assert made.mfu == pytest.approx(per_token * made.work.tokens / made.seconds["total"] / 989e12)
+    assert per_token < 4.1 * found.model.n_parameters
 
 
 def test_a_card_that_costs_nothing_has_a_price():

@@ -57,6 +57,16 @@ def test_a_frozen_weight_counts_four_operations_and_a_trained_one_six():
     assert flops_per_token(c, adapter) == 4 * c.n_parameters + 6 * n_trained
 
 
+def test_launches_cost_time_only_where_computing_does_not_hide_them():
+    c, card = MODELS["tiny"], CARDS["H100"]
+    large, small = (
+        step_seconds(c, card, find_rates(card), Work(n, n, 100 * n, 100 * n, 1), Setting(), update_s=0.0)
+        for n in (10_000_000, 1)
+    )
+    assert large["host"] == 0 < small["host"]
+    assert small["total"] == pytest.approx((2 + 2) * 45 * 8e-6)
+
+
 @pytest.mark.parametrize(("shards", "replicas"), [(8, 1), (4, 4), (2, 32), (16, 4), (1, 8)])
 def test_sums_over_replicas_go_over_links_of_their_own(shards, replicas):
     card = CARDS["H100"]
