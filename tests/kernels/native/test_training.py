@@ -337,3 +337,11 @@ def test_every_instruction_set_passes_these_tests(name):
         capture_output=True, text=True, check=False, env=os.environ | {"CRIA_INSTRUCTION_SET": name},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("heads", [(3, 2), (2, 3), (1, 2)])
+def test_heads_that_key_heads_do_not_divide_are_refused(heads):
+    q, k = (torch.randn(4, n, 8) for n in heads)
+    limits = torch.tensor([[0] * 4, [1, 2, 3, 4], [0] * 4, [0] * 4], dtype=torch.int32)
+    with pytest.raises(NativeError, match="a size it does not take"):
+        native.attention_forward(q, k, k, limits)

@@ -25,6 +25,7 @@ def test_one_value_is_another_and_all_else_stays(value):
     found = [replace_one(value, mark, random.Random(seed)) for seed in range(60)]
     assert all(differing_leaves(value, one) == 1 and json.dumps(one).count("mark") == 1 for one in found)
     assert len({json.dumps(one) for one in found}) > 1
+    assert all(one == mark or len(one) == len(value) for one in found)
 
 
 def test_a_line_that_is_changed_takes_the_place_of_the_old_one():

@@ -152,3 +152,44 @@ def test_targets_name_what_is_measured():
         assert row.get("card", "H200") in TARGETS["cards"]
         chosen = [c for c in cases if c.op == row["op"] and c.shape == row.get("shape", c.shape)]
         assert chosen and all(row.get("pass", c.passes[0]) in c.passes for c in chosen), row
+
+
+@pytest.mark.parametrize("wrong", [None, "README", "PAGE"])
+def test_figures_that_are_not_those_of_the_files_are_told(wrong, tmp_path, monkeypatch, call_main):
+    """And left as they are."""
+    for name in ("README", "PAGE"):
+        monkeypatch.setattr(benchmarks, name, tmp_path / name)
+    (tmp_path / "README").write_text(f"a\n{benchmarks.START}old{benchmarks.END}b\n")
+    monkeypatch.setattr(benchmarks, "rendered_table", lambda: "table\n")
+    monkeypatch.setattr(benchmarks, "rendered_page", lambda: "page\n")
+    call_main(benchmarks)
+    assert (tmp_path / "README").read_text() == f"a\n{benchmarks.START}table\n{benchmarks.END}b\n"
+    if wrong:
+        path = tmp_path / wrong
+        path.write_text(path.read_text().replace("table\n", "other\n").replace("page\n", "other\n"))
+    before = {name: (tmp_path / name).read_text() for name in ("README", "PAGE")}
+    found = call_main(benchmarks, "--check")
+    assert bool(found) == bool(wrong) and (not wrong or wrong in found)
+    assert before == {name: (tmp_path / name).read_text() for name in before}
+
+
+def test_each_section_says_on_what_and_when_it_was_measured(tmp_path, monkeypatch):
+    figures = {"date": "2000-01-02", "cpu": "a chip", "cores": 3, "torch": "9.9"}
+    measurement = benchmarks.Measurement("x", "A title", "the command", lambda found: ["about"])
+    monkeypatch.setattr(benchmarks, "MEASUREMENTS", (measurement,))
+    (tmp_path / "x.json").write_text(json.dumps(figures))
+    page = benchmarks.rendered_page(tmp_path)
+    assert "## A title\n\nabout\n" in page and "the command" in page
+    assert "Measured on 2000-01-02: cpu a chip, cores 3, torch 9.9." in page
+
+
+def test_our_speed_stands_beside_the_peers_once_a_gpu_is_measured(synthetic, tmp_path):
+    assert "not yet measured" in benchmarks.rendered_table(tmp_path)
+    (tmp_path / "gpu.json").write_text(json.dumps(synthetic))
+    table = benchmarks.rendered_table(tmp_path)
+    assert "| 22,500 | 7,500 | 3.00 |" in table and "not yet measured" not in table
+
+
+def test_the_worst_loss_of_any_micro_batch_counts():
+    found = {"worst_relative_difference": {"1": {"loss": 1e-7}, "2": {"loss": 3e-7}, "4": {"loss": 2e-7}}}
+    assert benchmarks.worst_loss(found) == 3e-7

@@ -15,3 +15,12 @@ def test_the_table_of_datasets_is_what_is_read(monkeypatch):
     monkeypatch.setattr(datasets, "make_table", lambda: "another")
     with pytest.raises(SystemExit, match=r"docs/data.md has another table; run python -m scripts"):
         datasets.main()
+
+
+def test_another_table_is_told_and_stays(tmp_path, monkeypatch, call_main):
+    monkeypatch.setattr(datasets, "PAGE", tmp_path / "data.md")
+    monkeypatch.setattr(datasets, "make_table", lambda: "table\n")
+    datasets.PAGE.write_text(f"a\n{datasets.START}old\n{datasets.END}b\n")
+    assert "another table" in call_main(datasets, "--check") and "old" in datasets.PAGE.read_text()
+    assert call_main(datasets) is None and call_main(datasets, "--check") is None
+    assert datasets.PAGE.read_text() == f"a\n{datasets.START}table\n{datasets.END}b\n"

@@ -7,7 +7,20 @@ from types import SimpleNamespace
 
 import pytest
 
-from scripts.pages import cards, data, decoding, faults, kernels, nf4, picture, plots, ranks, serving, without_gpu
+from scripts.pages import (
+    adapters,
+    cards,
+    data,
+    decoding,
+    faults,
+    kernels,
+    nf4,
+    picture,
+    plots,
+    ranks,
+    serving,
+    without_gpu,
+)
 from tests.helpers.run import ROOT
 
 
@@ -202,3 +215,12 @@ def test_pictures_are_drawn_under_the_ceilings_that_the_report_measured(measured
     assert result["ceilings"] == (own if measured else first) and str(folder) == str(tmp_path / "there")
     with pytest.raises(ValueError, match="no kernel benchmarks"):
         plots.read_benchmarks({"parts": {"machine": {}}})
+
+
+def test_other_answers_of_a_merged_model_are_told():
+    figures = read("adapters")
+    figures["merged"] |= {"answers": 6, "same_in_transformers": 4, "same_in_llama_cpp": 3}
+    page = " ".join("\n".join(adapters.adapters(figures)).split())
+    assert "to 4 of 6 prompts in transformers and to 3 of 6 in llama.cpp" in page
+    figures["curve"] |= {"loss": [3.0, 1.0], "peft_loss": [4.0, 2.0]}
+    assert adapters.adapters_row(figures)[1:3] == ("3.0000 to 1.0000", "4.0000 to 2.0000 (PEFT)")

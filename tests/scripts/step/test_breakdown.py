@@ -179,7 +179,7 @@ def test_what_is_broken_down_is_a_warm_step_at_the_size_that_fits(smoke, monkeyp
             pass
 
         def seconds(self):
-            return [50.0, 4.0, 3.0, 5.0][: len(ran)]
+            return [2.0, 4.0, 3.0, 5.0][: len(ran)]  # the first one not yet warm
 
         def close(self):
             pass
@@ -203,3 +203,60 @@ def test_breakdowns_are_a_part_of_their_own(monkeypatch):
         breakdown.measure_part(SimpleNamespace(smoke=smoke))
     module = "scripts.step.breakdown"
     assert asked == [("profile", module, list(breakdown.PROFILED)), ("profile", module, [breakdown.MAIN])]
+
+
+def event(name, cat, ts, dur, **args):
+    return {"ph": "X", "name": name, "cat": cat, "ts": ts, "dur": dur, "tid": 1, "args": args}
+
+
+def trace_of(*more):
+    """Return a trace of two steps, 100 to 200 and 200 to 300 us, each with a kernel of 50 us on stream 7."""
+    events = [event(f"{breakdown.STEP}{i}", "user_annotation", 100 * i, 100) for i in (1, 2)]
+    for i in (1, 2):
+        events += [event("cudaLaunchKernel", "cuda_runtime", 100 * i + 1, 1, correlation=i),
+                   event("_kernel", "kernel", 100 * i + 10, 50, correlation=i, stream=7)]  # fmt: skip
+    return [*events, *more]
+
+
+def work(name, launched, correlation, stream, dur=5):
+    return [event("cudaMemcpyAsync", "cuda_runtime", launched, 1, correlation=correlation),
+            event(name, "gpu_memcpy", launched + 20, dur, correlation=correlation, stream=stream)]  # fmt: skip
+
+
+def test_work_belongs_to_the_step_that_launched_it_and_to_no_other():
+    """Not what was launched before the first step, though it ends within it."""
+    found = breakdown.break_down_step(trace_of(*work("Memcpy DtoD", 50, 9, 7)), 0, device=True)
+    assert found["launches"] == 1 and found["busy_ms"] == 0.05
+
+
+def test_the_computing_stream_is_the_busiest_whichever_comes_first():
+    copies = work("Memcpy HtoD (Pageable -> Device)", 102, 9, 20)
+    events = trace_of()
+    for trace in ([*copies, *events], [*events, *copies]):
+        found = breakdown.break_down_step(trace, 0, device=True)
+        assert found["busy_ms"] == 0.05 and found["other_streams_ms"] == 0.005 and found["wall_ms"] == 0.1
+        assert found["pageable_copies"] == 1  # on whichever stream
+
+
+@pytest.mark.parametrize("name", ["cudaEventSynchronize", "cuEventSynchronize"])
+def test_a_wait_for_an_event_is_counted_apart(name):
+    found = breakdown.break_down_step(trace_of(event(name, "cuda_runtime", 150, 5)), 0, device=True)
+    assert found["event_waits"] == 1 and found["syncs"] == 0
+
+
+def test_a_bare_copy_is_a_copy_whatever_operator_makes_it():
+    assert breakdown.kind_of("Memcpy DtoD (Device -> Device)", ["aten::addmm"]) == "copies and fills"
+
+
+def test_operators_that_follow_each_other_without_a_gap_are_not_within_each_other():
+    first, second = event("a", "cpu_op", 0, 10), event("b", "cpu_op", 10, 5)
+    inner = event("c", "cpu_op", 11, 2)
+    found = {e["name"]: around for e, around in breakdown.nest_host_events([inner, second, first])}
+    assert found == {"a": [], "b": [], "c": ["b"]}
+
+
+def test_what_the_host_does_between_two_steps_is_of_the_first(monkeypatch):
+    events = trace_of(event("cudaDeviceSynchronize", "cuda_runtime", 190, 5))
+    events[0]["dur"] = 80  # the first step's range ends at 180
+    assert breakdown.break_down_step(events, 0, device=True)["syncs"] == 1
+    assert breakdown.break_down_step(events, 0, device=False)["syncs"] == 1
