@@ -20,6 +20,8 @@ one of the embedding, norm and head. When most of them are whole on the GPU, it 
                   of E until the end; and a block's B' with the fp32 that is reduced:
                                                                        E + E' + 2 B + B' + F B', F = 4 / dtype's size
                   or, at the end, E's gradients with the fp32 of them: E + E' + F E'
+                  or, in forward, one block and what it and the block before were gathered into: E + 3 B
+                  or, as forward begins and no activations are there, the same of E and the first block: 2 E + 2 B
 
 B is a block's size with the padding of S equal shards; E' and B' are E and B, or what an adapter trains of them. R
 replicas of S shards sum their gradients once a step. Until then each keeps fp32 sums of its shard's gradients, and
@@ -102,8 +104,11 @@ class Memory:
 # ---- several GPUs ---------------------------------------------------------------------------------------------------
 
 
-def gathered_bytes(c: ModelConfig, setting: Setting) -> int:
-    """Return the most that one of several GPUs holds of whole weights and gradients: see the top of the file."""
+def gathered_bytes(c: ModelConfig, setting: Setting, later: int) -> int:
+    """Return the most that one of several GPUs holds of whole weights and gradients: see the top of the file.
+
+    later: the bytes of activations and temporaries, which are not there yet as forward begins.
+    """
     if setting.n_cards == 1:
         return 0
     whole = whole_bytes(c, setting.dtype, setting.shards, setting.adapter)
@@ -112,7 +117,8 @@ def gathered_bytes(c: ModelConfig, setting: Setting) -> int:
         of_block = max(2 * whole.block + wide * whole.trained_block, 3 * wide * whole.trained_block)
         return max(outside + of_block, 3 * wide * whole.trained_others)
     of_block = 2 * whole.block + (1 + wide) * whole.trained_block
-    return outside + max(of_block, wide * whole.trained_others)
+    backward = outside + max(of_block, wide * whole.trained_others)
+    return max(backward, whole.others + 3 * whole.block, 2 * (whole.others + whole.block) - later)
 
 
 def sums_bytes(gradient_bytes: int, setting: Setting) -> int:
@@ -332,7 +338,7 @@ def memory(c: ModelConfig, setting: Setting, batch: BatchShape) -> Memory:
     # Besides: positions and plans, targets and their weights; tokens, if autograd does not keep them.
     others = batch.tokens * (8 + PLAN_BYTES) + 12 * batch.loss_rows
     activations = kept + others + (0 if setting.trains_embedding else 8 * batch.tokens)
-    moments, gathered = worst_moments(c, setting, batch), gathered_bytes(c, setting)
+    moments = worst_moments(c, setting, batch)
     backward = moments.backward
     if several:  # whole gradients are among what is gathered, the embedding's too
         gradients = state.trained + sums_bytes(state.trained, setting)
@@ -351,7 +357,9 @@ def memory(c: ModelConfig, setting: Setting, batch: BatchShape) -> Memory:
         gradients = gradients_at_once(c, batch.loss_rows, size, True) if setting.in_backward else 0
         gradients += 0 if batch.one_micro_batch else state.weights  # autograd adds a new gradient to the old one
         backward = max(backward, moments.embedding - kept)
-    tensors = state.weights + gradients + master + states + gathered + activations + max(moments.head, backward)
+    later = activations + max(moments.head, backward)
+    gathered = gathered_bytes(c, setting, later)
+    tensors = state.weights + gradients + master + states + gathered + later
     libraries = CONTEXT_BYTES + (NCCL_BYTES if several else 0)
     return Memory(
         state.weights, master, states, gradients, gathered, activations, moments.head, backward,

@@ -8,6 +8,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from engine.distributed.fsdp import shard_model
+from engine.model.adapter import AdapterConfig
 from engine.model.batch import MicroBatch
 from engine.model.config import MODELS, ModelConfig
 from engine.model.llama import Transformer, new_model
@@ -48,7 +49,12 @@ def estimate_of(card: str = "H100", n_cards: int = 1, **changes: Any) -> Estimat
 
 
 def sharded_model(
-    c: ModelConfig, dtype: torch.dtype, replicas: int, shards: int, recompute: str = "cheap"
+    c: ModelConfig,
+    dtype: torch.dtype,
+    replicas: int,
+    shards: int,
+    recompute: str = "cheap",
+    adapter: AdapterConfig | None = None,
 ) -> tuple[Transformer, Callable[[], None]]:
     """Return a model as engine.distributed shards it in the process group at hand, and a function that takes a step.
 
@@ -56,8 +62,9 @@ def sharded_model(
     """
     names = ("replicas", "shards")
     mesh = init_device_mesh("cpu", (replicas, shards)[replicas == 1 :], mesh_dim_names=names[replicas == 1 :])
-    model = new_model(c, "cpu", dtype, "ref", recompute)
+    model = new_model(c, "cpu", dtype, "ref", recompute, adapter=adapter)
     model.init_weights(0)
+    model.init_adapter(0)
     shard_model(model, SimpleNamespace(mesh=mesh, replicas=replicas, shards=shards))
     documents, rows = torch.tensor([[0, 8, 0, 0]], dtype=torch.int32), torch.arange(5, 8)
     batch = MicroBatch(
