@@ -7,9 +7,11 @@ import pytest
 
 pytest.importorskip("openai")
 
+from data_gen.judging import report
 from data_gen.judging.comparisons import Pair
-from data_gen.judging.report import name_outcome, render_pair, render_ranking, render_sample
-from data_gen.judging.statistics import Strength
+from data_gen.judging.humans import HumanFigures
+from data_gen.judging.report import name_outcome, render_humans, render_pair, render_ranking, render_sample
+from data_gen.judging.statistics import Rate, Strength, compute_figures
 from data_gen.judging.verdicts import Judged
 
 PAIR = Pair(0, 0, 1, "of base", "of other", (0, 1))
@@ -64,3 +66,30 @@ def test_strengths_stand_in_proportion():
     assert [float(x) for x in re.findall(r'class="estimate" cx="([\d.]+)%', html)] == [26.0, 38.0]
     assert re.findall(r'class="whisker" x1="([\d.]+)%" x2="([\d.]+)%', html) == [("26.00", "26.00"), ("2.00", "98.00")]
     assert render_ranking([]) == ""
+
+
+def test_both_bad_is_drawn_with_the_ties():
+    html = render_humans([HumanFigures("a", "b", Rate(50.0, (1.0, 99.0), None, 10), 4, 1, 3, 2, None, None, 0)])
+    assert "b against a: 4 won, 4 drawn, 2 lost" in html
+
+
+def test_every_key_figure_is_the_one_that_it_is_called():
+    """Of pairs one of which was decided, one flipped."""
+    some = [judged(("base", "base"), 1), judged(("base", "other"), 1.5), judged(("tie", "base"), 1.5)]
+    record = {"cost": {"spent_usd": 1.5, "uncertain_usd": 0.25}, "counts": {"questions": 3, "verdicts": 6}}
+    figures = compute_figures(QUESTIONS.names, some, ["m"])
+    html = report.render_key_figures(SimpleNamespace(figures=figures, record=record, questions=QUESTIONS))
+    found = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)<", html))
+    assert (found["Decisive"], found["Flips"], found["Spent"]) == ("33.3%", "50.0%", "$1.50")
+    assert (found["Win rate"], found["First shown wins"]) == ("33.3%", "60.0%")
+
+
+def test_the_chart_of_lengths_has_the_pairs_of_its_models_alone(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "draw_lengths", lambda title, gaps, *more: drawn.append((title, gaps)) or "x")
+    pairs = [Pair(0, 0, 1, "a", "bb", (0, 1)), Pair(0, 0, 2, "a", "ccc", (2, 3)), Pair(0, 1, 2, "bb", "ccc", (4, 5))]
+    some = [judged(("base", "base"), 1, pair) for pair in pairs]
+    questions = SimpleNamespace(names=["a", "b", "c"])
+    found = SimpleNamespace(questions=questions, judged=some, figures=compute_figures(questions.names, some, ["m"]))
+    report.render_lengths(found)
+    assert drawn == [("b against a", [1]), ("c against a", [2]), ("c against b", [1])]

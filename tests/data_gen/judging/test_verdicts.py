@@ -76,7 +76,8 @@ def test_both_orders_make_one_preference(orders, preference, decisive, flipped):
 def test_an_answer_without_a_verdict_has_a_reason(tmp_path, reason, options):
     keeper = keep("not yet", **options)
     assert keeper.is_full and not keeper.rows and dict(keeper.rejected) == {reason: 1}
-    keeper.write_losses(tmp_path, Comparisons((), (Shown("asked", "a", "b"),)))
+    keeper.lost[0]["request"] = 1
+    keeper.write_losses(tmp_path, Comparisons((), (Shown("another", "a", "b"), Shown("asked", "a", "b"))))
     (line,) = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
     assert (line["instruction"], line["reason"]) == ("asked", reason)
 

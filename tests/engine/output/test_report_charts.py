@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.output.report_charts import POINTS, choose_ticks, round_up_nicely, smooth_points, thin_points
+from engine.output.report_charts import POINTS, choose_ticks, draw_path, round_up_nicely, smooth_points, thin_points
 
 
 @pytest.mark.parametrize(
@@ -51,3 +51,9 @@ def test_a_smoothed_point_is_the_mean_around_it():
     assert smoothed[40][1] == pytest.approx(sum(step**2 for step in range(38, 43)) / 5) and smoothed[50][1] is None
     assert smoothed[49][1] == pytest.approx((47**2 + 48**2 + 49**2 + 51**2) / 4)
     assert smoothed[0][1] == pytest.approx((0 + 1 + 4) / 3)
+
+
+def test_a_point_between_two_gaps_is_marked_since_it_has_no_line():
+    points = [(0.0, 0.1), (0.1, None), (0.2, 0.3), (0.3, None), (0.4, 0.5), (0.5, 0.6)]
+    assert draw_path(points, False) == ("M0.0 100.0M200.0 300.0M400.0 500.0L500.0 600.0", [(0.0, 0.1), (0.2, 0.3)])
+    assert len(draw_path(points, True)[1]) == 4
