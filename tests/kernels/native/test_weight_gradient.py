@@ -1,10 +1,14 @@
 """The gradient of a weight by AMX against fp64: at most one rounding, at any size, stride and number of threads."""
 
+import ctypes
+
 import pytest
 import torch
 
 import kernels
 from kernels.native import weight_gradient as native
+from kernels.native.arguments import WeightGradient
+from kernels.native.cpu import load_cpu
 from kernels.ops import common, low_rank
 from tests.helpers.native import run_sanitized
 
@@ -158,3 +162,12 @@ def test_gradients_of_low_rank_updates_take_it(monkeypatch):
     for got, want in zip([*of_b, of_a], [*wanted, du.double().T @ h.double()], strict=True):
         assert got.dtype == torch.bfloat16 and got.is_contiguous()
         assert torch.equal(got, want.bfloat16()) or (got - want).abs().max() <= 2**-8 * want.abs().max(), got.shape
+
+
+@pytest.mark.parametrize("wrong", [None, "dy_row", "x_row", "out_row"])
+def test_rows_that_would_lie_over_each_other_are_refused_by_the_library(wrong):
+    """Before anything is read: addresses are wrong here, of which the rest is refused (2)."""
+    rows = {"dy_row": 4, "x_row": 6, "out_row": 6}
+    rows |= {wrong: rows[wrong] - 1} if wrong else {}
+    arguments = WeightGradient(2, 4, 6, *rows.values(), 0, 0, 1, 1, 1, 1)
+    assert load_cpu().cria_weight_gradient(ctypes.byref(arguments)) == (1 if wrong else 2)

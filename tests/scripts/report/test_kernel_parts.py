@@ -157,3 +157,12 @@ def test_peers_that_took_no_part_are_printed():
     text = "\n".join(kernel_parts.format_benchmarks(part))
     assert "rope: without liger: is not installed" in text and "left out for time: rope t" in text
     assert "kernels.bench swiglu ended after its limit" in text
+
+
+def test_kernels_are_compiled_for_the_chip_at_hand(report, monkeypatch):
+    asked = []
+    monkeypatch.setattr(kernel_parts, "GPU", True)
+    monkeypatch.setattr(kernel_parts, "chip", lambda device: "sm_80")
+    monkeypatch.setattr(kernel_parts, "run_command", lambda command, *_, **__: asked.append(command) or 0)
+    kernel_parts.warm_up(report)
+    assert asked[0][asked[0].index("--chip") + 1] == "sm_80"
