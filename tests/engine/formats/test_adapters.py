@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from engine.base.errors import DataError
+from engine.formats import adapters as peft
 from engine.formats.adapters import (
     CONFIG,
     MergedSource,
@@ -506,3 +507,19 @@ def test_an_alpha_that_is_none_or_beyond_all_is_refused(alpha, tmp_path):
     (tmp_path / "a" / CONFIG).write_text(json.dumps(config))
     with pytest.raises(DataError, match=rf"{CONFIG}: (lora_)?alpha"):
         open_adapter(tmp_path / "a", BASE)
+
+
+def test_who_watches_a_merge_sees_both_of_its_halves(monkeypatch):
+    seen = []
+    monkeypatch.setattr(peft, "merge_factors", lambda model, config, factors, watch: seen.append((factors, watch)))
+    base = SimpleNamespace(config="shape", read_into=lambda model, watch: seen.append(watch))
+    adapter = SimpleNamespace(config="updates", read_factors=lambda shape: f"factors of {shape}")
+    peft.MergedSource(base, adapter).read_into("a model", watch="a watch")
+    assert seen == ["a watch", ("factors of shape", "a watch")]
+
+
+@pytest.mark.parametrize(("value", "layers"), [(None, None), (1, (1,)), ([0, 2], (0, 2)), ([], ())])
+def test_the_layers_of_an_adapter_may_be_one(value, layers):
+    problems = []
+    raw = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "layers_to_transform": value}
+    assert peft.config_from_peft(raw, problems).layers == layers and problems == []

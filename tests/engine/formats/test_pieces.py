@@ -1,6 +1,7 @@
 """Tensors of files in the rows of our parameters, and of their shards."""
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ import torch
 from engine.base.errors import DataError
 from engine.formats.names import Piece
 from engine.formats.pieces import read_pieces
+from engine.formats.source import Source
 from engine.formats.tensor_files import Stored
+from engine.model.nf4_weight import NF4Weight
 from engine.model.shard import Shard
 
 
@@ -54,3 +57,21 @@ def test_a_tensor_that_is_not_finite_is_named_with_its_file_and_the_remedy(value
     with pytest.raises(DataError, match=f"the model: a file: q {told}"):
         rows = {"w": torch.zeros(4, 3).half()}
         read_pieces("the model", {"q": stored(tensor)}, {"q": Piece("w", 0, (4, 3), 0)}, rows, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_weight_in_4_bits_is_quantised_from_the_dtype_of_the_model(dtype, monkeypatch):
+    kept = []
+    monkeypatch.setattr(NF4Weight, "store", lambda self, first, whole: kept.append((first, whole)))
+    parameters, tensor = {"w": NF4Weight((4, 2), 64), "norm": torch.ones(1, dtype=dtype)}, torch.randn(6, 64)
+    files = {"q": stored(tensor[:4]), "v": stored(tensor[4:])}
+    pieces = {"q": Piece("w", 0, (4, 64), 0), "v": Piece("w", 4, (2, 64), 0)}
+    read_pieces("m", files, pieces, parameters, None)
+    assert [first for first, _ in kept] == [0, 4] and {whole.dtype for _, whole in kept} == {dtype}
+    assert torch.cat([whole for _, whole in kept]).equal(tensor.to(dtype))
+
+
+def test_a_model_of_another_shape_is_not_filled():
+    source = Source("m", "hf", "its shape", torch.float32, {}, {})
+    with pytest.raises(ValueError, match="read_into: the model is another, m holds its shape"):
+        source.read_into(SimpleNamespace(config="another"))

@@ -1,5 +1,6 @@
 """A model with low-rank updates against the dense model W + scale B A by autograd in fp64; PEFT's rules of names."""
 
+import dataclasses
 import math
 from dataclasses import replace
 
@@ -274,6 +275,21 @@ def test_the_flags_that_ask_for_an_adapter_ask_for_its_updates(case):
         updates
     )
     assert again.saved == adapter.saved
+
+
+def test_each_setting_of_a_run_is_its_own_field_of_the_adapter():
+    settings = {
+        "adapter": "qlora", "lora_r": 3, "lora_alpha": 5.0, "lora_dropout": 0.25, "lora_targets": ("q_proj", "v_proj"),
+        "rslora": True, "lora_rank_pattern": ("v_proj=2",), "lora_alpha_pattern": ("q_proj=9",),
+        "lora_save": ("lm_head",),
+    }  # fmt: skip
+    want = AdapterConfig(
+        r=3, alpha=5.0, dropout=0.25, targets=("q_proj", "v_proj"), rslora=True, rank_pattern=(("v_proj", 2),),
+        alpha_pattern=(("q_proj", 9.0),), saved=("lm_head",), nf4_base=True,
+    )  # fmt: skip
+    assert adapter_from_settings(settings) == want
+    assert adapter_from_settings(settings | {"adapter": "lora"}) == dataclasses.replace(want, nf4_base=False)
+    assert adapter_from_settings(settings | {"adapter": "none"}) is None is adapter_from_settings({})
 
 
 def test_flags_of_an_adapter():

@@ -10,10 +10,11 @@ from engine.text.chat_templates import (
     adopt_style,
     find_carried_style,
     pin_template,
+    quote,
     settle_template,
     write_chat_template,
 )
-from engine.text.own_template import read_chat_templates
+from engine.text.own_template import compile_template, read_chat_templates
 from engine.text.templates import Row, encode_prompt, find_stop_ids
 from engine.text.tokenizer_files import load_tokenizer
 from tests.helpers.chat_tokenizers import CHATML, LLAMA3, SPECIALS, TOKENS, write_byte_level
@@ -114,6 +115,19 @@ def test_tokens_keep_their_flags_and_an_older_map_agrees(tmp_path):
     )
     assert config["bos_token"] == bos and config["eos_token"] == older["eos_token"] == "<|eot_id|>"
     assert load_tokenizer(tmp_path / "out").eos_id == len(TOKENS) + 4
+
+
+@pytest.mark.parametrize("text", ["it's", "a\\'b", "\n'\\n", '"', "{{ x }} {% y %}", ""])
+def test_any_text_can_stand_in_a_template(text):
+    assert compile_template(f"{{{{ {quote(text)} }}}}").render() == text
+
+
+def test_a_style_without_bos_says_so_in_every_file(tmp_path):
+    tokenizer = load_tokenizer(write_byte_level(tmp_path / "base", CHATML, adds_bos=True))
+    for style, adds in (("chatml", None), ("llama2", True)):
+        files = adopt_style(tokenizer, style).files
+        assert json.loads(files["tokenizer_config.json"]).get("add_bos_token", True) is (adds is True)
+        assert (CHATML[0] in str(json.loads(files["tokenizer.json"])["post_processor"])) == (adds is True)
 
 
 @pytest.mark.parametrize("style", ["template", "chatml"])
