@@ -15,7 +15,7 @@ pytest.importorskip("openai")
 pytest.importorskip("rapidfuzz")
 
 from data_gen import judge as module
-from data_gen.base.cli import run_for_exit_code
+from data_gen.base.cli import Stopped, run_for_exit_code
 from tests.helpers.forks import Started
 from tests.helpers.judging import (
     CANARIES,
@@ -479,3 +479,19 @@ def test_help_names_every_flag_with_its_default():
     said = command("data_gen.judge", "--help").stdout
     for action in module.build_parser()._actions:
         assert all(flag in said for flag in action.option_strings)
+
+
+def test_results_that_cannot_be_written_hide_no_failure(files, tmp_path, capsys, monkeypatch):
+    """What ended the run is told, with its own exit code."""
+    ended = [("stopped", Stopped("stopped by a signal")), ("done", None)]
+
+    def fail(*given):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "ask_judge", lambda *given: ended.pop(0))
+    monkeypatch.setattr(module, "write_results", fail)
+    with Server() as server:
+        assert judge(server, tmp_path, files) == Stopped.exit_code
+        assert "stopped by a signal" in capsys.readouterr().err
+        assert judge(server, tmp_path, files) == 1
+        assert "the results could not be written: [Errno 28] No space left" in capsys.readouterr().err

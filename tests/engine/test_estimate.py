@@ -301,6 +301,10 @@ def test_measured_steps_of_the_same_setting_are_printed(tmp_path, monkeypatch, c
     assert "measured in h100.json: 20,000 tokens/s in micro-batches of 8,320 tokens" in out
     assert "peak 71.5 GiB; that is 17 min" in out and "tokens/s (projected from rates in h100.json)" in out
     assert strict_json(tmp_path / "found")["measured_steps"] == [STEP]
+    slow = {"records": [STEP | {"tokens_per_s": 2000.0}]}
+    write_report(tmp_path / "h100.json", MACHINE | CEILINGS | {"step": slow})
+    assert run("--optimizer-states", "8bit") == 0
+    assert "2,000 tokens/s in micro-batches of 8,320 tokens, peak 71.5 GiB; that is 2.8 h" in capsys.readouterr().out
     for adapter in ("lora", "qlora"):
         steps = [STEP | {"adapter": kind, "name": kind, "states": "fp32"} for kind in ("lora", "qlora")]
         write_report(tmp_path / "h100.json", MACHINE | CEILINGS | {"step": {"records": [STEP, *steps]}})

@@ -22,6 +22,7 @@ from data_gen.api import retries as calls
 from data_gen.api.attempt import RequestBuilder
 from data_gen.api.batch import Batches, parse_line
 from data_gen.api.ledger import Ledger
+from data_gen.api.prices import Price
 from data_gen.api.retries import Calls
 from data_gen.base.cli import run_for_exit_code
 from tests.helpers.forks import Started
@@ -946,3 +947,55 @@ def test_what_no_file_holds_is_lost_where_the_server_counts_more_answers(monkeyp
     monkeypatch.setattr(batches, "close_batch", close)
     asyncio.run(batches.check_batch(module.Batch("b", 0, None, {}, "id")))
     assert closed == [("expired", kind)]
+
+
+def test_batches_that_are_cancelled_and_fail_are_no_failure_of_the_run(monkeypatch):
+    """Their requests are not needed any more: none is queued again, and nothing is told as rejected."""
+    done = []
+
+    async def retrieve(id):
+        return SimpleNamespace(
+            status="failed", request_counts=None, errors=None, output_file_id=None, error_file_id=None
+        )
+
+    async def close(batch, *why):
+        del batches.open[batch.name]
+
+    async def call(function):
+        return await function()
+
+    api = SimpleNamespace(batches=SimpleNamespace(retrieve=retrieve))
+    progress, limits = SimpleNamespace(print_line=lambda line: None), SimpleNamespace(batch_tokens=None)
+    client = SimpleNamespace(api=api)
+    monkeypatch.setattr(module, "Calls", lambda collector: SimpleNamespace(make_call=call))
+    batches = Batches(SimpleNamespace(ledger=None, budget=None, client=client, limits=limits, progress=progress), None)
+    batches.close_batch, batches.handle_rejection = close, lambda *given: done.append("rejected")
+    for cancels in (False, True):
+        batch = batches.open["b"] = module.Batch("b", 0, None, {1: module.Sent(7, "", "m", 5)}, "id")
+        asyncio.run(batches.cancel_open() if cancels else batches.check_batch(batch))
+        assert not batches.open and list(batches.queue) == [7] and done == ["rejected"]
+
+
+def test_an_answer_of_a_batch_is_looked_at_as_any_other():
+    """By what notices that a model only thinks, or ignores the format that it was asked for."""
+    usage = {"prompt_tokens": 3, "completion_tokens": 4}
+    seen, body = [], json.dumps({"choices": [{"message": {"content": "{}"}}], "usage": usage})
+
+    async def write(*statements):
+        pass
+
+    def ignore(*given):
+        pass
+
+    ledger = SimpleNamespace(count_failures=lambda number: 0, prepare_outcome=ignore, write=write)
+    batches = object.__new__(Batches)
+    batches.ledger, batches.budget = ledger, SimpleNamespace(settle=ignore, count_lost=ignore)
+    batches.builder = SimpleNamespace(get_format=lambda dialect: f"the format of {dialect}")
+    batches.collector = SimpleNamespace(
+        limits=SimpleNamespace(max_attempts=3), check_bill=ignore, settle_request=ignore, dialect="d",
+        observe_answer=lambda *given: seen.append(given),
+    )  # fmt: skip
+    price = Price(1, 2)
+    batch = module.Batch("b", 0, price, {n: module.Sent(n, "", "m", 50) for n in (1, 2)}, "id")
+    asyncio.run(batches.record_outcomes(batch, [(1, "answer", 200, body), (2, "failed", 500, "{}")]))
+    assert seen == [(body, "the format of d", price, 3 * 1 + 4 * 2)]

@@ -106,6 +106,12 @@ def test_dollars_that_the_server_names_count_where_they_are_more(usage, usd):
     assert bill.tokens == (100, 50) and bill.compute_cost(Price(1, 1)) == max(150, bill.dollars)
 
 
+@pytest.mark.parametrize("name", ["cost", "total_cost"])
+def test_dollars_beside_the_usage_count_too(name):
+    assert read_bill({"usage": WHOLE | {"cost": 0.125}, name: 0.25}).dollars == PICO // 4
+    assert read_bill({"usage": WHOLE | {"cost": 0.5}, name: 0.25}).dollars == PICO // 2
+
+
 @pytest.mark.parametrize("usage", [
     None, [], "150", 5, {}, {"prompt_tokens": 5}, {"prompt_tokens": 5, "completion_tokens": None},
     {"prompt_tokens": True, "completion_tokens": 7}, {"prompt_tokens": -1, "completion_tokens": 7},

@@ -674,6 +674,18 @@ def test_a_connection_is_used_again_and_a_failure_does_not_spoil_it():
     assert first.kind == second.kind == "answer" and len(requests) == 2 and second.started_at >= first.started_at
 
 
+def test_the_key_is_not_kept_of_a_failed_connection(monkeypatch):
+    openai = pytest.importorskip("openai")
+
+    async def fail(call, seconds):
+        call.close()
+        raise openai.APIConnectionError(request=None) from OSError(f"a header was refused: Bearer {KEY}")
+
+    monkeypatch.setattr(module, "wait_awake", fail)
+    reply = ask_at("http://127.0.0.1:9/v1")
+    assert (reply.kind, reply.body) == ("lost", "OSError: a header was refused: Bearer [key]")
+
+
 @pytest.mark.parametrize("status", ["200 OK", "401 Unauthorized", "500 Error"])
 def test_the_key_is_never_kept(status):
     async def echo(head, writer):

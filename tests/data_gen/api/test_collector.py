@@ -449,6 +449,14 @@ def test_what_no_retry_can_mend_ends_the_run_at_once(make, status):
     assert make(answer, 1000, again=True).next_for_curator >= 10, "what came before was lost"
 
 
+def test_a_reply_that_ends_the_run_leaves_its_place(make):
+    """The summary of a run would else tell of a request that is still in flight."""
+    collector = make(lambda *_: Reply("fatal", 401, "{}"), 5, concurrency=1)
+    with pytest.raises(Failure, match="401"):
+        run(collector)
+    assert len(collector.client.asked) == 1 and collector.rate.in_flight == 0
+
+
 def test_prompts_that_are_refused_are_holes_and_twenty_in_a_row_end_the_run(make):
     def some(number, times, body):
         return Reply("refused", 400, "policy") if number % 2 else answer(number, times, body)

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from data_gen.rows import defect_patterns as patterns
-from data_gen.rows.defects import CHECKS, MAX_TOKENS, REASONS, SCAN, SEEN, find_defect
+from data_gen.rows.defects import CHECKS, MAX_TOKENS, REASONS, SCAN, SEEN, find_defect, find_no_answer
 from data_gen.rows.repairs import repair_item
 from tests.helpers import hostile
 from tests.helpers.linear import assert_linear_time
@@ -441,3 +441,9 @@ def test_defects_behind_what_is_scanned_are_not_seen():
     words = " ".join(f"w{i}" for i in range(SCAN))
     assert reason(task(output=words + "\ufffd")) is None
     assert reason(task(output=words[: SCAN - 1] + "\ufffd")) == "broken characters"
+
+
+def test_words_of_the_prompt_are_looked_for_where_an_output_begins():
+    """A long text may speak of a previous task of its own."""
+    assert find_no_answer(task(output="x" * 390 + " seed task")) == "seed task"
+    assert find_no_answer(task(output="x" * 391 + " seed task")) is None

@@ -1,11 +1,16 @@
 """One token is drawn from what its settings leave of the model's distribution."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from engine.inference.generation import sample
+from engine.inference import generation
+from engine.inference.decoder import MAX_ROWS
+from engine.inference.generation import generate, sample
+from engine.model.config import ModelConfig
+from engine.model.llama import new_model
 
 LOGITS = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
 
@@ -28,3 +33,20 @@ def test_the_temperature_sharpens_and_0_is_the_likeliest():
     assert {sample(LOGITS, 0.0, 1.0, generator) for _ in range(20)} == {1}
     cold, hot = (Counter(sample(LOGITS, t, 1.0, generator) for _ in range(400))[1] / 400 for t in (0.5, 100.0))
     assert cold == pytest.approx(0.25 / 0.345, abs=0.08) and hot == pytest.approx(0.25, abs=0.08)
+
+
+def test_more_sequences_than_the_decoder_has_room_for_go_through_the_model(monkeypatch):
+    """And through the decoder as soon as so few are left that it has."""
+    shape = ModelConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=2, hidden_dim=32, vocab_size=64, max_seq_len=64)
+    model, decoded, count = new_model(shape, "cpu", torch.float32, "ref"), [], iter(range(10**6))
+    model.init_weights(0)
+
+    def next_logits(tokens, rows):
+        decoded.append(list(rows))
+        return torch.zeros(len(rows), shape.vocab_size)
+
+    monkeypatch.setattr(generation, "find_decoder", lambda model, cache: SimpleNamespace(next_logits=next_logits))
+    monkeypatch.setattr(generation, "sample", lambda *given: 1 if next(count) == MAX_ROWS + 1 else 5)
+    answers = generate(model, [[3, 4]] * (MAX_ROWS + 1), {1}, 3)
+    assert [len(answer) for answer in answers] == [1, *[3] * MAX_ROWS]
+    assert decoded == [list(range(1, MAX_ROWS + 1))]

@@ -157,6 +157,17 @@ def test_samples_stand_side_by_side(tmp_path):
     assert len(page.of("details")) == 3 and f"Step 150z at 150 {EVIL}" in page.of("details")[0]
 
 
+def test_the_first_answer_of_a_later_step_is_not_from_before_training(tmp_path):
+    page = report(tmp_path, [train(1), *(dict(event="sample", step=s, prompt="p", text=f"t{s}") for s in (50, 100))])
+    assert page.of("div", "before") == ["Before trainingno sample"]
+    assert page.of("div", "after") == ["After step 100t100"] and "Step 50t50" in page.of("details")[0]
+
+
+def test_the_utilization_is_the_mean_of_the_steps_that_have_one(tmp_path):
+    page = report(tmp_path, [train(1, mfu=0.2), train(2), train(3, mfu=0.3), train(4, mfu=0.7)])
+    assert page.figure("MFU").startswith("40.0%")
+
+
 def test_of_many_events_the_last_50_are_told(tmp_path):
     saves = [dict(event="save", step=step, path=f"step-{step}") for step in range(1, 61)]
     assert [name for name in report(tmp_path, saves).of("th") if name.startswith("step ")] == [

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from engine import finetune
+from engine.base.errors import run_main
 from engine.output.folder import STATUSES
-from engine.output.state_as_model import ADDED, config_from_state, find_base
+from engine.output.state_as_model import ADDED, config_from_state, find_base, open_training_state
 from tests.helpers.checkpoints import SHAPES
+from tests.helpers.small_model import small_model
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -46,3 +49,15 @@ def test_a_run_takes_tokenizer_and_settings_from_its_own_model_only_once_that_is
     assert found == ((tmp_path, "") if status == "done" and has_model else began)
     if found == began:
         assert find_base(tmp_path / "checkpoint-3", {"model": "tiny", "random_init": True})[0] is None
+
+
+def test_a_state_has_the_settings_of_generation_that_its_base_has(tmp_path, rows_file):
+    out, settings = tmp_path / "out", {"temperature": 0.25, "eos_token_id": [2, 7]}
+    flags = ("--model", small_model(), "--data", rows_file, "--out", out, "--dtype", "fp32", "--global-batch-size", 2,
+             "--max-length", 64, "--max-steps", 1, "--save-every", 1)  # fmt: skip
+    assert run_main(finetune.main, [*map(str, flags)]) == 0
+    (out / "generation_config.json").write_text(json.dumps(settings))
+    (state,) = out.glob("checkpoint-*")
+    found = open_training_state(state)
+    assert (found.base, found.generation_config) == (out, settings)
+    assert found.dtype.is_floating_point and found.adapter is None

@@ -1,5 +1,6 @@
 """Rows of tensors: any number of readers finds what any number of writers left; copies of them."""
 
+import errno
 import shutil
 
 import pytest
@@ -156,6 +157,21 @@ def test_the_copys_memory_is_used_again(tmp_path):
     assert equal({name: s.tensor for name, s in again.items()}, tensors(2))
     other = {"m.a": torch.ones(9)}
     assert room.copy_shards(as_shards(other))["m.a"].tensor.equal(other["m.a"]) and list(room.views) == ["m.a"]
+
+
+def test_a_copy_without_memory_is_a_fault_of_the_machine(monkeypatch):
+    """An OSError costs this state, as a full disk does. Any other error would end the run."""
+    room = HostCopy(pinned=False)
+
+    def fail(layout):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(room, "_allocate", fail)
+    with pytest.raises(OSError, match="no memory for a copy of the state: DefaultCPUAllocator") as caught:
+        room.copy_shards(as_shards(tensors(1)))
+    assert caught.value.errno == errno.ENOMEM
+    monkeypatch.undo()
+    assert room.copy_shards(as_shards(tensors(1))).keys() == tensors(1).keys()
 
 
 def test_pinned_memory_is_taken_in_powers_of_two(monkeypatch):

@@ -12,6 +12,7 @@ from engine.text.chat_templates import (
     pin_template,
     quote,
     settle_template,
+    without_template_bos,
     write_chat_template,
 )
 from engine.text.own_template import compile_template, read_chat_templates
@@ -128,6 +129,33 @@ def test_a_style_without_bos_says_so_in_every_file(tmp_path):
         files = adopt_style(tokenizer, style).files
         assert json.loads(files["tokenizer_config.json"]).get("add_bos_token", True) is (adds is True)
         assert (CHATML[0] in str(json.loads(files["tokenizer.json"])["post_processor"])) == (adds is True)
+
+
+def test_without_bos_no_pair_of_texts_begins_with_it_either():
+    """Nor does the tokenizer name BOS among the tokens that it puts around texts."""
+    bos, text = {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    step = {"type": "TemplateProcessing", "single": [bos, text], "pair": [bos, text, bos, text]}
+    step["special_tokens"] = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
+    for steps in (step, {"type": "Sequence", "processors": [{"type": "ByteLevel"}, step]}):
+        files = without_template_bos({"tokenizer.json": json.dumps({"post_processor": steps})}, "<s>")
+        left = json.loads(files["tokenizer.json"])["post_processor"]
+        left = left.get("processors", [left])[-1]
+        assert (left["single"], left["pair"], left["special_tokens"]) == ([text], [text, text], {})
+    assert without_template_bos({}, "<s>") == {}
+
+
+@pytest.mark.parametrize(("scheme", "text"), [("first", " the user"), ("always", "the user"), ("never", "the user")])
+def test_an_own_template_writes_the_space_that_is_put_before_the_first_text_alone(scheme, text, tmp_path):
+    """Beside add_prefix_space: false no program puts one there."""
+    own = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    base = write_metaspace(tmp_path / "base", scheme, chat_template=own)
+    ours = load_tokenizer(base)
+    adopt_style(ours, "template").save(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    written = compile_template(config["chat_template"]).render(messages=[{"role": "user", "content": "the user"}])
+    assert written == text and config.get("add_prefix_space", True) is (scheme != "first")
+    asked = encode_prompt(Row("f:1", None, "the user", "", "name"), ours, "template")
+    assert their_ids(AutoTokenizer.from_pretrained(tmp_path / "out"), (("user", "the user"),), True) == asked
 
 
 @pytest.mark.parametrize("style", ["template", "chatml"])

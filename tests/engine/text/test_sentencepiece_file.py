@@ -23,6 +23,7 @@ from engine.text.sentencepiece_file import (
     read_model,
     write_field,
 )
+from engine.text.tokenizer_sentencepiece import open_sentencepiece
 
 PLACES = {"kind": (TRAINER, MODEL_TYPE), "byte_fallback": (TRAINER, BYTE_FALLBACK),
           "has_prefix": (NORMALIZER, ADD_PREFIX), "removes_spaces": (NORMALIZER, REMOVE_SPACES)}  # fmt: skip
@@ -59,3 +60,16 @@ def test_what_a_model_leaves_unsaid_is_what_sentencepiece_takes(name):
     assert read_model(unsaid) == read_model(whole) and encode(unsaid) == encode(whole)
     changed = write_said(UNSAID | {name: OTHER[name]}, says_pieces=True)
     assert getattr(read_model(changed), name) == OTHER[name] and encode(changed) != encode(whole)
+
+
+def test_tokens_that_are_named_special_come_of_no_text(tmp_path):
+    """Whether the model takes them for words or for a user's, and no other token with them."""
+    content = write_said(UNSAID, says_pieces=True)
+    plain, _ = open_sentencepiece(tmp_path, content, ())
+    ids = {word: i for i, word in enumerate(WORDS)}
+    assert ids["ab"] in plain.encode("ab") or ids["bc"] in plain.encode("bc") or plain.encode("c")[-1] == ids["c"]
+    for special in ("c", "b"):
+        processor, model = open_sentencepiece(tmp_path, content, {special, None})
+        changed = [word for word, kind in zip(WORDS, model.types, strict=False) if kind == CONTROL]
+        assert changed == ["<s>", "</s>", special]
+        assert ids[special] in plain.encode(special) and ids[special] not in processor.encode(special)

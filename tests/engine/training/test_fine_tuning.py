@@ -1,17 +1,20 @@
 """What a resumed run knows of its earlier starts."""
 
 import json
+import time
 from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
 
 from engine import finetune
-from engine.base.errors import run_main
+from engine.base.errors import DataError, run_main
 from engine.distributed.world import World
+from engine.output import saver
 from engine.training import evaluation, fine_tuning, saving
 from engine.training.config import FinetuneConfig
 from engine.training.fine_tuning import begin_run, build_model
+from engine.training.optimizer import lr_factor
 from tests.helpers.run import events
 from tests.helpers.small_model import small_model
 
@@ -117,3 +120,29 @@ def test_the_flags_of_a_run_reach_what_obeys_them(tmp_path, rows_file, monkeypat
         "max_shard_bytes": 4321, "bos_id": plan.tokenizer.bos_id, "eos_ids": sorted(plan.tokenizer.stop_ids),
         "generation_config": plan.source.generation_config,
     }  # fmt: skip
+
+
+def test_a_run_that_fails_ends_after_the_state_that_is_being_written(tmp_path, rows_file, monkeypatch):
+    """The state of the last save is else lost where the process ends before its thread has."""
+    write = saver.write_checkpoint
+
+    def write_late(*given, **more):
+        time.sleep(0.5)
+        return write(*given, **more)
+
+    def fail(plan, run, checkpoints, *more):
+        checkpoints.save(1)
+        raise DataError("a fault of ours")
+
+    monkeypatch.setattr(saver, "write_checkpoint", write_late)
+    monkeypatch.setattr(fine_tuning, "train", fail)
+    flags = ("--model", small_model(), "--data", rows_file, "--out", tmp_path / "out", "--dtype", "fp32",
+             "--max-steps", 2, "--global-batch-size", 2, "--max-length", 64)  # fmt: skip
+    assert run_main(finetune.main, [*map(str, flags)]) != 0
+    assert (tmp_path / "out" / "checkpoint-1" / "manifest.json").exists()
+
+
+def test_the_rates_are_those_of_the_warm_up_that_was_asked_for(tmp_path, rows_file):
+    run(rows_file, tmp_path / "out", "--max-steps", 4, "--warmup-ratio", 0.5, "--lr", 0.25, "--lr-schedule", "linear")
+    rates = [0.25 * lr_factor("linear", step, 4, 0.5) for step in range(1, 5)]
+    assert [line["lr"] for line in events(tmp_path / "out", "train")] == rates == [0.0, 0.125, 0.25, 0.125]

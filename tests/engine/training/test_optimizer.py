@@ -11,6 +11,7 @@ import kernels
 from engine.base.errors import UsageError
 from engine.model.config import MODELS
 from engine.model.llama import new_model
+from engine.model.shard import Shard
 from engine.planning.fitting import find_uncut_counts
 from engine.training import optimizer as optimizer_module
 from engine.training.optimizer import AdamW, choose_optimizer, chooses_cpu, lr_factor
@@ -115,6 +116,33 @@ def test_each_tensor_rounds_by_random_bits_of_its_own(master, states, place):
         first, second = found[name], found[name.replace("layers.0.", "layers.1.")]
         differ = (first != second).float().mean()
         assert 0.1 < differ < 0.9 and torch.allclose(first, second, rtol=2**-7), name
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_a_shard_rounds_by_the_random_bits_that_its_rows_have_in_the_whole_tensor(place, monkeypatch):
+    """So that the weights do not depend on the number of GPUs."""
+    ends, first = [], 0
+    monkeypatch.setattr(optimizer_module, "local_part", lambda grad: grad[first * len(grad) // 2 :])
+    for first in (0, 1):
+        model = new_model(dataclasses.replace(MODELS["tiny"], n_layers=1, vocab_size=64), "cpu", torch.bfloat16)
+        model.init_weights(0)
+        cut = {
+            name: Shard(p.detach()[first * len(p) // 2 :], first * len(p) // 2, len(p))
+            for name, p in model.named_parameters()
+        }
+        monkeypatch.setattr(optimizer_module, "local_shards", lambda model, cut=cut: cut)
+        optimizer = AdamW(
+            model, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, master="stochastic", impl="ref", **place
+        )
+        for p in model.parameters():
+            p.grad = p.detach() / 8
+        if optimizer.host_updates:
+            optimizer.is_sharded = True  # gradients that were made outside of micro_batch()
+        optimizer.step(1e-3, torch.ones(()), 0.0)
+        ends.append({name: shard.tensor.clone() for name, shard in optimizer.tensors().items()})
+    whole, half = ends
+    for name, t in half.items():
+        assert 0 < len(t) < len(whole[name]) and torch.equal(t, whole[name][-len(t) :]), name
 
 
 def test_the_optimizer_of_cuda_is_a_choice(monkeypatch):

@@ -9,7 +9,8 @@ import pytest
 from engine import finetune as command
 from engine import generate
 from engine.base.errors import DataError, UsageError, run_main
-from engine.training.resume import find_changes, get_recorded_tokens, is_finished
+from engine.training import resume
+from engine.training.resume import Start, find_changes, find_start, get_recorded_tokens, is_finished
 from tests.helpers.run import finetune
 from tests.helpers.small_model import small_model
 
@@ -34,6 +35,19 @@ def test_a_manifest_whose_parts_are_no_objects_is_a_data_error(part, odd):
 def test_micro_batches_stay_as_large_as_they_were_unless_a_flag_says_so(given, recorded, tokens):
     plan = SimpleNamespace(config=SimpleNamespace(micro_batch_tokens=given), packing=SimpleNamespace(max_tokens=5))
     assert get_recorded_tokens(plan, recorded) == tokens
+
+
+@pytest.mark.parametrize("halved", [None, 3])
+def test_a_run_that_was_out_of_memory_begins_with_half_its_micro_batches_and_knows_it(halved, monkeypatch):
+    """It would else run out of memory again, or halve them once more."""
+    found = SimpleNamespace(manifest={"max_tokens": 7})
+    plan = SimpleNamespace(config=SimpleNamespace(micro_batch_tokens=None), packing=SimpleNamespace(max_tokens=9))
+    asked = []
+    monkeypatch.setattr(resume, "find_checkpoint", lambda plan, say: found)
+    monkeypatch.setattr(resume, "read_halving", lambda plan, tokens, say: asked.append(tokens) or halved)
+    assert find_start(plan, print) == Start(found, halved or 7, halved is not None)
+    found = None
+    assert find_start(plan, print) == Start(None, halved or 9, halved is not None) and asked == [7, 9]
 
 
 FACTS = {

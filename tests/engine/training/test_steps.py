@@ -25,15 +25,15 @@ ROWS = [[*range(10, 20), i] for i in range(20, 24)]
 SHAPE = ModelConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=2, hidden_dim=32, vocab_size=64, max_seq_len=64)
 
 
-def make_model():
+def make_model(**more):
     """Return a small model in fp32."""
-    model = new_model(SHAPE, "cpu", torch.float32, "ref")
+    model = new_model(SHAPE, "cpu", torch.float32, "ref", **more)
     model.init_weights(0)
     return model
 
 
-def make_optimizer(model):
-    return AdamW(model, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
+def make_optimizer(model, **more):
+    return AdamW(model, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, **more)
 
 
 def take_steps(model, optimizer, n, spoil=None):
@@ -122,3 +122,31 @@ def test_a_signal_between_micro_batches_ends_a_lone_process_with_nothing_changed
         assert not steps.take_step(1, 1e-2) and steps.take_reports(wait=True) == []
     assert len(seen) == n_seen
     assert all(torch.equal(shard.tensor, before[name]) for name, shard in optimizer.tensors().items())
+
+
+def test_in_backward_a_parameter_whose_gradient_is_not_finite_is_left_alone():
+    """Also under a finite loss. The others are updated before anybody can know."""
+    model = make_model(accumulate=False)
+    optimizer = make_optimizer(model, in_backward=True)
+    before = {name: shard.tensor.clone() for name, shard in optimizer.tensors().items()}
+    (report,) = take_steps(model, optimizer, 1, spoil=1)
+    assert report.updated_in_backward and np.isfinite(report.loss) and not report.is_finite
+    changed = {name for name, shard in optimizer.tensors().items() if not torch.equal(shard.tensor, before[name])}
+    assert changed == {name for name in before if not name.endswith(".norm")}
+
+
+def test_a_step_of_several_micro_batches_is_updated_once_after_them():
+    """Though the optimizer could update in backward: it would then know the gradient of one micro-batch alone."""
+    ends = []
+    for in_backward in (False, True):
+        model = make_model(accumulate=False)
+        optimizer = make_optimizer(model, in_backward=in_backward)
+        batch = packing.make_micro_batches(dataset(ROWS).get_examples(np.arange(4)), packing.Packing(11))
+        plan = SimpleNamespace(make_step=lambda step, batch=batch: StepBatch(batch, np.arange(4), 0, 0, 0))
+        with Prefetcher(plan, model, last_step=1) as prefetcher:
+            steps = Steps(model, optimizer, prefetcher, grad_clip=0.0)
+            assert len(batch) == 4 and steps.take_step(1, 1e-2)
+            (report,) = steps.take_reports(wait=True)
+        assert not report.updated_in_backward
+        ends.append({name: shard.tensor for name, shard in optimizer.tensors().items()})
+    assert all(torch.equal(t, ends[1][name]) for name, t in ends[0].items())
