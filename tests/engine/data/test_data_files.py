@@ -49,3 +49,19 @@ def test_positions_are_in_the_file_as_it_is_on_the_disk(name, tmp_path):
     n_bytes = sum(map(len, lines))
     assert len(plain) == 200 and found == [position * len(packed) // n_bytes for position in plain]
     assert n_bytes // 2 < plain[-1] <= n_bytes and len(packed) // 2 < found[-1] <= len(packed)
+
+
+def test_what_is_no_file_of_bytes_is_named(tmp_path):
+    (tmp_path / "empty").touch()
+    for name, what in (("", "a folder"), ("empty", "an empty file")):
+        with pytest.raises(DataError, match=f"got {what}, wanted rows as JSON, JSONL, CSV or parquet"):
+            read_records(tmp_path / name)
+
+
+def test_a_damaged_gzip_file_is_named(tmp_path):
+    """Cut off, of another sum, and of blocks that there are none of."""
+    whole = gzip.compress(b'{"text": "a"}\n' * 99)
+    for content in (whole[:-9], whole[:-8] + b"\0" * 8, whole[:10] + b"\xff" * 40):
+        (tmp_path / "rows.json.gz").write_bytes(content)
+        with pytest.raises(DataError, match=r"got a gzip file that cannot be unpacked \(.*\); download it anew"):
+            list(read_records(tmp_path / "rows.json.gz"))

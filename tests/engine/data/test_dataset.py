@@ -190,3 +190,23 @@ def test_a_row_of_exactly_the_maximum_length_is_not_cut(smol):
     for max_length, n_cut in ((length + 1, 0), (length, 0), (length - 1, 1)):
         got = data.encode_rows([ALPACA], smol, max_length=max_length).select()
         assert (got.counts["truncated"], len(got.tokens)) == (n_cut, min(length, max_length))
+
+
+def test_rows_held_out_are_drawn_from_all():
+    """The first ones may be of another kind than the rest."""
+    rows = list(range(1000))
+    _, held = data.hold_out(rows, 0.1, 0)
+    assert len(held) == 100 and 400 < sum(held) / 100 < 600
+    assert data.hold_out(rows, 0.1, 1)[1] != held == data.hold_out(rows, 0.1, 0)[1]
+
+
+def test_each_held_out_example_that_is_trained_on_counts():
+    train = dataset([[1, 2, 3], [4, 5], [4, 5], [7]])
+    assert data.count_shared(train, dataset([[4, 5], [4, 5], [4, 5], [1, 2, 3], [1, 2], [8, 9]])) == 4
+    assert data.count_shared(train, dataset([[1, 2], [2, 3]])) == 0
+
+
+def test_a_text_may_have_fewer_ids_than_its_beginning():
+    """A prompt of 5 ids whose last ones become one with what follows has no more than the whole."""
+    assert data.count_by_turns([5, 4]) == [4, 0] and data.count_by_turns([3, 7, 9]) == [3, 4, 2, 0]
+    assert data.count_by_turns([3, 2, 8]) == [3, 0, 5, 0]

@@ -14,6 +14,7 @@ from engine.base.errors import DataError
 from engine.data.chats import parse_chat
 from engine.data.dataset import encode_block, encode_rows
 from engine.data.rows import read_rows
+from engine.data.values import BadRow
 from engine.text.templates import encode_prompt
 from engine.text.tokenizer_files import load_tokenizer
 from tests.helpers.chat_tokenizers import CHATML, LLAMA3, write_byte_level
@@ -278,6 +279,18 @@ def test_tools_under_the_checkpoints_own_template(write, tokenizers):
     bad = sharegpt_tools()
     bad["conversations"][1]["value"] = "no JSON"
     assert "conversations[1]: got 'no JSON', wanted JSON" in refusal(write(bad), with_tools=True)
+
+
+def test_a_call_of_a_tool_has_its_result_and_a_prompt_may_end_in_one():
+    """Another question in place of the result would teach a model not to wait for it."""
+    call, result = TOOL_CHAT["messages"][1:3]
+    for turns in ([USER, call, USER], [USER, call, ANSWER]):
+        with pytest.raises(BadRow, match=r"messages\[2\].role: got '(user|assistant)', wanted 'tool'"):
+            parse_chat(turns, "messages", True, True, set())
+    chat = parse_chat([USER, call, result], "messages", False, True, set())
+    assert [role for role, _ in chat.messages] == ["user", "assistant", "tool"]
+    with pytest.raises(BadRow, match="messages: got tool as the last role, wanted assistant"):
+        parse_chat([USER, call, result], "messages", True, True, set())
 
 
 def test_calls_of_tools_stay_with_their_message_behind_a_system_text_of_its_own(write):

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -29,6 +30,21 @@ from tests.helpers.training_states import (
     save_together,
     tensors,
 )
+
+
+def test_what_is_loaded_is_watched(tmp_path):
+    found, seen = checkpoint.open_checkpoint(save_checkpoint(tmp_path, 7, tensors(7), FACTS, keep=2)), []
+
+    @contextmanager
+    def watch(label, total):
+        counts = []
+        yield counts.append
+        seen.append((label, total, sum(counts)))
+
+    wanted = tensors(0)
+    checkpoint.load(found, wanted, watch=watch)
+    n = sum(t.numel() for t in wanted.values())
+    assert equal(wanted, tensors(7)) and seen == [("reading", n, n)]
 
 
 def test_what_is_saved_is_loaded(tmp_path):

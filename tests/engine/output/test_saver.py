@@ -275,6 +275,12 @@ def test_whatever_fails_on_one_fails_on_all(tmp_path, monkeypatch, fault, kind, 
     assert save_together(tmp_path, 3, cut(tensors(3), 2), savers=savers)[1].folder.is_dir()
 
 
+def test_each_writer_tells_the_bytes_of_all(tmp_path):
+    saved = save_together(tmp_path, 1, cut(tensors(1), 3))
+    n_bytes = sum(file.stat().st_size for file in tmp_path.glob("checkpoint-1/*.safetensors"))
+    assert [one.bytes for one in saved] == [n_bytes] * 3 and n_bytes > 4 * 50 * 7 * 2
+
+
 def test_writers_of_different_steps_notice(tmp_path):
     savers = savers_of(tmp_path, 2)
     for saver, step in zip(savers, (5, 6), strict=True):

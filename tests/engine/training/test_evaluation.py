@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.base.errors import Stopped
 from engine.data.packing import Packing
 from engine.distributed.world import World
 from engine.model.config import ModelConfig
@@ -73,3 +74,76 @@ def test_the_held_out_loss_is_the_mean_over_all_loss_tokens_however_they_are_cut
         assert (written["event"], written["step"], written["loss_tokens"]) == ("eval", 3, len(losses))
         assert written["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
         assert written["perplexity"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-5)
+
+
+class TwoRanks:
+    """One of two ranks, as far as an evaluation asks it. The other is asked to stop where stops says so."""
+
+    size = 2
+
+    def __init__(self, rank, stops=False):
+        self.rank, self.stops, self.seen = rank, stops, []
+
+    def note_place(self, place):
+        self.seen.append(place)
+
+    def any_rank(self, holds):
+        return holds or self.stops
+
+    def sum_over_ranks(self, total):
+        self.seen.append(float(total))
+        return total
+
+
+def evaluate_on(world):
+    """Evaluate a small model on rows that two ranks share, and return the loss that this rank writes."""
+    shape = ModelConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=2, hidden_dim=32, vocab_size=64, max_seq_len=64)
+    model = new_model(shape, "cpu", torch.float32, "ref")
+    model.init_weights(0)
+    held_out = dataset([[*range(10, 20), *range(30, 32 + i)] for i in range(6)])
+    held_out.counts["loss_tokens"] = 1
+    losses = []
+    run = SimpleNamespace(
+        world=world, signals=SimpleNamespace(pending=lambda: False),
+        progress=SimpleNamespace(track=lambda what, chunks: chunks, print_message=print),
+        metrics=SimpleNamespace(write=lambda event, **fields: losses.append(fields["loss"])),
+    )  # fmt: skip
+
+    def stop(step):
+        raise Stopped(f"at step {step}")
+
+    checkpoints = SimpleNamespace(batches=SimpleNamespace(packing=Packing(20)), stop_run=stop)
+    plan = SimpleNamespace(held_out=held_out, device=torch.device("cpu"))
+    evaluation.evaluate(plan, run, checkpoints, model, 3)
+    return losses[0]
+
+
+def test_the_shares_of_all_ranks_are_the_whole():
+    alone = evaluate_on(World())
+    shares = [evaluate_on(TwoRanks(rank)) for rank in (0, 1)]
+    assert sum(shares) == pytest.approx(alone, rel=1e-5) and min(shares) > 0.1 * alone and shares[0] != shares[1]
+
+
+def test_a_signal_to_one_rank_stops_all():
+    """A rank that stopped alone would leave the others waiting for its share."""
+    with pytest.raises(Stopped, match="at step 3"):
+        evaluate_on(TwoRanks(1, stops=True))
+
+
+@pytest.mark.parametrize(("step", "title"), [(0, "before"), (2, "after 2 steps"), (4, "after")])
+def test_samples_end_where_their_style_does_and_are_told_under_their_step(step, title, monkeypatch):
+    said, written, asked = [], [], []
+    tokenizer = SimpleNamespace(stop_ids={2}, decode=lambda ids: f" {ids}\nb ")
+    monkeypatch.setattr(evaluation, "encode_prompt", lambda row, tokenizer, style: f"{row.instruction} in {style}")
+    monkeypatch.setattr(evaluation, "find_stop_ids", lambda tokenizer, style: {2, 7})
+    monkeypatch.setattr(evaluation, "generate", lambda *given: asked.append(given) or ["x"])
+    config = SimpleNamespace(prompt_style="chatml", sample_tokens=5)
+    plan = SimpleNamespace(tokenizer=tokenizer, config=config, sample_prompts=["p"], total_steps=4)
+    run = SimpleNamespace(
+        progress=SimpleNamespace(print_message=said.append),
+        metrics=SimpleNamespace(write=lambda event, **fields: written.append((event, fields))),
+    )  # fmt: skip
+    evaluation.show_samples(plan, run, "model", step)
+    assert asked == [("model", ["p in chatml"], {2, 7}, 5)]
+    assert written == [("sample", {"step": step, "prompt": "p", "text": "x\nb"})]
+    assert said[1:] == [f"[{title}] p\n    x\n    b"]

@@ -10,7 +10,7 @@ from engine import finetune as command
 from engine import generate
 from engine.base.errors import DataError, UsageError, run_main
 from engine.training import resume
-from engine.training.resume import Start, find_changes, find_start, get_recorded_tokens, is_finished
+from engine.training.resume import Start, find_changes, find_checkpoint, find_start, get_recorded_tokens, is_finished
 from tests.helpers.run import finetune
 from tests.helpers.small_model import small_model
 
@@ -48,6 +48,39 @@ def test_a_run_that_was_out_of_memory_begins_with_half_its_micro_batches_and_kno
     assert find_start(plan, print) == Start(found, halved or 7, halved is not None)
     found = None
     assert find_start(plan, print) == Start(None, halved or 9, halved is not None) and asked == [7, 9]
+
+
+def plan_of(out, resume, allow_changed=False):
+    config = SimpleNamespace(resume=str(resume), allow_changed=allow_changed)
+    return SimpleNamespace(config=config, out=out)
+
+
+@pytest.mark.parametrize("allow", [False, True])
+def test_a_state_of_other_settings_is_refused_or_told(allow, tmp_path, monkeypatch):
+    found, said = SimpleNamespace(folder=tmp_path / "checkpoint-3", manifest={}), []
+    monkeypatch.setattr(resume, "find_newest", lambda out, say: found)
+    monkeypatch.setattr(resume, "find_changes", lambda plan, recorded: ["lr: 2 -> 1", "dim: 4 -> 8"])
+    plan = plan_of(tmp_path, "auto", allow)
+    if allow:
+        assert find_checkpoint(plan, said.append) is found
+        (told,) = said
+        assert "going on with other settings" in told and told.endswith("checkpoint-3: lr: 2 -> 1; dim: 4 -> 8")
+    else:
+        with pytest.raises(UsageError, match=r"with other settings \(lr: 2 -> 1; dim: 4 -> 8\)"):
+            find_checkpoint(plan, said.append)
+        assert said == []
+
+
+def test_a_state_from_elsewhere_does_not_replace_those_that_are_there(tmp_path, monkeypatch):
+    other, out = tmp_path / "other" / "checkpoint-3", tmp_path / "out"
+    monkeypatch.setattr(resume, "open_checkpoint", lambda folder: SimpleNamespace(folder=folder, manifest={}))
+    monkeypatch.setattr(resume, "find_changes", lambda plan, recorded: [])
+    assert find_checkpoint(plan_of(out, other), print).folder == other
+    (out / "checkpoint-1").mkdir(parents=True)
+    (out / "checkpoint-1" / "manifest.json").write_text("{}")
+    with pytest.raises(UsageError, match="has states of its own that it would replace; choose a new --out"):
+        find_checkpoint(plan_of(out, other), print)
+    assert find_checkpoint(plan_of(out, out / "checkpoint-1"), print).folder == out / "checkpoint-1"
 
 
 FACTS = {

@@ -8,7 +8,7 @@ import torch
 
 from engine.base.errors import CriaError, NotFiniteError, Stopped
 from engine.distributed.world import World
-from engine.model.config import MODELS
+from engine.model.config import EMBEDDED_MODEL, MODELS
 from engine.training import saving
 from engine.training.config import FinetuneConfig
 from engine.training.saving import Checkpoints
@@ -155,3 +155,53 @@ def test_a_model_that_cannot_be_written(error, told, monkeypatch):
     with pytest.raises(CriaError, match=told):
         saving.write_model(plan, checkpoints.run, checkpoints, "a model")
     assert [name for name, _ in events] == ([] if isinstance(error, NotFiniteError) else ["save"])
+
+
+@pytest.mark.parametrize("adapter", [None, "lora"])
+def test_a_model_is_written_with_the_tokenizer_of_its_style(adapter, tmp_path, monkeypatch):
+    """It names every id that ends an answer, and the note of a run that was short of memory goes."""
+    (tmp_path / saving.HALVED).write_text("{}")
+    written, saved = [], []
+    adopted = SimpleNamespace(bos_id=1, stop_ids={9, 2}, save=saved.append)
+    monkeypatch.setattr(saving, "adopt_style", lambda *given: adopted if given == ("own", "chatml") else None)
+    monkeypatch.setattr(saving, "save_hf", lambda *given, **more: written.append((*given, more)))
+    monkeypatch.setattr(saving, "save_adapter", lambda *given: written.append(given))
+    config = SimpleNamespace(prompt_style="chatml", model="name", max_shard_bytes=5)
+    plan = SimpleNamespace(
+        tokenizer="own", config=config, adapter=adapter, source=SimpleNamespace(generation_config={"top_p": 0.5}),
+        facts={"settings": {"model": "the whole path"}, "base_sha256": "ab"},
+    )  # fmt: skip
+    saving.write_files(plan, "model", tmp_path)
+    about = {"max_shard_bytes": 5, "bos_id": 1, "eos_ids": [2, 9], "generation_config": {"top_p": 0.5}}
+    wanted = (tmp_path, "model", about) if adapter is None else (tmp_path, "model", "the whole path", "ab")
+    assert written == [wanted] and saved == [tmp_path] and not (tmp_path / saving.HALVED).exists()
+    config.model = EMBEDDED_MODEL
+    saving.write_files(plan, "model", tmp_path)
+    assert adapter is None or written[1] == (tmp_path, "model", EMBEDDED_MODEL, "ab"), "not a folder that goes away"
+
+
+def test_a_state_that_is_being_written_is_waited_for_before_one_is_looked_for(monkeypatch):
+    checkpoints, events, _ = make(DONE)
+    checkpoints.plan.out = None
+    monkeypatch.setattr(saving.checkpoint, "find_newest", lambda out, say: events.append("looked"))
+    assert checkpoints.roll_back() is None and events == [("save", SAVED | {"held_seconds": 0.5}), "looked"]
+
+
+def test_of_replicas_one_alone_writes_tensors():
+    checkpoints, _, _ = make()
+    checkpoints.run.world = SimpleNamespace(note_place=lambda place: None, writes_checkpoint=False)
+    checkpoints.save(4)
+    assert checkpoints.saver.given == [(4, {}, {"max_tokens": 64, "n_updates": 3})]
+
+
+@pytest.mark.parametrize("adapter", [None, "lora"])
+def test_a_gathered_model_has_the_updates_of_the_adapter(adapter, monkeypatch):
+    made, loaded = {}, []
+    whole = SimpleNamespace(load_state_dict=lambda tensors, **more: loaded.append((tensors, more)))
+    monkeypatch.setattr(saving.fsdp, "gather_parameters", lambda model, world: {"w": 1})
+    monkeypatch.setattr(saving, "new_model", lambda *given, **more: made.update(more) or whole)
+    plan = SimpleNamespace(model_config=None, dtype=None, adapter=adapter)
+    for is_main in (False, True):
+        run = SimpleNamespace(world=SimpleNamespace(note_place=lambda place: None, is_main=is_main))
+        assert saving.gather_model(plan, run, None) is (whole if is_main else None)
+    assert made == {"adapter": adapter} and loaded == [({"w": 1}, {"strict": adapter is None, "assign": True})]
