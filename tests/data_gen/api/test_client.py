@@ -674,6 +674,29 @@ def test_a_connection_is_used_again_and_a_failure_does_not_spoil_it():
     assert first.kind == second.kind == "answer" and len(requests) == 2 and second.started_at >= first.started_at
 
 
+def test_what_a_server_refused_is_left_out_of_the_body():
+    sampling = Sampling("m", 9, 0.5)
+    for dialect in (Dialect(), Dialect(temperature=False), Dialect(limit="max_tokens", format=FORMAT_NAMES[-1])):
+        body = sampling.build_body([], dialect)
+        assert ("temperature" in body) == dialect.temperature and body[dialect.limit] == 9
+        assert ("response_format" in body) == (FORMATS[dialect.format] is not None)
+    assert Sampling("m", 9, 0.5, {"temperature": 1}).build_body([], Dialect(temperature=False))["temperature"] == 1
+
+
+def test_a_text_is_one_of_those_that_a_schema_lists():
+    schema = {
+        "type": "json_schema",
+        "schema": {"type": "object", "properties": {"a": {"type": "string", "enum": ["x"]}}},
+    }
+    assert keeps_format('{"a": "x"}', schema) and not keeps_format('{"a": "y"}', schema)
+
+
+def test_secrets_of_the_address_are_hidden_as_the_key_is():
+    client = Client("http://me:pa55word-of-mine@127.0.0.1:9/v1?sig=s3cret-signature&api-version=2026-01-01", KEY, 5.0)
+    told = client.hide_key(f"pa55word-of-mine, s3cret-signature, {KEY}, 2026-01-01")
+    assert told == "[key], [key], [key], 2026-01-01"
+
+
 def test_the_key_is_not_kept_of_a_failed_connection(monkeypatch):
     openai = pytest.importorskip("openai")
 

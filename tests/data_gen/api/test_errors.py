@@ -7,7 +7,8 @@ import pytest
 pytest.importorskip("openai")
 
 from data_gen.api.answers import judge_success
-from data_gen.api.errors import classify_error, extract_message, find_error
+from data_gen.api.client import Reply
+from data_gen.api.errors import GAVE_UP, OVERLOADED, RETRIED, classify_error, extract_message, find_error
 
 CHOICE = {"index": 0, "message": {"role": "assistant", "content": "hello"}, "finish_reason": "stop"}
 
@@ -160,3 +161,16 @@ def test_an_answer_that_broke_off_may_have_been_billed_unless_it_tells_its_bill(
 def test_words_of_a_prompt_that_comes_back_do_not_decide():
     said = {"choices": [{"finish_reason": "error", "message": {"content": ""}, "note": "rate limit"}]}
     assert find_error(said | {"prompt": "api key not found"}) == 500
+
+
+def test_a_status_of_load_or_of_a_proxy_is_known_as_such():
+    """After the first the rate falls; after the second a server may go on, and bill."""
+    assert {408, 429, 503, 504, 524, 529} == OVERLOADED and {504, 524} == GAVE_UP
+    for status in RETRIED | OVERLOADED:
+        assert classify_error(status, "no") == "failed"
+
+
+def test_a_request_that_no_minute_has_room_for_is_not_sent_again():
+    said = json.dumps({"error": {"message": "Request too large for m on tokens per min (TPM): Limit 9, Requested 10"}})
+    assert classify_error(429, said) == "unsupported" and classify_error(429, "Rate limit") == "failed"
+    assert Reply("failed", 429, said).is_rate_limit and not Reply("unsupported", 429, said).is_rate_limit

@@ -58,3 +58,10 @@ def test_reasoning_alone_ends_a_run(first, most):
     told = observations.count_thinking(answer(thinks=True), 9)
     assert told.startswith(f"the last {most} answers are reasoning alone") and "--max-output-tokens 9 did not" in told
     assert observations.count_thinking(answer("text"), 9) == "" and observations.thinking == 0
+
+
+def test_an_open_thought_is_no_text():
+    """A model that has only ever thought is left after as few answers as one that says so in a field."""
+    observations = Observations(print)
+    told = [observations.count_thinking(answer("<think>still", "length"), 9) for _ in range(THINKING_AT_START)]
+    assert told[:-1] == [""] * (THINKING_AT_START - 1) and told[-1] and not observations.has_text

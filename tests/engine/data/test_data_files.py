@@ -1,11 +1,13 @@
 """What a file that holds no rows is told to be, and which files are of rows."""
 
 import gzip
+import json
 
 import pytest
 
 from engine.base.errors import DataError
-from engine.data.data_files import has_rows, read_records
+from engine.data.data_files import has_rows, map_file, read_records
+from engine.data.json_files import find_wrapped_rows
 
 OTHERS = {
     "git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\n", "zip archive": b"PK\3\4rest",
@@ -65,3 +67,10 @@ def test_a_damaged_gzip_file_is_named(tmp_path):
         (tmp_path / "rows.json.gz").write_bytes(content)
         with pytest.raises(DataError, match=r"got a gzip file that cannot be unpacked \(.*\); download it anew"):
             list(read_records(tmp_path / "rows.json.gz"))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_of_several_lists_the_longest_is_taken_for_the_rows(first, tmp_path):
+    data, notes = {"data": [{"text": "a"}] * 9}, {"notes": [{"by": "me"}]}
+    (tmp_path / "x.json").write_text(json.dumps(data | notes if first else notes | data))
+    assert find_wrapped_rows(map_file(tmp_path / "x.json"), 0) == "'data'"

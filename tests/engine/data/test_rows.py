@@ -347,6 +347,8 @@ def test_no_row_left_is_an_error_all_the_same(write):
     message = refusal(path, skip_bad_rows=True)
     assert "got 2 bad of 2 rows" in message and f"{path}:2: instruction: missing" in message
     assert "--skip-bad-rows" not in message and "--skip-bad-rows" not in refusal(path)
+    some = refusal(write(as_list(GOOD, {}), "some"), skip_bad_rows=None)
+    assert "got 1 bad of 2 rows" in some and "--skip-bad-rows" not in some, "a command without that flag"
     other = write(as_list(GOOD), "other")
     assert len(read_rows([path, other], skip_bad_rows=True)[0]) == 1
 
