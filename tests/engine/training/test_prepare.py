@@ -9,13 +9,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine.base.errors import DataError
+from engine.base.errors import DataError, UsageError
 from engine.data.packing import Packing
 from engine.distributed.world import World
 from engine.model.config import MODELS, RopeScaling
 from engine.training.config import GROUPS, FinetuneConfig
 from engine.training.plan import Plan
-from engine.training.prepare import agree_on_plan, prepare, read_prompts, select_fixed_settings, take_recorded_states
+from engine.training.prepare import (
+    PATHS,
+    agree_on_plan,
+    check_ranks,
+    prepare,
+    read_prompts,
+    select_fixed_settings,
+    take_recorded_states,
+)
 from tests.helpers.small_model import small_model
 
 
@@ -137,3 +145,64 @@ def test_sample_prompts_are_lines_that_are_not_blank(tmp_path):
     for name in (tmp_path, tmp_path / "none"):
         with pytest.raises(DataError, match=r"cannot be read .*; give a UTF-8 text file"):
             read_prompts(str(name))
+
+
+@pytest.mark.parametrize(
+    ("size", "batch", "replicas", "told"),
+    [
+        (4, 4, None, None), (4, 3, None, "--global-batch-size 3 is under the 4 ranks"), (4, 8, 2, None),
+        (4, 8, 4, None),
+        (6, 6, 4, "--replicas 4 of 6 ranks; wanted one of 1, 2, 3, 6"), (1, 1, 2, "--replicas 2 of 1 ranks"),
+    ],
+)  # fmt: skip
+def test_what_several_ranks_cannot_follow_is_refused(size, batch, replicas, told):
+    config = FinetuneConfig(model="tiny", random_init=True, data=("x",), global_batch_size=batch, replicas=replicas,
+                            optimizer_states="fp32")  # fmt: skip
+    world = SimpleNamespace(size=size)
+    if told is None:
+        check_ranks(config, MODELS["tiny"], world)
+    else:
+        with pytest.raises(UsageError, match=told):
+            check_ranks(config, MODELS["tiny"], world)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("save_every", "7"), ("keep", 9), ("kernels", "ref"), ("replicas", 2), ("resume", "never"), ("log_every", 9),
+    ("out", "elsewhere"), ("tracker", "wandb"), ("micro_batch_tokens", 4096), ("eval_every", "7"), ("max_skips", 99),
+])  # fmt: skip
+def test_a_setting_that_decides_nothing_of_what_is_computed_may_change_on_resume(name, value):
+    config = FinetuneConfig(model="tiny", random_init=True, data=("x",), optimizer_states="fp32")
+    changed = dataclasses.replace(config, **{name: value})
+    assert getattr(changed, name) != getattr(config, name)
+    assert select_fixed_settings(changed, None) == select_fixed_settings(config, None)
+
+
+def test_every_place_of_a_machine_may_be_another_on_another_one():
+    places = {
+        "model",
+        "adapter_dir",
+        "tokenizer",
+        "data",
+        "eval_data",
+        "token_cache",
+        "out",
+        "sample_prompts",
+        "resume",
+    }
+    assert places == PATHS
+
+
+def test_a_setting_is_compared_only_where_it_decides_something():
+    """The cut of a step under micro-mean, what is left out under a rollback, and an adapter where there is one."""
+
+    def settings_of(**more):
+        named = {"model": str(small_model()), "data": ("x",), "optimizer_states": "fp32", "save_every": "1"}
+        return select_fixed_settings(FinetuneConfig(**named | more), None)
+
+    names = ("micro_batch_size", "spike_rollback", "adapter", "lora_r")
+    plain = settings_of(micro_batch_size=3, spike_threshold=4.5)
+    assert not plain.keys() & set(names), "states of older versions have none of them"
+    assert settings_of(micro_batch_size=3, loss_norm="micro-mean")["micro_batch_size"] == 3
+    assert settings_of(spike_rollback=True, spike_threshold=4.5)["spike_rollback"] == 4.5
+    with_adapter = settings_of(adapter="lora", lora_r=5)
+    assert (with_adapter["adapter"], with_adapter["lora_r"]) == ("lora", 5)
