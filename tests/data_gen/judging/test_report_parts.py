@@ -10,7 +10,14 @@ pytest.importorskip("openai")
 from data_gen.judging import report
 from data_gen.judging.comparisons import Pair
 from data_gen.judging.humans import HumanFigures
-from data_gen.judging.report import name_outcome, render_humans, render_pair, render_ranking, render_sample
+from data_gen.judging.report import (
+    name_outcome,
+    render_humans,
+    render_key_figures,
+    render_pair,
+    render_ranking,
+    render_sample,
+)
 from data_gen.judging.statistics import Rate, Strength, compute_figures
 from data_gen.judging.verdicts import Judged
 
@@ -93,3 +100,17 @@ def test_the_chart_of_lengths_has_the_pairs_of_its_models_alone(monkeypatch):
     found = SimpleNamespace(questions=questions, judged=some, figures=compute_figures(questions.names, some, ["m"]))
     report.render_lengths(found)
     assert drawn == [("b against a", [1]), ("c against a", [2]), ("c against b", [1])]
+
+
+def test_of_several_models_the_first_of_the_ranking_is_the_strongest():
+    pair = SimpleNamespace(
+        win_rate=Rate(50, (40, 60), 1, 9), decisive_share=1, flip_rate=1, two_winners=1, first_share=1, winners=1
+    )
+    ranking = [Strength(name, -n, (0.0, 0.0), 40.0) for n, name in enumerate(("zeta", "alpha", "mid"))]
+    figures = SimpleNamespace(pairs=[pair], ranking=ranking, canary=None, warnings=())
+    cost, counts = {"spent_usd": 1.0, "uncertain_usd": 0}, {"questions": 3, "verdicts": 6}
+    questions = SimpleNamespace(names=["alpha", "mid", "zeta"])
+    html = render_key_figures(
+        SimpleNamespace(figures=figures, record={"cost": cost, "counts": counts}, questions=questions)
+    )
+    assert "Strongest" in html and "zeta" in html and "alpha" not in html and "mid" not in html

@@ -201,3 +201,9 @@ def test_one_seed_draws_every_interval(monkeypatch):
     some = [judged(2, places=places) for places in ((0, 1), (0, 2), (1, 2), (0, None))]
     statistics.compute_figures(("a", "b", "c"), some, [], 9)
     assert drawn == {"compute_rate": [9] * 4, "control_length": [9] * 4, "rank_models": [9]}
+
+
+def test_a_pair_of_answers_of_one_length_says_nothing_of_the_longer():
+    pairs = [judged(2), judged(1), judged(2, base="ccc"), judged(1, base="cccc")]
+    figures = statistics.summarize_pair("base", "other", pairs)
+    assert (figures.longer_share, figures.unequal) == (pytest.approx(2 / 3 * 100), 3)

@@ -216,3 +216,6 @@ def test_lines_wrap_between_words_on_a_terminal_alone(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 40 and len(lines) > 4 and lines[-1] == "  short"
     assert " ".join(" ".join(lines).split()) == " ".join(text.split())
+    path = "/data/" + "long-name/" * 8  # what is copied from a terminal stays in one piece
+    log.print_wrapped(f"the model is in {path}")
+    assert f"  {path}" in capsys.readouterr().out.splitlines()

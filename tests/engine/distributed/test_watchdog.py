@@ -107,3 +107,12 @@ def test_stop_waits_for_a_report_that_is_under_way():
     threading.Timer(0.3, store.leave.set).start()
     watchdog.stop()
     assert not watchdog.thread.is_alive()
+
+
+def test_the_places_that_are_told_are_those_of_ranks_elsewhere():
+    dog = Watchdog.__new__(Watchdog)
+    dog.place = "step 7"
+    dog.seen = {1: ("3 step 6", 0.0), 2: ("4 step 7", 0.0), 3: ("2 the start", 0.0)}
+    assert dog.describe_places() == "rank 1 was last at step 6, rank 3 was last at the start; "
+    dog.seen = {2: ("4 step 7", 0.0)}
+    assert dog.describe_places() == ""

@@ -95,7 +95,8 @@ def test_a_launch_table_entry_that_no_case_launches_is_reported():
 
 
 def test_an_operator_that_no_case_launches_is_reported():
+    names = {name for name in operator_names() if "of_tests" not in name}  # tests of the same process add some
     cases = [case for case in all_cases() if "backward" not in case.label]
-    found = [violation.op for violation in find_unplayed(cases, operator_names())]
+    found = [violation.op for violation in find_unplayed(cases, names)]
     assert "cria::rms_norm_backward" in found and "cria::rms_norm_forward" not in found
-    assert find_unplayed(all_cases(), operator_names()) == []
+    assert find_unplayed(all_cases(), names) == []
