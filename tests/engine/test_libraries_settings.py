@@ -17,13 +17,10 @@ OWN = {  # a variable of the user's -> what is then not set
 
 
 def settings_after_import(monkeypatch, own):
-    for name in OWN:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in own.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(os, "environ", dict(os.environ))
+    environment = dict(own)
+    monkeypatch.setattr(os, "environ", environment)
     runpy.run_path(engine.__file__)
-    return {name: os.environ[name] for name in OWN if name in os.environ}
+    return environment
 
 
 def test_the_allocator_and_openmp_are_set(monkeypatch):

@@ -1,5 +1,6 @@
-"""Bytes that are damaged: single bits flipped, ends cut off. The same every time."""
+"""What is damaged: bytes with a bit flipped or the end cut off, values with a wrong one inside. The same every time."""
 
+import copy
 import random
 
 
@@ -16,3 +17,15 @@ def truncate(raw, n):
     """Yield n beginnings of the bytes, the shortest empty, none whole."""
     for i in range(n):
         yield raw[: i * len(raw) // n]
+
+
+def with_value(value, path, new):
+    """Return a copy of nested dicts and lists with another value at a path of keys and indices."""
+    if not path:
+        return new
+    whole = copy.deepcopy(value)
+    inner = whole
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = new
+    return whole

@@ -16,12 +16,8 @@ class Falling:
     """A schedule: the learning rate falls as a line."""
 
     def __init__(self, optimizer, total):
-        self.group, self.first, self.total, self.taken = (
-            optimizer.param_groups[0],
-            optimizer.param_groups[0]["lr"],
-            total,
-            0,
-        )
+        self.group, self.total, self.taken = optimizer.param_groups[0], total, 0
+        self.first = self.group["lr"]
 
     def step(self):
         self.taken += 1

@@ -1,6 +1,5 @@
 """Checkpoints: whole whatever kills the process, verified when they are opened, rotated."""
 
-import copy
 import json
 import os
 import pickle
@@ -15,6 +14,7 @@ from engine.base.errors import DataError
 from engine.formats.find import list_checkpoints
 from engine.output import checkpoint
 from engine.output.checkpoint import STATE
+from tests.helpers.damage import with_value
 from tests.helpers.training_states import (
     FACTS,
     blank,
@@ -224,17 +224,6 @@ def places(value, path=()):
         yield from places(value[key], (*path, key))
 
 
-def changed(value, path, new):
-    if not path:
-        return new
-    value = copy.deepcopy(value)
-    inner = value
-    for key in path[:-1]:
-        inner = inner[key]
-    inner[path[-1]] = new
-    return value
-
-
 def accepts(folder, manifest, whole):
     """Whether a state with this manifest verifies and loads; all but a DataError is a fault."""
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -257,7 +246,7 @@ def test_an_odd_manifest_is_a_data_error(tmp_path):
     for path in places(manifest):
         for value in odd:
             free = path and path[0] in ("settings", "rank", "step")  # facts, and any number will do for a step
-            other = changed(manifest, path, value)
+            other = with_value(manifest, path, value)
             assert free or other == manifest or not accepts(folder, other, whole), (path, value)
     files, rows = manifest["files"], manifest["files"][one]["rows"]
     for name in ("../x", "/etc/passwd", "state.safetensors", "manifest.json", one + "\n", one.replace("0", "\u0660")):
@@ -267,9 +256,9 @@ def test_an_odd_manifest_is_a_data_error(tmp_path):
     out_of_it = {f"{one}-/../../elsewhere": files[one], two: files[two]}
     assert not accepts(folder, manifest | {"files": out_of_it}, whole)
     for name in ("b", "../a", ""):
-        assert not accepts(folder, changed(manifest, ("files", one, "rows"), rows | {name: [0, 1]}), whole)
+        assert not accepts(folder, with_value(manifest, ("files", one, "rows"), rows | {name: [0, 1]}), whole)
     for span in ([0.0, 2.0], [False, 2]):  # equal to what is right, and no row numbers
-        assert not accepts(folder, changed(manifest, ("files", one, "rows", "a"), span), whole)
+        assert not accepts(folder, with_value(manifest, ("files", one, "rows", "a"), span), whole)
     swapped = {one: files[one] | {"rows": files[two]["rows"]}, two: files[two] | {"rows": rows}}
     assert not accepts(folder, manifest | {"files": swapped}, whole)
 

@@ -1,6 +1,5 @@
 """The comparison with PEFT: what is over its bound is told and makes the exit code, and each side gets its own job."""
 
-import copy
 import json
 import subprocess
 from argparse import Namespace
@@ -12,6 +11,7 @@ import torch
 
 from scripts.parity import adapters
 from scripts.parity.adapters import BOUNDS, Peer, cut_at_stop, find_excesses, largest_difference, read_short_rows
+from tests.helpers.damage import with_value
 
 RIGHT = {
     "fp64": {"a case": dict.fromkeys(("loss", "gradient", "logits", "merged_logits", "logits_back_in_peft"), 1e-12)},
@@ -29,26 +29,17 @@ BOUNDED = [
 ]  # fmt: skip
 
 
-def with_figure(path, value):
-    result = copy.deepcopy(RIGHT)
-    place = result
-    for name in path[:-1]:
-        place = place[name]
-    place[path[-1]] = value
-    return result
-
-
 @pytest.mark.parametrize(
     ("path", "bound"), BOUNDED, ids=lambda value: " ".join(value) if isinstance(value, tuple) else ""
 )
 def test_every_figure_is_held_to_its_own_bound(path, bound):
-    assert find_excesses(with_figure(path, 0.99 * bound)) == []
-    assert len(find_excesses(with_figure(path, 1.01 * bound))) == 1
+    assert find_excesses(with_value(RIGHT, path, 0.99 * bound)) == []
+    assert len(find_excesses(with_value(RIGHT, path, 1.01 * bound))) == 1
 
 
 @pytest.mark.parametrize("name", ["same_in_transformers", "same_in_llama_cpp"])
 def test_one_other_answer_is_told(name):
-    assert find_excesses(with_figure(("merged", name), 5)) != [] == find_excesses(RIGHT)
+    assert find_excesses(with_value(RIGHT, ("merged", name), 5)) != [] == find_excesses(RIGHT)
 
 
 def test_a_difference_counts_to_either_side():
