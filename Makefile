@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# make demo ADAPTER=lora (or qlora) trains an adapter in place of all weights; updates want a higher rate than weights.
+# make demo ADAPTER=lora (or qlora) trains an adapter in place of all weights, in as little memory as goes: each layer is
+# computed again in backward. Updates want a higher rate than weights.
 demo: $(READY)
-	$(BIN)/python -m engine.finetune --resume never$(if $(ADAPTER), --adapter $(ADAPTER) --lr 2e-3 --out out/demo-$(ADAPTER))
+	$(BIN)/python -m engine.finetune --resume never$(if $(ADAPTER), --adapter $(ADAPTER) --recompute block --lr 2e-3 --out out/demo-$(ADAPTER))
 
 test: $(READY)
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist worksteal

@@ -238,3 +238,4 @@ def dequantise_rows(
         # read-only memory.
         part = torch.from_numpy(np.array(gguf.dequantize(raw.reshape(1, -1), quantisation)))
         yield row, 0, part.view(n, n_columns) if len(shape) > 1 else part[0]
+    pages.madvise(mmap.MADV_DONTNEED)  # else the whole file counts as memory of the process while it is open

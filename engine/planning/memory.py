@@ -49,7 +49,7 @@ from engine.planning.weights import (
     state_bytes,
     whole_bytes,
 )
-from kernels.ops.linear_cross_entropy import LOGITS_BYTES, PAD, ROWS
+from kernels.ops.linear_cross_entropy import PAD, most_rows
 
 CONTEXT_BYTES = 640 << 20  # CUDA's context, cuBLAS with its workspace, the kernels' code: 0.5 to 0.6 GiB on an H100
 NCCL_BYTES = 512 << 20  # buffers of NCCL's channels on each of several GPUs: assumed
@@ -199,11 +199,6 @@ def padded_vocab(c: ModelConfig) -> int:
     return -(-c.vocab_size // PAD) * PAD
 
 
-def most_logit_rows(c: ModelConfig, size: int) -> int:
-    """Return the most rows of logits, of numbers of `size` bytes, that linear_cross_entropy makes at once."""
-    return max(1, LOGITS_BYTES // (padded_vocab(c) * size) // ROWS) * ROWS
-
-
 def layer_moment(c: ModelConfig, setting: Setting, batch: BatchShape, last: bool, updates: LayerUpdates) -> int:
     """Return what one layer's backward needs beside what is kept when it begins.
 
@@ -266,7 +261,7 @@ def worst_moments(c: ModelConfig, setting: Setting, batch: BatchShape) -> Moment
     *below, of_last = layer_updates(c, setting.adapter)
     ranks = zip(*(updates.ranks for updates in below or [of_last]), strict=True)
     most = LayerUpdates(tuple(map(max, ranks)))  # of any layer but the last
-    logits = min(loss_rows, most_logit_rows(c, size)) * padded_vocab(c) * size
+    logits = min(loss_rows, most_rows(c.vocab_size, size, setting.trains_head)) * padded_vocab(c) * size
     last, other = (layer_moment(c, setting, batch, is_last, of_last if is_last else most) for is_last in (True, False))
     freed = loss_rows * d * size + u * (d * size + 4)  # the loss's dx and the final norm
     moments = [last - freed] if of_last.first < len(MAPS) else []
@@ -293,7 +288,7 @@ def gradients_at_once(c: ModelConfig, loss_rows: int, size: int, in_backward: bo
     head, largest = c.vocab_size * c.dim, max(c.vocab_size, 2 * c.hidden_dim) * c.dim
     if not in_backward:
         return (head + c.dim * (3 * c.hidden_dim + 2 * (c.n_heads + c.n_kv_heads) * c.head_dim)) * size
-    made = head * (size if loss_rows <= most_logit_rows(c, size) else 4)
+    made = head * (size if loss_rows <= most_rows(c.vocab_size, size, True) else 4)
     return max(made + head * size, (2 * largest + head * c.tied) * size)
 
 

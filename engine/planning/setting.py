@@ -45,6 +45,11 @@ class Setting:
         return self.adapter is None or "embed_tokens" in self.adapter.saved
 
     @property
+    def trains_head(self) -> bool:
+        """Return whether the head gets a gradient."""
+        return self.adapter is None or "lm_head" in self.adapter.saved
+
+    @property
     def n_cards(self) -> int:
         """Return the number of GPUs of the run."""
         return self.shards * self.replicas

@@ -16,7 +16,8 @@ chunk of bf16).
 Bound by the GEMMs: 6 L D V floating point operations, 2 L D V without gradients. The kernel moves 4 V bytes a row of
 bf16 logits from and to HBM, 2 V without gradients: it reads a row twice, and L1 and L2 serve the second read. A chunk
 moves 8 bytes an element of dW, so chunks are as large as LOGITS_BYTES allows; a row of logits brings 2 D operations an
-element of dW. Backward moves 6 bytes an element of dW, 4 after a single chunk, and 4 of dx.
+element of dW. Without dW, as beside an adapter and in evaluation, a chunk only reads W, and FEWER_LOGITS_BYTES are
+enough for GEMMs at their full rate. Backward moves 6 bytes an element of dW, 4 after a single chunk, and 4 of dx.
 """
 
 import torch
@@ -37,6 +38,7 @@ from kernels.ops.common import (
 )
 
 LOGITS_BYTES = 512 << 20  # of the one buffer: 8,320 rows of V=32000 in bf16, 2,048 of V=128256
+FEWER_LOGITS_BYTES = 128 << 20  # where no dW is computed
 ROWS = 128  # chunks are multiples of a GEMM's tile
 REF_ROWS = 32  # of a chunk in the reference: 6 MB of fp32 logits at V=49152
 PAD = 64  # elements: rows of the buffer start on 128 bytes, whatever V is
@@ -186,10 +188,15 @@ def _scale_kernel(x_ptr, scale_ptr, y_ptr, n, BLOCK: tl.constexpr):
 # ---- launch: shapes, allocation, grid; torch.ops.cria.* -------------------------------------------------------------
 
 
-def chunk_rows(n_rows: int, vocab: int, itemsize: int) -> int:
-    """Return the rows of a chunk: as few chunks as LOGITS_BYTES allows, all of about one size."""
-    most = max(1, LOGITS_BYTES // (_round_up(vocab, PAD) * itemsize) // ROWS) * ROWS
-    n_chunks = max(1, _round_up(n_rows, most) // most)
+def most_rows(vocab: int, itemsize: int, want_dw: bool) -> int:
+    """Return the most rows of a chunk, whose logits take so many bytes each. want_dw: whether dW is computed."""
+    n_bytes = LOGITS_BYTES if want_dw else FEWER_LOGITS_BYTES
+    return max(1, n_bytes // (_round_up(vocab, PAD) * itemsize) // ROWS) * ROWS
+
+
+def chunk_rows(n_rows: int, vocab: int, itemsize: int, want_dw: bool) -> int:
+    """Return the rows of a chunk: as few chunks as most_rows allows, all of about one size."""
+    n_chunks = max(1, -(-n_rows // most_rows(vocab, itemsize, want_dw)))
     return max(ROWS, _round_up(-(-n_rows // n_chunks), ROWS))
 
 
@@ -200,7 +207,7 @@ def _round_up(n, multiple):
 def _gradients_fake(x, weight, want_dx, want_dw, into=None):
     want_dw = want_dw and into is None
     # The GEMM of a single chunk rounds dW, but not to fp16, which dW may exceed before the upstream gradient scales it.
-    once = len(x) <= chunk_rows(len(x), len(weight), x.element_size()) and weight.dtype != torch.float16
+    once = len(x) <= chunk_rows(len(x), len(weight), x.element_size(), True) and weight.dtype != torch.float16
     dx = x.new_empty(x.shape if want_dx else 0)
     return dx, weight.new_empty(weight.shape if want_dw else 0, dtype=weight.dtype if once else torch.float32)
 
@@ -276,7 +283,7 @@ def _forward_in_chunks(
     if want_dw and not n_rows and not beta:
         total.zero_()
     losses = x.new_empty(n_rows, dtype=torch.float32)
-    rows = chunk_rows(n_rows, vocab, x.element_size())
+    rows = chunk_rows(n_rows, vocab, x.element_size(), want_dw)
     buffer = x.new_empty(min(rows, n_rows), stride)
     for start in range(0, n_rows, rows):
         chunk = slice(start, start + rows)
@@ -389,6 +396,5 @@ def linear_cross_entropy(
         return linear_cross_entropy_ref(x, weight, targets, weights, ignore_index, z_loss, label_smoothing)
     weights = weights if weights is None else weights.float().contiguous()
     settings = targets.contiguous(), weights, ignore_index, float(z_loss), float(label_smoothing)
-    grad = torch.is_grad_enabled()
-    wanted = grad and x.requires_grad, grad and weight.requires_grad
+    wanted = (torch.is_grad_enabled() and t.requires_grad for t in (x, weight))
     return _LinearCrossEntropy.apply(x, weight, *settings, *wanted, accumulate)

@@ -30,20 +30,25 @@ def demo(figures):
 def demo_adapters(figures):
     """Return the lines about the demo with all weights, with LoRA and with QLoRA."""
     names = {"none": "all weights", "lora": "LoRA", "qlora": "QLoRA"}
+    whole = {run["seed"]: run for run in figures["runs"] if run["adapter"] == "none"}
+
+    def memory(run, what):
+        return f"{run[what] / 1e9:.2f} GB | {run[what] / whole[run['seed']][what]:.2f}"
+
     return [
         paragraph(
-            "`make demo` beside `make demo ADAPTER=lora` and `ADAPTER=qlora`. What training keeps is weights, their "
-            "gradients, masters and optimizer states. The peak is that of the whole process, with Python, PyTorch, "
-            "activations and the code that oneDNN compiles."
+            f"`make demo` beside `make demo ADAPTER=lora` and `ADAPTER=qlora`, which compute each layer again in "
+            f"backward, in {figures['runs'][0]['dtype']}. What training keeps is weights, their gradients, masters and "
+            "optimizer states. The peak is that of the whole process, with Python, PyTorch, activations and what "
+            "oneDNN compiles. Shares are of the run of all weights with the same seed."
         ),
         "",
-        "| trains | seed | held-out loss | answers as wanted | training keeps | of all weights' | peak | CPU seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| trains | seed | held-out loss | answers as wanted | training keeps | share | peak | share | CPU seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
         *(
             f"| {names[run['adapter']]} | {run['seed']} | {run['loss'][-1]:.4f} | "
-            f"{run['equal'][-1]} of {run['answers']} | "
-            f"{run['state_bytes'] / 1e9:.2f} GB | {figures['state_shares'][run['adapter']]:.2f} | "
-            f"{run['peak_bytes'] / 1e9:.2f} GB | {run['cpu_seconds']:.0f} |"
+            f"{run['equal'][-1]} of {run['answers']} | {memory(run, 'state_bytes')} | {memory(run, 'peak_bytes')} | "
+            f"{run['cpu_seconds']:.0f} |"
             for run in figures["runs"]
         ),
     ]

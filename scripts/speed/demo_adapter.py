@@ -10,7 +10,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from engine.base.device import DTYPES
+import torch
+
 from engine.model.config import EMBEDDED_MODEL, MODELS
 from engine.output.folder import METRICS, read_metrics
 from engine.planning.weights import state_bytes
@@ -25,13 +26,13 @@ ADAPTERS = ("none", "lora", "qlora")  # --adapter
 
 def measure_run(out: Path, adapter: str, seed: int) -> dict:
     """Return the figures of one run of the demo."""
-    flags = [] if adapter == "none" else ["--adapter", adapter, "--lr", "2e-3"]
+    flags = [] if adapter == "none" else ["--adapter", adapter, "--recompute", "block", "--lr", "2e-3"]
     run = take_run(out, [*flags, "--seed", str(seed)])
-    settings = json.loads((out / "run.json").read_text())["config"]
+    dtype = json.loads((out / "run.json").read_text())["facts"]["dtype"]  # the flag may be "auto"
     config = FinetuneConfig(EMBEDDED_MODEL, data=("orders",), adapter=adapter, optimizer_states="fp32")
-    state = state_bytes(MODELS[EMBEDDED_MODEL], setting_from_config(config, DTYPES[settings["dtype"]]))
+    state = state_bytes(MODELS[EMBEDDED_MODEL], setting_from_config(config, getattr(torch, dtype)))
     trains = [line for line in read_metrics(out / METRICS) if line["event"] == "train"]
-    return {"adapter": adapter, "seed": seed, "dtype": settings["dtype"]} | run | {
+    return {"adapter": adapter, "seed": seed, "dtype": dtype} | run | {
         "state_bytes": state.weights + state.trained + state.master + state.states,
         "peak_bytes": max(line["peak_memory_bytes"] for line in trains),
     }  # fmt: skip
@@ -48,8 +49,7 @@ def main() -> None:
             for adapter in ADAPTERS:
                 runs.append(measure_run(Path(folder) / f"{adapter}-{seed}", adapter, seed))
                 print(runs[-1], flush=True)
-    shares = {run["adapter"]: run["state_bytes"] / runs[0]["state_bytes"] for run in runs}
-    write_json(args.json, describe_cpu() | {"date": today(), "runs": runs, "state_shares": shares})
+    write_json(args.json, describe_cpu() | {"date": today(), "runs": runs})
 
 
 if __name__ == "__main__":

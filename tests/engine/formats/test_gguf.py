@@ -1,8 +1,10 @@
 """GGUF files as the gguf package writes them: parity with transformers, every quantisation, every fault refused."""
 
+import re
 import struct
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from engine.base.errors import DataError, UsageError
 from engine.formats.gguf import open_gguf
 from engine.formats.source import open_source
 from engine.model.config import RopeScaling
+from engine.model.llama import new_model
 from tests.helpers.checkpoints import (
     BASE,
     assert_close,
@@ -56,6 +59,16 @@ def test_quantised_gguf(kind, tmp_path):
     number = gguf.GGMLQuantizationType[kind]
     there_and_back = torch.from_numpy(gguf.dequantize(gguf.quantize(up, number), number))
     assert torch.equal(read_model(path, torch.float32).layers[1].w13[BASE.hidden_dim :], there_and_back)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads /proc/self/smaps, which is Linux's")
+def test_what_has_been_read_of_a_gguf_counts_as_memory_no_longer(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", make_theirs(BASE), BASE)
+    source = open_source(path)  # holds the file open
+    source.read_into(new_model(BASE, "cpu", torch.float32))
+    entry = Path("/proc/self/smaps").read_text().partition(str(path))[2]
+    assert re.search(r"^Size: +(\d+) kB", entry, re.MULTILINE)[1] == str(-(-path.stat().st_size // 4096) * 4)
+    assert re.search(r"^Rss: +(\d+) kB", entry, re.MULTILINE)[1] == "0"
 
 
 def test_gguf_faults(tmp_path):

@@ -111,6 +111,20 @@ def test_llama_7b_fits_with_an_adapter(packed, most_gb):
     assert used.total < most_gb * 1e9
 
 
+def test_logits_of_a_frozen_head_are_fewer_at_a_time():
+    """The head without a gradient: 128 MiB of logits where a head that is trained has 512."""
+    c, rows = MODELS["llama3-8b"], 6000
+    heads = {
+        name: worst_moments(c, Setting(adapter=adapter), BatchShape(8192, rows)).head - rows * (c.dim * 2 + 4)
+        for name, adapter in [
+            ("all weights", None),
+            ("lora", AdapterConfig()),
+            ("head", AdapterConfig(saved=("lm_head",))),
+        ]
+    }
+    assert heads == {"all weights": 2048 * 128256 * 2, "lora": 512 * 128256 * 2, "head": 2048 * 128256 * 2}
+
+
 class NoGenerator:
     """Stands for torch.Generator, which the meta device lacks."""
 

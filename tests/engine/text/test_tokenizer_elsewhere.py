@@ -225,7 +225,8 @@ def test_a_tokenizer_model_alone_is_saved_as_what_training_used(options, config,
     if config is not None:
         stated = {
             "tokenizer_class": "LlamaTokenizer", "chat_template": "x", "model_max_length": 77, "auto_map": {"a": "b"},
-            "bos_token": {"__type": "AddedToken", "content": "<s>", "normalized": True}, "sp_model_kwargs": {}, **config
+            "clean_up_tokenization_spaces": True, "sp_model_kwargs": {},
+            "bos_token": {"__type": "AddedToken", "content": "<s>", "normalized": True}, **config
         }  # fmt: skip
         (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(stated))
         (tmp_path / "base" / "special_tokens_map.json").write_text('{"unk_token": {"content": "<unk>"}}')
@@ -238,6 +239,7 @@ def test_a_tokenizer_model_alone_is_saved_as_what_training_used(options, config,
     assert (out / "tokenizer.model").read_bytes() == (tmp_path / "base" / "tokenizer.model").read_bytes()
     if config is not None:
         kept = json.loads((out / "tokenizer_config.json").read_text())
+        assert kept["clean_up_tokenization_spaces"] is False  # "a ." stays as it was
         assert (kept["chat_template"], kept["model_max_length"]) == ("x", 77) and "auto_map" not in kept
 
 

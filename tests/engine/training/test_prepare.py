@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,16 +28,61 @@ from engine.training.prepare import (
 from tests.helpers.small_model import small_model
 
 
+def make_plan(recompute="auto", **facts):
+    """A plan of two replicas in micro-batches of 512 tokens, without rows or a model."""
+    config = FinetuneConfig(model="tiny", random_init=True, data=("rows.json",), recompute=recompute)
+    facts = {"data_sha256": "0", "model": {}, "dtype": "float32"} | facts
+    return Plan(
+        config, Path("out"), torch.device("cpu"), torch.float32, "ref", MODELS["tiny"], None, None, SimpleNamespace(),
+        None, [], 3, Packing(512), 2, "none", facts,
+    )  # fmt: skip
+
+
+WITH_DATA = SimpleNamespace(sha256=lambda: "1")
+OF_A_RANK = {
+    "data": {"facts": {"data_sha256": "1"}}, "held-out data": {"held_out": WITH_DATA},
+    "sample prompts": {"sample_prompts": ["Say no."]}, "settings": {"config": {"lr": 0.5}},
+    "optimizer states (choose them by --optimizer-states)": {"config": {"optimizer_states": "8bit"}},
+    "model": {"facts": {"model": {"dim": 8}}}, "base": {"facts": {"base_sha256": "1"}},
+    "dtype": {"facts": {"dtype": "bfloat16"}}, "kernels": {"kernels": "native"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", OF_A_RANK)
+def test_a_rank_with_other_files_or_flags_is_named_with_what_differs(what):
+    plan, changes, said = make_plan(base_sha256="0"), dict(OF_A_RANK[what]), []
+    if "facts" in changes:
+        changes["facts"] = plan.facts | changes["facts"]
+    if "config" in changes:
+        changes["config"] = dataclasses.replace(plan.config, **changes["config"])
+    world = SimpleNamespace(gather=lambda mine: said.append(mine) or [mine])
+    world.error_on_all_ranks = world.min_over_ranks = lambda error: error
+    world.arrange_replicas = lambda replicas: None
+    for one in (plan, dataclasses.replace(plan, **changes)):
+        agree_on_plan(one, world)
+    world.gather = lambda mine: [said[0], said[0], said[1]]
+    with pytest.raises(DataError, match=re.escape(f"rank 2 has other {what} than rank 0;")):
+        agree_on_plan(plan, world)
+
+
+def test_paths_may_differ_between_ranks():
+    """Each machine may have its own folders and files, whose contents are compared."""
+    plan = make_plan()
+    theirs = dataclasses.replace(
+        plan, config=dataclasses.replace(plan.config, out="/elsewhere", data=("/d/rows.json",))
+    )
+    said = []
+    world = SimpleNamespace(
+        gather=lambda mine: said.append(mine) or [mine], min_over_ranks=lambda n: n, arrange_replicas=lambda n: None
+    )
+    agree_on_plan(plan, world), agree_on_plan(theirs, world)
+    assert said[0] == said[1]
+
+
 @pytest.mark.parametrize("asked", ["auto", "none"])
 @pytest.mark.parametrize("theirs", ["none", "cheap"])
 def test_one_rank_that_must_recompute_makes_all_do_so_unless_a_flag_says_none(asked, theirs):
-    config = FinetuneConfig(model="tiny", random_init=True, data=("rows.json",), recompute=asked)
-    facts = {"data_sha256": "0", "model": {}, "dtype": "float32"}
-    train = SimpleNamespace()
-    plan = Plan(
-        config, Path("out"), torch.device("cpu"), torch.float32, "ref", MODELS["tiny"], None, None, train, None, [], 3,
-        Packing(512), 2, "none", facts,
-    )  # fmt: skip
+    plan = make_plan(asked)
     other = iter(
         [384, 1, int(theirs == "none")]
     )  # the other rank's tokens, replicas, and whether it recomputes nothing

@@ -39,3 +39,18 @@ def test_facts_are_of_the_first_card_and_none_where_there_is_no_nvidia_smi(monke
     for error in (FileNotFoundError("nvidia-smi"), subprocess.TimeoutExpired("x", 1)):
         monkeypatch.setattr(machine.subprocess, "run", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
         assert machine.query_nvidia_smi("clocks.sm") is None
+
+
+def test_a_card_is_told_as_torch_knows_it(monkeypatch):
+    card = SimpleNamespace(
+        name="H200", major=9, minor=0, multi_processor_count=132, L2_cache_size=60 << 20, total_memory=141 << 30
+    )
+    monkeypatch.setattr(machine, "GPU", True)
+    monkeypatch.setattr(machine.torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(machine, "query_nvidia_smi", lambda *names: {name: "580.1" for name in names})
+    facts = machine.describe_machine()
+    wanted = {
+        "device": "H200", "capability": "sm_90", "sms": 132, "l2_bytes": 60 << 20, "memory_bytes": 141 << 30,
+        "driver": "580.1", "torch": machine.torch.__version__,
+    }  # fmt: skip
+    assert facts.items() >= wanted.items()

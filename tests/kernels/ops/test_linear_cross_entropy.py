@@ -349,20 +349,25 @@ def test_only_what_needs_a_gradient_is_asked_for(device, frozen, monkeypatch):
             assert got.equal(want)
 
 
+@pytest.mark.parametrize("want_dw", [True, False])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("vocab", [65, 32000, 32003, 49152, 128256, 1 << 21])
 @pytest.mark.parametrize("n_rows", [0, 1, 129, 5000, 8192, 10_000_000])
-def test_chunk_rows(n_rows, vocab, itemsize):
-    rows = module.chunk_rows(n_rows, vocab, itemsize)
+def test_chunk_rows(n_rows, vocab, itemsize, want_dw):
+    rows = module.chunk_rows(n_rows, vocab, itemsize, want_dw)
+    n_bytes = (512 if want_dw else 128) << 20
     n_chunks = -(-n_rows // rows) if rows else 0
     assert rows % module.ROWS == 0 and rows * n_chunks >= n_rows
     padded = -(-vocab // 64) * 64
-    assert rows * padded * itemsize <= max(module.LOGITS_BYTES, 128 * padded * itemsize)
+    assert rows * padded * itemsize <= max(n_bytes, 128 * padded * itemsize)
     assert n_chunks * (rows - module.ROWS) < max(n_rows, 1)  # evenly: no chunk could do with a tile less
     if n_chunks > 1:
-        assert (n_chunks - 1) * (module.LOGITS_BYTES // (padded * itemsize)) // 128 * 128 < n_rows + 128 * n_chunks
+        assert (n_chunks - 1) * (n_bytes // (padded * itemsize)) // 128 * 128 < n_rows + 128 * n_chunks
     if (n_rows, vocab, itemsize) in ((8192, 32000, 2), (8192, 128256, 2)):
-        assert rows == (8192 if vocab == 32000 else 2048)
+        assert (
+            rows
+            == {(32000, True): 8192, (32000, False): 2048, (128256, True): 2048, (128256, False): 512}[vocab, want_dw]
+        )
 
 
 # ---- torch.library and the interface --------------------------------------------------------------------------------
@@ -478,6 +483,23 @@ def test_what_does_not_fit_is_said():
         linear_cross_entropy(x, weight, targets + V, impl="ref")
 
 
+@pytest.mark.parametrize(("want_dw", "chunks"), [(True, [384, 216]), (False, [128] * 4 + [88])])
+def test_a_frozen_head_and_evaluation_take_smaller_chunks(want_dw, chunks, monkeypatch):
+    monkeypatch.setattr(module, "LOGITS_BYTES", 512 * 512)  # of rows of 65 numbers, padded to 128
+    monkeypatch.setattr(module, "FEWER_LOGITS_BYTES", 128 * 512)
+    seen = []
+
+    def take_losses(logits, targets, weights, losses, *others):
+        seen.append(len(logits))
+        losses.zero_(), logits.zero_()
+
+    x, weight, targets, _ = inputs("cpu", n_rows=600, vocab=65)
+    module._forward_in_chunks(
+        take_losses, x.detach(), weight.detach(), targets, None, -100, 0.0, 0.0, True, want_dw, None, 0
+    )
+    assert seen == chunks
+
+
 # ---- at the sizes of real models ------------------------------------------------------------------------------------
 
 
@@ -506,7 +528,7 @@ def test_more_than_2_to_the_31_logits_in_a_chunk(monkeypatch):
     x, weight, targets, weights = inputs("cuda", torch.bfloat16, 70_000, 64, 32003)
     in_chunks = grads(linear_cross_entropy(x, weight, targets, weights, "triton"), x, weight)
     monkeypatch.setattr(module, "LOGITS_BYTES", 8 << 30)
-    assert module.chunk_rows(70_000, 32003, 2) >= 70_000
+    assert module.chunk_rows(70_000, 32003, 2, True) >= 70_000
     at_once = grads(linear_cross_entropy(x, weight, targets, weights, "triton"), x, weight)
     for a, b in zip(in_chunks, at_once, strict=True):
         assert rms(a.float() - b.float()) <= 2 * torch.finfo(torch.bfloat16).eps * rms(b.float())

@@ -15,6 +15,7 @@ import torch
 
 from kernels.native.library import NativeError
 from scripts.speed import adamw, data, dedup, demo, demo_adapter, offload, weight_gradient
+from tests.helpers.run import ROOT
 
 
 class Clock:
@@ -312,7 +313,7 @@ def test_each_kind_of_the_demo_trains_what_it_names_and_is_a_share_of_all_weight
     def take_run(out, flags):
         given.append(flags)
         out.mkdir()
-        (out / "run.json").write_text(json.dumps({"config": {"dtype": "bf16"}}))
+        (out / "run.json").write_text(json.dumps({"config": {"dtype": "auto"}, "facts": {"dtype": "bfloat16"}}))
         return {"equal": [1]}
 
     monkeypatch.setattr(demo_adapter, "take_run", take_run)
@@ -322,8 +323,12 @@ def test_each_kind_of_the_demo_trains_what_it_names_and_is_a_share_of_all_weight
     found = json.loads((tmp_path / "x").read_text())
     assert [flags[1] if flags[0] == "--adapter" else "none" for flags in given] == [*demo_adapter.ADAPTERS] * 2
     assert [flags[-2:] for flags in given] == [["--seed", str(seed)] for seed in (0, 0, 0, 1, 1, 1)]
-    shares = found["state_shares"]
-    assert shares["none"] == 1 and 0.1 < shares["lora"] < 0.5 and shares["qlora"] < shares["lora"]
+    state = {run["adapter"]: run["state_bytes"] for run in found["runs"]}
+    assert 0.1 * state["none"] < state["lora"] < 0.5 * state["none"] and state["qlora"] < state["lora"]
+    makefile = (ROOT / "Makefile").read_text()
+    for flags in given:  # as `make demo` has them
+        assert flags[0] == "--seed" or " ".join(flags[:-2]).replace(flags[1], "$(ADAPTER)") in makefile
     assert all(run["peak_bytes"] == 9 for run in found["runs"])
+    assert all(run["dtype"] == "bfloat16" for run in found["runs"])
     weights = 134_515_008  # SmolLM2-135M: weights and gradients in bf16, fp32 masters as 2 bytes more, m and v in fp32
     assert found["runs"][0]["state_bytes"] == weights * (2 + 2 + 2 + 8)
