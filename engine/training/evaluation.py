@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from engine.data.packing import Packing, make_micro_batches
-from engine.inference.generation import generate
 from engine.model.llama import Transformer
 from engine.text.templates import Row, encode_prompt, find_stop_ids
+from engine.training.answers import answer
 from engine.training.plan import Plan
 from engine.training.run import Run
 from engine.training.saving import Checkpoints
@@ -56,10 +56,10 @@ def show_samples(plan: Plan, run: Run, model: Transformer, step: int) -> None:
     prompts = [encode_prompt(Row("", None, prompt), tokenizer, style) for prompt in plan.sample_prompts]
     n = plan.config.sample_tokens
     run.progress.print_message(f"answering {len(prompts)} sample prompts, {n} tokens each at most")
-    answers = generate(model, prompts, find_stop_ids(tokenizer, style), n)
+    answers = answer(plan, model, prompts, find_stop_ids(tokenizer, style), n)
     titles = {0: "before", plan.total_steps: "after"}
     title = titles.get(step, f"after {step} steps")
-    for prompt, answer in zip(plan.sample_prompts, answers, strict=True):
-        text = tokenizer.decode(answer).strip()
+    for prompt, ids in zip(plan.sample_prompts, answers, strict=True):
+        text = tokenizer.decode(ids).strip()
         run.metrics.write("sample", step=step, prompt=prompt, text=text)
         run.progress.print_message(f"[{title}] {prompt}\n    " + text.replace("\n", "\n    "))

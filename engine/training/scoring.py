@@ -8,10 +8,10 @@ import numpy as np
 
 from engine.base.errors import UsageError
 from engine.data.dataset import Dataset
-from engine.inference.generation import generate
 from engine.model.llama import Transformer
 from engine.text.templates import find_stop_ids
 from engine.text.tokenizer import Tokenizer
+from engine.training.answers import answer
 from engine.training.plan import Plan
 from engine.training.run import Run
 
@@ -62,12 +62,12 @@ def score_answers(plan: Plan, run: Run, model: Transformer, step: int) -> None:
     longest = max(len(question.prompt) for question in questions)
     n = min(n, plan.model_config.max_positions - longest)
     run.progress.print_message(f"answering {len(questions)} held-out examples, {n} tokens each at most")
-    ids = generate(model, [question.prompt for question in questions], stop_ids, n)
+    ids = answer(plan, model, [question.prompt for question in questions], stop_ids, n)
     titles = drop_common_lines([decode(tokenizer, question.prompt) for question in questions])
     title = {0: "before", plan.total_steps: "after"}.get(step, f"after {step} steps")
     n_equal, overlap = 0, 0.0
-    for i, (question, answer) in enumerate(zip(questions, ids, strict=True)):
-        wanted, text = decode(tokenizer, question.reference), decode(tokenizer, answer)
+    for i, (question, found) in enumerate(zip(questions, ids, strict=True)):
+        wanted, text = decode(tokenizer, question.reference), decode(tokenizer, found)
         is_equal = text.split() == wanted.split()
         n_equal, overlap = n_equal + is_equal, overlap + measure_overlap(text, wanted)
         run.metrics.write("answer", step=step, prompt=titles[i], wanted=wanted, text=text, equal=is_equal)

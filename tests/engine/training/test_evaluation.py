@@ -136,7 +136,7 @@ def test_samples_end_where_their_style_does_and_are_told_under_their_step(step, 
     tokenizer = SimpleNamespace(stop_ids={2}, decode=lambda ids: f" {ids}\nb ")
     monkeypatch.setattr(evaluation, "encode_prompt", lambda row, tokenizer, style: f"{row.instruction} in {style}")
     monkeypatch.setattr(evaluation, "find_stop_ids", lambda tokenizer, style: {2, 7})
-    monkeypatch.setattr(evaluation, "generate", lambda *given: asked.append(given) or ["x"])
+    monkeypatch.setattr(evaluation, "answer", lambda *given: asked.append(given) or ["x"])
     config = SimpleNamespace(prompt_style="chatml", sample_tokens=5)
     plan = SimpleNamespace(tokenizer=tokenizer, config=config, sample_prompts=["p"], total_steps=4)
     run = SimpleNamespace(
@@ -144,6 +144,6 @@ def test_samples_end_where_their_style_does_and_are_told_under_their_step(step, 
         metrics=SimpleNamespace(write=lambda event, **fields: written.append((event, fields))),
     )  # fmt: skip
     evaluation.show_samples(plan, run, "model", step)
-    assert asked == [("model", ["p in chatml"], {2, 7}, 5)]
+    assert asked == [(plan, "model", ["p in chatml"], {2, 7}, 5)]
     assert written == [("sample", {"step": step, "prompt": "p", "text": "x\nb"})]
     assert said[1:] == [f"[{title}] p\n    x\n    b"]

@@ -68,7 +68,7 @@ def test_answers_end_where_the_positions_do(tokenizer, monkeypatch):
     held_out = encode_rows([Row("x:1", None, "Say it", "", "one two three")], tokenizer).select()
     (question,) = find_questions(held_out, 1, find_stop_ids(tokenizer, "alpaca"))
     asked = []
-    monkeypatch.setattr(scoring, "generate", lambda model, prompts, stop_ids, n: asked.append(n) or [[]])
+    monkeypatch.setattr(scoring, "answer", lambda plan, model, prompts, stop_ids, n: asked.append(n) or [[]])
     ignore = SimpleNamespace(write=lambda *_, **__: None, print_message=lambda _: None)
     for room in (100, 5):
         plan = SimpleNamespace(
@@ -99,13 +99,13 @@ def test_a_run_counts_the_answers_that_are_as_wanted(tmp_path, monkeypatch, caps
         asked.append(find_questions(*args))
         return asked[-1]
 
-    def answer(model, prompts, stop_ids, n):  # nothing before training; after it all but the second are right
+    def answer(plan, model, prompts, stop_ids, n):  # nothing before training; after it all but the second are right
         right, is_before = [question.reference for question in asked[-1]], len(asked) == 2  # prepare() asked too
         assert prompts == [question.prompt for question in asked[-1]] and n > max(map(len, right)) + 8
         return [[] for _ in right] if is_before else [right[0], right[0], right[2]]
 
     monkeypatch.setattr(scoring, "find_questions", find)
-    monkeypatch.setattr(scoring, "generate", answer)
+    monkeypatch.setattr(scoring, "answer", answer)
     out = tmp_path / "out"
     flags = [
         "--model", small_model(), "--data", tmp_path / "rows.json", "--eval-data", tmp_path / "rows.json", "--out", out,
