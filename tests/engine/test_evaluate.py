@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,6 +120,21 @@ def test_answers_that_the_model_has_no_positions_for_are_refused(measured, capsy
     assert run_main(main, [*words, "--max-new-tokens", "500"]) == 2
     assert "the model has 512; lower --max-new-tokens" in capsys.readouterr().err
     assert not (measured / "no" / "results.json").exists()
+
+
+def test_the_rate_of_answers_is_their_tokens_over_the_seconds_they_took(tmp_path, monkeypatch):
+    clock = iter([1000.0, 1004.0])
+    monkeypatch.setattr(evaluate, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    told = [SimpleNamespace(ids=[1, 2, 3], reason="stop"), SimpleNamespace(ids=[1] * 7, reason="length")]
+    monkeypatch.setattr(evaluate, "answer_prompts", lambda *_: told)
+    tokenizer = SimpleNamespace(decode=lambda ids: f" {len(ids)} ")
+    monkeypatch.setattr(evaluate, "encode_prompt", lambda *_: [1])
+    monkeypatch.setattr(evaluate, "find_stop_ids", lambda *_: {2})
+    config = EvaluateConfig(model=("m",), prompts=str(tmp_path / "p.json"), out=str(tmp_path))
+    model = SimpleNamespace(config=SimpleNamespace(max_positions=10**6))
+    rows = [Row("x", None, "one"), Row("x", None, "two")]
+    found = evaluate.write_answers(model, tokenizer, "alpaca", rows, config, "m")
+    assert found == {"answers": 2, "cut_answers": 1, "mean_characters": 1.0, "tokens_per_second": 2.5}
 
 
 def test_the_remedy_for_bad_rows_is_no_flag_of_another_command(tmp_path, capsys):

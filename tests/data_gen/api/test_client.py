@@ -646,6 +646,18 @@ def ask_at(url, timeout_s=5.0):
     return asyncio.run(main())
 
 
+def test_a_closed_client_keeps_no_connection():
+    pytest.importorskip("openai")
+
+    async def main():
+        client = Client("http://localhost:1/v1", KEY, 5.0)
+        assert not client.api.is_closed()
+        await client.close()
+        return client.api.is_closed()
+
+    assert asyncio.run(main())
+
+
 def test_what_was_never_sent_was_not_billed():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

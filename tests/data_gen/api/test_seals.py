@@ -1,5 +1,6 @@
 """Damage to a ledger is named and never passed over; ledgers from before there were seals are read."""
 
+import hashlib
 import random
 import re
 import shutil
@@ -12,6 +13,7 @@ pytest.importorskip("rapidfuzz")
 
 from data_gen import generate as module
 from data_gen.api.ledger import LEDGER_NAME, Ledger
+from data_gen.api.seals import make_seal
 from data_gen.base.cli import DataError, run_for_exit_code
 from tests.helpers.openai_server import Server
 
@@ -187,3 +189,10 @@ def test_batches_and_their_events_are_sealed(tmp_path):
         change(damaged, sql)
         with pytest.raises(DataError, match=said):
             Ledger(damaged)
+
+
+def test_a_seal_is_what_it_was_in_ledgers_that_are_there():
+    """BLAKE2b of 8 bytes over each value's kind, length and bytes, by hand."""
+    written = b"n1:7" + b"t5:caf\xc3\xa9" + b"t3:\x00ab" + b"n4:None"
+    wanted = hashlib.blake2b(written, digest_size=8).digest()
+    assert make_seal("sent", (7, "caf\xe9", b"\x00ab", None)) == ("sent 7", wanted) and len(wanted) == 8

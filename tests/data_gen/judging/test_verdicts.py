@@ -94,6 +94,10 @@ def test_no_answer_can_close_its_part_of_the_prompt():
     assert read_prompt({"messages": other})[1:] == found[:0:-1], "both orders have the same words around them"
 
 
+def test_an_answer_is_taken_for_one_verdict():
+    assert Comparisons((), ()).n_tasks == 1
+
+
 def test_a_request_has_the_number_of_all_that_is_sent():
     shown = Shown("x", "a", "b"), Shown("x", "b", "a")
     asked = Sampling("m", 100, 0.0, {"top_p": 0.5})

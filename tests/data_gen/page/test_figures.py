@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from data_gen.page.figures import bin_whole_numbers, count_kinds, find_percentile
+from data_gen.page.figures import bin_evenly, bin_whole_numbers, count_kinds, find_percentile
 from data_gen.page.run_files import Row
 
 
@@ -14,6 +14,12 @@ def test_bins_hold_every_value_once(values):
     assert sum(n for _, _, n in bins) == len(values)
     assert all(n == sum(a <= v < b for v in values) and a < b for a, b, n in bins)
     assert all(x[1] == y[0] for x, y in pairwise(bins)) and 2 < len(bins) < 60
+
+
+def test_even_bins_take_what_lies_outside_into_the_nearest():
+    values = [-0.3, 0.0, 0.1, 0.2, 0.29999999999, 0.55, 1.0, 1.7]
+    assert bin_evenly(values, 0.0, 1.0, 0.25) == [(0.0, 0.25, 4), (0.25, 0.5, 1), (0.5, 0.75, 1), (0.75, 1.0, 2)]
+    assert bin_evenly([0.3 - 1e-9], 0.0, 0.6, 0.3) == [(0.0, 0.3, 0), (0.3, 0.6, 1)], "0.3 as arithmetic has it"
 
 
 def test_outputs_are_compared_without_the_blanks_around_them():

@@ -24,6 +24,13 @@ def test_a_marker_is_no_input(input):
     assert fields == task() and "no-input marker" in repairs
 
 
+def test_a_marker_is_at_most_80_characters_long():
+    marker = "No additional input is required."
+    assert repair_item(task(input=marker + "." * (80 - len(marker))))[0] == task()
+    long = marker + "." * (81 - len(marker))
+    assert repair_item(task(input=long)) == (task(input=long), [])
+
+
 @pytest.mark.parametrize("input", [
     "no", "Na", "null", "empty", "blank", "Nonetheless", "None of the guests came.", "No input devices were found.",
     "...",

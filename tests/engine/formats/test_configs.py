@@ -71,6 +71,8 @@ def test_a_mistral_has_the_defaults_of_its_own_class():
     del plain["sliding_window"]
     assert "sliding_window is 4096" in read(config_from_hf, plain)[1]
     assert "attention_bias is True" in read(config_from_hf, HF | mistral)[1]
+    told = read(config_from_hf, HF | mistral | {"attention_bias": False, "mlp_bias": True})[1]
+    assert "mlp_bias is True" in told and "attention_bias" not in told
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

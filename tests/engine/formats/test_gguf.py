@@ -89,6 +89,7 @@ def test_gguf_faults(tmp_path):
     )
     fails(["rope_freqs.weight holds factors"], add={"rope_freqs.weight": np.array([1, 2, 3, 4], np.float32)})
     fails(["wanted fp32"], add={"rope_freqs.weight": np.ones(7, np.float32)})
+    fails(["rope_freqs.weight is (4,) I8, wanted fp32"], add={"rope_freqs.weight": np.ones(4, np.int8)})
     fails(["scaling.type is 'longrope'"], **{"rope.scaling.type": "longrope"})
     fails(["dimension_count is 4", "head_dim 8"], **{"rope.dimension_count": 4})
     fails(["block_count is missing"], block_count=None)

@@ -200,6 +200,10 @@ def test_the_least_memory_is_that_of_the_most_savings():
     assert find_cheapest_fits(c, of_eight, least, limits, **wish)
     assert not find_cheapest_fits(c, of_eight, least - 1, limits, **wish)
     assert find_cheapest_fits(c, Setting(), find_least_bytes(c, Setting(), 512), Limits(512, step_tokens=512), **wish)
+    one = find_least_bytes(c, Setting(), 512)  # no gradients where the optimizer steps in backward
+    alone = Setting(states="8bit", recompute="block", master="stochastic", in_backward=True)
+    assert one == memory(c, alone, BatchShape(512, 512, one_micro_batch=True)).total
+    assert one < memory(c, dataclasses.replace(alone, in_backward=False, offload=True), BatchShape(512, 512)).total
     adapters = {"lora": AdapterConfig(), "qlora": AdapterConfig(nf4_base=True)}
     of_adapters = {name: Setting(adapter=adapter) for name, adapter in adapters.items()}
     least_of = find_least_bytes_of_adapters(c, Setting(), 512)

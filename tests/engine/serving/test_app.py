@@ -11,7 +11,7 @@ pytest.importorskip("starlette")
 from engine.serving import app
 from engine.serving.app import collect
 from engine.serving.model_service import Piece
-from engine.serving.openai_api import ApiError
+from engine.serving.openai_api import IGNORED, ApiError
 
 
 def collected(pieces, leaves=False, n=2):
@@ -141,3 +141,47 @@ def test_health_is_that_of_every_model(alive, status, text):
     services = {i: SimpleNamespace(is_alive=lambda one=one: one) for i, one in enumerate(alive)}
     found = asyncio.run(app.Server.health(SimpleNamespace(services=services), None))
     assert (found.status_code, found.body) == (status, f'{{"status":"{text}"}}'.encode())
+
+
+def ask(method, path, comparison=()):
+    """Ask a server without a model; return what Starlette answers, without the guard around it."""
+    from starlette.applications import Starlette
+    from starlette.testclient import TestClient
+
+    server = app.Server((), SimpleNamespace(api_key=None), comparison)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app, "Guard", lambda application, *others: application)
+        application = server.application()
+    assert isinstance(application, Starlette)
+    return TestClient(application, raise_server_exceptions=False, follow_redirects=False).request(method, path)
+
+
+def test_what_is_not_there_is_told_as_the_api_tells_it():
+    found = ask("GET", "/v1/nothing")
+    assert found.status_code == 404 and found.json()["error"]["message"] == "there is no /v1/nothing"
+    found = ask("GET", "/v1/completions")
+    assert found.status_code == 405 and found.json()["error"]["message"] == "GET is not for this path"
+    assert found.headers["allow"] == "POST"
+    found = ask("GET", "/compare")
+    assert found.status_code == 404 and found.text == app.NO_COMPARISON
+    found = ask("GET", "/")
+    assert found.status_code == 307 and found.headers["location"] == "/compare"
+
+
+def test_a_failure_of_the_server_tells_no_more_than_that(monkeypatch):
+    monkeypatch.setattr(app.Server, "health", lambda *_: 1 / 0)
+    found = ask("GET", "/health")
+    assert found.status_code == 500 and found.json()["error"]["message"] == "the server failed; its log says how"
+
+
+def test_the_description_says_what_kind_of_value_each_key_takes():
+    services = {"m": SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(vocab_size=9)))}
+    server = SimpleNamespace(services=services, access=SimpleNamespace(api_key=None))
+    found = json.loads(asyncio.run(app.Server.describe(server, None)).body)
+    bodies = [
+        path["post"]["requestBody"]["content"]["application/json"]["schema"] for path in found["paths"].values()
+        if "post" in path
+    ]  # fmt: skip
+    assert len(bodies) == 2
+    kinds = {"type", "enum", "anyOf", "$ref", "const"}
+    assert {name for body in bodies for name, value in body["properties"].items() if not kinds & set(value)} == IGNORED

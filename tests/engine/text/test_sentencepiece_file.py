@@ -20,6 +20,7 @@ from engine.text.sentencepiece_file import (
     TYPE,
     UNIGRAM,
     UNKNOWN,
+    read_fields,
     read_model,
     write_field,
 )
@@ -60,6 +61,16 @@ def test_what_a_model_leaves_unsaid_is_what_sentencepiece_takes(name):
     assert read_model(unsaid) == read_model(whole) and encode(unsaid) == encode(whole)
     changed = write_said(UNSAID | {name: OTHER[name]}, says_pieces=True)
     assert getattr(read_model(changed), name) == OTHER[name] and encode(changed) != encode(whole)
+
+
+def test_fields_of_every_kind_are_passed_over():
+    """Numbers of 4 and of 8 bytes, a varint of several, and a text, as a newer SentencePiece may write them."""
+    content = b"\x08\xac\x02" + b"\x11" + b"12345678" + b"\x1a\x03abc" + b"\x25" + b"1234" + b"\x28\x01"
+    wanted = [(1, 0, 300), (2, 1, b"12345678"), (3, 2, b"abc"), (4, 5, b"1234"), (5, 0, 1)]
+    assert list(read_fields(content)) == wanted
+    for cut in (b"\x11" + b"1234567", b"\x25123", b"\x1a\x03ab", b"\x13"):
+        with pytest.raises(ValueError, match="a field of"):
+            list(read_fields(content + cut))
 
 
 def test_tokens_that_are_named_special_come_of_no_text(tmp_path):

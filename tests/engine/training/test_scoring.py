@@ -12,7 +12,7 @@ from engine.text.templates import Row, encode_prompt, find_stop_ids
 from engine.text.tokenizer_files import load_tokenizer
 from engine.training import scoring
 from engine.training.config import FinetuneConfig
-from engine.training.scoring import drop_common_lines, find_questions, measure_overlap
+from engine.training.scoring import decode, drop_common_lines, find_questions, measure_overlap
 from tests.helpers.run import events
 from tests.helpers.small_model import small_model, write_tokenizer
 
@@ -61,6 +61,10 @@ def test_words_are_counted_as_often_as_they_are():
 def test_the_template_s_lines_are_dropped():
     assert drop_common_lines(["head\n\nq: one\nmore\ntail", "head\n\nq: two\ntail"]) == ["q: one\nmore", "q: two"]
     assert drop_common_lines(["same", "same"]) == ["same", "same"] and drop_common_lines(["a\nb"]) == ["b"]
+
+
+def test_no_blanks_stand_around_a_text():
+    assert decode(SimpleNamespace(decode=lambda ids: f" \n{ids} \n"), (1, 2)) == "[1, 2]"
 
 
 def test_answers_end_where_the_positions_do(tokenizer, monkeypatch):
