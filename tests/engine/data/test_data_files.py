@@ -7,7 +7,7 @@ import pytest
 
 from engine.base.errors import DataError
 from engine.data.data_files import has_rows, map_file, read_records
-from engine.data.json_files import find_wrapped_rows
+from engine.data.json_files import EACH, find_wrapped_rows
 
 OTHERS = {
     "git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\n", "zip archive": b"PK\3\4rest",
@@ -31,7 +31,8 @@ def test_a_file_of_something_else_is_named(what, is_packed, tmp_path):
     ("name", "content", "is_rows"),
     [
         ("a.txt", b"[]", True), ("a.txt", b"\xef\xbb\xbf \r\n\t{}", True), ("a", gzip.compress(b"x", mtime=0), True),
-        ("a", b"PAR1", True), ("a.CSV", b"x", True), ("a.tsv.gz", b"x", True), ("a.txt", b"Say it.", False),
+        ("a", b"PAR1", True), ("a.CSV", b"x", True), ("a.tsv.gz", b"x", True), ("A.CSV.GZ", b"x", True),
+        ("a.txt", b"Say it.", False),
         ("a.json", b'"[x]"', False),
     ],
 )  # fmt: skip
@@ -74,3 +75,11 @@ def test_of_several_lists_the_longest_is_taken_for_the_rows(first, tmp_path):
     data, notes = {"data": [{"text": "a"}] * 9}, {"notes": [{"by": "me"}]}
     (tmp_path / "x.json").write_text(json.dumps(data | notes if first else notes | data))
     assert find_wrapped_rows(map_file(tmp_path / "x.json"), 0) == "'data'"
+
+
+def test_objects_are_the_rows_of_an_object_that_holds_several_and_nothing_else(tmp_path):
+    row = {"instruction": "a", "output": "b"}
+    cases = {EACH: {"1": row, "2": row}, None: {"1": row, "2": row, "version": 3}, "": {"1": row}}
+    for key, value in cases.items():
+        (tmp_path / "x.json").write_text(json.dumps(value))
+        assert find_wrapped_rows(map_file(tmp_path / "x.json"), 0) == (key or None)

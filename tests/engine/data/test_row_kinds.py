@@ -293,6 +293,17 @@ def test_a_call_of_a_tool_has_its_result_and_a_prompt_may_end_in_one():
         parse_chat([USER, call, result], "messages", True, True, set())
 
 
+def test_after_the_result_of_a_call_and_its_answer_a_chat_goes_on():
+    """With a question as with another call, each of which may have its own result; a call may want no arguments."""
+    call, result = TOOL_CHAT["messages"][1:3]
+    bare = {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": ""}}]}
+    turns = [USER, call, result, bare, result, ANSWER, USER | {"weight": 0}, ANSWER]
+    chat = parse_chat(turns, "messages", True, True, set())
+    assert [role for role, _ in chat.messages] == [turn["role"] for turn in turns] and not chat.unlearned
+    assert sorted(chat.more) == [1, 2, 3, 4]
+    assert [call["function"] for call in chat.more[3]["tool_calls"]] == [{"name": "look", "arguments": {}}]
+
+
 def test_calls_of_tools_stay_with_their_message_behind_a_system_text_of_its_own(write):
     within = TOOL_CHAT | {"messages": [{"role": "system", "content": "Be brief."}, *TOOL_CHAT["messages"]]}
     (row,), (wanted,) = (read(write(chat), with_tools=True) for chat in (TOOL_CHAT | {"system": "Be brief."}, within))
@@ -526,6 +537,9 @@ def test_a_line_of_a_csv_without_end_is_never_read_whole(write, monkeypatch):
     long = "instruction,output\na,b\n" + "x" * 5000
     assert "data.csv:3: no CSV from here on: a line of more than 1000 bytes" in refusal(write(long, "data.csv"))
     assert len(read(write("instruction,output\n" + f"a,{'b' * 990}\n" * 3 + "c," + "d" * 990, "data.csv"))) == 4
+    for n, is_read in ((1000, True), (1001, False)):  # a last line without a newline
+        last = write("instruction,output\nc," + "d" * (n - 2), "data.csv")
+        assert (len(read(last)) == 1) if is_read else "a line of more than" in refusal(last)
 
 
 def test_one_row_in_a_file_is_a_row(write):

@@ -187,6 +187,14 @@ def test_what_does_not_decide_them_does_not(files, cache, smol):
     assert read(files, cache, smol, seed=7, epochs=1, eval_fraction=0.2, global_batch_size=3)[-1] is True
 
 
+def test_a_table_under_a_name_that_is_none_is_refused_though_its_bytes_are_cached(tmp_path, cache, smol):
+    for name in ("rows.csv", "rows.txt"):
+        (tmp_path / name).write_text("instruction,output\na,b\n")
+    assert len(read([tmp_path / "rows.csv"], cache, smol)[0][0]) == 1 and len(entries(cache)) == 1
+    with pytest.raises(DataError, match=r"rows.txt: got the byte b'i'"):
+        read([tmp_path / "rows.txt"], cache, smol)
+
+
 def test_evaluation_data_has_an_entry_of_its_own(files, cache, smol):
     read(files[:1], cache, smol, eval_data=tuple(files[1:]))
     train, held, is_cached = read(files[:1], cache, smol, eval_data=tuple(files[1:]))

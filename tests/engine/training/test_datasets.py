@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from engine.base.errors import DataError
+from engine.base.terminal import Progress
 from engine.text.tokenizer_files import load_tokenizer
+from engine.training import datasets
 from engine.training.config import FinetuneConfig
 from engine.training.datasets import read_datasets, read_tables
 from tests.helpers.chat_tokenizers import CHATML, write_byte_level
@@ -67,7 +69,10 @@ def test_held_out_rows_that_are_not_measured_are_told(tmp_path, capsys):
     for held, told in (
         (good * 2, "1 bad rows skipped; held out: 2 examples\n"),
         (good + long, "skipped; held out: 1 example, 1 dropped without a response token, 0 bad rows skipped\n"),
-        (good + "{}\n" * 3, "skipped; held out: 1 example, 0 dropped without a response token, 3 bad rows skipped\n"),
+        (
+            good + "{}\n" * 3,
+            "1 bad rows skipped; held out: 1 example, 0 dropped without a response token, 3 bad rows skipped\n",
+        ),
         (good + "{}\n" * 7, "skipped 3 more\n"),
     ):
         (tmp_path / "held.jsonl").write_text(held)
@@ -95,6 +100,21 @@ def test_held_out_examples_that_are_trained_on_are_told(tmp_path, capsys):
     assert told(["ab", "cd", "ef", "gh"], ["-"], eval_fraction=0.5) == ""
 
 
+def test_the_seed_chooses_the_rows_that_are_held_out(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"instruction": str(i), "output": "b"}) + "\n" for i in range(40)))
+    tokenizer = load_tokenizer(write_byte_level(tmp_path / "base", CHATML))
+
+    def hold_out(seed):
+        config = FinetuneConfig(model="x", data=(str(path),), token_cache="off", eval_fraction=0.25, seed=seed)
+        train, held_out = read_datasets(config, tokenizer, alone(), lambda line: None)
+        places = [{place.number for place in part.sources} for part in (train, held_out)]
+        assert len(places[1]) == 10 and not places[0] & places[1] and len(places[0] | places[1]) == 40
+        return places[1]
+
+    assert hold_out(1) == hold_out(1) != hold_out(0) != hold_out(2)
+
+
 def test_empty_answers_and_dropped_rows_are_told(tmp_path, capsys):
     """Also from the cache, and of each kind of rows; an answer that is not learned is none."""
 
@@ -119,6 +139,55 @@ def test_empty_answers_and_dropped_rows_are_told(tmp_path, capsys):
         assert cached in told and train.counts["empty"] == 5
         assert "note: 5 rows have an empty answer: the model learns to end there at once\n" in told
         assert "note: 1 row is dropped, whose answer begins after 64 tokens" in told and "larger --max-length" in told
+
+
+def test_keys_that_are_not_read_are_told_of_held_out_rows_too_and_other_notes_of_the_training_rows(tmp_path, capsys):
+    """A cache that holds the tokens of one of both files alone is not told to hold them all."""
+    row, empty = {"instruction": "a", "output": "b"}, {"instruction": "a", "output": ""}
+    held = [row | {"source": 1}, row | {"source": 2}, empty, empty]
+    for name, rows in (("rows.jsonl", [row | {"source": "x"}, row, empty]), ("held.jsonl", held)):
+        (tmp_path / name).write_text("".join(json.dumps(one) + "\n" for one in rows))
+    tokenizer = load_tokenizer(write_byte_level(tmp_path / "base", CHATML))
+
+    def told(*eval_data):
+        config = FinetuneConfig(
+            model="x", data=(str(tmp_path / "rows.jsonl"),), eval_data=eval_data, token_cache=str(tmp_path / "cache")
+        )
+        read_datasets(config, tokenizer, alone(), print)
+        return capsys.readouterr().out
+
+    assert "not read: source (1 row)\n" in told() and "data (cached): 3 rows" in told()
+    for begin in ("data: 3 rows", "data (cached): 3 rows"):
+        said = told(str(tmp_path / "held.jsonl"))
+        assert begin in said and "not read: source (3 rows)\n" in said and "note: 1 row has an empty answer" in said
+
+
+def test_a_tool_is_bad_data_under_a_style_that_cannot_say_it(tmp_path):
+    """Told of all rows before any is tokenised."""
+    tokenizer = load_tokenizer(write_byte_level(tmp_path / "base", CHATML))
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "rows.jsonl").write_text((json.dumps({"messages": chat, "tools": [{"name": "f"}]}) + "\n") * 2)
+    config = FinetuneConfig(model="x", data=(str(tmp_path / "rows.jsonl"),), prompt_style="chatml", token_cache="off")
+    with pytest.raises(DataError, match="got 2 bad of 2 rows"):
+        read_tables(config, tokenizer, print, show_progress=False)
+
+
+def test_the_bar_of_large_files_ends_where_they_do(tmp_path, monkeypatch):
+    seen = []
+
+    class Bar(Progress):
+        def advance(self, n=1):
+            super().advance(n)
+            seen.append((self.done, self.total))
+
+    monkeypatch.setattr(datasets, "Progress", Bar)
+    monkeypatch.setattr(datasets, "SILENT_BYTES", 10)
+    monkeypatch.setattr(
+        datasets, "read_rows", lambda paths, skip, progress, **_: [progress(n * 10**6, 9 * 10**6) for n in (2, 5, 9)]
+    )
+    (tmp_path / "rows.jsonl").write_text("x" * 20)
+    datasets.read_files([tmp_path / "rows.jsonl"], FinetuneConfig(model="x", data=("y",)))
+    assert seen == [(2, 9), (5, 9), (9, 9)]
 
 
 def alone():

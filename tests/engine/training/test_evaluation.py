@@ -77,12 +77,15 @@ def test_the_held_out_loss_is_the_mean_over_all_loss_tokens_however_they_are_cut
 
 
 class TwoRanks:
-    """One of two ranks, as far as an evaluation asks it. The other is asked to stop where stops says so."""
+    """One of two ranks, as far as an evaluation asks it. The other is asked to stop where stops says so.
+
+    others: the other's share of the loss.
+    """
 
     size = 2
 
-    def __init__(self, rank, stops=False):
-        self.rank, self.stops, self.seen = rank, stops, []
+    def __init__(self, rank, stops=False, others=0.0):
+        self.rank, self.stops, self.others, self.seen = rank, stops, others, []
 
     def note_place(self, place):
         self.seen.append(place)
@@ -92,7 +95,7 @@ class TwoRanks:
 
     def sum_over_ranks(self, total):
         self.seen.append(float(total))
-        return total
+        return total + self.others
 
 
 def evaluate_on(world):
@@ -122,6 +125,7 @@ def test_the_shares_of_all_ranks_are_the_whole():
     alone = evaluate_on(World())
     shares = [evaluate_on(TwoRanks(rank)) for rank in (0, 1)]
     assert sum(shares) == pytest.approx(alone, rel=1e-5) and min(shares) > 0.1 * alone and shares[0] != shares[1]
+    assert evaluate_on(TwoRanks(0, others=shares[1])) == pytest.approx(alone, rel=1e-5)
 
 
 def test_a_signal_to_one_rank_stops_all():

@@ -95,6 +95,37 @@ def test_gradients_are_clipped_alike_wherever_the_states_are(clip):
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_an_update_that_is_not_to_count_changes_nothing_wherever_the_states_are(clip, place):
+    model = new_model(dataclasses.replace(MODELS["tiny"], n_layers=1, vocab_size=64), "cpu", torch.float32)
+    model.init_weights(0)
+    optimizer = AdamW(model, beta1=0.9, beta2=0.99, eps=1e-2, weight_decay=0.1, impl="ref", **place)
+    before = {name: shard.tensor.clone() for name, shard in optimizer.tensors().items()}
+    for p in model.parameters():
+        p.grad = torch.full_like(p, torch.nan)
+    optimizer.step(1e-3, optimizer.grad_norm(), clip, apply=torch.tensor(False))
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(shard.tensor, before[name]) for name, shard in optimizer.tensors().items())
+
+
+@pytest.mark.parametrize(
+    ("asked", "taken"), [("ref", "ref"), ("native", "native"), ("triton", "auto"), ("auto", "auto")]
+)
+def test_the_kernels_that_are_asked_for_update_on_the_cpu_too(asked, taken, monkeypatch):
+    """Those of a GPU alone are no choice there."""
+    model = new_model(dataclasses.replace(MODELS["tiny"], n_layers=1, vocab_size=64), "cpu", torch.float32)
+    optimizer = AdamW(
+        model, beta1=0.9, beta2=0.99, eps=1e-2, weight_decay=0.1, impl=asked, offload=True, on_cpu=True
+    )  # fmt: skip
+    seen = []
+    monkeypatch.setattr(kernels, "adamw", lambda *_, impl, **__: seen.append(impl))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step(1e-3, torch.ones(()), 0.0)
+    assert seen == [taken] * len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
 @pytest.mark.parametrize(("master", "states"), [("stochastic", "fp32"), ("split", "bf16")])
 def test_each_tensor_rounds_by_random_bits_of_its_own(master, states, place):
     """Layers that are equal, with equal gradients, are rounded differently: else errors of rounding would add up."""

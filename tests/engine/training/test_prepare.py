@@ -13,7 +13,9 @@ import torch
 from engine.base.errors import DataError, UsageError
 from engine.data.packing import Packing
 from engine.distributed.world import World
+from engine.model.adapter import AdapterConfig
 from engine.model.config import MODELS, RopeScaling
+from engine.training import prepare as prepare_module
 from engine.training.config import GROUPS, FinetuneConfig
 from engine.training.plan import Plan
 from engine.training.prepare import (
@@ -42,6 +44,7 @@ WITH_DATA = SimpleNamespace(sha256=lambda: "1")
 OF_A_RANK = {
     "data": {"facts": {"data_sha256": "1"}}, "held-out data": {"held_out": WITH_DATA},
     "sample prompts": {"sample_prompts": ["Say no."]}, "settings": {"config": {"lr": 0.5}},
+    "settings ": {"config": {"eval_every": "7"}},  # which a resumed run may change, and ranks may not
     "optimizer states (choose them by --optimizer-states)": {"config": {"optimizer_states": "8bit"}},
     "model": {"facts": {"model": {"dim": 8}}}, "base": {"facts": {"base_sha256": "1"}},
     "dtype": {"facts": {"dtype": "bfloat16"}}, "kernels": {"kernels": "native"},
@@ -61,8 +64,20 @@ def test_a_rank_with_other_files_or_flags_is_named_with_what_differs(what):
     for one in (plan, dataclasses.replace(plan, **changes)):
         agree_on_plan(one, world)
     world.gather = lambda mine: [said[0], said[0], said[1]]
-    with pytest.raises(DataError, match=re.escape(f"rank 2 has other {what} than rank 0;")):
+    with pytest.raises(DataError, match=re.escape(f"rank 2 has other {what.strip()} than rank 0;")):
         agree_on_plan(plan, world)
+
+
+@pytest.mark.parametrize("start", [None, "of this base", "of another base"])
+def test_wide_ranks_are_told_of_new_updates_alone(start, monkeypatch):
+    """Those of an adapter to go on from are as they are; of it another base is told."""
+    adapter, said = AdapterConfig(r=1000), []
+    monkeypatch.setattr(
+        prepare_module, "describe_other_base", lambda adapter, source: "other" if adapter == "of another base" else None
+    )
+    prepare_module.warn_of_adapter(adapter, start, MODELS["tiny"], "a source", said.append)
+    told = {None: "ranks over what the maps can have", "of another base": "other"}.get(start)
+    assert len(said) == bool(told) and (not told or said[0].startswith(f"warning: {told}"))
 
 
 def test_paths_may_differ_between_ranks():

@@ -53,6 +53,23 @@ def test_a_truncated_answer_is_no_reference(tokenizer):
     )
 
 
+def test_rows_that_cannot_be_asked_do_not_count_among_the_first(tokenizer):
+    """One that is a text without a prompt, and one that is cut."""
+    rows = [
+        Row("x:1", None, "", "", "a text", is_raw=True), Row("x:2", None, "a", "", "one two three four five six"),
+        Row("x:3", None, "a", "", "one"), Row("x:4", None, "b", "", "two"),
+    ]  # fmt: skip
+    n_tokens = encode_rows(rows, tokenizer).rows["n_tokens"].tolist()
+    held_out, stop_ids = (
+        encode_rows(rows, tokenizer, max_length=n_tokens[1] - 1).select(),
+        find_stop_ids(tokenizer, "alpaca"),
+    )
+    assert len(held_out) == 4
+    for n in (1, 2, 9):
+        asked = [tokenizer.decode(question.reference).strip() for question in find_questions(held_out, n, stop_ids)]
+        assert asked == ["one", "two"][:n]
+
+
 def test_words_are_counted_as_often_as_they_are():
     assert measure_overlap("a b", "a b") == 1 == measure_overlap("", "")
     assert measure_overlap("a a a", "a b") == pytest.approx(2 * 1 / 5) and measure_overlap("x", "a b") == 0
@@ -61,6 +78,7 @@ def test_words_are_counted_as_often_as_they_are():
 def test_the_template_s_lines_are_dropped():
     assert drop_common_lines(["head\n\nq: one\nmore\ntail", "head\n\nq: two\ntail"]) == ["q: one\nmore", "q: two"]
     assert drop_common_lines(["same", "same"]) == ["same", "same"] and drop_common_lines(["a\nb"]) == ["b"]
+    assert drop_common_lines(["head\nq\ntail", "head"]) == ["head\nq\ntail", "head"]  # a line of each stays
 
 
 def test_no_blanks_stand_around_a_text():
@@ -71,18 +89,21 @@ def test_answers_end_where_the_positions_do(tokenizer, monkeypatch):
     """With room for 100 tokens half as many again as are wanted, and 8; with room for 5 no more than these."""
     held_out = encode_rows([Row("x:1", None, "Say it", "", "one two three")], tokenizer).select()
     (question,) = find_questions(held_out, 1, find_stop_ids(tokenizer, "alpaca"))
-    asked = []
-    monkeypatch.setattr(scoring, "answer", lambda plan, model, prompts, stop_ids, n: asked.append(n) or [[]])
-    ignore = SimpleNamespace(write=lambda *_, **__: None, print_message=lambda _: None)
+    asked, written = [], []
+    answer = question.reference[:-1]
+    monkeypatch.setattr(scoring, "answer", lambda plan, model, prompts, stop_ids, n: asked.append(n) or [answer])
+    ignore = SimpleNamespace(write=lambda event, **line: written.append(line), print_message=lambda _: None)
     for room in (100, 5):
         plan = SimpleNamespace(
             held_out=held_out, tokenizer=tokenizer, total_steps=1,
-            config=SimpleNamespace(score_answers=1, prompt_style="alpaca"),
+            config=SimpleNamespace(score_answers=4, prompt_style="alpaca"),  # more than there are
             model_config=SimpleNamespace(max_positions=len(question.prompt) + room),
         )  # fmt: skip
         scoring.score_answers(plan, SimpleNamespace(progress=ignore, metrics=ignore), None, 0)
     n = len(question.reference)
     assert asked == [n + n // 2 + 8, 5]
+    overlap = measure_overlap(tokenizer.decode(answer), "one two three")
+    assert 0 < overlap < 1 and [line["overlap"] for line in written if "overlap" in line] == [overlap, overlap]
 
 
 def test_score_answers_wants_held_out_rows():

@@ -96,6 +96,43 @@ def test_an_infinite_gradient_under_a_finite_loss_changes_nothing():
     assert all(torch.equal(shard.tensor, before[name]) for name, shard in optimizer.tensors().items())
 
 
+def test_a_loss_that_is_no_number_over_finite_gradients_changes_nothing(monkeypatch):
+    model = make_model()
+    optimizer, of = make_optimizer(model), model.loss
+    before = {name: shard.tensor.clone() for name, shard in optimizer.tensors().items()}
+    monkeypatch.setattr(model, "loss", lambda batch, seed: of(batch, seed) + torch.nan)
+    (report,) = take_steps(model, optimizer, 1)
+    assert np.isnan(report.loss) and np.isfinite(report.grad_norm) and not report.is_finite
+    assert all(torch.equal(shard.tensor, before[name]) for name, shard in optimizer.tensors().items())
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_figures_of_several_ranks_are_those_of_all(replicas):
+    """The loss, the norm, the tokens and the signals; each of two replicas has every gradient, two shards half each."""
+    mine, theirs = torch.tensor([0.5, 9.0, 30.0, 0.0]), torch.tensor([0.25, 16.0, 12.0, 1.0])
+    if replicas == 2:
+        theirs[1] = mine[1]
+    sent = []
+
+    def add_theirs(t):
+        sent.append(t.clone())
+        return t + theirs / torch.tensor([1.0, replicas, 1.0, 1.0])
+
+    world = SimpleNamespace(size=2, rank=0, replicas=replicas, sum_over_ranks=add_theirs)
+    model = SimpleNamespace(norm=torch.zeros(1), loss=lambda batch, seed: mine[0].clone().requires_grad_())
+    optimizer = SimpleNamespace(
+        micro_batch=lambda is_last: nullcontext(), in_backward=False, step_in_backward=None, n_updates=0,
+        grad_norm=lambda: mine[1].sqrt(), step=lambda lr, norm, clip, apply: None,
+    )  # fmt: skip
+    batch = StepBatch([None], np.arange(4), 60, 40, 30)
+    steps = Steps(model, optimizer, SimpleNamespace(take=lambda step: batch), 1.0, world)
+    assert steps.take_step(1, 1e-2)
+    (report,) = steps.take_reports(wait=True)
+    assert sent[0].tolist() == [0.5, 9 / replicas, 30, 0]
+    assert report.loss == 0.75 and report.grad_norm == (5 if replicas == 1 else 3)
+    assert (report.n_computed_tokens, report.n_signals, report.n_tokens, report.n_loss_tokens) == (42, 1, 60, 40)
+
+
 def test_a_skipped_step_is_no_update_also_after_a_resume(tmp_path):
     model = make_model()
     optimizer = make_optimizer(model)
