@@ -226,18 +226,17 @@ def apply_savings(setting: Setting, savings: Iterable[Saving]) -> Setting:
     return replace(setting, **changes)
 
 
-def find_useful_savings(c: ModelConfig, setting: Setting, batch: BatchShape) -> list[Saving]:
-    """Return the changes after which a step takes less memory.
+def find_allowed_savings(setting: Setting) -> list[Saving]:
+    """Return the changes of a setting that a run would take, also those that save memory beside others alone.
 
     --optimizer-in-backward is for one GPU only. --offload-optimizer is not for adapters, whose states are small.
     """
-    now, refused = memory(c, setting, batch).total, set()
+    refused = set()
     if setting.n_cards > 1:
         refused.add("in_backward")
     if setting.adapter is not None:
         refused.add("offload")
-    known = [s for s in SAVINGS if s.field not in refused]
-    return [s for s in known if memory(c, apply_savings(setting, [s]), batch).total < now]
+    return [s for s in SAVINGS if s.field not in refused and getattr(setting, s.field) != s.value]
 
 
 def find_cheapest_fits(
@@ -252,9 +251,8 @@ def find_cheapest_fits(
     """
     step_tokens = limits.step_tokens
     price = {saving: 2 << i for i, saving in enumerate(SAVINGS)}
-    largest = limits.batch(min(limits.most_tokens, step_tokens or limits.most_tokens))
-    useful = find_useful_savings(c, setting, largest)
-    groups = [[s for s in useful if s.field == name] for name in dict.fromkeys(s.field for s in useful)]
+    allowed = find_allowed_savings(setting)
+    groups = [[s for s in allowed if s.field == name] for name in dict.fromkeys(s.field for s in allowed)]
     found: list[tuple[int, set[str], Fit]] = []
     for picked in itertools.product(*([None, *group] for group in groups)):
         taken = [saving for saving in picked if saving]
@@ -286,18 +284,13 @@ def drop_needless(found: list[tuple[int, set[str], Fit]]) -> list[Fit]:
 
 
 def find_least_bytes(c: ModelConfig, setting: Setting, tokens: int) -> int:
-    """Return the fewest bytes that any setting takes with a micro-batch of `tokens`, all of which have a loss.
+    """Return the fewest bytes that any setting takes with steps of one micro-batch of `tokens`, which all have a loss.
 
-    Either all state is in the host's memory, or, on one GPU, there are no gradients in steps of one micro-batch. Under
-    an adapter no state leaves.
+    All state is in the host's memory, but an adapter's. Only a model of few bytes takes less with states on the GPU.
     """
     least = replace(setting, states="8bit", recompute="block", master="stochastic", in_backward=False)
     least = replace(least, offload=setting.adapter is None)
-    totals = [memory(c, least, BatchShape(tokens, tokens)).total]
-    if setting.n_cards == 1:
-        in_backward = replace(least, offload=False, in_backward=True)
-        totals.append(memory(c, in_backward, BatchShape(tokens, tokens, one_micro_batch=True)).total)
-    return min(totals)
+    return memory(c, least, BatchShape(tokens, tokens, one_micro_batch=True)).total
 
 
 def find_least_bytes_of_adapters(c: ModelConfig, setting: Setting, tokens: int) -> dict[str, int]:

@@ -16,6 +16,7 @@ from engine.planning.fitting import (
     GOOD_TOKENS,
     SAVINGS,
     Limits,
+    find_allowed_savings,
     find_cheapest_fits,
     find_largest_micro_batch,
     find_least_bytes,
@@ -23,7 +24,6 @@ from engine.planning.fitting import (
     find_mesh_that_fits,
     find_shard_counts,
     find_uncut_counts,
-    find_useful_savings,
     resolve_recompute,
     resolve_states,
 )
@@ -44,9 +44,10 @@ one_card_settings = st.builds(
 @pytest.mark.parametrize("n_cards", [1, 2, 8])
 def test_no_saving_is_proposed_that_the_run_would_refuse(n_cards, adapter):
     setting = Setting(master="fp32", recompute="none", shards=n_cards, adapter=adapter)
-    fields = {saving.field for saving in find_useful_savings(MODEL, setting, BatchShape(4096, 4096, True))}
-    assert {"states", "recompute", "master"} <= fields
-    assert ("offload" in fields) == (adapter is None) and ("in_backward" not in fields or n_cards == 1)
+    fields = {saving.field for saving in find_allowed_savings(setting)}
+    refused = {"offload"} if adapter is not None else set()
+    refused |= {"in_backward"} if n_cards > 1 else set()
+    assert fields == {"states", "recompute", "master", "offload", "in_backward"} - refused
 
 
 @given(one_card_settings, st.integers(1 << 30, 60 << 30), st.integers(0, 4 << 30), st.floats(0.01, 1))
@@ -199,17 +200,23 @@ def test_the_least_memory_is_that_of_the_most_savings():
     least = find_least_bytes(c, of_eight, 512)
     assert find_cheapest_fits(c, of_eight, least, limits, **wish)
     assert not find_cheapest_fits(c, of_eight, least - 1, limits, **wish)
-    assert find_cheapest_fits(c, Setting(), find_least_bytes(c, Setting(), 512), Limits(512, step_tokens=512), **wish)
-    one = find_least_bytes(c, Setting(), 512)  # no gradients where the optimizer steps in backward
-    alone = Setting(states="8bit", recompute="block", master="stochastic", in_backward=True)
-    assert one == memory(c, alone, BatchShape(512, 512, one_micro_batch=True)).total
-    assert one < memory(c, dataclasses.replace(alone, in_backward=False, offload=True), BatchShape(512, 512)).total
     adapters = {"lora": AdapterConfig(), "qlora": AdapterConfig(nf4_base=True)}
     of_adapters = {name: Setting(adapter=adapter) for name, adapter in adapters.items()}
     least_of = find_least_bytes_of_adapters(c, Setting(), 512)
     assert least_of == {name: find_least_bytes(c, one, 512) for name, one in of_adapters.items()}
     for name, one in of_adapters.items():
         assert find_cheapest_fits(c, one, least_of[name], Limits(512, step_tokens=512), **wish)
+        assert not find_cheapest_fits(c, one, least_of[name] - 1, Limits(512, step_tokens=512), **wish)
+
+
+@pytest.mark.parametrize("on_cpu", [False, True])
+@pytest.mark.parametrize("name", ["smollm2-135m", "tinyllama-1.1b", "llama-7b", "llama3-8b"])
+def test_on_one_gpu_something_fits_the_least_and_nothing_less(name, on_cpu):
+    """A step of one micro-batch needs few gradients; and what saves no memory alone may save some beside others."""
+    c, setting, limits = MODELS[name], Setting(on_cpu=on_cpu), Limits(512, step_tokens=512)
+    least = find_least_bytes(c, setting, 512)
+    assert find_cheapest_fits(c, setting, least, limits, tokens=512, least_tokens=512)
+    assert not find_cheapest_fits(c, setting, least - 1, limits, tokens=512, least_tokens=512)
 
 
 # ---- replicas and shards --------------------------------------------------------------------------------------------
