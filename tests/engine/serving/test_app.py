@@ -186,3 +186,17 @@ def test_the_description_says_what_kind_of_value_each_key_takes():
     kinds = {"type", "enum", "$ref", "const"}
     named = [(name, value) for body in bodies for name, value in body["properties"].items()]
     assert {n for n, v in named if not all(kinds & set(one) for one in v.get("anyOf", [v]))} == IGNORED
+
+
+def test_the_place_of_a_token_counts_the_tokens_before_it_and_not_the_text_that_may_lag_behind():
+    """As where a character's bytes come in two tokens, or a stop may have begun."""
+    wanted = SimpleNamespace(sampling=SimpleNamespace(n_logprobs=1), echo=True)
+    form = app.CompletionFormat(wanted, "Hi ")
+    assert form.begin({}, 0)["choices"][0]["text"] == "Hi " and form.begin({}, 1)["choices"][0]["index"] == 1
+    token = lambda text: {"token": text, "logprob": -1.0, "top_logprobs": []}  # noqa: E731
+    places = [
+        form.chunk({}, Piece(index, text, len(tokens), tokens=tuple(map(token, tokens))))["choices"][0]["logprobs"]
+        for index, text, tokens in [(0, "a", ["ab", "c"]), (0, "bcd", ["d"]), (1, "x", ["x"]), (0, "e", ["e"])]
+    ]
+    assert [found["text_offset"] for found in places] == [[3, 5], [6], [3], [7]]
+    assert form.chunk({}, Piece(0, "!", 0))["choices"][0]["logprobs"] is None

@@ -49,6 +49,13 @@ def test_an_adapters_folder_stands_for_its_base_with_it(adapters):
     )  # the base's tokenizer
 
 
+def test_a_damaged_tokenizer_of_an_adapter_is_not_passed_over_for_the_bases(adapters):
+    write_tokenizer(adapters[0])
+    (adapters[0] / "tokenizer.json").write_text("{")
+    with pytest.raises(DataError, match="tokenizer.json"):
+        load_model(str(adapters[0]), *CPU)
+
+
 def test_an_adapter_is_asked_in_its_own_runs_style(tmp_path):
     """The run that trained it wrote a tokenizer and run.json; the base's style counts for an adapter without them."""
     base = tmp_path / "base"
