@@ -28,6 +28,12 @@ def test_the_fewest_tokens_that_hold_a_probability_are_left(top_p, left):
         assert drawn[i] / 400 == pytest.approx(float(LOGITS[i].exp()) / whole, abs=0.1)
 
 
+def test_tokens_that_hold_just_the_probability_are_enough():
+    """Of four as likely as each other, whose probabilities are exact, the first two hold a half."""
+    generator = torch.Generator().manual_seed(0)
+    assert {sample(torch.zeros(4), 1.0, 0.5, generator) for _ in range(60)} == {0, 1}
+
+
 def test_the_temperature_sharpens_and_0_is_the_likeliest():
     generator = torch.Generator().manual_seed(0)
     assert {sample(LOGITS, 0.0, 1.0, generator) for _ in range(20)} == {1}
