@@ -5,7 +5,14 @@ import subprocess
 
 import pytest
 
-from kernels.compiled.cuda_code import find_cuda_differences, judge, make_record, name_kernel, read_kernels
+from kernels.compiled.cuda_code import (
+    find_cuda_differences,
+    judge,
+    make_record,
+    name_kernel,
+    read_kernels,
+    save_cuda_records,
+)
 from kernels.native.toolchain import MissingCompiler, find_nvcc
 
 SPILLS = """
@@ -28,6 +35,8 @@ def test_a_stack_and_narrow_accesses_are_told(tmp_path):
     subprocess.run(command, check=True)
     (kernel,) = read_kernels(library)
     assert kernel.chip == "sm_90" and kernel.facts.stack_bytes >= 128 and kernel.facts.spills >= 32
+    assert kernel.facts.warps == 8 and kernel.facts.registers <= 255  # 256 threads a block
+    assert make_record(kernel)["blocks_per_sm"] == min(8, 4 * (16384 // (-(-kernel.facts.registers // 8) * 256)) // 8)
     stack, wide = judge(kernel)
     assert "stack: 128 bytes" in stack and "wide: no access of 128 bits" in wide
     attention = kernel._replace(name="decode bf16, D = 64")
@@ -36,7 +45,9 @@ def test_a_stack_and_narrow_accesses_are_told(tmp_path):
     assert "matrix: no HGMMA in a loop" in told and "bulk: no UTMALDG, UTMASTG, USETMAXREG" in told
 
     path, record = tmp_path / "cuda.json", make_record(kernel)
-    path.write_text(json.dumps({"compiler": "nvcc 13", "records": [record]}))
+    save_cuda_records(path, [record | {"chip": "sm_80"}, record], "nvcc 13")
+    assert json.loads(path.read_text()) == {"compiler": "nvcc 13", "records": [record | {"chip": "sm_80"}, record]}
+    assert [line.startswith('{"source": "grad_norm.cu"') for line in path.read_text().splitlines()[2:-1]] == [True] * 2
     assert find_cuda_differences(path, [record], "nvcc 13", ["sm_90"]) == []
     changed = record | {"registers": 1}
     assert len(find_cuda_differences(path, [changed], "nvcc 13", ["sm_90"])) == 2

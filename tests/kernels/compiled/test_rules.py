@@ -86,6 +86,22 @@ def test_one_fact_alone_breaks_a_rule_and_a_limit_itself_is_kept(facts, rule):
     assert [violation.rule for violation in judge(launch, replace(kept, **facts))] == [rule] * bool(rule)
 
 
+@pytest.mark.parametrize(
+    ("chip", "triton", "rules"),
+    [("sm_90", (3, 6), ["order"]), ("sm_90", (3, 9), ["order"]), ("sm_100", (3, 9), ["order"]), ("sm_100", (3, 8), [])],
+)
+def test_a_missing_fence_breaks_a_rule_where_the_kernel_may_run(chip, triton, rules, monkeypatch):
+    """On sm_100 before Triton 3.9 kernels are refused at their launch, and the gate has nothing to add."""
+    monkeypatch.setattr("kernels.ops.async_proxy.TRITON", triton)
+    launch = SimpleNamespace(
+        case=SimpleNamespace(op="op", label="case"), name="kernel", chip=chip,
+        arguments={"x": torch.empty(1, dtype=torch.bfloat16, device="meta")},
+    )  # fmt: skip
+    found = judge(launch, Facts(registers=32, stack_bytes=0, shared_bytes=0, warps=4, unordered=["x", "y"]))
+    assert [violation.rule for violation in found] == rules
+    assert all(violation.got == "2 times, first x" for violation in found)
+
+
 def test_a_launch_table_entry_that_no_case_launches_is_reported():
     table = {
         "forward": {"sm_90": {"64": {"num_warps": 4, "from": "static"}, "128": {"num_warps": 8, "from": "static"}}}

@@ -95,6 +95,30 @@ def test_ratios_compare_the_contenders_of_one_case(run, monkeypatch):
     assert [(r["who"], r["times_ours"]) for r in run.result["records"]] == 2 * [("ours", 1.0), ("torch eager", 3.0)]
 
 
+@pytest.mark.parametrize("passes", [("fwd", "bwd", "fwd+bwd"), ("fwd", "fwd+bwd")])
+def test_both_passes_take_the_sum_of_each_repetition(passes, monkeypatch):
+    """Of the passes that are of the case. A contender without a backward, or leaves, has a forward alone."""
+    asked, case = [], dataclasses.replace(bench_cases.swiglu_case(4, 8), passes=passes)
+    x = torch.tensor([3.0], requires_grad=True)
+
+    def time_steps(sets, repeats, flush):
+        asked.append((repeats, flush))
+        outs = [steps[0](None) for steps in sets]
+        grads = [steps[1](out) for steps, out in zip(sets, outs, strict=True) if len(steps) > 1]
+        assert grads in ([], [(torch.tensor([24.0]),)], [["made by hand"]])
+        return [[1.0, 2.0], [3.0, 5.0]][: len(sets[0])]
+
+    monkeypatch.setattr(benchmark, "time_steps", time_steps)
+    ready = bench_peers.Ready(lambda: x * x, (x,), (torch.tensor([4.0]),))
+    by_hand = bench_peers.Ready(lambda: x * x, back=lambda: ["made by hand"])
+    both = {"fwd": [1.0, 2.0], "bwd": [3.0, 5.0], "fwd+bwd": [4.0, 7.0]}
+    for one in (ready, by_hand):
+        assert benchmark.time_passes(case, [one], 7, len) == {name: both[name] for name in passes}
+    alone = bench_peers.Ready(lambda: x.detach())
+    assert benchmark.time_passes(case, [alone, alone], 7, len) == {"fwd": [1.0, 2.0]}
+    assert asked == [(7, len)] * 3
+
+
 def test_absent_peers_are_named(run, monkeypatch):
     monkeypatch.setattr(bench_peers.importlib.util, "find_spec", lambda name: None)
     run.run_case(bench_cases.swiglu_case(4, 8))

@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels.measure import cases as bench_cases
 from kernels.measure import peers as bench_peers
 from kernels.measure.cases import Work
-from kernels.measure.truth import copy_as_leaves
+from kernels.measure.truth import as_tuple, copy_as_leaves
 from kernels.ops import adamw, grad_norm, linear_cross_entropy
+from tests.helpers.run import worst
 
 BF16 = torch.bfloat16
 
@@ -51,6 +52,71 @@ def test_bytes_a_parameter():
     assert bench_cases.adamw_case((2, 3), "split", "fp32").work["fwd"].bytes == 26 * 6  # w, low, g, m, v; w, low, m, v
     assert bench_cases.adamw_case((2, 3), "split", "8bit").work["fwd"].bytes == pytest.approx(14.0625 * 6)
     assert bench_cases.adamw_case((2, 3), None, "fp32").work["fwd"].bytes == 28 * 6
+
+
+TOYS = list(bench_cases.toy_cases())
+
+
+@pytest.mark.parametrize("case", TOYS, ids=lambda case: f"{case.op} {case.shape}")
+def test_a_case_calls_its_op_with_what_the_reference_takes(case):
+    """In fp64, with the gradients of all inputs that have one."""
+    inputs = case.inputs("cpu", torch.float32)
+    if case.grads:
+        inputs = copy_as_leaves(case, inputs, torch.float64)
+    theirs, ours = copy_as_leaves(case, inputs), copy_as_leaves(case, inputs)
+    want, found = (as_tuple(case.results(i, out)) for i, out in (
+        (theirs, case.reference(theirs)), (ours, case.ours(ours, "ref")),
+    ))  # fmt: skip
+    assert [t.shape for t in found] == [t.shape for t in want]
+    assert all(worst(a.double() - b.double()) < 1e-6 for a, b in zip(found, want, strict=True))
+    upstream = [torch.randn_like(t) for t in want] if case.grads else []
+    if case.grads:
+        for out, i in ((want, theirs), (found, ours)):
+            torch.autograd.backward(out, upstream)
+            assert all(getattr(i, name).grad is not None for name in case.grads)
+        assert all(worst(getattr(ours, name).grad - getattr(theirs, name).grad) < 1e-6 for name in case.grads)
+
+
+def test_a_case_of_a_norm_is_the_formula():
+    """With a residual, of the sum, which is returned too."""
+    for case in TOYS:
+        if case.op == "rms_norm":
+            i = copy_as_leaves(case, case.inputs("cpu", torch.float32), torch.float64)
+            s = i.x if i.residual is None else i.x + i.residual
+            y = s / (s.square().mean(-1, keepdim=True) + 1e-5).sqrt() * i.weight
+            found = as_tuple(case.reference(i))
+            assert all(worst(a - b) < 1e-9 for a, b in zip(found, (y, s)[: len(found)], strict=True))
+            assert len(found) == 1 + (i.residual is not None)
+
+
+def test_attention_is_planned_once_for_inputs(monkeypatch):
+    planned, real = [], bench_cases.attention.attention_plan
+    monkeypatch.setattr(bench_cases.attention, "attention_plan", lambda *a: planned.append(a) or real(*a))
+    for case in TOYS:
+        if "attention" in case.op:
+            planned.clear()
+            for inputs in (case.inputs("cpu", torch.float32) for _ in range(2)):
+                for _ in range(3):
+                    case.ours(inputs, "ref")
+            assert len(planned) == 2, case.shape
+
+
+@pytest.mark.parametrize("cases", [bench_cases.toy_cases, bench_cases.full_cases])
+def test_each_op_has_one_main_shape(cases):
+    """At which torch.compile and other optimizers are tried. Of RoPE and attention as one op there are no peers."""
+    mains = [case.op for case in cases() if case.main]
+    assert sorted(mains) == sorted({case.op for case in cases()} - {"rope_attention"})
+
+
+@pytest.mark.parametrize("case", [case for case in TOYS if "bare GEMM" in bench_peers.PEERS.get(case.op, {})])
+def test_the_bare_product_is_that_of_the_op(case):
+    """As many FLOPs as the op counts, of the op's weight; its gradients are those of both factors."""
+    inputs = case.inputs("cpu", torch.float32)
+    ready = bench_peers.bare_gemm(case, inputs, ())
+    x, w = ready.leaves
+    assert torch.equal(w, inputs.weight) and case.work["fwd"].flops == 2 * len(x) * len(w) * w.shape[1]
+    assert worst(ready.run() - torch.einsum("td,nd->tn", x, w)) < 1e-4
+    assert ready.upstream[0].shape == (len(x), len(w)) and x.requires_grad and w.requires_grad
 
 
 def test_a_timed_update_computes_no_master():

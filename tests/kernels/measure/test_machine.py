@@ -23,19 +23,19 @@ def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
     assert json.loads(path.read_text()) == {"a": 1}
 
 
-def test_facts_are_of_the_first_card_and_none_where_there_is_no_nvidia_smi(monkeypatch):
-    asked = []
-
-    def run(command, **_):
-        asked.append(command)
-        return SimpleNamespace(stdout="1980 MHz, 45\n")
-
-    monkeypatch.setattr(machine.subprocess, "run", run)
+def test_facts_are_of_the_first_card_and_none_where_there_is_no_nvidia_smi(monkeypatch, tmp_path):
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\nfor asked; do echo "$asked" >> "$0.asked"; done\necho "1980 MHz, 45"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert machine.query_nvidia_smi("clocks.sm", "temperature.gpu") == {
         "clocks.sm": "1980 MHz",
         "temperature.gpu": "45",
     }
-    assert "--id=0" in asked[0] and "--query-gpu=clocks.sm,temperature.gpu" in asked[0]
+    asked = (tmp_path / "nvidia-smi.asked").read_text().split()
+    assert asked == ["--query-gpu=clocks.sm,temperature.gpu", "--format=csv,noheader", "--id=0"]
+    program.write_text('#!/bin/sh\necho "no devices were found"\nexit 6\n')
+    assert machine.query_nvidia_smi("clocks.sm") is None
     for error in (FileNotFoundError("nvidia-smi"), subprocess.TimeoutExpired("x", 1)):
         monkeypatch.setattr(machine.subprocess, "run", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
         assert machine.query_nvidia_smi("clocks.sm") is None

@@ -250,6 +250,18 @@ def test_what_does_not_fit_is_said(change, message):
         attention.attention(given["q"], given["k"], given["v"], given["plan"], "cuda")
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_other_cards_than_sm_90_are_refused_by_name(capability, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    if capability == (9, 0):
+        attention_hopper.check_attention_by_cuda(64, BF16, torch.device("cuda"))
+    else:
+        said = rf"runs on sm_90 alone, this card is sm_{capability[0]}{capability[1]}; pass impl='auto'"
+        with pytest.raises(ValueError, match=said):
+            attention_hopper.check_attention_by_cuda(64, BF16, torch.device("cuda"))
+    attention_hopper.check_attention_by_cuda(128, FP16, torch.device("cpu"))  # the PTX machine
+
+
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a GPU of sm_90"
 )

@@ -163,6 +163,14 @@ def test_chunks_change_nothing(impl, monkeypatch):
     assert equal_bits(kernels.dequantise_nf4(parts, torch.float32, impl="ref"), numbers)
 
 
+def test_a_quantised_tensor_moves_whole():
+    q = kernels.quantise_nf4(torch.randn(3, 67))
+    back = q.to("cpu")
+    assert all(a is b for a, b in zip(back.tensors, q.tensors, strict=True)) and back.shape == q.shape == (3, 67)
+    moved = q.to("meta")  # which has no numbers, but sizes that are checked
+    assert [t.device.type for t in moved.tensors] == ["meta"] * 4 and moved.shape == (3, 67)
+
+
 def test_a_transposed_weight_is_quantised_row_by_row():
     weight = torch.randn(64, 30, device=DEVICE)
     q = kernels.quantise_nf4(weight.T)
