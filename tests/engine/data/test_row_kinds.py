@@ -192,7 +192,10 @@ def test_keys_that_say_nothing_refuse_nothing(write, value):
 
 def test_rows_that_are_to_be_learned_say_so(write):
     rows = [CHAT | {"label": True}, ALPACA | {"label": 1, "weight": 1}, {"text": "a", "label": "true"}]
-    assert len(read(write(rows))) == 3
+    rows += [ALPACA | {"weight": weight} for weight in (None, "", "1")]  # as a CSV says it
+    assert len(read(write(rows))) == 6
+    for weight in (0, "0"):
+        assert f"weight: got {weight!r}, wanted 1, or a weight on each" in refusal(write(ALPACA | {"weight": weight}))
 
 
 def test_other_keys_are_counted(write):
@@ -322,6 +325,13 @@ def test_a_system_text_of_its_own_moves_no_loss_to_another_message(write, kind, 
     within = {kind: [{"role": "system", "content": "Be brief."}, *turns[kind]]}
     plain, own, wanted = read(write([turns, turns | {key: "Be brief."}, turns | within]))
     assert plain.unlearned == {1} and own.unlearned == wanted.unlearned == {2} and own.messages == wanted.messages
+
+
+def test_a_prompt_may_end_in_an_answer_which_carries_no_loss_and_its_completion_has_all_turns(write):
+    row = {"prompt": [USER, ANSWER], "completion": [USER, ANSWER | {"content": "5"}]}
+    for require_answers in (True, False):
+        (found,) = read(write(row), require_answers=require_answers)
+        assert [text for _, text in found.messages] == ["2+2?", "4", "2+2?", "5"] and found.unlearned == {1}
 
 
 @pytest.mark.parametrize("first, second", [(0, 1), (1, 0), (0, 0), (1, 1), (None, 0), (0, None)])

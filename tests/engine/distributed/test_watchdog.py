@@ -100,6 +100,28 @@ def test_collectives_give_up_after_the_watchdog_which_can_name_the_missing_rank(
     assert timeout_s + 2 * beat < world.collective_timeout(timeout_s).total_seconds() <= 2 * timeout_s
 
 
+def test_a_store_that_answers_now_and_then_keeps_the_watchdog():
+    """It gives up after as many failures in a row as it has beats in the time of a rank that is lost."""
+    for fails, n_reports in ((lambda beat: beat % 3, 4 * world.BEATS), (lambda beat: beat > 5, 5 + world.BEATS)):
+        dog, reports = Watchdog.__new__(Watchdog), []
+        left = iter([False] * 4 * world.BEATS)
+        dog.timeout_s, dog.place, dog.stopped = (
+            60.0,
+            "here",
+            SimpleNamespace(wait=lambda s, left=left: next(left, True)),
+        )
+        store = SimpleNamespace(set=lambda key, value, reports=reports: reports.append(value))
+        dog.world = SimpleNamespace(rank=0, size=2, store=store)
+
+        def find(reports=reports, fails=fails):
+            if fails(len(reports)):
+                raise RuntimeError("no store")
+
+        dog.find_silent = find
+        dog.run()
+        assert len(reports) == n_reports
+
+
 def test_stop_waits_for_a_report_that_is_under_way():
     store = SlowStore()
     watchdog = Watchdog(SimpleNamespace(rank=0, size=2, store=store), timeout_s=0.1)

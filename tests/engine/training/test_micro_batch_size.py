@@ -174,6 +174,26 @@ def test_an_example_must_still_fit_after_halving():
         size_of(print, tokens=512, multiple=1, max_length=512).halve("no room")
 
 
+def test_half_of_a_micro_batch_is_an_example_at_least():
+    size = size_of(print, tokens=800, multiple=1, max_length=512)
+    size.halve("no room")
+    assert size.max_tokens == 512
+
+
+@pytest.mark.parametrize("ways", [[], ["--a 1"], ["--a 1", "--b"], ["--a 1", "--b", "--c", "--d"]])
+def test_of_the_changes_that_fit_three_are_advised(ways, monkeypatch):
+    """None where nothing would change; else what else can be done."""
+    fits = [
+        SimpleNamespace(flags=tuple(way.split()), memory=SimpleNamespace(total=n * GB)) for n, way in enumerate(ways)
+    ]
+    unchanged = SimpleNamespace(flags=(), memory=SimpleNamespace(total=0))
+    for found in (fits, [unchanged, *fits][:3]):
+        monkeypatch.setattr(fit, "find_cheapest_fits", lambda *_, found=found, **__: found)
+        told = fit.advise_settings(None, None, 0, 64, 64, 64)
+        kept = [f"{' '.join(one.flags)} ({one.memory.total / GB:.1f} GB)" for one in found[:3] if one.flags]
+        assert told == "pass " + ", or ".join(kept) if kept else told.startswith("take a smaller --max-length")
+
+
 def test_a_rank_halves_nothing_without_the_others_but_at_the_next_start(tmp_path):
     size = size_of(print, out=tmp_path, ranks=2)
     with pytest.raises(CriaError, match=r"micro-batches of 9024 tokens .* the same command goes on with 4480"):

@@ -165,7 +165,9 @@ def test_micro_batches_of_a_cpu_are_padded_in_bf16(dtype, multiple, rows_file, t
         model=str(small_model()), data=(str(rows_file),), out=str(tmp_path / "out"), device="cpu", token_cache="off",
         dtype=dtype, kernels="ref", max_length=40, micro_batch_tokens=70,
     )  # fmt: skip
-    packing = prepare(config, World(), print).packing
+    plan = prepare(config, World(), print)
+    packing = plan.packing
+    assert "base_sha256" not in plan.facts, "a state of whole weights goes on without its base"
     assert (packing.multiple, packing.max_tokens) == (multiple, 96 if multiple == 32 else 70)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -81,6 +82,8 @@ def test_a_state_from_elsewhere_does_not_replace_those_that_are_there(tmp_path, 
     with pytest.raises(UsageError, match="has states of its own that it would replace; choose a new --out"):
         find_checkpoint(plan_of(out, other), print)
     assert find_checkpoint(plan_of(out, out / "checkpoint-1"), print).folder == out / "checkpoint-1"
+    monkeypatch.chdir(tmp_path)  # by another name of the same folder
+    assert find_checkpoint(plan_of(out, "out/checkpoint-1"), print).folder == Path("out/checkpoint-1")
 
 
 FACTS = {

@@ -8,7 +8,9 @@ import torch
 
 from engine.base.errors import CriaError, NotFiniteError, Stopped
 from engine.distributed.world import World
+from engine.model.adapter import AdapterConfig
 from engine.model.config import EMBEDDED_MODEL, MODELS
+from engine.planning.weights import count_trained
 from engine.training import saving
 from engine.training.config import FinetuneConfig
 from engine.training.saving import Checkpoints
@@ -139,13 +141,35 @@ def test_there_is_room_for_every_state_that_lies_there_at_one_time(
     )
 
 
+def test_of_an_adapter_s_run_what_is_trained_alone_needs_room(tmp_path, monkeypatch):
+    config = FinetuneConfig(model="x", data=("x",), adapter="lora", save_every="5", keep=1, optimizer_states="fp32")
+    plan = SimpleNamespace(
+        config=config, out=tmp_path, model_config=MODELS["tiny"], dtype=torch.bfloat16, saves_during_run=True
+    )
+    asked = []
+    monkeypatch.setattr(saving.folder, "require_disk_space", lambda out, need, remedy: asked.append(need))
+    saving.require_disk_space(plan)
+    n = count_trained(MODELS["tiny"], AdapterConfig())
+    assert asked == [n * (2 + 2 * (2 + 2 + 8))] and n < 0.1 * MODELS["tiny"].n_parameters
+
+
+def test_how_a_save_went_is_told_under_its_step_before_the_next_begins():
+    checkpoints, events, said = make(None, FULL, SimpleNamespace(**vars(DONE) | {"step": 6}))
+    checkpoints.saver.poll = lambda: None  # the first one is still under way
+    checkpoints.save(4)
+    checkpoints.save(5)
+    assert [line.partition(": the")[0] for line in said] == ["warning: step 4"] and events[0][1]["step"] == 4
+    checkpoints.save(6)
+    assert checkpoints.saved_step == 6 and [one[0] for one in checkpoints.saver.given] == [4, 5, 6]
+
+
 @pytest.mark.parametrize("error, told", [
     (FULL, r"^the model could not be written \(No space left on device\); the training state is saved: make room"),
     (OSError("odd"), r"^the model could not be written \(odd\); the training state is saved"),
     (NotFiniteError("w holds NaN"), r"^the model is not written: w holds NaN; lower --lr$"),
 ])  # fmt: skip
 def test_a_model_that_cannot_be_written(error, told, monkeypatch):
-    checkpoints, events, _ = make(None, None, None, DONE)
+    checkpoints, events, _ = make(None, None, None, DONE, saved_step=2)
 
     def fail(*_):
         raise error
@@ -155,6 +179,7 @@ def test_a_model_that_cannot_be_written(error, told, monkeypatch):
     with pytest.raises(CriaError, match=told):
         saving.write_model(plan, checkpoints.run, checkpoints, "a model")
     assert [name for name, _ in events] == ([] if isinstance(error, NotFiniteError) else ["save"])
+    assert [one[0] for one in checkpoints.saver.given] == [4] * len(events), "the state of the last step"
 
 
 @pytest.mark.parametrize("adapter", [None, "lora"])
