@@ -94,6 +94,15 @@ def test_chatml_is_what_transformers_makes_of_the_models_own_template(smol, tmp_
     assert one(CHAT, smol, style="chatml").tokens.tolist() == theirs.apply_chat_template(messages)["input_ids"]
 
 
+def test_a_text_at_the_begin_and_the_same_behind_a_special_token_are_not_one(llama):
+    """In one block of rows, where each distinct text is tokenised once; the two may have other ids."""
+    raw = Row("f:1", None, "[INST] Hi [/INST]", "", " Yo ", is_raw=True)
+    chat = Row("f:2", (("user", "Hi"), ("assistant", "Yo")))
+    both = data.encode_rows([raw, chat], llama, "llama2")
+    alone = [data.encode_rows([row], llama, "llama2").tokens for row in (raw, chat)]
+    assert both.tokens.tolist() == [*alone[0].tolist(), *alone[1].tolist()]
+
+
 def test_llama2_is_one_string_a_turn(llama):
     got = one(CHAT, llama, style="llama2")
     first = "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST] Yo "

@@ -73,6 +73,9 @@ def test_two_templates_and_a_repeated_question():
 def test_a_short_prefix_is_not_worth_sharing():
     rows = arrays([[1, *range(10 * i, 10 * i + 9)] for i in range(2, 6)])
     assert packing.find_shared_prefixes(rows) == [(0, [i]) for i in range(4)]
+    least = packing.LEAST_SHARED_TOKENS
+    for n, groups in ((least - 1, [(0, [0]), (0, [1])]), (least, [(least, [0, 1])])):
+        assert packing.find_shared_prefixes(arrays([[*range(100, 100 + n), i, 7] for i in range(2)])) == groups
 
 
 def test_a_chain_of_prefixes_needs_no_recursion():
