@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_gen.base.cli import UsageError
+from data_gen.base.cli import DataError, UsageError
 from data_gen.judging.answers import AnswerFile, choose_names, match_answers, read_answers
 
 
@@ -34,3 +34,15 @@ def test_an_instruction_that_comes_again_is_another_question(tmp_path):
     found = match_answers([read_answers(path) for path in paths])
     assert found.instructions == ("Same.", "Other.", "Same.", "Same.")
     assert found.outputs == tuple((f"a {n}", f"b {n}") for n in range(4))
+
+
+def test_files_without_a_common_instruction_are_told_with_their_paths(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.json").write_text(json.dumps([{"instruction": f"Only {name}.", "output": "x"}]))
+    files = [read_answers(tmp_path / f"{name}.json") for name in "ab"]
+    with pytest.raises(DataError, match=r"a\.json, .*b\.json share no instruction"):
+        match_answers(files, is_common=True)
+    with pytest.raises(
+        DataError, match=r"a\.json lacks 1 of 2 .*'Only b.'; .*b\.json lacks 1 of 2 .*'Only a.'; --common"
+    ):
+        match_answers(files)

@@ -1,5 +1,7 @@
 """Figures of single sections, each where another one would be told by a slip."""
 
+import pytest
+
 from data_gen.page import sections
 from data_gen.page.run_files import Rejected, Row
 from tests.helpers.report_page import bars
@@ -27,3 +29,17 @@ def test_the_line_of_duplicates_leaves_other_rejections_out(monkeypatch):
         lambda title, points, names, *more: list(zip(names, *(v for _, v in points), strict=True)),
     )
     assert sections.render_yield(rows, rejected) == [("kept", 5, 5, 5, 5), ("rejected as duplicates", 2, 2, 2, 2)]
+
+
+@pytest.mark.parametrize("n_languages", [12, 13, 20])
+def test_languages_beyond_eleven_are_added_up(n_languages):
+    codes = [code for code in sections.LANGUAGES if code][:n_languages]
+    languages = [code for n, code in enumerate(codes, 1) for _ in range(n)]
+    rows = [Row("Do.", "", "x", None, None, "") for _ in languages]
+    counts, _ = bars(sections.render_content(rows, languages).partition("<h3>Languages</h3>")[2])
+    names = [sections.LANGUAGES[code] for code in reversed(codes)]
+    if n_languages == 12:
+        assert list(counts) == names and counts[names[0]] == 12
+    else:
+        assert list(counts) == [*names[:11], f"{n_languages - 11} others"]
+        assert counts[f"{n_languages - 11} others"] == sum(range(1, n_languages - 10))

@@ -215,3 +215,10 @@ def test_every_prompt_is_found_again(evaluation):
         found.append(bool(evaluation.find_match(quoting)))
         assert found[-1] == (len(tokenize(quoting["output"])) >= N_GRAM + 2)
     assert 5 < sum(found) < len(found)
+
+
+def test_of_prompts_that_are_equal_the_first_is_named_and_all_are_counted(knowing):
+    known = knowing(
+        a_json=[{"instruction": "Name a fruit.", "output": "x"}, {"instruction": "name a FRUIT", "output": "x"}]
+    )
+    assert len(known.prompts) == 2 and known.find_match(task("Name a fruit!")) == "Name a fruit."

@@ -181,3 +181,12 @@ def test_meta_feed_forward_of_known_models():
 )
 def test_ids_that_begin_and_end_a_text(bos, eos, found):
     assert tuple(configs.token_ids_to_hf(bos, eos).values()) == found
+
+
+def test_a_vocabulary_that_no_file_tells_is_a_fault():
+    raw = {"dim": 64, "n_layers": 2, "n_heads": 4, "norm_eps": 1e-5, "vocab_size": -1}
+    assert "vocab_size is in no file" in read(config_from_meta, raw, {})[1]
+    found, told = read(
+        config_from_meta, raw, {"tok_embeddings.weight": (77, 64), "layers.0.feed_forward.w1.weight": (96, 64)}
+    )
+    assert told == "" and found.vocab_size == 77

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import struct
 import zipfile
 
@@ -9,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.base.errors import NotFiniteError
-from engine.formats.tensor_files import write_pth, write_safetensors
+from engine.base.errors import DataError, NotFiniteError
+from engine.formats.tensor_files import open_pth, write_pth, write_safetensors
 
 
 def test_write_safetensors_as_the_library_does(tmp_path):
@@ -76,3 +77,18 @@ def test_each_record_of_a_pth_can_be_mapped(tmp_path):
         for info in archive.infolist():
             name, extra = struct.unpack_from("<HH", raw, info.header_offset + 26)
             assert (info.header_offset + 30 + name + extra) % 64 == 0, info.filename
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ([torch.zeros(2)], "m.pth: holds a list, wanted a dict of tensors"),
+        ({"model": {"w": torch.zeros(2)}}, "m.pth: 'model' is no plain tensor; wanted a flat dict of tensors"),
+        ({"w": torch.zeros(2), "step": 3}, "m.pth: 'step' is no plain tensor"),
+        ({"w": torch.eye(3).to_sparse()}, "m.pth: 'w' is no plain tensor"),
+    ],
+)
+def test_what_is_no_flat_dict_of_tensors_is_told(content, told, tmp_path):
+    torch.save(content, tmp_path / "m.pth")
+    with pytest.raises(DataError, match=re.escape(told)):
+        open_pth(tmp_path / "m.pth")

@@ -153,3 +153,28 @@ def test_full_disk_leaves_whole_lines(tmp_path, size):
     assert os.waitpid(fork(partial(write_until_full, tmp_path / "m", size)), 0)[1] == 0
     assert (tmp_path / "m").read_bytes().endswith(b"\n") and len(read(tmp_path / "m")) > 2
     assert os.listdir(tmp_path) == ["m"]
+
+
+def test_a_line_that_was_written_in_part_is_taken_back(tmp_path, monkeypatch):
+    metrics, write = Metrics(tmp_path / "m"), os.write
+    metrics.write("train", step=1)
+    before = (tmp_path / "m").read_bytes()
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:9]))
+    with pytest.raises(OSError, match="No space left"):
+        metrics.write("train", step=2)
+    assert (tmp_path / "m").read_bytes() == before
+    monkeypatch.undo()
+    metrics.write("train", step=3)
+    assert [line["step"] for line in read(tmp_path / "m")] == [1, 3]
+
+
+def test_a_copy_that_could_not_take_the_old_files_place_is_removed(tmp_path, monkeypatch):
+    (tmp_path / "m").write_text('{"event": "train", "step": 1}\n')
+
+    def refuse(*_):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(PermissionError):
+        Metrics(tmp_path / "m", keep_until_step=1)
+    assert os.listdir(tmp_path) == ["m"] and [line["step"] for line in read(tmp_path / "m")] == [1]

@@ -36,3 +36,9 @@ def test_a_chat_that_asks_nothing_is_refused(chat, rows):
     with pytest.raises(DataError, match="the last message is of role"):
         prompts.encode_chat(chat, None, "model")
     assert rows == []
+
+
+def test_an_input_without_an_instruction_of_its_own_is_refused(rows):
+    with pytest.raises(DataError, match="the last message is of role tool; leave input out"):
+        prompts.encode_chat([USER, ANSWER, TOOL], None, "model", input="A map.")
+    assert rows == []

@@ -93,3 +93,25 @@ def test_a_style_that_cannot_say_calls_of_tools_refuses_them(style, what, tmp_pa
     row = Row("f:7", (("user", "Hi"), ("assistant", "Ho")), **what)
     with pytest.raises(DataError, match="f:7: the row calls tools, which --prompt-style template alone can say"):
         render_row(row, style, tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["RobertaProcessing", "BertProcessing"])
+def test_a_processor_that_puts_a_token_before_a_text_names_bos(kind, tmp_path):
+    folder = write_byte_level(tmp_path, SPECIALS["chatml"])
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    begin, end = (spec["added_tokens"][i] for i in (0, 1))
+    spec["post_processor"] = {"type": kind, "sep": [end["content"], end["id"]], "cls": [begin["content"], begin["id"]]}
+    if kind == "RobertaProcessing":
+        spec["post_processor"] |= {"trim_offsets": True, "add_prefix_space": False}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    assert load_tokenizer(folder).bos_id == begin["id"]
+
+
+def test_an_id_before_a_text_that_no_token_has_is_refused(tmp_path):
+    folder = write_byte_level(tmp_path, SPECIALS["chatml"])
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    (special,) = spec["post_processor"]["special_tokens"].values()
+    special["ids"] = [9999]
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(DataError, match="puts the id 9999 before a text, wanted one of a token it has"):
+        load_tokenizer(folder)
