@@ -2,12 +2,14 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import readline
 import signal
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -231,3 +233,69 @@ def test_the_history_is_kept_and_is_its_users_alone(tmp_path, monkeypatch, capsy
     monkeypatch.setenv("XDG_STATE_HOME", "/proc/none")
     chat.keep_history()
     assert "the history is not kept" in capsys.readouterr().err and len(kept) == 2
+
+
+def read_all(monkeypatch, is_terminal, typed):
+    """Return the turns that are read of what is typed, line by line, and the prompts. An exception is raised."""
+    lines, prompts = iter(typed), []
+
+    def read_line(prompt=""):
+        prompts.append(prompt)
+        line = next(lines, EOFError())
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read_line)
+    return list(chat.read_turns(is_terminal)), prompts
+
+
+def test_ctrl_c_drops_what_was_being_written_and_ctrl_d_ends(monkeypatch, capsys):
+    typed = ["a", "b\\", KeyboardInterrupt(), '"""', "c", KeyboardInterrupt(), " ", "d"]
+    assert read_all(monkeypatch, True, typed) == (["a", "d"], ["> ", "> ", ". ", "> ", ". ", ". ", "> ", "> ", "> "])
+    assert capsys.readouterr().out == "\n\n\n"  # one after each Ctrl-C, one at the end
+    assert read_all(monkeypatch, False, ["a", "b\\"]) == (["a", "b\n"], [""] * 3) and not capsys.readouterr().out
+    assert read_all(monkeypatch, False, ['""" a', "", ' b """ ', "c"])[0] == [" a\n\n b ", "c"]
+
+
+class Talk:
+    """A chat whose answers have three tokens, but for questions that name an exception."""
+
+    def __init__(self):
+        self.asked, self.turns = [], []
+        self.scheduler = SimpleNamespace(load=lambda: SimpleNamespace(answer_tokens=3 * len(self.asked)))
+
+    def ask(self, question):
+        self.asked.append(question)
+        if question in ("DataError", "KeyboardInterrupt"):
+            raise {"DataError": DataError("too long"), "KeyboardInterrupt": KeyboardInterrupt()}[question]
+        return chat.CANCELLED if question == "stop" else "length"
+
+    def obey(self, line):
+        return f"obeyed {line}"
+
+
+def test_in_a_terminal_a_failure_is_told_and_the_chat_goes_on(monkeypatch, capsys):
+    lines = ["/retry", "DataError", "KeyboardInterrupt", "//a", "/set x ", "stop", " /quit ", "b"]
+    clock = itertools.count(0, 2)
+    monkeypatch.setattr(chat, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    monkeypatch.setattr(chat, "read_turns", lambda is_terminal: iter(lines))
+    talk = Talk()
+    chat.converse(talk, True)
+    assert talk.asked == ["DataError", "KeyboardInterrupt", "/a", "stop"]
+    told, errors = capsys.readouterr()
+    assert errors == "error: there is nothing to answer again\nerror: too long\n"
+    note = "\n\033[2m3 tokens, 1.5 tokens/s{}\033[0m\n\n"
+    assert told == "\n" + note.format("") + "obeyed /set x\n" + note.format(", stopped")
+    for line, error in (("/retry", DataError), ("DataError", DataError), ("KeyboardInterrupt", KeyboardInterrupt)):
+        monkeypatch.setattr(chat, "read_turns", lambda is_terminal, line=line: iter([line]))
+        with pytest.raises(error):
+            chat.converse(Talk(), False)
+
+
+def test_an_answer_is_made_again_of_the_last_question(monkeypatch, capsys):
+    talk = Talk()
+    talk.turns = [SimpleNamespace(question="a"), SimpleNamespace(question="b")]
+    monkeypatch.setattr(chat, "read_turns", lambda is_terminal: iter([" /retry"]))
+    chat.converse(talk, False)
+    assert talk.asked == ["b"] and [turn.question for turn in talk.turns] == ["a"] and capsys.readouterr().out == "\n"

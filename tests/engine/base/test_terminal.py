@@ -219,3 +219,13 @@ def test_lines_wrap_between_words_on_a_terminal_alone(monkeypatch, capsys):
     path = "/data/" + "long-name/" * 8  # what is copied from a terminal stays in one piece
     log.print_wrapped(f"the model is in {path}")
     assert f"  {path}" in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("columns", ["20", "5"])
+def test_a_line_goes_on_two_columns_after_its_own_beginning(columns, monkeypatch, capsys):
+    """Whatever blanks it ends with; and no terminal is taken for narrower than 20 columns."""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", columns)
+    log.print_wrapped("ab cd ef ef ef ef ef ef   \n\n   gh ij ij ij ij ij ij")
+    rows = [row.rstrip() for row in capsys.readouterr().out.splitlines()]
+    assert rows == ["ab cd ef ef ef ef ef", "  ef", "", "   gh ij ij ij ij ij", "     ij"]

@@ -190,5 +190,19 @@ def test_the_bar_of_large_files_ends_where_they_do(tmp_path, monkeypatch):
     assert seen == [(2, 9), (5, 9), (9, 9)]
 
 
+@pytest.mark.parametrize(("silent_bytes", "is_shown", "bars"), [(40, True, 1), (41, True, 0), (40, False, 0)])
+def test_files_that_are_small_together_or_another_ranks_have_no_bar(
+    silent_bytes, is_shown, bars, tmp_path, monkeypatch, capsys
+):
+    given = []
+    monkeypatch.setattr(datasets, "SILENT_BYTES", silent_bytes)
+    monkeypatch.setattr(datasets, "read_rows", lambda paths, skip, progress, **_: given.append(progress) or ([], []))
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path in paths:
+        path.write_text("x" * 20)
+    datasets.read_files(paths, FinetuneConfig(model="x", data=("y",)), is_shown)
+    assert sum(progress is not None for progress in given) == bars and len(given) == 1
+
+
 def alone():
     return SimpleNamespace(is_main=False, run_on_main_first=lambda read: read())
