@@ -4,10 +4,32 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 import kernels
 from kernels.native.cpu import find_cpu
-from kernels.ops.adamw import AdamWState
+from kernels.ops.adamw import AdamWState, random_bits
+from kernels.ops.adamw_kernels import _random
+from tests.helpers.kernels import needs_kernels
+
+
+@triton.jit(do_not_specialize=["key", "group0"])
+def draws_kernel(out_ptr, key, group0, GROUPS: tl.constexpr, STREAM: tl.constexpr):
+    group = group0 + tl.arange(0, GROUPS).to(tl.int64)
+    tl.store(out_ptr + tl.arange(0, 8 * GROUPS), _random(key, group, STREAM))
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("seed", "step", "first", "stream"), [(0, 1, 0, 0), (7, 2, 8, 1), (2**32 - 1, 2**31 - 1, 2**35 - 64, 2)]
+)
+def test_the_kernels_draws_are_the_references_to_the_last_bit(seed, step, first, stream, device):
+    """Also where the number of a group of eight passes 32 bits."""
+    out = torch.empty(512, dtype=torch.int32, device=device)
+    draws_kernel[(1,)](out, step << 32 | seed, first // 8, GROUPS=64, STREAM=stream)
+    want = random_bits(seed, step, first, 512, stream)
+    assert out.cpu().equal(want) and (want & 1).any() and want.min() >= 0 and want.max() < 65536
 
 
 @pytest.mark.parametrize("impl", ["ref", "native"])

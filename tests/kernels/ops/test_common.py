@@ -67,6 +67,20 @@ def test_an_operator_on_a_cpu_is_native_where_the_library_takes_the_dtype(dtype,
     assert ran == [common.choose_impl("op", "auto", torch.zeros(2, dtype=dtype), True).replace("ref", "cpu")]
 
 
+def test_an_operator_on_a_cpu_is_launched_in_the_interpreter(monkeypatch):
+    monkeypatch.setattr(common, "INTERPRETED", True)
+    monkeypatch.setattr(common, "find_cpu", object)
+
+    def other(x: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("not launched")
+
+    @common.operator("of_tests_interpreted", cpu=other, fake=torch.empty_like, native=other)
+    def launch(x: torch.Tensor) -> torch.Tensor:
+        return x + 2
+
+    assert launch(torch.zeros(2)).tolist() == [2.0, 2.0]
+
+
 @pytest.mark.parametrize(
     ("impl", "dtype", "interpreted", "said"),
     [

@@ -171,6 +171,16 @@ def test_operators_without_kernels_are_the_formula(inverse):
     assert all(worst(a - b) < 1e-12 for a, b in zip((q, k), truth, strict=True))
 
 
+@pytest.mark.parametrize(("t", "h", "kv", "dh"), [(0, 2, 1, 8), (3, 0, 0, 8), (3, 2, 1, 0)])
+def test_without_numbers_nothing_is_launched(t, h, kv, dh, monkeypatch):
+    """A grid of no programs is an error of CUDA."""
+    monkeypatch.setattr(op, "_rotate_kernel", None)
+    q, k, angles = torch.zeros(t, h, dh), torch.zeros(t, kv, dh), torch.zeros(t, dh // 2)
+    op.rotate.launch(q, k, angles, angles, False)
+    rotated = op.rotated.launch(q, k, angles, angles, True)
+    assert [x.shape for x in rotated] == [q.shape, k.shape]
+
+
 def test_operators_tell_torch_the_truth(device):
     (qkv,) = random(device, (5, 4, 8))
     q, k, _ = qkv.split((2, 1, 1), 1)

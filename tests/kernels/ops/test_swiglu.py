@@ -133,6 +133,24 @@ def test_what_is_kept_is_not_written_again(device):
     assert kept.equal(dh) and over.equal(op.backward(dh, gate_up, False)[0])
 
 
+def test_alone_its_backward_makes_no_output_again(device, monkeypatch):
+    asked, real = [], op.backward
+    monkeypatch.setattr(op, "backward", lambda dh, gate_up, want_h: asked.append(want_h) or real(dh, gate_up, want_h))
+    gate_up, dh = random(device, (5, 40), (5, 20))
+    with_gradients(glu, [gate_up], dh)
+    assert asked == [False] and real(dh, gate_up, False)[1].numel() == 0
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0)])
+def test_without_numbers_nothing_is_launched(shape, monkeypatch):
+    monkeypatch.setattr(op, "_forward_kernel", None)
+    monkeypatch.setattr(op, "_backward_kernel", None)
+    gate_up, dh = torch.zeros(shape), torch.zeros(shape[0], shape[1] // 2)
+    assert op.forward.launch(gate_up).shape == dh.shape
+    dgate_up, h = op.backward.launch(dh, gate_up, True)
+    assert dgate_up.shape == shape and h.shape == dh.shape
+
+
 def test_without_consume_a_second_backward_gives_the_same(device):
     (gate_up, weight), dy = inputs_of(5, 20, 12, device)
     gate_up = gate_up.requires_grad_()
