@@ -244,8 +244,8 @@ def add_prefixes(stored: dict[str, Stored], problems: list[str]) -> dict[str, St
     renamed: dict[str, Stored] = {}
     for name, tensor in stored.items():
         new = name if name.startswith(PREFIXED) else f"model.{name}"
-        if new in renamed or (new != name and new in stored):
-            problems.append(f"{tensor.file}: {name} and model.{name.removeprefix('model.')} are both there")
+        if new != name and new in stored:
+            problems.append(f"{tensor.file}: {name} and {new} are both there")
         renamed[new] = tensor
     return renamed
 

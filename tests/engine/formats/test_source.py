@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from engine.base.errors import DataError
 from engine.formats.find import find_model
 from engine.formats.names import list_pieces
 from engine.formats.save import save_hf
-from engine.formats.source import open_source
+from engine.formats.source import add_prefixes, most_common_dtype, open_source
 from engine.model.batch import MicroBatch
 from engine.model.config import RopeScaling
 from tests.helpers.checkpoints import (
@@ -224,6 +225,20 @@ def test_a_name_with_and_without_model_is_refused(tmp_path):
         tmp_path / "model.safetensors", lambda t: t.update({"embed_tokens.weight": t["model.embed_tokens.weight"] + 1})
     )
     assert_refused(tmp_path, "embed_tokens.weight and model.embed_tokens.weight are both there")
+
+
+@pytest.mark.parametrize("names", [("layers.0.w", "model.layers.0.w"), ("model.layers.0.w", "layers.0.w")])
+def test_two_names_of_one_tensor_are_told_in_either_order(names):
+    problems = []
+    add_prefixes({name: SimpleNamespace(file="m.safetensors") for name in names}, problems)
+    assert problems == ["m.safetensors: layers.0.w and model.layers.0.w are both there"]
+
+
+def test_the_type_of_a_model_is_that_of_most_of_its_numbers():
+    """Not of most of its tensors: norms are often in fp32."""
+    sizes = {"embed": (torch.bfloat16, (1000, 8)), **{f"norm {i}": (torch.float32, (8,)) for i in range(9)}}
+    stored = {name: SimpleNamespace(dtype=dtype, shape=shape) for name, (dtype, shape) in sizes.items()}
+    assert most_common_dtype(stored) == torch.bfloat16
 
 
 def test_a_tied_model_that_stores_its_head_alone(tmp_path):

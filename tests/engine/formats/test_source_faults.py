@@ -227,6 +227,9 @@ def test_meta_shards_and_params(tmp_path):
     (tmp_path / "consolidated.03.pth").unlink()
     assert_refused(tmp_path, "one of 4 shards", "there are 3")
     fresh(2)
+    (tmp_path / "consolidated.01.pth").rename(tmp_path / "consolidated.03.pth")
+    assert_refused(tmp_path, "consolidated.01.pth, consolidated.02.pth is missing; there are consolidated.00.pth, cons")
+    fresh(2)
     (tmp_path / "params.json").write_text('{"dim": 32,')
     (tmp_path / "consolidated.01.pth").write_bytes((tmp_path / "consolidated.01.pth").read_bytes()[:5000])
     assert_refused(tmp_path, "params.json: not sound JSON", "consolidated.01.pth: not a sound torch file", "2 problems")
@@ -282,6 +285,16 @@ def test_broken_json(folder, text):
     for name in ("config.json", "generation_config.json", "model.safetensors.index.json"):
         (folder / name).write_text(text, encoding="latin-1")
     assert_refused(folder, "config.json: ", "generation_config.json: ", "model.safetensors.index.json: ")
+
+
+def test_an_index_may_name_what_no_reader_wants(folder):
+    """As files of 2023 do, whose frequencies are computed now."""
+    index = folder / "model.safetensors.index.json"
+    frequencies = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit(index, lambda raw: raw["weight_map"].update({frequencies: shard(folder).name}))
+    open_source(folder)
+    edit(index, lambda raw: raw["weight_map"].update({"model.layers.0.more.weight": shard(folder).name}))
+    assert_refused(folder, f"index.json: model.layers.0.more.weight is not in {shard(folder).name}")
 
 
 def test_index_that_is_none(folder):

@@ -88,6 +88,30 @@ def test_a_dataset_of_the_user_is_counted_as_it_will_be_trained_on(share, monkey
     assert seeds == [(7, 0)]
 
 
+def test_no_more_rows_have_a_loss_than_are_computed():
+    """Where the prompt is learned too, a prefix that two share has its losses once: 8 shared, 2 of each alone."""
+    two = np.array([10.0, 10.0])
+    assert step_numbers(two, two - 1, [(8, [0, 1])])[:4].tolist() == [20, 4, 8, 12]
+    assert step_numbers(two, two - 9, [(8, [0, 1])])[3] == 2
+
+
+def test_nobody_shares_a_prefix_with_himself():
+    assert not workload.alpaca_steps(512, False, 0, True, 1)[:50, 2].any()
+    assert workload.alpaca_steps(512, False, 0, True, 8)[:50, 2].all()
+
+
+def test_a_datasets_first_steps_are_looked_at_and_as_many_for_each_gpu(monkeypatch):
+    monkeypatch.setattr(workload, "SAMPLED_STEPS", 3)
+    monkeypatch.setattr(workload, "permute_examples", lambda n, *_: np.arange(n))
+    ends = np.cumsum([4 + i for i in range(40)])  # each longer than the one before
+    dataset = Dataset(np.arange(ends[-1], dtype=np.int32), np.ones(ends[-1], bool), ends - 4 - np.arange(40), ends,
+                      ("",) * 40, {})  # fmt: skip
+    for n_cards, steps in ((1, 3), (2, 6)):  # of 4 examples in all, of 2 a GPU
+        largest = dataset_mix(dataset, recipe_of(n_cards, global_batch_size=4, share_prefix=False)).largest
+        size = 4 // n_cards
+        assert largest == sum(4 + i for i in range(size * (steps - 1), size * steps))
+
+
 def test_micro_batches_are_as_few_as_do_and_evened_out():
     mix = alpaca_mix(recipe_of())
     cuts = [cut_into_micro_batches(mix, budget) for budget in (20000, 8000, 512)]
