@@ -317,3 +317,19 @@ def test_at_most_one_tensor_beside_the_model(action, copies, peaks):
     """An fp32 model of 54 MB whose largest parameter has 17 MB, to and from files."""
     assert peaks["total"] > 3 * peaks["largest"]
     assert peaks["extra"][action] <= copies * peaks["largest"] // 2 + 6_000_000, peaks
+
+
+@pytest.mark.parametrize(
+    ("sizes", "files"),
+    [
+        ([50, 50, 50], [[50, 50], [50]]),  # of 100 bytes at most: full to the byte
+        ([51, 50, 49], [[51], [50, 49]]),
+        ([60, 101, 40, 1], [[101], [60, 40], [1]]),  # what is larger has a file of its own, before the one being filled
+        ([101], [[101]]),
+        ([100, 100], [[100], [100]]),
+        ([], []),
+    ],
+)
+def test_files_are_filled_to_the_byte_in_order(sizes, files):
+    tensors = [(f"{i}", (size,), torch.int8, None) for i, size in enumerate(sizes)]
+    assert [[tensor[1][0] for tensor in file] for file in save.split_into_files(tensors, 100)] == files

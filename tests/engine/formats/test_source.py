@@ -11,7 +11,7 @@ from engine.base.errors import DataError
 from engine.formats.find import find_model
 from engine.formats.names import list_pieces
 from engine.formats.save import save_hf
-from engine.formats.source import add_prefixes, most_common_dtype, open_source
+from engine.formats.source import add_prefixes, is_equal, most_common_dtype, open_source
 from engine.model.batch import MicroBatch
 from engine.model.config import RopeScaling
 from tests.helpers.checkpoints import (
@@ -148,6 +148,28 @@ def test_a_head_that_repeats_the_embedding_is_accepted(tmp_path):
         tmp_path / "model.safetensors", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()})
     )
     assert same_weights(read_model(tmp_path), random_model(config))
+
+
+@pytest.mark.parametrize("cuts", [([3], [2, 6]), ([2, 6], [3]), ([], [5]), ([1, 7], [])])
+def test_matrices_are_equal_however_each_is_cut_into_blocks(cuts):
+    """Every number counts, also in the last rows of the longer block."""
+    matrix = torch.arange(40.0).view(8, 5)
+
+    def stored(values, rows):
+        ends = zip([0, *rows], [*rows, 8], strict=True)
+        blocks = [(a, b, values[a:z, b:c]) for a, z in ends for b, c in ((0, 2), (2, 5))]
+        return SimpleNamespace(shape=(8, 5), dtype=torch.float32, blocks=lambda: iter(blocks))
+
+    assert is_equal(stored(matrix, cuts[0]), stored(matrix.clone(), cuts[1]))
+    for row in range(8):
+        for column in range(5):
+            other = matrix.clone()
+            other[row, column] += 1
+            assert not is_equal(stored(matrix, cuts[0]), stored(other, cuts[1])), (row, column)
+    for changes in ({"shape": (5, 8)}, {"shape": (40,)}, {"dtype": torch.float16}):
+        other = stored(matrix, cuts[1])
+        other.__dict__.update(changes)
+        assert not is_equal(stored(matrix, cuts[0]), other)
 
 
 # ---- models that are LLaMA by another name --------------------------------------------------------------------------
