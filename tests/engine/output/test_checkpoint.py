@@ -87,6 +87,13 @@ def test_the_newest_are_kept(tmp_path):
     assert [step for step, _ in list_checkpoints(tmp_path)] == [10, 100]
 
 
+@pytest.mark.parametrize("keep", [1, 2, 3, 4, 9])
+def test_the_newest_states_are_kept_and_no_other_is_removed(keep, tmp_path):
+    for step in range(1, 6):
+        save_checkpoint(tmp_path, step, tensors(step), FACTS, keep=keep)
+        assert [number for number, _ in list_checkpoints(tmp_path)] == list(range(max(1, step - keep + 1), step + 1))
+
+
 def test_a_state_just_saved_is_never_the_one_that_rotates_out(tmp_path):
     for step in (6, 8):
         save_checkpoint(tmp_path, step, tensors(step), FACTS, keep=2)
