@@ -226,6 +226,10 @@ def test_meta_shards_and_params(tmp_path):
     fresh()
     (tmp_path / "consolidated.03.pth").unlink()
     assert_refused(tmp_path, "one of 4 shards", "there are 3")
+    fresh()
+    for i in (1, 2):
+        (tmp_path / f"consolidated.0{i}.pth").unlink()
+    assert_refused(tmp_path, "consolidated.01.pth, consolidated.02.pth is missing; there are consolidated.00.pth, cons")
     fresh(2)
     (tmp_path / "consolidated.01.pth").rename(tmp_path / "consolidated.03.pth")
     assert_refused(tmp_path, "consolidated.01.pth, consolidated.02.pth is missing; there are consolidated.00.pth, cons")

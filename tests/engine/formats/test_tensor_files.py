@@ -86,6 +86,7 @@ def test_each_record_of_a_pth_can_be_mapped(tmp_path):
         ({"model": {"w": torch.zeros(2)}}, "m.pth: 'model' is no plain tensor; wanted a flat dict of tensors"),
         ({"w": torch.zeros(2), "step": 3}, "m.pth: 'step' is no plain tensor"),
         ({"w": torch.eye(3).to_sparse()}, "m.pth: 'w' is no plain tensor"),
+        ({"w": torch.empty(2, device="meta")}, "m.pth: 'w' is no plain tensor"),
     ],
 )
 def test_what_is_no_flat_dict_of_tensors_is_told(content, told, tmp_path):

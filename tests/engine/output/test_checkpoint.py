@@ -140,6 +140,16 @@ def test_a_broken_state_is_named_and_passed_over(tmp_path, how):
     assert newest(tmp_path).step == 2
 
 
+@pytest.mark.parametrize("keep", [1, 2, 3, 4, 5, 9])
+def test_as_many_states_stay_as_are_to_be_kept_with_the_newest(tmp_path, keep):
+    """All of them where there are fewer. The newest is the one that was written last, whatever its step."""
+    for step in (20, 100, 3, 40):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    checkpoint.remove_oldest(tmp_path / "checkpoint-20", keep)
+    left = sorted(int(folder.name.removeprefix("checkpoint-")) for folder in tmp_path.iterdir())
+    assert left == sorted([20, *[3, 40, 100][max(0, 4 - keep) :]])
+
+
 def test_when_none_is_whole_that_is_said(tmp_path):
     save_checkpoint(tmp_path, 1, tensors(1), FACTS, keep=1)
     flip(tmp_path / "checkpoint-1" / "state.safetensors")

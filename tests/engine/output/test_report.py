@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from engine.output.report import write_report
+from engine.output.report import read_events, write_report
 
 EVIL = (
     """</div></script><script>document.title='owned'</script><img src=x onerror="document.title='owned'">&lt;b&gt;"'"""
@@ -338,3 +338,11 @@ def test_the_policy_stops_what_escaping_would_miss(tmp_path, chromium):
     dom, console = chromium(tmp_path / "evil.html")
     assert "<title>smollm2-135m" in dom and "<title>owned" not in dom
     assert any("Content Security Policy" in line for line in console)
+
+
+def test_of_one_step_all_that_was_skipped_is_told_and_of_one_thing_the_last_word(tmp_path):
+    skips = [("non-finite", 1), ("the state could not be saved", 2), ("non-finite", 3)]
+    lines = [{"event": "skip", "step": 4, "reason": reason, "n": n} for reason, n in skips]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = read_events(tmp_path / "metrics.jsonl")["skip"]
+    assert sorted((line["reason"], line["n"]) for line in found) == [skips[2], skips[1]]

@@ -37,14 +37,16 @@ def test_figures_go_to_the_tracker_and_texts_do_not(tmp_path):
     metrics = TrackedMetrics(Metrics(tmp_path / "m.jsonl"), tracker, warnings.append)
     metrics.write("train", step=1, loss=2.5, lr=1e-3, mfu=None, tokens=7)
     metrics.write("sample", step=1, prompt="a", text="b")
+    metrics.write("answer", step=0, equal=True)
+    metrics.write("score", step=0, equal=3)
     metrics.write("skip", step=2, reason="non-finite", loss=math.nan, grad_norm=math.inf, rows=["x"])
     metrics.write("eval", step=2, loss=2.0)
     metrics.write("end", step=None, seconds=3.0, status="stopped")
     metrics.close()
     assert tracker.logged == [
-        (1, {"train/loss": 2.5, "train/lr": 1e-3, "train/tokens": 7}), (2, {"eval/loss": 2.0}),
+        (1, {"train/loss": 2.5, "train/lr": 1e-3, "train/tokens": 7}), (0, {"score/equal": 3}), (2, {"eval/loss": 2.0}),
     ]  # fmt: skip
-    assert tracker.closed == 1 and not warnings and len((tmp_path / "m.jsonl").read_text().splitlines()) == 5
+    assert tracker.closed == 1 and not warnings and len((tmp_path / "m.jsonl").read_text().splitlines()) == 7
 
 
 def test_a_tracker_that_fails_is_left_and_the_run_goes_on(tmp_path):
