@@ -185,3 +185,31 @@ def test_the_first_replica_writes_checkpoints():
         return world.n_shards, world.writes_checkpoint, world.is_main
 
     assert on_ranks(6, work) == [(3, rank < 3, rank == 0) for rank in range(6)]
+
+
+class OfTwoStarts(dict):
+    """A store in which rank 1's mark of an earlier start lies, until rank 1 of this start sets its own."""
+
+    def __init__(self):
+        self.looks = 0
+        self["mark/1"] = b"old"
+
+    def set(self, key, value):
+        self[key] = value.encode()
+        if key == "answer/new":  # rank 1 hears it, and says so
+            self[f"{value}/1"] = b"heard"
+
+    def check(self, keys):
+        self.looks += 1
+        if self.looks == 4:
+            self["mark/1"] = b"new"
+        return all(key in self for key in keys)
+
+    def get(self, key):
+        return self[key]
+
+
+def test_rank_0_waits_for_those_of_this_start_though_marks_of_an_earlier_one_are_there():
+    store = OfTwoStarts()
+    name = world.agree_on_name(store, 0, 2, 60.0)
+    assert store["answer/old"] == store["answer/new"] == name.encode() and store[f"{name}/1"] == b"heard"

@@ -36,6 +36,15 @@ def test_write_safetensors_as_the_library_does(tmp_path):
     assert load_file(tmp_path / "none") == {}
 
 
+@pytest.mark.parametrize("n", range(8))
+def test_a_header_of_any_length_is_the_library_s(n, tmp_path):
+    """Spaces fill it up to 8 bytes, and none where it has them."""
+    name = "x" * (n + 1)
+    write_safetensors(tmp_path / "ours", [(name, (2,), torch.float32, lambda: torch.ones(2))], {"format": "pt"})
+    save_file({name: torch.ones(2)}, tmp_path / "theirs", {"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
 def test_write_safetensors_checks_what_it_is_given(tmp_path):
     with pytest.raises(ValueError, match="as announced"):
         write_safetensors(tmp_path / "x", [("a", (2,), torch.float32, lambda: torch.zeros(3))])

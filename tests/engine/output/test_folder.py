@@ -127,3 +127,14 @@ def test_the_environment_names_the_commit_of_this_program(is_repository, tmp_pat
         assert subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout == f"{found}\n"
     else:
         assert found is None
+
+
+def test_a_block_that_writes_nothing_leaves_none_of_the_folders_that_it_made(tmp_path):
+    """But those that were there, and those that something else was put into."""
+    (tmp_path / "there").mkdir()
+    with lock_output_folder(tmp_path / "there" / "a" / "b" / "c"):
+        assert (tmp_path / "there" / "a" / "b" / "c" / LOCK).exists()
+    assert (tmp_path / "there").is_dir() and not any((tmp_path / "there").iterdir())
+    with lock_output_folder(tmp_path / "there" / "a" / "b" / "c"):
+        (tmp_path / "there" / "a" / "else").touch()
+    assert [path.name for path in (tmp_path / "there" / "a").iterdir()] == ["else"]

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -362,3 +363,14 @@ def test_a_state_that_is_not_finite_is_written_by_no_writer(tmp_path, bad):
         assert isinstance(outcome, NotFiniteError)
         assert str(outcome).startswith(f"writer {bad}: {name} holds NaN or an infinity")
     assert [step for step, _ in list_checkpoints(tmp_path)] == [1] and not list(tmp_path.glob(".tmp-*"))
+
+
+def test_a_copy_waits_for_the_save_that_was_begun_last(tmp_path):
+    """Which uses the memory that it is made in; earlier ones that were not asked for have ended."""
+    saver, waited = Saver(tmp_path, keep=9), []
+    for n in (1, 2, 3):
+        saver.unreported.append((SimpleNamespace(exception=lambda n=n: waited.append(n)), 0.0))
+    saver.save(4, tensors(4), FACTS)
+    saver.unreported[-1][0].result(60)
+    assert waited == [3] and newest(tmp_path).step == 4
+    saver.pool.shutdown()

@@ -302,6 +302,9 @@ def test_a_chat_that_would_take_hours_is_refused(tmp_path, monkeypatch):
             patch.setattr(own_template, name, limit)
             with pytest.raises(DataError, match="whose 2 answers the checkpoint's chat template does not mark"):
                 one(Row("f:1", CHAT), tokenizer)
+    monkeypatch.setattr(own_template, "MAX_MESSAGES_RUN", 9)
+    assert len(one(Row("f:1", CHAT, unlearned=frozenset({2})), tokenizer).tokens), "one answer is learned"
+    monkeypatch.undo()
     assert len(one(Row("f:1", CHAT), tokenizer).tokens)
 
 
@@ -337,3 +340,17 @@ def test_a_special_token_swallows_the_blanks_on_its_side(side, tmp_path):
     before, token, after = parts_of(load_tokenizer(folder))
     assert token.name == "<|im_end|>" and before.whole() == ("a" if side == "lstrip" else "a  ")
     assert after.whole() == ("b" if side == "rstrip" else " \n b")
+
+
+@pytest.mark.parametrize(
+    "prompt, added, learned",
+    [("<e>\n", "yes<e>\n", "yes<e>"), ("<e>\n", "yes\n", "yes\n"), ("<e>\n", " \n", " \n"), ("<e>", "", "")],
+)
+def test_blanks_after_the_token_that_ends_an_answer_are_no_part_of_it(prompt, added, learned):
+    """An answer of blanks alone has no such token: the one before it is the prompt's."""
+    template = own_template.OwnTemplate.__new__(own_template.OwnTemplate)
+    template.specials = ("<e>",)
+    begin, end = template.find_answer(
+        lambda n, answer_next: prompt if answer_next else prompt + added, 1, prompt + added + "more", "a row"
+    )
+    assert (prompt + added)[begin:end] == learned and begin == len(prompt)

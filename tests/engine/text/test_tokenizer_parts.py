@@ -5,6 +5,7 @@ import json
 import pytest
 
 from engine.base.errors import DataError
+from engine.text import tokenizer as tokenizer_module
 from engine.text.templates import Row, render_row
 from engine.text.tokenizer_files import load_tokenizer
 from tests.helpers.chat_tokenizers import SPECIALS, TOKENS, write_byte_level
@@ -24,6 +25,26 @@ def test_an_end_of_turn_that_the_files_name_ends_an_answer(tmp_path):
     for role, ends in (("eot_token", True), ("pad_token", False)):
         found = load_tokenizer(write_byte_level(tmp_path / role, SPECIALS["chatml"], **{role: "<|im_end|>"}))
         assert (found.special_ids["<|im_end|>"] in found.stop_ids) == ends and found.eos_id in found.stop_ids
+
+
+def test_an_answer_ends_in_the_id_of_the_config_where_no_file_names_its_token(tmp_path):
+    """Though the files name an end of a turn, which ends an answer too."""
+    folder = write_byte_level(tmp_path, SPECIALS["chatml"], eos_token="", eot_token="<|im_end|>")
+    end, other = (load_tokenizer(folder).special_ids[token] for token in ("<|im_end|>", "</s>"))
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": other}))
+    found = load_tokenizer(folder)
+    assert found.eos_id == other != end and found.stop_ids == {end, other}
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 7])
+def test_texts_of_any_number_are_encoded_each(n, tmp_path, monkeypatch):
+    """In blocks, the last of which may be short, and with those behind a special token among the others."""
+    monkeypatch.setattr(tokenizer_module, "BLOCK", 3)
+    tokenizer = load_tokenizer(write_byte_level(tmp_path, SPECIALS["chatml"]))
+    texts = [f"text {i}" for i in range(n)]
+    alone = [tokenizer.encode(text) for text in texts]
+    assert tokenizer.encode_batch(texts) == alone and all(alone)
+    assert tokenizer.encode_batch(texts, [i % 2 == 0 for i in range(n)]) == alone
 
 
 def test_a_bos_that_the_files_deny_is_none(tmp_path):
