@@ -7,14 +7,19 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import torch
 import triton
 from triton import knobs
 
 from kernels import simulate
-from kernels.measure import simulated_known
+from kernels.measure import simulated_cases as simulated_cases_module
+from kernels.measure import simulated_known, simulated_records
+from kernels.measure.cases import swiglu_case
+from kernels.measure.peers import plain
 from kernels.measure.simulated_cases import simulated_cases
 from kernels.measure.simulated_known import choose_samples
 from kernels.measure.simulated_records import find_differences, load_records, save_records
+from kernels.measure.truth import copy_as_leaves, run_once
 from tests.helpers.compiler import run_compiler
 from tests.helpers.run import ROOT
 
@@ -57,6 +62,81 @@ def test_records_are_known_until_code_changes(path, tmp_path, monkeypatch):
     else:
         changed.write_text(changed.read_text().replace("1", "2", 1))
     assert not simulated_known.is_recorded(records)
+
+
+def test_without_nvcc_there_are_no_cases_of_csrc(monkeypatch):
+    monkeypatch.setattr(simulated_cases_module, "has_nvcc", lambda: False)
+    assert list(simulated_cases_module.csrc_cases()) == []
+    monkeypatch.setattr(simulated_cases_module, "has_nvcc", lambda: True)
+    ops = {case.case.op for case in simulated_cases_module.csrc_cases()}
+    assert {"adamw_cuda", "grad_norm_cuda"} < ops and all("cuda" in op or "decode" in op for op in ops)
+
+
+def test_some_gradients_of_the_optimizers_cases_are_zero():
+    """700 of them from the middle on, at each step: two whole blocks of 8 bits, and the ends of others."""
+    for case in simulated_cases_module.optimizer_cases():
+        if case.case.op == "adamw":
+            grads = case.case.inputs("cpu", case.dtype).grads
+            n = len(grads[0])
+            assert len(grads) == 3 and all(
+                (g[n // 2 : n // 2 + 700] == 0).all() and (g == 0).sum() < 720 for g in grads
+            )
+
+
+class Launched:
+    """A launch's result on the machine, with findings."""
+
+    kernel = "k"
+    counters = dict.fromkeys(("blocks", "multiply_adds", "barriers", "load_bytes", "load_sectors", "store_bytes"), 1)
+    counters |= dict.fromkeys(("store_sectors", "shared_cycles", "shared_ideal_cycles", "instructions"), 1)
+    counters |= {"instructions.float": 5, "instructions.special": 2, "instructions.matrix": 3}
+
+    def __init__(self, *findings):
+        self.findings = findings
+
+
+@pytest.mark.parametrize("fault", [None, "late", "large", "missing"])
+def test_a_record_tells_what_both_runs_found(fault, monkeypatch):
+    """All findings are counted, each once, and the first five are kept; both runs must give equal bits."""
+    case = simulated_records.SimulatedCase(swiglu_case(4, 8), torch.float32)
+    modes = []
+
+    def run(chip, case, inputs, upstream, late):
+        modes.append((chip, late))
+        plainly = plain(lambda bench, i: bench.reference(i))
+        results = run_once(plainly(case.case, copy_as_leaves(case.case, inputs), upstream))
+        if fault == "late" and late:
+            results[1] = results[1] * (1 + 2**-22)
+        if fault == "large":
+            results[1] = results[1] + 0.5
+        if fault == "missing":
+            results[1] = None
+        launches = [Launched("a", "b", "c"), Launched("a", "d")] if late else [Launched("d", "e", "f", "g")]
+        return results, launches
+
+    monkeypatch.setattr(simulated_records, "_run_on", run)
+    record, used = simulated_records.simulate(case, "sm_90")
+    assert modes == [("sm_90", True), ("sm_90", False)] and used == set()
+    assert record["n_findings"] == 7 and record["findings"] == ["k: a", "k: b", "k: c", "k: d", "k: e"]
+    assert (record["op"], record["case"], record["dtype"], record["chip"]) == ("swiglu", "T=4 F=8", "float32", "sm_90")
+    (kernel,) = record["kernels"]  # of the late run's two launches
+    assert kernel["launches"] == 2 and (kernel["float"], kernel["matrix"], kernel["blocks"]) == (14, 6, 2)
+    wrong = {
+        None: [], "late": ["dgate_up differs between late and early"], "missing": ["dgate_up is None, wanted (4, 16)"],
+        "large": ["dgate_up is off by 0.5"],
+    }[fault]  # fmt: skip
+    assert [said.split(", torch")[0] for said in record["wrong"]] == wrong
+    if fault == "large":
+        assert record["worst"] == "dgate_up" and record["error"] == 0.5 and record["ratio"] > 1e4
+    text = simulated_records.format_record(record)
+    assert (
+        "FAILS" in text
+        and "7 findings" in text
+        and "banks 100%" in text
+        and text.splitlines()[1:] == [f"    {line}" for line in (*record["wrong"], *record["findings"])]
+    )
+    clean = record | {"wrong": [], "findings": [], "n_findings": 0}
+    assert " ok " in simulated_records.format_record(clean) and "\n" not in simulated_records.format_record(clean)
 
 
 def test_it_does_not_run_in_the_interpreter(monkeypatch):

@@ -45,6 +45,27 @@ def test_an_access_of_which_one_byte_lies_past_a_tensor_is_found(instruction, n_
     assert find_kinds(module.launch("k", 1, (short,), num_warps=1)) == {"global"}
 
 
+@pytest.mark.parametrize(("tensors", "name"), [(["weights"], "weights"), ([], "an argument")])
+def test_an_access_past_a_tensor_tells_its_name(tensors, name):
+    memory = torch.zeros(64)
+    given = memory[:16]
+    result = make_kernel("st.global.b32 [%a0+80], 7;", params=1).launch(
+        "k", 1, (given,), num_warps=1, tensors=dict.fromkeys(tensors, given)
+    )
+    (finding,) = result.findings
+    assert finding.text.endswith(f"16 bytes after the end of {name}") and finding.kind == "global"
+
+
+def test_a_tensor_beside_the_arguments_may_be_reached():
+    """By its address within a table, say."""
+    table, reached = torch.zeros(1, dtype=torch.int64), torch.zeros(4, dtype=torch.int32)
+    table[0] = reached.data_ptr()
+    module = make_kernel("ld.global.b64 %d1, [%a0]; st.global.b32 [%d1+12], 7;", params=1)
+    assert not module.launch("k", 1, (table,), num_warps=1, tensors={"reached": reached}).findings
+    assert reached.tolist() == [0, 0, 0, 7]
+    assert find_kinds(module.launch("k", 1, (table,), num_warps=1)) == {"global"}
+
+
 @pytest.mark.parametrize(
     ("size", "stride", "first", "extent"),
     [

@@ -1,5 +1,6 @@
 """The gate can refuse: each rule against a kernel that breaks it, and one that keeps it."""
 
+import inspect
 import json
 import re
 from dataclasses import replace
@@ -8,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kernels.compiled.launch_cases import all_cases
+from kernels.compiled.launch_cases import Make, all_cases
+from kernels.compiled.launches import patched
 from kernels.compiled.machine_code import CHIPS, SHARED_BLOCK, TENSOR_COLUMNS, Facts
 from kernels.compiled.rules import Violation, find_unplayed, find_unused, judge, operator_names
+from kernels.ops import common
 from tests.helpers.compiler import run_compiler
 
 
@@ -108,6 +111,13 @@ def test_a_launch_table_entry_that_no_case_launches_is_reported():
     }
     found = find_unused({("op", "forward", "sm_90", "64")}, {"op": table}, ("sm_80", "sm_90"))
     assert [str(v).split(":")[0] for v in found] == ["op forward sm_90 size 128"]
+
+
+def test_every_case_gives_its_function_what_it_takes():
+    with patched(common, chip_override="sm_90"):
+        for case in all_cases():
+            function, *args = case.build(Make())
+            inspect.signature(getattr(function, "launch", function)).bind(*args)
 
 
 def test_an_operator_that_no_case_launches_is_reported():

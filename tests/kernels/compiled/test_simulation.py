@@ -8,7 +8,7 @@ import pytest
 from triton import knobs
 
 from kernels.compiled.ptx import PtxError
-from kernels.compiled.simulation import on_machine
+from kernels.compiled.simulation import _allocate, on_machine
 from tests.helpers.compiler import run_compiler
 
 OLDEST = Path(sys.prefix) / "triton-3.6"  # put there by `make test`
@@ -32,6 +32,14 @@ def test_tiles_by_tensor_descriptors(version):
             assert case["findings"] and all(text.startswith("proxy: overwrites") for text in case["findings"])
         else:
             assert case["findings"] == []
+
+
+@pytest.mark.parametrize(("n_bytes", "alignment"), [(0, 1), (1, 16), (48, 128), (1000, 256)])
+def test_a_kernels_own_memory_is_aligned_and_no_longer_than_asked(n_bytes, alignment):
+    """A byte more would hide a write past it."""
+    for _ in range(5):
+        memory = _allocate(n_bytes, alignment)
+        assert memory.nbytes == n_bytes and memory.data_ptr() % alignment == 0
 
 
 def test_it_does_not_run_in_the_interpreter(monkeypatch):
