@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import time
 import traceback
+from collections import deque
 from types import SimpleNamespace
 
 import pytest
@@ -912,6 +913,7 @@ def test_a_round_draws_each_prompt_once(tmp_path, monkeypatch):
         ((200, 200), (500,), 2, "failed"), ((200,), (500,), 2, "lost"), ((200,), (500, 429), 1, "failed"),
         ((), (500,), 0, "failed"), ((), (500,), 1, "lost"), ((200,), None, 1, "failed"), (None, (500,), 1, "lost"),
         ((200,) * 1200, None, 1200, "failed"), ((200,) * 1200, None, 1201, "lost"),
+        ((200, 200), (500, 200), 3, "failed"), ((200, 200), (500, 200), 4, "lost"),
     ],
 )  # fmt: skip
 def test_what_no_file_holds_is_lost_where_the_server_counts_more_answers(monkeypatch, output, errors, completed, kind):
@@ -971,9 +973,25 @@ def test_batches_that_are_cancelled_and_fail_are_no_failure_of_the_run(monkeypat
     batches = Batches(SimpleNamespace(ledger=None, budget=None, client=client, limits=limits, progress=progress), None)
     batches.close_batch, batches.handle_rejection = close, lambda *given: done.append("rejected")
     for cancels in (False, True):
-        batch = batches.open["b"] = module.Batch("b", 0, None, {1: module.Sent(7, "", "m", 5)}, "id")
+        sent = {attempt: module.Sent(number, "", "m", 5) for attempt, number in ((1, 7), (2, 8), (3, 10))}
+        batch = batches.open["b"] = module.Batch("b", 0, None, sent, "id")
+        batches.queue = deque([20, 21])
         asyncio.run(batches.cancel_open() if cancels else batches.check_batch(batch))
-        assert not batches.open and list(batches.queue) == [7] and done == ["rejected"]
+        again = [] if cancels else [7, 8, 10]  # before those that were not sent yet
+        assert not batches.open and list(batches.queue) == [*again, 20, 21] and done == ["rejected"]
+
+
+def test_a_smaller_limit_on_tokens_is_half_of_all_that_was_enqueued():
+    """By the rejected batch and those at work. A single request is too large only where nothing else is at work."""
+    batches, said, ended = object.__new__(Batches), [], []
+    batches.collector = SimpleNamespace(progress=SimpleNamespace(print_line=said.append), end_run=ended.append)
+    full = [SimpleNamespace(code="other", message="x"), SimpleNamespace(code=module.TOKEN_LIMIT, message="full")]
+    for others, n_requests, limit in ([600, 301], 5, 700), ([600], 1, 550), ([], 2, 250):
+        batches.open = {str(n): module.Batch(str(n), n, None, {}, "id") for n in others}
+        batches.handle_rejection(module.Batch("b", 500, None, {}, "id"), n_requests, full)
+        assert batches.token_limit == limit and f"{limit:,} at once" in said[-1] and not ended
+    batches.handle_rejection(module.Batch("b", 500, None, {}, "id"), 1, full)
+    assert ended == ["the server did not take batch id: x; full"] and batches.token_limit == 250
 
 
 def test_an_answer_of_a_batch_is_looked_at_as_any_other():

@@ -36,6 +36,10 @@ TOLD = {  # a body's usage -> (input, output)
         WHOLE | {"completion_tokens_details": {"reasoning_tokens": 2000}}, (100, 2050),
     ),
     "a field of its own": (WHOLE | {"reasoning_tokens": 2000}, (100, 2050)),
+    "one part told twice": (
+        WHOLE | {"reasoning_tokens": 2000, "completion_tokens_details": {"reasoning_tokens": 40}}, (100, 2050),
+    ),
+    "one part told twice, the larger last": (WHOLE | DETAILS | {"reasoning_tokens": 2000}, (100, 2050)),
     "no total: perhaps outside": (BASE | DETAILS, (100, 90)),
     "Gemini": (
         {"promptTokenCount": 100, "candidatesTokenCount": 50, "thoughtsTokenCount": 900, "totalTokenCount": 1050},
@@ -110,6 +114,12 @@ def test_dollars_that_the_server_names_count_where_they_are_more(usage, usd):
 def test_dollars_beside_the_usage_count_too(name):
     assert read_bill({"usage": WHOLE | {"cost": 0.125}, name: 0.25}).dollars == PICO // 4
     assert read_bill({"usage": WHOLE | {"cost": 0.5}, name: 0.25}).dollars == PICO // 2
+
+
+def test_of_several_usages_the_most_tokens_and_the_most_dollars_count():
+    body = {"usage": WHOLE, "usage_metadata": {"prompt_tokens": 9, "cost": 0.5}, "x_groq": {"usage": {"cost": 0.25}}}
+    bill = read_bill(body)
+    assert bill.tokens == (100, 50) and bill.dollars == PICO // 2
 
 
 @pytest.mark.parametrize("usage", [

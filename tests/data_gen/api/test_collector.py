@@ -213,6 +213,13 @@ def test_an_answer_without_usage_costs_the_most_that_it_can_have(make):
     assert collector.ledger.compute_totals().spent == 5 * 50
 
 
+@pytest.mark.parametrize("usage, tokens", [((10, 7), 7), (None, len(completion(usage=None)) // 4)])
+def test_a_servers_speed_is_that_of_the_tokens_that_it_wrote(make, usage, tokens):
+    """Without usage, a token is taken to be four characters of the answer."""
+    collector = run(make(lambda *_: Reply("answer", 200, completion(usage)), 1))
+    assert collector.rate.window.tokens == tokens
+
+
 def test_one_that_always_fails_is_left_out_while_others_get_through(make):
     def reply(number, times, body):
         return Reply("failed", 500, "broken") if number == 7 else answer(number, times, body)
@@ -663,6 +670,27 @@ def test_a_disk_that_fails_once_costs_no_other_answer(make):
     with pytest.raises(Failure, match="no space"):
         run(collector)
     assert len(answered) - len(list(collector.ledger.read_outcomes())) <= len(failed)
+
+
+def test_the_first_failure_of_a_run_is_the_one_that_is_told(make):
+    """What fails while a run ends is mostly a consequence."""
+    collector = make(answer, 5)
+
+    async def fail(why):
+        raise Failure(why)
+
+    async def end():
+        for why in ("no space", "the file is gone"):
+            task = asyncio.create_task(fail(why))
+            collector.tasks[task] = collect.Job(0)
+            await asyncio.wait([task])
+            collector.handle_done([task])
+        collector.end_run("the server said 401")
+        await collector.finish()
+
+    with pytest.raises(Failure, match=r"^no space$"):
+        asyncio.run(end())
+    assert not collector.tasks
 
 
 def test_what_took_time_before_the_run_is_not_the_servers_silence(make):

@@ -98,6 +98,23 @@ def test_one_halving_for_all_that_was_in_flight():
     assert rate.limit == 8
 
 
+def test_what_started_one_by_one_before_a_cut_cuts_no_more():
+    rate, clock = rate_of()
+    rounds(rate, clock, 3)
+    started = []
+    for _ in range(20):  # later ones than the first that fails, and earlier than its failure
+        rate.record_start()
+        started.append(clock.now)
+        clock.now += 0.1
+    for at in started:
+        rate.record_failure(at, overloaded=True, limited=True)
+        clock.now += 0.1
+    assert rate.limit == 16
+    rate.record_start()
+    rate.record_failure(clock.now, overloaded=True, limited=True)
+    assert rate.limit == 8
+
+
 def test_the_limit_never_falls_below_one():
     rate, clock = rate_of()
     for _ in range(8):
@@ -355,6 +372,16 @@ def test_what_was_in_flight_when_it_opened_does_not_lengthen_the_cool_down():
     started = start_all(rate)
     fail_all(rate, clock, started)
     assert len(started) == 32 and rate.in_flight == 0 and rate.wait_s() == FIRST_COOL_DOWN_S
+
+
+def test_what_started_one_by_one_before_it_opened_does_not_lengthen_the_cool_down():
+    rate, clock = rate_of()
+    started = [clock.now + n / 10 for n in range(BREAKER_FAILURES + 5)]
+    clock.now += 10
+    for at in started:
+        rate.record_start()
+        rate.record_failure(at)
+    assert rate.wait_s() == FIRST_COOL_DOWN_S and rate.cool_downs == 1
 
 
 def test_while_some_are_in_flight_nobody_else_asks():
