@@ -94,6 +94,16 @@ def test_the_newest_states_are_kept_and_no_other_is_removed(keep, tmp_path):
         assert [number for number, _ in list_checkpoints(tmp_path)] == list(range(max(1, step - keep + 1), step + 1))
 
 
+def test_what_a_killed_removal_has_left_is_in_nobodys_way(tmp_path):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, tensors(step), FACTS, keep=2)
+    left = tmp_path / ".tmp-old-checkpoint-2"
+    left.mkdir()
+    (left / "state.safetensors").write_bytes(b"half")
+    checkpoint.remove_checkpoints_after(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
 def test_a_state_just_saved_is_never_the_one_that_rotates_out(tmp_path):
     for step in (6, 8):
         save_checkpoint(tmp_path, step, tensors(step), FACTS, keep=2)

@@ -54,16 +54,18 @@ def gate(monkeypatch):
 
 
 def test_training_goes_on_while_a_state_is_written(tmp_path, gate):
-    saver, live = Saver(tmp_path, keep=2), tensors(1)
-    saver.save(1, live, FACTS)
+    saver, live, facts = Saver(tmp_path, keep=2), tensors(1), dict(FACTS)
+    saver.save(1, live, facts)
     assert saver.poll() is None and newest(tmp_path) is None
     for t in live.values():
         t.fill_(-1)
+    facts.clear()
     gate.set()
     done = saver.wait()
     assert (done.step, done.folder) == (1, tmp_path / "checkpoint-1") and equal(loaded(done.folder), tensors(1))
     assert done.bytes == (done.folder / STATE).stat().st_size
     assert done.seconds > 0 and done.held_seconds > 0
+    assert newest(tmp_path).manifest.items() >= FACTS.items()
     assert saver.wait() is None and saver.poll() is None
 
 
