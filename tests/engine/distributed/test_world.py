@@ -1,6 +1,7 @@
 """What ranks exchange and how they fail together: each rank is a thread here, and a list stands for the collective."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -66,6 +67,14 @@ def test_rank_0_gives_its_value_and_works_first():
     assert order == [0]
     on_ranks(3, lambda world: world.run_on_main_first(lambda: order.append(world.rank)))
     assert order[1] == 0 and sorted(order[1:]) == [0, 1, 2]
+    order.clear()
+
+    def work_twice(world):
+        world.run_on_main_first(lambda: None)
+        world.run_on_main_first(lambda: (world.is_main and time.sleep(0.1), order.append(world.rank)))
+
+    on_ranks(3, work_twice)
+    assert order[0] == 0 and sorted(order) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,14 @@ def test_as_many_states_stay_as_are_to_be_kept_with_the_newest(tmp_path, keep):
     assert left == sorted([20, *[3, 40, 100][max(0, 4 - keep) :]])
 
 
+def test_a_state_is_removed_though_a_kill_left_half_of_one_of_its_step(tmp_path):
+    for name in (".tmp-old-checkpoint-3", "checkpoint-3"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / STATE).touch()
+    checkpoint.remove_checkpoint(tmp_path / "checkpoint-3")
+    assert not any(tmp_path.iterdir())
+
+
 def test_when_none_is_whole_that_is_said(tmp_path):
     save_checkpoint(tmp_path, 1, tensors(1), FACTS, keep=1)
     flip(tmp_path / "checkpoint-1" / "state.safetensors")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.output.metrics import Metrics
+from engine.output.metrics import SPARE, Metrics, pad_line
 from tests.helpers.training_states import fork
 
 
@@ -178,3 +178,8 @@ def test_a_copy_that_could_not_take_the_old_files_place_is_removed(tmp_path, mon
     with pytest.raises(PermissionError):
         Metrics(tmp_path / "m", keep_until_step=1)
     assert os.listdir(tmp_path) == ["m"] and [line["step"] for line in read(tmp_path / "m")] == [1]
+
+
+def test_spaces_fill_a_page_of_which_a_line_leaves_too_few_bytes():
+    for room, spaces in ((1, 0), (2, 1), (SPARE, SPARE - 1), (SPARE + 1, 0), (4096, 0)):
+        assert pad_line(b"{}", room) == b"{}" + b" " * spaces + b"\n"

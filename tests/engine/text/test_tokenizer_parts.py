@@ -48,7 +48,7 @@ def test_texts_of_any_number_are_encoded_each(n, tmp_path, monkeypatch):
 
 
 def test_a_bos_that_the_files_deny_is_none(tmp_path):
-    for name, bos in (("none", None), ("some", "<s>")):
+    for name, bos in (("none", None), ("some", "<s>"), ("unsaid", "")):
         folder = write_byte_level(tmp_path / name, SPECIALS["chatml"], adds_bos=False, bos_token=bos)
         (folder / "config.json").write_text(json.dumps({"bos_token_id": len(TOKENS)}))
         assert load_tokenizer(folder).bos_id == (None if bos is None else len(TOKENS))
