@@ -327,3 +327,22 @@ def test_a_manifest_whose_facts_are_of_another_type(key, value, tmp_path):
     (folder / "manifest.json").write_text(json.dumps(manifest | {key: value}))
     with pytest.raises(DataError, match=rf"manifest.json: not a manifest of ours .*{key}"):
         checkpoint.open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("clear", [checkpoint.remove_save_temporaries, checkpoint.remove_temporaries])
+def test_states_that_a_kill_left_without_their_names_are_no_leftovers(clear, tmp_path):
+    """They are put back, each where nothing took its place; what a removal or a save left is removed."""
+    left = (
+        ".tmp-was-checkpoint-3",
+        ".tmp-was-checkpoint-9",
+        ".tmp-was-checkpoint-12",
+        ".tmp-old-checkpoint-1",
+        ".tmp-4",
+    )
+    for name in (*left, "checkpoint-9"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    clear(tmp_path)
+    found = {folder.name: [path.name for path in folder.iterdir()] for folder in tmp_path.iterdir()}
+    put_back = {f"checkpoint-{step}": [f".tmp-was-checkpoint-{step}"] for step in (3, 12)}
+    assert found == put_back | {"checkpoint-9": ["checkpoint-9"]}

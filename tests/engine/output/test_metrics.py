@@ -183,3 +183,15 @@ def test_a_copy_that_could_not_take_the_old_files_place_is_removed(tmp_path, mon
 def test_spaces_fill_a_page_of_which_a_line_leaves_too_few_bytes():
     for room, spaces in ((1, 0), (2, 1), (SPARE, SPARE - 1), (SPARE + 1, 0), (4096, 0)):
         assert pad_line(b"{}", room) == b"{}" + b" " * spaces + b"\n"
+
+
+def test_a_resumed_run_keeps_all_that_was_told_up_to_its_step(tmp_path):
+    """But how the run ended, which it did not."""
+    events = ["train", "eval", "score", "answer", "sample", "save", "skip", "spike"]
+    lines = [{"event": event, "step": step} for step in (0, 3, 4) for event in events]
+    lines += [{"event": "end", "step": 3}, {"event": "end", "step": None}, {"event": "note"}]
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Metrics(path, keep_until_step=3).close()
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    assert kept == [line for line in lines if line["event"] != "end" and line.get("step", 0) != 4]

@@ -10,7 +10,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from engine.output.report import read_events, write_report
+from engine.output import report
+from engine.output.report import read_events, render_key_figures, write_report
 
 EVIL = (
     """</div></script><script>document.title='owned'</script><img src=x onerror="document.title='owned'">&lt;b&gt;"'"""
@@ -346,3 +347,20 @@ def test_of_one_step_all_that_was_skipped_is_told_and_of_one_thing_the_last_word
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = read_events(tmp_path / "metrics.jsonl")["skip"]
     assert sorted((line["reason"], line["n"]) for line in found) == [skips[2], skips[1]]
+
+
+@pytest.mark.parametrize(("computed", "note"), [(600, "effective; 1,200 of them computed"), (1000, "mean over the")])
+def test_the_pace_tells_what_was_computed_where_that_was_less(computed, note):
+    line = train(1, computed_tokens=computed)
+    figures = render_key_figures({}, [line], [], {}, 1.0)
+    assert "<dd>2,000<small>" in figures and f"<dd>2,000<small>{note}" in figures
+
+
+@pytest.mark.parametrize(("n_bytes", "shown"), [(1, 1), (2500, 2), (10**6, 5)])
+def test_prompts_that_no_longer_fit_the_page_are_counted(n_bytes, shown, monkeypatch):
+    """The first one is shown whatever its size."""
+    monkeypatch.setattr(report, "SAMPLES_BYTES", n_bytes)
+    lines = [{"event": "sample", "step": 1, "prompt": f"p{i}", "text": "x" * 800} for i in range(5)]
+    page = report.render_samples("Samples", lines)
+    assert page.count("<article>") == shown
+    assert re.findall(r"(\d+) more prompts are in", page) == ([str(5 - shown)] if shown < 5 else [])
