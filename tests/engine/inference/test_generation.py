@@ -56,3 +56,13 @@ def test_more_sequences_than_the_decoder_has_room_for_go_through_the_model(monke
     answers = generate(model, [[3, 4]] * (MAX_ROWS + 1), {1}, 3)
     assert [len(answer) for answer in answers] == [1, *[3] * MAX_ROWS]
     assert decoded == [list(range(1, MAX_ROWS + 1))]
+
+
+def test_a_sampled_answer_is_the_same_whatever_is_asked_beside_it():
+    shape = ModelConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=2, hidden_dim=32, vocab_size=64, max_seq_len=64)
+    model = new_model(shape, "cpu", torch.float32, "ref")
+    model.init_weights(0)
+    prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
+    together = generate(model, prompts, (), 12, temperature=1.0, seed=5)
+    assert together == [generate(model, [prompt], (), 12, temperature=1.0, seed=5)[0] for prompt in prompts]
+    assert together != generate(model, prompts, (), 12, temperature=1.0, seed=6)

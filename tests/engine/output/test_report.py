@@ -10,8 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from engine.output import report
-from engine.output.report import read_events, render_key_figures, write_report
+from engine.output.report import read_events, render_key_figures, render_samples, write_report
 
 EVIL = (
     """</div></script><script>document.title='owned'</script><img src=x onerror="document.title='owned'">&lt;b&gt;"'"""
@@ -359,8 +358,8 @@ def test_the_pace_tells_what_was_computed_where_that_was_less(computed, note):
 @pytest.mark.parametrize(("n_bytes", "shown"), [(1, 1), (2500, 2), (10**6, 5)])
 def test_prompts_that_no_longer_fit_the_page_are_counted(n_bytes, shown, monkeypatch):
     """The first one is shown whatever its size."""
-    monkeypatch.setattr(report, "SAMPLES_BYTES", n_bytes)
+    monkeypatch.setattr("engine.output.report.SAMPLES_BYTES", n_bytes)
     lines = [{"event": "sample", "step": 1, "prompt": f"p{i}", "text": "x" * 800} for i in range(5)]
-    page = report.render_samples("Samples", lines)
+    page = render_samples("Samples", lines)
     assert page.count("<article>") == shown
     assert re.findall(r"(\d+) more prompts are in", page) == ([str(5 - shown)] if shown < 5 else [])
