@@ -147,11 +147,16 @@ def test_a_case_is_as_far_off_as_its_worst_gradient_and_both_train_the_same_tens
     theirs = {name: gradient * (1 + off) for name, off in zip(peft_trains, (0.1, -0.3, 0.0), strict=False)}
     theirs |= {"loss": torch.tensor(5.0).log(), "logits": torch.ones(3, 5)}
     pieces = {name: SimpleNamespace(parameter="weight", rows_of=lambda of: of["weight"][:2]) for name in "ab"}
-    nothing = SimpleNamespace(config=None, read_into=lambda model: None)
+    read = []
+
+    def source(name):
+        return SimpleNamespace(config=None, read_into=lambda model: read.append(name))
+
     for name, value in {
-        "load_file": lambda path: theirs, "open_source": lambda path: nothing, "open_adapter": lambda *_: nothing,
+        "load_file": lambda path: theirs, "open_source": lambda path: source(path.name),
+        "open_adapter": lambda path, _: source(path.name),
         "new_model": lambda *_, **__: Model(), "list_factors": lambda *_: pieces, "save_adapter": lambda *_: None,
-        "MergedSource": lambda *_: nothing,
+        "MergedSource": lambda *_: source("merged"),
     }.items():  # fmt: skip
         monkeypatch.setattr(adapters, name, value)
     if peft_trains != "ab":
@@ -159,4 +164,5 @@ def test_a_case_is_as_far_off_as_its_worst_gradient_and_both_train_the_same_tens
             adapters.compare_case(tmp_path, tokens)
         return
     found = adapters.compare_case(tmp_path, tokens)
+    assert read == ["base", "theirs", "merged"]
     assert found["gradient"] == pytest.approx(0.3 / 0.7, rel=1e-5) and found["loss"] < 1e-6 and found["logits"] == 1.0

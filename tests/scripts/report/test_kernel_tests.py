@@ -148,6 +148,23 @@ def test_a_file_that_did_not_end_or_broke_the_gpu_has_one_more_try(outcomes, tri
     assert found["rope"] == outcomes[tries - 1] | {"tries": tries} and found["adamw"]["tries"] == 1
 
 
+def test_a_file_that_breaks_the_gpu_in_its_last_try_has_none_more(tmp_path, monkeypatch):
+    """The first run of the report had no time for another try; the next one has time for many."""
+    monkeypatch.setattr(kernel_tests, "TESTS", {"rope": ROPE})
+    ran = fake_files(monkeypatch, {ROPE: [CUT, BROKEN, FINE]})
+    report = Report(tmp_path / "report.json", minutes=600, smoke=False)
+    times = iter([True, False])
+    monkeypatch.setattr(report, "may_begin", lambda what: next(times))
+    kernel_tests.run_kernel_tests(report)
+    assert len(ran) == 1
+    monkeypatch.undo()
+    monkeypatch.setattr(kernel_tests, "TESTS", {"rope": ROPE})
+    ran = fake_files(monkeypatch, {ROPE: [BROKEN, FINE]})
+    report = Report(tmp_path / "report.json", minutes=600, smoke=False)
+    kernel_tests.run_kernel_tests(report)
+    assert len(ran) == 1 and report.result["parts"]["tests"]["rope"] == BROKEN | {"tries": 2}
+
+
 def test_no_test_begins_when_the_time_is_up(tmp_path, monkeypatch):
     ran = fake_files(monkeypatch, {})
     kernel_tests.run_kernel_tests(Report(tmp_path / "report.json", minutes=0, smoke=False))

@@ -81,6 +81,7 @@ def test_wheels_come_first_on_the_path_as_files(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "UNPACKED", [])
     monkeypatch.setattr(sys, "path", list(sys.path))
     processes.unpack_wheels(tmp_path / "wheels", tmp_path / "unpacked")
+    assert sys.path[0] == str(tmp_path / "unpacked")
     script = "import importlib.metadata as m, peer_of_ours; print(peer_of_ours.WHERE, m.version('peer-of-ours'))"
     done = subprocess.run(
         [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": processes.python_path()},
@@ -131,6 +132,8 @@ def test_the_order_of_processes_and_their_limits(tmp_path, monkeypatch):
         records = [{"name": n} for n in names[: names.index("dies")]] if "dies" in names else [{"name": names[0]}]
         write_json(command[command.index("--json") + 1], {"records": records, "left_out": []})
         every()
+        written = json.loads(report.path.read_text())["parts"]["step"]["records"]  # should this process end now
+        assert written == report.result["parts"]["step"]["records"] and all(one in written for one in records)
         return -11 if "dies" in names else 0
 
     monkeypatch.setattr(processes, "run_command", run)

@@ -103,6 +103,35 @@ def stand_in_kinds(monkeypatch):
     return there
 
 
+@pytest.mark.parametrize("is_reset", [False, True])
+def test_a_connection_is_closed_when_its_answer_is_read(is_reset, monkeypatch):
+    """Also where the server broke it off: a crowd of thousands would run out of files."""
+    closed = []
+
+    async def read():
+        if is_reset:
+            raise ConnectionResetError
+        return answer(200, b"it")
+
+    async def send(self, body, **how):
+        return SimpleNamespace(read=read), SimpleNamespace(close=lambda: closed.append(body))
+
+    monkeypatch.setattr(Door, "send", send)
+    got = asyncio.run(Door(1).ask(b"{}"))
+    assert closed == [b"{}"] and got == (("closed", b"") if is_reset else ("200", answer(200, b"it")))
+
+
+@pytest.mark.parametrize("text", ["cria_waiting 3\n", "cria_waiting_s 4\n# cria_waiting 5\ncria_waiting 3\n", "x 1\n"])
+def test_a_gauge_is_read_by_its_whole_name(text, monkeypatch):
+    page = SimpleNamespace(read=text.encode)
+    monkeypatch.setattr(crowd.urllib.request, "urlopen", lambda url, timeout: page if url == "it/metrics" else None)
+    if text == "x 1\n":
+        with pytest.raises(RuntimeError, match="/metrics has no cria_waiting"):
+            crowd.read_gauge(SimpleNamespace(url="it"), "cria_waiting")
+    else:
+        assert crowd.read_gauge(SimpleNamespace(url="it"), "cria_waiting") == 3.0
+
+
 def test_every_kind_comes_and_no_more_at_once_than_is_said(monkeypatch):
     there, came = stand_in_kinds(monkeypatch), []
     served = SimpleNamespace(url="http://127.0.0.1:1")

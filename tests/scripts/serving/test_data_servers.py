@@ -3,6 +3,7 @@
 import contextlib
 import json
 import signal
+import socket
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +33,13 @@ def test_dollars_are_those_of_the_recorded_usages_at_their_own_price(tmp_path):
     assert found["usage_usd"] == pytest.approx(3 * (1000 * 0.1 + 10 * 0.4) / 1e6)
     assert found["whole"] == 2 and found["cut_by_the_limit"] == 1 and found["format"] == "json_object"
     assert data_servers.list_done(tmp_path) == {0, 1, 2} and len(data_servers.list_sent(tmp_path)) == 3
+
+
+def test_a_port_is_one_that_any_user_may_take():
+    ports = {data_servers.find_port() for _ in range(4)}
+    assert min(ports) >= 1024
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", ports.pop()))
 
 
 def test_a_run_has_the_flags_that_are_asked_for(monkeypatch, tmp_path):

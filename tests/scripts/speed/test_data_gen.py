@@ -1,7 +1,9 @@
 """A dataset from a server that fails: what a kill may cost, and what ends the measurement with an error."""
 
 import json
+import signal
 import subprocess
+import sys
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -21,6 +23,42 @@ def test_a_run_that_does_not_end_well_is_no_measurement(code):
             data_gen.wait_for(process)
     else:
         assert data_gen.wait_for(process).keys() == {"wall_s", "cpu_s", "peak_memory_bytes"}
+
+
+def test_the_server_ends_with_its_measurement_and_tells_its_log(tmp_path, monkeypatch):
+    """Also when the measurement fails."""
+    script = "import json, time; print(json.dumps({'base_url': 'http://it/v1'}), flush=True); time.sleep(9)"
+    real, started = subprocess.Popen, []
+
+    def start(command, **options):
+        started.append(command)
+        return real([sys.executable, "-c", script], **options)
+
+    monkeypatch.setattr(data_gen.subprocess, "Popen", start)
+    with pytest.raises(KeyError), data_gen.Server(tmp_path, 0.25, {"500": 0.01}) as server:
+        assert server.base_url == "http://it/v1" and server.process.poll() is None
+        assert server.read_log() == [] and server.count_requests() == 0
+        server.log.write_text('{"billed": true}\n{"billed": false}\n')
+        assert server.read_log() == [{"billed": True}, {"billed": False}] and server.count_requests() == 2
+        raise KeyError
+    assert server.process.returncode == -signal.SIGKILL
+    flags = dict(zip(started[0][3::2], started[0][4::2], strict=True))
+    assert json.loads(flags["--faults"]) == {"500": 0.01} and flags["--latency-s"] == "0.25"
+    assert flags["--log"] == str(server.log) and flags["--port"] == "0"
+
+
+def test_a_dataset_is_asked_of_the_server_with_the_options(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(data_gen.subprocess, "Popen", lambda command, **how: started.append((command, how)) or 7)
+    server = SimpleNamespace(base_url="http://it/v1")
+    assert data_gen.start_generate(server, tmp_path / "out", OPTIONS, "--retry-failed") == 7
+    ((command, how),) = started
+    assert command[1:3] == ["-m", "data_gen.generate"] and "--quiet" in command and command[-1] == "--retry-failed"
+    for flag, value in {
+        "--base-url": "http://it/v1", "--rows": "5", "--concurrency": "3", "--out": str(tmp_path / "out"),
+    }.items():  # fmt: skip
+        assert command[command.index(flag) + 1] == value
+    assert how["env"]["OMP_NUM_THREADS"] == "1" and how["env"]["OPENAI_API_KEY"] == "none"
 
 
 @pytest.mark.parametrize("kind", ["answer", "refused", "failed"])

@@ -74,7 +74,8 @@ def test_the_figures_of_adamw_are_over_the_copy_and_torch_in_each_round(monkeypa
 def test_the_first_round_of_adamw_touches_memory_and_is_not_told(monkeypatch):
     clock, steps = Clock(monkeypatch, adamw), []
 
-    def update(param, grad, state, step, **_):
+    def update(param, grad, state, step, **settings):
+        assert settings == {"lr": 1e-3, "impl": "native"} | adamw.SETTINGS
         steps.append(step)
         clock.take(100.0 if step == 1 else 1.0)
 
@@ -165,16 +166,17 @@ def test_a_way_of_offloading_is_what_its_name_says(way, monkeypatch):
 
 
 def test_the_update_is_timed_from_the_known_norm_on(monkeypatch):
-    clock = Clock(monkeypatch, offload)
+    clock, was_last = Clock(monkeypatch, offload), []
     stepper = offload.Stepper.__new__(offload.Stepper)
     loss = torch.zeros((), requires_grad=True)
     stepper.model = SimpleNamespace(loss=lambda batch: clock.take(4.0) or loss + 1)
     norm = lambda: clock.take(2.0) or torch.tensor(3.0)  # noqa: E731
     stepper.optimizer = SimpleNamespace(
-        micro_batch=lambda last: contextlib.nullcontext(), grad_norm=norm,
+        micro_batch=lambda last: was_last.append(last) or contextlib.nullcontext(), grad_norm=norm,
         step=lambda *_, **__: clock.take(1.0),
     )  # fmt: skip
     assert stepper.step([1, 2]) == offload.Took(seconds=11.0, update_s=1.0, loss=2.0, norm=3.0)
+    assert was_last == [False, True]
 
 
 # ---- de-duplication, data -------------------------------------------------------------------------------------------
@@ -208,6 +210,28 @@ def test_decisions_that_differ_are_no_measurement(other, monkeypatch):
     else:
         found = dedup.measure_in_turns(["a", "a"], 2)
         assert found["ratio"]["median"] == 3.0 and found["kept"] == 1 and found["cpu_s"]["median"] == 2.0
+
+
+def test_each_stream_of_texts_is_as_long_as_it_is_asked_for(monkeypatch, tmp_path, call_main):
+    asked = []
+    figures = {"kept": 3, "cpu_s": 1.0, "wall_s": 2.0, "peak_bytes": 30, "bytes_before": 10}
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(dedup, "read_rows", lambda path: ROWS)
+    monkeypatch.setattr(dedup, "measure_in_new_process", lambda texts: asked.append(texts) or figures)
+    monkeypatch.setattr(dedup, "measure_in_turns", lambda texts, rounds: asked.append(texts) or {"texts": len(texts)})
+    flags = ("--n", 4, "--n-long", 9, "--rounds", 2, "--seed", 5)
+    assert not call_main(dedup, "--json", tmp_path / "x", *flags)
+    stream = dedup.make_stream(ROWS, 9, 5)
+    assert asked == [stream, stream, stream[:4]]
+    found = json.loads((tmp_path / "x").read_text())
+    assert found["all_pairs"] == {"texts": 4} and found["rounds"] == 2
+    assert (found["stream"]["texts"], found["stream"]["kept"]) == (9, 3)
+    assert found["source"]["seed"] == 5 and found["source"]["rows_in_it"] == len(ROWS)
+
+
+def test_memory_is_read_in_bytes():
+    now, peak = dedup.read_memory_bytes("VmRSS"), dedup.read_memory_bytes("VmHWM")
+    assert 1 << 24 < now <= peak < 1 << 40
 
 
 @pytest.mark.parametrize("threads", ["2", None])
@@ -323,6 +347,7 @@ def test_each_kind_of_the_demo_trains_what_it_names_and_is_a_share_of_all_weight
     found = json.loads((tmp_path / "x").read_text())
     assert [flags[1] if flags[0] == "--adapter" else "none" for flags in given] == [*demo_adapter.ADAPTERS] * 2
     assert [flags[-2:] for flags in given] == [["--seed", str(seed)] for seed in (0, 0, 0, 1, 1, 1)]
+    assert given[0] == ["--seed", "0"] and given[3] == ["--seed", "1"]  # all weights, at their own learning rate
     state = {run["adapter"]: run["state_bytes"] for run in found["runs"]}
     assert 0.1 * state["none"] < state["lora"] < 0.5 * state["none"] and state["qlora"] < state["lora"]
     makefile = (ROOT / "Makefile").read_text()

@@ -128,6 +128,8 @@ def test_the_processes_of_a_server_end_with_the_measurement(tmp_path, monkeypatc
 
 def test_every_flag_reaches_the_servers_and_the_rounds(monkeypatch, tmp_path, call_main):
     started, rounds = {}, []
+    tasks = [{"instruction": f"Name {i}.", "input": "" if i % 3 else "of these"} for i in range(8)]
+    monkeypatch.setattr(serving, "read_seed_tasks", lambda: tasks)
 
     @contextmanager
     def start(name, command, log):
@@ -139,6 +141,7 @@ def test_every_flag_reaches_the_servers_and_the_rounds(monkeypatch, tmp_path, ca
 
     def measure(peer, prompts, n_tokens, tokenizer):
         rounds.append((peer.name, len(prompts), n_tokens))
+        assert prompts == [task["instruction"] for task in tasks if not task["input"]]
         for figures in (peer.tokens_per_s, peer.cpu_ms_a_token, peer.first_token_s):
             figures.append(1.0)
 

@@ -209,6 +209,64 @@ def test_transformers_tells_its_tokens_and_not_the_prompt(decoding):
     assert clock.ids == [7, 8, 9]
 
 
+def test_ours_tells_each_token_of_a_greedy_answer(decoding, monkeypatch):
+    asked = []
+
+    def generate(model, prompts, stops, n, on_token):
+        asked.append((model, prompts, stops, n))
+        for token in (7, 8, 9):
+            on_token(0, token)
+
+    monkeypatch.setattr(decoding, "generate", generate)
+    clock = decoding.Clock()
+    decoding.Ours("model").answer([1, 2], 3, clock)
+    assert asked == [("model", [[1, 2]], (), 3)] and clock.ids == [7, 8, 9]
+
+
+def test_transformers_answers_in_bf16_and_past_an_eos(decoding):
+    loaded = []
+
+    def load(folder, **how):
+        loaded.append((folder, how))
+        return SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=2))
+
+    decoding.transformers.AutoModelForCausalLM = SimpleNamespace(from_pretrained=load)
+    contender = decoding.Transformers("dir/mine")
+    assert (
+        loaded == [("dir/mine", {"dtype": torch.bfloat16})] and contender.model.generation_config.eos_token_id is None
+    )
+
+
+def test_llama_cpp_reads_each_token_but_the_last(decoding, monkeypatch):
+    """It begins anew with each answer, and the likeliest token is told."""
+    done, rows = [], [[0.0, 3.0, 1.0], [5.0, 1.0, 2.0], [0.0, 1.0, 2.0]]
+
+    class Llama:
+        ctx = None
+
+        def __init__(self, path, **how):
+            done.append((path, how))
+
+        def reset(self):
+            done.append("reset")
+
+        def eval(self, tokens):
+            done.append(list(tokens))
+
+        def n_vocab(self):
+            return 3
+
+    def logits_of(ctx, i):
+        return np.ctypeslib.as_ctypes(np.array(rows.pop(0), np.float32))
+
+    stand_in = SimpleNamespace(Llama=Llama, llama_get_logits_ith=logits_of)
+    monkeypatch.setattr(decoding, "llama_cpp", stand_in, raising=False)
+    clock = decoding.Clock()
+    decoding.LlamaCpp("a.gguf", 4).answer([1, 2], 3, clock)
+    assert [int(token) for token in clock.ids] == [1, 0, 2] and done[1:] == ["reset", [1, 2], [1], [0]]
+    assert done[0][0] == "a.gguf" and done[0][1]["n_threads"] == done[0][1]["n_threads_batch"] == 4
+
+
 def test_the_truth_is_of_the_same_weights_in_fp32(decoding, monkeypatch):
     narrow = torch.nn.Linear(3, 2).bfloat16()
     narrow.config, narrow.impl = "config", "ref"

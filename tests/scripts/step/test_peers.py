@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,6 +25,16 @@ def test_a_peer_takes_our_step(plain, tmp_path):
         ours.read_figures()
         assert ours.losses[-1] == pytest.approx(loss.item(), rel=1e-5) and tokens == ours.tokens[-1] < padded
     ours.close()
+
+
+def test_a_batch_is_copied_to_a_gpu_without_waiting(monkeypatch):
+    copied = []
+    pinned = SimpleNamespace(to=lambda *where, **how: copied.append((where, how)) or "there")
+    batch = SimpleNamespace(pin_memory=lambda: pinned)
+    monkeypatch.setattr(peers, "GPU", False)
+    assert peers.send_to_device(batch) is batch
+    monkeypatch.setattr(peers, "GPU", True)
+    assert peers.send_to_device(batch) == "there" and copied == [((peers.DEVICE,), {"non_blocking": True})]
 
 
 def test_micro_batches_of_peers_hold_every_token_once():

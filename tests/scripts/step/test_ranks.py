@@ -117,6 +117,13 @@ def test_a_save_that_takes_longer_than_its_cadence_is_waited_for():
     assert found["over_unsaved_at_100"] == pytest.approx(1.5) and found["over_unsaved_an_epoch"] == 1
 
 
+def test_a_save_that_is_written_within_its_own_step_has_no_steps_beside():
+    told = [SimpleNamespace(held_seconds=h, seconds=0.5, bytes=1e9) for h in (2.0, 0.25)]
+    found = ranks.summarize_saves([1.0, 3.0, 1.0, 1.25], [0, 2], [[1], [3]], told)
+    assert [found[f"meanwhile_over_unsaved{end}"] for end in ("", "_min", "_max")] == [None] * 3
+    assert found["step_s_median"] is None and found["steps_meanwhile"] == 0 and found["lost_s"] == 0.25
+
+
 def test_saves_are_of_the_whole_state_and_beside_steps(variant, tmp_path, monkeypatch):
     states, write, slow = [], saver.write_checkpoint, time.sleep
 
