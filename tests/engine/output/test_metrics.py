@@ -108,6 +108,8 @@ def test_resume_keeps_what_came_before(tmp_path):
     metrics.write("data", rows=7)
     for step in range(1, 6):
         metrics.write("train", step=step, loss=1 / step)
+        if step % 2:
+            metrics.write("save", step=step)
     metrics.write("end", step=3, status="stopped")
     metrics.close()
     with open(path, "ab") as file:
@@ -118,9 +120,9 @@ def test_resume_keeps_what_came_before(tmp_path):
     metrics.close()
     lines = read(path)
     assert [(line["event"], line.get("step")) for line in lines] == [
-        ("data", None), ("train", 1), ("train", 2), ("train", 3), ("train", 4)
+        ("data", None), ("train", 1), ("save", 1), ("train", 2), ("train", 3), ("save", 3), ("train", 4)
     ]  # fmt: skip
-    assert lines[3]["loss"] == 1 / 3 and lines[4]["loss"] == 9.0
+    assert lines[4]["loss"] == 1 / 3 and lines[6]["loss"] == 9.0
     assert os.listdir(tmp_path) == ["m"]
 
 
