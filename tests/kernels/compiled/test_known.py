@@ -1,6 +1,7 @@
 """Which launches are known from a record: those whose machine code cannot have changed since it was written."""
 
 import dataclasses
+import re
 import types
 from types import SimpleNamespace
 
@@ -47,7 +48,7 @@ def test_what_the_machine_code_depends_on_changes_the_digest():
         {"constants": {(1,): 1}}, {"attributes": {}}, {"options": SimpleNamespace(num_warps=8, num_stages=3)},
     ]  # fmt: skip
     digests = [known.digest_launch(launch(**change)) for change in changes]
-    assert len(set(digests)) == len(changes)
+    assert len(set(digests)) == len(changes) and all(re.fullmatch("[0-9a-f]{16}", digest) for digest in digests)
     moved = SimpleNamespace(num_warps=4, num_stages=3, extern_libs=("another path",))
     assert known.digest_launch(launch(options=moved)) == digests[0] == known.digest_launch(launch())
 

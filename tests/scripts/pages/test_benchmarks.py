@@ -5,6 +5,7 @@ import json
 import pytest
 
 from scripts.pages import benchmarks, gpu_table
+from scripts.pages import kernels as kernels_page
 from tests.helpers.run import ROOT
 
 TARGETS = json.loads((ROOT / "benchmarks" / "targets.json").read_text())
@@ -193,3 +194,34 @@ def test_our_speed_stands_beside_the_peers_once_a_gpu_is_measured(synthetic, tmp
 def test_the_worst_loss_of_any_micro_batch_counts():
     found = {"worst_relative_difference": {"1": {"loss": 1e-7}, "2": {"loss": 3e-7}, "4": {"loss": 2e-7}}}
     assert benchmarks.worst_loss(found) == 3e-7
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [(99.99, "**99.99**"), (100.0, "**100**"), (99, "**99**"), (1234.5, "**1,234**"), (7.0, "**7.00**"), (6.99, "6.99"),
+     ("failed", "failed"), (None, "not measured"), (0, "0")],
+)  # fmt: skip
+def test_a_figure_is_bold_where_its_target_is_reached_and_whole_from_100_on(value, told, monkeypatch):
+    monkeypatch.setattr(gpu_table, "find_figure", lambda parts, row: value)
+    assert gpu_table.format_target({}, {"what": "speed", "at_least": 7}) == f"| speed | {told} | ≥ 7 |"
+    if isinstance(value, float):
+        is_met = value <= 7
+        plain = told.strip("*")
+        assert gpu_table.format_target({}, {"what": "s", "at_most": 7}) == (
+            f"| s | {f'**{plain}**' if is_met else plain} | ≤ 7 |"
+        )
+
+
+def test_an_op_without_a_formula_or_a_bound_has_no_block_for_it(monkeypatch):
+    record = {"op": "rope", "kernel": "k", "case": "c", "tile": {"A": 1}, "triton": "3.10", "chip": "sm_90"}
+    data = {"versions": {"3.9": {"a": "1"}, "3.10": {"a": "2", "b": "3"}}, "records": [record]}
+    for formula, bound in ((None, ""), ("    y = x", "Bound by memory.")):
+        monkeypatch.setattr(kernels_page, "read_docstring", lambda op, f=formula, b=bound: ("First.", f, b))
+        monkeypatch.setattr(kernels_page, "format_row", lambda group, versions: f"| row of {versions} |")
+        monkeypatch.setattr(kernels_page, "render_simulated", lambda op, simulated: [f"executed {op}"])
+        page = kernels_page.render(data, {"versions": {"3.10": {}, "3.9": {}}})
+        body = page.partition("## rope\n")[2]
+        blocks = [f"```text\n{formula}\n```\n\n{bound}\n"] if formula else []
+        assert body.startswith("\n".join(["", "First.\n", *blocks, "| kernel | case"])) and "None" not in body
+        assert body.endswith("| row of ['3.9', '3.10'] |\nexecuted rope\n")
+        assert "Triton 3.9 (ptxas 1); Triton 3.10 (ptxas 2, 3)." in page and "by Triton 3.9, 3.10." in page
