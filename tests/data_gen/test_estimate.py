@@ -39,9 +39,9 @@ def test_the_sum_can_be_done_by_hand(capsys):
     assert requests == 5200 and n_out == 1660 and 500 < n_in < 1500
     assert "5,201 requests" in told(capsys, "--model", "gpt-5.6-luna", "--rows", 52_001)
     assert f"{format_clock(5200 * 1660 / 60 / 32)} with 32 in flight at 60 tokens/s" in text
-    assert f"{format_clock(5200 * 1660 / 60)} with 1 in flight" in told(
-        capsys, "--model", "gpt-5.4-mini", "--concurrency", 1
-    )
+    for n in (1, 64):
+        text_of_n = told(capsys, "--model", "gpt-5.4-mini", "--concurrency", n)
+        assert f"{format_clock(5200 * 1660 / 60 / n)} with {n} in flight" in text_of_n
     price_in, price_out, dollars, thousand, most = line_of(text, "gpt-5.6-luna")
     assert (price_in, price_out) == (Decimal("0.2"), Decimal("1.2"))
     assert dollars == pytest.approx(Decimal(requests * (n_in * 0.2 + n_out * 1.2) / 1e6), rel=Decimal("0.002"))
@@ -54,6 +54,7 @@ def test_a_batch_is_half_the_price(capsys):
     plain = line_of(told(capsys, "--model", "gpt-5.4"), "gpt-5.4")
     batch = line_of(told(capsys, "--model", "gpt-5.4", "--batch"), "gpt-5.4")
     assert [2 * value for value in batch[:2]] == plain[:2] and abs(2 * batch[2] - plain[2]) <= Decimal("0.02")
+    assert abs(2 * batch[4] - plain[4]) <= Decimal("0.0002"), "of one request too"
 
 
 def test_without_a_model_every_price_is_compared_the_cheapest_first(capsys):

@@ -46,3 +46,12 @@ def test_files_without_a_common_instruction_are_told_with_their_paths(tmp_path):
         DataError, match=r"a\.json lacks 1 of 2 .*'Only b.'; .*b\.json lacks 1 of 2 .*'Only a.'; --common"
     ):
         match_answers(files)
+
+
+def test_a_question_has_the_first_dataset_that_a_file_tells(tmp_path):
+    told = {"a": [None, "first", "", None], "b": ["second", "third", "fourth", None]}
+    for name, sets in told.items():
+        rows = [{"instruction": f"Question {n}.", "output": "x", "dataset": found} for n, found in enumerate(sets)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    found = match_answers([read_answers(tmp_path / f"{name}.json") for name in "ab"])
+    assert found.datasets == ("second", "first", "fourth", None)

@@ -37,6 +37,12 @@ def test_a_reason_is_read_with_its_escapes():
     assert parse_reason('{"reason": "a\\q", "winner": "1"}') == "" and parse_reason("none") == ""
 
 
+def test_what_was_said_in_place_of_a_verdict_is_kept():
+    """Of a refusal the refusal, whatever text stands beside it; of any other answer the beginning of its text."""
+    found = keep("beside", refusal="No." + "!" * 300), keep("x" * 300, refusal=None), keep(say("1"))
+    assert [[line["detail"] for line in keeper.lost] for keeper in found] == [["No." + "!" * 197], ["x" * 200], []]
+
+
 def keep(*texts, finish="stop", refusal=None):
     keeper = VerdictKeeper(len(texts))
     for number, text in enumerate(texts):
@@ -84,6 +90,12 @@ def test_an_answer_without_a_verdict_has_a_reason(tmp_path, reason, options):
 
 def test_a_cut_answer_that_named_its_winner_counts():
     assert keep('{"winner": "1", "reason": "because', finish="length").verdicts[0].winner == "1"
+
+
+def test_a_verdict_is_of_its_request_also_behind_answers_without_one():
+    keeper = keep("not yet", say("2"), "", say("tie"))
+    assert {request: one.winner for request, one in keeper.verdicts.items()} == {1: "2", 3: "tie"}
+    assert keeper.kept_by_request == [0, 1, 0, 1] and [line["request"] for line in keeper.lost] == [0, 2]
 
 
 def test_no_answer_can_close_its_part_of_the_prompt():

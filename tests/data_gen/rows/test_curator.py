@@ -86,6 +86,27 @@ def test_a_copy_of_a_seed_task_is_told_from_others():
     assert curator.lost[0]["duplicate_of"] == SEEDS[0]["instruction"]
 
 
+def test_every_seed_task_counts_as_one_also_where_seeds_are_alike():
+    alike = SEEDS[0] | {"instruction": "Name three uses for an old jar."}
+    curator = Curator(100, [*SEEDS, alike])
+    curator.add_outcome(entry(0, [GOOD, GOOD, OTHER, OTHER, *SEEDS]))
+    assert reasons(curator) == ["duplicate", "duplicate", "duplicate of a seed task"]
+
+
+@pytest.mark.parametrize(
+    "outcome, items",
+    [
+        (entry(0, [GOOD, GOOD | {"output": ""}, OTHER]), 3),
+        (entry(0, json.dumps({"tasks": [GOOD, OTHER]})[:-60], finish="length"), 2),
+        (entry(0, "I am sorry, but I can not do that."), 0),
+        (entry(0, "", refusal="I will not."), 0),
+        (entry(0, "policy", kind="refused"), 0),
+    ],
+)
+def test_tasks_are_counted_whole_or_broken_and_an_answer_without_any_is_none(outcome, items):
+    assert curated(outcome).summarize()["items"] == items
+
+
 @pytest.mark.parametrize(
     "outcome, expected",
     [
@@ -118,6 +139,9 @@ def test_an_answer_cut_off_keeps_its_whole_tasks():
 def test_repairs_are_counted_and_kept():
     curator = curated(entry(0, [GOOD | {"input": "<noinput>"}]))
     assert curator.rows[0]["input"] == "" and sum(curator.repaired.values()) == 1
+    rejected = curated(entry(0, [GOOD | {"input": "<noinput>", "output": " "}, GOOD | {"input": " a\r\nb "}]))
+    assert reasons(rejected) == ["empty output"]
+    assert rejected.summarize()["repaired"] == {"blanks": 2, "no-input marker": 1, "line ends": 1}
 
 
 def test_evaluation_prompts_are_dropped_with_the_prompt_that_they_match():

@@ -117,6 +117,8 @@ DEFECTS = {
     "copied instruction": [
         task("Name three colours.", "", "Name three colours."), task("What is a noun?", "", "what is a noun"),
         task("Explain gravity.", "Explain gravity.", "It pulls."),
+        task("Explain gravity.", "", '* "Explain" -- gravity ...\n'),
+        task("Explain gravity.", " EXPLAIN: gravity!! ", "It pulls."),
     ],
     "refusal": [
         task(output="As an AI language model, I cannot feel joy."), task(output="As an AI, I don't have a favourite."),
