@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 OVER_TRANSFORMERS = (  # modules that import it at their top
-    *(f"scripts.parity.{name}" for name in ("transformers_loop", "loss_curve", "tokenizer_ids")),
+    *(f"scripts.parity.{name}" for name in ("transformers_loop", "loss_curve", "tokenizer_ids", "peft_peer")),
     *(f"scripts.speed.{name}" for name in ("cpu_step", "cpu_adapter", "decoding")),
 )
 
