@@ -8,6 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import transformers
+import transformers.modeling_rope_utils
 
 from engine.formats import configs
 from engine.formats.save import save_hf
@@ -347,3 +349,15 @@ def test_gguf_scaling_is_read_as_llama_cpp_reads_it(tmp_path):
     factors = {"rope_freqs.weight": np.array([1, 1, 8, 8], np.float32)}
     write_gguf(path, theirs, BASE, add=factors, **{"rope.scaling.factor": 4.0})
     assert_refused(path, "llama.rope.scaling is linear, but rope_freqs.weight scales RoPE too")
+
+
+@pytest.mark.parametrize("original", [256, 4096, 32768, 10**6])
+def test_yarn_slows_the_pairs_between_as_transformers_does_whatever_the_original_length(original):
+    """Also where no pair turns as seldom as those that are slowed whole."""
+    given = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": original, "rope_theta": 1e4}
+    config = transformers.LlamaConfig(
+        hidden_size=32, num_attention_heads=2, max_position_embeddings=4 * original, rope_parameters=given
+    )
+    theirs, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+    ours = frequencies(16, 1e4, RopeScaling(kind="yarn", factor=4.0, original_max_seq_len=original))
+    assert torch.allclose(ours, theirs, rtol=1e-6)

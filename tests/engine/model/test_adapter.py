@@ -340,3 +340,11 @@ def test_a_new_adapter_changes_nothing_and_depends_on_the_seed_alone():
     halves = {name: Shard(torch.full_like(p[len(p) // 2 :], 7), len(p) // 2, len(p)) for name, p in first.items()}
     models[0].init_adapter(1, halves)
     assert all(halves[name].tensor.equal(p[len(p) // 2 :]) for name, p in same.items())
+
+
+def test_no_two_maps_of_a_step_drop_by_the_same_bits():
+    """Of whichever layers and weights."""
+    shape = ModelConfig(dim=32, n_layers=5, n_heads=2, n_kv_heads=2, hidden_dim=32, vocab_size=64, max_seq_len=64)
+    model = new_model(shape, "cpu", torch.float32, "ref", adapter=AdapterConfig(r=2, dropout=0.5))
+    seeds = [layer.update_of(name, 5 * 7 + i).seed for i, layer in enumerate(model.layers) for name in layer.lora]
+    assert len(set(seeds)) == len(seeds) == 5 * 4

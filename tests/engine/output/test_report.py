@@ -363,3 +363,16 @@ def test_prompts_that_no_longer_fit_the_page_are_counted(n_bytes, shown, monkeyp
     page = render_samples("Samples", lines)
     assert page.count("<article>") == shown
     assert re.findall(r"(\d+) more prompts are in", page) == ([str(5 - shown)] if shown < 5 else [])
+
+
+@pytest.mark.parametrize("steps", [[0], [5], [0, 5], [5, 9], [0, 3, 6, 9]])
+def test_an_answer_is_told_as_of_before_training_or_of_its_step(steps):
+    """Of a run that was asked once alone too."""
+    lines = [{"event": "sample", "step": step, "prompt": "p", "text": f"at {step}"} for step in steps]
+    page = render_samples("Samples", lines)
+    label = r'<span class="label">([^<]*)</span>(?:<div class="text">|<p class="note">)([^<]*)<'
+    told = dict(re.findall(label, page))
+    between = {f"Step {step}": f"at {step}" for step in steps[steps[0] == 0 : -1]}
+    after = {f"After step {steps[-1]}": f"at {steps[-1]}"} if steps[-1] else {"After training": "no sample"}
+    before = {"Before training": "at 0" if steps[0] == 0 else "no sample"}
+    assert told == {"Prompt": "p"} | before | after | between

@@ -376,3 +376,16 @@ def test_a_copy_waits_for_the_save_that_was_begun_last(tmp_path):
     saver.unreported[-1][0].result(60)
     assert waited == [3] and newest(tmp_path).step == 4
     saver.pool.shutdown()
+
+
+def test_no_older_state_goes_before_the_new_one_has_its_name(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, tensors(step), FACTS, keep=2)
+
+    def fail(tmp, final):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("engine.output.saver.rename_into_place", fail)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path, 3, tensors(3), FACTS, keep=1)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [1, 2]

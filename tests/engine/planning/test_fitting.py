@@ -253,6 +253,9 @@ def test_replicas_are_for_steps_of_several_micro_batches(states, gib):
 def test_counts_of_shards_that_cut_no_block():
     assert find_uncut_counts([(4096, 4096), (576,)], 8) == list(range(1, 9))
     assert find_uncut_counts([(6, 1000)], 6) == [1]
+    assert 4 in find_uncut_counts([(5, 9 * 128)], 8), (
+        "the third of four shards ends where the rows do, and cuts nothing"
+    )
     assert 2 in find_uncut_counts([(512, 576)], 8)
 
 

@@ -118,7 +118,7 @@ def test_figures_of_several_ranks_are_those_of_all(replicas):
         sent.append(t.clone())
         return t + theirs / torch.tensor([1.0, replicas, 1.0, 1.0])
 
-    world = SimpleNamespace(size=2, rank=0, replicas=replicas, sum_over_ranks=add_theirs)
+    world = SimpleNamespace(size=2 * replicas, rank=0, replicas=replicas, sum_over_ranks=add_theirs)
     model = SimpleNamespace(norm=torch.zeros(1), loss=lambda batch, seed: mine[0].clone().requires_grad_())
     optimizer = SimpleNamespace(
         micro_batch=lambda is_last: nullcontext(), in_backward=False, step_in_backward=None, n_updates=0,
