@@ -354,6 +354,7 @@ def test_a_template_that_leaves_out_tools_is_refused(write, tmp_path):
         ("a", plain, whole, "tools"), ("b", plain, untold, "the calls of a tool in message 2"),
         ("c", calls, whole, "tools"), ("d", silent, whole, "the result of a tool in message 3"),
         ("e", tools, whole, None), ("f", calls, untold, None),
+        ("g", tools.replace("m.content", "m.content | trim"), whole, None),  # blanks of a result say nothing
     ):  # fmt: skip
         own = {"template": load_tokenizer(write_byte_level(tmp_path / name, CHATML, chat_template=template))}
         if left_out is None:

@@ -15,7 +15,7 @@ from engine.formats import configs
 from engine.formats.save import save_hf
 from engine.formats.source import open_source
 from engine.inference.generation import generate
-from engine.model.config import RopeScaling
+from engine.model.config import ModelConfig, RopeScaling
 from engine.model.rope import frequencies, rope_tables, text_lengths
 from tests.helpers.checkpoints import (
     BASE,
@@ -361,3 +361,15 @@ def test_yarn_slows_the_pairs_between_as_transformers_does_whatever_the_original
     theirs, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
     ours = frequencies(16, 1e4, RopeScaling(kind="yarn", factor=4.0, original_max_seq_len=original))
     assert torch.allclose(ours, theirs, rtol=1e-6)
+
+
+def test_the_next_tokens_of_several_texts_are_turned_by_the_length_of_their_own():
+    """Though their positions count up, as those of one text do."""
+    shape = ModelConfig(
+        dim=32, n_layers=1, n_heads=2, n_kv_heads=2, hidden_dim=32, vocab_size=64, max_seq_len=4,
+        rope_scaling=RopeScaling(kind="dynamic", factor=2.0),
+    )  # fmt: skip
+    together = rope_tables(shape, torch.tensor([5, 6, 9]), one_of_each=True)
+    alone = [rope_tables(shape, torch.arange(position + 1)) for position in (5, 6, 9)]
+    for which in (0, 1):
+        assert torch.allclose(together[which], torch.stack([tables[which][-1] for tables in alone]), rtol=1e-6)

@@ -348,3 +348,10 @@ def test_no_two_maps_of_a_step_drop_by_the_same_bits():
     model = new_model(shape, "cpu", torch.float32, "ref", adapter=AdapterConfig(r=2, dropout=0.5))
     seeds = [layer.update_of(name, 5 * 7 + i).seed for i, layer in enumerate(model.layers) for name in layer.lora]
     assert len(set(seeds)) == len(seeds) == 5 * 4
+
+
+def test_what_is_trained_whole_alone_needs_no_updates():
+    shape = ModelConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=2, hidden_dim=32, vocab_size=64, max_seq_len=64)
+    assert AdapterConfig(targets=(), saved=("lm_head",)).check(shape) == []
+    (problem,) = AdapterConfig(targets=()).check(shape)
+    assert problem.startswith("no map of the model is among the targets")

@@ -354,3 +354,8 @@ def test_blanks_after_the_token_that_ends_an_answer_are_no_part_of_it(prompt, ad
         lambda n, answer_next: prompt if answer_next else prompt + added, 1, prompt + added + "more", "a row"
     )
     assert (prompt + added)[begin:end] == learned and begin == len(prompt)
+
+
+def test_a_message_keeps_what_it_says_though_it_is_empty():
+    said = {"role": "assistant", "content": "", "tool_calls": [], "n": 0, "more": None}
+    assert own_template.drop_none(said) == {"role": "assistant", "content": "", "tool_calls": [], "n": 0}

@@ -7,7 +7,7 @@ import pytest
 from engine.base.errors import DataError
 from engine.text import tokenizer as tokenizer_module
 from engine.text.templates import Row, render_row
-from engine.text.tokenizer_files import load_tokenizer
+from engine.text.tokenizer_files import convert_to_llama_tokenizer, load_tokenizer
 from tests.helpers.chat_tokenizers import SPECIALS, TOKENS, write_byte_level
 
 
@@ -136,3 +136,22 @@ def test_an_id_before_a_text_that_no_token_has_is_refused(tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(DataError, match="puts the id 9999 before a text, wanted one of a token it has"):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("legacy, prefix, scheme", [
+    (None, None, "first"), (False, True, "first"), (True, None, "always"), (True, False, "never"),
+    (None, False, "never"),
+])  # fmt: skip
+def test_where_a_llama_tokenizer_puts_a_space(legacy, prefix, scheme):
+    spec = {"model": {}}
+    convert_to_llama_tokenizer(spec, {"legacy": legacy, "add_prefix_space": prefix})
+    assert spec["pre_tokenizer"]["prepend_scheme"] == scheme
+
+
+def test_a_text_behind_a_special_token_is_in_a_tokenizers_description(tmp_path):
+    tokenizer = load_tokenizer(write_byte_level(tmp_path, SPECIALS["chatml"]))
+    described, encode = [], tokenizer._encode
+    for follows in (None, True, False):
+        tokenizer._encode = lambda texts, asked, follows=follows: [[7]] if asked == follows else encode(texts, asked)
+        described.append(json.dumps(tokenizer.describe()))
+    assert len(set(described)) == 3
