@@ -1,7 +1,9 @@
 """The pictures of the pages: what the script does in a browser works, and the pictures of docs/ are small."""
 
+import json
 import re
 import struct
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,6 +33,22 @@ def test_both_pages_are_pictured_at_their_size(tmp_path, monkeypatch):
         talk, comparison = screens.picture_talk(browser, url), screens.picture_comparison(browser, url)
     assert size_of(talk) == (screens.WIDTH, screens.TALK_HEIGHT)
     assert size_of(comparison) == (screens.WIDTH, screens.COMPARISON_HEIGHT)
+
+
+def test_a_page_is_loaded_again_under_our_settings():
+    """They are read when a page is loaded, so it is gone to once more before it is waited for."""
+    done = []
+
+    class Page:
+        def __getattr__(self, name):
+            return lambda text: done.append((name, text))
+
+    browser = SimpleNamespace(open=lambda *how: done.append(("open", how)) or Page())
+    screens.open_page(browser, "http://it", 700, "ready")
+    assert [name for name, _ in done] == ["open", "run", "go", "wait"]
+    assert done[0][1] == ("http://it", screens.WIDTH, 700) and done[2:] == [("go", "http://it"), ("wait", "ready")]
+    kept = re.search(r"setItem\('cria.settings', (\".*\")\); 0$", done[1][1])
+    assert json.loads(json.loads(kept[1])) == screens.SETTINGS
 
 
 def test_the_pictures_of_the_docs_are_small_and_of_the_size_that_the_script_makes():
