@@ -16,6 +16,7 @@ from engine.model.adapter import (
     list_updates,
     settings_from_adapter,
 )
+from engine.model.batch import MicroBatch
 from engine.model.config import ModelConfig
 from engine.model.llama import Block, new_model
 from engine.model.shard import Shard
@@ -355,3 +356,20 @@ def test_what_is_trained_whole_alone_needs_no_updates():
     assert AdapterConfig(targets=(), saved=("lm_head",)).check(shape) == []
     (problem,) = AdapterConfig(targets=()).check(shape)
     assert problem.startswith("no map of the model is among the targets")
+
+
+def test_a_pattern_of_several_names_fits_each_at_the_end_of_a_path():
+    adapter = AdapterConfig(r=2, rank_pattern=(("q_proj|v_proj", 4),))
+    ranks = {path: adapter.rank_and_scale(1, f"self_attn.{path}")[0] for path in ("q_proj", "k_proj", "v_proj")}
+    assert ranks == {"q_proj": 4, "k_proj": 2, "v_proj": 4}
+
+
+def test_targets_of_one_row_are_all_predicted_by_it():
+    shape = ModelConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=2, hidden_dim=32, vocab_size=64, max_seq_len=64)
+    model = new_model(shape, "cpu", torch.float32, "ref")
+    documents = torch.tensor([[0, 4, 0, 0]], dtype=torch.int32)
+    tokens = torch.arange(4)
+    for rows, places in (([3, 3], [0, 0]), ([2, 3, 3], [0, 1, 1]), ([1, 3], None), ([3], None)):
+        batch = MicroBatch(tokens, tokens, documents, torch.tensor(rows), torch.tensor(rows) + 5)
+        found = model.prepare_batch(batch).row_of_target
+        assert (found if found is None else found.tolist()) == places
