@@ -66,6 +66,8 @@ def write_annotations(
         name = "annotations"
         if len(questions.names) > 2:
             name += f"-{other}-{make_file_name(questions.names[other])}-vs-{make_file_name(questions.names[base])}"
+        if name in groups:  # another base's name differs from this one only in what a file's name leaves out
+            name += f"-{base}"
         groups[name] = [one for one in judged if (one.pair.base, one.pair.other) == (base, other)]
     groups["canary"] = [one for one in judged if one.pair.other is None]
     paths = []

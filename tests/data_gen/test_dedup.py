@@ -144,6 +144,15 @@ def test_an_instruction_over_other_inputs_is_no_duplicate(tmp_path, capsys):
     assert "6 of the dropped rows have another input; --field instruction+input" in capsys.readouterr().out
 
 
+def test_a_dropped_row_names_the_row_that_it_repeats_whatever_was_dropped_before():
+    asked, rests = (
+        ["Name a colour."] * 7,
+        ["one two", "One two", "three four", "three four!", "one two", "", "five six"],
+    )
+    assert list(dedup.find_duplicates(asked, rests)) == [None, 0, None, 2, 0, None, None]
+    assert list(dedup.find_duplicates([*asked, "x"], [*rests, "five six"]))[7] is None, "the rest of another text"
+
+
 def test_an_input_that_is_no_text_is_named(tmp_path, capsys):
     file = written(tmp_path / "rows.json", [{"instruction": "a", "input": 3}])
     assert run_for_exit_code(dedup.main, [str(file), "--out", str(tmp_path / "out.json")]) == 3

@@ -1,6 +1,7 @@
 """data_gen.generate as a user runs it, against a server that fails on purpose: nothing is lost or paid for twice."""
 
 import base64
+import contextlib
 import datetime
 import hashlib
 import json
@@ -22,6 +23,7 @@ pytest.importorskip("rapidfuzz")
 
 from data_gen import generate as module
 from data_gen.api import prices
+from data_gen.api.ledger import Ledger
 from data_gen.api.prompt import Prompter, read_seed_tasks
 from data_gen.api.running import stop_run
 from data_gen.base.cli import run_for_exit_code
@@ -688,3 +690,22 @@ def test_help_names_every_flag_with_its_default():
         assert all(flag in said for flag in action.option_strings)
     assert said.count("(default:") >= 25
     assert Path(ROOT / "data_gen" / "prices.json").exists()
+
+
+def test_a_dataset_lacks_the_requests_before_its_last_and_one_that_is_not_full_all_without_an_answer(tmp_path):
+    """A replay is done once the dataset is full and lacks none."""
+    with contextlib.closing(Ledger(tmp_path)) as ledger:
+
+        def ask(request, *kinds):
+            attempt, intent = ledger.prepare_intent(request, "-", "m", 5)
+            ledger.commit([intent, *(ledger.prepare_outcome(attempt, kind, 200, "{}") for kind in kinds)])
+
+        def replay(is_full):
+            curator = SimpleNamespace(is_full=is_full, last_request=2, add_outcome=lambda entry: None)
+            return module.replay_ledger(ledger, curator, quiet=True), module.list_missing(ledger, curator)
+
+        for request, *kinds in (0, "answer"), (1, "lost"), (2, "refused"), (3,), (4, "answer"), (5, "failed"):
+            ask(request, *kinds)
+        assert replay(True) == ("replayed", [1]) and replay(False) == ("replayed", [1, 3, 5])
+        ask(1, "answer")
+        assert replay(True) == ("done", []) and replay(False) == ("replayed", [3, 5])

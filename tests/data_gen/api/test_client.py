@@ -562,6 +562,16 @@ def test_an_error_status(status, kind, overloaded):
     assert reply.body == error("No.") and reply.describe_load()["retry_after"] == 4
 
 
+@pytest.mark.parametrize("code, kind, limited, overloaded", [
+    (429, "failed", True, True), (503, "failed", False, True), (500, "failed", False, False),
+    (401, "fatal", False, False),
+])  # fmt: skip
+def test_an_error_inside_of_a_200_has_the_status_that_it_names(code, kind, limited, overloaded):
+    reply = one(sends(response(json.dumps({"error": {"code": code, "message": "x"}}))))
+    assert (reply.kind, reply.status, reply.is_rate_limit, reply.overloaded) == (kind, code, limited, overloaded)
+    assert reply.describe_load() == {"overloaded": overloaded, "limited": limited, "retry_after": None}
+
+
 @pytest.mark.parametrize("charset", ["hex", "iso-8859-1", "utf-16", "none"])
 def test_an_answer_is_read_as_utf_8_whatever_its_header_says(charset):
     answer = ANSWER.replace('"content": "', '"content": "é', 1)

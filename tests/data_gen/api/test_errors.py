@@ -47,6 +47,7 @@ INSIDE = {  # what a server sends with status 200: (body, the status it stands f
     ),
     "response_format": (body("response_format is unknown to me"), 422, "unsupported"),
     "a code as text": (body({"message": "x", "code": "503"}), 503, "failed"),
+    "a status of its own before that beside it": (body({"code": 429, "message": "x"}, status=500), 429, "failed"),
     "a status beside it": (body("x", status=401), 401, "fatal"),
     "statusCode": ({"message": "x", "statusCode": 402}, 402, "fatal"),
     "vLLM, old": ({"object": "error", "message": "no such model", "code": 40401}, 404, "fatal"),

@@ -38,3 +38,12 @@ def test_a_ledger_keeps_to_the_settings_it_was_begun_with(recorded, allow_change
     else:
         check_settings(ledger, builder, allow_changed)
         assert written == ([] if recorded == "same" else [{"requests": now}])
+
+
+def test_a_setting_that_an_older_ledger_lacks_is_told_as_changed():
+    sampling = SimpleNamespace(model="m", max_output_tokens=9, temperature=1.0, extra={"top_p": 0.5})
+    builder = SimpleNamespace(sampling=sampling, prompter=SimpleNamespace(compute_fingerprint=lambda: {"seed": 0}))
+    then = {"seed": 0, "model": "m", "max_output_tokens": 9, "temperature": 1.0}
+    ledger = SimpleNamespace(read_settings=lambda: {"requests": then}, path="out/ledger")
+    with pytest.raises(UsageError, match=r"other settings: extra was None, is \{'top_p': 0\.5\}; pass another"):
+        check_settings(ledger, builder)

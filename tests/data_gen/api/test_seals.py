@@ -157,6 +157,7 @@ def test_a_ledger_without_seals_is_read_and_sealed(run, copy, capsys):
     (DAMAGE["a setting"][0], "setting dialect: its value is damaged"),
     ("UPDATE sent SET reserved = -1 WHERE attempt = 3", "attempt 3: its request is damaged"),
     ("UPDATE received SET cost = 'x' WHERE attempt = 3", "attempt 3: its answer is damaged"),
+    ("UPDATE received SET cost = -1 WHERE attempt = 3", "attempt 3: its answer is damaged"),
 ])  # fmt: skip
 def test_what_cannot_be_right_in_a_ledger_without_seals_is_named(copy, capsys, sql, said):
     change(copy, sql)
