@@ -54,20 +54,22 @@ def test_the_seconds_of_all_starts_are_added_up(tmp_path, rows_file):
     out = tmp_path / "out"
     record = run(rows_file, out, "--save-every", 1)
     assert 0 < record["seconds"] < 1000
-    (out / "run.json").write_text(json.dumps(record | {"status": "stopped", "seconds": 5000.0}))
-    seconds = run(rows_file, out, "--save-every", 1, "--resume", out / "checkpoint-1")["seconds"]
+    (out / "run.json").write_text(json.dumps(record | {"status": "running", "seconds": 5000.0}))  # as a kill leaves it
+    resumed = run(rows_file, out, "--save-every", 1, "--resume", out / "checkpoint-1")
+    seconds = resumed["seconds"]
+    assert resumed["tracked_as"] == record["tracked_as"], "a tracker finds the run by it"
     assert 5000 < seconds < 6000 and [line["seconds"] for line in events(out, "end")] == [seconds]
 
 
 def test_a_run_that_starts_over_leaves_no_state_of_the_one_before(tmp_path, rows_file):
     """A kill before its first save would else let the same command go on from another run."""
-    state, left = tmp_path / "checkpoint-7", tmp_path / ".tmp-8"
-    for folder in (state, left):
+    state, first, left = tmp_path / "checkpoint-7", tmp_path / "checkpoint-0", tmp_path / ".tmp-8"
+    for folder in (state, first, left):
         folder.mkdir()
         (folder / "manifest.json").write_text("{}")
     (tmp_path / "run.json").write_text(json.dumps({"status": "stopped", "seconds": 5000.0}))
     assert run(rows_file, tmp_path, "--resume", "never")["seconds"] < 5000
-    assert not state.exists() and not left.exists()
+    assert not state.exists() and not first.exists() and not left.exists()
 
 
 @pytest.mark.parametrize(
