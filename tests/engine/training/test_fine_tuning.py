@@ -41,6 +41,39 @@ def test_it_goes_on_counting_where_the_metrics_end(tmp_path, losses):
     assert run.reported == {("eval", 0), *(("train", step) for step in (1, 2, 3))}
 
 
+def test_a_run_from_the_beginning_keeps_no_line_of_the_one_before(tmp_path):
+    lines = [{"event": "data", "rows": 3}, {"event": "eval", "step": 0, "loss": 3.0}, train_line(1, 2.0)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = SimpleNamespace(log_every=1, tracker="off", spike_threshold=6.0, profile=False)
+    plan = SimpleNamespace(total_steps=9, out=tmp_path, config=config)
+    with ExitStack() as stack:
+        run = begin_run(plan, World(), SimpleNamespace(training=False), None, stack, "x")
+        run.metrics.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == "" and not run.reported and not run.spike_detector.losses
+
+
+@pytest.mark.parametrize(("found", "first_step"), [(None, 1), (SimpleNamespace(step=3), 4)])
+def test_a_profile_is_of_the_first_steps_of_this_start(found, first_step, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(fine_tuning, "StepProfile", lambda *given: made.append(given) or SimpleNamespace(close=print))
+    config = SimpleNamespace(log_every=1, tracker="off", spike_threshold=6.0, profile=True)
+    plan = SimpleNamespace(total_steps=9, out=tmp_path, config=config, device="cpu")
+    with ExitStack() as stack:
+        begin_run(plan, World(), SimpleNamespace(training=False), found, stack, "x").metrics.close()
+    assert made[0][:4] == (tmp_path, first_step, 9, "cpu")
+
+
+@pytest.mark.parametrize(("status", "step"), [("done", 9), ("stopped", None), ("failed", None)])
+def test_only_a_run_that_is_done_ends_with_its_last_step(status, step, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(fine_tuning, "write_report", lambda out: written.append("report"))
+    metrics = SimpleNamespace(write=lambda event, **fields: written.append((event, fields)), close=lambda: None)
+    plan = SimpleNamespace(out=tmp_path, total_steps=9)
+    fine_tuning.end_run(plan, SimpleNamespace(metrics=metrics), {"status": status, "seconds": 2.5})
+    assert written == [("end", {"step": step, "seconds": 2.5, "status": status}), "report"]
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == status
+
+
 def run(rows_file, out, *more):
     """Take two steps in this process."""
     flags = ("--model", small_model(), "--data", rows_file, "--out", out, "--dtype", "fp32", "--global-batch-size", 2,
@@ -49,13 +82,20 @@ def run(rows_file, out, *more):
     return json.loads((out / "run.json").read_text())
 
 
-def test_the_seconds_of_all_starts_are_added_up(tmp_path, rows_file):
-    """In run.json and in the metrics."""
+def test_the_seconds_of_all_starts_are_added_up(tmp_path, rows_file, monkeypatch):
+    """In run.json and in the metrics. What came after the state that a run goes on from is removed as it begins."""
     out = tmp_path / "out"
     record = run(rows_file, out, "--save-every", 1)
     assert 0 < record["seconds"] < 1000
     (out / "run.json").write_text(json.dumps(record | {"status": "running", "seconds": 5000.0}))  # as a kill leaves it
+    train, there = fine_tuning.train, []
+    monkeypatch.setattr(
+        fine_tuning,
+        "train",
+        lambda *given: (there.extend(path.name for path in out.glob("checkpoint-*")), train(*given)),
+    )
     resumed = run(rows_file, out, "--save-every", 1, "--resume", out / "checkpoint-1")
+    assert there == ["checkpoint-1"]
     seconds = resumed["seconds"]
     assert resumed["tracked_as"] == record["tracked_as"], "a tracker finds the run by it"
     assert 5000 < seconds < 6000 and [line["seconds"] for line in events(out, "end")] == [seconds]
