@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from engine.inference import scheduler as scheduler_module
 from engine.inference.generation import generate
 from engine.inference.sampling import Draw, Sampler, Sampling
 from engine.inference.scheduler import CANCELLED, LENGTH, STOP, Request, Scheduler, count_common
@@ -276,3 +277,13 @@ def test_keys_are_kept_where_they_do_not_depend_on_the_length_of_their_text(kind
         Scheduler(scaled, 1, 8).keep_prefixes == keeps
         and not Scheduler(scaled, 1, 8, keep_prefixes=False).keep_prefixes
     )
+
+
+def test_the_prompts_of_one_forward_are_bounded_together(model, monkeypatch):
+    """Three of 5 tokens fill 15; a prompt of more than that goes alone."""
+    monkeypatch.setattr(scheduler_module, "WAVE_TOKENS", 15)
+    scheduler = Scheduler(model, 8, 60)
+    for n in (5, 5, 5, 1, 20, 2):
+        scheduler.submit(Answer(list(range(1, n + 1))).request)
+    waves = [[len(running.request.prompt) for running in scheduler._next_wave()] for _ in range(4)]
+    assert waves == [[5, 5, 5], [1], [20], [2]]

@@ -252,6 +252,7 @@ def test_all_problems_are_told_at_once():
     [
         (AdapterConfig(targets=("q_prj",)), False, "no map of the model is among the targets"),
         (AdapterConfig(targets=("q_proj", "c_attn", "W_pack")), False, "targets c_attn, W_pack are no maps"),
+        (AdapterConfig(targets=("q_proj", "proj", "v_proj")), False, "targets proj are no maps"),
         (AdapterConfig(layers=(3,)), False, "no map of the model is among the targets"),
         (AdapterConfig(saved=("lm_head",)), True, "lm_head cannot be trained whole: the model's head is its embedding"),
     ],

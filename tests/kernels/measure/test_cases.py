@@ -153,3 +153,11 @@ def test_references_on_a_gpu_take_few_launches():
     assert count(lambda: grad_norm.grad_norm_ref([grad])) < 20
     logits, targets = torch.empty(8192, 32000, device="meta", dtype=BF16), torch.empty(8192, device="meta", dtype=int)
     assert count(lambda: linear_cross_entropy._losses_ref(logits, targets, -100, 0.0, 0.0)) < 60
+
+
+def test_the_gradients_of_a_norm_are_those_of_its_name():
+    """Of four layers of LLaMA-7B: wqkv, wo, w13, w2 and two norms each, by its shapes."""
+    (case,) = [case for case in bench_cases.full_cases() if case.op == "grad_norm"]
+    grads = case.inputs("meta", torch.bfloat16).grads
+    assert case.shape == "24 tensors, 4 layers of 7b" and len(grads) == 24
+    assert sum(g.numel() for g in grads) == 4 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)

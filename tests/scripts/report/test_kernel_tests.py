@@ -98,6 +98,21 @@ def report(tmp_path):
     return Report(tmp_path / "report.json", minutes=600, smoke=True)
 
 
+@pytest.mark.parametrize(("left", "limit"), [(3.0, 20), (77.0, 77.0), (1e9, kernel_tests.LIMIT_S)])
+def test_tests_get_what_is_left_of_the_time_and_no_less_than_they_need_to_begin(left, limit, report, monkeypatch):
+    given, whole = [], {"passed": 1, "failed": 0, "skipped": 0, "failures": {}}
+
+    def run_test_files(paths, report, limit_s, only):
+        given.append(limit_s)
+        return {path: dict(whole) for path in paths}
+
+    monkeypatch.setattr(kernel_tests, "run_test_files", run_test_files)
+    monkeypatch.setattr(report, "seconds_left", lambda: left)
+    monkeypatch.setattr(report, "may_begin", lambda what: True)
+    kernel_tests.run_kernel_tests(report)
+    assert given == [limit]
+
+
 def test_a_test_file_in_a_process_of_its_own(tmp_path, report):
     path = tmp_path / "test_here.py"
     path.write_text("import os\ndef test_one(): pass\ndef test_two(): assert 1 == 2\ndef test_three(): os._exit(7)\n")

@@ -23,6 +23,20 @@ def record(ledger, request, tokens=(10, 20), finish="stop", text='{"a": 1}'):
     ledger.commit([intent, ledger.prepare_outcome(attempt, "answer", 200, json.dumps(body), tokens, 1)])
 
 
+def test_each_server_is_started_with_its_model_port_and_length():
+    models = {"llama.cpp": Path("m.gguf"), "llama-cpp-python": Path("p.gguf"), "transformers": Path("hf")}
+    ours, theirs, hf = (data_servers.make_command(name, Path("bin"), models, 77) for name in models)
+    assert ours[0] == "bin/python" and ours[1].endswith("llama_cpp_server.py")
+    assert ours[2:] == ["m.gguf", "77", "1", str(data_servers.AT_ONCE), str(data_servers.LENGTH)]
+    assert data_servers.AT_ONCE != data_servers.LENGTH
+    assert theirs[:4] == ["bin/python", "-m", "llama_cpp.server", "--model"] and theirs[4] == "p.gguf"
+    assert dict(zip(theirs[3::2], theirs[4::2], strict=True)) == {
+        "--model": "p.gguf", "--host": "127.0.0.1", "--port": "77", "--n_ctx": str(data_servers.LENGTH),
+        "--n_threads": "1",
+    }  # fmt: skip
+    assert hf == ["bin/transformers", "serve", "hf", "--host", "127.0.0.1", "--port", "77"]
+
+
 def test_dollars_are_those_of_the_recorded_usages_at_their_own_price(tmp_path):
     ledger = Ledger(tmp_path)
     ledger.write_settings(seed=0, dialect={"format": "json_object"})

@@ -162,6 +162,13 @@ def test_on_a_cpu_operators_take_what_those_inside_them_do_not(monkeypatch):
     assert "0 times the host waited" in text and "of x goes: failed: y" in text
 
 
+def test_what_takes_longest_is_told_first():
+    kinds = {kind: {"ms": ms, "share": ms / 10} for kind, ms in (("norm", 1.0), ("GEMM", 6.0), ("gaps", 3.0))}
+    record = {"name": "x", "wall_ms": 10.0, "launches": 3, "syncs": 0, "kinds": kinds, "top": [], "syncs_where": {}}
+    lines = breakdown.format_part({"records": [record]})
+    assert [line.split()[0] for line in lines[1:]] == ["GEMM", "gaps", "norm"]
+
+
 @pytest.mark.parametrize("smoke", [False, True])
 def test_what_is_broken_down_is_a_warm_step_at_the_size_that_fits(smoke, monkeypatch):
     made, ran, traced = [], [], []
