@@ -31,6 +31,7 @@ if not torch.cuda.is_available() and not os.environ.get("CRIA_TEST_CHIP"):
 
 import tests.helpers.interpreter  # noqa: F401
 from tests.helpers.kernels import CHIP
+from tests.helpers.snapshots import Close, Text
 from tests.helpers.tiles import set_tiles
 
 
@@ -101,6 +102,18 @@ def small_tiles(request, monkeypatch):
     """A test module's TILES, {op: {kernel: constexprs}}, for the interpreter's large ones, so that few rows cross
     the boundaries of tiles."""
     set_tiles(monkeypatch, getattr(request.module, "TILES", {}))
+
+
+@pytest.fixture
+def snapshot(snapshot):
+    """What a text was, to the letter: `assert text == snapshot`. The name may be given: snapshot(name="json")."""
+    return snapshot.use_extension(Text)
+
+
+@pytest.fixture
+def close_snapshot(snapshot):
+    """What a text was, but for the last digits of its fractions."""
+    return snapshot.use_extension(Close)
 
 
 @pytest.fixture(autouse=True)

@@ -32,6 +32,32 @@ def strict_json(path):
     return json.loads(path.read_text(), parse_constant=refuse)
 
 
+RECIPES = {  # estimates that are kept whole, as text and as JSON
+    "full": "--model llama-7b",
+    "lora": "--model llama-7b --gpu RTX-4090 --adapter lora",
+    "qlora of a table": "--model llama3-8b --gpu RTX-3060 --adapter qlora --lora-rank-pattern q_proj=4 "
+    "--lora-save lm_head",
+    "offload": "--model llama-13b --gpu H100 --offload-optimizer --recompute block",
+    "nothing fits": "--model llama-13b --gpu RTX-3060",
+    "eight cards": "--model llama-13b --gpu A100-80 --gpus 8",
+    "replicas": "--model tinyllama-1.1b --gpu RTX-4090 --gpus 4 --replicas 4 --global-batch-size 64",
+    "in backward": "--model llama2-7b --gpu L40S --optimizer-in-backward --grad-clip 0 --optimizer-states bf16 "
+    "--master-weights stochastic",
+    "long rows": "--model llama3-8b --gpu H200 --max-length 4096 --micro-batch-tokens 8192 --no-share-prefix",
+    "rows one by one": "--model tinyllama-1.1b --gpu RTX-3090 --micro-batch-size 4 --epochs 1 --save-every 100",
+    "own card": "--model smollm2-135m --gpu-memory 8 --gpu-tflops 50 --gpu-bandwidth 300 "
+    "--price-per-hour 0.2 --max-steps 10",
+    "fp32": "--model smollm2-135m --gpu B200 --dtype fp32 --train-on-prompt --prompt-style chatml",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_is_told_of(name, snapshot, tmp_path, capsys):
+    run(*RECIPES[name].split(), "--json", tmp_path / "estimate.json")
+    assert capsys.readouterr().out.replace(str(tmp_path), "FOLDER") == snapshot
+    assert (tmp_path / "estimate.json").read_text().replace(str(tmp_path), "FOLDER") == snapshot(name="json")
+
+
 @pytest.mark.parametrize("card", CARDS)
 def test_every_card_and_model_prints(card, capsys):
     for model in MODELS:
