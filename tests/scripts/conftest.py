@@ -1,10 +1,14 @@
 """What tests of the scripts share: a stand-in for transformers, whose import takes longer than all of these tests."""
 
 import importlib
+import importlib.metadata
+import os
+import platform
 import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 OVER_TRANSFORMERS = (  # modules that import it at their top
     *(f"scripts.parity.{name}" for name in ("transformers_loop", "loss_curve", "tokenizer_ids", "peft_peer")),
@@ -52,3 +56,37 @@ def call_main(monkeypatch):
             return done.code
 
     return call
+
+
+@pytest.fixture
+def tell(monkeypatch, tmp_path, call_main, capsys):
+    """Return a function that calls a measurement's main() with flags and --json on a machine that is the same
+    everywhere, and returns the file and what was printed as one text."""
+    facts = {
+        "describe_cpu": lambda: {"cpu": "a processor", "cores": 6}, "read_cpu_name": lambda: "a processor",
+        "today": lambda: "2026-01-31", "load_cpu": lambda: SimpleNamespace(cria_instruction_set=lambda: b"plain"),
+    }  # fmt: skip
+    threads = [4]
+
+    def measure(module, *flags):
+        for name, fact in facts.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, fact)
+        monkeypatch.setattr(os, "getloadavg", lambda: (1.5, 2.5, 3.5))
+        monkeypatch.setattr(torch, "set_num_threads", lambda n: threads.append(n))
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+        assert not call_main(module, "--json", tmp_path / "new" / "record.json", *flags)
+        text = (tmp_path / "new" / "record.json").read_text() + "\n" + capsys.readouterr().out
+        return hide_versions(text).replace(str(tmp_path), "FOLDER")
+
+    return measure
+
+
+def hide_versions(text):
+    """Return a record without the versions of Python and of packages, each of which stands beside its own name."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("numpy", "openai", "rapidfuzz", "sentencepiece", "tokenizers"):
+        versions[name] = importlib.metadata.version(name)
+    for name, version in versions.items():
+        text = text.replace(f'"{name}": "{version}"', f'"{name}": "its version"')
+    return text
