@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -76,3 +77,47 @@ def hash_tensor(tensor):
 def list_files(folder):
     """Return the names of all files below a folder, a line each."""
     return "\n".join(sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()))
+
+
+def fill_exactly(parameters):
+    """Fill parameters with numbers that fp16 and bf16 hold, the same on every machine: k / 64 with k of -125 to 125."""
+    with torch.no_grad():
+        for i, p in enumerate(parameters):
+            numbers = (torch.arange(p.numel()) * 37 + 11 * i) % 251 - 125
+            p.copy_((numbers / 64).view(p.shape))
+
+
+def shorten(value):
+    """Return a JSON value with a hash for each list and object of more than 40 entries."""
+    if isinstance(value, (dict, list)) and len(value) > 40:
+        return f"{len(value)} entries, {hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]}"
+    if isinstance(value, dict):
+        return {key: shorten(item) for key, item in value.items()}
+    return [shorten(item) for item in value] if isinstance(value, list) else value
+
+
+def describe_gguf(path):
+    """Return the metadata and the tensors of a GGUF file as the gguf package reads it."""
+    reader = pytest.importorskip("gguf").GGUFReader(path)
+    lines = [f"{name} = {json.dumps(shorten(field.contents()))}" for name, field in reader.fields.items()]
+    for tensor in reader.tensors:
+        content = hashlib.sha256(tensor.data.tobytes()).hexdigest()[:12]
+        lines.append(f"{tensor.name} {tensor.tensor_type.name} {[int(n) for n in tensor.shape]} {content}")
+    return "\n".join(lines)
+
+
+def describe_files(folder):
+    """Return what the files of a model hold: JSON but for long lists, and the tensors."""
+    texts = []
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix == ".json":
+            text = json.dumps(shorten(json.loads(path.read_text())), indent=1)
+        elif path.suffix == ".safetensors":
+            text = list_tensors(path)
+        elif path.suffix == ".pth":
+            tensors = torch.load(path, weights_only=True).items()
+            text = "\n".join(f"{name} {t.dtype} {list(t.shape)} {hash_tensor(t)}" for name, t in tensors)
+        else:
+            text = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        texts.append(f"== {path.name}\n{text}")
+    return "\n".join(texts)
