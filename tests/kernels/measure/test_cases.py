@@ -161,3 +161,98 @@ def test_the_gradients_of_a_norm_are_those_of_its_name():
     grads = case.inputs("meta", torch.bfloat16).grads
     assert case.shape == "24 tensors, 4 layers of 7b" and len(grads) == 24
     assert sum(g.numel() for g in grads) == 4 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
+
+
+# ---- the tables -----------------------------------------------------------------------------------------------------
+
+
+def told(case):
+    """Return a case and the shapes of its inputs as text. The inputs are made without storage."""
+    sizes = {name: value for name, value in case.sizes.items() if name != "documents"}
+    lines = [f"{case.op} {case.shape}{', main' * case.main}: {'/'.join(case.passes)}, d({', '.join(case.grads)})"]
+    lines += [f"  {kind} {work.flops:.0f} FLOPs, {work.elements} elements, {work.bytes} bytes"
+              for kind, work in case.work.items()]  # fmt: skip
+    lines += [f"  {sizes}"] * bool(sizes) + ["  a truth of its own"] * (case.truth is not None)
+    if case.op != "nf4":
+        for name, t in sorted(vars(case.inputs("meta", torch.bfloat16)).items()):
+            tensors = t if isinstance(t, list) else [*t.values()] if isinstance(t, dict) else [t]
+            shapes = [f"{tuple(x.shape)} {str(x.dtype)[6:]} {x.device}" for x in tensors if x is not None]
+            lines += [f"  {name}: {', '.join(dict.fromkeys(shapes))}"] * bool(shapes)
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("table", ["toy", "full"])
+def test_the_cases_are_those_that_were(table, snapshot, monkeypatch):
+    monkeypatch.setattr(bench_cases.adamw, "adamw", lambda *args, **named: None)
+    cases = list({"toy": bench_cases.toy_cases, "full": bench_cases.full_cases}[table]())
+    middle = len(cases) // 2
+    assert "\n".join(map(told, cases[:middle])) + "\n" == snapshot(name=f"{table} 1")
+    assert "\n".join(map(told, cases[middle:])) + "\n" == snapshot(name=f"{table} 2")
+
+
+@pytest.mark.parametrize("case", TOYS, ids=lambda case: f"{case.op} {case.shape}")
+def test_the_impl_that_is_asked_for_reaches_the_op(case):
+    inputs = case.inputs("cpu", torch.float32)
+    for attempt in range(2):
+        with pytest.raises(ValueError, match="impl is 'other'"):
+            case.ours(inputs, "other")
+        if attempt == 0:
+            case.ours(inputs, "ref")  # attention has a plan from here on
+
+
+def test_inputs_are_spread_as_a_layer_has_them():
+    """Weights that keep the size of what they multiply; positions from 0 to 127; states that are not zero."""
+    torch.manual_seed(0)
+
+    def made(case, dtype=torch.float32):
+        return case.inputs("cpu", dtype)
+
+    norm, gate = made(bench_cases.norm_linear_case(4, 64, 96)), made(bench_cases.swiglu_linear_case(4, 64, 96))
+    head = made(bench_cases.linear_cross_entropy_case(300, 64, 96))
+    for weight in (norm.weight, gate.weight, head.weight):
+        assert weight.shape == (96, 64) and abs(weight.std() - 1 / 8) < 0.01
+    assert norm.norm.min() >= 0.5 and norm.norm.max() < 1.5 and norm.norm.unique().numel() == 64
+    assert norm.residual is None and made(bench_cases.norm_linear_case(4, 64, 96, residual=True)).residual is not None
+    assert head.targets.min() >= 0 and head.targets.max() < 96 and head.targets.unique().numel() > 80
+    for case in (bench_cases.rope_case(130, 1, 1, 8), bench_cases.rope_attention_case("", DOCUMENTS, 130, 1, 1, 8)):
+        i = made(case, torch.float64)
+        angles = (torch.arange(130) % 128)[:, None] * 10000.0 ** (-torch.arange(0, 8, 2) / 8)
+        assert worst(i.cos - angles.cos()) < 1e-4 and worst(i.sin - angles.sin()) < 1e-4
+    qkv = made(bench_cases.rope_attention_case("", DOCUMENTS, 5, 3, 1, 8), torch.float16).qkv
+    assert qkv.shape == (5, 5, 8) and qkv.dtype == torch.float16
+    state = made(bench_cases.adamw_case((4, 1088), "split", "8bit"))
+    assert all((t != 0).any() for t in state.state.values()) and state.param.dtype == torch.bfloat16
+
+
+def test_a_loss_and_rotated_attention_are_the_formulas():
+    case = bench_cases.linear_cross_entropy_case(5, 8, 12)
+    i = copy_as_leaves(case, case.inputs("cpu", torch.float32), torch.float64)
+    want = torch.nn.functional.cross_entropy(i.x @ i.weight.T, i.targets, reduction="sum")
+    assert worst(case.reference(i) - want) < 1e-9
+    case = bench_cases.grad_norm_case([(300, 70), (5,)], "")
+    i = case.inputs("cpu", torch.bfloat16)
+    exact = torch.cat([g.flatten() for g in i.grads]).double().norm()
+    assert case.truth(i).dtype == torch.float64 and worst(case.truth(i) - exact) < 1e-9
+
+
+@pytest.mark.parametrize(("master", "states"), [("split", "8bit"), ("fp32", "fp32"), (None, "bf16")])
+def test_the_second_step_of_adamw_is_taken_with_the_settings(master, states, monkeypatch):
+    """The first one, on another gradient, made the states; what is checked is the master and what is kept."""
+    given = []
+    monkeypatch.setattr(bench_cases.adamw, "adamw", lambda *args, **named: given.append((args, named)))
+    case = bench_cases.adamw_case((4, 1088), master, states)
+    i = case.inputs("cpu", torch.float32)
+    assert case.ours(i, "triton") is case.reference(i) is case.truth(i) is i.param
+    settings = dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
+    assert [named for _, named in given] == [
+        dict(step=step, impl=impl, **settings) for step, impl in ((1, "ref"), (2, "triton"), (2, "ref"), (2, "ref"))
+    ]
+    (_, first, _), (param, second, state) = given[0][0], given[1][0]
+    assert param is i.param and second is i.grad and not torch.equal(first, second)
+    assert all(getattr(state, name) is t for name, t in i.state.items())
+    kept = case.results(i, None)
+    others = [name for name in i.state if name not in ("master", "low")]
+    assert len(kept) == 1 + len(others) and all(a is i.state[name] for a, name in zip(kept[1:], others, strict=True))
+    assert kept[0].dtype == torch.float32 and torch.equal(
+        kept[0], adamw.master_of(i.param, adamw.AdamWState(**i.state))
+    )
