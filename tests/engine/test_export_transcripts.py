@@ -33,7 +33,7 @@ def write_byte_level_base(folder):
 
 
 def write_metaspace_base(folder):
-    """Write a model with biases, wide heads and a tokenizer of SentencePiece's kind, which follows LLaMA-2's template."""
+    """Write a model with biases, wide heads and a tokenizer.json of SentencePiece's kind."""
     write_metaspace(folder, "first")
     scaling = RopeScaling(kind="linear", factor=4.0)
     shape = replace(SHAPE, rope_scaling=scaling, attention_bias=True, mlp_bias=True, head_dim=16, vocab_size=460)
