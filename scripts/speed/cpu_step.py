@@ -114,7 +114,7 @@ def probe(make, sizes_of, lengths, examples, dtypes):
         for threads, micro in itertools.product(sorted({1, cores}), sizes):
             if threads < cores and micro != sizes[1]:
                 continue
-            rate = lengths[examples].sum() / time_step(stepper, examples, micro, threads)
+            rate = float(lengths[examples].sum() / time_step(stepper, examples, micro, threads))
             probes.append({"who": name, "dtype": dtype, "threads": threads, "micro": micro, "tokens_per_s": rate})
             print(probes[-1], flush=True)
             if name not in best or rate > best[name]["tokens_per_s"]:

@@ -25,7 +25,7 @@ class Ticks:
     def __init__(self, monkeypatch, module):
         self.readings, self.slept = 0, []
         self.now = {"process_time": 0.0, "perf_counter": 0.0, "monotonic": 0.0}
-        clocks = {name: self.clock(name, first) for name, first in zip(self.now, (0, 64, 1024), strict=True)}
+        clocks = {name: self.clock(name, first) for name, first in zip(self.now, (0, 4, 16), strict=True)}
         monkeypatch.setattr(module, "time", SimpleNamespace(**clocks, sleep=self.slept.append))
 
     def clock(self, name, first):

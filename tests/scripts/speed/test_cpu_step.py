@@ -1,13 +1,16 @@
 """Steps on a CPU, ours beside others': the probe's best setting, steps in turn, ratios."""
 
+import re
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from tests.scripts.speed.summaries import summary_of
 
 from scripts.speed.data import random_rows_like_alpaca
+from tests.helpers.calls import Calls
+from tests.helpers.clocks import Ticks
 
 LENGTHS = np.array([10, 20, 30, 40])
 
@@ -88,17 +91,104 @@ def test_a_step_of_ours_is_the_mean_over_its_own_targets(steps):
         assert sum(weights) == pytest.approx(1.0, rel=1e-5) and (len(weights) > 1) == (micro == 300)
 
 
-def test_ours_is_over_each_other(steps, call_main, monkeypatch, tmp_path):
-    def setup(dataset):
-        monkeypatch.setattr(steps, "find_embedded_gguf", lambda: "gguf")
-        monkeypatch.setattr(steps, "open_source", lambda path: None)
-        monkeypatch.setattr(steps, "load_tokenizer", lambda path: None)
-        monkeypatch.setattr(steps.data, "encode_rows", lambda *_, **__: dataset)
-        monkeypatch.setattr(steps, "encode_rows", lambda *_: [([0] * n, []) for n in LENGTHS])
+def test_a_step_of_ours_ends_with_a_clipped_update_and_empty_gradients(steps, monkeypatch):
+    calls = Calls()
+    monkeypatch.setattr(steps, "make_micro_batches", calls.stand_in("make_micro_batches", ["a", "b"]))
+    stepper = steps.Ours.__new__(steps.Ours)
+    loss = calls.thing("loss", backward=None)
+    stepper.model = calls.thing("model", loss=loss)
+    stepper.optimizer = calls.thing("optimizer", grad_norm=2.5, step=None, zero_grad=None)
+    stepper.dataset = calls.thing("rows", loss_tokens=np.array([1, 2, 3, 5]), get_examples="examples")
+    stepper.step([1, 3], 64)
+    packing = "Packing(max_tokens=64, max_examples=None, best_fit=True, share_prefix=True, multiple=1)"
+    assert re.sub(r"(np\.float64\()?0\.142857\d+\)?", "1/7", calls.text()).split("\n") == [
+        "rows.loss_tokens()", "rows.get_examples([1, 3])", f"make_micro_batches('examples', {packing}, scale=1/7)",
+        "model.loss('a')", "loss.backward()", "model.loss('b')", "loss.backward()",
+        "optimizer.grad_norm()", "optimizer.step(1e-05, 2.5, 1.0)", "optimizer.zero_grad()",
+    ]  # fmt: skip
 
-    rates = {"cria": [6.0], steps.TORCH: [4.0], "transformers": [2.0], "transformers, padded": [1.0]}
-    found = summary_of(steps, call_main, monkeypatch, tmp_path, rates, setup)
-    ratios = {name: ratio["median"] for name, ratio in found["ratio"].items()}
-    assert ratios == {steps.TORCH: 1.5, "transformers": 3.0, "transformers, padded": 6.0}
-    micro = {name: setting["micro"] for name, setting in found["settings"].items()}
-    assert micro == {"cria": 8, steps.TORCH: 8, "transformers": 8, "transformers, padded": 4}
+
+def test_a_step_is_timed_with_its_own_threads(steps, monkeypatch):
+    Ticks(monkeypatch, steps)
+    calls = Calls()
+    monkeypatch.setattr(torch, "set_num_threads", calls.stand_in("threads"))
+    assert steps.time_step(calls.thing("it", step=None), [4, 2], 8, 3) == 4.25
+    assert calls.lines == ["threads(3)", "it.step([4, 2], 8)"]
+
+
+def test_examples_are_picked_by_prompt_and_response_together(steps, monkeypatch):
+    """One that is as near in the sum only is not picked; one that was picked is not picked again."""
+    alpaca = steps.alpaca_lengths()
+    i, k = np.random.default_rng(0).integers(len(alpaca), size=2)
+    p, r = int(alpaca.prompt[i]), int(alpaca.response[i])
+    prompts = np.array([p + 40, p - 9, p + 3, p + 500])
+    responses = np.array([max(0, r - 40), r + 9, r + 2, r])
+    dataset = SimpleNamespace(loss_tokens=lambda: responses, lengths=lambda: prompts + responses)
+    picked = steps.pick_like_alpaca(dataset, 2, np.random.default_rng(0))
+    off = abs(prompts - alpaca.prompt[k]) + abs(responses - alpaca.response[k])
+    assert picked[0] == 2 and picked[1] == min((0, 1, 3), key=lambda at: off[at])
+
+
+class Rows:
+    """Rows of these lengths, half of each a response."""
+
+    label = "rows"
+
+    def __init__(self, lengths):
+        self.given = lengths
+
+    def __len__(self):
+        return len(self.given)
+
+    def lengths(self):
+        return self.given
+
+    def loss_tokens(self):
+        return self.given // 2
+
+
+def test_the_whole_measurement(steps, monkeypatch, tell, snapshot):
+    """How every contender is made, the rows of every step, and every figure."""
+    Ticks(monkeypatch, steps)
+    calls, lengths = Calls(), np.arange(20) * 3 + 30
+    rows = [SimpleNamespace(instruction=f"I{i}", input="", output="o") for i in range(20)]
+    dataset = Rows(lengths)
+    source = calls.thing("source", read_into=None)
+    source.config = "config"
+    stand_ins = {
+        "find_embedded_gguf": "gguf", "open_source": source, "load_tokenizer": "tokenizer", "run_module": None,
+        "read_rows": (rows, []), "encode_rows": [([0] * n, []) for n in lengths],
+        "new_model": calls.thing("model", init_adapter=None), "AdamW": "optimizer",
+        "TransformersLoop": calls.thing("loop", step=(1.0, 2.0)),
+    }  # fmt: skip
+    for name, result in stand_ins.items():
+        monkeypatch.setattr(steps, name, calls.stand_in(name, result))
+    table = calls.thing("table", select=dataset)
+    monkeypatch.setattr(steps.data, "encode_rows", calls.stand_in("our encode_rows", table))
+    tokenizers = SimpleNamespace(from_pretrained=calls.stand_in("their tokenizer", "their tokenizer"))
+    monkeypatch.setattr(steps.transformers, "AutoTokenizer", tokenizers)
+    monkeypatch.setattr(steps.Ours, "step", lambda self, *given: calls.stand_in("our step")(*given))
+    monkeypatch.setattr(steps, "SIZES", {"cria": (1024, 2048), "transformers": (1, 4)})
+    flags = ("--data", "dir/mine.json", "--batch", 3, "--rounds", 2, "--max-length", 77, "--dtypes", "bf16", "fp32")
+    assert tell(steps, *flags) == snapshot
+    log = re.sub(r"namespace\(instruction='(\w+)', input='', output='o'\)", r"\1", calls.text())
+    assert re.sub(r"/tmp/\w+", "FOLDER", re.sub(r"\(\[0(, 0)*\], \[\]\)", "R", log)) == snapshot(name="calls")
+
+
+def test_both_must_train_on_equal_tokens(steps, monkeypatch, call_main):
+    for name, result in {"find_embedded_gguf": "", "open_source": 0, "load_tokenizer": 0, "read_rows": ([], 0),
+                         "run_module": None, "pick_like_alpaca": np.arange(4),
+                         "encode_rows": [([0] * n, []) for n in (10, 20, 30, 41)]}.items():  # fmt: skip
+        monkeypatch.setattr(steps, name, lambda *_, result=result, **__: result)
+    monkeypatch.setattr(steps.data, "encode_rows", lambda *_, **__: SimpleNamespace(select=lambda: Rows(LENGTHS)))
+    with pytest.raises(AssertionError, match="both must train on equal tokens"):
+        call_main(steps, "--json", "x", "--batch", 2, "--rounds", 1)
+
+
+def test_by_default_both_dtypes_are_probed_on_the_seed_tasks(steps, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["cpu_step", "--json", "x"])
+    assert vars(steps.parse_arguments()) == {
+        "json": "x", "data": str(steps.SEED_TASKS), "batch": 32, "rounds": 5, "dtypes": ["fp32", "bf16"],
+        "max_length": 512,
+    }  # fmt: skip
+    assert steps.SIZES == {"cria": (1024, 2048, 4096), "transformers": (1, 2, 4, 8)}

@@ -28,7 +28,7 @@ def test_a_run_of_the_demo_is_told_by_its_own_seconds_and_its_held_out_figures(m
              {"event": "score", "equal": 19, "answers": 25, "overlap": 0.9}]  # fmt: skip
     monkeypatch.setattr(demo, "read_metrics", lambda path: lines if path == tmp_path / "metrics.jsonl" else None)
     expected = {
-        "seconds": 1024.2, "cpu_seconds": 32.1, "loss": [0.8, 0.2], "equal": [1, 19], "answers": 24,
+        "seconds": 16.2, "cpu_seconds": 32.1, "loss": [0.8, 0.2], "equal": [1, 19], "answers": 24,
         "overlap": [0.1, 0.9], "steps": 2,
     }  # fmt: skip
     assert demo.take_run(tmp_path, ["--seed", "3"]) == expected and asked == [-1, -1]

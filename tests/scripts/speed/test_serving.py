@@ -1,13 +1,15 @@
 """Many requests at once: what is asked of each server, and what its answers, its time and its CPU seconds become."""
 
 import asyncio
+import io
 import itertools
-import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.error
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,8 @@ import pytest
 
 from scripts.speed import serving
 from scripts.speed.serving import Peer
+from tests.helpers.calls import Calls
+from tests.helpers.clocks import Ticks
 
 
 def peer(name, **lists):
@@ -126,47 +130,121 @@ def test_the_processes_of_a_server_end_with_the_measurement(tmp_path, monkeypatc
         pytest.fail("the server's own process is still there")
 
 
-def test_every_flag_reaches_the_servers_and_the_rounds(monkeypatch, tmp_path, call_main):
-    started, rounds = {}, []
+def test_the_whole_measurement(monkeypatch, tell, snapshot, tmp_path, capsys):
+    """What every server is started with and asked, the file, and the lines of both outputs."""
+    Ticks(monkeypatch, serving)
+    calls, cpu = Calls(), itertools.count(1)
     tasks = [{"instruction": f"Name {i}.", "input": "" if i % 3 else "of these"} for i in range(8)]
     monkeypatch.setattr(serving, "read_seed_tasks", lambda: tasks)
+    monkeypatch.setattr(Peer, "cpu_seconds", lambda _: next(cpu) ** 2 / 64)
+    monkeypatch.setattr(Peer, "label", property(lambda peer: peer.name), raising=False)
 
     @contextmanager
     def start(name, command, log):
-        started[name] = command
         yield peer(name)
+        calls.lines.append(f"{name} ends")
 
-    async def warm(peer, prompts, n):
-        return []
+    async def answer(peer, prompts, n):
+        return [(0.25 * i, f"{peer.name if i == 2 else ''} {prompt}") for i, prompt in enumerate(prompts)]
 
-    def measure(peer, prompts, n_tokens, tokenizer):
-        rounds.append((peer.name, len(prompts), n_tokens))
-        assert prompts == [task["instruction"] for task in tasks if not task["input"]]
-        for figures in (peer.tokens_per_s, peer.cpu_ms_a_token, peer.first_token_s):
-            figures.append(1.0)
-
-    monkeypatch.setattr(serving, "start_server", start)
-    monkeypatch.setattr(serving, "ask_all", warm)
-    monkeypatch.setattr(serving, "measure_round", measure)
-    monkeypatch.setattr(serving, "load_tokenizer", lambda path: None)
-    flags = (
-        "--model",
-        "dir/mine",
-        "--dtype",
-        "fp32",
-        "--requests",
-        5,
-        "--tokens",
-        7,
-        "--rounds",
-        2,
-        "--logs",
-        tmp_path,
+    monkeypatch.setattr(serving, "start_server", calls.stand_in("start", start))
+    monkeypatch.setattr(serving, "ask_all", calls.stand_in("ask", answer))
+    tokenizer = SimpleNamespace(label="tokenizer", encode=str.split)
+    monkeypatch.setattr(serving, "load_tokenizer", calls.stand_in("load_tokenizer", tokenizer))
+    flags = ("--model", "dir/mine", "--dtype", "fp32", "--requests", 3, "--tokens", 7, "--rounds", 2)
+    text = tell(
+        serving, *flags, "--logs", tmp_path / "logs", "--peer", "it=serve --port {port} --x=y", "--peer", "the other=z"
     )
-    call_main(serving, *flags, "--peer", "it=serve --port {port} --x=y", "--json", tmp_path / "x")
-    assert started["it"] == "serve --port {port} --x=y"
-    for flag in ("--model dir/mine", "--dtype fp32", "--max-concurrency 5", "--port {port}"):
-        assert flag in started["cria"]
-    assert rounds == [("cria", 5, 7), ("it", 5, 7)] * 2
-    found = json.loads((tmp_path / "x").read_text())
-    assert found["dtype"] == "fp32" and found["model"] == "mine" and found["what"].startswith("5 requests")
+    assert text == snapshot and (tmp_path / "logs").is_dir()
+    log = calls.text().replace(str(tmp_path), "FOLDER").replace(sys.executable, "PYTHON")
+    assert log == snapshot(name="calls")
+
+
+def test_rounds_are_told_while_they_are_measured(monkeypatch, capsys):
+    Ticks(monkeypatch, serving)
+    monkeypatch.setattr(Peer, "cpu_seconds", lambda _: serving.time.process_time())
+
+    async def answer(peer, prompts, n):
+        return [(0.5, "a b c")]
+
+    monkeypatch.setattr(serving, "ask_all", answer)
+    serving.measure_round(peer("it"), ["p"], 7, SimpleNamespace(encode=str.split))
+    out, err = capsys.readouterr()
+    assert not out and err == "it             3 tokens in 16.4 s, 166.67 CPU ms a token\n"
+
+
+def test_all_prompts_are_asked_at_once_of_the_first_model(monkeypatch):
+    made, waiting = [], []
+
+    class Client:
+        def __init__(self, **settings):
+            made.append(settings)
+            models = [SimpleNamespace(id="first"), SimpleNamespace(id="second")]
+
+            async def list_models():
+                return SimpleNamespace(data=models)
+
+            self.models = SimpleNamespace(list=list_models)
+
+        async def __aenter__(self):
+            return self
+
+        async def __aexit__(self, *_):
+            made.append("closed")
+
+    async def ask(client, model, prompt, n_tokens):
+        waiting.append(prompt)
+        await asyncio.sleep(0)
+        assert len(waiting) == 3  # all have begun
+        return model, prompt, n_tokens
+
+    monkeypatch.setattr(serving.openai, "AsyncOpenAI", Client)
+    monkeypatch.setattr(serving, "ask", ask)
+    found = asyncio.run(serving.ask_all(Peer("it", "http://h:1", None), ["a", "b", "c"], 7))
+    assert found == [("first", prompt, 7) for prompt in "abc"]
+    assert made == [{"base_url": "http://h:1/v1", "api_key": "none", "timeout": 1800, "max_retries": 0}, "closed"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "up"),
+    [(b'{"data": [1]}', True), (b'{"data": []}', False), (b"{}", False), (b"no json", False),
+     (ConnectionResetError(), False), (TimeoutError(), False), (urllib.error.URLError("refused"), False)],
+)  # fmt: skip
+def test_a_server_is_up_once_it_lists_a_model(answer, up, monkeypatch):
+    asked = []
+
+    def urlopen(url, timeout):
+        asked.append((url, timeout))
+        if isinstance(answer, Exception):
+            raise answer
+        return io.BytesIO(answer)
+
+    monkeypatch.setattr(serving.urllib.request, "urlopen", urlopen)
+    assert serving.is_up("http://h:1") is up and asked == [("http://h:1/v1/models", 10)]
+
+
+def test_a_server_that_is_never_up_is_ended_with_its_last_words(monkeypatch, tmp_path):
+    """Its command has a free port; what it wrote to both outputs is in its log."""
+    calls, process = Calls(), SimpleNamespace(pid=77, poll=lambda: None, wait=lambda: None)
+    moments = iter([0.0, 299.0, 300.0, 300.5])
+    process.wait = calls.stand_in("wait")
+
+    def start(words, stdout, stderr, start_new_session):
+        assert stdout is stderr and start_new_session and words[:2] == ["serve", "--port"] and words[3] == "a b"
+        assert int(words[2]) > 1023
+        stdout.write("x" * 3000 + "last")
+        return process
+
+    monkeypatch.setattr(serving.subprocess, "Popen", start)
+    monkeypatch.setattr(serving.os, "killpg", calls.stand_in("killpg"))
+    monkeypatch.setattr(serving, "is_up", lambda url: calls.lines.append(re.sub(r"\d{4,}", "PORT", url)))
+    times = SimpleNamespace(monotonic=lambda: next(moments), sleep=calls.stand_in("sleep"))
+    monkeypatch.setattr(serving, "time", times)
+    with pytest.raises(RuntimeError) as raised:  # noqa: SIM117
+        with serving.start_server("it", "serve --port {port} 'a b'", tmp_path / "log"):
+            pass
+    assert re.fullmatch(r"it: serve --port \d+ 'a b' does not serve:\nx{1996}last", str(raised.value))
+    url = "http://127.0.0.1:PORT"
+    assert calls.lines == [
+        url, "sleep(0.5)", url, "sleep(0.5)", url, f"killpg(77, {signal.SIGTERM!r})", "wait()"
+    ]  # fmt: skip
