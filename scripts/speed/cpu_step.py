@@ -124,13 +124,13 @@ def probe(make, sizes_of, lengths, examples, dtypes):
 
 def measure_in_turns(make, settings, lengths, steps):
     """Return {contender: tokens a second of every step}. All take a step before any takes the next one."""
-    cores = torch.get_num_threads()
     steppers = {name: make[name](DTYPES[settings[name]["dtype"]]) for name in make}
     rates = {name: [] for name in settings}
     for examples in steps:
         for name, setting in settings.items():
             stepper = steppers[name.partition(",")[0]]
-            rates[name].append(lengths[examples].sum() / time_step(stepper, examples, setting["micro"], cores))
+            seconds = time_step(stepper, examples, setting["micro"], setting["threads"])
+            rates[name].append(float(lengths[examples].sum() / seconds))
             print(f"{name}: {rates[name][-1]:.0f} tok/s", flush=True)
     return rates
 

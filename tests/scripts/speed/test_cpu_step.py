@@ -43,22 +43,23 @@ def test_all_take_each_step_in_turn_at_their_own_setting(steps, monkeypatch):
     taken = []
 
     def time_step(stepper, examples, micro, threads):
-        taken.append((stepper, list(examples), micro))
+        taken.append((stepper, list(examples), micro, threads))
         return {"cria": 1.0, "transformers": 2.0}[stepper[0]]
 
     monkeypatch.setattr(steps, "time_step", time_step)
     make = {name: lambda dtype, name=name: (name, dtype) for name in ("cria", "transformers")}
     settings = {
-        "cria": {"dtype": "bf16", "micro": 2048}, "transformers": {"dtype": "fp32", "micro": 1},
-        "transformers, padded": {"dtype": "fp32", "micro": 4},
+        "cria": {"dtype": "bf16", "micro": 2048, "threads": 2},
+        "transformers": {"dtype": "fp32", "micro": 1, "threads": 3},
+        "transformers, padded": {"dtype": "fp32", "micro": 4, "threads": 3},
     }  # fmt: skip
     rates = steps.measure_in_turns(make, settings, LENGTHS, [[0, 1], [3, 2]])
     assert rates == {"cria": [30.0, 70.0], "transformers": [15.0, 35.0], "transformers, padded": [15.0, 35.0]}
     ours, theirs = ("cria", torch.bfloat16), ("transformers", torch.float32)
     assert taken == [
-        (who, examples, micro)
+        (who, examples, micro, threads)
         for examples in ([0, 1], [3, 2])
-        for who, micro in ((ours, 2048), (theirs, 1), (theirs, 4))
+        for who, micro, threads in ((ours, 2048, 2), (theirs, 1, 3), (theirs, 4, 3))
     ]
 
 

@@ -1,10 +1,15 @@
 """Decoding on a CPU, ours beside others': tokens, seconds a token, ratios."""
 
+import re
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+
+from tests.helpers.calls import Calls
+from tests.helpers.clocks import Clock, Ticks
 
 
 @pytest.fixture
@@ -129,3 +134,78 @@ def test_contenders_answer_in_turn_and_ours_is_the_ratios_unit(decoding, monkeyp
     assert found["ratio"]["other"]["max"] == 4.0 and found["cpu_ratio"]["other"]["max"] == 3.0
     assert found["ms_a_token"]["cria"]["max"] == 1e3 and found["cpu_ms_a_token"]["cria"]["max"] == 2e3
     assert found["tokens_as_in_fp32"] == {"cria": 3, "other": 1} and found["ratio"].keys() == {"other"}
+
+
+@pytest.mark.parametrize("with_llama_cpp", [True, False])
+def test_the_whole_measurement(with_llama_cpp, decoding, monkeypatch, tell, snapshot):
+    """What every model is made of, who answers when, and every figure."""
+    Ticks(monkeypatch, decoding)
+    calls = Calls()
+    weights = [torch.zeros(3, dtype=torch.bfloat16), torch.zeros(5, dtype=torch.bfloat16)]
+
+    def model_of(name, device, dtype, impl):
+        return SimpleNamespace(label=f"{impl} model", parameters=lambda: weights), "tokenizer", "more"
+
+    def generate(model, prompts, stops, n, on_token=None):
+        ids = [*range(n - 1), {"native model": 1, "ref model": 2, "wide": 3}[getattr(model, "label", "wide")]]
+        for token in ids if on_token else ():
+            on_token(0, token)
+        return [ids]
+
+    def contender(*ids):
+        return lambda prompt, n, clock: [clock(token) for token in ids]
+
+    for name, result in {
+        "load_model": model_of, "choose_kernels": "native", "generate": generate, "run_module": None,
+        "encode_prompt": [5, 6], "widen": SimpleNamespace(label="wide"), "measure_reading": 12.5,
+        "Transformers": calls.thing("their model", answer=contender(0, 7, 3)),
+        "LlamaCpp": calls.thing("llama.cpp", answer=contender(0, 1, 3)),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(decoding, name, calls.stand_in(name, result))
+    monkeypatch.setattr(decoding, "llama_cpp", SimpleNamespace(__version__="0.3") if with_llama_cpp else None)
+    flags = ("--gguf", "a.gguf") if with_llama_cpp else ("--gguf", "a.gguf", "--threads", 3)
+    text = tell(decoding, "--tokens", 3, "--rounds", 1, *flags)
+    assert text == snapshot and re.sub(r"/tmp/\w+", "FOLDER", calls.text()) == snapshot(name="calls")
+
+
+def test_without_a_file_llama_cpp_is_left_out(decoding, monkeypatch, capsys, call_main):
+    monkeypatch.setattr(decoding, "load_model", lambda *_: ("model", 0, 0))
+    monkeypatch.setattr(decoding, "choose_kernels", lambda *_: "ref")
+    monkeypatch.setattr(decoding, "encode_prompt", lambda row, tokenizer: row.instruction)
+    monkeypatch.setattr(decoding, "generate", lambda *_: [[1]])
+    monkeypatch.setattr(decoding, "widen", lambda model: model)
+    monkeypatch.setattr(decoding, "run_module", lambda *_: None)
+    monkeypatch.setattr(decoding, "Transformers", lambda folder: None)
+    monkeypatch.setattr(decoding, "llama_cpp", "it is there")
+    run = []
+
+    def describe(contenders, prompt, *_):
+        run.append((list(contenders), prompt))
+        raise InterruptedError
+
+    monkeypatch.setattr(decoding, "describe_run", describe)
+    with pytest.raises(InterruptedError):
+        call_main(decoding, "--json", "x")
+    assert run == [(["cria", "cria, torch's operators", "transformers"], decoding.PROMPT)]
+    assert "llama.cpp is left out: it wants llama_cpp_python and --gguf" in capsys.readouterr().out
+
+
+def test_memory_is_read_at_the_rate_of_the_fastest_of_ten(decoding, monkeypatch):
+    clock, spans, asked = Clock(monkeypatch, decoding), iter([2.0, 1.0, 0.25, *[1.0] * 7, 99.0]), []
+
+    def multiply(library, x, w, threads):
+        asked.append((library, x.shape, x.dtype, w.shape, w.dtype, threads))
+        clock.take(next(spans))
+
+    monkeypatch.setattr(decoding, "multiply_few_rows", multiply)
+    monkeypatch.setattr(decoding, "load_cpu", lambda: "library")
+    rows = int(0.001 * 1e9 / 2 / 4096)
+    assert decoding.measure_reading(3, 0.001) == rows * 4096 * 2 / 0.25 / 1e9
+    assert asked == [("library", (1, 4096), torch.float32, (rows, 4096), torch.bfloat16, 3)] * 10
+
+
+def test_by_default_one_thread_and_all_are_measured(decoding, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    monkeypatch.setattr(sys, "argv", ["decoding", "--json", "x"])
+    expected = {"json": "x", "gguf": "", "tokens": 64, "rounds": 5, "threads": [1, 6]}
+    assert vars(decoding.parse_arguments()) == expected
