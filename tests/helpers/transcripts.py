@@ -46,7 +46,9 @@ def describe_json(path, folder):
         lines.sort(key=lambda line: (line["event"] == "save") + 2 * (line["event"] == "end"))  # a thread saves
         text = "\n".join(map(json.dumps, lines))
     else:
-        text = json.dumps(mask_json(json.loads(text)), indent=1)
+        value = json.loads(text)
+        assert text.rstrip("\n") == json.dumps(value, indent=1), "people read it"
+        text = json.dumps(mask_json(value), indent=1)
     return replace_places(text, folder)
 
 

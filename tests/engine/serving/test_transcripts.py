@@ -43,7 +43,8 @@ REQUESTS = {
         chat(messages=[{"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
                        *ASK]),
         text(), text(prompt=[65, 66.0, 67], echo=True, logprobs=1, max_tokens=2), text(prompt=["a"], best_of=1),
-        text(max_tokens=None, logit_bias={"65": 100}), text(prompt="ab", repetition_penalty=2, logit_bias={"10": 90, "11": 89.5}),
+        text(max_tokens=None, logit_bias={"65": 100}),
+        text(prompt="ab", repetition_penalty=2, logit_bias={"10": 90, "11": 89.5}),
     ],
     "streams": [
         chat(**STREAM), chat(stream=True, logprobs=True, max_tokens=2), chat(n=2, **STREAM, max_tokens=1),
