@@ -1,8 +1,8 @@
 """Execute every compiled kernel without a GPU, and check it as a sanitizer would.
 
     python -m kernels.simulate --op rope --chip sm_90
-    python -m kernels.simulate --json benchmarks/simulated/cases.json
-    python -m kernels.simulate --check benchmarks/simulated/cases.json --changed
+    python -m kernels.simulate --json benchmarks/simulated.json
+    python -m kernels.simulate --check benchmarks/simulated.json --changed
 
 Every op runs forward and backward, in the dtypes that ship, as this version of Triton compiles it for the chip. The
 cases are in kernels/measure/simulated_cases.py, and kernels/measure/simulated_records.py says how one is judged. A run

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,3 +134,110 @@ def test_nothing_begins_after_the_time(minutes, tmp_path):
     run.run_case(bench_cases.swiglu_case(4, 8))
     assert json.loads((tmp_path / "b.json").read_text())["left_out"] == ["swiglu T=4 F=8"]
     assert not run.result["records"] and "left out for time: swiglu T=4 F=8" in results.format_summary(run.result)
+
+
+# ---- a run from its start to its file -------------------------------------------------------------------------------
+
+
+def test_a_run_as_it_is_written_and_printed(tmp_path, monkeypatch, capsys, snapshot):
+    """With a clock of its own: forward takes 2 ms, backward 3, one more for each contender before it."""
+    ticks = []
+
+    def time_steps(sets, repeats, flush):
+        ticks.append((len(sets), repeats))
+        slow = len(ticks) + 1.0
+        return [[slow, slow + 0.5, slow + 1.0], [slow + 1, slow + 2, slow + 4]][: len(sets[0])]
+
+    package = SimpleNamespace(LigerSiLUMulFunction=None, LigerFusedGateUpSiLUMulFunction=None)
+    for name, apply in (("LigerSiLUMulFunction", lambda gate, up: gate.sigmoid() * gate * up),
+                        ("LigerFusedGateUpSiLUMulFunction", lambda x: x[:, : x.shape[1] // 2])):  # fmt: skip
+        setattr(package, name, SimpleNamespace(apply=apply))
+    monkeypatch.setattr(benchmark, "IMPL", "triton")
+    monkeypatch.setattr(benchmark, "GPU", False)
+    monkeypatch.setattr(benchmark, "DEVICE", "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(benchmark, "time_steps", time_steps)
+    monkeypatch.setattr(benchmark, "describe_machine", lambda: {"device": "CPU"})
+    monkeypatch.setattr(benchmark, "measure_peak_rates", lambda *_: {"copy_gb_per_s": 0.001, "gemm_tflops": 0.00001})
+    monkeypatch.setattr(benchmark, "count_input_sets", lambda n, times_l2, most: 2 + n // 10**9)
+    monkeypatch.setattr(bench_peers, "import_peer", lambda *names: package)
+    freed = []
+    monkeypatch.setattr(benchmark, "free_memory", lambda: freed.append(1))
+    run = Benchmark(tmp_path / "b.json", repeats=3)
+    cases = [
+        bench_cases.swiglu_case(4, 8, main=True),
+        dataclasses.replace(bench_cases.norm_linear_case(2, 8, 16), passes=("fwd+bwd",)),
+        bench_cases.adamw_case((1, 4), "split", "fp32"),
+    ]  # fmt: skip
+    for case in cases:
+        run.run_case(dataclasses.replace(case, ours=lambda i, impl, case=case: case.ours(i, "ref")))
+    assert ticks and set(ticks) == {(2, 3)}
+    assert len(freed) == sum(len(benchmark._contenders(case, True)) for case in cases)
+    result = json.loads((tmp_path / "b.json").read_text())
+    assert result == run.result
+    for record in result["records"]:
+        if record.get("error_over_torch") is not None:
+            assert 0 <= record["error_over_torch"] <= 2 and record["who"] != "torch eager"
+            record["error_over_torch"] = "of its result"
+        record["wrong"] = "wrong" in record
+    assert "\n".join(map(json.dumps, [*result.pop("records"), result])) + "\n" == snapshot(name="file")
+    printed = [line.partition("WRONG RESULT")[0] for line in capsys.readouterr().out.splitlines()]
+    assert "\n".join(printed) + "\n" == snapshot(name="printed")
+
+
+def test_contenders_are_ours_torchs_and_where_asked_the_others(monkeypatch):
+    case, named = bench_cases.rope_case(8, 2, 1, 16), dataclasses.replace(bench_cases.rope_case(8, 2, 1, 16), op="none")
+    attention = dataclasses.replace(case, op="attention")
+    for impl, first in (("triton", ["ours", "torch eager"]), ("ref", ["torch eager"])):
+        monkeypatch.setattr(benchmark, "IMPL", impl)
+        assert list(benchmark._contenders(case, False)) == list(benchmark._contenders(named, True)) == first
+        assert list(benchmark._contenders(case, True)) == [*first, *bench_peers.PEERS["rope"]]
+        others = [*benchmark.CUDA_PEERS["attention"], *bench_peers.PEERS["attention"]]
+        assert list(benchmark._contenders(attention, True)) == [*first, *others]
+
+
+def test_bytes_of_inputs_are_those_of_every_tensor():
+    """In lists and dicts too; what is no tensor has none."""
+    inputs = {"x": torch.zeros(3), "grads": [torch.zeros(2, dtype=torch.int8)] * 2, "cache": {"m": torch.zeros(1)}}
+    assert benchmark._count_bytes(inputs | {"n": 7, "none": None}) == 12 + 4 + 4
+
+
+def test_a_run_knows_its_flags(monkeypatch, tmp_path):
+    """bf16 on a GPU, fp32 elsewhere; the ceilings are measured as the records are."""
+    asked = []
+    monkeypatch.setattr(benchmark, "measure_peak_rates", lambda *args: asked.append(args) or {})
+    monkeypatch.setattr(benchmark, "make_l2_flush", lambda: len)
+    monkeypatch.setattr(benchmark, "describe_machine", lambda: {"device": "x"})
+    monkeypatch.setattr(benchmark.time, "monotonic", lambda: 1000.0)
+    for gpu, given, dtype in ((True, None, "bfloat16"), (False, None, "float32"), (True, torch.float16, "float16")):
+        monkeypatch.setattr(benchmark, "GPU", gpu)
+        run = Benchmark(tmp_path / "b.json", 2.5, 7, given, is_toy=gpu)
+        assert run.result == {
+            "what": "kernels.bench", "machine": {"device": "x"}, "dtype": dtype, "is_toy": gpu, "records": [],
+            "absent": [], "left_out": [], "ceilings": {},
+        } == json.loads((tmp_path / "b.json").read_text())  # fmt: skip
+        assert str(run.dtype) == f"torch.{dtype}" and run.deadline == 1150.0 and not run.is_late()
+    assert asked == [(7, len)] * 3 and run.flush is len
+    monkeypatch.setattr(benchmark.time, "monotonic", lambda: 1150.5)
+    assert run.is_late() and Benchmark().deadline == float("inf") and Benchmark().repeats == 20
+
+
+def test_a_contender_that_time_leaves_out_is_named(run, monkeypatch):
+    answers = iter((False, False, True, True))
+    monkeypatch.setattr(run, "is_late", lambda: next(answers))
+    monkeypatch.setattr(benchmark, "IMPL", "ref")
+    monkeypatch.setattr(benchmark, "PEERS", {"swiglu": {"a": None, "b": None}})
+    monkeypatch.setattr(benchmark, "CUDA_PEERS", {})
+    run.run_case(bench_cases.swiglu_case(4, 8))
+    assert run.result["left_out"] == ["swiglu T=4 F=8: a", "swiglu T=4 F=8: b"]
+    assert {r["who"] for r in run.result["records"]} == {"torch eager"}
+
+
+def test_inputs_that_cannot_be_made_are_a_failure_of_the_case(run):
+    def inputs(device, dtype):
+        raise ValueError("x" * 400)
+
+    run.run_case(dataclasses.replace(bench_cases.swiglu_case(4, 8), inputs=inputs))
+    assert run.result["records"] == [
+        {"op": "swiglu", "shape": "T=4 F=8", "who": "inputs and reference", "failed": f"ValueError: {'x' * 300}"}
+    ]
