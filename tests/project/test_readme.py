@@ -129,10 +129,13 @@ def test_the_flags_of_the_pages_are_in_help():
     assert not wrong
 
 
-def test_every_help_has_three_examples_of_its_own_flags():
+def test_every_help_is_kept_whole_and_has_three_examples_of_its_own_flags(snapshot):
+    """Flags, their defaults and choices are what others' scripts rely on."""
     assert len(COMMANDS) > 15
     for module in COMMANDS:
         text = helps_of_all()[module]
+        kept = re.sub(r"\s+\(default:\s+\S*/kernels/launch\)", " (default: kernels/launch)", text)
+        assert kept == snapshot(name=module)
         described, _, examples = text.replace("\\\n", " ").partition("\nexamples:\n")
         commands = [line for line in examples.splitlines() if f"-m {module}" in line]
         assert len(commands) >= 3 and len(set(commands)) == len(commands), module
