@@ -30,6 +30,13 @@ def line_of(text, model):
     return [Decimal(word.strip("$").replace(",", "")) for word in line.split()[1:6]]
 
 
+@pytest.mark.parametrize(
+    "words", ["", "--model gpt-5.4-mini --rows 1000", "--batch --max-output-tokens 512", "--language de"]
+)
+def test_what_is_told_is_kept_whole(words, capsys, snapshot):
+    assert told(capsys, *words.split()) == snapshot
+
+
 def test_the_sum_can_be_done_by_hand(capsys):
     text = told(capsys, "--model", "gpt-5.6-luna", "--rows", 52_000)
     requests, n_in, n_out = (

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -104,6 +105,33 @@ def unbroken(tmp_path_factory):
     with Server(seed=3, faults=ANSWERS | ODD) as server:
         assert generate(server, out, "--rows", 600) == 0
     return out
+
+
+CHANGING = (  # what is different at each run or on each machine
+    (r"127\.0\.0\.1:\d+", "HOST"),
+    (r" in \d+:\d\d\n", " in 0:00\n"),
+    (r'("(?:started|seconds|python|openai|rapidfuzz)": ).*', r"\1#"),
+)
+
+
+@pytest.mark.parametrize("name", ["plain", "capped"])
+def test_what_a_run_writes_is_kept_whole(name, tmp_path, snapshot, capsys):
+    """One request at a time: the ledger, the rows, what was lost, the record of the run and what it says."""
+    more = {"plain": (), "capped": ("--max-usd", "0.0036", "--language", "de")}[name]
+    with Server(seed=7, items=4, defects=0.4, faults=ANSWERS | ODD) as server:
+        words = ("--rows", 12, "--tasks-per-request", 4, "--examples", 1, "--concurrency", 1)
+        loud = [word for word in flags(server, tmp_path, *words, *more) if word != "--quiet"]
+        code = run_for_exit_code(module.main, loud)
+    said = capsys.readouterr()
+    with sqlite3.connect(f"file:{tmp_path / 'ledger.sqlite'}?mode=ro", uri=True) as db:
+        fields = "request, attempt, kind, status, input_tokens, output_tokens, cost, reserved"
+        sql = f"SELECT {fields} FROM sent LEFT JOIN received USING (attempt) ORDER BY attempt"
+        told = [f"exit code {code}", said.out, said.err, *map(str, db.execute(sql))]
+    told += [f"--- {file}\n{(tmp_path / file).read_text()}" for file in ("run.json", "dataset.jsonl", "rejected.jsonl")]
+    text = "\n".join(told).replace(str(tmp_path), "OUT")
+    for pattern, instead in CHANGING:
+        text = re.sub(pattern, instead, text)
+    assert text == snapshot
 
 
 def test_a_dataset_as_promised(unbroken):

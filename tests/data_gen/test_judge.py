@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import sqlite3
 import time
@@ -94,6 +95,12 @@ def whole(files, tmp_path_factory):
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["run.json", "annotations.json"])
+def test_what_a_run_writes_is_kept_whole(file, whole, snapshot):
+    changing = r'("(?:started|seconds|python|openai|time_per_example)": )[^,\n]*|127.0.0.1:\d+|/\S*/pytest-of\S*/'
+    assert re.sub(changing, r"\1#", (whole / file).read_text()) == snapshot
 
 
 def test_figures_are_those_of_the_annotations(whole):

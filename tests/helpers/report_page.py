@@ -178,3 +178,9 @@ def check_page(source):
         r"nan|inf\b|None", re.sub(r"<style>.*?</style>|<div class=\"text\">.*?</div>", "", page.source, flags=re.DOTALL)
     )
     return page
+
+
+def body_lines(source):
+    """Return a page's body, an element a line, without style and script."""
+    body = re.sub(r"<(style|script)>.*?</\1>", "", source, flags=re.DOTALL)
+    return re.sub(r">\s*<", ">\n<", body) + "\n"

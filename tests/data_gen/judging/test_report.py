@@ -12,7 +12,7 @@ from data_gen import judge
 from data_gen.base.cli import run_for_exit_code
 from tests.helpers.judging import QUESTIONS, judge_mostly_fairly, say, write_answers
 from tests.helpers.openai_server import Server
-from tests.helpers.report_page import EVIL, bars, check_page, plain
+from tests.helpers.report_page import EVIL, bars, body_lines, check_page, plain
 
 PROBE = """<script>
 const wide = [...document.querySelectorAll("body *:not(.wide *)")].filter(e =>
@@ -44,6 +44,13 @@ def plainly(tmp_path_factory):
     lines = [{"prompt": "Say it in 1 words.", "models": ["base", "model"], "vote": vote} for vote in ("A", "B", "tie")]
     (folder / "votes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return judge_files(folder, files, judge_mostly_fairly, "--votes", folder / "votes.jsonl")
+
+
+def test_the_page_is_kept_whole(plainly, snapshot):
+    source = re.sub(
+        r"20\d\d-\d\d-\d\d \d\d:\d\d UTC|took \S+|\S*/pytest-of\S*/|127.0.0.1:\d+", "#", body_lines(plainly[0].source)
+    )
+    assert source == snapshot
 
 
 def test_figures_are_those_of_the_record(plainly):

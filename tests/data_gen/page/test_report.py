@@ -20,13 +20,19 @@ from data_gen.page.row_files import read_any_rows, read_turns
 from data_gen.report import main
 from data_gen.rows.tokens import tokenize
 from tests.helpers.own_rows import alpaca_rows
-from tests.helpers.report_page import EVIL, Page, arcs, bars, make, plain, report
+from tests.helpers.report_page import EVIL, Page, arcs, bars, body_lines, make, plain, report
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     rows, lost, run = make()
     return rows, lost, run, report(tmp_path_factory.mktemp("whole"), rows, lost, run)
+
+
+@pytest.mark.parametrize("n", [12, 36])
+def test_the_page_is_kept_whole(n, tmp_path, snapshot):
+    rows, lost, run = make(n, seed=n)
+    assert body_lines(report(tmp_path, rows, lost if n > 12 else None, run if n > 12 else None).source) == snapshot
 
 
 # ---- the figures are those of the data ------------------------------------------------------------------------------
