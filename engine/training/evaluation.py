@@ -26,9 +26,9 @@ def evaluate_if_due(plan: Plan, run: Run, checkpoints: Checkpoints, model: Trans
     if plan.held_out and plan.is_due(config.eval_every, step) and ("eval", step) not in run.reported:
         evaluate(plan, run, checkpoints, model, step)
         if config.score_answers:
-            score_answers(plan, run, model, step)
+            score_answers(plan, run, checkpoints, model, step)
     if plan.is_due(config.sample_every, step) and ("sample", step) not in run.reported:
-        show_samples(plan, run, model, step)
+        show_samples(plan, run, checkpoints, model, step)
 
 
 @torch.no_grad()
@@ -50,13 +50,14 @@ def evaluate(plan: Plan, run: Run, checkpoints: Checkpoints, model: Transformer,
     run.progress.print_message(f"step {step}: held-out loss {loss:.4f}")
 
 
-def show_samples(plan: Plan, run: Run, model: Transformer, step: int) -> None:
+def show_samples(plan: Plan, run: Run, checkpoints: Checkpoints, model: Transformer, step: int) -> None:
     """Write greedy answers to the sample prompts, to the terminal and to metrics.jsonl."""
     tokenizer, style = plan.tokenizer, plan.config.prompt_style
     prompts = [encode_prompt(Row("", None, prompt), tokenizer, style) for prompt in plan.sample_prompts]
     n = plan.config.sample_tokens
     run.progress.print_message(f"answering {len(prompts)} sample prompts, {n} tokens each at most")
-    answers = answer(plan, model, prompts, find_stop_ids(tokenizer, style), n)
+    max_tokens = checkpoints.batches.packing.max_tokens
+    answers = answer(model, max_tokens, prompts, find_stop_ids(tokenizer, style), n)
     titles = {0: "before", plan.total_steps: "after"}
     title = titles.get(step, f"after {step} steps")
     for prompt, ids in zip(plan.sample_prompts, answers, strict=True):

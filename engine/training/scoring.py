@@ -14,6 +14,7 @@ from engine.text.tokenizer import Tokenizer
 from engine.training.answers import answer
 from engine.training.plan import Plan
 from engine.training.run import Run
+from engine.training.saving import Checkpoints
 
 SHOWN = 3  # answers that the terminal shows; metrics.jsonl and the report have all
 
@@ -51,7 +52,7 @@ def require_questions(plan: Plan) -> None:
         )
 
 
-def score_answers(plan: Plan, run: Run, model: Transformer, step: int) -> None:
+def score_answers(plan: Plan, run: Run, checkpoints: Checkpoints, model: Transformer, step: int) -> None:
     """Write greedy answers to the first held-out examples, and how many are equal to the answers they have."""
     assert plan.held_out is not None, "the caller has asked whether anything is held out"
     config, tokenizer = plan.config, plan.tokenizer
@@ -62,7 +63,8 @@ def score_answers(plan: Plan, run: Run, model: Transformer, step: int) -> None:
     longest = max(len(question.prompt) for question in questions)
     n = min(n, plan.model_config.max_positions - longest)
     run.progress.print_message(f"answering {len(questions)} held-out examples, {n} tokens each at most")
-    ids = answer(plan, model, [question.prompt for question in questions], stop_ids, n)
+    prompts, max_tokens = [question.prompt for question in questions], checkpoints.batches.packing.max_tokens
+    ids = answer(model, max_tokens, prompts, stop_ids, n)
     titles = drop_common_lines([decode(tokenizer, question.prompt) for question in questions])
     title = {0: "before", plan.total_steps: "after"}.get(step, f"after {step} steps")
     n_equal, overlap = 0, 0.0

@@ -1,7 +1,5 @@
 """Answers between steps take no more memory than the steps, however many prompts there are."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -13,10 +11,6 @@ from engine.planning.setting import Setting
 from engine.training import answers
 
 SHAPE = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=32, vocab_size=64, max_seq_len=64)
-
-
-def make_plan(max_tokens, config=SHAPE):
-    return SimpleNamespace(model_config=config, packing=SimpleNamespace(max_tokens=max_tokens))
 
 
 @pytest.mark.parametrize(
@@ -31,7 +25,7 @@ def make_plan(max_tokens, config=SHAPE):
 )
 def test_as_many_answer_at_once_as_a_micro_batch_keeps_bytes(model, positions, wanted):
     c = MODELS[model]
-    assert answers.most_at_once(make_plan(2048, c), positions) == wanted
+    assert answers.most_at_once(c, 2048, positions) == wanted
     caches = wanted * positions * c.n_layers * 2 * c.n_kv_heads * c.head_dim * 2  # bf16
     assert wanted == 1 or caches <= activation_bytes(c, Setting(recompute="block"), BatchShape(2048, 1024))
 
@@ -49,6 +43,6 @@ def test_answers_are_those_of_all_at_once_in_order(monkeypatch):
     monkeypatch.setattr(answers, "generate", counted)
     for at_once, sizes in ((7, [7]), (6, [4, 3]), (3, [3, 3, 1]), (2, [2, 2, 2, 1]), (1, [1] * 7)):
         groups.clear()
-        plan = make_plan(at_once * 9)  # 3 + 6 positions each; 2 K Dh is D here
-        assert answers.answer(plan, model, prompts, {5}, 6) == wanted and groups == sizes
-    assert answers.answer(make_plan(9), model, [], {5}, 6) == []
+        n = at_once * 9  # 3 + 6 positions each; 2 K Dh is D here
+        assert answers.answer(model, n, prompts, {5}, 6) == wanted and groups == sizes
+    assert answers.answer(model, 9, [], {5}, 6) == []

@@ -147,7 +147,8 @@ def test_samples_end_where_their_style_does_and_are_told_under_their_step(step, 
         progress=SimpleNamespace(print_message=said.append),
         metrics=SimpleNamespace(write=lambda event, **fields: written.append((event, fields))),
     )  # fmt: skip
-    evaluation.show_samples(plan, run, "model", step)
-    assert asked == [(plan, "model", ["p in chatml"], {2, 7}, 5)]
+    halved = SimpleNamespace(batches=SimpleNamespace(packing=Packing(77)))  # smaller than the plan's
+    evaluation.show_samples(plan, run, halved, "model", step)
+    assert asked == [("model", 77, ["p in chatml"], {2, 7}, 5)]
     assert written == [("sample", {"step": step, "prompt": "p", "text": "x\nb"})]
     assert said[1:] == [f"[{title}] p\n    x\n    b"]

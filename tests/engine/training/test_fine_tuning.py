@@ -142,7 +142,7 @@ def test_the_flags_of_a_run_reach_what_obeys_them(tmp_path, rows_file, monkeypat
     """Each of them other than what it is where nobody says anything."""
     parts, answered, exported = [], [], {}
     monkeypatch.setattr(fine_tuning, "train", lambda *given: parts.extend(given))
-    monkeypatch.setattr(evaluation, "answer", lambda plan, model, prompts, stop_ids, n: answered.append(n) or prompts)
+    monkeypatch.setattr(evaluation, "answer", lambda model, most, prompts, stop_ids, n: answered.append((most, n)) or prompts)
     monkeypatch.setattr(saving, "save_hf", lambda out, model, **options: exported.update(options))
     run(rows_file, tmp_path / "out", "--grad-clip", 0.25, "--seed", 7, "--loss-norm", "micro-mean", "--keep", 3,
         "--recompute", "block", "--log-every", 5, "--spike-threshold", 3.5, "--micro-batch-size", 2,
@@ -158,7 +158,7 @@ def test_the_flags_of_a_run_reach_what_obeys_them(tmp_path, rows_file, monkeypat
     assert batches is checkpoints.batches and batches.mean_of_means
     packing = batches.packing
     assert (packing.max_examples, packing.max_tokens, packing.best_fit) == (2, 99, False)
-    assert answered == [5] and exported == {
+    assert answered == [(99, 5)] and exported == {
         "max_shard_bytes": 4321, "bos_id": plan.tokenizer.bos_id, "eos_ids": sorted(plan.tokenizer.stop_ids),
         "generation_config": plan.source.generation_config,
     }  # fmt: skip

@@ -8,6 +8,7 @@ import pytest
 from engine import finetune as command
 from engine.base.errors import run_main
 from engine.data.dataset import encode_rows
+from engine.data.packing import Packing
 from engine.text.templates import Row, encode_prompt, find_stop_ids
 from engine.text.tokenizer_files import load_tokenizer
 from engine.training import scoring
@@ -91,7 +92,7 @@ def test_answers_end_where_the_positions_do(tokenizer, monkeypatch):
     (question,) = find_questions(held_out, 1, find_stop_ids(tokenizer, "alpaca"))
     asked, written = [], []
     answer = question.reference[:-1]
-    monkeypatch.setattr(scoring, "answer", lambda plan, model, prompts, stop_ids, n: asked.append(n) or [answer])
+    monkeypatch.setattr(scoring, "answer", lambda model, most, prompts, stop_ids, n: asked.append((most, n)) or [answer])
     ignore = SimpleNamespace(write=lambda event, **line: written.append(line), print_message=lambda _: None)
     for room in (100, 5):
         plan = SimpleNamespace(
@@ -99,9 +100,10 @@ def test_answers_end_where_the_positions_do(tokenizer, monkeypatch):
             config=SimpleNamespace(score_answers=4, prompt_style="alpaca"),  # more than there are
             model_config=SimpleNamespace(max_positions=len(question.prompt) + room),
         )  # fmt: skip
-        scoring.score_answers(plan, SimpleNamespace(progress=ignore, metrics=ignore), None, 0)
+        halved = SimpleNamespace(batches=SimpleNamespace(packing=Packing(77)))
+        scoring.score_answers(plan, SimpleNamespace(progress=ignore, metrics=ignore), halved, None, 0)
     n = len(question.reference)
-    assert asked == [n + n // 2 + 8, 5]
+    assert asked == [(77, n + n // 2 + 8), (77, 5)]
     overlap = measure_overlap(tokenizer.decode(answer), "one two three")
     assert 0 < overlap < 1 and [line["overlap"] for line in written if "overlap" in line] == [overlap, overlap]
 
@@ -124,7 +126,7 @@ def test_a_run_counts_the_answers_that_are_as_wanted(tmp_path, monkeypatch, caps
         asked.append(find_questions(*args))
         return asked[-1]
 
-    def answer(plan, model, prompts, stop_ids, n):  # nothing before training; after it all but the second are right
+    def answer(model, max_tokens, prompts, stop_ids, n):  # nothing before training; after it all but the second are right
         right, is_before = [question.reference for question in asked[-1]], len(asked) == 2  # prepare() asked too
         assert prompts == [question.prompt for question in asked[-1]] and n > max(map(len, right)) + 8
         return [[] for _ in right] if is_before else [right[0], right[0], right[2]]
