@@ -12,6 +12,7 @@ import transformers
 import transformers.modeling_rope_utils
 
 from engine.formats import configs
+from engine.formats.rope import length_between, round_length
 from engine.formats.save import save_hf
 from engine.formats.source import open_source
 from engine.inference.generation import generate
@@ -373,3 +374,19 @@ def test_the_next_tokens_of_several_texts_are_turned_by_the_length_of_their_own(
     alone = [rope_tables(shape, torch.arange(position + 1)) for position in (5, 6, 9)]
     for which in (0, 1):
         assert torch.allclose(together[which], torch.stack([tables[which][-1] for tables in alone]), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "length"),
+    [(100, 200, 128), (128, 200, 128), (65, 127, 91), (100, 128, 128), (0.2, 0.24, 1), (300, 511, 392)],
+)  # fmt: skip
+def test_a_length_between_two_is_a_power_of_two_or_their_middle(least, most, length):
+    assert length_between(least, most) == length
+
+
+@pytest.mark.parametrize(
+    ("computed", "length"),
+    [(8192.05, 8192), (128000.7, 128000), (128001.6, 128002), (100.4, 100), (0.2, 1), (65.6, 66)],
+)
+def test_a_computed_length_is_rounded_to_a_multiple_of_64_where_one_is_near(computed, length):
+    assert round_length(computed) == length

@@ -1,5 +1,6 @@
 """What a resumed run knows of its earlier starts."""
 
+import dataclasses
 import json
 import time
 from contextlib import ExitStack
@@ -142,7 +143,9 @@ def test_the_flags_of_a_run_reach_what_obeys_them(tmp_path, rows_file, monkeypat
     """Each of them other than what it is where nobody says anything."""
     parts, answered, exported = [], [], {}
     monkeypatch.setattr(fine_tuning, "train", lambda *given: parts.extend(given))
-    monkeypatch.setattr(evaluation, "answer", lambda model, most, prompts, stop_ids, n: answered.append((most, n)) or prompts)
+    monkeypatch.setattr(
+        evaluation, "answer", lambda model, most, prompts, stop_ids, n: answered.append((most, n)) or prompts
+    )
     monkeypatch.setattr(saving, "save_hf", lambda out, model, **options: exported.update(options))
     run(rows_file, tmp_path / "out", "--grad-clip", 0.25, "--seed", 7, "--loss-norm", "micro-mean", "--keep", 3,
         "--recompute", "block", "--log-every", 5, "--spike-threshold", 3.5, "--micro-batch-size", 2,
@@ -188,3 +191,44 @@ def test_the_rates_are_those_of_the_warm_up_that_was_asked_for(tmp_path, rows_fi
     run(rows_file, tmp_path / "out", "--max-steps", 4, "--warmup-ratio", 0.5, "--lr", 0.25, "--lr-schedule", "linear")
     rates = [0.25 * lr_factor("linear", step, 4, 0.5) for step in range(1, 5)]
     assert [line["lr"] for line in events(tmp_path / "out", "train")] == rates == [0.0, 0.125, 0.25, 0.125]
+
+
+def test_what_is_given_as_nothing_is_told_as_changed_and_reaches_what_obeys_it(tmp_path, rows_file, monkeypatch):
+    """A rate, a norm and a number of spikes of 0 are others than the usual ones."""
+    parts = []
+    monkeypatch.setattr(fine_tuning, "train", lambda *given: parts.extend(given))
+    record = run(rows_file, tmp_path / "out", "--grad-clip", 0, "--lr", 0, "--max-skips", 0, "--spike-threshold", 0,
+                 "--seed", 0, "--warmup-ratio", 0, "--no-packing", "--eval-every", "off", "--epochs", 1)  # fmt: skip
+    assert set(record["changed"]) == {
+        "model", "data", "out", "dtype", "global_batch_size", "max_length", "max_steps", "optimizer_states",
+        "grad_clip", "lr", "max_skips", "spike_threshold", "seed", "warmup_ratio", "packing", "eval_every", "epochs",
+    }  # fmt: skip
+    assert parts[3].grad_clip == 0 and parts[1].spike_detector.threshold == 0 and parts[0].order.seed == 0
+
+
+def test_a_run_records_the_micro_batches_that_it_ends_with(tmp_path, rows_file, monkeypatch):
+    def halve(plan, run, checkpoints, *more):
+        batches = checkpoints.batches
+        batches.packing = dataclasses.replace(batches.packing, max_tokens=77)
+
+    monkeypatch.setattr(fine_tuning, "train", halve)
+    record = run(rows_file, tmp_path / "out")
+    assert record["facts"]["max_tokens"] == 77 and record["facts"]["settings"]["max_length"] == 64
+
+
+def test_each_rank_takes_its_share_of_a_step(tmp_path, monkeypatch):
+    made = []
+
+    def make(*given):
+        made.extend(given)
+        raise DataError("enough")
+
+    monkeypatch.setattr(fine_tuning, "Batches", make)
+    monkeypatch.setattr(fine_tuning, "build_model", lambda *given: (None, None))
+    world = SimpleNamespace(is_main=False, size=4, rank=3, replicas=1, wait_for_all=lambda: None)
+    config = FinetuneConfig(model="tiny", random_init=True, data=("x",), loss_norm="micro-mean", out=str(tmp_path))
+    plan = SimpleNamespace(config=config, out=tmp_path, train="rows", order="order", packing="packing")
+    monkeypatch.setattr(fine_tuning, "describe_run", lambda *given: {"tracked_as": "x"})
+    with pytest.raises(DataError, match="enough"):
+        fine_tuning.fine_tune(plan, world, None, SimpleNamespace(checkpoint=None))
+    assert made == ["rows", "order", "packing", True, 4, 3] and not (tmp_path / "run.json").exists()

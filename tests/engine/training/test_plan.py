@@ -1,14 +1,26 @@
 """What is due after which step, and when the host must wait for a step's figures."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from engine.data.packing import Packing
 from engine.model.adapter import AdapterConfig
 from engine.model.config import MODELS
+from engine.planning.setting import describe_mesh
 from engine.planning.weights import count_trained
-from engine.training.plan import Plan, count_examples, describe_adapter, describe_offload, suggest_more_updates
+from engine.training import plan as plan_module
+from engine.training.config import FinetuneConfig
+from engine.training.plan import (
+    Plan,
+    count_examples,
+    describe_adapter,
+    describe_offload,
+    describe_plan,
+    suggest_more_updates,
+)
 
 STEPS = 7
 DUE = {"off": [], "end": [0, 7], "epoch": [0, 3, 6, 7], "2": [0, 2, 4, 6, 7], "7": [0, 7], "9": [0, 7]}
@@ -115,3 +127,24 @@ def test_how_many_examples_a_step_has(size, rows, text):
 )
 def test_updates_are_the_steps_with_a_rate(lr, schedule, ratio, n):
     assert Small(lr=lr, lr_schedule=schedule, warmup_ratio=ratio).n_updates == n
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("multiplies", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_bf16_is_called_slow_on_a_cpu_without_its_instructions(dtype, multiplies, device, monkeypatch):
+    monkeypatch.setattr(plan_module, "cpu_multiplies_bf16", lambda: multiplies)
+    config = FinetuneConfig(model="tiny", random_init=True, data=("x",), micro_batch_size=3, optimizer_states="fp32")
+    plan = Plan(
+        config, Path("out"), torch.device(device), dtype, "ref", MODELS["tiny"], None, None, range(40), None, [], 30,
+        Packing(512), 1, "cheap", {"dtype": "bf16"}, None,
+    )  # fmt: skip
+    told = describe_plan(plan, SimpleNamespace(size=4, n_shards=2, replicas=2))
+    is_slow = device == "cpu" and dtype == torch.bfloat16 and not multiplies
+    assert ("kernels: ref (this CPU has no bf16 instructions: --dtype fp32 is faster); weights" in told) == is_slow
+    assert ("kernels: ref; weights" in told) == (not is_slow) and f"bf16 on {device}, kernels" in told
+    assert (
+        f" GB, on 4 ranks: {describe_mesh(2, 2)}\nplan: 30 steps of all 40 examples in micro-batches of at most "
+        in told
+    )
+    assert "at most 512 tokens and 3 examples; 40 examples, 3 epochs" in told

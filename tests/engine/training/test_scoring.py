@@ -92,7 +92,9 @@ def test_answers_end_where_the_positions_do(tokenizer, monkeypatch):
     (question,) = find_questions(held_out, 1, find_stop_ids(tokenizer, "alpaca"))
     asked, written = [], []
     answer = question.reference[:-1]
-    monkeypatch.setattr(scoring, "answer", lambda model, most, prompts, stop_ids, n: asked.append((most, n)) or [answer])
+    monkeypatch.setattr(
+        scoring, "answer", lambda model, most, prompts, stop_ids, n: asked.append((most, n)) or [answer]
+    )
     ignore = SimpleNamespace(write=lambda event, **line: written.append(line), print_message=lambda _: None)
     for room in (100, 5):
         plan = SimpleNamespace(
@@ -126,7 +128,9 @@ def test_a_run_counts_the_answers_that_are_as_wanted(tmp_path, monkeypatch, caps
         asked.append(find_questions(*args))
         return asked[-1]
 
-    def answer(model, max_tokens, prompts, stop_ids, n):  # nothing before training; after it all but the second are right
+    def answer(
+        model, max_tokens, prompts, stop_ids, n
+    ):  # nothing before training; after it all but the second are right
         right, is_before = [question.reference for question in asked[-1]], len(asked) == 2  # prepare() asked too
         assert prompts == [question.prompt for question in asked[-1]] and n > max(map(len, right)) + 8
         return [[] for _ in right] if is_before else [right[0], right[0], right[2]]

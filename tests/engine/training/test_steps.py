@@ -13,6 +13,7 @@ from engine.model.config import ModelConfig
 from engine.model.llama import new_model
 from engine.output.checkpoint import open_checkpoint
 from engine.output.saver import WriterGroup, write_checkpoint
+from engine.training import step as step_module
 from engine.training.optimizer import AdamW
 from engine.training.run_ahead import Prefetcher
 from engine.training.saving import load_checkpoint
@@ -187,3 +188,28 @@ def test_a_step_of_several_micro_batches_is_updated_once_after_them():
         assert not report.updated_in_backward
         ends.append({name: shard.tensor for name, shard in optimizer.tensors().items()})
     assert all(torch.equal(t, ends[1][name]) for name, t in ends[0].items())
+
+
+def test_each_micro_batch_is_told_whether_it_is_the_last_and_none_is_held_after_the_step(monkeypatch):
+    """Gradients are then summed over ranks, once; the weights of a step in backward wait for the only micro-batch."""
+    told = []
+    monkeypatch.setattr(step_module, "set_last_micro_batch", lambda *given: told.append(("model", *given)))
+    model = SimpleNamespace(
+        norm=torch.zeros(1), loss=lambda batch, seed: told.append(("loss", batch)) or torch.ones((), requires_grad=True)
+    )
+    stepped = []
+    optimizer = SimpleNamespace(
+        micro_batch=lambda is_last: told.append(("optimizer", is_last)) or nullcontext(), in_backward=True,
+        begin_in_backward=lambda lr, loss: told.append(("begin", lr, float(loss.detach()))), step_in_backward=None,
+        grad_norm=lambda: torch.tensor(3.0), n_updates=0,
+        step=lambda lr, norm, clip, apply: stepped.append((lr, float(norm), clip, bool(apply))),
+    )  # fmt: skip
+    for micro_batches in (["a", "b"], ["c"]):
+        batch = StepBatch(micro_batches, np.arange(4), 60, 40, 30)
+        steps = Steps(model, optimizer, SimpleNamespace(take=lambda step, batch=batch: batch), 0.25)
+        assert steps.take_step(5, 1e-2) and steps.pending.batch.micro_batches == ()
+    assert told == [
+        ("model", model, False), ("optimizer", False), ("loss", "a"), ("model", model, True), ("optimizer", True),
+        ("loss", "b"), ("model", model, True), ("optimizer", True), ("loss", "c"), ("begin", 1e-2, 1.0),
+    ]  # fmt: skip
+    assert stepped == [(1e-2, 3.0, 0.25, True)] * 2
