@@ -54,7 +54,7 @@ def step_numbers(
     shared = np.zeros(len(lengths))
     for n, members in groups:
         shared[members] = n
-    prefixes = np.array([float(n) for n, _ in groups if n] or [0.0])
+    prefixes = np.array([float(n) for n, _ in groups])
     pairs = lengths * (lengths + 1) / 2 - shared * (shared + 1) / 2
     # The sum of i over the positions i that have a loss, an example's last ones: row i - 1 predicts position i.
     query_pairs = loss * (2 * lengths - loss - 1) / 2

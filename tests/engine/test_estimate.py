@@ -38,6 +38,12 @@ RECIPES = {  # estimates that are kept whole, as text and as JSON
     "qlora of a table": "--model llama3-8b --gpu RTX-3060 --adapter qlora --lora-rank-pattern q_proj=4 "
     "--lora-save lm_head",
     "offload": "--model llama-13b --gpu H100 --offload-optimizer --recompute block",
+    "offload over PCIe": "CRIA_OPTIMIZER=triton --model llama-7b --gpu RTX-4090 --offload-optimizer --recompute block "
+    "--micro-batch-tokens 4096",
+    "offload of four cards": "--model llama-7b --gpu RTX-3090 --gpus 4 --offload-optimizer --max-length 2048",
+    "8-bit states": "--model llama-7b --gpu A100-80 --optimizer-states 8bit --recompute none --micro-batch-size 2",
+    "qlora of few tokens": "--model llama2-7b --gpu RTX-4060 --adapter qlora --lora-dropout 0.1 --max-length 64 "
+    "--lora-targets q_proj v_proj --lora-r 4",
     "nothing fits": "--model llama-13b --gpu RTX-3060",
     "eight cards": "--model llama-13b --gpu A100-80 --gpus 8",
     "replicas": "--model tinyllama-1.1b --gpu RTX-4090 --gpus 4 --replicas 4 --global-batch-size 64",
@@ -52,8 +58,11 @@ RECIPES = {  # estimates that are kept whole, as text and as JSON
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_what_is_told_of(name, snapshot, tmp_path, capsys):
-    run(*RECIPES[name].split(), "--json", tmp_path / "estimate.json")
+def test_what_is_told_of(name, snapshot, tmp_path, capsys, monkeypatch):
+    words = RECIPES[name].split()
+    if "=" in words[0]:
+        monkeypatch.setenv(*words.pop(0).split("="))
+    run(*words, "--json", tmp_path / "estimate.json")
     assert capsys.readouterr().out.replace(str(tmp_path), "FOLDER") == snapshot
     assert (tmp_path / "estimate.json").read_text().replace(str(tmp_path), "FOLDER") == snapshot(name="json")
 
