@@ -18,6 +18,7 @@ from scripts.step import bench, figures, peers
 from scripts.step import rows as step_rows
 from scripts.step.breakdown import PROFILED
 from scripts.step.records import TooLarge
+from tests.helpers.calls import Calls
 
 
 def test_every_variant_names_a_model_and_what_a_user_gets_comes_first():
@@ -224,3 +225,103 @@ def test_only_the_headline_is_projected_and_each_part_measures_its_own(monkeypat
     bench.measure_other_variants(report)
     assert measured[0] == list(bench.HEADLINE) and added["projections"] == list(bench.HEADLINE)
     assert sorted(measured[0] + measured[1]) == sorted(bench.VARIANTS)
+
+
+def test_settings_of_variants(snapshot):
+    text = "\n".join(f"{name}: {variant}" for name, variant in bench.VARIANTS.items())
+    assert text.replace(f"impl='{bench.IMPL}'", "impl=here") == snapshot
+
+
+@pytest.mark.parametrize("price", [1.25, None, 0.0])
+def test_the_lines_of_the_report(price):
+    projection = {"what": "Alpaca: x", "of": "llama-7b", "steps": 9, "minutes": 7.06, "dollars": price,
+                  "dollars_an_hour": 2.5, "price_of": "May"}  # fmt: skip
+    record = {"name": "a", "failed": "b"}
+    assert bench.format_part({"records": [record], "projections": [projection]}) == [
+        "training step, ours:", f"  a{' ' * 61}failed: b",
+        "  Alpaca: x 'llama-7b': 9 steps, 7.1 minutes" + (", $1.25 at $2.5 an hour (May)" if price else ""),
+    ]  # fmt: skip
+    assert bench.format_part({"records": []}) == []
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_a_record_is_told_whole(gpu, monkeypatch):
+    """Its figures are of the timed steps; the first loss is the first of all. Estimates are of the largest batch."""
+    asked = []
+    peaks = {"peak_gib": 60.0 if gpu else None, "peak_reserved_gib": 66.0 if gpu else None}
+
+    def estimate(config, setting, batch):
+        asked.append((config, setting, batch))
+        return SimpleNamespace(total=40 * 2**30, overhead=4 * 2**30)
+
+    monkeypatch.setattr(bench, "memory", estimate)
+    monkeypatch.setattr(bench, "peak_memory", lambda: peaks)
+    monkeypatch.setattr(bench, "card_here", lambda: CARDS["H100"])
+    steps = SimpleNamespace(
+        config=step_rows.TOY, tokens=[5, 100, 300], computed=[5, 80, 400], norms=[1.0] * 3, losses=[4.0, 3.0, 2.0],
+        n_batches=[1, 2, 2], seconds=lambda: [9.0, 1.0, 2.0], prefetcher=SimpleNamespace(largest=(96, 40, 10)),
+    )  # fmt: skip
+    variant = bench.Variant(master="stochastic", states="bf16", recompute="block", offload=True, on_cpu=True)
+    found = bench.record_of(variant, steps, 1)
+    n = step_rows.TOY.n_parameters
+    speed = figures.summarize_speed(n, [100, 300], [80, 400], [1.0, 2.0], CARDS["H100"])
+    assert found == {
+        "warmup": 1, "parameters": n, **speed, **peaks, "estimate_gib": 40.0, "estimate_of_tensors_gib": 36.0,
+        "peak_over_estimate": 60 / 36 if gpu else None,
+        "reserved_over_estimate": 66 / (40 - CONTEXT_BYTES / 2**30) if gpu else None,
+        "micro_batches_a_step": 5 / 3, "largest_micro_batch_tokens": 96, "first_loss": 4.0, "last_loss": 2.0,
+        "all_finite": True,
+    }  # fmt: skip
+    ((config, setting, batch),) = asked
+    assert config is step_rows.TOY and batch == BatchShape(96, 40, False, 30)
+    assert setting == Setting(bench.DTYPE, "stochastic", "bf16", "block", True, on_cpu=True)
+    steps.n_batches = [1, 1, 1]
+    bench.record_of(variant, steps, 1)
+    assert asked[-1][2] == BatchShape(96, 40, True, 30)
+
+
+def test_a_variant_is_measured_after_its_own_warm_up(monkeypatch):
+    """Its record tells the micro-batch that was used, and its thread ends."""
+    calls = Calls()
+
+    class Steps:
+        def __init__(self, variant, tokens, n_steps, smoke):
+            calls.lines.append(f"Steps({tokens}, {n_steps}, {smoke})")
+            self.run, self.close = calls.stand_in("run"), calls.stand_in("close")
+            self.read_figures = calls.stand_in("read")
+
+    monkeypatch.setattr(bench, "Steps", Steps)
+    monkeypatch.setattr(bench, "reset_peak_memory", calls.stand_in("reset"))
+    monkeypatch.setattr(bench, "record_of", lambda variant, steps, n_warm: {"after": n_warm})
+    variant = bench.Variant(tokens=600, steps=4, warmup=2)
+    found = bench.measure_variant(variant, smoke=False)
+    assert found == {**variant.describe(False), "tokens": 600, "after": 2} and found["model"] == "llama-7b"
+    steps = [f"run({i})" for i in range(1, 7)]
+    assert calls.lines == ["reset()", "Steps(600, 6, False)", *steps, "read()", "close()"]
+    calls.lines.clear()
+    bench.measure_variant(variant, smoke=False, is_time_up=lambda: True)
+    assert calls.lines[2:] == [*steps[:5], "read()", "close()"]  # three timed ones
+    calls.lines.clear()
+    found = bench.measure_variant(variant, smoke=True)
+    assert found == {**variant.describe(True), "tokens": 384, "after": 0} and found["model"] == "toy"
+    assert calls.lines == ["reset()", "Steps(384, 2, True)", "run(1)", "run(2)", "read()", "close()"]
+
+
+def test_seconds_of_steps_end_where_the_next_begins(monkeypatch):
+    monkeypatch.setattr(bench, "Mark", lambda device: SimpleNamespace(at=9.0))
+    steps = bench.Steps.__new__(bench.Steps)
+    mark = lambda at: SimpleNamespace(at=at, seconds_since=lambda before: at - before.at)  # noqa: E731
+    monkeypatch.setattr(bench, "Mark", lambda device: mark(16.0))
+    steps.device, steps.marks = "cpu", [mark(1.0), mark(2.0), mark(5.0)]
+    assert steps.seconds() == [1.0, 3.0, 11.0] and len(steps.marks) == 3
+
+
+@pytest.mark.parametrize("smoke", [True, False])
+def test_which_variants_a_card_of_this_size_has(smoke, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=130 * 2**30 - 1))
+    names = bench.names_for_card(bench.VARIANTS, smoke)
+    large = [name for name, variant in bench.VARIANTS.items() if variant.least_gib]
+    assert len(large) == 4
+    assert names == (list(bench.SMOKE) if smoke else [name for name in bench.VARIANTS if name not in large])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=130 * 2**30))
+    assert smoke or bench.names_for_card(bench.VARIANTS, smoke) == list(bench.VARIANTS)

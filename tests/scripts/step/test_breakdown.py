@@ -1,5 +1,8 @@
 """Where a step's time goes: kinds of kernels by name and operator, traces of a GPU, waits of the host, a CPU's own."""
 
+import contextlib
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 import kernels
 from scripts.step import breakdown
 from scripts.step.bench import Variant
+from tests.helpers.calls import Calls
 
 NAMES = {  # names of kernels as traces of H100s have them, outside any operator that is known
     "nvjet_tst_256x128_64x4_1x2_h_bz_coopA_NNT": "GEMM",
@@ -267,3 +271,92 @@ def test_what_the_host_does_between_two_steps_is_of_the_first(monkeypatch):
     events[0]["dur"] = 80  # the first step's range ends at 180
     assert breakdown.break_down_step(events, 0, device=True)["syncs"] == 1
     assert breakdown.break_down_step(events, 0, device=False)["syncs"] == 1
+
+
+def told(record):
+    """Return a record as its file and as its printed lines."""
+    named = {"name": "llama-7b", **record}
+    return json.dumps(record, indent=1) + "\n" + "\n".join(breakdown.format_part({"records": [named]}))
+
+
+def test_the_whole_breakdown_of_a_step(trace, snapshot):
+    """With waits in and out of operators, copies of pageable memory, and work that no kind knows."""
+    trace.add("cpu_op", "aten::item", 1100, 50, 1)
+    trace.add("cuda_runtime", "cudaStreamSynchronize", 1120, 20, 1)
+    trace.add("cuda_runtime", "cudaStreamSynchronize", 1200, 20, 1)
+    trace.add("cuda_driver", "cuCtxSynchronize", 1220, 20, 1)
+    trace.launch(["aten::copy_"], "Memcpy DtoH (Device -> Pageable)", 1250, 1700, 9, stream=13, cat="gpu_memcpy")
+    for at in (1300, 1310):
+        trace.launch(["aten::sigmoid"], "sigmoid_kernel" + "x" * 200, at, at + 1100, 7)
+    trace.launch(["cria::grad_norm"], "Memset (Device)", 1350, 2430, 3, cat="gpu_memset")
+    trace.add("kernel", "_rotate_kernel", 2440, 5, 99, stream=7)  # nobody knows who launched it
+    assert told(breakdown.break_down_step(trace.events, 1, device=True)) == snapshot
+
+
+def test_the_whole_breakdown_of_a_step_of_a_cpu(snapshot):
+    """Each operator's time is without that of its children; other threads, other steps and events of other phases are
+    none of it."""
+    steps = [event(f"{breakdown.STEP}{i}", "user_annotation", 100 * i, 90) for i in (1, 2, 3)]
+    ops = [
+        ("aten::linear", 205, 40), ("aten::mm", 210, 30), ("aten::copy_", 212, 8), ("aten::mm", 222, 6),
+        ("aten::add", 250, 10), ("cria::rms_norm_forward", 262, 20), ("aten::mul", 264, 4), ("aten::late", 292, 5),
+        ("aten::early", 150, 60), ("aten::next", 300, 5),
+    ]  # fmt: skip
+    events = [*steps, *(event(name, "cpu_op", ts, dur) for name, ts, dur in ops)]
+    events += [event("elsewhere", "cpu_op", 230, 9) | {"tid": 2}, event("mark", "cpu_op", 231, 9) | {"ph": "i"}]
+    assert told(breakdown.break_down_step(events[::-1], 1, device=False)) == snapshot
+    last = breakdown.break_down_step(events, 2, device=False)
+    assert last["wall_ms"] == 0.09 and last["busy_ms"] == 0.005  # until its own range's end
+
+
+def test_a_step_is_traced_between_waits_for_the_device(monkeypatch):
+    calls = Calls()
+    monkeypatch.setattr(breakdown, "GPU", True)
+    monkeypatch.setattr(torch.cuda, "synchronize", calls.stand_in("synchronize"))
+    written = {"traceEvents": [{"name": "a \x01 b"}]}
+
+    class Profile:
+        def __enter__(self):
+            calls.lines.append("begin")
+            return self
+
+        def __exit__(self, *_):
+            calls.lines.append("end")
+
+        def export_chrome_trace(self, path):
+            Path(path).write_bytes(json.dumps(written).replace("\\u0001", "\x01").encode() + b"")
+
+    monkeypatch.setattr(breakdown, "profile", calls.stand_in("profile", lambda activities: Profile()))
+    ranges = lambda name: contextlib.nullcontext()  # noqa: E731
+    monkeypatch.setattr(breakdown, "record_function", calls.stand_in("range", ranges))
+    steps = calls.thing("steps", run=None, read_figures=None)
+    assert breakdown.trace_steps(steps, 5, 6) == written["traceEvents"]
+    cpu, cuda = breakdown.ProfilerActivity.CPU, breakdown.ProfilerActivity.CUDA
+    assert calls.lines == [
+        "synchronize()", f"profile(activities=[{cpu!r}, {cuda!r}])", "begin", "range('training step 5')",
+        "steps.run(5)", "range('training step 6')", "steps.run(6)", "steps.read_figures()", "synchronize()", "end",
+    ]  # fmt: skip
+    monkeypatch.setattr(breakdown, "GPU", False)
+    calls.lines.clear()
+    breakdown.trace_steps(steps, 1, 1)
+    assert f"profile(activities=[{cpu!r}])" in calls.lines and "synchronize()" not in calls.lines
+
+
+def test_lengths_of_intervals_are_counted_once():
+    for intervals, length in (
+        ([], 0), ([(1, 3)], 2), ([(1, 3), (2, 5)], 4), ([(2, 5), (1, 3)], 4), ([(1, 9), (2, 3), (4, 5)], 8),
+        ([(1, 2), (2, 3)], 2), ([(1, 2), (5, 7)], 3),
+    ):  # fmt: skip
+        assert breakdown.covered_length(intervals) == length
+
+
+def test_the_command_prints_where_each_step_goes(monkeypatch, capsys):
+    record = {"wall_ms": 10.0, "launches": 3, "syncs": 2, "top": [], "syncs_where": {"a in b": 2},
+              "kinds": {"GEMM": {"ms": 6.0, "share": 0.6}}}  # fmt: skip
+    monkeypatch.setattr(breakdown, "measure_breakdown", lambda name, smoke: record)
+    breakdown.main(["--smoke", "--only", "tinyllama-1.1b"])
+    out = capsys.readouterr().out.splitlines()
+    assert out[-3:] == [
+        "where a step of tinyllama-1.1b goes: 10.0 ms, 3 launches, 2 times the host waited for the device",
+        "  GEMM" + " " * 64 + "6.00 ms   60.0%", "  a in b: 2 times",
+    ]  # fmt: skip

@@ -5,6 +5,7 @@ import json
 import time
 import weakref
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,12 +14,14 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
+from engine.model.config import MODELS
 from engine.output import checkpoint, saver
 from scripts.pages import gpu_table
 from scripts.step import bench, rank_checks, ranks
 from scripts.step.rank_checks import Block, Differs
 from scripts.step.ranks import VARIANTS
 from scripts.step.rows import TOY
+from tests.helpers.calls import Calls
 
 GIB = {"peak_gib": 9.0, "peak_reserved_gib": 10.0}
 
@@ -271,3 +274,104 @@ def test_the_checks_are_measured_apart_and_all_variants_with_the_part(monkeypatc
         ranks.measure_part(SimpleNamespace(smoke=smoke))
     checks = [name for name in ranks.VARIANTS if name.startswith("checks")]
     assert asked == [checks, list(ranks.VARIANTS), ["checks, one rank"], list(ranks.SMOKE)]
+
+
+SAVE = {
+    "bytes": 8.5e9, "write_s": 4.25, "gb_per_s": 2.0, "folder": "/tmp (ext4)", "held_s": 0.25, "first_held_s": 1.5,
+    "meanwhile_over_unsaved": 1.125, "over_unsaved_at_100": 1.0625, "over_unsaved_an_epoch": 1.0156, "saves": [],
+}  # fmt: skip
+FSDP = {"over_plain": 1.0625, "over_plain_min": 1.0, "over_plain_max": 1.25, "plain_step_s_median": 2.5,
+        "peak_gib": 9.5, "plain_peak_gib": 8.25}  # fmt: skip
+APART = {"largest_loss_apart": 1.5e-4, "largest_norm_apart": 2.5e-3, "backend": "nccl"}
+LINES = [
+    (SAVE, "8.50 GB in 4.2 s (2.00 GB/s) to /tmp (ext4); held 0.250 s, the first 1.500; steps meanwhile 1.125x; "
+           "1.0625x at --save-every 100, 1.0156x with one an epoch"),
+    (SAVE | {"meanwhile_over_unsaved": None},
+     "8.50 GB in 4.2 s (2.00 GB/s) to /tmp (ext4); held 0.250 s, the first 1.500; steps meanwhile none; "
+     "1.0625x at --save-every 100, 1.0156x with one an epoch"),
+    (FSDP, "1.062x the plain step of 2.500 s (1.000 to 1.250)  9.5 GiB, plain 8.2"),
+    (FSDP | {"peak_gib": None, "master": "stochastic", "out_of_memory": "with master split: x"},
+     "1.062x the plain step of 2.500 s (1.000 to 1.250)  master stochastic; out of memory with master split: x"),
+    (APART, "the same by nccl: losses 1.5e-04 apart, norms 2.5e-03"),
+    (APART | {"read_back": "bit-equal"}, "the same by nccl: losses 1.5e-04 apart, norms 2.5e-03; read back bit-equal"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("record", "line"), LINES)
+def test_the_line_of_a_record(record, line):
+    record = {"name": "a name", **record}
+    assert ranks.format_part({"records": [record]}) == ["ranks, on one card:", f"  a name{' ' * 30}{line}"]
+
+
+def test_settings_of_variants(snapshot):
+    told = {
+        name: f"{of.func.__name__}{(*of.args, *of.keywords)}" if isinstance(of, partial) else of.__name__
+        for name, of in ranks.VARIANTS.items()
+    }
+    text = "\n".join(f"{name}: {what}" for name, what in told.items())
+    assert text.replace(f"impl='{bench.IMPL}'", "impl=here") == snapshot
+
+
+def test_a_summary_of_saves_is_told_whole():
+    """A save that is not ready before the next one is due holds it up; the first of several is left out."""
+    seconds = [1.0, 1.0, 1.0, 2.0, 1.25, 1.5, 1.0, 1.75, 1.125]
+    told = [SimpleNamespace(held_seconds=2.0, seconds=8.0, bytes=4e9),
+            SimpleNamespace(held_seconds=0.5, seconds=150.0, bytes=6e9)]  # fmt: skip
+    found = ranks.summarize_saves(seconds, [0, 1, 2, 6], [[3, 4, 5], [7, 8]], told)
+    first = {"held_s": 2.0, "copy_s": 1.0, "write_s": 8.0, "gb_per_s": 0.5, "steps_meanwhile": 2,
+             "step_s_median": 1.375, "meanwhile_over_unsaved": 1.375, "lost_s": 1.75}  # fmt: skip
+    second = {"held_s": 0.5, "copy_s": 0.75, "write_s": 150.0, "gb_per_s": 0.04, "steps_meanwhile": 1,
+              "step_s_median": 1.125, "meanwhile_over_unsaved": 1.125, "lost_s": 0.875}  # fmt: skip
+    assert found == {
+        "bytes": 4e9, "unsaved_step_s_median": 1.0, "unsaved_steps": 4, **second,
+        "meanwhile_over_unsaved_min": 1.125, "meanwhile_over_unsaved_max": 1.125,
+        "over_unsaved_at_100": 1 + (0.875 + 50) / 100, "over_unsaved_an_epoch": 1 + 0.875 / 407,
+        "first_held_s": 2.0, "first_lost_s": 1.75, "saves": [first, second],
+    }  # fmt: skip
+
+
+def test_saves_follow_steps_without_one_and_are_removed(variant, tmp_path):
+    """Each has its own warm-up; steps go on until it is written."""
+    calls, reports = Calls(), iter([None, None, "saved", "saved"])
+    steps = calls.thing("steps", run=None, read_figures=None, seconds=[1.0] * 20)
+    steps.n_steps = 20
+    steps.optimizer = SimpleNamespace(tensors=lambda: "tensors", n_updates=7)
+
+    def poll():
+        told = next(reports)
+        (tmp_path / "saved").mkdir(exist_ok=True)
+        return told and SimpleNamespace(folder=tmp_path / "saved", held_seconds=1.0, seconds=2.0, bytes=3e9)
+
+    saver = calls.thing("saver", save=None, poll=poll)
+    found = ranks.run_saves(steps, saver, variant, 2, lambda: False)
+    taken = [f"steps.run({i})" for i in range(1, 11)]
+    save = "saver.save({}, 'tensors', {{'n_updates': 7}})"
+    assert calls.lines == [
+        *taken[:4], save.format(4), "saver.poll()", taken[4], "saver.poll()", taken[5], "saver.poll()",
+        *taken[6:], save.format(10), "saver.poll()", "steps.read_figures()", "steps.seconds()",
+    ]  # fmt: skip
+    assert found["unsaved_steps"] == 4 and [save["steps_meanwhile"] for save in found["saves"]] == [2, 0]
+    assert not (tmp_path / "saved").exists()
+
+
+def test_pairs_of_blocks_are_told_whole(variant, monkeypatch):
+    """Speed is of the sharded blocks, memory the largest of each kind."""
+    made = iter([
+        Block([2.0, 4.0], [1.0, 1.0], [2.0, 2.0], [100, 200], [80, 90], [2, 3], dict(GIB)),
+        Block([3.0, 6.0], [1.0, 1.5], [2.0, 1.0], [110, 220], [88, 99], [5, 5], dict(GIB, peak_gib=7.0)),
+        Block([4.0, 8.0], [1.0] * 2, [2.0] * 2, [120, 240], [90, 95], [5, 5], GIB | {"peak_gib": 6.0}),
+        Block([1.0, 7.0], [1.0, 1.0], [2.0, 2.0], [100, 200], [80, 90], [9, 9], dict(GIB, peak_gib=11.0)),
+    ])  # fmt: skip
+    monkeypatch.setattr(ranks, "run_block", lambda *_: next(made))
+    monkeypatch.setattr(ranks, "card_here", lambda: None)
+    found = ranks.measure_fsdp(variant, 2, smoke=False)
+    here = rank_checks.variant_here(variant, False)
+    speed = ranks.summarize_speed(
+        MODELS["tinyllama-1.1b"].n_parameters, [110, 220, 120, 240], [88, 99, 90, 95], [3.0, 6.0, 4.0, 8.0], None
+    )
+    assert found == {
+        **here.describe(False), "backend": ranks.BACKEND, "pairs": 2, "over_plain": 1.5, "over_plain_min": 1.5,
+        "over_plain_max": 1.5, "plain_step_s_median": 3.0, **speed, "micro_batches_a_step": 2.5,
+        "peak_gib": 7.0, "peak_reserved_gib": 10.0, "plain_peak_gib": 11.0, "plain_peak_reserved_gib": 10.0,
+        "first_loss_apart": 0.0, "first_norm_apart": 0.0, "largest_loss_apart": 0.5, "largest_norm_apart": 0.5,
+    }  # fmt: skip
