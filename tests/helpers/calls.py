@@ -1,5 +1,6 @@
 """Stand-ins that note what they are called with, a line a call, in the order of the calls."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 def show(value):
     """Return a text of an argument that is the same on every machine."""
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
@@ -44,6 +45,10 @@ class Calls:
     def thing(self, label, **results):
         """Return an object that is shown as its label, and whose methods are stand-ins."""
         return Thing(label, {name: self.stand_in(f"{label}.{name}", result) for name, result in results.items()})
+
+    def folder(self, **_):
+        """Return a context of a folder that is called the same everywhere, in place of a temporary one."""
+        return contextlib.nullcontext("TEMPORARY")
 
     def text(self):
         return "\n".join(self.lines)

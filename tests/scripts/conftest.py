@@ -85,7 +85,7 @@ def tell(monkeypatch, tmp_path, call_main, capsys):
 def hide_versions(text):
     """Return a record without the versions of Python and of packages, each of which stands beside its own name."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("numpy", "openai", "rapidfuzz", "sentencepiece", "tokenizers"):
+    for name in ("numpy", "openai", "rapidfuzz", "sentencepiece", "tokenizers", "triton"):
         versions[name] = importlib.metadata.version(name)
     for name, version in versions.items():
         text = text.replace(f'"{name}": "{version}"', f'"{name}": "its version"')

@@ -1,6 +1,7 @@
 """The comparison with PEFT: what is over its bound is told and makes the exit code, and each side gets its own job."""
 
 import json
+import re
 import subprocess
 from argparse import Namespace
 from pathlib import Path
@@ -8,9 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from scripts.parity import adapters
 from scripts.parity.adapters import BOUNDS, Peer, cut_at_stop, find_excesses, largest_difference, read_short_rows
+from tests.helpers.calls import Calls
 from tests.helpers.damage import with_value
 
 RIGHT = {
@@ -166,3 +169,110 @@ def test_a_case_is_as_far_off_as_its_worst_gradient_and_both_train_the_same_tens
     found = adapters.compare_case(tmp_path, tokens)
     assert read == ["base", "theirs", "merged"]
     assert found["gradient"] == pytest.approx(0.3 / 0.7, rel=1e-5) and found["loss"] < 1e-6 and found["logits"] == 1.0
+
+
+def test_gradients_are_compared_in_every_case_and_back_in_peft(monkeypatch, tmp_path, capsys, snapshot):
+    """A case with a whole head has a head of its own. Tokens and RoPE's table are the same in all."""
+    calls, peer = Calls(), Stand()
+    found = {f"case-{i}": {"loss": i / 8, "gradient": i / 16} for i in range(6)}
+    case = calls.stand_in("compare", lambda folder, tokens: dict(found[folder.name]))
+    monkeypatch.setattr(adapters, "compare_case", case)
+    number = lambda path: float(path.parent.name[-1])  # noqa: E731
+    logits = lambda path: {"logits": torch.tensor([8.0 + number(path) * (path.stem == "back")])}  # noqa: E731
+    monkeypatch.setattr(adapters, "load_file", logits)
+    monkeypatch.setattr(peer, "run", calls.stand_in("run"))
+    told = adapters.compare_gradients(peer, tmp_path)
+    text = "\n".join(["\n".join(map(str, told.items())), capsys.readouterr().out, calls.text()])
+    assert text.replace(str(tmp_path), "FOLDER") == snapshot
+    given = [load_file(tmp_path / f"case-{i}" / "given.safetensors") for i in range(6)]
+    angles = torch.arange(20.0)[:, None] / 10000 ** (torch.arange(0, 8, 2) / 8)
+    for one in given:
+        assert one["tokens"].shape == (20,) and torch.equal(one["tokens"], given[0]["tokens"])
+        assert one["tokens"].max() < 97 and torch.allclose(one["cos"], angles.cos(), atol=1e-6)
+        assert torch.allclose(one["sin"], angles.sin(), atol=1e-6)
+
+
+def test_versions_are_those_of_the_peers_interpreter(monkeypatch):
+    calls = Calls()
+    ended = SimpleNamespace(stdout='{"peft": "0.21"}')
+    monkeypatch.setattr(adapters.subprocess, "run", calls.stand_in("run", ended))
+    assert Peer(Path("python"), Path("x")).read_versions() == {"peft": "0.21"}
+    names = ["bitsandbytes", "peft", "torch", "transformers", "xllamacpp"]
+    code = f"import importlib.metadata, json\nprint(json.dumps({{n: importlib.metadata.version(n) for n in {names}}}))"
+    assert calls.lines == [
+        f"run([PosixPath('python'), '-c', {code!r}], check=True, capture_output=True, text=True)"
+    ]  # fmt: skip
+
+
+def test_an_adapter_stands_beside_its_base_in_fp32(monkeypatch):
+    calls = Calls()
+    source, adapter = calls.thing("source", read_into=None), calls.thing("adapter", read_into=None)
+    source.config, adapter.config = "the base's", "the adapter's"
+    for name, result in {
+        "open_source": source, "open_adapter": adapter, "new_model": "model", "load_model": ("another", "tokenizer", 0)
+    }.items():  # fmt: skip
+        monkeypatch.setattr(adapters, name, calls.stand_in(name, result))
+    assert adapters.load_adapter_beside(Path("base"), Path("mine")) == ("model", "tokenizer")
+    assert calls.lines == [
+        "open_source(PosixPath('base'))", "open_adapter(PosixPath('mine'), \"the base's\")",
+        "new_model(\"the base's\", 'cpu', torch.float32, 'ref', adapter=\"the adapter's\")",
+        "source.read_into('model')", "adapter.read_into('model')",
+        "load_model('base', device(type='cpu'), torch.float32, 'ref')",
+    ]  # fmt: skip
+
+
+def test_greedy_answers_of_the_merged_model_are_compared_up_to_their_stop(monkeypatch, tmp_path, snapshot):
+    calls = Calls()
+    answers = {"answer": [[5, 6, 2, 9], [7]], "answer_by_llama_cpp": [[5, 6], [8]]}
+
+    def run(action, jobs):
+        (job,) = jobs
+        Path(job["out"]).write_text(json.dumps(answers[action]))
+
+    peer = SimpleNamespace(run=calls.stand_in("run", run))
+    tokenizer = calls.thing("tokenizer", encode=lambda text: [len(text)], decode=str)
+    tokenizer.stop_ids = {2}
+    beside, merged = calls.thing("beside"), calls.thing("merged")
+    logits = {"beside": torch.tensor([1.0, 4.0]), "merged": torch.tensor([1.0, 5.0])}
+    for name, result in {
+        "run_module": None, "load_adapter_beside": (beside, tokenizer), "generate": [[5, 6, 2], [7, 2]],
+        "load_model": (merged, 0, 0), "our_logits": lambda model, tokens: logits[model.label],
+    }.items():  # fmt: skip
+        monkeypatch.setattr(adapters, name, calls.stand_in(name, result))
+    monkeypatch.setattr(adapters, "ANSWERS", 2)
+    rows = [{"instruction": "a", "input": "", "output": "b"}, {"instruction": "c", "input": "d", "output": "e"}] * 2
+    found = adapters.compare_merged(peer, tmp_path, rows)
+    assert found == {
+        "answers": 2, "first_answer": "[5, 6, 2]", "same_in_transformers": 2, "same_in_llama_cpp": 1,
+        "merged_logits": 0.25,
+    }  # fmt: skip
+    assert calls.text().replace(str(tmp_path), "FOLDER") == snapshot
+
+
+@pytest.mark.parametrize("python", ["p", None])
+def test_the_whole_comparison(python, monkeypatch, tell, snapshot, capsys):
+    calls = Calls()
+    monkeypatch.setattr(adapters.tempfile, "TemporaryDirectory", calls.folder)
+    monkeypatch.setattr(Peer, "label", property(lambda peer: f"peer {peer.python} {peer.folder}"), raising=False)
+    tokenizer = SimpleNamespace(label="tokenizer", encode=lambda text: list(text))
+    for name, result in {
+        "make_environment": (Path("bin"), {}), "compare_gradients": RIGHT["fp64"], "run_module": None,
+        "load_model": (0, tokenizer, 0), "read_short_rows": [{"output": "x" * 30}, {"output": "y"}],
+        "train_twice": lambda peer, args, base, folder, rows, kind: RIGHT["curve" if kind == "lora" else "qlora"],
+        "cross_adapters": RIGHT["crossed"], "compare_merged": RIGHT["merged"],
+    }.items():  # fmt: skip
+        monkeypatch.setattr(adapters, name, calls.stand_in(name, result))
+    monkeypatch.setattr(Peer, "read_versions", lambda _: {"peft": "0.21"})
+    monkeypatch.setattr(adapters, "BOUNDS", adapters.BOUNDS)
+    text = tell(adapters, "--data", "dir/mine.json", "--steps", 3, *(("--python", python) if python else ()))
+    log = re.sub(r"json='[^']*'", "json=FILE", calls.text())
+    assert text + "\n" + log == snapshot
+
+
+def test_what_is_over_its_bound_is_told_in_words():
+    wrong = with_value(with_value(RIGHT, ("merged", "same_in_llama_cpp"), 4), ("fp64", "a case", "gradient"), 2e-10)
+    wrong = with_value(wrong, ("curve", "worst_relative_difference", "loss"), 2e-4)
+    assert find_excesses(wrong) == [
+        "a case, gradient is 2.0e-10 off, wanted 1e-10", "a step's loss is 2.0e-04 off, wanted 0.0001",
+        "llama_cpp gives 4 of 6 answers",
+    ]  # fmt: skip

@@ -1,10 +1,12 @@
 """The loop that ours is compared with: its rows, its padding, and what a step of it does."""
 
-import json
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+from tests.helpers.calls import Calls
 
 ROWS = [{"instruction": "ab", "input": "", "output": "cde"}, {"instruction": "a", "input": "b", "output": "c"}]
 
@@ -110,38 +112,28 @@ def test_gradients_are_clipped_at_a_norm_of_one_and_frozen_weights_stay(loop, ex
     assert torch.equal(before, made.model.embedding.weight)
 
 
-def test_both_sides_train_on_the_rows_in_order_at_every_micro_batch(
-    load_beside_stand_in, monkeypatch, tmp_path, call_main
-):
-    """What transformers gets is the file's rows, a batch a step; a curve of ours is of its own micro-batch."""
-    loss_curve = load_beside_stand_in("scripts.parity.loss_curve")
-    rows = [{"instruction": f"Say {i}.", "input": "", "output": f"{i}"} for i in range(6)]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    taken, started = [], []
+def test_a_micro_batch_may_count_as_much_as_another_whatever_its_targets(loop):
+    made = loop.TransformersLoop("", lr=0.1, total_steps=10, load=lambda *_, **__: Tiny())
+    model, of = Tiny(), []
+    for ids, labels in EXAMPLES:
+        logits = model(torch.tensor([ids[:-1]]), None, False).logits[0]
+        of.append(torch.nn.functional.cross_entropy(logits, torch.tensor(labels[1:])))
+    loss, norm = made.step(EXAMPLES, 1, loss_norm="micro-batch")
+    (sum(of) / 3).backward()
+    assert loss == pytest.approx((sum(of) / 3).item(), rel=1e-5)
+    assert norm == pytest.approx(torch.stack([p.grad.norm() for p in model.parameters()]).norm().item(), rel=1e-4)
 
-    class Loop:
-        def __init__(self, folder, **settings):
-            assert settings == {"lr": 2e-5, "total_steps": 3, "exact_norm": True}
 
-        def step(self, examples, micro):
-            taken.extend(examples)
-            return 2.0, 1.0
-
-    def curve(args, out, *flags, environment=None):
-        started.append([str(flag) for flag in flags])
-        micro = int(flags[flags.index("--micro-batch-size") + 1])
-        return [(2.0 * (1 + micro / 100), 1.0)] * 3
-
-    monkeypatch.setattr(loss_curve, "TransformersLoop", Loop)
-    monkeypatch.setattr(loss_curve, "run_module", lambda *_: None)
-    monkeypatch.setattr(loss_curve, "finetune_curve", curve)
-    monkeypatch.setattr(loss_curve.transformers.AutoTokenizer, "from_pretrained", lambda folder: tokenize)
-    data, out = tmp_path / "rows.json", tmp_path / "x.json"
-    call_main(loss_curve, "--data", data, "--json", out, "--steps", 3, "--batch", 2, "--micro", 1, 2)
-    assert taken == loss_curve.encode_rows(rows, tokenize, 512) and len(started) == 2
-    assert all("--no-shuffle" in flags and str(data) in flags for flags in started)
-    found = json.loads(out.read_text())
-    assert {micro: d["loss"] for micro, d in found["worst_relative_difference"].items()} == pytest.approx(
-        {"1": 0.01, "2": 0.02}
-    )
-    assert found["loss"]["2"] == pytest.approx([2.04] * 3) and found["transformers_loss"] == [2.0] * 3
+@pytest.mark.parametrize(("total", "warmup"), [(10, 1), (34, 2), (100, 3), (1, 1)])
+def test_the_schedule_warms_up_over_its_share_of_the_steps(total, warmup, loop, monkeypatch):
+    calls = Calls()
+    monkeypatch.setattr(torch.optim, "AdamW", calls.stand_in("AdamW", calls.thing("optimizer")))
+    monkeypatch.setattr(loop.transformers, "get_cosine_schedule_with_warmup", calls.stand_in("schedule"))
+    load = calls.stand_in("load", lambda folder, dtype: Tiny().eval())
+    made = loop.TransformersLoop("folder", lr=0.5, total_steps=total, dtype=torch.bfloat16, fused=True, load=load)
+    assert made.model.training
+    sizes = "[float32[12, 4], float32[12, 4], float32[12]]"
+    assert re.sub("Parameter containing.*?True", "P", calls.text(), flags=re.DOTALL).split("\n") == [
+        "load('folder', dtype=torch.bfloat16)", f"AdamW({sizes}, lr=0.5, weight_decay=0.0, fused=True)",
+        f"schedule(optimizer, {warmup}, {total})",
+    ]  # fmt: skip

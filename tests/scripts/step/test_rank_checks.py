@@ -1,5 +1,6 @@
 """Checks of ranks on one device: what is wrong or not possible is reported as such."""
 
+import itertools
 import json
 import math
 import os
@@ -323,3 +324,56 @@ def test_collectives_of_several_ranks_are_held_to_their_sums(n, wrong, monkeypat
             rank_checks.check_collectives("cpu")
     else:
         rank_checks.check_collectives("cpu")
+
+
+def test_a_state_is_saved_halfway_and_the_later_losses_are_compared(monkeypatch):
+    """It is saved while the run trains on; both resumed runs start after it and are held to the second half."""
+    calls, made, weight = Calls(), itertools.count(), torch.zeros(1)
+
+    def new_steps(variant, tokens, n, smoke, shard):
+        i = next(made)
+        train = lambda step: None if i else weight.add_(step)  # noqa: E731
+        steps = calls.thing(f"steps {i}", run=train, read_figures=None, close=None)
+        steps.n_steps, steps.losses = n, [4.0, 8.0] if i else [1.0, 2.0, 4.0, 8.0]
+        steps.optimizer = SimpleNamespace(tensors=lambda: {"w": SimpleNamespace(tensor=weight, label="w")})
+        return steps
+
+    saver = calls.thing("saver", save=None, wait=SimpleNamespace(bytes=99, folder="the folder"), close=None)
+    opened = SimpleNamespace(manifest={"n_updates": 2}, label="opened")
+    load = lambda found, tensors: tensors["w"].tensor.fill_(3.0)  # noqa: E731
+    monkeypatch.setattr(Variant, "label", "variant", raising=False)
+    monkeypatch.setattr(rank_checks, "Steps", calls.stand_in("Steps", new_steps))
+    monkeypatch.setattr(rank_checks, "Saver", calls.stand_in("Saver", saver))
+    monkeypatch.setattr(rank_checks.checkpoint, "open_checkpoint", calls.stand_in("open", opened))
+    monkeypatch.setattr(rank_checks.checkpoint, "load", calls.stand_in("load", load))
+    found = rank_checks.check_save_and_resume(Variant(tokens=9, steps=4), True, "shard", "folder")
+    assert found == {"saved_bytes": 99, "read_back": "bit-equal, sharded and plain", "resumed_loss_apart": 0.0}
+    steps_of = lambda i, *numbers: [f"steps {i}.run({n})" for n in numbers]  # noqa: E731
+    resumed = lambda i: [  # noqa: E731
+        "open('the folder')", "load(opened, {'w': w})", *steps_of(i, 3, 4), f"steps {i}.read_figures()",
+        f"steps {i}.close()",
+    ]  # fmt: skip
+    assert calls.lines == [
+        "Steps(variant, 9, 4, True, 'shard')", f"Saver('folder', keep=1, device={rank_checks.DEVICE!r})",
+        *steps_of(0, 1, 2), "saver.save(2, {'w': w}, {'n_updates': 2})", *steps_of(0, 3, 4),
+        "steps 0.read_figures()", "saver.wait()", "saver.close()", "steps 0.close()",
+        "Steps(variant, 9, 4, True, None)", *resumed(1), "Steps(variant, 9, 4, True, 'shard')", *resumed(2),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("names", [("w", "m"), ("w",), ("w", "m", "v")])
+def test_a_state_has_the_tensors_that_were_saved(names, monkeypatch):
+    monkeypatch.setattr(rank_checks.checkpoint, "open_checkpoint", lambda f: SimpleNamespace(manifest={"n_updates": 5}))
+    monkeypatch.setattr(rank_checks.checkpoint, "load", lambda found, tensors: None)
+    zero = torch.zeros(1)
+    optimizer = SimpleNamespace(tensors=lambda: {name: SimpleNamespace(tensor=zero) for name in ("w", "m")})
+    steps = SimpleNamespace(
+        optimizer=optimizer, n_steps=1, run=None, read_figures=lambda: None, losses=[2.0 + 2**-20, 2.0]
+    )
+    kept = dict.fromkeys(names, zero)
+    if names == ("w", "m"):
+        found = rank_checks.resume_and_compare(steps, "folder", kept, 1, [2.0, 2.0], "plain")
+        assert found == 2**-21 and optimizer.n_updates == 5
+    else:
+        with pytest.raises((Differs, KeyError)):
+            rank_checks.resume_and_compare(steps, "folder", kept, 1, [2.0, 2.0], "plain")
