@@ -241,3 +241,21 @@ def test_inputs_that_cannot_be_made_are_a_failure_of_the_case(run):
     assert run.result["records"] == [
         {"op": "swiglu", "shape": "T=4 F=8", "who": "inputs and reference", "failed": f"ValueError: {'x' * 300}"}
     ]
+
+
+def test_a_case_is_run_on_the_same_random_numbers_each_time(run, monkeypatch):
+    """Inputs and gradients are of one seed, and the gradients are normal numbers."""
+    given = []
+
+    class Noting:
+        def __init__(self, case, inputs, upstream, dtype):
+            given.append((inputs.gate_up, upstream[0], dtype))
+
+    monkeypatch.setattr(benchmark, "Truth", Noting)
+    monkeypatch.setattr(benchmark, "_contenders", lambda case, peers: {})
+    for _ in range(2):
+        torch.rand(3)
+        run.run_case(bench_cases.swiglu_case(64, 8))
+    (x, dy, dtype), (again, dy_again, _) = given
+    assert torch.equal(x, again) and torch.equal(dy, dy_again) and dtype == torch.float32
+    assert 0.85 < dy.std() < 1.15 and dy.shape == (64, 8) and dy.unique().numel() > 500

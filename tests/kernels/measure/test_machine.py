@@ -1,7 +1,9 @@
 """Files of figures."""
 
+import importlib.metadata
 import json
 import os
+import platform
 import subprocess
 from types import SimpleNamespace
 
@@ -54,3 +56,32 @@ def test_a_card_is_told_as_torch_knows_it(monkeypatch):
         "driver": "580.1", "torch": machine.torch.__version__,
     }  # fmt: skip
     assert facts.items() >= wanted.items()
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_memory_is_freed_on_the_host_and_the_gpu(gpu, monkeypatch):
+    freed = []
+    monkeypatch.setattr(machine, "GPU", gpu)
+    monkeypatch.setattr(machine.gc, "collect", lambda: freed.append("host"))
+    monkeypatch.setattr(machine.torch.cuda, "empty_cache", lambda: freed.append("gpu"))
+    machine.free_memory()
+    assert freed == ["host", "gpu"][: 1 + gpu]
+
+
+@pytest.mark.parametrize(("interpreted", "name"), [(True, "CPU, Triton's interpreter"), (False, "CPU")])
+def test_facts_of_a_cpu_are_versions(interpreted, name, monkeypatch):
+    monkeypatch.setattr(machine, "GPU", False)
+    monkeypatch.setattr(machine, "INTERPRETED", interpreted)
+    monkeypatch.setattr(machine, "installed_version", lambda package: f"of {package}")
+    monkeypatch.setattr(machine.time, "strftime", lambda form: form)
+    packages = ("liger-kernel", "cut-cross-entropy", "flashoptim", "bitsandbytes", "torchao", "transformers")
+    assert machine.describe_machine() == {
+        "device": name, "torch": machine.torch.__version__, "triton": machine.triton.__version__,
+        "cuda": machine.torch.version.cuda, "python": platform.python_version(),
+        "date": "%Y-%m-%d", "packages": {package: f"of {package}" for package in packages},
+    }  # fmt: skip
+
+
+def test_a_version_is_that_of_the_package_or_none():
+    assert machine.installed_version("torch") == importlib.metadata.version("torch")
+    assert machine.installed_version("no-such-package-of-ours") is None

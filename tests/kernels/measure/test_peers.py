@@ -298,3 +298,75 @@ def test_another_optimizer_takes_a_step_of_adamw(who, monkeypatch):
     want = p.double() * 0.875 - 0.25 * g.double() / (g.double().abs() + 1e-8)
     assert found.dtype == dtype and not found.requires_grad and worst(found.double() - want) < tolerance
     assert inputs.param.equal(before) and given == ([settings] if name else [])
+
+
+@pytest.mark.parametrize("who", ["FLASH_ATTENTION", "CUDNN_ATTENTION"])
+def test_sdpa_is_asked_for_by_the_backend_of_its_name(who, monkeypatch):
+    """Once for each run, which is causal and groups the queries where there are fewer keys."""
+    import torch.nn.attention as torchs
+    from torch.nn.attention import SDPBackend
+
+    real, asked, given = torchs.sdpa_kernel, [], []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def attention_of(*args, **named):
+        given.append(named)
+        return attend(*args, **named)
+
+    monkeypatch.setattr(torchs, "sdpa_kernel", lambda backend: asked.append(backend) or real(SDPBackend.MATH))
+    monkeypatch.setattr(bench_peers.F, "scaled_dot_product_attention", attention_of)
+    monkeypatch.setattr(bench_peers, "require_cuda", lambda what: None)
+    for kv_heads in (2, 1):
+        case = bench_cases.attention_case("", PACKED, 8, 2, kv_heads, 16, packed=True)
+        inputs = copy_as_leaves(case, case.inputs("cpu", torch.float32))
+        ready = bench_peers.sdpa(who)(case, inputs, (torch.randn(8, 2, 16),))
+        assert worst(ready.canonical(ready.run()) - case.reference(inputs)) < 1e-5
+    assert asked == [getattr(SDPBackend, who)] * 2
+    assert given == [{"is_causal": True, "enable_gqa": grouped} for grouped in (False, True)]
+
+
+def test_torch_compiles_a_reference_once_a_case(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "compile", lambda fn, **named: compiled.append(named) or (lambda i: fn(i) * 2))
+    case = bench_cases.swiglu_case(4, 8, main=True)
+    inputs, upstream, ready = ready_of(case, "torch.compile")
+    again = bench_peers.compiled(case, inputs, upstream)
+    assert compiled == [{"dynamic": False}] * 2 and case.memo["compiled"](inputs).equal(2 * case.reference(inputs))
+    assert ready.run().equal(again.run()) and ready.upstream is upstream
+
+
+def test_a_package_is_imported_where_it_can_run(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench_peers.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(bench_peers.importlib, "import_module", lambda name: asked.append(name) or name)
+    assert bench_peers.import_peer("a") == "a" and bench_peers.import_peer("a", "a.b") == "a.b"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(bench_peers.Absent, match="what runs on CUDA alone"):
+        bench_peers.require_cuda("what")
+    assert asked == ["a", "a.b"]
+
+
+def test_each_peer_is_of_its_package_and_module(monkeypatch):
+    asked = []
+
+    def absent(*names):
+        asked.append(names)
+        raise bench_peers.Absent("no")
+
+    monkeypatch.setattr(bench_peers, "import_peer", absent)
+    for case in bench_cases.toy_cases():
+        for who in bench_peers.PEERS.get(case.op, {}):
+            if case.main and who not in ("torch.compile", "bare GEMM", "ours, in place") and case.op != "attention":
+                asked.append(who)
+                reason(who, case)
+    liger = ("liger_kernel", "liger_kernel.ops")
+    assert asked == [
+        "F.rms_norm", "liger-kernel", liger, "liger-kernel", liger, "liger-kernel", liger, "liger-kernel merged",
+        ("liger_kernel", "liger_kernel.ops.swiglu"), "liger-kernel", liger, "cut-cross-entropy", ("cut_cross_entropy",),
+        "cut-cross-entropy, exact", ("cut_cross_entropy",), "torch foreach", "bitsandbytes",
+        ("bitsandbytes", "bitsandbytes.functional"), "torch fused, fp32", "torch fused, all bf16", "flashoptim 32",
+        ("flashoptim",), "flashoptim 24", ("flashoptim",), "bitsandbytes 8-bit", ("bitsandbytes",), "torchao 8-bit",
+        ("torchao", "torchao.optim"),
+    ]  # fmt: skip
