@@ -6,7 +6,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+
+from tests.helpers.calls import Calls
 
 
 class Norm(torch.nn.Module):
@@ -149,3 +151,81 @@ def test_gradients_have_the_names_of_pefts_file(peer):
     parameters = [(name, SimpleNamespace(requires_grad=bool(to), grad=name)) for name, to in names.items()]
     found = peer.name_gradients(SimpleNamespace(named_parameters=lambda: parameters))
     assert found == {to: name for name, to in names.items() if to}
+
+
+def test_an_action_does_all_its_jobs_in_order(peer, monkeypatch, tmp_path):
+    done = []
+    peer.transformers.utils = SimpleNamespace(
+        logging=SimpleNamespace(disable_progress_bar=lambda: done.append("quiet"))
+    )
+    (tmp_path / "jobs.json").write_text('[{"a": 1}, {"a": 2}]')
+    monkeypatch.setitem(peer.ACTIONS, "train", done.append)
+    monkeypatch.setattr(sys, "argv", ["peft_peer", "train", str(tmp_path / "jobs.json")])
+    peer.main()
+    assert done == ["quiet", {"a": 1}, {"a": 2}]
+    assert {name: call.__name__ for name, call in peer.ACTIONS.items() if name != "train"} == {
+        name: name for name in ("make_case", "compute_logits", "answer", "answer_by_llama_cpp")
+    }
+
+
+def test_logits_in_fp64_are_of_the_table_that_is_given(peer, tmp_path, monkeypatch):
+    table = {"cos": torch.tensor([[0.5]]), "sin": torch.tensor([[0.25]])}
+    save_file(table, tmp_path / "t")
+    used = []
+    monkeypatch.setattr(peer, "use_fp64", lambda model, cos, sin: used.append((model, cos.item(), sin.item())))
+    model = Model()
+    peer.transformers.LlamaForCausalLM = SimpleNamespace(from_pretrained=lambda folder, dtype: model)
+    monkeypatch.setattr(Model, "__call__", lambda self, input_ids: self.forward(input_ids))
+    job = {"base": "b", "adapter": "", "tokens": [5], "dtype": "float64", "out": str(tmp_path / "o")}
+    peer.compute_logits(job | {"table": str(tmp_path / "t")})
+    assert used == [(model, 0.5, 0.25)] and load_file(tmp_path / "o")["logits"].tolist() == [[0, 5, 10]]
+
+
+def test_a_case_is_of_an_adapter_that_is_not_zero_in_fp64(peer, tmp_path, monkeypatch):
+    """What PEFT begins at zero, and what is trained whole, is drawn; the base is written before, the results after."""
+    calls = Calls()
+    tokens = torch.tensor([0, 2, 1])
+    save_file({"tokens": tokens, "cos": torch.ones(1), "sin": torch.zeros(1)}, tmp_path / "given.safetensors")
+    names = ("q.lora_A.default.weight", "q.lora_B.default.weight", "head.modules_to_save.default.weight")
+    parameters = {name: torch.nn.Parameter(torch.zeros(3, 3, dtype=torch.float64)) for name in names}
+
+    def forward(input_ids):
+        assert input_ids.tolist() == [[0, 2, 1]]
+        calls.lines.append("forward")
+        return SimpleNamespace(logits=(sum(parameters.values()) + 0.5)[None])
+
+    base = calls.thing("base", save_pretrained=None)
+    base.double = lambda: calls.lines.append("base.double") or base
+
+    class Adapted:
+        label = "adapted"
+        __call__ = staticmethod(forward)
+        named_parameters = staticmethod(parameters.items)
+        double = staticmethod(calls.stand_in("adapted.double"))
+        save_pretrained = staticmethod(calls.stand_in("adapted.save_pretrained"))
+
+    adapted = Adapted()
+    peer.transformers.LlamaConfig = calls.stand_in("LlamaConfig", "config")
+    peer.transformers.LlamaForCausalLM = calls.stand_in("LlamaForCausalLM", base)
+    peer.peft.LoraConfig = calls.stand_in("LoraConfig", "lora")
+    peer.peft.get_peft_model = calls.stand_in("get_peft_model", lambda *_: adapted)
+    monkeypatch.setattr(peer, "use_fp64", calls.stand_in("use_fp64"))
+    monkeypatch.setattr(torch, "manual_seed", calls.stand_in("seed"))
+    peer.make_case({"folder": str(tmp_path), "shape": {"a": 1}, "lora": {"r": 4}, "seed": 7})
+    assert calls.text().replace(str(tmp_path), "FOLDER").split("\n") == [
+        "seed(7)", "LlamaConfig(initializer_range=0.3, a=1)", "LlamaForCausalLM('config')", "base.double",
+        "base.save_pretrained(PosixPath('FOLDER/base'))", "LoraConfig(task_type='CAUSAL_LM', r=4)",
+        "get_peft_model(base, 'lora')", "adapted.double()", "adapted.save_pretrained(PosixPath('FOLDER/theirs'))",
+        "use_fp64(adapted, float32[1], float32[1])", "forward",
+    ]  # fmt: skip
+    a, b, head = parameters.values()
+    assert not a.any() and 0.05 < b.std() < 0.5 and 0.05 < head.std() < 0.5
+    found = load_file(tmp_path / "results.safetensors")
+    logits = (b + head + 0.5).detach()
+    chances = torch.softmax(logits[:-1], -1)
+    loss = -chances[range(2), tokens[1:]].log().mean()
+    gradient = (chances - torch.nn.functional.one_hot(tokens[1:], 3)) / 2
+    assert set(found) == {"q.lora_A.weight", "q.lora_B.weight", "head.weight", "loss", "logits"}
+    assert torch.equal(found["logits"], logits) and torch.allclose(found["loss"], loss)
+    for name in ("q.lora_A.weight", "q.lora_B.weight", "head.weight"):
+        assert torch.allclose(found[name][:2], gradient) and not found[name][2].any()

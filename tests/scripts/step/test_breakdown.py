@@ -360,3 +360,35 @@ def test_the_command_prints_where_each_step_goes(monkeypatch, capsys):
         "where a step of tinyllama-1.1b goes: 10.0 ms, 3 launches, 2 times the host waited for the device",
         "  GEMM" + " " * 64 + "6.00 ms   60.0%", "  a in b: 2 times",
     ]  # fmt: skip
+
+
+def test_what_is_launched_at_the_first_moment_of_a_step_is_of_it():
+    """And not of the one that ends there."""
+    events = trace_of(*work("Memcpy DtoD", 200, 9, 7, dur=3))
+    assert [breakdown.break_down_step(events, i, device=True)["launches"] for i in (0,)] == [1]
+    third = [event(f"{breakdown.STEP}3", "user_annotation", 300, 100),
+             event("cudaLaunchKernel", "cuda_runtime", 301, 1, correlation=3),
+             event("_kernel", "kernel", 310, 50, correlation=3, stream=7)]  # fmt: skip
+    assert breakdown.break_down_step([*events, *third], 1, device=True)["launches"] == 2
+
+
+def test_an_operator_that_begins_with_the_one_inside_it_is_around_it():
+    outer, inner = event("outer", "cpu_op", 5, 10), event("inner", "cpu_op", 5, 4)
+    for events in ([outer, inner], [inner, outer]):
+        found = {e["name"]: around for e, around in breakdown.nest_host_events(events)}
+        assert found == {"outer": [], "inner": ["outer"]}
+
+
+def test_a_call_outside_operators_tells_when_and_the_operators_id_what():
+    """A graph's kernels are launched later than the operators that made them ran."""
+    later = [
+        event("aten::add", "cpu_op", 110, 5, **{"External id": 77}),
+        event("cudaGraphLaunch", "cuda_runtime", 220, 1, correlation=9),
+        event("some_kernel", "kernel", 245, 4, correlation=9, stream=7, **{"External id": 77}),
+    ]
+    third = [event(f"{breakdown.STEP}3", "user_annotation", 300, 100),
+             event("cudaLaunchKernel", "cuda_runtime", 301, 1, correlation=3),
+             event("_kernel", "kernel", 310, 50, correlation=3, stream=7)]  # fmt: skip
+    assert breakdown.break_down_step(trace_of(*later), 0, device=True)["launches"] == 1
+    found = breakdown.break_down_step(trace_of(*later, *third), 1, device=True)
+    assert found["launches"] == 2 and found["top"][1]["name"] == "some_kernel"

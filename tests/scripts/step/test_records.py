@@ -103,3 +103,43 @@ def test_a_record_has_the_seconds_it_took(monkeypatch):
     file.path, file.result, file.may_begin = None, {"records": []}, lambda name: True
     file.attempt("a", lambda: {"b": 1})
     assert file.result["records"] == [{"name": "a", "b": 1, "seconds": 5.0}]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(ValueError("\n first line\nsecond"), "ValueError: first line"), (ValueError(""), "ValueError: "),
+     (ValueError("x" * 400), "ValueError: " + "x" * 300),
+     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"),
+      "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")],
+)  # fmt: skip
+def test_a_failure_is_told_by_its_first_line_and_want_of_memory_ends_no_process(error, said, monkeypatch, capsys):
+    freed = []
+    monkeypatch.setattr(records, "free_memory", lambda: freed.append(1))
+
+    def fail():
+        raise error
+
+    file = records.Records()
+    file.attempt("a", fail)
+    (record,) = file.result["records"]
+    assert record["failed"] == said and freed == [1]
+    out, err = capsys.readouterr()
+    assert out == f"  a{' ' * 61}failed: {said}\n" and "Traceback" in err
+
+
+def test_flags_of_a_measuring_process(monkeypatch, capsys):
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(records, "GPU", True)
+    found = records.parse_arguments("x.y", "Doc.\nMore.", ["a", "b"], ["--minutes", "2.5", "--only", "b"])
+    assert vars(found) == {"only": ["b"], "json": None, "minutes": 2.5, "smoke": False} and not threads
+    monkeypatch.setattr(records, "GPU", False)
+    assert records.parse_arguments("x.y", "Doc.\nMore.", ["a", "b"], ["--smoke"]).minutes is None and threads == [1]
+    for flags, said in (([], "no GPU is visible to torch"), (["--smoke", "--minutes", "nan"], "--minutes")):
+        with pytest.raises(SystemExit):
+            records.parse_arguments("x.y", "Doc.\nMore.", ["a", "b"], flags)
+        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        records.parse_arguments("x.y", "Doc.\nMore.", ["a", "b"], ["--help"])
+    said = capsys.readouterr().out
+    assert "usage: python -m x.y" in said and "Doc." in said and "More." not in said and "of a; b" in said

@@ -40,3 +40,10 @@ def test_a_model_is_the_one_that_is_named_and_steps_take_rows_in_turn():
         n = step_rows.rows_a_step(smoke)
         taken = np.concatenate([step_rows.examples_of_step(step, smoke) for step in (1, 2, 3)])
         assert taken.tolist() == list(range(3 * n))
+
+
+def test_rows_of_a_smoke_run_are_short_and_of_many_lengths():
+    """Some are cut, not all."""
+    rows = step_rows.alpaca_rows(4, smoke=True)
+    assert len(rows) == 4 * 6 and rows.tokens.max() < 256 and rows.tokens.min() >= 0
+    assert rows.lengths().max() == 64 and 0 < (rows.lengths() == 64).sum() < 12 and rows.loss_tokens().min() > 0
