@@ -62,7 +62,8 @@ def parse_chat(turns: Sequence[Any], key: str, require_answers: bool, with_tools
     chat = Chat()
     for i, turn in enumerate(turns):
         add_message(chat, require_type(turn, dict, f"{key}[{i}]"), f"{key}[{i}]", with_tools)
-        unread |= {f"{key}[].{name}" for name in turn if name not in READ and not is_empty(turn[name])}
+        read = READ | {"name"} if chat.messages[-1][0] == "tool" else READ
+        unread |= {f"{key}[].{name}" for name in turn if name not in read and not is_empty(turn[name])}
     last = chat.messages[-1][0] if chat.messages else "none"
     if last != "assistant" and (require_answers or last not in ("user", "tool")):
         raise BadRow(f"{key}: got {last} as the last role, wanted assistant")

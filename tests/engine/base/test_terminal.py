@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from engine.base import terminal as log
 from engine.base.terminal import Output, Progress, format_duration, track
@@ -229,3 +230,55 @@ def test_a_line_goes_on_two_columns_after_its_own_beginning(columns, monkeypatch
     log.print_wrapped("ab cd ef ef ef ef ef ef   \n\n   gh ij ij ij ij ij ij")
     rows = [row.rstrip() for row in capsys.readouterr().out.splitlines()]
     assert rows == ["ab cd ef ef ef ef ef", "  ef", "", "   gh ij ij ij ij ij", "     ij"]
+
+
+def test_the_bar_at_every_width(monkeypatch, snapshot):
+    """At a step, at the last, of an evaluation within a run, and of work that has no end."""
+    now = [100.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+
+    def show(progress, width):
+        progress.console = Console(width=width, file=io.StringIO(), color_system=None)
+        progress.console.print(progress._render())
+        return f"{width:3} |{progress.console.file.getvalue().removesuffix(chr(10))}|"
+
+    run, endless = Progress(30, start=3, file=io.StringIO()), Progress(None, unit="rows", file=io.StringIO())
+    lines = []
+    for step, seconds in ((4, 40.0), (17, 130.0), (30, 3600.0)):
+        now[0] += seconds
+        run.show_step(step, **figures())
+        endless.advance(7)
+        within = Progress(50, file=io.StringIO())
+        items = within.track("evaluating", range(8))
+        for _ in range(step // 10 + 2):
+            next(items)
+            now[0] += 2.0
+        for width in (30, 45, 46, 60, 61, 75, 76, 86, 87, 100, 140):
+            lines += [show(run, width)]
+        lines += [show(progress, width) for progress in (endless, within) for width in (40, 90)]
+    assert "\n".join(lines) == snapshot
+
+
+@pytest.mark.parametrize(
+    ("counts", "told"),
+    [([400_000], (1, [0, 1])), ([600_000, 600_000, 1_300_000], (2, [1, 0, 1, 0])),
+     ([499_999] * 6, (3, [0, 1, 0, 1, 0, 1, 0]))],
+)  # fmt: skip
+def test_millions_of_parameters_are_counted(counts, told, monkeypatch):
+    """Each part rounded with all before it, so that nothing is lost; the bar ends full."""
+    made, advanced = [], []
+
+    class Bar(Progress):
+        def __init__(self, total, **more):
+            super().__init__(total, file=io.StringIO(), **more)
+            made.append((total, more))
+
+        def advance(self, n=1):
+            advanced.append(n)
+            super().advance(n)
+
+    monkeypatch.setattr(log, "Progress", Bar)
+    with log.watch_parameters("reading", sum(counts)) as advance:
+        for n in counts:
+            advance(n)
+    assert made == [(told[0], {"unit": "reading, M parameters"})] and advanced == told[1] and sum(advanced) == told[0]

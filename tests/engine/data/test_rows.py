@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from engine.base.errors import DataError
 from engine.data.json_files import MAX_NESTING, LineCounter
 from engine.data.rows import read_rows
-from engine.data.values import MAX_ROW_BYTES
+from engine.data.values import MAX_ROW_BYTES, shorten
 from engine.text.templates import Row
 from tests.helpers.forks import Started
 from tests.helpers.own_rows import write_alpaca
@@ -554,3 +554,8 @@ def test_a_huge_row_is_dropped_alone_in_little_memory(form, fill, write):
     assert skipped == [[f"{path}:2", f"got {HUGE + 34} bytes, wanted at most {MAX_ROW_BYTES} (MAX_ROW_BYTES)"]]
     assert peak_bytes < 1 << 20
     path.unlink()  # pytest keeps its temporary folders
+
+
+@pytest.mark.parametrize(("length", "told"), [(78, "'" + "x" * 78 + "'"), (79, "'" + "x" * 76 + "...")])
+def test_a_value_is_told_in_80_characters_at_most(length, told):
+    assert shorten("x" * length) == told and len(told) == 80

@@ -9,6 +9,7 @@ import kernels
 from engine import finetune
 from engine.base.errors import UsageError, run_main
 from engine.inference.generation import generate
+from engine.model.adapter import AdapterConfig
 from engine.model.config import ModelConfig
 from engine.model.llama import Transformer, choose_attention, new_model
 from kernels.compiled.cuda_simulation import cuda_on_machine
@@ -227,3 +228,28 @@ def test_layers_attend_by_cuda_where_the_plan_is_for_it():
     assert [launch.kernel for launch in launches] == ["cria_hopper_attention"] * 2
     assert not any(launch.findings for launch in launches)
     assert worst(out.float() - want.float()) <= 0.03 * want.float().abs().max().item()
+
+
+def test_a_plan_of_attention_is_made_for_what_the_model_computes_in(monkeypatch):
+    """The dtype decides which kernel of a GPU it is for."""
+    made, config = [], ModelConfig(**CONFIG)
+    monkeypatch.setattr(kernels, "attention_plan", lambda *given, **named: made.append((given[1:], named)) or "plan")
+    model = new_model(config, "cpu", torch.bfloat16, "ref")
+    documents, rows, cpu = torch.tensor([[0, 5, 0, 0]]), torch.tensor([2, 4]), torch.device("cpu")
+    assert model.plan_attention(documents, 5, cpu) == ("plan", None)
+    assert model.plan_attention(documents, 5, cpu, rows) == ("plan", "plan")
+    given = (5, config.head_dim, cpu, "ref")
+    assert made == [(given, {"dtype": torch.bfloat16})] * 2 + [(given, {"dtype": torch.bfloat16, "query_rows": rows})]
+
+
+def test_random_weights_are_the_same_beside_an_adapter():
+    plain, adapted = (
+        new_model(ModelConfig(**CONFIG), "cpu", torch.float32, adapter=a) for a in (None, AdapterConfig(r=2))
+    )
+    for model in (plain, adapted):
+        model.init_weights(3)
+    drawn = dict(adapted.named_parameters())
+    assert all(torch.equal(p, drawn[name]) for name, p in plain.named_parameters())
+    matrices = torch.cat([p.flatten() for p in plain.parameters() if p.ndim > 1])
+    assert abs(float(matrices.std()) - 0.02) < 1e-3 and abs(float(matrices.mean())) < 1e-3
+    assert all((p == name.endswith("norm")).all() for name, p in plain.named_parameters() if p.ndim == 1)
