@@ -134,8 +134,8 @@ def test_every_help_is_kept_whole_and_has_three_examples_of_its_own_flags(snapsh
     assert len(COMMANDS) > 15
     for module in COMMANDS:
         text = helps_of_all()[module]
-        kept = re.sub(r"\s+\(default:\s+\S*/kernels/launch\)", " (default: kernels/launch)", text)
-        assert kept == snapshot(name=module)
+        if not module.startswith("kernels."):  # which tests/kernels/test_info.py holds: it depends on the machine
+            assert text == snapshot(name=module)
         described, _, examples = text.replace("\\\n", " ").partition("\nexamples:\n")
         commands = [line for line in examples.splitlines() if f"-m {module}" in line]
         assert len(commands) >= 3 and len(set(commands)) == len(commands), module
