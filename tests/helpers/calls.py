@@ -50,6 +50,11 @@ class Calls:
         """Return a context of a folder that is called the same everywhere, in place of a temporary one."""
         return contextlib.nullcontext("TEMPORARY")
 
+    @staticmethod
+    def folder_of(path):
+        """Return a context of a folder that stays."""
+        return contextlib.nullcontext(str(path))
+
     def text(self):
         return "\n".join(self.lines)
 

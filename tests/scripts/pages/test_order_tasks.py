@@ -2,6 +2,7 @@
 
 import json
 
+from scripts.pages import order_tasks
 from scripts.pages.order_tasks import FOLDER, HELD_OUT, TRAIN, render_files
 
 
@@ -22,3 +23,10 @@ def test_every_order_says_what_its_message_says():
             order = json.loads(row["output"])
             assert list(order) == ["item", "count", "name", "town", "day"]
             assert all(order[key] in row["input"] for key in ("name", "town", "day", "item"))
+
+
+def test_the_files_are_written_and_counted(monkeypatch, tmp_path, call_main, capsys):
+    monkeypatch.setattr(order_tasks, "FOLDER", tmp_path)
+    assert not call_main(order_tasks)
+    assert capsys.readouterr().out == "orders.jsonl: 144 rows\norders_held_out.jsonl: 24 rows\n"
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == render_files()

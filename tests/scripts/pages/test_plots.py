@@ -29,3 +29,12 @@ def test_a_report_is_drawn_with_its_ceilings_or_those_of_its_first_benchmark(
 def test_help_tells_what_is_drawn(call_main, capsys):
     assert call_main(plots, "--help") == 0
     assert plots.__doc__.strip().splitlines()[0] in capsys.readouterr().out
+
+
+def test_the_pictures_that_were_drawn_are_told(monkeypatch, tmp_path, call_main, capsys):
+    given = []
+    monkeypatch.setattr(plots, "draw", lambda result, folder: given.append((result, folder)) or ["a.svg", "b.svg"])
+    (tmp_path / "bench").write_text(json.dumps(BENCH))
+    assert not call_main(plots, tmp_path / "bench")
+    assert capsys.readouterr().out == "a.svg\nb.svg\n" and given == [(BENCH, "docs/img")]
+    assert call_main(plots) == 2
