@@ -90,11 +90,13 @@ def fill_exactly(parameters):
 
 
 def shorten(value):
-    """Return a JSON value with a hash for each list and object of more than 40 entries."""
+    """Return a JSON value with a hash for each list and object of more than 40 entries, without a token's flags that
+    are off."""
     if isinstance(value, (dict, list)) and len(value) > 40:
         return f"{len(value)} entries, {hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]}"
     if isinstance(value, dict):
-        return {key: shorten(item) for key, item in value.items()}
+        off = {key for key in ("single_word", "lstrip", "rstrip", "normalized") if value.get(key) is False}
+        return {key: shorten(item) for key, item in value.items() if key not in off}
     return [shorten(item) for item in value] if isinstance(value, list) else value
 
 

@@ -1,5 +1,6 @@
 """report.html: right for whole, odd and broken runs; no text of a model or a dataset is ever markup."""
 
+import html
 import json
 import math
 import random
@@ -376,3 +377,49 @@ def test_an_answer_is_told_as_of_before_training_or_of_its_step(steps):
     after = {f"After step {steps[-1]}": f"at {steps[-1]}"} if steps[-1] else {"After training": "no sample"}
     before = {"Before training": "at 0" if steps[0] == 0 else "no sample"}
     assert told == {"Prompt": "p"} | before | after | between
+
+
+def show_page(page):
+    """Return a page with a tag a line, without its style, its script and the hashes that let them in."""
+    text = re.sub(r"(?s)<(style|script)>.*?</\1>", r"<\1>", page.source)
+    text = re.sub(r"sha256-[\w+/=]+", "sha256", text).replace(EVIL_HTML, "EVIL")
+    return re.sub(r">\s*<", ">\n<", text)
+
+
+EVIL_HTML = html.escape(EVIL)
+
+
+def test_all_of_a_short_runs_page(tmp_path, snapshot):
+    lines = [
+        train(step, loss=4.0 / step if step != 3 else None, mfu=0.25 if step > 1 else None, lr=step * 1e-5)
+        for step in range(1, 5)
+    ]
+    lines += [dict(event="eval", step=step, loss=2.0 - step / 8, perplexity=math.exp(2)) for step in (0, 2, 4)]
+    lines += [
+        dict(event="sample", step=step, prompt=prompt, text=f"{prompt} {step}")
+        for step in range(20) for prompt in ("p", "q") if prompt == "p" or step == 3
+    ]  # fmt: skip
+    lines += [
+        dict(event="answer", step=step, prompt="ask", wanted="w", text=f"a{step}", equal=False) for step in (0, 4)
+    ]
+    lines += [dict(event="score", step=step, equal=step // 4, answers=2, overlap=0.5) for step in (0, 4)]
+    lines += [
+        dict(event="skip", step=2, reason="non-finite"),
+        dict(event="save", step=2, path="checkpoint-2", seconds=1, bytes=5e9),
+        dict(event="spike", step=3, loss=9.5, median=2.25, deviation=0.1, back_to=None),
+        dict(event="spike", step=4, loss=9.5, median=2.25, deviation=0.1, back_to=2),
+        dict(event="end", step=4, seconds=3725.0, status="done"),
+    ]  # fmt: skip
+    use = {"ask it": "python -m x --prompt 'a b'", "talk to it": "python -m y"}
+    run = {
+        **RUN,
+        "changed": ["lr"],
+        "use": use,
+        "command": "python -m z",
+        "config": {"lr": 2e-5, "n": {"a": [1, 2], "b": None}},
+    }
+    del run["seconds"]
+    page = show_page(report(tmp_path, lines, run))
+    parts = page.partition("<h2>Held-out answers")
+    assert parts[0] == snapshot(name="charts")
+    assert parts[1] + parts[2] == snapshot(name="rest")

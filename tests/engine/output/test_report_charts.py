@@ -2,6 +2,7 @@
 
 import pytest
 
+from engine.output import report_charts
 from engine.output.report_charts import POINTS, choose_ticks, draw_path, round_up_nicely, smooth_points, thin_points
 
 
@@ -57,3 +58,30 @@ def test_a_point_between_two_gaps_is_marked_since_it_has_no_line():
     points = [(0.0, 0.1), (0.1, None), (0.2, 0.3), (0.3, None), (0.4, 0.5), (0.5, 0.6)]
     assert draw_path(points, False) == ("M0.0 100.0M200.0 300.0M400.0 500.0L500.0 600.0", [(0.0, 0.1), (0.2, 0.3)])
     assert len(draw_path(points, True)[1]) == 4
+
+
+def test_charts_of_odd_values(snapshot, monkeypatch):
+    """Of many points, of one, with gaps, on a log axis, from zero on, and of none."""
+    monkeypatch.setattr(report_charts, "POINTS", 8)
+    wave = [(step, None if step % 7 == 0 else float(step * step % 11)) for step in range(1, 90)]
+    charts = {
+        "thinned": (smooth_points(wave), False), "one": ({"train": [(5, 2.5)]}, True), "none": ({"train": []}, False),
+        "log": ({"train": [(1, 1000.0), (2, 3.0), (40, 0.5)], "eval": [(0, 20.0), (40, 1.0)]}, False),
+        "zero": ({"train": [(1000, 20000.0), (25000, 15000.0)]}, True),
+        "below": ({"train": [(1, -2.0), (2, 1.0)]}, True),
+    }  # fmt: skip
+    drawn = [report_charts.render_chart(name, series, zero) for name, (series, zero) in charts.items()]
+    assert "\n".join(drawn).replace("><", ">\n<") == snapshot
+
+
+@pytest.mark.parametrize(
+    ("values", "zero", "log"),
+    [
+        ([1.0, 20.0], False, False), ([1.0, 20.1], False, True),
+        ([0.0, 500.0], False, False), ([-1.0, 500.0], False, False),
+        ([1.0, 20.1, 20.1], True, False), ([1.0, 1.0, 20.1], True, True), ([1.0, 1.5, 30.0], True, False),
+    ],
+)  # fmt: skip
+def test_an_axis_is_logarithmic_where_the_largest_is_over_20_times_the_least_or_the_median(values, zero, log):
+    points = list(enumerate(values))
+    assert ("log scale" in report_charts.render_chart("x", {"train": points}, zero)) == log
