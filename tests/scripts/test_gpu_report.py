@@ -288,3 +288,73 @@ def test_what_failed_is_printed_beside_what_was_measured():
     text = gpu_report.format_report(result)
     for said in ("5 passed, 1 failed, 2 skipped", "test_a: why", "tune failed: no time", "left out for time: peers: a"):
         assert said in text
+
+
+def test_a_report_is_printed_in_the_order_of_its_parts(monkeypatch):
+    for module, name in ((kernel_parts, "format_ceilings"), (kernel_parts, "format_benchmarks"),
+                         (gpu_report.kernel_tests, "format_tests")):  # fmt: skip
+        monkeypatch.setattr(module, name, lambda part, name=name: [f"{name} {part}"])
+    for part in gpu_report.STEP_PARTS:
+        formatted = lambda found, part=part: [f"{part}: {found['records']}"]  # noqa: E731
+        monkeypatch.setattr(gpu_report.step_module(part), "format_part", formatted)
+    parts = {
+        "machine": {"device": "H200", "date": "today"}, "ceilings": 1, "tests": 2, "kernels": {"records": 3},
+        "ranks": {"records": [4]}, "step": {"records": [5], "failed": "x"}, "profile": {"failed": "y"},
+    }  # fmt: skip
+    parts = {name: part if isinstance(part, dict) else {"n": part} for name, part in parts.items()}
+    result = {"parts": parts, "commit": "abc", "left_out": ["z"]}
+    assert gpu_report.format_report(result).splitlines() == [
+        "H200, commit abc, today", "format_ceilings {'n': 1}", "format_tests {'n': 2}",
+        "format_benchmarks {'records': 3}", "step: [5]", "ranks: [4]", "step failed: x", "profile failed: y",
+        "left out for time: z",
+    ]  # fmt: skip
+    first = gpu_report.format_report({"parts": {}, "left_out": []}).splitlines()[0]
+    assert first == f"{gpu_report.DEVICE}, commit None, "
+
+
+def test_shares_of_the_time():
+    shares = {name: share for name, (_, share) in gpu_report.PARTS.items()}
+    assert shares == {
+        "machine": 1.0, "warm_up": 0.3, "tests": 0.45, "ceilings": 0.3, "step": 0.9, "profile": 0.4, "kernels": 0.7,
+        "checks": 0.7, "peers": 0.7, "variants": 0.5, "ranks": 0.5, "other_kernels": 0.6, "tune": 1.0,
+    }  # fmt: skip
+
+
+def test_tables_are_tuned_beside_the_report(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(kernel_parts, "tune_kernels", lambda report, folder: given.append(folder))
+    gpu_report.tune(SimpleNamespace(out=tmp_path))
+    assert given == [tmp_path / "launch"]
+
+
+@pytest.mark.parametrize(("smoke", "out"), [(True, "out/smoke"), (False, "out/nvidia_h100_80gb_hbm3")])
+def test_on_a_gpu_the_folder_is_named_after_it(smoke, out, monkeypatch):
+    monkeypatch.setattr(gpu_report, "GPU", True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    args = gpu_report.parse_arguments(["--smoke"] if smoke else [])
+    assert (str(args.out), str(args.json)) == (out, f"{out}/report.json") and args.device == "NVIDIA H100 80GB HBM3"
+    assert args.minutes == 8.0 and args.only == list(gpu_report.PARTS) and not args.again
+
+
+def test_on_a_gpu_its_clocks_are_told_at_the_end_and_the_report_is_printed(stand_ins, tmp_path, monkeypatch, capsys):
+    added = []
+    monkeypatch.setattr(gpu_report, "GPU", True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H")
+    monkeypatch.setattr(gpu_report.Report, "add", lambda self, part, **more: added.append((part, more)), raising=False)
+    monkeypatch.setattr(gpu_report, "query_nvidia_smi", lambda *names: list(names))
+    monkeypatch.setattr(gpu_report, "format_report", lambda result: "the table")
+    monkeypatch.setattr(gpu_report.time, "strftime", lambda form: f"as {form}")
+    gpu_report.main(["--out", str(tmp_path), "--commit", "abc"])
+    assert added == [("machine", {"clocks_at_the_end": list(kernel_parts.CLOCKS)})]
+    assert capsys.readouterr().out == f"the table\nwritten to {tmp_path}\n"
+    assert (stand_ins.report["date"], stand_ins.report["device"]) == ("as %Y-%m-%d %H:%M", "H")
+
+
+def test_a_report_of_another_device_ends_the_command(stand_ins, monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise ValueError("is of another")
+
+    monkeypatch.setattr(gpu_report, "Report", refuse)
+    with pytest.raises(SystemExit) as stop:
+        gpu_report.main(["--smoke", "--out", str(tmp_path)])
+    assert stop.value.code == "scripts.gpu_report: is of another" and stand_ins.measured == []

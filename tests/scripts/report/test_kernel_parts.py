@@ -1,6 +1,9 @@
 """The report's kernel benchmarks in processes that die."""
 
+import itertools
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,6 +11,7 @@ from scripts import gpu_report
 from scripts.base.results import write_json
 from scripts.report import kernel_parts
 from scripts.report.report import Report
+from tests.helpers.calls import Calls
 
 
 def test_benchmarks_of_a_process_that_dies_are_kept(tmp_path, monkeypatch):
@@ -166,3 +170,134 @@ def test_kernels_are_compiled_for_the_chip_at_hand(report, monkeypatch):
     monkeypatch.setattr(kernel_parts, "run_command", lambda command, *_, **__: asked.append(command) or 0)
     kernel_parts.warm_up(report)
     assert asked[0][asked[0].index("--chip") + 1] == "sm_80"
+
+
+def test_a_machine_is_told_with_its_clocks(report, monkeypatch):
+    monkeypatch.setattr(kernel_parts, "describe_machine", lambda: {"device": "H200", "torch": "2"})
+    monkeypatch.setattr(kernel_parts, "query_nvidia_smi", lambda *names: list(names))
+    kernel_parts.measure_machine(report)
+    clocks = ["clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu", "power.draw", "power.limit"]
+    assert report.result["parts"]["machine"] == {"device": "H200", "torch": "2", "clocks": clocks}
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_ceilings_are_told_whole(smoke, gpu, tmp_path, monkeypatch, snapshot):
+    """What is measured, how often, in what type; sustained rates come after the first size, and before the others."""
+    calls, rates = Calls(), itertools.count(1)
+    report = Report(tmp_path / "report.json", minutes=600, smoke=smoke)
+    monkeypatch.setattr(kernel_parts, "GPU", gpu)
+    for name, result in {
+        "make_l2_flush": "flush", "measure_peak_rates": {"copy_gb_per_s": 4.0}, "query_nvidia_smi": "clocks",
+        "measure_product_rate": lambda *_: float(next(rates)), "measure_sustained": lambda *_: float(next(rates)),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(kernel_parts, name, calls.stand_in(name, result))
+    begun = report.may_begin
+    monkeypatch.setattr(report, "may_begin", calls.stand_in("may_begin", begun))
+    kernel_parts.measure_ceilings(report)
+    log = [line.replace(repr(kernel_parts.CLOCKS)[1:-1], "CLOCKS") for line in calls.lines]
+    if not smoke:  # of three sizes, the first and the sustained ones are told
+        log = [*log[:20], f"{len(log)} lines"]
+    log = [re.sub(r"dict_values\((.*)\)", r"\1", line) for line in log]
+    assert "\n".join([*log, *kernel_parts.format_ceilings(report.result["parts"]["ceilings"])]) == snapshot
+
+
+def test_what_there_is_no_time_for_is_left_out(report, monkeypatch):
+    monkeypatch.setattr(kernel_parts, "make_l2_flush", lambda: None)
+    monkeypatch.setattr(kernel_parts, "measure_peak_rates", lambda *_: {"copy_gb_per_s": 4.0})
+    for name in ("measure_product_rate", "measure_sustained"):
+        monkeypatch.setattr(kernel_parts, name, lambda *_: pytest.fail("it is measured"))
+    report.deadline = report.clock() - 1
+    kernel_parts.measure_ceilings(report)
+    assert report.result["parts"]["ceilings"] == {"copy_gb_per_s": 4.0}
+    sizes = [f"GEMMs at T={tokens}" for tokens in (16384, 8192, 4096)]
+    assert report.result["left_out"] == [sizes[0], "sustained GEMMs", *sizes[1:]]
+
+
+def test_numbers_alone_are_ceilings():
+    figures = {"a": 1.25, "b": {"c": 2.0, "d": "x"}, "e": 7, "f": "text"}
+    assert kernel_parts.format_ceilings(figures) == [f"  a{' ' * 50}1.2", f"  b c{' ' * 48}2.0"]
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+@pytest.mark.parametrize("cores", [1, 2, 8, None])
+def test_the_gate_has_all_cores_but_two(smoke, cores, tmp_path, monkeypatch):
+    ran, now = [], iter([100.0, 107.5])
+    report = Report(tmp_path / "report.json", minutes=600, smoke=smoke)
+    report.clock = lambda: next(now)
+    monkeypatch.setattr(kernel_parts, "GPU", False)
+    monkeypatch.setattr(kernel_parts.os, "cpu_count", lambda: cores)
+    run = lambda command, limit_s, **how: ran.append((command, limit_s, how)) or 0  # noqa: E731
+    monkeypatch.setattr(kernel_parts, "run_command", run)
+    kernel_parts.warm_up(report)
+    ((command, limit_s, how),) = ran
+    workers = 6 if cores == 8 else 1
+    more = ["--op", "grad_norm"] if smoke else []
+    assert command[1:] == ["-m", "kernels.static", "--chip", "sm_90", "--workers", str(workers), *more]
+    assert limit_s == 120 and how["stderr"] == kernel_parts.subprocess.STDOUT
+    found = report.result["parts"]["warm_up"]
+    assert found == {"seconds": 7.5, "workers": workers, "violations": None, "launches": None}
+
+
+def test_ops_of_a_smoke_run_are_those_of_its_cases(monkeypatch):
+    case = lambda *ops: [SimpleNamespace(op=op) for op in ops]  # noqa: E731
+    monkeypatch.setattr(kernel_parts, "toy_cases", lambda: case("rope", "adamw", "rope"))
+    monkeypatch.setattr(kernel_parts, "full_cases", lambda: case("nf4", "swiglu", "rope"))
+    main = ["attention", "adamw", "rms_norm", "swiglu"]
+    assert kernel_parts.bench_ops(True) == [*main, "rope"] and kernel_parts.bench_ops(False) == [*main, "nf4", "rope"]
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+def test_ops_have_a_process_each_and_in_a_smoke_run_one(smoke, tmp_path, monkeypatch):
+    ran = []
+    report = Report(tmp_path / "report.json", minutes=600, smoke=smoke)
+    monkeypatch.setattr(report, "seconds_left", lambda: 90.0)
+
+    def run(command, limit_s, every):
+        ran.append((command[1:], limit_s))
+        return 0
+
+    monkeypatch.setattr(kernel_parts, "run_command", run)
+    kernel_parts.run_benchmarks(report, ["a", "b"])
+    groups = [["a", "b"]] if smoke else [["a"], ["b"]]
+    words = [(["-m", "kernels.bench", "--op", *group, "--json"], ["--minutes", "1.500"]) for group in groups]
+    for (command, limit_s), (first, last) in zip(ran, words, strict=True):
+        assert command[: len(first)] == first and command[len(first) + 1 :] == last + ["--smoke"] * smoke
+        assert limit_s == 90.0 + kernel_parts.GRACE_S
+    kernel_parts.run_benchmarks(report, [])
+    assert len(ran) == len(groups)
+
+
+def test_what_is_printed_of_benchmarks(monkeypatch):
+    record = {"op": "rope", "shape": "s", "who": "ours", "pass": "fwd", "failed": "it broke"}
+    part = {
+        "records": [record], "absent": [{"op": "rope", "shape": "s", "who": "x", "reason": "not there"}],
+        "left_out": ["nf4 t"], "ended": {"adamw": "after its limit"},
+    }  # fmt: skip
+    monkeypatch.setattr(
+        kernel_parts, "find_absent", lambda part: [("rope", "x", "no", ["s", "t"]), ("nf4", "y", "z", [])]
+    )
+    assert kernel_parts.format_benchmarks(part) == [
+        kernel_parts.format_record(record), "rope: without x at s; t: no", "nf4: without y: z",
+        "kernels.bench adamw ended after its limit", "left out for time: nf4 t",
+    ]  # fmt: skip
+    assert kernel_parts.format_benchmarks({"failed": "x"}) == []
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+def test_tuning_has_a_cache_of_its_own(smoke, tmp_path, monkeypatch):
+    ran = []
+    report = Report(tmp_path / "report.json", minutes=600, smoke=smoke)
+    monkeypatch.setattr(report, "seconds_left", lambda: -5.0)
+    run = lambda command, limit_s, environment: ran.append((command[1:], limit_s, environment)) or 0  # noqa: E731
+    monkeypatch.setattr(kernel_parts, "run_command", run)
+    (tmp_path / "launch").mkdir()
+    for name in ("b.json", "a.json", "c.txt"):
+        (tmp_path / "launch" / name).touch()
+    kernel_parts.tune_kernels(report, tmp_path / "launch")
+    ((command, limit_s, environment),) = ran
+    flags = ["--minutes", "0.017", "--out", str(tmp_path / "launch")]
+    assert command == ["-m", "kernels.tune", *flags, *["--smoke"] * smoke] and limit_s == 1 + kernel_parts.GRACE_S
+    assert list(environment) == ["TRITON_CACHE_DIR"] and report.result["parts"]["tune"] == {
+        "tables": ["a.json", "b.json"]
+    }

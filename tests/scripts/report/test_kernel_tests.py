@@ -184,3 +184,55 @@ def test_no_test_begins_when_the_time_is_up(tmp_path, monkeypatch):
     ran = fake_files(monkeypatch, {})
     kernel_tests.run_kernel_tests(Report(tmp_path / "report.json", minutes=0, smoke=False))
     assert ran == []
+
+
+@pytest.mark.parametrize(("gpu", "xdist", "cores", "n"), [(True, 1, 64, "14"), (True, 1, 8, "8"), (True, 1, None, "1"),
+                                                          (True, None, 8, None), (False, 1, 8, None)])  # fmt: skip
+def test_files_share_one_pytest_with_workers_on_a_gpu(gpu, xdist, cores, n, report, monkeypatch, capsys):
+    ran, now = [], iter([5.0, 12.5])
+    report.clock = lambda: next(now)
+
+    def run(command, limit_s, environment, stdout, stderr):
+        ran.append((command[1:], limit_s, list(environment), stderr))
+        stdout.write(OUTPUT + SUMMARY)
+        return 1
+
+    monkeypatch.setattr(kernel_tests, "GPU", gpu)
+    monkeypatch.setattr(kernel_tests, "find_spec", lambda name: {"xdist": xdist}[name])
+    monkeypatch.setattr(kernel_tests.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(kernel_tests, "run_command", run)
+    found = kernel_tests.run_test_files([ROPE, OTHER], report, 60, ["-k", "x"])
+    flags = ["-v", "-rfE", "-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider", *(["-n", n] if n else [])]
+    command = ["-m", "pytest", *flags, ROPE, OTHER, "-k", "x"]
+    assert ran == [(command, 60, ["TRITON_CACHE_DIR"], subprocess.STDOUT)]
+    assert capsys.readouterr().out == OUTPUT + SUMMARY + "\n"
+    assert {path: one["seconds"] for path, one in found.items()} == {ROPE: 7.5, OTHER: 7.5}
+    assert found[ROPE]["passed"] == 1 and found[OTHER]["passed"] == 0 and "ended" not in found[ROPE]
+
+
+def test_lines_of_tests():
+    figures = {"passed": 5, "failed": 1, "skipped": 2, "seconds": 12.6}
+    tests = {
+        "rope": figures | {"failures": {"a::b": "why", "a::c": ""}}, "failed": "a word",
+        "adamw": figures | {"failures": {}, "ended": "after its limit"},
+    }  # fmt: skip
+    counts = "5 passed, 1 failed, 2 skipped in 13 s"
+    assert kernel_tests.format_tests(tests) == [
+        f"{ROPE}: {counts}", "    a::b: why", "    a::c: ", f"{OTHER}: {counts}; ended after its limit",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("smoke", [True, False])
+def test_a_smoke_run_tests_one_op_of_one_file(smoke, tmp_path, monkeypatch):
+    given, begun = [], []
+
+    def run(paths, report, limit_s, only):
+        given.append((list(paths), list(only)))
+        return {path: dict(FINE) for path in paths}
+
+    report = Report(tmp_path / "report.json", minutes=600, smoke=smoke)
+    monkeypatch.setattr(report, "may_begin", lambda what: begun.append(what) or True)
+    monkeypatch.setattr(kernel_tests, "run_test_files", run)
+    kernel_tests.run_kernel_tests(report)
+    paths = list(kernel_tests.TESTS.values())[: 1 if smoke else None]
+    assert given == [(paths, ["-k", "rms_norm"] if smoke else [])] and begun == [", ".join(paths)]

@@ -11,6 +11,7 @@ import pytest
 
 from scripts.serving import clients
 from scripts.serving.server import Served, serve_model
+from tests.helpers.calls import Calls
 
 RIGHT = {"feature": "plain", "right": True, "got": "x"}
 
@@ -68,3 +69,49 @@ def test_what_a_process_holds_is_its_own():
     assert own.n_threads() >= 1 and own.resident_mb() > other.resident_mb() > 0
     virtual = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") / 1e6
     assert own.resident_mb() < 0.9 * virtual and other.n_threads() == len(os.listdir("/proc/1/task"))
+
+
+def test_lines_of_a_client_are_a_table(monkeypatch, capsys):
+    """A failure is told by its last words."""
+    wrong = {"feature": "streaming", "right": False, "got": "y"}
+    done = SimpleNamespace(stdout="\n".join(map(json.dumps, (RIGHT, wrong))), stderr="x" * 700 + "end", returncode=3)
+    ran = []
+    monkeypatch.setattr(clients.subprocess, "run", lambda command, **how: ran.append((command, how)) or done)
+    told = clients.run_client("it", ["a", "b"])
+    assert ran == [(["a", "b"], {"capture_output": True, "text": True, "check": False})]
+    assert told[-1] == {"client": "it", "feature": "the program itself", "right": False, "got": "x" * 597 + "end"}
+    assert capsys.readouterr().out.splitlines() == [
+        f"it{' ' * 17}plain{' ' * 22}ok     x", f"it{' ' * 17}streaming{' ' * 18}WRONG  y",
+        f"it{' ' * 17}the program itself{' ' * 9}WRONG  {'x' * 597}end",
+    ]  # fmt: skip
+
+
+def test_the_javascript_client_is_installed_beside_its_program(monkeypatch, tmp_path):
+    ran = []
+
+    def run(command, check):
+        ran.append((command, check))
+        (tmp_path / "new" / "node_modules" / "openai").mkdir(parents=True)
+        (tmp_path / "new" / "node_modules" / "openai" / "package.json").write_text('{"version": "6.1"}')
+
+    monkeypatch.setattr(clients.subprocess, "run", run)
+    folder = tmp_path / "new"
+    assert clients.make_node(folder) == (str(folder / "with_openai_js.mjs"), {"openai-js": "6.1"})
+    assert ran == [(["npm", "install", "--silent", "--prefix", folder, "openai@6"], True)]
+    assert (folder / "with_openai_js.mjs").read_text() == (clients.PROGRAMS / "with_openai_js.mjs").read_text()
+
+
+@pytest.mark.parametrize("npm", ["npm", None])
+def test_the_whole_measurement(npm, monkeypatch, tell, snapshot, capsys):
+    calls = Calls()
+    monkeypatch.setattr(clients.tempfile, "TemporaryDirectory", calls.folder)
+    made = (Path("bin"), {"openai": "3", "langchain-openai": "2", "httpx": "1", "more": "0"})
+    run = lambda name, command: [RIGHT | {"client": name}] * (1 + len(name) % 2)  # noqa: E731
+    served = contextlib.nullcontext(SimpleNamespace(url="http://it"))
+    for name, result in {
+        "make_environment": made, "make_node": ("program", {"openai-js": "6"}), "run_client": run, "serve_model": served
+    }.items():  # fmt: skip
+        monkeypatch.setattr(clients, name, calls.stand_in(name, result))
+    monkeypatch.setattr(clients.shutil, "which", lambda name: npm if name == "npm" else None)
+    text = tell(clients, "--model", "mine") + "\n" + calls.text()
+    assert text.replace(str(clients.PROGRAMS), "CLIENTS") == snapshot

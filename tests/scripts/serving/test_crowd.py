@@ -11,6 +11,7 @@ import pytest
 
 from scripts.serving import crowd
 from scripts.serving.crowd import KINDS, LARGEST, Door, send_crowd
+from tests.helpers.calls import Calls
 
 
 async def visit(client, answer):
@@ -175,3 +176,128 @@ def test_the_server_is_described_when_no_answer_is_left(name, monkeypatch):
 
 def test_weights_and_expectations_are_of_each_client_once():
     assert len({client for client, _, _ in KINDS}) == len(KINDS) and all(may for _, _, may in KINDS)
+
+
+class Line:
+    """A connection that notes what is sent and how it is left."""
+
+    def __init__(self, monkeypatch, answer=b""):
+        self.calls = Calls()
+        writer = self.calls.thing("writer", write=None, close=None)
+        writer.transport = self.calls.thing("transport", abort=None)
+        self.read_sizes = []
+
+        async def read(n=-1):
+            self.read_sizes.append(n)
+            return answer
+
+        async def connect(host, port):
+            self.calls.lines.append(f"{host}:{port}")
+            return SimpleNamespace(read=read), writer
+
+        monkeypatch.setattr(crowd.asyncio, "open_connection", connect)
+
+
+@pytest.mark.parametrize("client", [crowd.vanish_in_a_stream, crowd.vanish_while_waiting, crowd.vanish_in_a_body])
+def test_who_vanishes_breaks_the_connection_off(client, monkeypatch):
+    line, slept = Line(monkeypatch), []
+
+    async def sleep(seconds):
+        slept.append(seconds)
+
+    monkeypatch.setattr(crowd.asyncio, "sleep", sleep)
+    assert asyncio.run(client(Door(77), random.Random(3))) == "left"
+    assert line.calls.lines[0] == "127.0.0.1:77" and line.calls.lines[2:] == ["transport.abort()"]
+    draw = random.Random(3)
+    body = crowd.chat(draw, **{} if client is crowd.vanish_in_a_body else {"max_tokens": 400})
+    if client is crowd.vanish_in_a_stream:
+        body = crowd.chat(draw := random.Random(3), stream=True, max_tokens=400)
+        assert line.read_sizes == [draw.randint(1, 900)]
+    if client is crowd.vanish_while_waiting:
+        assert slept == [draw.random() / 4]
+    sent = body[: len(body) // 2] if client is crowd.vanish_in_a_body else body
+    assert line.calls.lines[1].endswith(f"Connection: close\\r\\n\\r\\n{sent.decode()}')")
+    assert f"Content-Length: {len(body)}\\r" in line.calls.lines[1]
+
+
+def test_a_request_is_one_of_http(monkeypatch):
+    line = Line(monkeypatch)
+    asyncio.run(Door(77).send(b"{}"))
+    asyncio.run(Door(78).send(b"{}", length=9, host="a.b", more="X: y\r\n"))
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: {}\r\n{}Content-Type: application/json\r\n"
+        "Content-Length: {}\r\nConnection: close\r\n\r\n{{}}"
+    )
+    sent = [head.format("127.0.0.1:77", "", 2).encode(), head.format("a.b", "X: y\r\n", 9).encode()]
+    assert line.calls.lines == [
+        "127.0.0.1:77", f"writer.write({sent[0]!r})", "127.0.0.1:78", f"writer.write({sent[1]!r})"
+    ]  # fmt: skip
+
+
+def test_questions_ask_for_a_few_tokens():
+    bodies = [json.loads(crowd.chat(random.Random(seed), user="me")) for seed in range(200)]
+    assert {body["max_tokens"] for body in bodies} == set(range(1, 9)) and bodies[0]["user"] == "me"
+    asked = {body["messages"][0]["content"] for body in bodies}
+    assert asked <= {f"Name {n} {what}." for n in range(2, 10) for what in ("fruits", "rivers", "colours", "tools")}
+    assert len(asked) > 25 and {body["messages"][0]["role"] for body in bodies} == {"user"}
+
+
+def test_what_the_server_holds_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(crowd, "read_gauge", lambda *_: 0.0)
+    monkeypatch.setattr(crowd, "Path", lambda path: {"/proc/7/fd": tmp_path}[path])
+    for name in "abc":
+        (tmp_path / name).touch()
+    served = SimpleNamespace(pid=7, resident_mb=lambda: 12.345, n_threads=lambda: 2)
+    assert asyncio.run(crowd.describe(served)) == {"resident_mb": 12.3, "threads": 2, "files": 3}
+
+
+def test_a_crowd_comes_in_three_parts_of_one_seed(monkeypatch):
+    calls, draws = Calls(), set()
+
+    async def send(served, n, at_once, draw, advance):
+        calls.lines.append(f"send({served}, {n}, {at_once}, {advance})")
+        draws.add(id(draw))
+        return Counter({("b", "x"): n, ("a", "y"): 1})
+
+    async def describe(served):
+        calls.lines.append(f"describe({served})")
+        return len(calls.lines)
+
+    monkeypatch.setattr(crowd, "send_crowd", send)
+    monkeypatch.setattr(crowd, "describe", describe)
+    found = asyncio.run(crowd.watch_crowd("it", 11, 4, "advance"))
+    assert calls.lines == [
+        line for n in (8, 5, 6) for line in (f"send(it, {n}, 4, advance)", "describe(it)")
+    ]  # fmt: skip
+    assert len(draws) == 1 and found == {
+        "got": [{"kind": "a", "got": "y", "n": 3}, {"kind": "b", "got": "x", "n": 19}], "held": [2, 4, 6]
+    }  # fmt: skip
+
+
+def test_the_whole_measurement(monkeypatch, tell, snapshot):
+    calls = Calls()
+    monkeypatch.setattr(crowd.tempfile, "TemporaryDirectory", calls.folder)
+    monkeypatch.setattr(crowd, "serve_model", calls.stand_in("serve", contextlib.nullcontext("served")))
+    progress = calls.thing("progress", add_task="task", advance=None)
+    monkeypatch.setattr(crowd, "Progress", lambda: contextlib.nullcontext(progress))
+
+    async def watch(served, n, at_once, advance):
+        calls.lines.append(f"watch({served}, {n}, {at_once})")
+        advance()
+        got = [("never_finish", "408", 3), ("take_answer", "503", 12), ("take_answer", "answer", 7)]
+        held = [{"resident_mb": 100.25 + i, "threads": 2 + i, "files": 30 + i} for i in range(3)]
+        return {"got": [dict(zip(("kind", "got", "n"), one, strict=True)) for one in got], "held": held}
+
+    monkeypatch.setattr(crowd, "watch_crowd", watch)
+    text = tell(crowd, "--requests", 20, "--at-once", 3, "--model", "mine")
+    assert text + "\n" + calls.text() == snapshot
+
+
+def test_kinds_and_what_they_may_get():
+    """Weights are of a hundred."""
+    assert [(client.__name__, weight, sorted(may)) for client, weight, may in KINDS] == [
+        ("take_answer", 30, ["503", "answer"]), ("take_stream", 20, ["503", "stream"]),
+        ("vanish_in_a_stream", 10, ["left"]), ("vanish_while_waiting", 10, ["left"]), ("vanish_in_a_body", 5, ["left"]),
+        ("never_finish", 4, ["408"]), ("send_too_much", 5, ["413"]), ("send_no_json", 5, ["400"]),
+        ("ask_too_much", 5, ["400"]), ("come_from_elsewhere", 3, ["403"]), ("name_another_host", 3, ["403", "421"]),
+    ]  # fmt: skip
