@@ -69,3 +69,20 @@ def test_a_server_that_does_not_begin_or_does_not_end_by_sigterm_is_told(script,
     refused = pytest.raises(RuntimeError, match=told) if told else contextlib.nullcontext()
     with refused, server.serve_model((), tmp_path / "log") as served:
         assert served.url == "http://127.0.0.1:1"
+
+
+def test_a_server_that_ends_before_it_serves_is_waited_for(monkeypatch, tmp_path):
+    """Else its log would not be whole."""
+    calls = []
+
+    def start(command, stdout, stderr, **how):
+        process = SimpleNamespace(stdout=SimpleNamespace(readline=lambda: "no address"), pid=7)
+        process.wait = lambda: calls.append((stderr.write("the reason") and stderr.flush()) or "wait")
+        assert command[1:] == ["-u", "-m", "engine.serve", "--port", "0", "--model", "m"]
+        return process
+
+    monkeypatch.setattr(server.subprocess, "Popen", start)
+    refused = pytest.raises(RuntimeError, match=r"engine\.serve ended before it served:\nthe reason")
+    with refused, server.serve_model(("--model", "m"), tmp_path / "log"):
+        pass
+    assert calls == ["wait"]
