@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from scripts.base.damaged import change_json, damage, replace_one
+from scripts.base.damaged import HOSTILE, change_json, damage, replace_one
 
 ROWS = [{"a": [1, {"b": 2}], "c": "d"}, {"a": [], "c": "e"}, {"a": [3, 4, 5], "c": "f"}]
 
@@ -48,3 +48,31 @@ def test_every_kind_of_damage_is_one_change():
             assert len(changed) == 1 and changed[0].bit_count() == 1
     assert kinds == {"bit", "end", "json"}
     assert {damage(raw, "x.bin", random.Random(seed))[0] for seed in range(50)} == {"bit", "end"}
+
+
+def test_one_seed_is_one_damage(snapshot):
+    """Of each kind, of JSON and of JSONL, long values told by their length."""
+    files = {"a.json": json.dumps(ROWS[0]).encode(), "a.jsonl": "\n".join(map(json.dumps, ROWS)).encode(),
+             "a.bin": bytes(range(64, 90)) * 300}  # fmt: skip
+    lines = []
+    for name, raw in files.items():
+        for seed in range(24):
+            kind, found = damage(raw, name, random.Random(seed))
+            if kind == "json" and len(found) < 400:
+                lines.append(f"{name} {seed} json {found.decode()}")
+            elif kind == "bit":
+                at = next(i for i, (a, b) in enumerate(zip(raw, found, strict=True)) if a != b)
+                lines.append(f"{name} {seed} bit {at}: {raw[at] ^ found[at]}")
+            else:
+                lines.append(f"{name} {seed} {kind} {len(found)} {found[:40]!r}")
+    assert "\n".join(lines) == snapshot
+
+
+def test_values_that_take_the_place_of_others_are_hostile():
+    """Among them very deep lists, closed or not, and very long numbers."""
+    raw = b'{"a": 1}'
+    found = {change_json(raw, random.Random(seed)) for seed in range(600)}
+    inner = {text.removeprefix(b'{"a": ').removesuffix(b"}") for text in found}
+    deep = {b"[" * 5000 + b"]" * 5000, b"9" * 5000, b"[" * 100_000}
+    assert deep <= inner and {json.dumps(value).encode() for value in HOSTILE} <= inner
+    assert deep <= found  # in the place of the whole file too
