@@ -82,6 +82,29 @@ def test_swiglu_of_large_numbers_is_finite(dtype):
     assert out.isfinite().all() and torch.allclose(out, kernels.swiglu(gate_up, "ref"), rtol=1e-2)
 
 
+def test_bf16_is_rounded_where_torch_rounds():
+    """The residual sum, what is normed and silu are rounded on their way, so results are torch's bit by bit, but where
+    a sum or an exponential of another order is at the middle between two numbers."""
+    x, residual, w, gate_up = (
+        make(*shape, dtype=torch.bfloat16) for shape in ((64, 576), (64, 576), (576,), (64, 1152))
+    )
+    added = x + residual
+    y, s, rstd = native.norm_forward(x, residual, w, 1e-5)
+    squares = added.double().square().mean(1)
+    assert torch.equal(s, added) and torch.allclose(rstd.double(), (squares + 1e-5).rsqrt(), rtol=1e-6, atol=0)
+    normed = (added.float() * rstd[:, None]).bfloat16()
+    assert torch.equal(y, normed * w)
+    h = native.swiglu_forward(gate_up)
+    gate, up = gate_up.chunk(2, 1)
+    assert (h == torch.nn.functional.silu(gate) * up).double().mean() > 0.999
+    dy, dh = torch.randn_like(y), torch.randn_like(h)
+    _, _, again = native.norm_backward(dy, added, w, rstd, None, True)
+    assert torch.equal(again, y), "what backward makes again is what forward made"
+    made = torch.empty_like(h)
+    native.swiglu_backward(dh, gate_up, torch.empty_like(gate_up), made)
+    assert torch.equal(made, h)
+
+
 @DTYPES
 @pytest.mark.parametrize(("n", "heads", "kv_heads", "dim"), [(0, 2, 1, 8), (1, 1, 1, 2), (7, 3, 1, 6), (11, 9, 3, 64)])
 def test_rope(n, heads, kv_heads, dim, dtype):
