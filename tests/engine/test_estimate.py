@@ -44,6 +44,13 @@ RECIPES = {  # estimates that are kept whole, as text and as JSON
     "8-bit states": "--model llama-7b --gpu A100-80 --optimizer-states 8bit --recompute none --micro-batch-size 2",
     "qlora of few tokens": "--model llama2-7b --gpu RTX-4060 --adapter qlora --lora-dropout 0.1 --max-length 64 "
     "--lora-targets q_proj v_proj --lora-r 4",
+    "the CPUs of two machines": "CRIA_OPTIMIZER=cpu --model llama-13b --gpu A100-40 --gpus 16 --offload-optimizer "
+    "--replicas 2 --host-bandwidth 40",
+    "updates of some layers": "--model llama-7b --gpu RTX-4090 --adapter lora --lora-targets layers.20.mlp.down_proj "
+    "layers.20.self_attn.q_proj layers.31.self_attn.o_proj --lora-dropout 0.05 --recompute block",
+    "updates of the last matrix": "--model tinyllama-1.1b --gpu RTX-3060 --adapter lora --lora-targets "
+    "layers.21.mlp.down_proj",
+    "fp32 and its bytes": "--model tinyllama-1.1b --gpu RTX-3090 --dtype fp32 --recompute block",
     "nothing fits": "--model llama-13b --gpu RTX-3060",
     "eight cards": "--model llama-13b --gpu A100-80 --gpus 8",
     "replicas": "--model tinyllama-1.1b --gpu RTX-4090 --gpus 4 --replicas 4 --global-batch-size 64",
