@@ -401,3 +401,12 @@ def test_a_synthetic_micro_batch_is_full_of_loss(n, length):
     assert batch.documents[-1].tolist() == [(documents - 1) * length, n, 0, 0] and batch.tokens.max() < 50
     assert batch.targets.equal(batch.tokens[batch.loss_rows + 1]) and batch.positions.max() < length
     assert batch.weights.sum().item() == pytest.approx(1)
+
+
+def test_a_longer_prefix_that_saves_no_more_is_not_shared_apart():
+    """Four rows of 8 tokens in common, of which two go on for 8 more alike: 3 x 8 saved, as 16 + 8 would be."""
+    common = [*range(100, 108)]
+    rows = [[*common, *range(200, 208), 1], [*common, *range(200, 208), 2], [*common, 3], [*common, 4]]
+    assert packing.find_shared_prefixes(arrays(rows)) == [(8, [0, 1, 2, 3])]
+    longer = [[*row[:16], 300, *row[16:]] if i < 2 else row for i, row in enumerate(rows)]  # 17 + 8 > 3 x 8
+    assert packing.find_shared_prefixes(arrays(longer)) == [(17, [0, 1]), (8, [2, 3])]

@@ -523,3 +523,25 @@ def test_the_layers_of_an_adapter_may_be_one(value, layers):
     problems = []
     raw = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "layers_to_transform": value}
     assert peft.config_from_peft(raw, problems).layers == layers and problems == []
+
+
+def test_a_base_of_narrow_heads_is_known_in_every_layout(tmp_path):
+    """Of heads of 4 numbers, two rows of pairs each, no row of another head is taken for one of the first."""
+    model = random_model(replace(BASE, n_heads=8, n_kv_heads=4, head_dim=4))
+    save_hf(tmp_path / "hf", model)
+    save_meta(tmp_path / "meta", model)
+    assert len({hash_base(open_source(tmp_path / name)) for name in ("hf", "meta")}) == 1
+
+
+def test_factors_of_several_types_are_read_in_the_widest(base, tmp_path):
+    def widen(raw, tensors):
+        for name in [*tensors][1::2]:
+            tensors[name] = tensors[name].double() / 3
+
+    config = open_source(base.path).config
+    write_pefts(tmp_path / "a", widen)
+    opened = peft.open_adapter(tmp_path / "a", config)
+    stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert opened.dtype == torch.float64 and {t.dtype for t in opened.read_factors(config).values()} == {torch.float64}
+    found = torch.cat([t.flatten() for t in opened.read_factors(config).values()]).sort().values
+    assert torch.equal(found, torch.cat([t.double().flatten() for t in stored.values()]).sort().values)
