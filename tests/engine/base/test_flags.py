@@ -2,10 +2,11 @@
 
 import dataclasses
 import shlex
+from dataclasses import dataclass
 
 import pytest
 
-from engine.base.flags import parse_flags
+from engine.base.flags import flag, parse_flags, shorten_word, suggest_nearest
 from engine.model.config import MODELS, ModelConfig
 from engine.training.config import EMBEDDED_DEFAULTS, GROUPS, FinetuneConfig
 from engine.training.stanford_flags import translate_stanford_flags
@@ -201,3 +202,36 @@ def test_named_models_have_the_parameters_they_are_known_for():
 def test_impossible_shapes(shape, problem):
     with pytest.raises(ValueError, match=problem):
         ModelConfig(**shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("--lora", "; which one, --lora-r or --lora-alpha?"), ("--save", "; did you mean --save-every?"),
+        ("--savee", ""), ("--save-evry", "; did you mean --save-every?"),
+        ("--LORA", "; which one, --lora-r or --lora-alpha?"),
+    ],
+)  # fmt: skip
+def test_the_flags_that_begin_alike_are_all_named(name, told):
+    assert suggest_nearest(name, ["--lora-r", "--lora-alpha", "--save-every", "--seed"]) == told
+
+
+@pytest.mark.parametrize("n", [80, 81])
+def test_a_very_long_word_is_told_without_its_end(n):
+    assert shorten_word("x" * n) == repr("x" * 80 + "..." * (n > 80))
+
+
+@pytest.mark.parametrize("word", ["--no-packing=false", "--no-seed", "--no-no-packing"])
+def test_a_flag_is_turned_off_without_a_value_and_only_where_it_can_be(word, capsys):
+    with pytest.raises(SystemExit):
+        parse_flags(Negated, [word])
+    assert f"error: unknown flag {word.partition('=')[0]}" in capsys.readouterr().err
+    assert not parse_flags(Negated, ["--no-packing"])[0].packing and parse_flags(Negated, ["--packing"])[0].packing
+
+
+@dataclass(frozen=True)
+class Negated:
+    """Have a switch and a number."""
+
+    packing: bool = flag(True, "a switch")
+    seed: int = flag(0, "a number")

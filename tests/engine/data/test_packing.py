@@ -410,3 +410,13 @@ def test_a_longer_prefix_that_saves_no_more_is_not_shared_apart():
     assert packing.find_shared_prefixes(arrays(rows)) == [(8, [0, 1, 2, 3])]
     longer = [[*row[:16], 300, *row[16:]] if i < 2 else row for i, row in enumerate(rows)]  # 17 + 8 > 3 x 8
     assert packing.find_shared_prefixes(arrays(longer)) == [(17, [0, 1]), (8, [2, 3])]
+
+
+def test_rows_of_one_prefix_stay_together_up_to_the_mean():
+    """The pair fills its bin to the mean of 20 tokens exactly, though another bin is emptier."""
+    groups = [(10, [1, 2]), *((0, [row]) for row in (0, 3, 4, 5, 6, 7))]
+    lengths = [20, 15, 15, 4, 4, 4, 4, 4]
+    bins = packing.level_bins(groups, lengths, 3, 100, None)
+    assert [b.tolist() for b in bins] == [[0], [1, 2], [3, 4, 5, 6, 7]]
+    assert packing.level_bins(groups, lengths, 3, 19, None) is None
+    assert [len(b) for b in packing.level_bins(groups, lengths, 3, 20, None)] == [1, 2, 5]

@@ -264,3 +264,75 @@ def test_what_a_pass_held_is_freed_before_the_next(device, monkeypatch):
         CriaError, match=r"out of memory \(no room\) in a step whose updates .* had begun; advice for 4\d+"
     ):
         size.recover("no room", optimizer, prefetcher)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"replicas": 3, "micro_batch_tokens": 640}, {"optimizer_in_backward": True, "grad_clip": 0.0},
+    {"micro_batch_size": 2, "global_batch_size": 6},
+])  # fmt: skip
+def test_what_fits_is_looked_for_with_the_sizes_of_the_run(changes, monkeypatch):
+    """On 24 cards of 8 a machine, whose host's memory each card has an eighth of."""
+    asked, shape = {}, MODELS["tiny"]
+    config = FinetuneConfig(model="tiny", random_init=True, data=("x",), max_length=100, **changes)
+    steps = {"states": "8bit", "recompute": "none"}
+
+    def stand_in(name, answer):
+        def called(*given, **named):
+            asked[name] = (*given, named)
+            return answer(*given)
+
+        monkeypatch.setattr(fit, name, called)
+
+    stand_in("resolve_states", lambda c, setting, *_: dataclasses.replace(setting, states=steps["states"]))
+    stand_in("find_shard_counts", lambda *_: [24, 12])
+    stand_in("find_mesh_that_fits", lambda c, setting, *_: (setting.with_replicas(2), 900))
+    stand_in("require_host_memory", lambda *_: None)
+    stand_in("resolve_recompute", lambda c, setting, *_: (dataclasses.replace(setting, recompute="none"), 777))
+    stand_in("detect_card", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GB, 85 * GB))
+    lengths = SimpleNamespace(lengths=lambda: np.full(500, 50))
+    found = fit.choose_mesh_and_tokens(shape, config, lengths, CUDA, BF16, 24)
+
+    first = setting_from_config(config, BF16, 24)
+    second = dataclasses.replace(first, states="8bit")
+    third = second.with_replicas(2)
+    assert found == (dataclasses.replace(third, recompute="none"), 768), "a multiple of 64"
+    n, most = (
+        config.global_batch_size,
+        -(-min(config.micro_batch_size or 128, config.global_batch_size) * 50 // 64) * 64,
+    )
+    step = -(-n * 50 // 64) * 64
+    limits = fit.Limits(
+        max(128, min(most, config.micro_batch_tokens or most)), step if config.optimizer_in_backward else None
+    )
+    room, share, host = 5 * GB + CONTEXT_BYTES, -(-step // 24), 128 * GB / 8
+    *given, named = asked["resolve_states"]
+    update_s = named.pop("update_s")
+    assert (given, named) == (
+        [shape, first, room, limits],
+        {"least_tokens": 128, "replicas": config.replicas, "host_bytes": host},
+    )
+    counts = [8] if config.replicas else [24, 12]
+    assert asked["find_mesh_that_fits"] == (
+        shape, second, room, limits, {"share_tokens": share, "least_tokens": 128, "counts": counts}
+    )  # fmt: skip
+    assert config.replicas or asked["find_shard_counts"] == (shape, "8bit", 24, first.adapter, {})
+    assert asked["require_host_memory"] == (shape, third, host, {})
+    assert asked["resolve_recompute"] == (shape, third, room, limits, {"share_tokens": share, "tokens": 900})
+    stand_in("update_seconds", lambda *_: 1.5)
+    assert update_s(second) == 1.5 and asked["detect_card"] == (CUDA, {})
+    h100 = fit.CARDS["H100"]
+    assert asked["update_seconds"] == (h100, fit.find_rates(h100), fit.state_bytes(shape, second), second, {})
+
+
+def test_advice_is_for_nine_tenths_of_the_card_and_what_the_run_decided(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 80 * GB))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 70 * GB)
+    monkeypatch.setattr(fit, "advise_settings", lambda *given: asked.append(given) or "ways")
+    size = size_of(print, device=CUDA, ranks=4, max_length=77)
+    size.plan.recompute, size.world.replicas = "block", 2
+    assert size.advise(3000) == "the peak was 70.0 of 80.0 GB; ways"
+    setting = dataclasses.replace(setting_from_config(size.plan.config, BF16, 4).with_replicas(2), recompute="block")
+    assert asked == [(MODELS["llama-7b"], setting, 72 * GB, 9024, 3000, 77)]
+    assert size_of(print).advise(3000) == "lower --micro-batch-tokens"
