@@ -42,8 +42,7 @@ def name_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     found = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            name = name.replace(".default", "").replace(".modules_to_save.weight", ".weight")
-            found[name.replace(".modules_to_save", "")] = p.grad
+            found[name.replace(".default", "").replace(".modules_to_save", "")] = p.grad
     return found
 
 

@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 
+from scripts.base import results
 from scripts.base.results import format_mfu, summarize, summarize_ratios, write_json
 
 
@@ -50,3 +51,39 @@ def test_a_file_whose_writing_is_cut_short_is_the_old_one(broken, tmp_path, monk
     with pytest.raises(OSError, match="no space left"):
         write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1} and [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+CPUINFO = "processor : 0\nmodel name\t: A Chip: @ 2 GHz\nflags : a\nmodel name\t: Another\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "name"), [(CPUINFO, "A Chip: @ 2 GHz"), ("flags: x\n", "of Python"), (None, "of Python")]
+)
+def test_a_processor_has_the_name_that_linux_gives_it(text, name, monkeypatch, tmp_path):
+    if text:
+        (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(results, "Path", lambda path: {"/proc/cpuinfo": tmp_path / "cpuinfo"}[path])
+    monkeypatch.setattr(results.platform, "processor", lambda: "of Python")
+    monkeypatch.setattr(results.os, "sched_getaffinity", lambda pid: {0: {1, 3, 5}}[pid])
+    assert results.describe_cpu() == {"cpu": name, "cores": 3}
+
+
+def test_a_date_is_of_year_month_and_day(monkeypatch):
+    monkeypatch.setattr(results.time, "strftime", lambda form: f"as {form}")
+    assert results.today() == "as %Y-%m-%d"
+
+
+def test_a_measurements_help_is_its_docstring_line_by_line(capsys):
+    doc = "First line.\n\n    python -m x\n"
+    parser = results.new_json_parser(doc)
+    assert doc in parser.format_help() and "where the figures go" in parser.format_help()
+    assert parser.parse_args(["--json", "a"]).json == "a"
+    with pytest.raises(SystemExit):
+        parser.parse_args([])
+    assert "--json" in capsys.readouterr().err
+    assert results.new_parser(doc, "python -m x").format_help().startswith("usage: python -m x [-h]")
+
+
+def test_figures_are_lines_of_one_value(tmp_path):
+    write_json(str(tmp_path / "x.json"), {"b": [1], "a": {}})
+    assert (tmp_path / "x.json").read_text() == '{\n "b": [\n  1\n ],\n "a": {}\n}\n'

@@ -74,8 +74,10 @@ def test_training_makes_an_adapter_before_its_steps_and_writes_it_after(peer, tm
         "base": "dir/base", "lora": {"r": 4}, "rows": str(tmp_path / "rows.json"), "lr": 0.1, "steps": 2, "batch": 2,
         "max_length": 9, "folder": str(tmp_path), "nf4": True,
     }  # fmt: skip
+    seeds = []
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
     peer.train(job)
-    assert saved == [("initial", 0), ("trained", 2)] and given["exact_norm"] is True
+    assert seeds == [0] and saved == [("initial", 0), ("trained", 2)] and given["exact_norm"] is True
     assert (given["base"], given["lr"], given["total_steps"]) == ("dir/base", 0.1, 2)
     assert stepped == [([(1, 9), (2, 9)], 2), ([(3, 9), (4, 9)], 2)]
     assert json.loads((tmp_path / "curve.json").read_text()) == [[1.0, 1.0], [0.0, 1.0]]

@@ -57,6 +57,7 @@ def answer(status, body=b"{}"):
         (crowd.take_answer, answer(200, b'{"finish_reason": "stop"}'), "answer"),
         (crowd.take_answer, answer(200), "no answer"), (crowd.take_answer, answer(503), "503"),
         (crowd.take_stream, answer(200, b"data: [DONE]\n\n"), "stream"), (crowd.take_stream, answer(200), "200"),
+        (crowd.take_stream, answer(500, b"data: [DONE]\n\n"), "500"),
         (crowd.send_too_much, answer(413), "413"), (crowd.send_no_json, answer(400), "400"),
         (crowd.ask_too_much, answer(400), "400"), (crowd.come_from_elsewhere, answer(403), "403"),
         (crowd.name_another_host, answer(421), "421"), (crowd.never_finish, answer(408), "408"),
