@@ -71,3 +71,35 @@ def test_every_flag_reaches_the_benchmark(gpu, smoke, monkeypatch):
     assert given == [("x", 2.5, repeats, smoke or not gpu)] * 2
     size = "full" if gpu and not smoke else "toy"
     assert ran == [(cases[size][1], False), (cases[size][1], True)]
+
+
+@pytest.mark.parametrize("interpreted", [False, True])
+def test_a_run_is_printed_freed_and_drawn(interpreted, monkeypatch, capsys):
+    """Memory is given back after each case; the plots are of the run's result."""
+    log = []
+
+    class Stand:
+        result = "the result"
+
+        def __init__(self, *args, is_toy):
+            pass
+
+        def run_case(self, case, peers=True):
+            log.append(case.op)
+
+    from kernels.measure import plot
+
+    monkeypatch.setattr(bench, "GPU", False)
+    monkeypatch.setattr(bench, "INTERPRETED", interpreted)
+    monkeypatch.setattr(bench, "toy_cases", lambda: [SimpleNamespace(op=op) for op in ("rope", "swiglu")])
+    monkeypatch.setattr(bench, "Benchmark", Stand)
+    monkeypatch.setattr(bench, "free_memory", lambda: log.append("freed"))
+    monkeypatch.setattr(bench, "format_summary", lambda result: f"summary of {result}")
+    monkeypatch.setattr(plot, "draw", lambda result, folder: log.append((result, folder)) or ["a.png", "b.png"])
+    bench.main(["--plot", "there"])
+    assert log == ["rope", "freed", "swiglu", "freed", ("the result", "there")]
+    kernels = "the kernels in Triton's interpreter" if interpreted else "no kernels (TRITON_INTERPRET=1 adds them)"
+    assert capsys.readouterr().out.splitlines() == [
+        f"No GPU: the references and {kernels}, at toy sizes, which say nothing of speed.", "summary of the result",
+        "drew a.png", "drew b.png",
+    ]  # fmt: skip

@@ -218,3 +218,108 @@ def test_a_sample_alone_proves_nothing(capsys):
     with pytest.raises(SystemExit) as stop:
         simulate.parse_arguments(["--changed"], ["rope"])
     assert stop.value.code == 2 and "--check FILE, which is missing" in capsys.readouterr().err
+
+
+# ---- the command, with a machine that answers at once ---------------------------------------------------------------
+
+
+def answered(case, chip):
+    """Return what a run of a case on a chip tells, and what it used."""
+    is_wrong = (case.case.op, chip) == ("rope", "sm_90")
+    counters = dict.fromkeys(("load_bytes", "store_bytes", "load_sectors", "store_sectors"), 32)
+    counters |= {"instructions": 2_000_000, "shared_cycles": 4, "shared_ideal_cycles": 2}
+    return {
+        "op": case.case.op, "case": case.case.shape, "dtype": "bfloat16", "chip": chip, "triton": triton.__version__,
+        "worst": "dx", "error": 0.5, "torch_error": 0.25, "ratio": 2.0, "wrong": ["dx is off by 0.5"] * is_wrong,
+        "n_findings": 2 * is_wrong, "findings": ["k: race", "k: trap"] * is_wrong,
+        "kernels": [{"kernel": "k", **counters}],
+    }, {(case.case.op, "k", chip, "64")}  # fmt: skip
+
+
+@pytest.fixture
+def stage(monkeypatch):
+    """Stand-ins for what the command calls, which note what they are given."""
+    noted = []
+
+    def note(name, answer=None):
+        return lambda *args, **named: noted.append((name, *args, *named.items())) or answer
+
+    def case(op, shape, chips):
+        return SimpleNamespace(case=SimpleNamespace(op=op, shape=shape), chips=chips, dtype=torch.bfloat16)
+
+    both = ("sm_80", "sm_90")
+    cases = [case("rope", "T=4", both), case("swiglu", "T=5", both), case("rope", "T=6", ("sm_90",))]
+    pool = SimpleNamespace(imap=map)
+    workers = SimpleNamespace(Pool=lambda *args: noted.append(("pool", *args)) or nullcontext(pool))
+    clock = iter(range(100, 2000, 44))
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    monkeypatch.setattr(simulate.multiprocessing, "get_context", lambda how: noted.append(("by", how)) or workers)
+    monkeypatch.setattr(simulate, "simulated_cases", lambda: cases)
+    monkeypatch.setattr(
+        simulate, "simulate", lambda case, chip: noted.append((case.case.shape, chip)) or answered(case, chip)
+    )
+    monkeypatch.setattr(simulate.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(simulate, "find_unused", note("unused", ["an entry"]))
+    monkeypatch.setattr(simulate, "is_recorded", note("recorded", False))
+    monkeypatch.setattr(simulate, "digest_sources", lambda: "of the sources")
+    monkeypatch.setattr(simulate, "save_records", note("save"))
+    monkeypatch.setattr(simulate, "find_differences", note("differences", [f"difference {i}" for i in range(25)]))
+    return noted
+
+
+def ended(*flags):
+    with pytest.raises(SystemExit) as end:
+        simulate.main(list(flags))
+    return end.value.code
+
+
+def test_what_a_simulation_prints(stage, capsys, snapshot):
+    assert ended("--check", "there.json", "--json", "new.json", "--workers", "3") is True
+    said = capsys.readouterr()
+    assert f"{said.out}---- errors\n{said.err}".replace(triton.__version__, "VERSION") == snapshot
+    by, pool, *runs, (_, used, tables, chips), (_, path, records, proof), (_, checked, compared) = stage
+    assert by == ("by", "fork") and pool == ("pool", 3, simulate._prepare_worker)
+    jobs = [("T=4", "sm_80"), ("T=5", "sm_80"), ("T=4", "sm_90"), ("T=5", "sm_90"), ("T=6", "sm_90")]
+    assert runs == jobs == [(r["case"], r["chip"]) for r in records] and compared is records
+    assert used == {(r["op"], "k", r["chip"], "64") for r in records} and chips == ["sm_80", "sm_90"]
+    assert set(tables) == {path.stem for path in simulate.common.LAUNCH.glob("*.json")} and tables["rope"]["rotate"]
+    assert (str(path), str(checked), proof) == ("new.json", "there.json", None)
+
+
+def test_a_chip_or_an_op_alone_is_simulated_and_not_all(stage):
+    """Entries that nothing uses are looked for on the chips that were simulated, and in a run of all ops."""
+    assert ended("--chip", "sm_80") is True and stage[-1][0] == "unused" and stage[-1][3] == ["sm_80"]
+    assert stage[2:4] == [("T=4", "sm_80"), ("T=5", "sm_80")] and stage[1][1] == 2
+    stage.clear()
+    assert ended("--op", "swiglu") is False and stage[2:] == [("T=5", "sm_80"), ("T=5", "sm_90")]
+
+
+def test_a_proof_tells_its_seconds_and_sources(stage, monkeypatch):
+    monkeypatch.setattr(simulate, "find_unused", lambda *_: [])
+    monkeypatch.setattr(
+        simulate,
+        "simulate",
+        lambda case, chip: answered(SimpleNamespace(case=SimpleNamespace(op="x", shape="y")), chip),
+    )
+    assert ended("--json", "new.json") is False
+    assert stage[-1][0] == "save" and stage[-1][3] == {"seconds": 44, "sources": "of the sources"}
+    assert ended("--json", "new.json", "--chip", "sm_90") is False and stage[-1][3] is None
+
+
+def test_a_sample_takes_turns_of_the_chips(stage, monkeypatch, capsys):
+    monkeypatch.setattr(simulate, "is_recorded", lambda path: str(path) == "there.json")
+    assert ended("--changed", "--check", "there.json") is True
+    chosen = choose_samples(simulate.simulated_cases(), simulate.CHIPS)
+    shapes = ("T=4", "T=5", "T=6")
+    jobs = [(shapes[i], chip) for chip in simulate.CHIPS for i in range(3) if (i, chip) in chosen]
+    assert [job for job in stage if job[0] in shapes] == jobs and "unused" not in {name for name, *_ in stage}
+    assert f"since there.json was written: {len(jobs)} cases are executed as a sample" in capsys.readouterr().out
+
+
+def test_a_worker_computes_alone_and_new_tensors_hold_nan(monkeypatch):
+    given = []
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: given.append(n))
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on, warn_only: given.append((on, warn_only)))
+    monkeypatch.setattr(simulate.warnings, "filterwarnings", lambda what, message: given.append((what, message)))
+    simulate._prepare_worker()
+    assert given == [1, (True, True), ("ignore", "TRITON_DEFAULT_FP_FUSION")]

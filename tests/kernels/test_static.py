@@ -116,3 +116,68 @@ def test_an_op_without_cases_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["static", "--op", "softmax"])
     with pytest.raises(SystemExit, match="no cases for softmax"):
         static.main()
+
+
+# ---- what is printed ------------------------------------------------------------------------------------------------
+
+
+def test_what_the_gate_prints(monkeypatch, capsys, snapshot, tmp_path):
+    """Records, violations, what is known, and the first twenty differences."""
+    given = {}
+    said = rules.Violation("op", "kernel", "case", "sm_90", "rule", "got", "wanted")
+
+    def gate(cases, chips, workers, old_records):
+        given["gate"] = ([case.op for case in cases], chips, workers, old_records)
+        return rules.GateResult(["record 1", "record 2"], [said], {"launched"}, 7)
+
+    def note(name, answer):
+        return lambda *args: given.__setitem__(name, args) or answer
+
+    cases = [Namespace(op="rope", label="a"), Namespace(op="swiglu", label="b")]
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    monkeypatch.setattr(static, "all_cases", lambda ops: [case for case in cases if not ops or case.op in ops])
+    monkeypatch.setattr(static, "run_gate", gate)
+    monkeypatch.setattr(static, "judge_csrc", lambda args: False)
+    monkeypatch.setattr(static, "format_record", lambda record: f"line of {record}")
+    monkeypatch.setattr(static, "operator_names", lambda: {"rotate"})
+    monkeypatch.setattr(static, "find_unused", note("unused", ["an entry"]))
+    monkeypatch.setattr(static, "find_unplayed", note("unplayed", ["an operator"]))
+    monkeypatch.setattr(static, "load_records", lambda path: {"records": ["old"], "versions": {triton.__version__: {}}})
+    monkeypatch.setattr(static, "save_records", note("save", None))
+    monkeypatch.setattr(static, "find_differences", note("differences", [f"difference {i}" for i in range(25)]))
+    monkeypatch.setattr(sys, "argv", ["static", "--check", "old.json", "--changed", "--json", "new.json"])
+    with pytest.raises(SystemExit) as end:
+        static.main()
+    out = capsys.readouterr()
+    text = f"{out.out}---- errors\n{out.err}".replace(triton.__version__, "VERSION")
+    assert end.value.code is True and text == snapshot(name="differences")
+    assert given["gate"] == (["rope", "swiglu"], list(CHIPS), 2, ["old"]) and given["unplayed"] == (cases, {"rotate"})
+    launched, tables, chips = given["unused"]
+    assert launched == {"launched"} and "rope" in tables and tables["rope"]["rotate"] and chips == list(CHIPS)
+    assert given["save"] == (Path("new.json"), ["record 1", "record 2"], [], list(CHIPS))
+    assert given["differences"] == (Path("old.json"), ["record 1", "record 2"], [], list(CHIPS))
+
+    monkeypatch.setattr(static, "load_records", lambda path: {"records": [], "versions": {}})
+    monkeypatch.setattr(static, "run_gate", lambda *_, **__: rules.GateResult([], [], set(), 0))
+    monkeypatch.setattr(sys, "argv", ["static", "--check", "old.json", "--op", "rope", "csrc"])
+    with pytest.raises(SystemExit) as end:
+        static.main()
+    out = capsys.readouterr()
+    text = f"{out.out}---- errors\n{out.err}".replace(triton.__version__, "VERSION")
+    assert end.value.code is False and text == snapshot(name="another Triton")
+
+
+def test_what_the_gate_prints_of_csrc(monkeypatch, capsys, tmp_path):
+    records = [{"kernel": "a"}, {"kernel": "b"}]
+    monkeypatch.setattr(static, "judge_library", lambda chips: (records, ["a spills"], "nvcc 13"))
+    monkeypatch.setattr(static, "format_cuda_record", lambda record: f"line of {record['kernel']}")
+    monkeypatch.setattr(static, "find_cuda_differences", lambda *_: [f"difference {i}" for i in range(25)])
+    args = Namespace(chip=["sm_90"], json=None, check=tmp_path / "old.json")
+    assert static.judge_csrc(args) is True
+    out = capsys.readouterr()
+    assert out.out.splitlines() == ["line of a", "line of b", "csrc/cuda: 2 kernels, 1 violations, nvcc 13"]
+    stale = f"{tmp_path / 'cuda.json'} is stale; run python -m kernels.static --op csrc --json {tmp_path / 'old.json'}"
+    assert out.err.splitlines() == ["VIOLATION a spills", *(f"difference {i}" for i in range(20)), stale]
+    records.clear()
+    assert static.judge_csrc(Namespace(chip=["sm_90"], json=tmp_path / "new.json", check=None)) is True
+    assert not list(tmp_path.iterdir())  # what was not built is not written

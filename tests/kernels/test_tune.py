@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,3 +101,126 @@ def test_static_ranks_candidates_and_shows_refusals(tmp_path):
         refused = ["refused" in line for line in rows]
         assert refused == sorted(refused)
     assert "refused: wide" in done.stdout  # a tile too small for 128 bits a thread
+
+
+# ---- what is printed, and what reaches the tuner --------------------------------------------------------------------
+
+
+def test_ops_are_those_named_in_the_order_of_all():
+    every = tune.select_ops([])
+    assert every == sorted({case.op for case in all_cases()}) and len(every) > 5
+    assert tune.select_ops(["swiglu", "adamw"]) == ["adamw", "swiglu"]
+    with pytest.raises(SystemExit) as end:
+        tune.select_ops(["swiglu", "zoo", "bar"])
+    assert end.value.code == f"kernels.tune: no cases for bar, zoo; there are {', '.join(every)}"
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+def test_a_tuner_is_given_what_was_asked_for(smoke, monkeypatch, capsys, tmp_path):
+    """Bars count the entries of this chip; what was not reached is told."""
+    made, tuned, bars = [], [], []
+
+    class Tuner:
+        def __init__(self, *args):
+            made.append(args)
+            self.show = args[3]
+
+        def tune(self, op, write, advance):
+            self.show(f"[of] {op}")
+            write(op, {"of": op})
+            advance()
+            tuned.append(op)
+            return [f"{op}.kernel"] * (op == "rope")
+
+    class Progress(tune.Progress):
+        def add_task(self, description, total):
+            bars.append((description, total))
+            return super().add_task(description, total=total)
+
+        def update(self, task, description):
+            bars.append(description)
+
+        def advance(self, task):
+            bars.append("one more")
+
+    written = []
+    monkeypatch.setattr(tune, "Tuner", Tuner)
+    monkeypatch.setattr(tune, "Progress", Progress)
+    monkeypatch.setattr(tune.common, "chip", lambda device: f"chip of {device.type}")
+    table = {"a": {"chip of cuda": {"64": 1, "512": 2}, "other": {"64": 1}}, "b": {"chip of cpu": {"64": 1}}}
+    monkeypatch.setattr(tune.common, "launch_table", lambda op: table)
+    monkeypatch.setattr(tune, "write_launch_table", lambda op, table, folder: written.append((op, table, folder)))
+    tune.tune(["rope", "swiglu"], 2.5, smoke, None if smoke else tmp_path, 7)
+    device = "cpu" if smoke else "cuda"
+    ((*given, show, toy, workers),) = made
+    assert given == [device, f"chip of {device}", 2.5] and (toy, workers) == (smoke, 7) and callable(show)
+    assert tuned == ["rope", "swiglu"] and written == ([] if smoke else [(op, {"of": op}, tmp_path) for op in tuned])
+    of = f"chip of {device}"
+    assert bars == [
+        (f"tuning {of}", 2 if smoke else 4),
+        f"tuning rope {of}",
+        "one more",
+        f"tuning swiglu {of}",
+        "one more",
+    ]
+    said = capsys.readouterr().err
+    assert "[of] rope\n" in said and "rope.kernel: not reached in 2.5 minutes, left as it was\n" in said
+
+
+def test_ranks_are_printed_with_the_incumbent_marked(monkeypatch, capsys):
+    def ranked(in_flight, config, registers, programs, rules=""):
+        return SimpleNamespace(
+            minus_bytes_in_flight=-in_flight, config=config, registers=registers, programs=programs, rules=rules
+        )
+
+    class Entry:
+        cases = (SimpleNamespace(label="D=64"), SimpleNamespace(label="D=128"))
+
+        def __init__(self, *about):
+            self.about = about
+
+        def config(self, table):
+            return {"ROWS": 2, "from": "hand"}
+
+        def __str__(self):
+            return f"{self.about[0]}.k {self.about[1]} up to 64"
+
+    asked = []
+    monkeypatch.setattr(tune.common, "launch_table", lambda op: f"table of {op}")
+    monkeypatch.setattr(
+        tune, "find_entries", lambda op, chip, make, table: asked.append((table, make.device.type)) or [Entry(op, chip)]
+    )
+    rows = [
+        ranked(98304, {"ROWS": 4}, 64, 12),
+        ranked(512, {"ROWS": 2}, 8, 2),
+        ranked(0, {"ROWS": 1}, 255, 1, "spill, wide"),
+    ]
+    monkeypatch.setattr(
+        tune, "rank_candidates", lambda entry, table, workers: asked.append((entry.about, table, workers)) or rows
+    )
+    tune.print_ranks(["rope"], ["sm_80", "sm_90"], 5)
+    first, second = ((("table of rope", "meta"), (("rope", chip), "table of rope", 5)) for chip in ("sm_80", "sm_90"))
+    assert asked == [*first, *second]
+    block = [
+        "rope.k {} up to 64, by D=64, D=128", "       96.0 KB in flight, 12 programs an SM,  64 registers  {'ROWS': 4}",
+        "  *     0.5 KB in flight,  2 programs an SM,   8 registers  {'ROWS': 2}",
+        "        0.0 KB in flight,  1 programs an SM, 255 registers  {'ROWS': 1}  refused: spill, wide",
+    ]  # fmt: skip
+    said = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert said == [line.replace("{}", chip) for chip in ("sm_80", "sm_90") for line in block]
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(None, 2), (2, 2), (16, 14)])
+def test_all_cores_but_two_compile(cores, workers, monkeypatch):
+    given = []
+    monkeypatch.setattr(tune.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(common, "INTERPRETED", False)
+    monkeypatch.setattr(tune, "print_ranks", lambda *args: given.append(args))
+    monkeypatch.setattr(sys, "argv", ["tune", "--static", "--op", "rope", "--chip", "sm_90"])
+    tune.main()
+    assert given == [(["rope"], ["sm_90"], workers)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune, "tune", lambda *args: given.append(args))
+    monkeypatch.setattr(sys, "argv", ["tune"])
+    tune.main()
+    assert given[1] == (tune.select_ops([]), 10, False, common.LAUNCH, workers)

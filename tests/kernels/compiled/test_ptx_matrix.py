@@ -43,7 +43,8 @@ def test_mma(name):
     k, packed = (8, 1) if name == "tf32" else (16, 2)
     to = DTYPES[name]
     a, b = (torch.from_numpy(rng.standard_normal(shape)).to(to) for shape in ((16, k), (k, 8)))
-    if name == "tf32":
+    given = a, b
+    if name == "tf32":  # of which the hardware reads the upper 19 bits
         a, b = ((x.view(torch.int32) & ~0x1FFF).view(torch.float32) for x in (a, b))
     c = torch.from_numpy(rng.standard_normal((16, 8))).float()
 
@@ -52,8 +53,8 @@ def test_mma(name):
 
     rows, cols = accumulators(8)
     inputs = (
-        pack(left_fragment(a.double().numpy(), packed)),
-        pack(right_fragment(b.double().numpy(), packed)),
+        pack(left_fragment(given[0].double().numpy(), packed)),
+        pack(right_fragment(given[1].double().numpy(), packed)),
         c[rows, cols].contiguous(),
     )
     out = torch.empty(4, 32)
@@ -163,3 +164,78 @@ def test_wgmma(swizzle, trans, from_registers, late):
     for w in range(4):
         assert (out[:, 32 * w : 32 * w + 32] - want[16 * w : 16 * w + 16][rows, cols]).abs().max() < 1e-4
     assert result.counters["multiply_adds"] == 64 * n * 16
+
+
+def words(t):
+    return t.contiguous().view(torch.int32).reshape(-1)
+
+
+@pytest.mark.parametrize("name", ["bf16", "f16"])
+def test_mma_of_half_the_depth(name):
+    """m16n8k8 of 16 bits: two registers of A, one of B."""
+    to, (rows, cols) = DTYPES[name], accumulators(8)
+    a, b, c = torch.randn(16, 8).to(to), torch.randn(8, 8).to(to), torch.randn(16, 8)
+    left = torch.stack([torch.stack([a[LANES_ROW + 8 * q, 2 * LANES_COL + e] for e in range(2)], -1) for q in range(2)])
+    right = torch.stack([b[2 * LANES_COL + e, LANES_ROW] for e in range(2)], -1)
+    out = torch.empty(4, 32)
+    body = "".join(LOAD.format(i) for i in range(4)) + "ld.global.b32 %r0, [%d0]; ld.global.b32 %r1, [%d0+128];\n"
+    body += "ld.global.b32 %r2, [%d1];\n" + "".join(f"ld.global.b32 %r{8 + q}, [%d2+{128 * q}];\n" for q in range(4))
+    body += f"mma.sync.aligned.m16n8k8.row.col.f32.{name}.{name}.f32 {{%r4,%r5,%r6,%r7}}, {{%r0,%r1}}, {{%r2}}, "
+    body += "{%r8,%r9,%r10,%r11};\n" + "".join(f"st.global.b32 [%d3+{128 * q}], %r{4 + q};\n" for q in range(4))
+    inputs = words(left), words(right), c[rows, cols].contiguous()
+    result = make_kernel(body, params=4).launch("k", 1, (*inputs, out), num_warps=1)
+    assert not result.findings and result.counters["multiply_adds"] == 16 * 8 * 8
+    assert (out - (a.double() @ b.double() + c)[rows, cols]).abs().max() < 1e-5
+
+
+CHAIN = [  # (sign of A, sign of B, whether the result is added to) of products in turn, by an immediate or a predicate
+    [("1", "1", "0")], [("-1", "1", "0"), ("1", "1", "1")], [("1", "-1", "0"), ("1", "-1", "1"), ("-1", "-1", "1")],
+    [("1", "1", "%p5"), ("1", "1", "%p4")],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("chain", CHAIN)
+@pytest.mark.parametrize(("name", "n"), [("f16", 8), ("tf32", 24), ("bf16", 256)])
+def test_wgmma_adds_and_subtracts_products(name, n, chain, late):
+    """Of a matrix in registers and one in shared memory without a swizzle, both read as tf32 has them."""
+    to, k, packed = DTYPES[name], 8 if name == "tf32" else 16, 1 if name == "tf32" else 2
+    a, b = torch.randn(64, k).to(to), torch.randn(n, k).to(to)
+    exact = [t.double() for t in (a, b)]
+    if name == "tf32":
+        exact = [(t.view(torch.int32) & ~0x1FFF).view(torch.float32).double() for t in (a, b)]
+    half = k // 2  # rows of 16 bytes: (8 rows, 16 bytes) in a piece, along k first
+    memory = torch.zeros(16384 // to.itemsize, dtype=to)
+    for r in range(n):
+        for c in range(k):
+            memory[(r // 8) * 8 * k + (c // half) * 8 * half + r % 8 * half + c % half] = b[r, c]
+    fragments = [left_fragment(a[16 * w : 16 * w + 16].float().numpy(), packed) for w in range(4)]
+    fragments = torch.cat(
+        [torch.from_numpy(f).to(to).contiguous().view(torch.int32).reshape(4, 32) for f in fragments], 1
+    )
+    out = torch.empty(n // 2, 128)
+    body = "".join(LOAD.format(i) for i in range(3)) + COPY_TO_SHARED
+    body = body.replace("%r4", "%z4") if n == 256 else body
+    first = 150 if n == 256 else 50
+    body += "".join(f"ld.global.b32 %r{first + q}, [%d1+{512 * q}];\n" for q in range(4))
+    body += f"mov.b64 %d11, {descriptor(0, 0, 128, 256)}; setp.eq.u32 %p4, %t, %t; setp.ne.u32 %p5, %t, %t;\n"
+    d = "{" + ",".join(f"%r{i}" for i in range(n // 2)) + "}"
+    left = "{" + ",".join(f"%r{first + q}" for q in range(4)) + "}"
+    body += "".join(f"mov.b32 %r{i}, 0f7fc00000;\n" for i in range(n // 2)) + "wgmma.fence.sync.aligned;\n"
+    for sign_a, sign_b, add in chain:
+        trans = "" if name == "tf32" else ", 0"
+        body += (
+            f"wgmma.mma_async.sync.aligned.m64n{n}k{k}.f32.{name}.{name} {d}, {left}, %d11, {add}, {sign_a}, {sign_b}"
+        )
+        body += f"{trans};\nwgmma.commit_group.sync.aligned;\n"
+    body += "wgmma.wait_group.sync.aligned 0;\n"
+    body += "".join(f"st.global.b32 [%d2+{512 * q}], %r{q};\n" for q in range(n // 2))
+    if n == 256:
+        body = ".reg .b32 %r<160>, %z<50>;\n" + body.replace("%r40", "%z40")
+    module = make_kernel("{" + body + "}", params=3, shared=16384, target="sm_90a")
+    result = module.launch("k", 1, (memory, fragments, out), options=Options(late=late))
+    assert not result.findings and result.counters["multiply_adds"] == len(chain) * 64 * n * k
+    total = sum(int(sign_a) * int(sign_b) for sign_a, sign_b, _ in chain)
+    want, (rows, cols) = total * (exact[0] @ exact[1].T), accumulators(n)
+    for w in range(4):
+        assert (out[:, 32 * w : 32 * w + 32] - want[16 * w : 16 * w + 16][rows, cols]).abs().max() < 1e-4
