@@ -31,7 +31,7 @@ def translate_stanford_flags(raw: Raw, problems: list[str]) -> list[str]:
     notes = [
         f"{name_to_flag(name)} is accepted and not needed: {why}"
         for name, why in UNNEEDED.items()
-        if raw.pop(name, None)
+        if raw.pop(name, None) is not None
     ]
     translate_bf16(raw, problems)
     notes += translate_batch_size(raw, problems)
