@@ -7,12 +7,14 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from scripts.base.results import ROOT, write_json
 from scripts.report import processes
 from scripts.report.report import Report
+from tests.helpers.calls import Calls
 
 
 def has_ended(pid):
@@ -199,3 +201,68 @@ def test_the_last_records_of_a_process_are_taken_over_and_a_failed_one_stays(tmp
     assert json.loads(report.path.read_text())["parts"]["step"]["records"] == [
         {"name": "old", "failed": "x"}, {"name": "a"},
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_command_has_its_limit_and_no_more(ends, monkeypatch):
+    """It is looked at twice a second; one that is ended takes what it has started along."""
+    now, calls = [0.0], Calls()
+
+    def wait(seconds=None):
+        calls.lines.append(f"wait({seconds})")
+        now[0] += seconds or 0
+        if seconds and not (ends and now[0] > 1):
+            raise subprocess.TimeoutExpired("it", seconds)
+        return 5
+
+    process = SimpleNamespace(pid=77, wait=wait, poll=lambda: 5 if ends else None)
+
+    def start(command, cwd, env, start_new_session, **options):
+        assert start_new_session and cwd == ROOT and env["COLUMNS"] == "240" and env["MINE"] == "1"
+        calls.lines.append(f"{command} {options}")
+        return process
+
+    monkeypatch.setattr(processes.subprocess, "Popen", start)
+    monkeypatch.setattr(processes.os, "killpg", calls.stand_in("killpg"))
+    monkeypatch.setattr(processes, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    every = calls.stand_in("every")
+    found = processes.run_command(["it"], 2.0, every, {"MINE": "1"}, stdout=3)
+    look = ["wait(0.5)", "every()"]
+    assert found == (5 if ends else None) and calls.lines == [
+        "['it'] {'stdout': 3}", *look * (2 if ends else 4),
+        *(["wait(0.5)"] if ends else ["killpg(77, <Signals.SIGKILL: 9>)", "wait(None)"]),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("left", "minutes", "limit"), [(90.0, "1.500", 150.0), (-3.0, "0.017", 61.0)])
+def test_a_measuring_process_gets_the_time_that_is_left(left, minutes, limit, tmp_path, monkeypatch):
+    report, ran = Report(tmp_path / "report.json", minutes=600, smoke=False), []
+    monkeypatch.setattr(report, "seconds_left", lambda: left)
+
+    def run(command, limit_s, every):
+        ran.append((command[1:4], command[5:], limit_s))
+        return 3
+
+    monkeypatch.setattr(processes, "run_command", run)
+    found = []
+    assert processes.measure_in_one_process(report, found, "a.module", ["x", "y"]) == (3, []) and found == []
+    assert ran == [(["-m", "a.module", "--json"], ["--minutes", minutes, "--only", "x", "y"], limit)]
+
+
+def test_a_process_that_ends_well_is_the_last_and_one_that_does_nothing_fails_its_first(tmp_path, monkeypatch):
+    report = Report(tmp_path / "report.json", minutes=600, smoke=False)
+    ends = iter([(7, []), (7, ["c"]), (0, [])])
+    asked = []
+
+    def measure(report, found, module, names):
+        asked.append(list(names))
+        code, left_out = next(ends)
+        return code, left_out
+
+    monkeypatch.setattr(processes, "measure_in_one_process", measure)
+    monkeypatch.setattr(processes, "free_memory", lambda: None)
+    processes.measure_in_processes(report, "step", "m", ["a", "b", "c", "d"])
+    assert asked == [["a", "b", "c", "d"], ["b", "c", "d"], ["b", "d"]]
+    failed = {"failed": "its process ended with exit code 7"}
+    assert report.result["parts"]["step"]["records"] == [{"name": "a", **failed}]
+    assert report.result["left_out"] == ["step: c"]

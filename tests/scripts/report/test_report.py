@@ -280,3 +280,27 @@ def test_every_run_of_a_report_is_told_and_its_figures_stay(tmp_path):
     found = json.loads(path.read_text())
     assert [(run["commit"], run["minutes"]) for run in found["runs"]] == [("c0", 8), ("c1", 9), ("c2", 10)]
     assert found["parts"]["a part"] == {"figure 0": 0, "figure 1": 1, "figure 2": 2} and found["commit"] == "c2"
+
+
+def test_a_part_has_its_share_of_what_is_left_and_its_seconds_are_told(tmp_path):
+    """Its failure is told by the last line of it, at most 500 letters."""
+    now, deadlines = [1000.0], []
+
+    def measure(report):
+        deadlines.append(report.deadline)
+        now[0] += 12.34
+        if len(deadlines) == 2:
+            raise ValueError("first\n" + "x" * 600)
+
+    report = Report(tmp_path / "report.json", 2, smoke=True, clock=lambda: now[0])
+    report.measure_part("a", measure, 0.5)
+    report.measure_part("b", measure, 0.25)
+    report.deadline = 0.0
+    report.measure_part("c", measure, 1.0)
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert deadlines == pytest.approx([1060.0, 1012.34 + 0.25 * 107.66, 1120.0])
+    assert found["runs"] == [{"minutes": 2, "seconds": {"a": 12.3, "b": 12.3, "c": 12.3}}]
+    assert found["parts"]["b"] == {"failed": ("ValueError: first\n" + "x" * 600)[:500]} and "a" not in found["parts"]
+    now[0] = 1120.0
+    report.measure_part("d", measure, 1.0)
+    assert report.result["left_out"] == ["d"] and len(deadlines) == 3

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from scripts.serving import clients
+from scripts.serving import clients, server
 from scripts.serving.server import Served, serve_model
 from tests.helpers.calls import Calls
 
@@ -115,3 +115,10 @@ def test_the_whole_measurement(npm, monkeypatch, tell, snapshot, capsys):
     monkeypatch.setattr(clients.shutil, "which", lambda name: npm if name == "npm" else None)
     text = tell(clients, "--model", "mine") + "\n" + calls.text()
     assert text.replace(str(clients.PROGRAMS), "CLIENTS") == snapshot
+
+
+def test_megabytes_are_of_a_million_bytes(monkeypatch, tmp_path):
+    (tmp_path / "statm").write_text("900 500 7 8\n")
+    monkeypatch.setattr(server, "Path", lambda path: {"/proc/7/statm": tmp_path / "statm"}[path])
+    monkeypatch.setattr(server.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4096}[name])
+    assert Served("", 7).resident_mb() == 500 * 4096 / 1e6

@@ -203,6 +203,7 @@ def test_refusals_are_told_without_paths_and_answers_by_whether_they_keep_the_fo
     record(ledger, 0, (1000, 10), text="no JSON")
     record(ledger, 1, (10, 1000), text='{"tasks": []}')
     record(ledger, 2, (1, 1), "length")
+    record(ledger, 5, (0, 0), "content_filter", text="no JSON")
     for request, said in ((3, f"broke in /home/me/a.py at /b {'x' * 400}"), (4, "again")):
         attempt, intent = ledger.prepare_intent(request, "0" * 64, "m", 1000)
         ledger.commit([intent, ledger.prepare_outcome(attempt, "failed", 400 + request, said, (0, 0), 1)])
@@ -213,11 +214,11 @@ def test_refusals_are_told_without_paths_and_answers_by_whether_they_keep_the_fo
     )
     assert kept < 2 and found == {
         "format": "json_object", "usage_usd": pytest.approx((1011 * 0.1 + 1011 * 0.4) / 1e6), "cut_by_the_limit": 1,
-        "whole": 2, "whole_in_the_format": kept,
+        "whole": 3, "whole_in_the_format": kept,
         "refusals": [(403, f"broke in PATH at /b {'x' * 271}"), (404, "again")],
     }  # fmt: skip
-    assert data_servers.list_done(tmp_path) == {0, 1, 2}
-    assert data_servers.list_sent(tmp_path) == [(i + 1, i) for i in range(5)]
+    assert data_servers.list_done(tmp_path) == {0, 1, 2, 5}
+    assert sorted(data_servers.list_sent(tmp_path)) == list(enumerate((0, 1, 2, 5, 3, 4), 1))
 
 
 def test_lines_of_progress_and_of_paths_are_not_told():
