@@ -253,6 +253,8 @@ def test_replicas_are_for_steps_of_several_micro_batches(states, gib):
 def test_counts_of_shards_that_cut_no_block():
     assert find_uncut_counts([(4096, 4096), (576,)], 8) == list(range(1, 9))
     assert find_uncut_counts([(6, 1000)], 6) == [1]
+    assert find_uncut_counts([(32, 128)], 4) == [1, 2, 4], "4,096 elements are the fewest with 8-bit states"
+    assert find_uncut_counts([(31, 128)], 4) == [1, 2, 3, 4]
     assert 4 in find_uncut_counts([(5, 9 * 128)], 8), (
         "the third of four shards ends where the rows do, and cuts nothing"
     )
