@@ -1,6 +1,7 @@
 """README's table of reports and targets."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -225,3 +226,22 @@ def test_an_op_without_a_formula_or_a_bound_has_no_block_for_it(monkeypatch):
         assert body.startswith("\n".join(["", "First.\n", *blocks, "| kernel | case"])) and "None" not in body
         assert body.endswith("| row of ['3.9', '3.10'] |\nexecuted rope\n")
         assert "Triton 3.9 (ptxas 1); Triton 3.10 (ptxas 2, 3)." in page and "by Triton 3.9, 3.10." in page
+
+
+FIGURES = json.loads(
+    Path(__file__).with_name("figures.json").read_text()
+)  # of each measurement, small and all different
+SECTIONS = [m for m in benchmarks.MEASUREMENTS if m.figures in FIGURES]
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.figures)
+def test_a_section_and_a_row_say_which_figure_is_which(section, snapshot):
+    figures = FIGURES[section.figures]
+    row = " | ".join(section.row(figures)) if section.row else ""
+    lines = [f"# {section.title} #{section.anchor}", section.command, row, *section.about(figures)]
+    assert "\n".join([*lines, *benchmarks.machine(figures)]) == snapshot
+
+
+def test_every_kind_of_section_has_figures():
+    without = {m.figures for m in benchmarks.MEASUREMENTS} - set(FIGURES)
+    assert without == {"cpu_speed_amx", "cpu_speed_fp32"}  # as cpu_speed
