@@ -8,6 +8,7 @@ import pytest
 from engine.base.errors import DataError, UsageError
 from engine.data.dataset import encode_rows
 from engine.model.config import ModelConfig
+from engine.text.chat_templates import adopt_style, find_carried_style, pin_template
 from engine.text.parts import Special
 from engine.text.sentencepiece_file import SentencePieceModel, write_model
 from engine.text.templates import STYLES, Row, encode_prompt, find_stop_ids, render_row
@@ -254,3 +255,62 @@ def test_a_tokenizer_of_more_tokens_than_the_model_embeds_is_refused(tmp_path):
     assert told == f"refused: {gguf}: the tokenizer has 264 tokens, the model embeds 263; they do not belong together"
     with pytest.raises(UsageError, match="--random-init with 263 tokens needs --tokenizer, a folder"):
         find_tokenizer(ModelConfig(vocab_size=263, **shape), "", None)
+
+
+# ---- the files that go with a model of a style -----------------------------------------------------------------------
+
+ADOPTED = {
+    "byte level": lambda folder: write_byte_level(folder, (*CHATML, *LLAMA3[2:]), chat_template=OWN),
+    "metaspace": lambda folder: write_metaspace(folder, "first", chat_template=f"x{OWN[15:]}"),
+    "class": lambda folder: write_metaspace(folder, "never", tokenizer_class="LlamaTokenizer"),
+    "pieces": lambda folder: write_pieces(folder, files=STANFORD),
+}  # fmt: skip
+
+
+def tell_changes(before, after):
+    """Return what differs between the files of two tokenizers, by the keys of their JSON; templates by their hash."""
+    lines = []
+    for name in sorted(before | after):
+        if before.get(name) == after.get(name):
+            continue
+        if name not in after:
+            lines.append(f"{name} is gone")
+            continue
+        old, new = (json.loads(files.get(name, b"{}")) for files in (before, after))
+        for key in old | new:
+            if old.get(key) != new.get(key):
+                text = json.dumps(shorten(new.get(key, "GONE")))
+                lines.append(
+                    f"{name} {key}: {text if len(text) < 230 else hashlib.sha256(text.encode()).hexdigest()[:12]}"
+                )
+    return lines
+
+
+@pytest.mark.parametrize("kind", ADOPTED)
+def test_what_goes_with_a_model_of_a_style(kind, tmp_path, snapshot):
+    tokenizer, lines = load_tokenizer(ADOPTED[kind](tmp_path / "t")), []
+    lines.append(f"carries {find_carried_style(tokenizer)}")
+    for style in STYLES:
+        adopted = tell(lambda style=style: adopt_style(tokenizer, style))
+        lines.append(f"== {style}")
+        if isinstance(adopted, str):
+            lines.append(adopted)
+            continue
+        told = f"eos {adopted.eos_id}, ends {sorted(adopted.stop_ids)}, bos {adopted.bos_id} added: {adopted.add_bos}"
+        lines += [told, *tell_changes(tokenizer.files, adopted.files)]
+        assert find_carried_style(adopted) == style or style == "template"
+    assert "\n".join(lines) == snapshot
+
+
+def test_templates_whose_day_is_pinned(snapshot):
+    """Once, whatever they ask; those that ask for no day are left as they are."""
+    lines = []
+    for template in (
+        "{{ strftime_now('%d %b %Y') }} {{ strftime_now(\"%H\") }}",
+        "  {% if date_string is defined %}{{ date_string }}{% endif %}",
+        "\n{{ datetime }} {{ my_datetime }}", "{{ strftime_now(f) }}", "{{ messages }}", "{{ update_strings }}",
+    ):  # fmt: skip
+        pinned = pin_template(template)
+        assert pin_template(pinned) == pinned
+        lines.append(repr(pinned))
+    assert "\n".join(lines) == snapshot
