@@ -46,7 +46,8 @@ RECIPES = {  # estimates that are kept whole, as text and as JSON
     "--lora-targets q_proj v_proj --lora-r 4",
     "the CPUs of two machines": "CRIA_OPTIMIZER=cpu --model llama-13b --gpu A100-40 --gpus 16 --offload-optimizer "
     "--replicas 2 --host-bandwidth 40",
-    "lora of two cards": "--model llama3-8b --gpu RTX-3090 --gpus 2 --adapter lora --micro-batch-tokens 512",
+    "lora of two cards": "--model llama3-8b --gpu RTX-3090 --gpus 2 --replicas 1 --adapter lora "
+    "--micro-batch-tokens 512",
     "updates of some layers": "--model llama-7b --gpu RTX-4090 --adapter lora --lora-targets layers.20.mlp.down_proj "
     "layers.20.self_attn.q_proj layers.31.self_attn.o_proj --lora-dropout 0.05 --recompute block",
     "updates of the last matrix": "--model tinyllama-1.1b --gpu RTX-3060 --adapter lora --lora-targets "
