@@ -59,7 +59,7 @@ RECIPES = {  # estimates that are kept whole, as text and as JSON
     "in backward": "--model llama2-7b --gpu L40S --optimizer-in-backward --grad-clip 0 --optimizer-states bf16 "
     "--master-weights stochastic",
     "long rows": "--model llama3-8b --gpu H200 --max-length 4096 --micro-batch-tokens 8192 --no-share-prefix",
-    "rows one by one": "--model tinyllama-1.1b --gpu RTX-3090 --micro-batch-size 4 --epochs 1 --save-every 100",
+    "rows one by one": "--model tinyllama-1.1b --gpu RTX-3090 --micro-batch-size 4 --epochs 1 --max-steps 9999",
     "own card": "--model smollm2-135m --gpu-memory 8 --gpu-tflops 50 --gpu-bandwidth 300 "
     "--price-per-hour 0.2 --max-steps 10",
     "fp32": "--model smollm2-135m --gpu B200 --dtype fp32 --train-on-prompt --prompt-style chatml",
