@@ -1,5 +1,6 @@
 """What tests of the scripts share: a stand-in for transformers, whose import takes longer than all of these tests."""
 
+import argparse
 import importlib
 import importlib.metadata
 import os
@@ -90,3 +91,25 @@ def hide_versions(text):
     for name, version in versions.items():
         text = text.replace(f'"{name}": "{version}"', f'"{name}": "its version"')
     return text
+
+
+@pytest.fixture
+def defaults_of(monkeypatch):
+    """Return a function that returns what a command's flags are where only those given are given."""
+    told = []
+
+    def parse(self, argv=None):
+        told.append(vars(parse_args(self, argv)))
+        raise InterruptedError
+
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def find(module, *flags):
+        with monkeypatch.context() as patch:
+            patch.setattr(argparse.ArgumentParser, "parse_args", parse)
+            patch.setattr(sys, "argv", ["it", *flags])
+            with pytest.raises(InterruptedError):
+                module.main()
+        return told.pop()
+
+    return find

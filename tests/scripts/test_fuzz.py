@@ -178,3 +178,7 @@ def test_files_under_a_checksum(name, proven):
         "meta": ("consolidated.00.pth",), "state": ("state.safetensors",), "ledger": (scripts.fuzz.LEDGER_NAME,),
         "tokens": ("tokens.npy", "is_target.npy", "rows.npy"),
     }[name]  # fmt: skip
+
+
+def test_flags_have_defaults(defaults_of):
+    assert defaults_of(scripts.fuzz) == {"seconds": 60.0, "seed": 0, "reader": None, "limit": 20.0}

@@ -146,3 +146,7 @@ def test_both_pictures_are_written(monkeypatch, tmp_path, call_main, capsys):
     ]  # fmt: skip
     monkeypatch.setattr(screens, "find_chromium", lambda: None)
     assert call_main(screens) == "error: no Chromium on PATH; install one"
+
+
+def test_flags_have_defaults(defaults_of):
+    assert defaults_of(screens) == {"model": "out/demo", "compare_with": "smollm2-135m", "out": screens.FOLDER}

@@ -276,3 +276,10 @@ def test_what_is_over_its_bound_is_told_in_words():
         "a case, gradient is 2.0e-10 off, wanted 1e-10", "a step's loss is 2.0e-04 off, wanted 0.0001",
         "llama_cpp gives 4 of 6 answers",
     ]  # fmt: skip
+
+
+def test_flags_have_defaults(defaults_of):
+    assert defaults_of(adapters, "--json", "x", "--data", "d") == {
+        "json": "x", "data": "d", "steps": 20, "batch": 2, "max_length": 128, "lr": 2e-4, "model": "smollm2-135m",
+        "python": None,
+    }  # fmt: skip

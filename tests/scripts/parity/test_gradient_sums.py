@@ -116,3 +116,8 @@ def test_a_part_that_is_rounded_first_is_rounded_at_once():
     for n in (1, 1):
         sums.add("w", torch.full((1, 1), 1 + 2.0**-9), torch.full((1, n), 1.0))
     assert sums.fp32["w"].item() == 2 + 2.0**-8 and sums.rounded["w"].item() == 2.0
+
+
+def test_flags_have_defaults(defaults_of):
+    data = str(gradient_sums.SEED_TASKS)
+    assert defaults_of(gradient_sums, "--json", "x") == {"json": "x", "data": data, "rows": 8}

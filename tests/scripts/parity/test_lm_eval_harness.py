@@ -102,3 +102,8 @@ def test_tasks_with_an_input_are_no_questions(monkeypatch):
     assert rows == [
         {"prompt": f"### Instruction:\nQ{i}\n\n### Response:", "answer": f"\nA{i}"} for i in (0, 2)
     ]  # fmt: skip
+
+
+def test_flags_have_defaults(defaults_of):
+    flags = ("--json", "x", "--model", "m")
+    assert defaults_of(lm_eval_harness, *flags) == {"json": "x", "model": "m", "rows": 40}

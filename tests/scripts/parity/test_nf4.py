@@ -206,3 +206,7 @@ def test_the_whole_comparison(monkeypatch, tell, snapshot):
     monkeypatch.setattr(nf4, "model_tensors", lambda: iter(TENSORS[:1]))
     monkeypatch.setattr(torch, "manual_seed", calls.stand_in("seed"))
     assert tell(nf4, "--rounds", 2) + "\n" + calls.text() == snapshot
+
+
+def test_flags_have_defaults(defaults_of):
+    assert defaults_of(nf4, "--json", "x") == {"json": "x", "rounds": 3}

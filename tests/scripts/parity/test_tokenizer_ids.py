@@ -222,3 +222,9 @@ def test_the_table_and_the_file(ids, monkeypatch, call_main, tmp_path, capsys):
         assert call_main(ids, "one") is False
         own = f"[{sys.executable!r}, '-c', {ids.LLAMA_CPP!r}]" if is_there else "None"
         assert calls.lines[1] == f"compare(PosixPath('one'), ['a'], [], None, {own})"
+
+
+def test_flags_have_defaults(ids, defaults_of):
+    assert defaults_of(ids, "v") == {
+        "vocabularies": [Path("v")], "rows": None, "vectors": [], "convert": None, "llama_cpp": None, "json": None
+    }  # fmt: skip

@@ -2,15 +2,13 @@
 
 import contextlib
 import json
-import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from scripts.serving import clients, server
-from scripts.serving.server import Served, serve_model
+from scripts.serving import clients
 from tests.helpers.calls import Calls
 
 RIGHT = {"feature": "plain", "right": True, "got": "x"}
@@ -47,28 +45,6 @@ def test_one_wrong_feature_makes_the_exit_code(wrong, code, monkeypatch, tmp_pat
     assert given[0][:2] == ("--model", "mine")
     found = json.loads((tmp_path / "x").read_text())
     assert found["versions"] == {"openai": "1", "langchain-openai": "2"} and len(found["lines"]) == 6
-
-
-def test_a_server_is_started_with_the_flags_and_the_environment_given(monkeypatch, tmp_path):
-    program = tmp_path / "python"
-    program.write_text(
-        f'#!/bin/bash\necho "$MINE $@" > {tmp_path}/told\necho serving at http://127.0.0.1:1\n'
-        "while :; do sleep 0.01; done\n"
-    )
-    program.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(program))
-    with serve_model(("--model", "x"), tmp_path / "log", {"MINE": "yes"}) as served:
-        assert served.pid > 0
-    words = (tmp_path / "told").read_text().split()
-    assert words[0] == "yes" and words[-2:] == ["--model", "x"] and "--port" in words
-
-
-def test_what_a_process_holds_is_its_own():
-    own = Served("", os.getpid())
-    other = Served("", 1)
-    assert own.n_threads() >= 1 and own.resident_mb() > other.resident_mb() > 0
-    virtual = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-    assert own.resident_mb() < 0.9 * virtual and other.n_threads() == len(os.listdir("/proc/1/task"))
 
 
 def test_lines_of_a_client_are_a_table(monkeypatch, capsys):
@@ -117,8 +93,5 @@ def test_the_whole_measurement(npm, monkeypatch, tell, snapshot, capsys):
     assert text.replace(str(clients.PROGRAMS), "CLIENTS") == snapshot
 
 
-def test_megabytes_are_of_a_million_bytes(monkeypatch, tmp_path):
-    (tmp_path / "statm").write_text("900 500 7 8\n")
-    monkeypatch.setattr(server, "Path", lambda path: {"/proc/7/statm": tmp_path / "statm"}[path])
-    monkeypatch.setattr(server.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4096}[name])
-    assert Served("", 7).resident_mb() == 500 * 4096 / 1e6
+def test_flags_have_defaults(defaults_of):
+    assert defaults_of(clients) == {"model": "smollm2-135m", "json": None}

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import random
+import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -302,3 +303,26 @@ def test_kinds_and_what_they_may_get():
         ("never_finish", 4, ["408"]), ("send_too_much", 5, ["413"]), ("send_no_json", 5, ["400"]),
         ("ask_too_much", 5, ["400"]), ("come_from_elsewhere", 3, ["403"]), ("name_another_host", 3, ["403", "421"]),
     ]  # fmt: skip
+
+
+def test_flags_have_defaults(defaults_of):
+    assert defaults_of(crowd) == {"model": "smollm2-135m", "requests": 1000, "at_once": 64, "json": None}
+
+
+RIGHT = {client.__name__: sorted(may)[0] for client, _, may in KINDS}
+
+
+@pytest.mark.parametrize(
+    ("changed", "code"),
+    [({}, 0), ({"take_answer": crowd.BUSY}, 0), ({"take_answer": "500"}, 1), ({"take_stream": "answer"}, 1),
+     ({"come_from_elsewhere": "answer"}, 1), ({"never_finish": "ConnectionResetError"}, 1)],
+)  # fmt: skip
+def test_a_client_that_gets_what_its_kind_does_not_expect_is_told(changed, code, monkeypatch, capsys):
+    async def watch(served, n, at_once, advance):
+        got = [{"kind": kind, "got": what, "n": 1} for kind, what in (RIGHT | changed).items()]
+        return {"got": got, "held": [{"resident_mb": 1.0, "threads": 2, "files": 3}] * 3}
+
+    monkeypatch.setattr(crowd, "serve_model", lambda *_: contextlib.nullcontext("served"))
+    monkeypatch.setattr(crowd, "watch_crowd", watch)
+    monkeypatch.setattr(sys, "argv", ["crowd"])
+    assert crowd.main() == code and capsys.readouterr().out.count("WRONG") == code

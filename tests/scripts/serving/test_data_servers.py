@@ -292,3 +292,30 @@ def test_llama_cpps_server_has_the_numbers_of_its_command(monkeypatch, capsys):
     assert (params.model.path, params.hostnames, params.port) == ("a.gguf", ["127.0.0.1"], 77)
     assert (params.n_parallel, params.n_ctx) == (4, 4 * 256)
     assert params.cpuparams.n_threads == params.cpuparams_batch.n_threads == 2
+
+
+def test_flags_have_defaults(defaults_of):
+    assert defaults_of(data_servers, "--json", "x") == {
+        "json": "x", "environments": None, "only": None, "max_usd": 0.0025, "max_output_tokens": 200, "kill_after": 2
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("found", "code"),
+    [({}, 0), ({"recorded_and_sent_again": 1}, 1), ({"usage_usd": 0.0021}, 1), ({"usage_usd": 0.0019}, 1)],
+)
+def test_a_request_that_is_sent_again_and_a_bill_of_other_usages_are_told(found, code, monkeypatch, tmp_path):
+    """Of each server, also where the others are right."""
+    right = {"recorded_and_sent_again": 0, "usage_usd": 0.002, "cost": {"spent_usd": 0.002}}
+    of_last = list(data_servers.PACKAGES)[-1]
+    folder = {name: Path(name) for name in data_servers.PACKAGES}
+    monkeypatch.setattr(data_servers, "export_models", lambda _: folder)
+    served = lambda *_: contextlib.nullcontext("http://127.0.0.1:1")  # noqa: E731
+    monkeypatch.setattr(data_servers, "start_server", served)
+    versions = dict.fromkeys(data_servers.VERSIONED.values(), "1.0")
+    monkeypatch.setattr(data_servers, "make_environment", lambda *_: (Path("bin"), versions))
+    measure = lambda url, model, out, options: right | (found if model == of_last else {})  # noqa: E731
+    monkeypatch.setattr(data_servers, "measure", measure)
+    monkeypatch.setattr(sys, "argv", ["data_servers", "--json", str(tmp_path / "found.json")])
+    assert data_servers.main() == code
+    assert json.loads((tmp_path / "found.json").read_text())["servers"].keys() == data_servers.PACKAGES.keys()

@@ -102,3 +102,9 @@ def test_torchs_way_is_adamw_on_a_master_that_is_never_rounded(monkeypatch):
         master -= grad.float()
         assert torch.equal(way.master, master) and torch.equal(way.param, master.bfloat16())
         assert way.param.dtype == torch.bfloat16
+
+
+def test_flags_have_defaults(defaults_of):
+    assert defaults_of(adamw, "--json", "x") == {
+        "json": "x", "parameters": 50_000_000, "rounds": 15, "times": 4, "steps": 1000, "sizes": [4353, 8192]
+    }  # fmt: skip

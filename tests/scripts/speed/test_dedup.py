@@ -99,3 +99,10 @@ def test_seconds_of_several_threads_are_refused(threads, monkeypatch, call_main,
     if threads:
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
     assert call_main(dedup, "--json", "x") == 2 and "OMP_NUM_THREADS=1" in capsys.readouterr().err
+
+
+def test_flags_have_defaults(defaults_of, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert defaults_of(dedup, "--json", "x") == {
+        "json": "x", "rows": str(dedup.SEED_TASKS), "n": 60_000, "n_long": 63_000, "rounds": 5, "seed": 0
+    }  # fmt: skip

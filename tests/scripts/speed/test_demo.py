@@ -70,3 +70,7 @@ def test_the_whole_measurement(monkeypatch, tell, snapshot):
     assert tell(demo, "--seeds", 3) == snapshot
     log = re.sub(r"PosixPath\('[^']*/(.*?)'\)", r"\1", calls.text())
     assert log == snapshot(name="calls")
+
+
+def test_flags_have_defaults(defaults_of):
+    assert defaults_of(demo, "--json", "x") == {"json": "x", "seeds": 5}

@@ -51,3 +51,7 @@ def test_the_whole_measurement(monkeypatch, tell, snapshot):
     assert tell(demo_adapter, "--seeds", 1) == snapshot
     log = re.sub(r"PosixPath\('/.*?([^/]*(?:/metrics.jsonl)?)'\)", r"\1", calls.text())
     assert log == snapshot(name="calls")
+
+
+def test_flags_have_defaults(defaults_of):
+    assert defaults_of(demo_adapter, "--json", "x") == {"json": "x", "seeds": 3}

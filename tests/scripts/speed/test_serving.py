@@ -248,3 +248,10 @@ def test_a_server_that_is_never_up_is_ended_with_its_last_words(monkeypatch, tmp
     assert calls.lines == [
         url, "sleep(0.5)", url, "sleep(0.5)", url, f"killpg(77, {signal.SIGTERM!r})", "wait()"
     ]  # fmt: skip
+
+
+def test_flags_have_defaults(defaults_of):
+    assert defaults_of(serving, "--json", "x", "--model", "m") == {
+        "json": "x", "model": "m", "dtype": "bf16", "peer": [], "requests": 32, "tokens": 48, "rounds": 3,
+        "logs": Path("out/serving"),
+    }  # fmt: skip

@@ -78,3 +78,7 @@ def test_shapes_are_those_of_the_models():
         "SmolLM2-135M w13": (4096, 2 * small.hidden_dim, dim), "SmolLM2-135M w2": (4096, dim, small.hidden_dim),
         "SmolLM2-135M head": (1024, small.vocab_size, dim), "7B wo": (1024, large.dim, large.dim),
     } == weight_gradient.SHAPES  # fmt: skip
+
+
+def test_flags_have_defaults(defaults_of):
+    assert defaults_of(weight_gradient, "--json", "x") == {"json": "x", "rounds": 21}
