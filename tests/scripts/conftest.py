@@ -1,6 +1,7 @@
 """What tests of the scripts share: a stand-in for transformers, whose import takes longer than all of these tests."""
 
 import argparse
+import builtins
 import importlib
 import importlib.metadata
 import os
@@ -73,6 +74,9 @@ def tell(monkeypatch, tmp_path, call_main, capsys):
         for name, fact in facts.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, fact)
+        show = print
+        progress = lambda *words, flush=False, **how: show(*["»"] * flush, *words, **how)  # noqa: E731
+        monkeypatch.setattr(builtins, "print", progress)  # what must be seen at once is told apart
         monkeypatch.setattr(os, "getloadavg", lambda: (1.5, 2.5, 3.5))
         monkeypatch.setattr(torch, "set_num_threads", lambda n: threads.append(n))
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])

@@ -228,3 +228,15 @@ def test_flags_have_defaults(ids, defaults_of):
     assert defaults_of(ids, "v") == {
         "vocabularies": [Path("v")], "rows": None, "vectors": [], "convert": None, "llama_cpp": None, "json": None
     }  # fmt: skip
+
+
+def test_vectors_must_be_as_many_as_their_texts(ids, tmp_path, monkeypatch):
+    gguf = tmp_path / "v.gguf"
+    (tmp_path / "v.gguf.inp").write_text(f"a{ids.SEPARATOR}b{ids.SEPARATOR}")
+    (tmp_path / "v.gguf.out").write_text("97\n")
+    monkeypatch.setattr(ids, "load_tokenizer", lambda _: Words())
+    monkeypatch.setattr(ids, "write_model_config", lambda *_: None)
+    for name in ("encode_in_transformers", "encode_in_tokenizers"):
+        monkeypatch.setattr(ids, name, lambda *_: [])
+    with pytest.raises(ValueError, match="shorter"):
+        ids.compare(gguf, [], [tmp_path / "v.gguf.inp"], None, None)
