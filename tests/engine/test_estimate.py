@@ -46,6 +46,7 @@ RECIPES = {  # estimates that are kept whole, as text and as JSON
     "--lora-targets q_proj v_proj --lora-r 4",
     "the CPUs of two machines": "CRIA_OPTIMIZER=cpu --model llama-13b --gpu A100-40 --gpus 16 --offload-optimizer "
     "--replicas 2 --host-bandwidth 40",
+    "two rows a step": "--model llama-7b --gpu A100-40 --global-batch-size 2 --optimizer-states fp32",
     "lora of two cards": "--model llama3-8b --gpu RTX-3090 --gpus 2 --replicas 1 --adapter lora "
     "--micro-batch-tokens 512",
     "updates of some layers": "--model llama-7b --gpu RTX-4090 --adapter lora --lora-targets layers.20.mlp.down_proj "

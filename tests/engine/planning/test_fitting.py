@@ -87,11 +87,11 @@ def test_nothing_is_recomputed_where_that_costs_no_micro_batch(tokens, share_tok
     assert resolve_recompute(MODEL, Setting(recompute="auto"), nothing, limits, **wish) == (cheap, tokens)
 
 
-def auto_states(available_gb, sooner="8bit", n_cards=1, replicas=None, model=MODEL):
+def auto_states(available_gb, sooner="8bit", n_cards=1, replicas=None, model=MODEL, limits=Limits()):  # noqa: B008
     """Return the states of a model that are chosen where one of bf16 and 8 bits is updated sooner."""
     setting = Setting(states="auto", shards=n_cards)
     found = resolve_states(
-        model, setting, int(available_gb * 1e9), Limits(), least_tokens=512, replicas=replicas,
+        model, setting, int(available_gb * 1e9), limits, least_tokens=512, replicas=replicas,
         update_s=lambda way: float(way.states != sooner),
     )  # fmt: skip
     assert dataclasses.replace(found, states="auto") == setting
@@ -109,6 +109,8 @@ def test_states_are_exact_where_they_fit_and_else_what_is_updated_sooner():
     assert auto_states(bytes_of("bf16", GOOD_TOKENS) - 1e-9, "bf16") == "8bit", "bf16 states do not fit"
     assert auto_states(bytes_of("8bit", 512), "bf16") == "8bit", "a small micro-batch beside 8 bits alone"
     assert auto_states(1) == "fp32", "nothing fits"
+    few = Limits(most_tokens=2048)  # as many as a step has: more are not waited for
+    assert auto_states(bytes_of("fp32", 2047), "8bit", limits=few) == "8bit"
     one = Setting(states="bf16", shards=2)
     assert resolve_states(MODEL, one, 1, Limits(), least_tokens=1, replicas=None, update_s=lambda _: 0.0) == one
 

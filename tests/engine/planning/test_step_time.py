@@ -31,7 +31,7 @@ from engine.planning.step_time import (
     step_traffic,
     update_seconds,
 )
-from engine.planning.weights import state_bytes, whole_bytes
+from engine.planning.weights import StateBytes, state_bytes, whole_bytes
 from kernels.ops.adamw import adamw_state, states_of
 from tests.helpers.planning import SHAPES, SMALL, TINY, sharded_model
 
@@ -48,6 +48,24 @@ def test_adamw_moves_what_its_table_says():
             gradients = c.n_parameters * (dtype.itemsize - 2)  # the table's are bf16
             found = (bytes_of_update(state, master) - gradients) / c.n_parameters
             assert found == pytest.approx(float(moved), abs=0.05), (name, states)
+
+
+def test_weights_without_a_master_are_read_too():
+    """A master is what is read in place of the weights. In fp32 the weights are their own, whatever the flag says."""
+    found = {master: bytes_of_update(StateBytes(100, 100, master, 200, 0), "fp32") for master in (0, 400)}
+    assert found == {0: 3 * 100 + 2 * 200, 400: 2 * 100 + 2 * (400 + 200)}
+
+
+@pytest.mark.parametrize(("adapter", "passes"), [(None, 4), (AdapterConfig(r=1, targets=("q_proj",)), 2)])
+@pytest.mark.parametrize("again", [0, 1])
+def test_products_of_few_tokens_take_as_long_as_the_weights_are_read(adapter, passes, again):
+    """Twice a micro-batch, three times where blocks are computed again; gradients, of weights that are trained, once
+    read and once written."""
+    c, card = MODELS["llama-7b"], CARDS["H100"]
+    setting, rates = Setting(adapter=adapter, recompute="block" if again else "cheap"), find_rates(card)
+    found = step_seconds(c, card, rates, Work(1, 1, 1, 1, 3), setting, update_s=0.0)["gemm"]
+    weights = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008) + 4096 * 32000
+    assert found == pytest.approx(3 * (passes + again) * 2 * weights / rates.copy_bytes_per_s)
 
 
 def test_a_frozen_weight_counts_four_operations_and_a_trained_one_six():
