@@ -346,3 +346,18 @@ def test_states_that_a_kill_left_without_their_names_are_no_leftovers(clear, tmp
     found = {folder.name: [path.name for path in folder.iterdir()] for folder in tmp_path.iterdir()}
     put_back = {f"checkpoint-{step}": [f".tmp-was-checkpoint-{step}"] for step in (3, 12)}
     assert found == put_back | {"checkpoint-9": ["checkpoint-9"]}
+
+
+@pytest.mark.parametrize("key", ["n_updates", "max_tokens"])
+@pytest.mark.parametrize(
+    ("value", "is_taken"), [(0, True), (2**63 - 1, True), (2**63, False), (-1, False), (True, False)]
+)
+def test_a_count_in_a_manifest_is_a_whole_number_from_0(key, value, is_taken, tmp_path):
+    folder = save_checkpoint(tmp_path, 0, tensors(7), FACTS | {key: value}, keep=2)
+    if is_taken:
+        assert (
+            checkpoint.open_checkpoint(folder).manifest[key] == value and checkpoint.open_checkpoint(folder).step == 0
+        )
+    else:
+        with pytest.raises(DataError, match=f"its {key} is no number"):
+            checkpoint.open_checkpoint(folder)

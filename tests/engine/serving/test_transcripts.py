@@ -86,6 +86,19 @@ REQUESTS["refusals of texts"] = [
     )
 ]  # fmt: skip
 
+KINDS = {"enum": ["ka"]}
+REQUESTS["grammars"] = [
+    chat(response_format=form, max_tokens=20, **more)
+    for form, more in (
+        ({"type": "regex", "pattern": "x7{3}"}, {}), ({"type": "regex", "pattern": "x7{3}"}, {"stream": True}),
+        ({"type": "json_schema", "json_schema": {"schema": KINDS, "name": "n", "strict": True}}, {}),
+        ({"type": "json_object", "schema": KINDS}, {"n": 2}),
+        ({"type": "json_object", "schema": 3}, {}),
+        ({"type": "json_schema", "json_schema": {"schema": {}, "strict": 1}}, {}),
+        ({"type": "regex"}, {}), ("text", {}),
+    )
+]  # fmt: skip
+
 
 def make_service(name, tokenizer, seed):
     """Return a service of a small model with weights of its own."""
@@ -136,6 +149,8 @@ def describe_answer(response, with_headers):
 
 @pytest.mark.parametrize("what", REQUESTS)
 def test_what_is_answered(what, services, capsys, close_snapshot):
+    if what == "grammars":
+        pytest.importorskip("llguidance")
     app = Server(services, Access(max_body_bytes=3000, timeout=5.0)).application()
     client = TestClient(app, base_url="http://127.0.0.1:8000", raise_server_exceptions=False)
     answers = []
