@@ -109,7 +109,7 @@ class ModelService:
                 400,
                 f"the prompt has {len(prompt)} tokens and this model takes {longest} with the answer "
                 "(context_length_exceeded); shorten it",
-                "messages", "context_length_exceeded",
+                "messages" if wanted.messages else "prompt", "context_length_exceeded",
             )  # fmt: skip
         if not self.is_alive():
             raise ApiError(503, "the server is shutting down; try again later", code="unavailable")
