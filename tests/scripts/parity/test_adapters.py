@@ -247,6 +247,9 @@ def test_greedy_answers_of_the_merged_model_are_compared_up_to_their_stop(monkey
         "merged_logits": 0.25,
     }  # fmt: skip
     assert calls.text().replace(str(tmp_path), "FOLDER") == snapshot
+    answers["answer"].pop()
+    with pytest.raises(ValueError, match="shorter"):
+        adapters.compare_merged(peer, tmp_path, rows)
 
 
 @pytest.mark.parametrize("python", ["p", None])

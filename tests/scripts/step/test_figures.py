@@ -133,3 +133,10 @@ def test_peaks_are_of_what_follows_a_reset(monkeypatch):
         monkeypatch.setattr(figures, "GPU", gpu)
         figures.reset_peak_memory()
     assert resets == [1]
+
+
+@pytest.mark.parametrize("n", [(2, 3, 3), (3, 2, 3), (3, 3, 2)])
+def test_each_step_has_its_tokens_and_its_seconds(n):
+    tokens, computed, seconds = ([1.0] * length for length in n)
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        figures.summarize_speed(1, tokens, computed, seconds, None)
