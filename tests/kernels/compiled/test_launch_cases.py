@@ -62,3 +62,18 @@ def test_a_maker_makes_tensors_of_its_sizes_device_and_dtype():
 def test_cases_are_those_of_the_ops_named():
     assert {case.op for case in all_cases(["rope", "swiglu"])} == {"rope", "swiglu"}
     assert len(all_cases()) == sum(len(all_cases([op])) for op in OPS) and all_cases(["none"]) == []
+
+
+def test_random_numbers_are_made_on_the_device(monkeypatch):
+    given = []
+    for name in ("randn", "rand", "randint"):
+        real = getattr(torch, name)
+
+        def noting(*args, device, real=real, name=name):
+            given.append((name, str(device)))
+            return real(*args)
+
+        monkeypatch.setattr(torch, name, noting)
+    make = Make("cuda:1")
+    assert make(3).dtype == make(3, low=0.0).dtype == torch.bfloat16 and make.integers(3, high=2).shape == (3,)
+    assert given == [("randn", "cuda:1"), ("rand", "cuda:1"), ("randint", "cuda:1")]

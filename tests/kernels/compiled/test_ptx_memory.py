@@ -215,3 +215,52 @@ def test_groups_of_copies_are_waited_for_in_order(left, late):
     assert find_kinds(result) == ({"race"} if left else set())
     landed = 3 - left if late else 3
     assert out[:landed].equal(x[:landed]) and not (out[landed:] == x[landed:]).any()
+
+
+# ---- mbarriers of copies --------------------------------------------------------------------------------------------
+
+BARRIER = "mov.u32 %r1, memory; add.s32 %r2, %r1, 256; mad.lo.s32 %r3, %t, 4, %r1; mad.wide.u32 %d2, %t, 4, %a0;\n"
+BARRIER += (
+    "mad.wide.u32 %d3, %t, 4, %a1; setp.eq.u32 %p1, %t, 0; @%p1 mbarrier.init.shared.b64 [%r2], {}; bar.sync 0;\n"
+)
+COPY = "cp.async.ca.shared.global [%r3], [%d2], 4; cp.async.mbarrier.arrive{}.shared.b64 [%r2];\n"
+SHOW = "ld.shared.b32 %r5, [%r3]; st.global.b32 [%d3], %r5;"
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(("kind", "count"), [("", 1), (".noinc", 33)])
+def test_copies_arrive_as_those_that_are_counted_or_beside_them(kind, count, late):
+    """The phase ends with a plain arrival: alone, or with those of 32 lanes. By then the copies have landed."""
+    body = BARRIER.format(count) + COPY.format(kind) + "@%p1 mbarrier.arrive.shared.b64 _, [%r2];\n"
+    body += "WAIT: mbarrier.try_wait.parity.shared.b64 %p2, [%r2], 0; @!%p2 bra WAIT;\n" + SHOW
+    x, out = torch.randn(32), torch.zeros(32)
+    result = make_kernel(body, shared=512).launch("k", 1, (x, out), num_warps=1, options=Options(late=late))
+    if kind or not late:  # without .noinc nothing says that late copies have landed
+        assert out.equal(x)
+    assert {f.kind for f in result.findings} <= (set() if kind else {"race"})
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_barrier_that_copies_arrive_at_is_not_invalidated(late):
+    body = BARRIER.format(64) + COPY.format(".noinc") + "@%p1 mbarrier.inval.shared.b64 [%r2]; cp.async.wait_all;"
+    result = make_kernel(body, shared=512).launch(
+        "k", 1, (torch.randn(32), torch.zeros(32)), num_warps=1, options=Options(late=late)
+    )
+    assert find_kinds(result) == ({"mbarrier"} if late else set())
+
+
+def test_a_token_is_of_its_phase():
+    """Of three phases: each token waits for the end of its own, and is over in all that come later."""
+    body = BARRIER.format(1) + "setp.ne.u32 %p5, %t, 0; @%p5 exit; mov.b32 %r9, 0;\n"
+    for i in range(3):
+        body += f"mbarrier.test_wait.parity.shared.b64 %p2, [%r2], {i % 2}; selp.b32 %r8, 1, 0, %p2;\n"
+        body += f"add.s32 %r9, %r9, %r8; mbarrier.arrive.shared.b64 %d{5 + i}, [%r2];\n"
+    for i in range(3):
+        body += f"mbarrier.test_wait.shared.b64 %p2, [%r2], %d{5 + i}; selp.b32 %r{10 + i}, 1, 0, %p2;\n"
+        body += f"st.global.b64 [%a1+{8 * i}], %d{5 + i}; st.global.b32 [%a1+{64 + 4 * i}], %r{10 + i};\n"
+    out = torch.zeros(32, dtype=torch.int32)
+    result = make_kernel(body + "st.global.b32 [%a1+100], %r9;", shared=512).launch(
+        "k", 1, (torch.zeros(32), out), num_warps=1
+    )
+    assert not result.findings and out[:6].tolist() == [0, 0, 1, 0, 2, 0]
+    assert out[16:19].tolist() == [1, 1, 1] and out[25] == 0
