@@ -138,3 +138,12 @@ def test_the_places_that_are_told_are_those_of_ranks_elsewhere():
     assert dog.describe_places() == "rank 1 was last at step 6, rank 3 was last at the start; "
     dog.seen = {2: ("4 step 7", 0.0)}
     assert dog.describe_places() == ""
+
+
+@pytest.mark.parametrize(("timeout_s", "seconds"), [(600.0, 5.0), (50.0, 5.0), (20.0, 2.0)])
+def test_a_rank_reports_ten_times_within_the_timeout_and_every_five_seconds(timeout_s, seconds):
+    waited = []
+    watchdog = Watchdog.__new__(Watchdog)
+    watchdog.timeout_s, watchdog.stopped = timeout_s, SimpleNamespace(wait=lambda s: waited.append(s) or True)
+    watchdog.run()
+    assert waited == [seconds]

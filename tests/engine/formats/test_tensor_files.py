@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.base.errors import DataError, NotFiniteError
-from engine.formats.tensor_files import open_pth, write_pth, write_safetensors
+from engine.formats.tensor_files import open_pth, open_safetensors, write_pth, write_safetensors
 
 
 def test_write_safetensors_as_the_library_does(tmp_path):
@@ -102,3 +102,11 @@ def test_what_is_no_flat_dict_of_tensors_is_told(content, told, tmp_path):
     torch.save(content, tmp_path / "m.pth")
     with pytest.raises(DataError, match=re.escape(told)):
         open_pth(tmp_path / "m.pth")
+
+
+@pytest.mark.parametrize(("more", "claims"), [(0, False), (1, True), (8, True), (10**12, True)])
+def test_a_header_that_claims_more_than_the_file_holds_is_told_before_it_is_read(more, claims, tmp_path):
+    (tmp_path / "a.safetensors").write_bytes((32 + more).to_bytes(8, "little") + b"{" * 32)
+    told = rf"a\.safetensors: 40 bytes, of which the header claims {32 + more}; truncated or corrupt"
+    with pytest.raises(DataError, match=told if claims else "not a sound safetensors file"):
+        open_safetensors(tmp_path / "a.safetensors")
