@@ -102,7 +102,7 @@ def test_a_step_of_ours_ends_with_a_clipped_update_and_empty_gradients(steps, mo
     stepper.dataset = calls.thing("rows", loss_tokens=np.array([1, 2, 3, 5]), get_examples="examples")
     stepper.step([1, 3], 64)
     packing = "Packing(max_tokens=64, max_examples=None, best_fit=True, share_prefix=True, multiple=1)"
-    assert re.sub(r"(np\.float64\()?0\.142857\d+\)?", "1/7", calls.text()).split("\n") == [
+    assert re.sub(r"0\.142857\d+", "1/7", calls.text()).split("\n") == [
         "rows.loss_tokens()", "rows.get_examples([1, 3])", f"make_micro_batches('examples', {packing}, scale=1/7)",
         "model.loss('a')", "loss.backward()", "model.loss('b')", "loss.backward()",
         "optimizer.grad_norm()", "optimizer.step(1e-05, 2.5, 1.0)", "optimizer.zero_grad()",
