@@ -109,8 +109,8 @@ def test_states_are_exact_where_they_fit_and_else_what_is_updated_sooner():
     assert auto_states(bytes_of("bf16", GOOD_TOKENS) - 1e-9, "bf16") == "8bit", "bf16 states do not fit"
     assert auto_states(bytes_of("8bit", 512), "bf16") == "8bit", "a small micro-batch beside 8 bits alone"
     assert auto_states(1) == "fp32", "nothing fits"
-    few = Limits(most_tokens=2048)  # as many as a step has: more are not waited for
-    assert auto_states(bytes_of("fp32", 2047), "8bit", limits=few) == "8bit"
+    few = Limits(most_tokens=GOOD_TOKENS // 2)  # as many as a step has: more are not waited for
+    assert auto_states(bytes_of("fp32", few.most_tokens) - 1e-9, limits=few) == "8bit"
     one = Setting(states="bf16", shards=2)
     assert resolve_states(MODEL, one, 1, Limits(), least_tokens=1, replicas=None, update_s=lambda _: 0.0) == one
 
