@@ -16,6 +16,29 @@ def test_rejections_for_further_reasons_are_added_up():
     assert len(counts) == sections.REASONS + 1 and counts["5 other reasons"] == 15
 
 
+@pytest.mark.parametrize("recorded", [{}, {"rejected": {}}, {"rejected": {"url": 2}}, {"rejected": {"url": 3}}])
+def test_a_record_that_counts_otherwise_is_told_and_one_without_counts_is_not(recorded):
+    rejected = Rejected()
+    for _ in range(2):
+        rejected.add({"reason": "url"})
+    html = sections.render_rejections(rejected, recorded)
+    assert ("run.json counts 3." in html) == ("run.json counts" in html) == (recorded == {"rejected": {"url": 3}})
+
+
+def test_repairs_stand_in_the_order_of_their_counts():
+    counts, _ = bars(sections.render_rejections(None, {"repaired": {"a": 2, "c": 7, "b": 4, "never": 0}}))
+    assert list(counts.items()) == [("c", 7), ("b", 4), ("a", 2)]
+
+
+def test_a_run_that_kept_nothing_has_no_chart_of_its_yield():
+    rejected = Rejected()
+    for request in range(9):
+        rejected.add({"reason": "url", "request": request})
+    assert sections.render_yield([], rejected) == ""
+    rows = [Row("Do.", "", "x", request, None, "") for request in range(4)]
+    assert sections.render_yield(rows[:3], None) == "" and "Rows per request" in sections.render_yield(rows, None)
+
+
 def test_the_line_of_duplicates_leaves_other_rejections_out(monkeypatch):
     rejected = Rejected()
     for request in range(4):
