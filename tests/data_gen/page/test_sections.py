@@ -3,7 +3,7 @@
 import pytest
 
 from data_gen.page import sections
-from data_gen.page.run_files import Rejected, Row
+from data_gen.page.run_files import Rejected, Row, RunRecord
 from tests.helpers.report_page import bars
 
 
@@ -37,6 +37,18 @@ def test_a_run_that_kept_nothing_has_no_chart_of_its_yield():
     assert sections.render_yield([], rejected) == ""
     rows = [Row("Do.", "", "x", request, None, "") for request in range(4)]
     assert sections.render_yield(rows[:3], None) == "" and "Rows per request" in sections.render_yield(rows, None)
+
+
+def test_costs_are_of_what_the_run_kept_and_what_cost_nothing_is_known_to():
+    """A file of rows may hold fewer of them than its run kept."""
+    rows = [Row("Do.", "", "x", 1, usd, "m") for usd in (0.0, 0.0, None)]
+    run = RunRecord(counts={"kept": 50, "requests": 4}, cost={"spent_usd": 2.0})
+    html = sections.render_costs(rows, run)
+    assert "$40.00" in html and "$0.50" in html and "sum over" not in html
+    assert sections.find_spending(rows, RunRecord()) == (0.0, "sum over the rows kept")
+    assert sections.find_spending(rows[2:], RunRecord()) == (None, "")
+    answers = RunRecord(models={"m": 3})
+    assert sections.render_costs(rows[2:], answers) == "", "answers alone are no costs"
 
 
 def test_the_line_of_duplicates_leaves_other_rejections_out(monkeypatch):
