@@ -1,5 +1,7 @@
 """Reading machine code: occupancy, loops, widths of accesses, streams."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from kernels.compiled import machine_code
@@ -105,3 +107,85 @@ def test_a_stream_is_as_narrow_as_its_narrowest_access():
         machine_code.Stream(7, True, 4096, 4, 16),
         machine_code.Stream(9, True, 16, 1, 0),  # of which PTX shows nothing
     ]
+
+
+# ---- a whole kernel, with stand-ins for NVIDIA's programs -----------------------------------------------------------
+
+TTIR = """
+  tt.func public @k(%x: !tt.ptr<f32> {}, %out: !tt.ptr<f32>, %n: i32, %spare: !tt.ptr<f32>) attributes {} {
+    %0 = tt.splat %x : !tt.ptr<f32> -> tensor<64x!tt.ptr<f32>>
+    %1:2 = scf.for %i = %c0 to %n step %c1 iter_args(%p = %0, %q = %out) -> (tensor, !tt.ptr<f32>) {
+      %2 = tt.load %p : tensor<64x!tt.ptr<f32>>
+      %3 = tt.addptr %p, %c : tensor<64x!tt.ptr<f32>>, tensor<64xi32>
+      scf.yield %3, %q : tensor<64x!tt.ptr<f32>>, !tt.ptr<f32>
+    }
+    tt.store %1#1, %4 : !tt.ptr<f32>
+"""
+
+
+def test_the_pointers_that_are_loaded_from_and_stored_to():
+    """Followed through loops to the arguments; of those that are no pointers, or not used, none."""
+    assert machine_code.find_touched_arguments(TTIR) == ([0], [1])
+    assert machine_code.find_touched_arguments("") == ([], [])
+    assert machine_code._follow_back(["a"], {"a": ["b", "c"], "c": ["a", "d"], "d#0": ["e"]}) == set("abcde")
+
+
+def made(**more):
+    texts = {
+        "cubin": b"code", "ptx": ".reqntid 384\n" + PTX, "ttir": TTIR,
+        "ttgir": TTGIR + "tt.dot x\nttng.warp_group_dot y\nttng.tc_gen5_mma z\ntt.dots\n",
+    }  # fmt: skip
+    return SimpleNamespace(asm=texts | more, metadata=SimpleNamespace(shared=4096, num_warps=8, tmem_size=128))
+
+
+USAGE = "Resource usage:\n Function k:\n  REG:77 STACK:16 SHARED:0 LOCAL:0"
+
+
+def test_the_facts_of_a_compiled_kernel(monkeypatch):
+    """Warps are those of the PTX, where warps are specialised; each fact is of its own text."""
+    asked = []
+
+    def run(program, *arguments):
+        with open(arguments[-1], "rb") as file:
+            asked.append((str(program), arguments[:-1], file.read()))
+        return USAGE if len(asked) % 2 else SASS
+
+    monkeypatch.setattr(machine_code, "_run", run)
+    monkeypatch.setattr(machine_code, "find_unordered", lambda ptx: [f"{len(ptx)} characters"])
+    kernel = made()
+    facts = machine_code.read_facts(kernel)
+    assert (facts.registers, facts.stack_bytes, facts.shared_bytes, facts.warps, facts.tensor_columns) == (
+        77,
+        16,
+        4096,
+        12,
+        128,
+    )
+    assert (facts.dots, facts.loaded, facts.stored) == (3, [0], [1])
+    assert facts.streams == machine_code.find_streams(TTGIR, PTX)
+    assert facts.unordered == [f"{len(kernel.asm['ptx'])} characters"]
+    counted = facts.instructions, facts.alu, facts.spills, facts.spills_in_loops, facts.wide, facts.narrow
+    assert counted == (9, 0, 2, 1, 1, 1)
+    programs = [(machine_code.knobs.nvidia.cuobjdump.path, ("--dump-resource-usage",), b"code"),
+                (machine_code.knobs.nvidia.nvdisasm.path, ("-c", "-ndf"), b"code")]  # fmt: skip
+    assert asked == [(str(path), flags, code) for path, flags, code in programs]
+    plain = made(ptx=PTX)
+    plain.metadata = SimpleNamespace(shared=0, num_warps=8)
+    facts = machine_code.read_facts(plain)
+    assert (facts.warps, facts.tensor_columns) == (8, 0)
+    monkeypatch.setattr(machine_code, "_run", lambda *_: "nothing")
+    with pytest.raises(RuntimeError, match="cuobjdump shows no registers, wanted a line with REG: and STACK:\nnothing"):
+        machine_code.read_facts(made())
+
+
+def test_instructions_are_counted_by_their_pipes():
+    facts = machine_code.Facts(1, 0, 0, 4)
+    in_loops = "IADD3.X", "LDL.64", "HGMMA.64x8", "FFMA", "LDGSTS.E"
+    beside = "NOP", "STL", "UTCHMMA", "LDG.E.64", "STG.E.128", "UBLKCP"
+    code = [(name, True) for name in in_loops] + [(name, False) for name in beside]
+    machine_code._count(code, facts)
+    assert (facts.instructions, facts.alu, facts.spills, facts.spills_in_loops) == (10, 1, 2, 1)
+    assert (facts.matrix, facts.matrix_in_loops) == ({"HGMMA": 1, "UTCHMMA": 1}, {"HGMMA": 1})
+    assert (facts.wide, facts.narrow) == (2, 2)
+    assert str(machine_code.Stream(7, True, 64, 4, 32)) == "the store of 64 elements in line 7"
+    assert str(machine_code.Stream(9, False, 32, 4, 32)) == "the load of 32 elements in line 9"

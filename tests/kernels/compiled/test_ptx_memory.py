@@ -231,12 +231,14 @@ SHOW = "ld.shared.b32 %r5, [%r3]; st.global.b32 [%d3], %r5;"
 @pytest.mark.parametrize(("kind", "count"), [("", 1), (".noinc", 33)])
 def test_copies_arrive_as_those_that_are_counted_or_beside_them(kind, count, late):
     """The phase ends with a plain arrival: alone, or with those of 32 lanes. By then the copies have landed."""
-    body = BARRIER.format(count) + COPY.format(kind) + "@%p1 mbarrier.arrive.shared.b64 _, [%r2];\n"
+    body = BARRIER.format(count) + COPY.format(kind) + "@%p1 mbarrier.arrive.shared.b64 %d5, [%r2];\n"
+    body += "@%p1 st.global.b64 [%a1+128], %d5;\n"  # the phase that it arrives in
     body += "WAIT: mbarrier.try_wait.parity.shared.b64 %p2, [%r2], 0; @!%p2 bra WAIT;\n" + SHOW
-    x, out = torch.randn(32), torch.zeros(32)
+    x, out = torch.randn(32), torch.ones(34)
     result = make_kernel(body, shared=512).launch("k", 1, (x, out), num_warps=1, options=Options(late=late))
     if kind or not late:  # without .noinc nothing says that late copies have landed
-        assert out.equal(x)
+        assert out[:32].equal(x)
+    assert out[32:].view(torch.int64).item() == 0
     assert {f.kind for f in result.findings} <= (set() if kind else {"race"})
 
 
