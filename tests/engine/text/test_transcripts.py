@@ -8,7 +8,13 @@ import pytest
 from engine.base.errors import DataError, UsageError
 from engine.data.dataset import encode_rows
 from engine.model.config import ModelConfig
-from engine.text.chat_templates import adopt_style, find_carried_style, pin_template
+from engine.text.chat_templates import (
+    adopt_style,
+    begins_with_bare_text,
+    begins_with_bos,
+    find_carried_style,
+    pin_template,
+)
 from engine.text.parts import Special
 from engine.text.sentencepiece_file import SentencePieceModel, write_model
 from engine.text.templates import STYLES, Row, encode_prompt, find_stop_ids, render_row
@@ -314,3 +320,14 @@ def test_templates_whose_day_is_pinned(snapshot):
         assert pin_template(pinned) == pinned
         lines.append(repr(pinned))
     assert "\n".join(lines) == snapshot
+
+
+@pytest.mark.parametrize(
+    ("begin", "is_bare"),
+    [("x", True), (" x", False), ("▁x", False), ("{{ bos_token }}x", False), ("{{ bos_token }}", False)],
+)
+def test_a_text_begins_bare_without_a_space_or_a_special_token(begin, is_bare, tmp_path):
+    """Also one that is written as SentencePiece writes it: it would get a second one."""
+    tokenizer = load_tokenizer(write_metaspace(tmp_path / "t", "first", chat_template=f"{begin}{OWN[15:]}"))
+    assert begins_with_bare_text(tokenizer) == is_bare
+    assert begins_with_bos(tokenizer, "template") == ("bos_token" in begin)
