@@ -8,6 +8,7 @@ import pytest
 from data_gen.page import charts
 from data_gen.page.charts import choose_log_ticks, choose_ticks, draw_arc_label
 from data_gen.page.verbs import Verb
+from tests.helpers.report_page import body_lines
 
 
 @pytest.mark.parametrize(
@@ -59,3 +60,40 @@ def test_a_bar_names_its_share_of_the_total_and_is_as_long_as_it_is_beside_the_l
     html = charts.draw_bars([("a", 6, ""), ("b", 3, "")], 12)
     assert re.findall(r"<small>([^<]*)</small>", html) == ["50.0%", "25.0%"]
     assert re.findall(r'width="([\d.]+)%" height', html) == ["100.00", "50.00"]
+
+
+WHOLE = {
+    "few bins": charts.Histogram("A", [(1, 2, 3), (2, 4, 0), (4, 8, 1)], "words", [(2.5, "median 2"), (9, "95%")]),
+    "limit": charts.Histogram("B", [(0.0, 0.5, 2), (0.5, 1.0, 7)], "similarity", limit=(0.7, "limit <0.7>"), note="n"),
+    "logarithm": charts.Histogram("C", [(1, 10, 900), (10, 100, 12), (100, 3000, 1)], "rows & words", is_log=True),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_histograms_are_kept_whole(name, snapshot):
+    assert body_lines(WHOLE[name].draw()) == snapshot
+
+
+def test_other_charts_are_kept_whole(snapshot):
+    verbs = [Verb(f"verb{i}", 30 - i, [("noun", 9 - i % 3), ("a very long word indeed", 2)]) for i in range(23)]
+    drawn = [
+        charts.draw_curves("D", [("a", [2.0, None]), ("b", [None, 0.5]), ("c", [3.5, 1.5])], ["x", "<y>"], "unit", "n"),
+        charts.draw_curves("E", [("a", [0.25])], ["x"], "unit"),
+        charts.draw_sunburst("F", verbs, "note"),
+        charts.draw_sunburst("G", [Verb("only", 5, [("one", 5)])], ""),
+        charts.draw_bars([("a", 0, ""), ("b", 1000, "<p>more</p>"), ("c", 2, "")], 1002, "tall"),
+        charts.draw_bars([], 0),
+    ]
+    assert body_lines("\n".join(drawn)) == snapshot
+
+
+def test_axes_are_kept(snapshot):
+    counts = [
+        (high, charts.choose_counting_axis(high, whole)) for high in (0, 1, 3, 7, 40, 999) for whole in (True, False)
+    ]
+    small = [(high, charts.choose_counting_axis(high, False)) for high in (0.03, 0.5, 0.99)]
+    plain = [(low, high, choose_ticks(low, high)) for low, high in ((0, 1), (3, 17), (0.7, 1), (95, 1200))]
+    logs = [
+        (low, high, choose_log_ticks(low, high)) for low, high in ((1, 5), (2, 59), (1, 60), (1, 2999), (7, 30_000))
+    ]
+    assert "\n".join(map(str, [*counts, *small, *plain, *logs])) + "\n" == snapshot

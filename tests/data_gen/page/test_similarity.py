@@ -8,10 +8,10 @@ pytest.importorskip("rapidfuzz")
 from rapidfuzz.distance import LCSseq
 
 from data_gen.page import similarity
-from data_gen.page.run_files import Row
+from data_gen.page.run_files import Rejected, Row
 from data_gen.page.similarity import find_nearest_rows, split_by_common
 from data_gen.rows.tokens import tokenize
-from tests.helpers.report_page import EVIL, make, report
+from tests.helpers.report_page import EVIL, body_lines, make, report
 
 
 def test_near_misses_are_the_closest_pairs_under_the_limit(tmp_path):
@@ -77,3 +77,33 @@ def test_words_in_common_are_marked():
     )
     for text in ("İstanbul'da bir gün", "", "日本 の 話", EVIL, "a" * 50):
         assert "".join(piece for piece, _ in split_by_common(text, "bir a b の")) == text
+
+
+def test_pairs_are_of_the_files_rows_though_some_hold_no_words():
+    texts = [
+        "",
+        "Name three large red birds",
+        "!",
+        "Name four large red birds",
+        "Say it",
+        "",
+        "Name three old red birds",
+    ]
+    best, pairs = find_nearest_rows([tokenize(text) for text in texts])
+    assert best == pytest.approx([0.8, 0.8, 0, 0.8], abs=1e-6)
+    assert pairs == []  # 0.8 is over the limit, and "Say it" shares nothing with any
+    best, pairs = find_nearest_rows([tokenize(text) for text in ["", "Name a red bird", "", "Draw a red hen now"]])
+    assert best == pytest.approx([4 / 9, 4 / 9]) and pairs == [(pytest.approx(4 / 9), 1, 3)]
+
+
+def test_what_is_shown_of_similarities_is_kept_whole(snapshot):
+    rows = [
+        Row(text, "", "x", None, None, "") for text in ("Name a red bird", "Draw a red hen now", "Draw a blue hen now")
+    ]
+    rejected = Rejected()
+    for score, kept in ((0.7, "Name a red bird"), (0.95, "Name a red bird"), (1.0, "Draw it")):
+        rejected.add({"reason": "duplicate", "duplicate_of": kept, "similarity": score, "instruction": "Like <it>"})
+    parts = [similarity.render_similarity(rows, [tokenize(row.instruction) for row in rows], rejected)]
+    parts += [similarity.render_duplicates([0.7 - 5e-7, 0.9]), similarity.render_duplicates([0.4, 0.9])]
+    parts += [similarity.render_nearest([0.7, 0.2]), similarity.render_nearest([0.7, 0.71, 1.0])]
+    assert body_lines("\n".join(parts)) == snapshot

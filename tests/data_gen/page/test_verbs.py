@@ -71,3 +71,40 @@ def test_the_commonest_verbs_and_objects_are_counted_and_the_others_left_out():
     top, with_verb, with_both = count_verbs([*asked, "Why?"])
     assert top[0] == ("write", 9, [("poem", 3), ("story", 2), ("essay", 1), ("letter", 1)])
     assert top[1:] == [(verb, 1, [("poem", 1)]) for verb in verbs[:19]] and with_verb == with_both == 31
+
+
+TOLD = """\
+Please, list the three largest rivers of Europe.
+What is the capital of France?
+If it rains, what should I wear, and write a short note about it
+Can you analyse this dataset and summarise the main findings?
+Compare and contrast two poems about winter
+Write a list of the cities' names
+Create a pair of glasses
+Kindly quickly draw a picture
+Your task is to classify the tweets, of which some are angry.
+Given a paragraph, rewrite it in your own words
+A recipe, of bread, is needed. Bake it!
+Describe
+Name
+Explain to me the process of photosynthesis using simple words
+Generate ideas, for a party
+Find out the cube root of 27
+Add up 3 and 4
+Describe something beautiful
+Suggest five synonyms for 'happy'.
+Identify the adverbs: quickly, slowly
+Reply to John's letters
+Make the boxes and the buses into glasses
+Rewrite the following sentence: She walks
+Look at the picture titled Sunrise
+Who wrote Hamlet? Summarize the play
+Give me a series of numbers each larger than the last
+Convert 5 kilometers into miles
+Build a family of classes
+Write the ties
+"""
+
+
+def test_verbs_and_objects_are_kept(snapshot):
+    assert "".join(f"{line}  ->  {' … '.join(find_verb(line))}\n" for line in TOLD.splitlines()) == snapshot
