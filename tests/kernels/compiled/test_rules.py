@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kernels.compiled import rules
 from kernels.compiled.launch_cases import Make, all_cases
 from kernels.compiled.launches import patched
-from kernels.compiled.machine_code import CHIPS, SHARED_BLOCK, TENSOR_COLUMNS, Facts
+from kernels.compiled.machine_code import CHIPS, SHARED_BLOCK, TENSOR_COLUMNS, Facts, Stream
 from kernels.compiled.rules import Violation, find_unplayed, find_unused, judge, operator_names
 from kernels.ops import common
 from tests.helpers.compiler import run_compiler
@@ -126,3 +127,73 @@ def test_an_operator_that_no_case_launches_is_reported():
     found = [violation.op for violation in find_unplayed(cases, names)]
     assert "cria::rms_norm_backward" in found and "cria::rms_norm_forward" not in found
     assert find_unplayed(all_cases(), names) == []
+
+
+def told_of(facts, chip="sm_90", dtype=torch.bfloat16):
+    launch = SimpleNamespace(
+        case=SimpleNamespace(op="op", label="case"), name="kernel", chip=chip,
+        arguments={"n": 3, "x": torch.empty(1, dtype=dtype, device="meta")},
+    )  # fmt: skip
+    return [str(violation) for violation in judge(launch, facts)]
+
+
+def test_a_violation_is_told_with_its_numbers():
+    good = Facts(registers=32, stack_bytes=0, shared_bytes=0, warps=4)
+    head = "op kernel sm_90 case: "
+    assert told_of("x" * 40 + "y" * 500) == [f"{head}compiles: got {'y' * 500}; wanted a kernel"]
+    assert told_of(replace(good, stack_bytes=8, spills=3, spills_in_loops=2)) == [
+        f"{head}stack: got 8 bytes, 3 LDL/STL, 2 of them in loops; wanted none"
+    ]
+    assert told_of(replace(good, tensor_columns=513)) == [
+        f"{head}shared: got 513 columns of tensor memory; wanted at most 512"
+    ]
+    assert told_of(replace(good, dots=1, matrix_in_loops={"HMMA": 4, "HGMMA": 2})) == [
+        f"{head}matrix: got 4 HMMA, 2 HGMMA in loops; wanted HGMMA alone"
+    ]
+    assert told_of(replace(good, dots=1)) == [f"{head}matrix: got none in loops; wanted HGMMA alone"]
+    assert told_of(replace(good, dots=1), dtype=torch.float32) == []
+    assert told_of(replace(good, dots=1, matrix_in_loops={"HMMA": 1}), "sm_80") == []
+
+
+@pytest.mark.parametrize(
+    ("streams", "said"),
+    [
+        ([(512, 4, 128), (512, 2, 64)], []), ([(512, 4, 128), (512, 2, 32)], [(32, 512, 2)]),
+        ([(512, 4, 64), (512, 2, 32)], [(64, 512, 1), (32, 512, 2)]), ([(512, 2, 128), (64, 4, 16)], []),
+        ([(512, 2, 128), (65, 2, 16)], [(16, 65, 2)]), ([(512, 2, 0)], [(0, 512, 1)]), ([], []),
+    ],
+)  # fmt: skip
+def test_accesses_are_as_wide_as_the_widest_elements_allow(streams, said):
+    """Of tiles that are more than an eighth of the largest."""
+    facts = Facts(registers=32, stack_bytes=0, shared_bytes=0, warps=4)
+    facts.streams = [Stream(i + 1, False, n, size, bits) for i, (n, size, bits) in enumerate(streams)]
+    got = "; ".join(f"{bits} bits in the load of {n} elements in line {line}" for bits, n, line in said)
+    assert told_of(facts) == [f"op kernel sm_90 case: wide: got {got}; wanted 128 bits"] * bool(said)
+
+
+def test_the_gate_compiles_and_judges_what_is_not_known(monkeypatch):
+    """Chip by chip; of what fails to compile there is no record."""
+    asked = []
+    names = ["a", "b", "c"]
+
+    def record(case, chip, table):
+        asked.append((case, chip, table))
+        return [SimpleNamespace(name=f"{case} {chip}", entry=(case, chip))]
+
+    monkeypatch.setattr(rules, "record_launches", record)
+    monkeypatch.setattr(rules, "describe_launch", lambda launch, table: f"about {launch.name}")
+    monkeypatch.setattr(rules, "find_known", lambda launches, told, old: asked.append((told, old)) or {1: "known"})
+    monkeypatch.setattr(rules, "compile_all", lambda launches, workers: asked.append(workers) or [
+        "an error" if launch.name == "c sm_80" else SimpleNamespace(of=launch.name) for launch in launches
+    ])  # fmt: skip
+    monkeypatch.setattr(rules, "judge", lambda launch, facts: [f"{launch.name} {getattr(facts, 'of', facts)}"])
+    monkeypatch.setattr(rules, "make_record", lambda launch, facts, table: (launch.name, facts.of, table))
+    result = rules.run_gate(iter(names), ["sm_80", "sm_90"], "table", 5, ["old"])
+    launched = [f"{name} {chip}" for chip in ("sm_80", "sm_90") for name in names]
+    assert asked[:6] == [(name, chip, "table") for chip in ("sm_80", "sm_90") for name in names]
+    assert asked[6:] == [([f"about {name}" for name in launched], ["old"]), 5]
+    compiled = [name for name in launched if name != "b sm_80"]
+    assert result.violations == [f"{name} {'an error' if name == 'c sm_80' else name}" for name in compiled]
+    kept = [(name, name, "table") for name in compiled if name != "c sm_80"]
+    assert result.records == [kept[0], "known", *kept[1:]] and result.n_known == 1
+    assert result.launched == {(name, chip) for name in names for chip in ("sm_80", "sm_90")}
