@@ -1,5 +1,6 @@
 """Adapters in PEFT's folders: names and keys as peft 0.21 and its readers want them, read, written, merged, refused."""
 
+import hashlib
 import json
 import re
 from dataclasses import replace
@@ -545,3 +546,32 @@ def test_factors_of_several_types_are_read_in_the_widest(base, tmp_path):
     assert opened.dtype == torch.float64 and {t.dtype for t in opened.read_factors(config).values()} == {torch.float64}
     found = torch.cat([t.flatten() for t in opened.read_factors(config).values()]).sort().values
     assert torch.equal(found, torch.cat([t.double().flatten() for t in stored.values()]).sort().values)
+
+
+def test_where_no_update_has_the_rank_the_first_gives_the_alpha():
+    adapter = AdapterConfig(
+        r=8, alpha=16.0, targets=("q_proj", "v_proj"), rank_pattern=(("q_proj", 4), ("v_proj", 2)), rslora=True
+    )
+    raw = config_to_peft(BASE, adapter, "b")
+    assert raw["lora_alpha"] == 32 and set(raw["rank_pattern"].values()) == {4, 2}
+    alpha = pytest.approx(16 * 2**0.5)
+    assert raw["alpha_pattern"] == {f"model.layers.{i}.self_attn.v_proj": alpha for i in (0, 1)}
+    assert config_to_peft(BASE, AdapterConfig(alpha=5.0, layers=(), saved=("lm_head",)), "b")["lora_alpha"] == 5.0
+
+
+def test_an_adapter_beside_a_training_state_is_read(tmp_path):
+    write_pefts(tmp_path)
+    (tmp_path / "manifest.json").write_text("{}")
+    assert open_adapter(tmp_path, BASE).config.r == 8
+
+
+def test_four_rows_of_each_matrix_tell_a_base_and_no_more_than_half_a_head(tmp_path):
+    """In every layout: those are the rows of q and k that stand first both in halves and in pairs."""
+    config = replace(BASE, n_layers=1, head_dim=4, n_heads=4, n_kv_heads=2)
+    model = random_model(config)
+    save_hf(tmp_path / "hf", model, bos_id=1, eos_ids=[2])
+    digest = hashlib.sha256()
+    state = load_file(tmp_path / "hf" / "model.safetensors")
+    for path in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down"):
+        digest.update(state[f"model.layers.0.{path}_proj.weight"][:2].numpy().tobytes())
+    assert hash_base(open_source(tmp_path / "hf")) == digest.hexdigest()

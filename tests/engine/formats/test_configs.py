@@ -174,6 +174,9 @@ def test_meta_feed_forward_of_known_models():
                         (2048, 8192), (3072, 8192), (576, 1536), (64, 192), (2048, 5632), (96, 131)]:  # fmt: skip
         assert configs.meta_hidden_dim(dim, **configs.meta_feed_forward(dim, hidden)) == hidden
     assert configs.meta_feed_forward(4096, 11008) == {"multiple_of": 256}  # as Meta has it
+    base = int(8 * 96 / 3)  # 257 comes out of no multiple, so of the first size that some factor takes there: 1
+    assert configs.meta_feed_forward(96, 257) == {"multiple_of": 1, "ffn_dim_multiplier": 257 / base}
+    assert configs.meta_feed_forward(1, 2) == {"multiple_of": 2} and configs.meta_feed_forward(0, 5) is None
 
 
 @pytest.mark.parametrize(
