@@ -90,9 +90,8 @@ def test_what_is_read_of_a_file_or_told_of_its_damage(tmp_path, snapshot):
         try:
             metadata, stored = open_gguf(path)
         except DataError as error:
-            lines.append(
-                f"{name}: {error}".replace("m.gguf: not a sound GGUF file, truncated or corrupt: ", "damaged: ")
-            )
+            told = str(error).replace("m.gguf: not a sound GGUF file, truncated or corrupt: ", "damaged: ")
+            lines.append(f"{name}: {re.sub('unpack_from .*', '#', told)}")
             continue
         lines.append(f"{name}: {metadata}")
         for key, one in stored.items():
