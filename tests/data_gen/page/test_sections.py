@@ -51,6 +51,16 @@ def test_costs_are_of_what_the_run_kept_and_what_cost_nothing_is_known_to():
     assert sections.render_costs(rows[2:], answers) == "", "answers alone are no costs"
 
 
+def test_samples_end_at_their_bytes_but_one_is_always_shown(monkeypatch):
+    rows = [Row(f"Do {n}.", "", "x", None, None, "") for n in range(3)]
+    shown = {}
+    for most in (1, 10**6):
+        monkeypatch.setattr(sections, "SAMPLE_BYTES", most)
+        shown[most] = sections.render_samples(rows)
+    assert [html.count("<article>") for html in shown.values()] == [1, 3]
+    assert "1 of 3 rows" in shown[1] and "All rows." in shown[10**6] and sections.render_samples([]) == ""
+
+
 def test_the_line_of_duplicates_leaves_other_rejections_out(monkeypatch):
     rejected = Rejected()
     for request in range(4):
