@@ -65,7 +65,8 @@ def describe_library(name: str) -> Part:
     except (NativeError, PtxError) as error:
         return Part(name, False, f"{error}; in its place: {INSTEAD[name]}")
     record = FOLDER / "build.json"
-    built = json.loads(record.read_text())[name]["why"] if record.exists() else "built elsewhere"
+    records = json.loads(record.read_text()) if record.exists() else {}
+    built = records[name]["why"] if name in records else "built elsewhere"
     if name == "cpu" and os.environ.get("CRIA_NATIVE") == "off":
         return Part(name, False, f"CRIA_NATIVE=off; in its place: {INSTEAD[name]}")
     if name == "cuda" and not torch.cuda.is_available():

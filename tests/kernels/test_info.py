@@ -63,6 +63,8 @@ def test_a_library_in_use_is_told_with_its_compiler(built, monkeypatch):
     assert told("cpu") == (True, "instruction set avx2 and AMX, 7 threads; built with compiler of cpu")
     assert told("cuda") == (True, "only where it is chosen, impl='cuda'; built with compiler of cuda")
     assert told("ptx_machine") == (True, "runs compiled kernels without a GPU; built with compiler of ptx_machine")
+    (info.FOLDER / "build.json").write_text('{"cpu": {"built": true, "why": "g++"}}')  # of one that was built alone
+    assert told("ptx_machine") == (True, "runs compiled kernels without a GPU; built with built elsewhere")
     (info.FOLDER / "build.json").unlink()
     assert told("ptx_machine") == (True, "runs compiled kernels without a GPU; built with built elsewhere")
     with_gpu(monkeypatch, False)

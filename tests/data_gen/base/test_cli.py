@@ -61,6 +61,12 @@ def test_an_unknown_flag_is_told_the_nearest(capsys):
     assert "--debug?" in error_of(capsys, "--debgu")
 
 
+def test_a_flag_of_one_dash_is_a_flag(capsys):
+    with pytest.raises(SystemExit):
+        Parser("x", "").parse_args(["-x"])
+    assert "unknown flag -x" in capsys.readouterr().err
+
+
 def test_a_value_without_a_flag_is_named_as_such(capsys):
     assert "unexpected 'stray'" in error_of(capsys, "stray")
 

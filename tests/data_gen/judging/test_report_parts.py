@@ -75,6 +75,12 @@ def test_strengths_stand_in_proportion():
     assert render_ranking([]) == ""
 
 
+def test_strengths_begin_at_the_first_models_though_all_others_are_above_it():
+    places = r'class="estimate" cx="([\d.]+)%'
+    assert re.findall(places, render_ranking([Strength("b", 96.0, (80.0, 100.0), 60.0)])) == ["94.16"]
+    assert re.findall(places, render_ranking([Strength("a", 0.0, (0.0, 0.0), 50.0)])) == ["2.00"], "of no width"
+
+
 def test_both_bad_is_drawn_with_the_ties():
     html = render_humans([HumanFigures("a", "b", Rate(50.0, (1.0, 99.0), None, 10), 4, 1, 3, 2, None, None, 0)])
     assert "b against a: 4 won, 4 drawn, 2 lost" in html

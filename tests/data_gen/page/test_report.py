@@ -245,6 +245,19 @@ def test_costs_are_those_of_the_run(whole, tmp_path):
     assert page.figure("Per 1,000 rows") == f"${1000 * spent / len(rows):.2f}" and page.figure("Yield") is None
 
 
+def test_blank_inputs_are_none_and_a_run_without_a_cost_spent_nothing(tmp_path):
+    rows = [{"instruction": "Say it.", "input": text, "output": "Sí, claro, hombre."} for text in ("a b", " ", "")]
+    page = report(tmp_path, rows, None, {"cost": {"spent_usd": 0}, "counts": {"kept": 3}})
+    assert page.figure("With input") == "33.3%|1" and page.figure("Median input").startswith("2 words")
+    assert page.figure("Spent") == "$0.00" and page.figure("Per 1,000 rows") == "$0.00"
+
+
+def test_a_language_is_guessed_of_the_whole_row_where_the_instruction_is_too_short(tmp_path):
+    given = "Il faut que nous partions maintenant parce que la nuit tombe et que les enfants ont faim."
+    page = report(tmp_path, [{"instruction": "1 + 1 = ?", "input": given, "output": "2"}])
+    assert "French" in page.section("content")
+
+
 def test_sample_shows_rows_whole(tmp_path):
     rows = make()[0]
     rows[0]["output"] = "word " * 500

@@ -102,7 +102,11 @@ Who wrote Hamlet? Summarize the play
 Give me a series of numbers each larger than the last
 Convert 5 kilometers into miles
 Build a family of classes
-Write the ties
+Draw the pies
+Is it red? In short, describe it
+Hello there. Name, place and thing. Draw a cat
+Can you, briefly, explain the rule?
+Write a list of
 """
 
 
