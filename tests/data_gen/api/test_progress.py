@@ -72,6 +72,8 @@ def test_a_wait_says_why(time, collector):
         collector.rate.record_start()
         collector.rate.record_failure(time.now)
     assert "waiting 5 s, 500, broken" in progress.describe_state(collector, time.now)
+    time.now += 4.5
+    assert "waiting 0 s, 500, broken" in progress.describe_state(collector, time.now), "until a request has got through"
     collector.rate, collector.last_failure = Rate(32, clock=time), ""
     collector.rate.pause(7)
     assert "waiting 7 s, a limit is reached" in progress.describe_state(collector, time.now)

@@ -65,6 +65,10 @@ def test_a_sample_says_of_how_many_it_is():
     assert "2 of 2 pairs, drawn with a fixed seed; those that the orders disagree on come first." in html
     assert html.index("the one shown first, both times") < html.index("one winner in both orders")
     assert render_sample(SimpleNamespace(judged=[], questions=QUESTIONS)) == ""
+    unasked = Judged(Pair(0, 0, 1, "same", "same", None), ("tie", "tie"), (None, None), 1.5)
+    canary = judged(("base", "base"), 1, Pair(0, 0, None, "a", "b", (0, 1)))
+    html = render_sample(SimpleNamespace(judged=[unasked, canary, *some], questions=QUESTIONS))
+    assert "2 of 2 pairs" in html and "same" not in html
 
 
 def test_strengths_stand_in_proportion():
