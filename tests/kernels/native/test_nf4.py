@@ -38,6 +38,13 @@ def test_bits_of_the_reference(n, dtype, threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("n", [64, 64 * 3 + 1])
+def test_zeros_have_the_bits_of_the_reference(n):
+    """Their maximum is 0 in whole blocks, and the least number that is inverted in a part of one."""
+    ours, reference = (kernels.quantise_nf4(torch.zeros(n), impl=impl) for impl in ("native", "ref"))
+    assert all(map(equal_bits, ours.tensors, reference.tensors))
+
+
 def test_all_neighbours_of_the_middles():
     """Ratios around each middle between two entries, and maxima that are not exact powers."""
     table = torch.tensor(kernels.ops.nf4.TABLE)
