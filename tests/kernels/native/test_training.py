@@ -82,6 +82,14 @@ def test_swiglu_of_large_numbers_is_finite(dtype):
     assert out.isfinite().all() and torch.allclose(out, kernels.swiglu(gate_up, "ref"), rtol=1e-2)
 
 
+def test_a_query_that_sees_no_key_has_an_infinite_sum():
+    """So that its weights, whatever its scores, are 0 in backward."""
+    q, k = torch.randn(3, 2, 8), torch.randn(5, 1, 8)
+    limits = torch.tensor([[0, 0, 2], [5, 0, 5], [0, 0, 0], [0, 0, 0]], dtype=torch.int32)
+    o, lse = native.attention_forward(q, k, k, limits)
+    assert (lse[:, 1] == torch.inf).all() and lse[:, [0, 2]].isfinite().all() and not o[1].any() and o[0].any()
+
+
 def test_bf16_is_rounded_where_torch_rounds():
     """The residual sum, what is normed and silu are rounded on their way, so results are torch's bit by bit, but where
     a sum or an exponential of another order is at the middle between two numbers."""
