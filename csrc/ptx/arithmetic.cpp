@@ -11,8 +11,11 @@ FN(Neg, (T a) { return T(T(0) - a); })
 FN(Abs, (T a) { return a < 0 ? T(-a) : a; })
 FN(Min, (T a, T b) { return b < a ? b : a; })
 FN(Max, (T a, T b) { return a < b ? b : a; })
-FN(Div, (T a, T b) { return b ? T(a / b) : T(~T(0)); })
-FN(Rem, (T a, T b) { return b ? T(a % b) : a; })
+// The least number over -1 is itself: the host's division would end the process.
+FN(Div, (T a, T b) {
+    return !b ? T(~T(0)) : b == T(-1) && std::is_signed_v<T> ? T(std::make_unsigned_t<T>(0) - a) : T(a / b);
+})
+FN(Rem, (T a, T b) { return !b ? a : b == T(-1) && std::is_signed_v<T> ? T(0) : T(a % b); })
 FN(FNeg, (T a) { return -a; })
 FN(FAbs, (T a) { return std::fabs(a); })
 FN(FDiv, (T a, T b) { return a / b; })

@@ -303,7 +303,8 @@ void Reader::read_entry() {
             text.at++;
             return builder.reset();
         }
-        text.rest_of_line();
+        if (text.ended()) throw Error("line " + std::to_string(text.line) + ": the kernel has no body");
+        text.next();
     }
     size_t start = text.at;
     int line = text.line;

@@ -122,7 +122,7 @@ void Block::start(u32 x, u32 y, u32 z) {
     u32 threads = launch.block[0] * launch.block[1] * launch.block[2];
     for (Warp& w : warps) {
         u32 in_warp = std::min(32u, threads - u32(w.id) * 32);
-        w.pc = 0, w.join = w.waiting = -1, w.executed = 0;
+        w.pc = 0, w.join = w.waiting = -1, w.executed = 0, w.failed = false;
         w.alive = w.active = in_warp == 32 ? FULL : (1u << in_warp) - 1;
         w.stack.clear();
         w.copies = {}, w.products = {}, w.bulk_stores = {};

@@ -198,6 +198,13 @@ def test_after_four_blocks_that_cannot_go_on_the_others_are_not_run():
     assert result.counters["blocks"] == 4 and [f.kind for f in result.findings] == ["trap"]
 
 
+def test_a_block_that_cannot_go_on_keeps_no_later_one_from_its_work():
+    body = "mov.u32 %r1, %ctaid.x; setp.eq.u32 %p1, %r1, 1; @%p1 trap; mul.wide.u32 %d1, %r1, 4; add.s64 %d1, %a0, %d1;"
+    out = torch.zeros(4, dtype=torch.int32)
+    result = make_kernel(f"{body} st.global.b32 [%d1], 7;", params=1).launch("k", 4, (out,), num_warps=1)
+    assert out.tolist() == [7, 0, 7, 7] and [f.kind for f in result.findings] == ["trap"]
+
+
 def test_no_check_is_no_finding_of_order():
     body = WORD + "st.shared.b32 [%r2], %t; ld.shared.b32 %r3, [%r1]; st.shared.b32 [%r2+1000], %t;"
     result = make_kernel(body, params=0, shared=256).launch("k", 1, (), num_warps=2, options=Options(check=False))

@@ -12,6 +12,7 @@ from tests.helpers.hand_ptx import make_kernel
 HEAD = ".version 8.7\n.target sm_90\n.address_size 64\n"
 WRONG = {
     "no directive": "\nhello there\n", "no end": HEAD + ".visible .entry k() {\nadd.s32 %r1, %r1, 1;\n",
+    "no body": HEAD + ".visible .entry k()\n.maxntid 32, 1, 1\n",
     "no register": HEAD + ".entry k() {\n add.s32 %r1, %r1, 1;"
     " }", "a width": HEAD + ".entry k() { .reg .b64 %d; .reg .b32 %r;\nadd.s32 %r, %d, 1; }",
     "a result's width": HEAD + ".entry k() { .reg .b64 %d; .reg .b32 %r;\nadd.s32 %d, %r, 1; }",
@@ -89,7 +90,7 @@ ld.param.b64 %a, [p0]; // one
 mov.u32 %r1, /* seven */ 7;
 $L__1:
 st.global.b32 [%a+4], %r1; }
-.visible .entry second() { ret; }
+.visible .entry second() .maxntid 32, 1, 1 { ret; }
 .visible .entry third(.param .u32 p);
 """
     module, out = Module(text), torch.zeros(2, dtype=torch.int32)
