@@ -25,7 +25,7 @@ from data_gen.api.batch import Batches, parse_line
 from data_gen.api.ledger import Ledger
 from data_gen.api.prices import Price
 from data_gen.api.retries import Calls
-from data_gen.base.cli import run_for_exit_code
+from data_gen.base.cli import Failure, run_for_exit_code
 from tests.helpers.forks import Started
 from tests.helpers.openai_server import Reply, Server, request_key
 from tests.helpers.run import environment
@@ -315,6 +315,28 @@ def test_answers_that_were_made_and_cannot_be_had_count_as_perhaps_billed(tmp_pa
         bills = [cost([entry for entry in log if (entry.get("batch") == first) == own]) for own in (True, False)]
     assert bills[1] <= spent(tmp_path) <= sum(bills) <= spent(tmp_path) + uncertain(tmp_path)
     assert bills[0] > 0 and (spent(tmp_path) > bills[1]) == (share > 0)
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_an_error_that_ends_a_run_is_none_where_the_dataset_is_full(is_full, monkeypatch):
+    called = []
+
+    class Rounds:
+        def __getattr__(self, name):
+            async def note():
+                called.append(name)
+
+            return note
+
+    monkeypatch.setattr(module, "Batches", lambda *_: Rounds())
+    collector = SimpleNamespace(fatal=Failure("no money"), status="done", curator=SimpleNamespace(is_full=is_full))
+    if is_full:
+        asyncio.run(module.run_batches(collector, None))
+    else:
+        with pytest.raises(Failure, match="no money"):
+            asyncio.run(module.run_batches(collector, None))
+    assert collector.status == ("done" if is_full else "failed")
+    assert called == ["recover", "run_rounds", *["cancel_open"] * is_full]
 
 
 # ---- kills -----------------------------------------------------------------------------------------------------------

@@ -248,6 +248,7 @@ def test_what_the_rate_is_told():
         "overloaded": True, "limited": True, "retry_after": 3.0,
     }  # fmt: skip
     assert Reply("failed", 500, "").describe_load() == {"overloaded": False, "limited": False, "retry_after": None}
+    assert Reply("failed", 402, "").describe_load()["limited"], "money in flight is a limit too"
 
 
 MESSAGES = {
@@ -907,6 +908,28 @@ def test_a_process_that_did_not_run_has_not_waited(monkeypatch):
         return await wait_awake(answer(), 0.5)
 
     assert asyncio.run(main()) == "answer"
+
+
+def test_a_call_is_ended_with_who_waits_for_it():
+    ended = []
+
+    async def hang():
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(True)
+
+    async def main():
+        waiting = asyncio.ensure_future(wait_awake(hang(), 60))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await asyncio.sleep(0)
+        assert ended, "it went on without anybody"
+
+    asyncio.run(main())
 
 
 def test_a_call_that_takes_too_long_is_ended(monkeypatch):

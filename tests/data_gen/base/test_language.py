@@ -158,6 +158,12 @@ def test_no_clear_case_is_no_guess(text):
     assert guess_language(text) == ""
 
 
+def test_the_mark_of_a_long_vowel_is_kana():
+    assert {char: find_script(char) for char in "あアー漢a"} == {
+        "あ": "KANA", "ア": "KANA", "ー": "KANA", "漢": "CJK", "a": "LATIN",
+    }  # fmt: skip
+
+
 def test_letters_with_separate_accents_are_the_same_letters():
     for code in ("vi", "cs", "pl", "ru"):
         assert guess_language(unicodedata.normalize("NFD", SENTENCES[code][0])) == code

@@ -75,6 +75,7 @@ def test_tensors_that_are_larger_than_what_is_stored(tmp_path):
     for tensors, words in (
         ({"a": torch.zeros(1).expand(9, 9)}, "'a' repeats a value to"),
         ({"a": base.as_strided((500, 500), (1, 1))}, "'a' repeats a value to"),
+        ({"a": torch.zeros(2)[:1].expand(3)}, "'a' repeats a value to"),  # by no more numbers than there are bytes
         ({str(i): base.view(10, 100) for i in range(3)}, "12000 bytes, of which it stores 4000"),
     ):
         torch.save(tensors, path)

@@ -17,7 +17,7 @@ from engine.model.adapter import (
     settings_from_adapter,
 )
 from engine.model.batch import MicroBatch
-from engine.model.config import ModelConfig
+from engine.model.config import MODELS, ModelConfig
 from engine.model.llama import Block, new_model
 from engine.model.shard import Shard
 from engine.training.config import FinetuneConfig
@@ -357,6 +357,12 @@ def test_what_is_trained_whole_alone_needs_no_updates():
     assert AdapterConfig(targets=(), saved=("lm_head",)).check(shape) == []
     (problem,) = AdapterConfig(targets=()).check(shape)
     assert problem.startswith("no map of the model is among the targets")
+
+
+def test_patterns_that_fit_nothing_are_named_of_ranks_and_of_alphas():
+    patterns = {"rank_pattern": (("q_proj", 2), ("k_proj", 3)), "alpha_pattern": (("up_proj", 5.0), ("q_proj", 1.0))}
+    adapter = AdapterConfig(targets=("q_proj",), **patterns)
+    assert adapter.find_unused_patterns(MODELS["tiny"]) == ["k_proj", "up_proj"]
 
 
 def test_a_pattern_of_several_names_fits_each_at_the_end_of_a_path():

@@ -13,7 +13,7 @@ from engine.base.errors import DataError
 from engine.data.dataset import encode_rows
 from engine.text import own_template
 from engine.text.chat_templates import adopt_style, find_carried_style, pin_date
-from engine.text.own_template import compile_template, cut_text, read_chat_templates
+from engine.text.own_template import compile_template, cut_text, read_chat_templates, read_signs
 from engine.text.parts import Special, Text
 from engine.text.templates import Row, encode_prompt, find_stop_ids
 from engine.text.tokenizer_files import load_tokenizer
@@ -206,6 +206,22 @@ def test_named_templates_stay_and_a_template_in_a_file_goes_before(tmp_path):
     adopt_style(load_tokenizer(base), "template").save(tmp_path / "out")
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == MARKED
     assert not (tmp_path / "out" / "chat_template.jinja").exists()
+
+
+@pytest.mark.parametrize("marked", ["default", "tool_use"])
+def test_each_of_two_templates_marks_its_answers_or_does_not(marked, tmp_path):
+    other = "tool_use" if marked == "default" else "default"
+    named = [{"name": marked, "template": MARKED}, {"name": other, "template": SMOLLM}]
+    tokenizer = load_tokenizer(write_byte_level(tmp_path / "base", SPECIALS["chatml"], chat_template=named))
+    messages = (("user", "Two?"), ("assistant", "Yes."))
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    for tools in ((), (tool,)):
+        row = Row("f:1", messages, tools=tools)
+        assert learned(one(row, tokenizer), tokenizer) == ["Yes.<|im_end|>"]
+
+
+def test_signs_may_stand_in_others():
+    assert read_signs("a(b(c)d)e(f)", "()") == ("abcdef", [(2, 3), (1, 4), (5, 6)])
 
 
 @pytest.mark.parametrize("wants", ["messages[0].role == 'system'", "tools", "messages[0].content == 'Me'"])

@@ -2,6 +2,7 @@
 
 import pytest
 
+from kernels.base import help_text
 from kernels.base.help_text import HelpParser
 
 
@@ -24,6 +25,15 @@ def test_help_tells_every_default_as_it_is(parser):
                  "ops (default: b)", "file (default: none)", "which"):  # fmt: skip
         assert said in text
     assert "which (default" not in text and text.endswith("python -m kernels.it --on")
+
+
+@pytest.mark.parametrize(("more", "n_lines"), [(-1, 1), (0, 1), (1, 2)])
+def test_an_example_is_as_wide_as_a_line(more, n_lines):
+    """Two blanks before it, and the line is full."""
+    command = "python -m kernels.it " + "x" * (help_text.WIDTH - 2 - 21 - 2 + more) + " y"
+    lines = help_text.wrap_example(command).split("\n")
+    assert len(lines) == n_lines and max(map(len, lines)) <= help_text.WIDTH
+    assert [word for line in lines for word in line.removesuffix("\\").split()] == command.split()
 
 
 def test_half_a_flag_is_refused(parser, capsys):
