@@ -142,7 +142,7 @@ def test_the_trainers_other_flags():
         "--warmup_steps 0 --lr_scheduler_kwargs {} --do_train"
     )
     assert (config.recompute, config.tracker, config.warmup_ratio) == ("block", "wandb", 0.0)
-    assert sum("not needed" in note for note in notes) == 3
+    assert sum("not needed" in note for note in notes) == 4
     config, _ = parse("--gradient_checkpointing False --optim adamw_bnb_8bit --report_to none")
     assert (config.recompute, config.optimizer_states, config.tracker) == ("cheap", "8bit", "off")
 
