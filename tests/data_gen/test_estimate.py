@@ -33,7 +33,8 @@ def line_of(text, model):
 @pytest.mark.parametrize(
     "words", ["", "--model gpt-5.4-mini --rows 1000", "--batch --max-output-tokens 512", "--language de"]
 )
-def test_what_is_told_is_kept_whole(words, capsys, snapshot):
+def test_what_is_told_is_kept_whole(words, capsys, snapshot, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     assert told(capsys, *words.split()) == snapshot
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers.calls import Calls
+from tests.helpers.calls import FOLDER, Calls
 from tests.helpers.clocks import Clock, Ticks
 
 
@@ -165,7 +165,7 @@ def test_the_whole_measurement(with_llama_cpp, decoding, monkeypatch, tell, snap
     monkeypatch.setattr(decoding, "llama_cpp", SimpleNamespace(__version__="0.3") if with_llama_cpp else None)
     flags = ("--gguf", "a.gguf") if with_llama_cpp else ("--gguf", "a.gguf", "--threads", 3)
     text = tell(decoding, "--tokens", 3, "--rounds", 1, *flags)
-    assert text == snapshot and re.sub(r"/tmp/\w+", "FOLDER", calls.text()) == snapshot(name="calls")
+    assert text == snapshot and re.sub(FOLDER, "FOLDER", calls.text()) == snapshot(name="calls")
 
 
 def test_without_a_file_llama_cpp_is_left_out(decoding, monkeypatch, capsys, call_main):
