@@ -34,7 +34,14 @@ from kernels.base.help_text import HelpParser
 from kernels.compiled.rules import find_unused
 from kernels.measure.simulated_cases import CHIPS, simulated_cases
 from kernels.measure.simulated_known import choose_samples, digest_sources, is_recorded
-from kernels.measure.simulated_records import find_differences, format_record, format_summary, save_records, simulate
+from kernels.measure.simulated_records import (
+    find_differences,
+    format_record,
+    format_summary,
+    load_records,
+    save_records,
+    simulate,
+)
 from kernels.ops import common
 
 
@@ -103,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         is_proof = is_whole and not is_known and not failed and not violations
         save_records(args.json, records, {"seconds": round(seconds), "sources": digest_sources()} if is_proof else None)
     differences = find_differences(args.check, records) if args.check else []
+    if args.check and triton.__version__ not in load_records(args.check)["versions"]:
+        print(f"{args.check} holds no records of Triton {triton.__version__}: not compared")
     if differences:
         print(*differences[:20], sep="\n", file=sys.stderr)
         print(f"{args.check} is stale; run python -m kernels.simulate --json {args.check}", file=sys.stderr)

@@ -212,13 +212,18 @@ def find_swallowing(tokenizer: Tokenizer, side: str) -> set[str]:
 
 
 def read_signs(text: str, signs: Sequence[str]) -> tuple[str, list[Span]]:
-    """Return (the text without the signs that begin and end what carries loss, where that stands in it)."""
+    """Return (the text without the signs that begin and end what carries loss, where that stands in it).
+
+    What stands in another such piece is a part of it.
+    """
     plain, begins, spans = "", [], []
     for piece in re.split(f"([{''.join(signs)}])", text):
         if piece == signs[0]:
             begins.append(len(plain))
         elif piece == signs[1]:
-            spans.append((begins.pop(), len(plain)))
+            begin = begins.pop()
+            if not begins:
+                spans.append((begin, len(plain)))
         else:
             plain += piece
     return plain, spans

@@ -264,6 +264,7 @@ def stage(monkeypatch):
     monkeypatch.setattr(simulate, "digest_sources", lambda: "of the sources")
     monkeypatch.setattr(simulate, "save_records", note("save"))
     monkeypatch.setattr(simulate, "find_differences", note("differences", [f"difference {i}" for i in range(25)]))
+    monkeypatch.setattr(simulate, "load_records", lambda path: {"versions": {triton.__version__: {}}})
     return noted
 
 
@@ -284,6 +285,16 @@ def test_what_a_simulation_prints(stage, capsys, snapshot):
     assert used == {(r["op"], "k", r["chip"], "64") for r in records} and chips == ["sm_80", "sm_90"]
     assert set(tables) == {path.stem for path in simulate.common.LAUNCH.glob("*.json")} and tables["rope"]["rotate"]
     assert (str(path), str(checked), proof) == ("new.json", "there.json", None)
+
+
+def test_a_file_without_records_of_this_triton_is_told(stage, monkeypatch, capsys):
+    monkeypatch.setattr(simulate, "load_records", lambda path: {"versions": {"1.0": {}}})
+    monkeypatch.setattr(simulate, "find_differences", lambda *_: [])
+    ended("--check", "there.json", "--op", "rope")
+    said = capsys.readouterr().out
+    assert said.endswith(f"there.json holds no records of Triton {triton.__version__}: not compared\n")
+    ended("--op", "rope")
+    assert "not compared" not in capsys.readouterr().out
 
 
 def test_a_chip_or_an_op_alone_is_simulated_and_not_all(stage):

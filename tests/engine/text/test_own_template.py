@@ -220,8 +220,14 @@ def test_each_of_two_templates_marks_its_answers_or_does_not(marked, tmp_path):
         assert learned(one(row, tokenizer), tokenizer) == ["Yes.<|im_end|>"]
 
 
-def test_signs_may_stand_in_others():
-    assert read_signs("a(b(c)d)e(f)", "()") == ("abcdef", [(2, 3), (1, 4), (5, 6)])
+def test_what_carries_loss_within_what_does_is_a_part_of_it(tmp_path):
+    assert read_signs("a(b(c)d)e(f)", "()") == ("abcdef", [(1, 4), (5, 6)])
+    nested = MARKED.replace(
+        "{{ m.content }}", "{{ '<' }}{% generation %}{{ m.content }}{% endgeneration %}{{ '>' }}", 1
+    )
+    tokenizer = load(tmp_path, nested)
+    row = Row("f:1", (("user", "Two?"), ("assistant", "Yes.")))
+    assert learned(one(row, tokenizer), tokenizer) == ["<Yes.><|im_end|>"]
 
 
 @pytest.mark.parametrize("wants", ["messages[0].role == 'system'", "tools", "messages[0].content == 'Me'"])
